@@ -1,0 +1,1 @@
+"""How answers are judged. No task and no model in here."""

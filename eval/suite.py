@@ -1,0 +1,244 @@
+"""Run an evaluation suite:  python -m eval SUITE.toml [key=value ...] [--json FILE] [--html FILE]
+
+    python -m eval eval/suites/emoji_world.toml
+    python -m eval eval/suites/emoji_world.toml tasks=draw draw.requests=32 --json draw.json
+    python -m eval --list
+
+A suite names tasks and holds one table of options per task, with the bars of its rows. Every row is {name, value,
+unit, bar, holds, command}; `holds` is true too where there is no bar. Exit code: 0 when every bar holds, 1 when one
+does not, 2 for bad usage, 3 when a task crashed. JSON and HTML appear whole at the end, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import pkgutil
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, create_model, field_validator
+
+from eval.report import html_report
+from eval.task import TASKS, Bar, Context, Outcome, TaskOptions
+from omni.config import Frozen, load_toml, nearest
+
+COLUMNS = ("name", "value", "unit", "bar", "holds", "command")
+DEFAULT_HTML_FOLDER = Path("runs/eval")
+
+
+class SuiteBase(Frozen):
+    """The keys of every suite; the full schema has one table more per registered task."""
+
+    title: str
+    tasks: tuple[str, ...] = Field(min_length=1)
+    model: str | None = None  # a model directory; none is the bundled model
+    font: str | None = None  # a colour-emoji font file; none finds the installed one
+    seed: int = 0
+    threads: int = Field(default=1, ge=1)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and one JSON object. `value` is None when it was not a finite number."""
+
+    name: str
+    value: float | None
+    unit: str
+    bar: str | None
+    holds: bool
+    command: str
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    name: str
+    rows: list[Row]
+    outcome: Outcome
+    seconds: float
+
+
+def load_tasks() -> None:
+    """Import every file of eval/tasks; each registers its tasks."""
+    import eval.tasks
+
+    for module in pkgutil.iter_modules(eval.tasks.__path__):
+        importlib.import_module(f"eval.tasks.{module.name}")
+
+
+def suite_schema() -> type[SuiteBase]:
+    """SuiteBase plus one table of options per registered task."""
+    tables: dict[str, Any] = {name: (TASKS.get(name).options, TASKS.get(name).options()) for name in TASKS.names()}
+    return create_model("Suite", __base__=SuiteBase, **tables)
+
+
+def load_suite(path: str | Path, overrides: Sequence[str]) -> SuiteBase:
+    """Read and validate a suite. Raises ValueError naming the source and the nearest right key, task or row."""
+    suite = load_toml(path, overrides, suite_schema())
+    for name in suite.tasks:
+        known = TASKS.get(name).rows
+        options: TaskOptions = getattr(suite, name)
+        for row in options.bars:
+            if row not in known:
+                hint = nearest(row, known) or f"; its rows: {', '.join(known)}"
+                raise ValueError(f"{path}: task {name!r} has no row {row!r} to set a bar on{hint}")
+    return suite
+
+
+def row_command(path: str | Path, overrides: Sequence[str], task_name: str) -> str:
+    """The command that prints a row again: the same suite and overrides, its task alone."""
+    kept = [o for o in overrides if o.partition("=")[0].strip() != "tasks"]
+    return shlex.join(["python", "-m", "eval", str(path), f"tasks={task_name}", *kept])
+
+
+def run_suite(suite: SuiteBase, path: str | Path, overrides: Sequence[str], context: Context) -> Iterator[TaskResult]:
+    """Run the tasks in order, yielding each result as it comes."""
+    for name in suite.tasks:
+        task = TASKS.get(name)
+        options: TaskOptions = getattr(suite, name)
+        start = time.perf_counter()
+        outcome = task.run(context, options)
+        seconds = time.perf_counter() - start
+        given = tuple(m.name for m in outcome.measures)
+        assert set(given) <= set(task.rows) and len(given) == len(set(given)), (name, given, task.rows)
+        missing = [row for row in options.bars if row not in given]
+        if missing:
+            raise ValueError(f"task {name!r} gave no row {missing[0]!r} under these options, yet it has a bar; drop it")
+        command = row_command(path, overrides, name)
+        rows = [_row(name, m.name, m.value, m.unit, options.bars.get(m.name), command) for m in outcome.measures]
+        yield TaskResult(name, rows, outcome, seconds)
+
+
+def _row(task_name: str, name: str, value: float, unit: str, bar: str | None, command: str) -> Row:
+    value = float(value)
+    holds = bar is None or Bar.parse(bar).holds(value)
+    return Row(f"{task_name}.{name}", value if math.isfinite(value) else None, unit, bar, holds, command)
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as an aligned text table with a heading."""
+    cells = [COLUMNS] + [(r.name, format_value(r.value), r.unit, r.bar or "", _mark(r), r.command) for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    right = {1}
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _mark(row: Row) -> str:
+    return "" if row.bar is None else "yes" if row.holds else "NO"
+
+
+def format_value(value: float | None) -> str:
+    """Three or four significant digits, whatever the magnitude."""
+    if value is None:
+        return "nan"
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.2f}" if 0.1 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file so that it appears complete or not at all. Raises ValueError if the place cannot be written."""
+    path = Path(path)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            temporary = file.name
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval", description="Run an evaluation suite.")
+    parser.add_argument("suite", nargs="?", metavar="SUITE.toml", help="suite file, e.g. eval/suites/emoji_world.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tasks=draw draw.requests=32 model=DIR")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as a JSON list")
+    parser.add_argument("--html", metavar="FILE", help="write the report here (default: runs/eval/SUITE.html)")
+    parser.add_argument("--list", action="store_true", help="list the tasks, their rows and options, and stop")
+    return parser
+
+
+def list_tasks() -> str:
+    lines = []
+    for name in TASKS.names():
+        task = TASKS.get(name)
+        options = {k: v.default for k, v in task.options.model_fields.items() if k != "bars"}
+        lines.append(f"{name}: {(task.run.__doc__ or '').strip().splitlines()[0]}")
+        lines.append(f"    rows     {', '.join(task.rows)}")
+        lines.append(f"    options  {', '.join(f'{k}={v}' for k, v in options.items())}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    parser = _parser()
+    try:
+        args = parser.parse_intermixed_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    load_tasks()
+    if args.list:
+        print(list_tasks())
+        return 0
+    if args.suite is None:
+        print("error: no suite given; try `python -m eval eval/suites/emoji_world.toml`", file=sys.stderr)
+        return 2
+    try:
+        return _run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 3
+
+
+def _run(args: argparse.Namespace) -> int:
+    suite = load_suite(args.suite, args.overrides)
+    torch.set_num_threads(suite.threads)
+    context = Context(suite.model, suite.font, suite.seed, say=lambda text: print(text, flush=True))
+    results = []
+    for result in run_suite(suite, args.suite, args.overrides, context):
+        results.append(result)
+        context.say(f"{result.name}: {result.seconds:.1f} s")
+        for note in result.outcome.notes:
+            context.say(f"  {note}")
+        for row in result.rows:
+            warning = "" if row.holds else f"  (the bar is {row.bar})"
+            context.say(f"  {row.name} = {format_value(row.value)} {row.unit}{warning}")
+    rows = [row for result in results for row in result.rows]
+    print("\n" + format_table(rows))
+    html = args.html or DEFAULT_HTML_FOLDER / f"{Path(args.suite).stem}.html"
+    if args.json:
+        write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n")
+    write_whole(html, html_report(suite.title, results, f"seed {suite.seed}, {suite.threads} thread(s)"))
+    failing = [row.name for row in rows if not row.holds]
+    verdict = f"{len(failing)} bar(s) do not hold: {', '.join(failing)}" if failing else "every bar holds"
+    print(f"\n{verdict}; report: {html}")
+    return 1 if failing else 0

@@ -1,0 +1,58 @@
+"""Omni: one transformer for interleaved text, images and video.
+
+`import omni` reads this file only; the names below load their module on first use, so that a program pays for torch
+when it touches the model and not before. Heavy optional packages (diffusers, av, ...) load inside the functions
+that need them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from omni.document import Document, Image, Role, Text, Video
+    from omni.engine import Engine, GenerationOptions
+    from omni.model import Omni, from_pretrained
+    from omni.rng import Key
+
+__all__ = [
+    "Document",
+    "Engine",
+    "GenerationOptions",
+    "Image",
+    "Key",
+    "Omni",
+    "Role",
+    "Text",
+    "Video",
+    "__version__",
+    "from_pretrained",
+]
+
+_HOME = {
+    "Document": "omni.document",
+    "Engine": "omni.engine",
+    "GenerationOptions": "omni.engine",
+    "Image": "omni.document",
+    "Key": "omni.rng",
+    "Omni": "omni.model",
+    "Role": "omni.document",
+    "Text": "omni.document",
+    "Video": "omni.document",
+    "from_pretrained": "omni.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'omni' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,220 @@
+"""Codec: the one face of everything that turns media into latent blocks and back; its registry and its files.
+
+Shapes: B pictures, T frames, H and W pixels, h and w latent rows and columns, t latent frames of a chunk, C latent
+channels. Media are uint8 RGB, channels last; latents are float32, channels last, about zero mean and unit deviation
+per channel. Normalisation happens in codecs and nowhere else. Knows no network (autoencoders.py, fsq.py, pixels.py).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni.checkpoint import load_tensors, publish, read_bytes
+from omni.config import Frozen, Registry
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MAX_GRID = 64  # latent rows or columns that the size header of a document can name
+
+
+class CodecSpec(Frozen):
+    """What the model must know of a codec.
+
+    channels: numbers per latent position. stride: media pixels per latent along (time, rows, columns).
+    frames_per_chunk: latent frames of one block of a clip. causal: a chunk does not depend on later frames.
+    """
+
+    name: str
+    channels: int
+    stride: tuple[int, int, int]
+    frames_per_chunk: int = 1
+    causal: bool = True
+
+    @property
+    def media_frames_per_chunk(self) -> int:
+        return self.frames_per_chunk * self.stride[0]
+
+
+class Codec(ABC):
+    """Pictures and clips to normalised latents and back. Subclasses give `_encode` and `_decode` of pictures."""
+
+    spec: CodecSpec
+
+    # ------------------------------------------------------------------------------------------- pictures
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns of a picture of (height, width) pixels. ValueError unless multiples of the stride."""
+        _, rows, columns = self.spec.stride
+        if height < 1 or width < 1 or height % rows or width % columns:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels is no multiple of the codec's stride {rows} x {columns}; "
+                "codec.fit(pixels) pads or resizes it"
+            )
+        grid = height // rows, width // columns
+        if max(grid) > MAX_GRID:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels is too large: at most {MAX_GRID * rows} x "
+                f"{MAX_GRID * columns} with this codec; codec.fit(pixels, size=(height, width)) resizes it"
+            )
+        return grid
+
+    def fit(self, pixels: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Make media of any size encodable: uint8 (..., H, W, 3) -> uint8 (..., H', W', 3).
+
+        Without `size`, the right and lower edges are repeated up to the next multiple of the stride. With `size`
+        (height, width) the media are resized to fit inside it, keeping their proportions, and centred with repeated
+        edges. ValueError if the result would exceed the largest grid.
+        """
+        _check_pixels(pixels, "fit", minimum_ndim=3)
+        height, width = pixels.shape[-3:-1]
+        if size is None:
+            rows, columns = self.spec.stride[1:]
+            size = -(-height // rows) * rows, -(-width // columns) * columns
+            self.grid(*size)
+            return _pad(pixels, 0, size[0] - height, 0, size[1] - width)
+        self.grid(*size)
+        scale = min(size[0] / height, size[1] / width)
+        inner = max(1, min(size[0], round(height * scale))), max(1, min(size[1], round(width * scale)))
+        if inner != (height, width):
+            pixels = _resize(pixels, inner)
+        top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+        return _pad(pixels, top, size[0] - inner[0] - top, left, size[1] - inner[1] - left)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float32 (B, h, w, C), normalised. ValueError on another type, shape or size."""
+        _check_pixels(pixels, "encode", ndim=4)
+        self.grid(*pixels.shape[1:3])
+        return self._encode(pixels)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised float (B, h, w, C) -> uint8 (B, H, W, 3). ValueError on another shape."""
+        if latents.ndim != 4 or latents.shape[-1] != self.spec.channels or not latents.is_floating_point():
+            got = f"{latents.dtype} {tuple(latents.shape)}"
+            raise ValueError(f"decode takes float latents (B, h, w, {self.spec.channels}), got {got}")
+        return self._decode(latents.float())
+
+    @abstractmethod
+    def _encode(self, pixels: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor: ...
+
+    # ---------------------------------------------------------------------------------------------- clips
+
+    def num_chunks(self, num_frames: int) -> int:
+        """Chunks of a clip. ValueError unless the frames fill whole chunks."""
+        per_chunk = self.spec.media_frames_per_chunk
+        if num_frames < 1 or num_frames % per_chunk:
+            raise ValueError(
+                f"a clip of {num_frames} frames does not fill chunks of {per_chunk} frames; cut it or repeat its last"
+            )
+        return num_frames // per_chunk
+
+    def encode_video(self, frames: Tensor) -> list[Tensor]:
+        """uint8 (T, H, W, 3) -> one float32 (frames_per_chunk, h, w, C) per chunk. Here: frame by frame."""
+        assert self.spec.stride[0] == 1, "a codec that compresses time overrides encode_video"
+        count = self.num_chunks(len(frames))
+        return list(self.encode(frames).chunk(count))
+
+    def decode_video(self, chunks: Sequence[Tensor]) -> Tensor:
+        """Inverse of `encode_video`: chunks (t, h, w, C) -> uint8 (T, H, W, 3)."""
+        if not chunks:
+            raise ValueError("decode_video takes at least one chunk, got none")
+        return torch.cat([self.decode(chunk) for chunk in chunks])
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON-serialisable; with `kind`, the name in the registry, and without weights."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Named tensors to store; empty for a codec without weights."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
+        """A codec with unset weights from what `config` returned. ValueError names `source`."""
+
+    def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take the tensors of `weights`. ValueError (naming `source`) when names or shapes differ."""
+        if tensors:
+            raise ValueError(f"{source}: codec {self.spec.name!r} has no weights, the file has {len(tensors)}")
+
+    def files(self) -> dict[str, Any]:
+        """What a codec directory holds, as `omni.checkpoint.publish` takes it."""
+        files: dict[str, Any] = {CONFIG_FILE: json.dumps(self.config(), indent=1) + "\n"}
+        if weights := self.weights():
+            files[WEIGHTS_FILE] = weights
+        return files
+
+    def save(self, directory: str | Path, replace: bool = False) -> Path:
+        """Publish the codec as a directory with a manifest of digests."""
+        return publish(directory, self.files(), info={"codec": self.spec.name}, replace=replace)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights; returns self."""
+        return self
+
+
+codecs: Registry[type[Codec]] = Registry("codec")
+
+
+def load_codec(directory: str | Path) -> Codec:
+    """The codec that `save` wrote, or a diffusers autoencoder checkpoint directory (its config has `_class_name`).
+
+    Saved codecs are checked against their manifest (in the directory or in the model directory above it). Raises
+    ValueError for a missing or damaged file, an unknown kind, or weights that do not belong to the configuration.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(directory)!r} holds no {CONFIG_FILE}; give the directory of a saved codec")
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    if "_class_name" in plain:
+        from omni.codecs.autoencoders import AutoencoderCodec
+
+        return AutoencoderCodec.from_diffusers(directory)
+    config = json.loads(read_bytes(path))
+    codec = codecs.get(config.get("kind", "")).from_config(config, str(path))
+    weights = directory / WEIGHTS_FILE
+    codec.load_weights(load_tensors(weights) if weights.exists() else {}, str(weights))
+    return codec
+
+
+def psnr(reference: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 pictures (B, H, W, 3), in dB: float32 (B,). Equal pictures give infinity."""
+    error = (reference.float() - other.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def _check_pixels(pixels: Tensor, verb: str, ndim: int = 0, minimum_ndim: int = 0) -> None:
+    right = pixels.dtype == torch.uint8 and pixels.ndim >= minimum_ndim and pixels.shape[-1:] == (3,)
+    if not right or (ndim and pixels.ndim != ndim):
+        wanted = "(B, H, W, 3)" if ndim else "(..., H, W, 3)"
+        raise ValueError(f"{verb} takes uint8 pixels {wanted}, got {pixels.dtype} {tuple(pixels.shape)}")
+
+
+def _pad(pixels: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """Repeat the edges of (..., H, W, 3)."""
+    rows = torch.arange(-top, pixels.shape[-3] + bottom, device=pixels.device).clamp(0, pixels.shape[-3] - 1)
+    columns = torch.arange(-left, pixels.shape[-2] + right, device=pixels.device).clamp(0, pixels.shape[-2] - 1)
+    return pixels.index_select(-3, rows).index_select(-2, columns)
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Antialiased bilinear resize of uint8 (..., H, W, 3)."""
+    flat = pixels.reshape(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(flat, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(*pixels.shape[:-3], *size, 3)

@@ -1,0 +1,286 @@
+"""Configuration is data: frozen, validated models read from TOML with `a.b=c` overrides, and open registries.
+
+An unknown key or a bad value is a one-line ValueError that names where it came from (a file or an override) and
+suggests the nearest right key. Values of overrides are TOML literals or plain strings; nothing is evaluated.
+Derived values are functions elsewhere; this file knows no setting of Omni's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+Schema = TypeVar("Schema", bound=BaseModel)
+T = TypeVar("T")
+U = TypeVar("U", bound=Any)
+_Keys = tuple[str | int, ...]
+
+
+class Frozen(BaseModel):
+    """Base of every configuration: immutable, unknown keys refused, infinities and NaN refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def load_toml(path: str | Path, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """Read the TOML file at `path`, apply `overrides` (each "a.b=c", later ones win), validate as `schema`.
+
+    An override's value is a TOML literal (`3`, `true`, `[1, 2]`, `"x"`) or else the string as written. A number in a
+    key path indexes a list: `objectives.0.weight=2`. Raises ValueError (one line) for a missing or malformed file,
+    an unknown key, a bad value or a malformed override.
+    """
+    path = Path(path)
+    return build(_read(path, tomllib.loads, "TOML"), schema, str(path), overrides)
+
+
+def load_json(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
+    """The same for a JSON file, such as the config.json of a model directory."""
+    path = Path(path)
+    return build(_read(path, json.loads, "JSON"), schema, str(path), overrides)
+
+
+def build(data: Mapping[str, Any], schema: type[Schema], source: str, overrides: Sequence[str] = ()) -> Schema:
+    """Validate `data` (plain nested mappings; not modified) as `schema`; errors name `source` or the override."""
+    tree = _copy(data)
+    sources: dict[_Keys, tuple[str, str]] = {}
+    for override in overrides:
+        keys, raw = _parse_override(override)
+        _assign(tree, keys, _literal(raw), override)
+        sources[keys] = (f"override {override!r}", raw)
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        first_failure = error
+    retry = _reread_as_text(tree, first_failure, sources)
+    if retry:
+        try:
+            return schema.model_validate(tree)
+        except ValidationError as error:
+            first_failure = error
+    names = {keys: name for keys, (name, _) in sources.items()}
+    raise ValueError(explain(first_failure, schema, source, names)) from None
+
+
+def _read(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+    try:
+        data = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or "; give the path of an existing file"
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}{hint}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not valid {kind}: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{str(path)!r} holds a {kind} {type(data).__name__}, not a table of keys")
+    return data
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _parse_override(override: str) -> tuple[_Keys, str]:
+    name, separator, raw = override.partition("=")
+    parts = [part.strip() for part in name.split(".")]
+    if not separator or not all(parts):
+        raise ValueError(f"override {override!r} is not of the form key=value or table.key=value")
+    return tuple(int(part) if part.isdecimal() else part for part in parts), raw.strip()
+
+
+def _literal(raw: str) -> Any:
+    """A TOML value, or the string itself when it is not one."""
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return raw
+    return parsed["value"] if parsed.keys() == {"value"} else raw
+
+
+def _assign(tree: dict[str, Any], keys: _Keys, value: Any, override: str) -> None:
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        index: Any = str(key) if isinstance(node, dict) else key
+        if isinstance(node, list) and (not isinstance(key, int) or key >= len(node)):
+            raise ValueError(f"override {override!r}: {key!r} is no index of a list of {len(node)}")
+        if not isinstance(node, list | dict):
+            parent = ".".join(map(str, keys[:depth]))
+            raise ValueError(f"override {override!r}: {parent!r} is the value {node!r}, not a table")
+        if depth == len(keys) - 1:
+            node[index] = value
+        elif isinstance(node, dict):
+            node = node.setdefault(index, {})
+        else:
+            node = node[index]
+
+
+def _reread_as_text(tree: Any, error: ValidationError, sources: Mapping[_Keys, tuple[str, str]]) -> bool:
+    """`name=8` for a text field means the text "8": put the raw text back where text was wanted."""
+    changed = False
+    for item in error.errors(include_url=False):
+        keys = tuple(item["loc"])
+        if item["type"] in ("string_type", "path_type") and keys in sources:
+            node = tree
+            for key in keys[:-1]:
+                node = node[key]
+            node[keys[-1]] = sources[keys][1]
+            changed = True
+    return changed
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+def explain(
+    error: ValidationError, schema: type[BaseModel], source: str, overrides: Mapping[_Keys, str] | None = None
+) -> str:
+    """One line for a ValidationError: source, key, value, and the nearest right key of an unknown one."""
+    items = error.errors(include_url=False)
+    lines = [_explain_item(item, schema, source, overrides or {}) for item in items[:3]]
+    more = f" (and {len(items) - 3} more)" if len(items) > 3 else ""
+    return "; ".join(lines) + more
+
+
+def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, overrides: Mapping[_Keys, str]) -> str:
+    keys: _Keys = tuple(item["loc"])
+    for start, name in overrides.items():
+        if keys[: len(start)] == start:
+            source = name
+    dotted = ".".join(map(str, keys))
+    if item["type"] == "extra_forbidden":
+        siblings = _fields_at(schema, keys[:-1])
+        hint = nearest(str(keys[-1]), siblings) or _elsewhere(str(keys[-1]), schema)
+        return f"{source}: unknown key {dotted!r}{hint or _known(siblings)}"
+    if item["type"] == "missing":
+        return f"{source}: key {dotted!r} is missing; set it"
+    message = item["msg"].removeprefix("Value error, ")
+    value = repr(item["input"])
+    value = value if len(value) <= 200 else value[:200] + "..."
+    return f"{source}: {dotted} = {value}: {message}" if keys else f"{source}: {message}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The text `; did you mean 'x'?` for the nearest of `known`, or nothing when none is near."""
+    pool = sorted(set(known))
+    lowered = {candidate.lower(): candidate for candidate in pool}
+    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    return f"; did you mean {lowered[matches[0]]!r}?" if matches else ""
+
+
+def _known(names: Iterable[str]) -> str:
+    listed = ", ".join(sorted(names))
+    return f"; known keys: {listed}" if listed else "; this table takes no keys"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every model class an annotation mentions: unions, lists, dicts, Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def _fields_at(schema: type[BaseModel], keys: _Keys) -> list[str]:
+    """Field names allowed in the table at `keys`; list indices and union tags in `keys` are stepped over."""
+    models: list[type[BaseModel]] = [schema]
+    for key in keys:
+        below = [m.model_fields[key].annotation for m in models if isinstance(key, str) and key in m.model_fields]
+        if below:
+            models = [model for annotation in below for model in _models_in(annotation)]
+        else:
+            tagged = [m for m in models if isinstance(key, str) and _is_tag(m, key)]
+            models = tagged or models
+    return [name for model in models for name in model.model_fields]
+
+
+def _is_tag(model: type[BaseModel], tag: str) -> bool:
+    literals = (typing.get_args(f.annotation) for f in model.model_fields.values())
+    return model.__name__ == tag or any(tag in args for args in literals)
+
+
+def _elsewhere(name: str, schema: type[BaseModel]) -> str:
+    """A key that is right one or more tables below: `lr` -> did you mean 'optimiser.lr'?"""
+    dotted = _dotted_fields(schema, "", 0)
+    found = [key for key in dotted if key.rpartition(".")[2] == name]
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _dotted_fields(schema: type[BaseModel], prefix: str, depth: int) -> list[str]:
+    if depth > 4:
+        return []
+    names: list[str] = []
+    for name, info in schema.model_fields.items():
+        names.append(prefix + name)
+        for model in _models_in(info.annotation):
+            names += _dotted_fields(model, f"{prefix}{name}.", depth + 1)
+    return names
+
+
+# --------------------------------------------------------------------------------------------- identity
+
+
+def canonical_json(config: BaseModel | Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no spaces: equal configurations give equal text. ValueError for NaN or infinity."""
+    data = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(config: BaseModel | Mapping[str, Any]) -> str:
+    """128-bit blake2b of the canonical JSON, as 32 hex digits."""
+    return hashlib.blake2b(canonical_json(config).encode("utf-8"), digest_size=16).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- registries
+
+
+class Registry(Generic[T]):
+    """An open table of named things of one kind: a new one is a new file that registers itself.
+
+    Example:
+        >>> samplers = Registry("sampler")
+        >>> @samplers.register("euler")
+        ... def euler(): ...
+        >>> samplers.names()
+        ['euler']
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[U], U]:
+        """Decorator that adds the class or function under `name`. Raises ValueError if the name is taken."""
+
+        def add(item: U) -> U:
+            if name in self._items:
+                raise ValueError(f"{self.kind} {name!r} is registered already, by {self._items[name]!r}")
+            self._items[name] = item
+            return item
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The thing registered under `name`. Raises ValueError with the nearest name, or all of them."""
+        if name in self._items:
+            return self._items[name]
+        hint = nearest(str(name), self._items) or f"; known: {', '.join(self.names()) or 'none'}"
+        raise ValueError(f"unknown {self.kind} {name!r}{hint}")
+
+    def names(self) -> list[str]:
+        """Registered names, sorted."""
+        return sorted(self._items)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items

@@ -1,0 +1,52 @@
+"""Find a colour emoji font on Linux, macOS or Windows, or check the one the caller names.
+
+Knows file names and folders only; rendering is in `atlas.py`. Downloads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+FONT_FILES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")
+WAY_OUT = "install one (`apt install fonts-noto-color-emoji`) or name it with --font FILE"
+
+
+def font_folders() -> tuple[Path, ...]:
+    """The folders searched, most specific first: the user's, then the system's."""
+    home = Path.home()
+    data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share")
+    return (
+        data / "fonts",
+        home / ".fonts",
+        Path("/usr/local/share/fonts"),
+        Path("/usr/share/fonts"),
+        home / "Library/Fonts",
+        Path("/Library/Fonts"),
+        Path("/System/Library/Fonts"),
+        Path(os.environ.get("WINDIR", "C:/Windows")) / "Fonts",
+    )
+
+
+def _candidates(folders: tuple[Path, ...]) -> Iterator[Path]:
+    for pattern in FONT_FILES:
+        for folder in folders:
+            if folder.is_dir():
+                yield from sorted(folder.rglob(pattern))
+
+
+def find_font(path: str | os.PathLike[str] | None = None, folders: tuple[Path, ...] | None = None) -> Path:
+    """The colour emoji font file to use: `path` if given, else the first one installed.
+
+    Raises ValueError, one line that says what was looked for and the way out, if there is none.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"no emoji font at {str(path)!r}; {WAY_OUT}")
+        return Path(path)
+    folders = font_folders() if folders is None else folders
+    for candidate in _candidates(folders):
+        return candidate
+    where = ", ".join(str(f) for f in folders if f.is_dir()) or "no font folder exists"
+    raise ValueError(f"no colour emoji font ({', '.join(FONT_FILES)}) found in {where}; {WAY_OUT}")

@@ -1,0 +1,581 @@
+"""Interleaved generation: a small state machine over rows that yields an ordered stream of events.
+
+    outer loop (sequence)    the token head decides what comes next: a text token, a picture, the end (`_text_step`)
+    inner loop (refinement)  a block is refined from noise in `steps` jumps, reading the cache (`_refine`)
+
+A finished block is appended to the cache as clean latents; nothing of the refinement is ever cached. Rows share passes:
+all rows that are in text take one cached step together; rows that wait for a block of one size are refined together.
+The same request with the same seed draws the same noise whatever else is in the batch.
+
+Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from omni.config import Frozen
+from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.guidance import Drop, open_turn, reduce
+from omni.layout import LatentSpan, Span, Stream, TokenSpan, grid_positions, lay_out
+from omni.model import Omni
+from omni.nn.cache import KVCache
+from omni.rng import Key
+from omni.samplers import SAMPLERS, time_grid
+from omni.text.chat import messages_to_document
+from omni.text.compose import compose
+from omni.text.tokenizer import TextStream
+
+
+class GenerationOptions(Frozen):
+    """One request's budget. None means the model's own default (its generation.json).
+
+    steps: network evaluations per block (each counts once however many guidance branches it carries).
+    guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance). shift: time-grid warp.
+    temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
+    force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    image_guidance: float | None = None
+    shift: float | None = None
+    sampler: str | None = None
+    seed: int = 0
+    temperature: float | None = None
+    top_p: float = 1.0
+    max_tokens: int = 256
+    max_images: int = 16
+    stop: tuple[str, ...] = ()
+    force_image: bool = False
+    image_size: tuple[int, int] | None = None
+
+    def resolved(self, defaults: dict[str, Any]) -> GenerationOptions:
+        """With the defaults filled in. Raises ValueError naming an impossible value."""
+        base = {"steps": 8, "guidance": 1.0, "image_guidance": 1.0, "shift": 1.0, "temperature": 0.0, **defaults}
+        filled = {n: base.get(n) for n in type(self).model_fields if getattr(self, n) is None and n in base}
+        out = self.model_copy(update=filled)
+        assert out.steps is not None and out.temperature is not None
+        if out.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {out.steps}; one step is a single jump from noise to picture")
+        if out.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {out.temperature}; 0 is greedy")
+        if not 0 < out.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {out.top_p}; 1 keeps every token")
+        if out.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {out.max_tokens}")
+        return out
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePart:
+    """A drawn picture. index counts the pictures of the reply from 0; steps is the number of evaluations spent."""
+
+    image: PILImage.Image
+    height: int
+    width: int
+    steps: int
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPart:
+    """A drawn clip: frames uint8 (T, H, W, 3)."""
+
+    frames: Tensor
+    fps: float
+    steps: int
+    seed: int
+    index: int
+
+
+Part = TextPart | ImagePart | VideoPart
+StopReason = Literal["end", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    text: str
+
+
+@dataclass(frozen=True)
+class BlockStart:
+    """A block begins: kind "image" or "video", its index among the reply's media, its grid (t, h, w) in latents."""
+
+    kind: str
+    index: int
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStep:
+    """After refinement step `step` of `steps`: the latents (N, C) at that time."""
+
+    index: int
+    step: int
+    steps: int
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    index: int
+    part: ImagePart | VideoPart
+
+
+@dataclass(frozen=True)
+class Stop:
+    reason: StopReason
+
+
+Event = TextDelta | BlockStart | BlockStep | BlockDone | Stop
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An ordered reply. `document` is the prompt followed by the reply, ready for the next turn."""
+
+    parts: list[Part]
+    document: Document
+    stop_reason: StopReason
+
+    @property
+    def text(self) -> str:
+        return "".join(p.text for p in self.parts if isinstance(p, TextPart))
+
+    @property
+    def images(self) -> list[PILImage.Image]:
+        return [p.image for p in self.parts if isinstance(p, ImagePart)]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+Phase = Literal["text", "chunks", "rows", "columns", "block", "done"]
+
+
+@dataclass
+class _Media:
+    """The picture or clip that a row is drawing."""
+
+    kind: Literal["image", "video"]
+    index: int
+    chunks: int = 1
+    rows: int = 0
+    columns: int = 0
+    finished: list[Tensor] = field(default_factory=list)  # latents (N, C) of the finished blocks
+
+
+@dataclass
+class _Row:
+    number: int
+    options: GenerationOptions
+    segments: list[Segment]  # prompt and finished segments of the reply
+    stream: TextStream
+    phase: Phase = "text"
+    text: str = ""  # the open text segment
+    emitted: int = 0  # characters of it already sent
+    num_tokens: int = 0
+    num_media: int = 0
+    forced: list[int] = field(default_factory=list)  # ids that come next whatever the logits say
+    media: _Media | None = None
+    parts: list[Part] = field(default_factory=list)
+    reason: StopReason = "end"
+
+    @property
+    def key(self) -> Key:
+        return Key(self.options.seed)
+
+
+class Engine:
+    """Generation with one model. Stateless between calls."""
+
+    def __init__(self, model: Omni) -> None:
+        if model.tokenizer is None:
+            raise ValueError("generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer")
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.control = model.tokenizer.control
+        self.device = model.token.embedding.weight.device
+        self.allowed = {phase: self._allowed(phase) for phase in ("text", "text only", "chunks", "rows", "columns")}
+
+    # ---- entrances ------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Reply:
+        """The whole reply to a string, chat messages or a Document."""
+        return self.generate_batch([prompt], options or GenerationOptions(**changes))[0]
+
+    def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
+        """The events of one reply, in order, as they happen. The last one is Stop."""
+        rows = self._rows([prompt], options or GenerationOptions(**changes), None)
+        for _, event in self._run(rows):
+            yield event
+
+    def generate_batch(
+        self, prompts: Sequence[Any], options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Reply]:  # fmt: skip
+        """Replies to many prompts, sharing passes. One options object for all, or one each; `seeds` overrides theirs."""
+        rows = self._rows(prompts, options or GenerationOptions(), seeds)
+        for _ in self._run(rows):
+            pass
+        return [Reply(row.parts, Document(tuple(row.segments)), row.reason) for row in rows]
+
+    def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[_Row]:
+        many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
+            raise ValueError(f"{len(prompts)} prompts need as many options and seeds, got {len(many)} and {seeds and len(seeds)}")
+        rows = []
+        for number, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
+            document = prompt if isinstance(prompt, Document) else messages_to_document(prompt)
+            if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
+                raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
+            one = one.resolved(dict(self.model.defaults))
+            if seeds is not None:
+                one = one.model_copy(update={"seed": int(seeds[number])})
+            rows.append(_Row(number, one, list(document.segments), self.tokenizer.stream()))
+        return rows
+
+    # ---- outer loop -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self, rows: list[_Row]) -> Iterator[tuple[int, Event]]:
+        for row in rows:
+            if row.options.image_size is not None:
+                self._grid_of(row.options.image_size)  # refuse an impossible size before any work
+            if row.options.force_image:
+                row.forced = [self.control.image]
+        cache = self.model.transformer.new_cache(len(rows), 256)
+        prompts = [compose(Document(tuple(r.segments)), self.tokenizer, self.model.encode_media, True) for r in rows]
+        logits = self._append(cache, prompts)
+        while any(row.phase != "done" for row in rows):
+            waiting = [r for r in rows if r.phase == "block"]
+            talking = [r for r in rows if r.phase not in ("block", "done")]
+            if talking:
+                chosen = self._choose(talking, logits)
+                for row, token in zip(talking, chosen, strict=True):
+                    for event in self._accept(row, token):
+                        yield row.number, event
+                tokens = {r.number: t for r, t in zip(talking, chosen, strict=True) if r.phase != "done"}
+                if tokens:
+                    new = self._append_tokens(cache, tokens)
+                    logits = new if len(tokens) == len(rows) else self._merge(logits, new, list(tokens))
+            elif waiting:
+                for group in self._groups(waiting):
+                    yield from self._draw(group, rows, cache)
+                    after = self._commit(group, rows, cache)
+                    for row in group:
+                        for event in self._finish_block(row):
+                            yield row.number, event
+                    logits = self._merge(logits, after, [r.number for r in group])
+        for row in rows:
+            yield row.number, Stop(row.reason)
+
+    @staticmethod
+    def _merge(old: Tensor, new: Tensor, rows: list[int]) -> Tensor:
+        out = old.clone()
+        out[rows] = new[rows]
+        return out
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def _allowed(self, phase: str) -> Tensor:
+        """(V,) additive: which ids may come in a phase. This is what makes the header well formed."""
+        c, config = self.control, self.model.config
+        mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
+        if phase.startswith("text"):
+            mask[: self.tokenizer.num_text] = 0
+            mask[c.end] = 0
+            if phase == "text" and self.model.codec is not None:
+                mask[[c.image, c.video]] = 0
+        else:
+            largest = config.max_chunks if phase == "chunks" else config.max_grid
+            mask[[c.size(n) for n in range(1, largest + 1)]] = 0
+        return mask
+
+    def _choose(self, rows: list[_Row], logits: Tensor) -> list[int]:
+        """One id per row: forced, greedy, or drawn by the row's own key."""
+        masks = [
+            self.allowed["text only" if r.phase == "text" and r.num_media >= r.options.max_images else r.phase] for r in rows
+        ]
+        scores = logits[[r.number for r in rows]].float() + torch.stack(masks)
+        greedy = scores.argmax(-1).tolist()
+        chosen = []
+        for row, best, score in zip(rows, greedy, scores, strict=True):
+            if row.forced:
+                chosen.append(row.forced.pop(0))
+            elif not row.options.temperature:
+                chosen.append(best)
+            else:
+                chosen.append(draw_token(score, row.options.temperature, row.options.top_p, row.key.fold("token", row.num_tokens)))
+            row.num_tokens += 1
+        return chosen
+
+    def _accept(self, row: _Row, token: int) -> Iterator[Event]:
+        """Move the row's state machine by one id."""
+        c = self.control
+        if row.phase == "text":
+            if token < self.tokenizer.num_text:
+                row.text += row.stream.push(token)
+                yield from self._emit(row)
+                if row.phase != "done" and row.num_tokens >= row.options.max_tokens:
+                    yield from self._finish(row, "length")
+            elif token == c.end:
+                yield from self._finish(row, "end")
+            else:
+                yield from self._close_text(row)
+                row.media = _Media("image" if token == c.image else "video", row.num_media)
+                row.phase = "rows" if token == c.image else "chunks"
+                if row.options.image_size is not None:
+                    height, width = self._grid_of(row.options.image_size)
+                    row.forced += [c.size(height), c.size(width)]
+            return
+        media, size = row.media, self.control.size_of(token)
+        assert media is not None and size is not None
+        if row.phase == "chunks":
+            media.chunks, row.phase = size, "rows"
+        elif row.phase == "rows":
+            media.rows, row.phase = size, "columns"
+        else:
+            media.columns, row.phase = size, "block"
+            yield BlockStart(media.kind, media.index, self._grid(media))
+
+    def _emit(self, row: _Row) -> Iterator[Event]:
+        """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
+        for stop in row.options.stop:
+            at = row.text.find(stop)
+            if at >= 0:
+                row.text = row.text[:at]
+                yield from self._finish(row, "stop")
+                return
+        hold = max((len(s) for s in row.options.stop), default=1) - 1
+        end = len(row.text) - hold
+        if end > row.emitted:
+            yield TextDelta(row.text[row.emitted : end])
+            row.emitted = end
+
+    def _close_text(self, row: _Row) -> Iterator[Event]:
+        row.text += row.stream.flush() if row.reason != "stop" else ""
+        if len(row.text) > row.emitted:
+            yield TextDelta(row.text[row.emitted :])
+        if row.text:
+            row.segments.append(Text(row.text, Role.ASSISTANT))
+            row.parts.append(TextPart(row.text))
+        row.text, row.emitted, row.stream = "", 0, self.tokenizer.stream()
+
+    def _finish(self, row: _Row, reason: StopReason) -> Iterator[Event]:
+        row.reason = reason
+        yield from self._close_text(row)
+        row.phase = "done"
+
+    # ---- inner loop -----------------------------------------------------------------------------------------------
+
+    def _grid(self, media: _Media) -> tuple[int, int, int]:
+        assert self.model.codec is not None
+        t = 1 if media.kind == "image" else self.model.codec.spec.frames_per_chunk
+        return (t, media.rows, media.columns)
+
+    def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.model.codec is None:
+            raise ValueError("this model draws no pictures: it has no codec")
+        grid = self.model.codec.grid(*size)
+        if max(grid) > self.model.config.max_grid:
+            stride = self.model.codec.spec.stride
+            raise ValueError(f"image size {size} is beyond this model: at most {self.model.config.max_grid * stride[1]} pixels a side")
+        return grid
+
+    def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
+        """Rows whose blocks can be refined in one pass: same grid and same budget."""
+        groups: dict[object, list[_Row]] = {}
+        for row in rows:
+            assert row.media is not None
+            o = row.options
+            at = (self._grid(row.media), o.steps, o.guidance, o.image_guidance, o.shift, o.sampler)
+            groups.setdefault(at, []).append(row)
+        return list(groups.values())
+
+    def _draw(self, group: list[_Row], rows: list[_Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+        """Refine one block of each row of the group; its latents are appended to `media.finished`."""
+        options = group[0].options
+        assert group[0].media is not None and options.steps is not None and options.shift is not None
+        grid = self._grid(group[0].media)
+        count = grid[0] * grid[1] * grid[2]
+        channels = self.model.config.flow.channels
+        start = torch.stack([
+            r.key.fold("block noise", r.media.index, len(r.media.finished)).normal((count, channels))  # type: ignore[union-attr]
+            for r in group
+        ]).to(self.device, self.model.token.embedding.weight.dtype)  # fmt: skip
+        call = self._guided_call(group, rows, cache, grid)
+        sampler = SAMPLERS.get(options.sampler or self.model.config.sampler)
+        x = start
+        for state in sampler(call, start, time_grid(options.steps, options.shift)):
+            x = state.x
+            for b, row in enumerate(group):
+                assert row.media is not None
+                yield row.number, BlockStep(row.media.index, state.step, state.steps, x[b].float())
+        for b, row in enumerate(group):
+            assert row.media is not None
+            row.media.finished.append(x[b].float())
+
+    def _guided_call(self, group: list[_Row], rows: list[_Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
+        """F(x, t, s) of the group, with all guidance branches of all rows in one pass."""
+        options = group[0].options
+        w_text, w_image = options.guidance, options.image_guidance
+        assert w_text is not None and w_image is not None
+        branches: list[Drop] = [] if w_text == w_image == 1 else ["text", "all"]
+        memory_cache = cache if len(group) == len(rows) and not branches else cache.fork([r.number for r in group])
+        for what in branches:
+            null = self.model.transformer.new_cache(len(group), 64)
+            self._append(null, [self._null_spans(r, what) for r in group])
+            memory_cache = memory_cache.stack(null)
+        memory, stream, item = memory_cache.memory(), refine_stream(memory_cache, grid, self.device), None
+        B, K = memory_cache.rows, len(branches) + 1
+        item = torch.arange(B, device=self.device)[:, None].expand(B, stream.block.shape[1])
+
+        def call(x: Tensor, t: float, s: float) -> Tensor:
+            ones = torch.ones(B, device=x.device, dtype=torch.float32)
+            F = self.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, item, memory)
+            if K == 1:
+                return F
+            full, no_text, nothing = F.chunk(3)
+            return nothing + w_image * (no_text - nothing) + w_text * (full - no_text)
+
+        return call
+
+    def _null_spans(self, row: _Row, what: Drop) -> list[Span]:
+        """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training."""
+        media = row.media
+        assert media is not None
+        history = reduce(open_turn(row.segments, Role.ASSISTANT), what)
+        spans = compose(Document(history), self.tokenizer, self.model.encode_media)
+        last = spans[-1]
+        assert isinstance(last, TokenSpan) and last.ids[-1] == self.control.end
+        c = self.control
+        sizes = [c.size(media.rows), c.size(media.columns)]
+        header = [c.image, *sizes] if media.kind == "image" else [c.video, c.size(media.chunks), *sizes]
+        ids = [*last.ids[:-1], *header]
+        grid = self._grid(media)
+        return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
+
+    def _commit(self, group: list[_Row], rows: list[_Row], cache: KVCache) -> Tensor:
+        """Append the finished block, clean, to the cache of its row (and close the picture); logits (R, V) after it."""
+        spans: list[list[Span]] = [[] for _ in rows]
+        for row in group:
+            assert row.media is not None
+            spans[row.number].append(LatentSpan(row.media.finished[-1], self._grid(row.media)))
+            if len(row.media.finished) == row.media.chunks:
+                spans[row.number].append(TokenSpan([self.control.media_end], [False]))
+        return self._append(cache, spans)
+
+    def _finish_block(self, row: _Row) -> Iterator[Event]:
+        media, codec = row.media, self.model.codec
+        assert media is not None and codec is not None
+        if len(media.finished) < media.chunks:
+            return  # the next chunk of the clip comes in the next round
+        grid = self._grid(media)
+        blocks = [z.reshape(*grid, -1) for z in media.finished]
+        o = row.options
+        assert o.steps is not None
+        part: ImagePart | VideoPart
+        if media.kind == "image":
+            pixels = codec.decode(blocks[0])[0].cpu()
+            row.segments.append(Image(pixels, Role.ASSISTANT))
+            picture = PILImage.fromarray(pixels.numpy(), "RGB")
+            part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index)
+        else:
+            frames = codec.decode_video(blocks).cpu()
+            row.segments.append(Video(frames, role=Role.ASSISTANT))
+            part = VideoPart(frames, 8.0, o.steps, o.seed, media.index)
+        row.parts.append(part)
+        row.num_media += 1
+        row.phase, row.media = "text", None
+        yield BlockDone(part.index, part)
+
+    # ---- the cache ------------------------------------------------------------------------------------------------
+
+    def _append(self, cache: KVCache, spans: list[list[Span]]) -> Tensor:
+        """Append spans to each row (none for some); returns logits (R, V) after the last position of each row."""
+        hidden = append_spans(self.model, cache, spans, self.control.pad)
+        return self.model.token.read(hidden)
+
+    def _append_tokens(self, cache: KVCache, tokens: dict[int, int]) -> Tensor:
+        """One id for the rows named in `tokens`: the hot path of text decoding. Returns logits (R, V)."""
+        ids = torch.tensor([[tokens.get(r, self.control.pad)] for r in range(cache.rows)], device=self.device)
+        valid = [int(r in tokens) for r in range(cache.rows)]
+        block = torch.tensor(cache.next_block, device=self.device)[:, None]
+        position = torch.tensor(cache.next_position, device=self.device)[:, None, None].expand(-1, 1, 3)
+        hidden = self.model.transformer.extend(self.model.token.embed(ids), block, position, False, cache, valid)
+        for r in tokens:
+            cache.next_block[r] += 1
+            cache.next_position[r] += 1
+        return self.model.token.read(hidden[:, 0])
+
+
+def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
+    """Append spans to every row of the cache in one pass; returns the hidden state (R, W) of each row's last position.
+
+    A row with no spans stays as it is (its hidden state is then meaningless).
+    """
+    device = model.token.embedding.weight.device
+    laid = [
+        lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
+        for r, row in enumerate(spans)
+    ]
+    R, N = len(laid), max(len(one.ids) for one in laid)
+    ids = torch.full((R, N), pad_id, dtype=torch.int64)
+    latents = torch.zeros(R, N, model.config.flow.channels)
+    is_latent = torch.zeros(R, N, dtype=torch.bool)
+    block = torch.zeros(R, N, dtype=torch.int64)
+    position = torch.zeros(R, N, 3, dtype=torch.int64)
+    for r, one in enumerate(laid):
+        n = len(one.ids)
+        if n == 0:
+            continue
+        ids[r, :n] = torch.tensor(one.ids)
+        block[r, :n] = torch.tensor(one.block)
+        position[r, :n] = torch.tensor(one.position)
+        for i, z in enumerate(one.latents):
+            if z is not None:
+                latents[r, i], is_latent[r, i] = z, True
+    valid = [len(one.ids) for one in laid]
+    has_latents = bool(is_latent.any())
+    is_latent = is_latent.to(device)
+    h = model.embed_context(ids.to(device), latents.to(device) if has_latents else None, is_latent)
+    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid)
+    for r, one in enumerate(laid):
+        cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
+    last = torch.tensor([max(n - 1, 0) for n in valid], device=device)
+    return hidden[torch.arange(R, device=device), last]
+
+
+def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
+    """The layout of one block per row, continuing each row of the cache."""
+    R = cache.rows
+    position = torch.tensor([grid_positions(grid, p) for p in cache.next_position], device=device)
+    N = position.shape[1]
+    block = torch.tensor(cache.next_block, device=device)[:, None].expand(R, N)
+    return Stream(torch.zeros_like(block), block, torch.ones_like(block), position)
+
+
+def draw_token(score_V: Tensor, temperature: float, top_p: float, key: Key) -> int:
+    """A keyed draw from softmax(score / temperature) restricted to its top-p nucleus."""
+    p = (score_V.double() / temperature).softmax(-1)
+    values, order = p.sort(descending=True, stable=True)
+    kept = values * ((values.cumsum(-1) - values) < top_p)
+    u = key.python().random() * float(kept.sum())
+    index = int((kept.cumsum(-1) <= u).sum())
+    return int(order[min(index, int((kept > 0).sum()) - 1)])

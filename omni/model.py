@@ -1,0 +1,256 @@
+"""Omni: transformer + token head + flow head, with a tokenizer and a codec beside them.
+
+`loss` is the training forward: one context pass, and one refine pass (or as many as an objective asks for) that reads
+its keys and values. `extend` and `velocity` are what the engine calls: the same modules, with a cache for memory.
+
+Legend: R rows, T context positions, S refine positions, W width, C latent channels, I items (copies), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from omni.checkpoint import load_tensors, publish, verify
+from omni.config import Frozen, load_json
+from omni.document import Document, Image, Video
+from omni.heads import FlowHead, FlowHeadConfig, TokenHead
+from omni.layout import IGNORE, Batch, Span, Stream
+from omni.nn.cache import KVCache, Memory
+from omni.nn.tangent import directional
+from omni.nn.transformer import Transformer, TransformerConfig
+from omni.objectives import FlowObjective, Objective, Terms
+from omni.objectives.base import Items
+from omni.objectives.next_token import NextToken
+from omni.rng import Key
+from omni.text.compose import compose
+
+if TYPE_CHECKING:
+    from omni.codecs import Codec
+    from omni.engine import Reply
+    from omni.text.tokenizer import Tokenizer
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+class OmniConfig(Frozen):
+    """Everything that fixes the shapes of the weights. `vocab_size` counts text and control ids.
+
+    `sampler` names the sampler that suits the flow head: "euler" after flow matching, "flow_map" after a two-time
+    objective. `max_grid` bounds the header the model may write, in latents.
+    """
+
+    transformer: TransformerConfig = TransformerConfig()
+    flow: FlowHeadConfig = FlowHeadConfig()
+    vocab_size: int
+    tied_embeddings: bool = True
+    sampler: str = "euler"
+    max_grid: int = 8
+    max_chunks: int = 8
+
+
+@dataclass
+class FlowCall:
+    """F(x, t, s) of one batch: what an objective sees. It closes over the model and the context's memory."""
+
+    model: Omni
+    stream: Stream
+    item: Tensor
+    memory: Memory
+    guidance: Tensor  # (I,) beta = 1 / w
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return self.model.velocity(x, t, s, self.guidance, self.stream, self.item, self.memory)
+
+    def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
+        frozen = Memory([k.detach() for k in self.memory.keys], [v.detach() for v in self.memory.values], self.memory.fields)
+
+        def function(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return self.model.velocity(x, t, s, self.guidance, self.stream, self.item, frozen, tangents=True)
+
+        return directional(function, (x, t, s), (dx, dt, ds))
+
+
+class Omni(nn.Module):
+    """One transformer over interleaved text and latent blocks. `tokenizer` and `codec` are attached, not trained."""
+
+    def __init__(self, config: OmniConfig, key: Key | None = None) -> None:
+        super().__init__()
+        self.config = config
+        width = config.transformer.width
+        self.transformer = Transformer(config.transformer)
+        self.token = TokenHead(config.vocab_size, width, config.tied_embeddings)
+        self.flow = FlowHead(width, config.flow)
+        self.tokenizer: Tokenizer | None = None
+        self.codec: Codec | None = None
+        self.defaults: Mapping[str, Any] = {}
+        initialise(self, key or Key(0))
+
+    # ---- training forward -----------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, objectives: Sequence[Objective], key: Key) -> dict[str, Terms]:
+        """One context pass, then each objective. Returns named (sum, count) terms; absent modalities give count 0."""
+        hidden, memory = self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
+        terms: dict[str, Terms] = {}
+        for objective in objectives:
+            name = type(objective).__name__
+            if isinstance(objective, NextToken):
+                where = batch.target != IGNORE
+                terms[name] = objective.loss(self.token.read(hidden[where]), batch.target[where])
+            elif isinstance(objective, FlowObjective) and batch.num_items:
+                items = Items(batch.refine_latents, batch.item, batch.item_names)
+                beta = torch.ones(batch.num_items, device=batch.ids.device)
+                call = FlowCall(self, batch.refine, batch.item, memory, beta)
+                terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
+            elif isinstance(objective, FlowObjective):
+                terms[name] = Terms(hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)
+        return terms
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Hidden states (R, T, W) of the context stream's input."""
+        return self.embed_context(batch.ids, batch.latents, batch.is_latent)
+
+    def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
+        h = self.token.embed(ids)
+        if latents is None or is_latent is None:
+            return h
+        clean = self.flow.embed_clean(latents.to(self.flow.clean.weight.dtype))
+        return torch.where(is_latent.unsqueeze(-1), clean.to(h.dtype), h)
+
+    def velocity(
+        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor, memory: Memory,
+        *, tangents: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C). The same call in training and in sampling."""
+        condition = self.flow.condition(t, s, guidance)
+        hidden = self.transformer.refine(self.flow.embed(x), stream, memory, condition, item, tangents=tangents)
+        return self.flow.read(hidden, condition, item)
+
+    # ---- generation -----------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Any, **options: Any) -> Reply:
+        """An interleaved reply to a string, a list of chat messages or a Document. See `engine.GenerationOptions`."""
+        from omni.engine import Engine
+
+        return Engine(self).generate(prompt, **options)
+
+    def generate_batch(
+        self, prompts: Sequence[Any], options: Any = None, seeds: Sequence[int] | None = None
+    ) -> list[Reply]:
+        """Many replies at once; rows share passes. `seeds` overrides the seed of each row."""
+        from omni.engine import Engine
+
+        return Engine(self).generate_batch(prompts, options, seeds)
+
+    # ---- documents ------------------------------------------------------------------------------------------------
+
+    def spans(self, document: Document, generation_prompt: bool = False) -> list[Span]:
+        """The document as token and latent spans, through the attached tokenizer and codec."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; set model.tokenizer or load it with omni.from_pretrained")
+        return compose(document, self.tokenizer, self.encode_media, generation_prompt)
+
+    def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
+        """Latents (t, h, w, C) of each picture (one block) or clip (one block per chunk). Pictures of a size share a pass."""
+        if self.codec is None:
+            raise ValueError("this model has no codec for pictures; set model.codec or load it with omni.from_pretrained")
+        out: list[list[Tensor]] = [[] for _ in segments]
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, segment in enumerate(segments):
+            if isinstance(segment, Image):
+                by_size.setdefault(tuple(segment.pixels.shape), []).append(index)
+            else:
+                out[index] = self.codec.encode_video(segment.frames)
+        for indices in by_size.values():
+            pixels = torch.stack([segments[i].pixels for i in indices])  # type: ignore[union-attr]
+            for i, latents in zip(indices, self.codec.encode(pixels), strict=True):
+                out[i] = [latents.unsqueeze(0)]
+        return out
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Strict: every weight must be there, with its shape, and nothing else. ValueError naming `source` otherwise."""
+        own = self.state_dict()
+        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; it belongs to another config.json"
+            )
+        for name, value in tensors.items():
+            if value.shape != own[name].shape:
+                raise ValueError(
+                    f"{source}: {name} has shape {tuple(value.shape)}, config.json wants {tuple(own[name].shape)}"
+                )
+        self.load_state_dict({name: value.to(own[name].dtype) for name, value in tensors.items()})
+
+    def save_pretrained(
+        self, directory: str | Path, dtype: torch.dtype = torch.bfloat16, replace: bool = False, info: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Publish a model directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json."""
+        files: dict[str, Any] = {
+            "config.json": self.config.model_dump_json(indent=2) + "\n",
+            "generation.json": json.dumps(dict(self.defaults), indent=2) + "\n",
+            "model.safetensors": {n: v.detach().to("cpu", dtype).contiguous() for n, v in self.state_dict().items()},
+        }
+        if self.codec is not None:
+            files |= {f"codec/{name}": content for name, content in self.codec.files().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            if self.tokenizer is not None:
+                self.tokenizer.save(folder)
+                files["tokenizer"] = Path(folder)
+            return publish(directory, files, info=info, replace=replace)
+
+
+def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
+    """Load a model directory (the bundled model by default). Every byte is checked against the manifest first.
+
+    Raises ValueError naming the file if it is missing or damaged, or if a weight is missing, unknown or misshapen.
+    """
+    from omni.codecs import load_codec
+    from omni.text import load_tokenizer
+
+    folder = BUNDLED if path is None else Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors")
+    verify(folder)
+    config = load_json(folder / "config.json", OmniConfig)
+    model = Omni(config)
+    model.load_weights(load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    if (folder / "tokenizer").is_dir():
+        model.tokenizer = load_tokenizer(folder / "tokenizer")
+    if (folder / "codec").is_dir():
+        model.codec = load_codec(folder / "codec")
+    if (folder / "generation.json").is_file():
+        model.defaults = json.loads((folder / "generation.json").read_text())
+    return model.to(device, dtype).eval()
+
+
+@torch.no_grad()
+def initialise(model: Omni, key: Key) -> None:
+    """Weights keyed by parameter name: adding a module or sharding the model changes no other weight.
+
+    Matrices are normal with deviation 1/sqrt(fan in); residual outputs are scaled by 1/sqrt(2 depth); embeddings have
+    deviation 0.02; the velocity read-out, biases and modulation start at zero, so that F starts at 0.
+    """
+    depth = model.config.transformer.depth
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        elif parameter.ndim < 2 or "modulation" in name or name.startswith("flow.velocity"):
+            parameter.zero_()
+        else:
+            std = 0.02 if "embedding" in name else 1 / math.sqrt(parameter.shape[1])
+            if name.endswith((".out.weight", ".down.weight")) and name.startswith("transformer"):
+                std /= math.sqrt(2 * depth)
+            draws = key.fold("initialise", name).normal(tuple(parameter.shape)) * std
+            parameter.copy_(draws)
+

@@ -1,0 +1,137 @@
+"""Attention backends behind one function, chosen by name or by what the machine has; all equal where they overlap.
+
+    math    explicit softmax; the only one under forward-mode differentiation; any device
+    sdpa    torch's scaled_dot_product_attention with the dense mask; the default on the CPU
+    flex    FlexAttention with a block mask; the default on CUDA (its backward exists on CUDA only)
+    flash   the flash-attn package (varlen), CUDA, for a context stream of plain text only
+
+Legend: R rows, H query heads, G key heads (H a multiple of G), Q queries, K keys, D head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni.mask import Fields, dense, flex
+
+BACKENDS = ("math", "sdpa", "flex", "flash")
+_log = logging.getLogger("omni")
+
+
+@dataclass
+class AttentionMask:
+    """The visibility of one (queries, keys) pair, lowered on demand and kept for all the layers of a pass."""
+
+    queries: Fields
+    keys: Fields
+    _lowered: dict[object, object] = field(default_factory=dict)
+
+    def boolean(self) -> Tensor:
+        """(R, 1, Q, K) bool."""
+        if "boolean" not in self._lowered:
+            self._lowered["boolean"] = dense(self.queries, self.keys).unsqueeze(1)
+        return self._lowered["boolean"]  # type: ignore[return-value]
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """(R, 1, Q, K): 0 where visible, -inf where not."""
+        if dtype not in self._lowered:
+            mask = self.boolean()
+            self._lowered[dtype] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+        return self._lowered[dtype]  # type: ignore[return-value]
+
+    def block_mask(self) -> object:
+        if "flex" not in self._lowered:
+            self._lowered["flex"] = flex(self.queries, self.keys)
+        return self._lowered["flex"]
+
+
+@cache
+def choose_backend(name: str | None, device_type: str) -> str:
+    """The backend for a device: `name` if given, else the best that the machine has. Said once, in the log."""
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
+        if name == "flash" and (device_type != "cuda" or importlib.util.find_spec("flash_attn") is None):
+            raise ValueError("attention backend 'flash' needs CUDA and flash-attn: pip install 'omni[gpu]', or use 'sdpa'")
+        return name
+    chosen = "flex" if device_type == "cuda" else "sdpa"
+    _log.info("attention backend: %s (device %s)", chosen, device_type)
+    return chosen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v.
+
+    Args:
+        q: (R, H, Q, D). k, v: (R, G, K, D), of q's dtype.
+        mask: None means that every query sees every key.
+        backend: one of BACKENDS.
+
+    Returns: (R, H, Q, D).
+    """
+    if backend == "math":
+        return _math(q, k, v, mask)
+    if backend == "sdpa":
+        bias = None if mask is None else mask.additive(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
+    if backend == "flex":
+        return _flex(q, k, v, mask)
+    if backend == "flash":
+        return _flash(q, k, v, mask)
+    raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores + mask.additive(scores.dtype)
+    return scores.softmax(-1) @ v
+
+
+@cache
+def _compiled_flex():  # noqa: ANN202
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("FlexAttention has no backward on the CPU; use attention backend 'sdpa' there")
+    function = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    block_mask = None if mask is None else mask.block_mask()
+    return function(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[return-value]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+    """Packed causal text through flash-attn: documents become variable-length sequences."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    if mask is None or q.shape[2] != k.shape[2]:
+        raise ValueError("attention backend 'flash' serves the packed context stream only; use 'flex' or 'sdpa' here")
+    document, block = mask.queries.document, mask.queries.block
+    same = (document[:, 1:] == document[:, :-1]) & (block[:, 1:] == block[:, :-1])
+    if bool(same.any()) or bool((mask.queries.copy != 0).any()):
+        raise ValueError("attention backend 'flash' cannot see inside latent blocks (they are bidirectional); use 'flex'")
+    R, H, N, D = q.shape
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    edges = starts.flatten().nonzero().flatten()
+    bounds = torch.cat([edges, edges.new_tensor([R * N])]).to(torch.int32)
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    flat = [x.transpose(1, 2).reshape(R * N, x.shape[1], D) for x in (q, k, v)]
+    out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+    return out.reshape(R, N, H, D).transpose(1, 2)

@@ -1,0 +1,140 @@
+"""The KV cache: pre-allocated, one length per row, with fork and truncate. Only the context stream is ever written.
+
+Legend: L layers, R rows, G key heads, M capacity in positions, D head width, N new positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni.mask import EMPTY, Fields
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the refine stream reads: per layer keys and values (R, G, K, D), and the K positions' fields."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    fields: Fields
+    uniform: bool = False  # True: every key is visible to every refine query, so no mask is needed
+
+
+class KVCache:
+    """Keys and values of the context of R rows, and the bookkeeping to continue each row.
+
+    `lengths[r]` positions are in use in row r; `next_position[r]` and `next_block[r]` continue its layout.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, capacity: int, head_dim: int,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        shape = (layers, rows, heads, capacity, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.block = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
+        self.document = torch.full((rows, capacity), EMPTY, dtype=torch.int64, device=device)
+        self.lengths = [0] * rows
+        self.next_position = [0] * rows
+        self.next_block = [0] * rows
+
+    @property
+    def rows(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        return min(self.lengths) == max(self.lengths)
+
+    def reserve(self, extra: int) -> None:
+        """Make room for `extra` more positions in every row, doubling the capacity when it must grow."""
+        need = self.longest + extra
+        if need <= self.capacity:
+            return
+        grow = max(need, 2 * self.capacity) - self.capacity
+        pad_kv = (0, 0, 0, grow)
+        self.k = torch.nn.functional.pad(self.k, pad_kv)
+        self.v = torch.nn.functional.pad(self.v, pad_kv)
+        self.block = torch.nn.functional.pad(self.block, (0, grow))
+        self.document = torch.nn.functional.pad(self.document, (0, grow), value=EMPTY)
+
+    def write_fields(self, block: Tensor, valid: list[int]) -> None:
+        """Announce N new positions per row: `block` (R, N) int64, of which the first `valid[r]` count. Call `advance` after."""
+        self.reserve(block.shape[1])
+        for r, n in enumerate(valid):
+            at = slice(self.lengths[r], self.lengths[r] + n)
+            self.block[r, at] = block[r, :n]
+            self.document[r, at] = 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (R, G, N, D) after each row's length; returns views (R, G, longest + N, D) of all that is stored."""
+        n = k.shape[2]
+        if self.uniform:
+            at = slice(self.lengths[0], self.lengths[0] + n)
+            self.k[layer, :, :, at] = k
+            self.v[layer, :, :, at] = v
+        else:
+            for r, start in enumerate(self.lengths):
+                self.k[layer, r, :, start : start + n] = k[r]
+                self.v[layer, r, :, start : start + n] = v[r]
+        end = self.longest + n
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, valid: list[int]) -> None:
+        self.lengths = [a + n for a, n in zip(self.lengths, valid, strict=True)]
+
+    def fields(self, end: int) -> Fields:
+        return Fields(self.document[:, :end], self.block[:, :end], torch.zeros_like(self.block[:, :end]))
+
+    def memory(self) -> Memory:
+        """The finished context, as the refine stream reads it."""
+        end = self.longest
+        keys = [k[:, :, :end] for k in self.k.unbind(0)]
+        values = [v[:, :, :end] for v in self.v.unbind(0)]
+        return Memory(keys, values, self.fields(end), self.uniform)
+
+    def fork(self, rows: list[int]) -> KVCache:
+        """An independent copy of the given rows (a row may be repeated)."""
+        other = object.__new__(KVCache)
+        index = torch.tensor(rows, device=self.k.device)
+        other.k, other.v = self.k.index_select(1, index), self.v.index_select(1, index)
+        other.block, other.document = self.block.index_select(0, index), self.document.index_select(0, index)
+        for name in ("lengths", "next_position", "next_block"):
+            setattr(other, name, [getattr(self, name)[r] for r in rows])
+        return other
+
+    def truncate(self, row: int, length: int, next_position: int, next_block: int) -> None:
+        """Forget what row `row` holds past `length`; the caller says where its layout continues."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"cannot truncate row {row} of length {self.lengths[row]} to {length}")
+        self.document[row, length:] = EMPTY
+        self.lengths[row], self.next_position[row], self.next_block[row] = length, next_position, next_block
+
+    def stack(self, other: KVCache) -> KVCache:
+        """A new cache with the rows of `self` followed by those of `other`."""
+        out = self.fork(list(range(self.rows)))
+        theirs = other.fork(list(range(other.rows)))
+        width = max(out.capacity, theirs.capacity)
+        for part in (out, theirs):
+            part._widen(width)
+        out.k, out.v = torch.cat([out.k, theirs.k], 1), torch.cat([out.v, theirs.v], 1)
+        out.block, out.document = torch.cat([out.block, theirs.block]), torch.cat([out.document, theirs.document])
+        for name in ("lengths", "next_position", "next_block"):
+            setattr(out, name, getattr(out, name) + getattr(theirs, name))
+        return out
+
+    def _widen(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            self.reserve(capacity - self.longest)

@@ -1,0 +1,263 @@
+"""The transformer in two streams: context (finished, clean, cached) and refine (what is being generated).
+
+    context(h, stream)          causal over blocks; writes a cache or returns the Memory that refine reads
+    refine(h, ..., memory)      modulated by a condition vector per copy; reads the memory and itself; writes nothing
+
+Both use one set of weights, or, with `latent_weights = "separate"`, latents have a set of their own in both streams
+(mixture of transformers, arXiv 2411.04996). With shared weights and no refine stream it is a plain decoder.
+
+RMSNorm, QK-norm, SwiGLU, grouped-query attention, rotary. Modulation follows adaLN with one shared projection and a
+table per layer (PixArt-alpha, arXiv 2310.00426); each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as
+in Terminal Velocity Matching (arXiv 2511.19797); eps = 1 keeps its slope at zero equal to 1.
+
+Legend: R rows, N positions (T context, S refine), W width, H query heads, G key heads, D head width, I items (copies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from omni.config import Frozen
+from omni.layout import Stream
+from omni.mask import Fields
+from omni.nn.attention import AttentionMask, attend, choose_backend
+from omni.nn.cache import KVCache, Memory
+from omni.positions import rotary_table, rotate
+
+
+class TransformerConfig(Frozen):
+    """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32."""
+
+    width: int = 320
+    depth: int = 8
+    num_heads: int = 5
+    num_kv_heads: int = 5
+    head_dim: int = 64
+    mlp_width: int | None = None
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    latent_weights: Literal["shared", "separate"] = "shared"
+    modulation_eps: float = 1.0
+    attention: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformerConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        return self
+
+    @property
+    def hidden(self) -> int:
+        return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class Layer(nn.Module):
+    """One set of layer weights: the projections around attention, and the MLP. Attention itself is in Block."""
+
+    def __init__(self, c: TransformerConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.attention_norm = RMSNorm(c.width, c.norm_eps)
+        self.qkv = nn.Linear(c.width, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.out = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
+        self.mlp_norm = RMSNorm(c.width, c.norm_eps)
+        self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=False)
+        self.down = nn.Linear(c.hidden, c.width, bias=False)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., W), normalised -> q (..., H, D), k and v (..., G, D), with QK-norm."""
+        c = self.c
+        y = self.qkv(x).unflatten(-1, (-1, c.head_dim))
+        q, k, v = y.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Block(nn.Module):
+    """One layer of the transformer, serving both streams."""
+
+    def __init__(self, c: TransformerConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.text = Layer(c)
+        self.latent = Layer(c) if c.latent_weights == "separate" else None
+        self.modulation_table = nn.Parameter(torch.zeros(6, c.width))
+
+    def forward(
+        self,
+        h_RNW: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+        latent: Tensor | bool,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        """`attention(q, k, v)` closes over mask, cache and memory; `latent` says which positions are latents."""
+        shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
+        if modulation is not None:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        q, k, v = self._route(lambda w, x, m: w.heads(_modulate(w.attention_norm(x), *m)), h_RNW, latent, (scale_a, shift_a))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = attention(rotate(q, *rotary), rotate(k, *rotary), v).transpose(1, 2).flatten(2)
+        (o,) = self._route(lambda w, x, m: (w.out(x),), o, latent, ())
+        h_RNW = h_RNW + (o if gate_a is None else o * gate_a)
+        (y,) = self._route(lambda w, x, m: (w.mlp(_modulate(w.mlp_norm(x), *m)),), h_RNW, latent, (scale_m, shift_m))
+        return h_RNW + (y if gate_m is None else y * gate_m)
+
+    def _route(
+        self, function: Callable, x: Tensor, latent: Tensor | bool, modulation: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...]:
+        """Apply `function(weights, x, modulation)` with the weights that each position belongs to."""
+        if self.latent is None or latent is False:
+            return function(self.text, x, modulation)
+        if latent is True:
+            return function(self.latent, x, modulation)
+        assert all(m is None for m in modulation), "the context stream is never modulated"
+        parts = [function(self.text, x[~latent], modulation), function(self.latent, x[latent], modulation)]
+        merged = []
+        for a, b in zip(*parts, strict=True):
+            out = a.new_empty(*x.shape[:2], *a.shape[1:])
+            out[~latent], out[latent] = a, b
+            merged.append(out)
+        return tuple(merged)
+
+
+def _modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    return x if scale is None or shift is None else x * scale + shift
+
+
+class Transformer(nn.Module):
+    """See the head of this file. Hidden states in, hidden states out; heads embed and read."""
+
+    def __init__(self, c: TransformerConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.refine_norm = RMSNorm(c.width, c.norm_eps)
+        self.modulation = nn.Linear(c.width, 6 * c.width)
+
+    def backend(self, device: torch.device) -> str:
+        return choose_backend(self.c.attention, device.type)
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for `rows` rows, on the device and in the dtype of the weights."""
+        weight = self.modulation.weight
+        c = self.c
+        return KVCache(c.depth, rows, c.num_kv_heads, capacity, c.head_dim, weight.device, weight.dtype)
+
+    def _rotary(self, position: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(like.device.type) if torch.is_autocast_enabled(like.device.type) else like.dtype
+        return rotary_table(position, self.c.head_dim, self.c.rope_base, dtype)
+
+    # ---- context stream -------------------------------------------------------------------------------------------
+
+    def context(self, h_RTW: Tensor, stream: Stream, is_latent: Tensor) -> tuple[Tensor, Memory]:
+        """The whole context at once, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
+        backend = self.backend(h_RTW.device)
+        mask = AttentionMask(stream.fields, stream.fields)
+        rotary = self._rotary(stream.position, h_RTW)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k)
+            values.append(v)
+            return attend(q, k, v, mask, backend)
+
+        latent = is_latent if self.c.latent_weights == "separate" else False
+        for block in self.blocks:
+            h_RTW = block(h_RTW, rotary, attention, latent)
+        return self.norm(h_RTW), Memory(keys, values, stream.fields)
+
+    def extend(
+        self, h_RNW: Tensor, block: Tensor, position: Tensor, is_latent: Tensor | bool, cache: KVCache, valid: list[int]
+    ) -> Tensor:
+        """Append N positions to every row of the cache; of row r only the first `valid[r]` count, the rest is padding.
+
+        block: (R, N) int64. position: (R, N, 3). Returns normalised hidden states (R, N, W).
+        """
+        n = h_RNW.shape[1]
+        cache.write_fields(block, valid)
+        backend = self.backend(h_RNW.device)
+        backend = "sdpa" if backend == "flash" else backend
+        mask = None
+        if not (n == 1 and cache.uniform):
+            fields = Fields(torch.zeros_like(block), block, torch.zeros_like(block))
+            mask = AttentionMask(fields, cache.fields(cache.longest + n))
+        rotary = self._rotary(position, h_RNW)
+        latent = is_latent if self.c.latent_weights == "separate" else False
+        for index, layer in enumerate(self.blocks):
+
+            def attention(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+                return attend(q, *cache.write(index, k, v), mask, backend)
+
+            h_RNW = layer(h_RNW, rotary, attention, latent)
+        cache.advance(valid)
+        return self.norm(h_RNW)
+
+    # ---- refine stream --------------------------------------------------------------------------------------------
+
+    def refine(
+        self, h_RSW: Tensor, stream: Stream, memory: Memory, condition_IW: Tensor, item: Tensor, *, tangents: bool = False
+    ) -> Tensor:
+        """Copies of blocks, each reading the context before its block and itself.
+
+        condition_IW: one vector per copy; item: (R, S) int64, which copy a position belongs to (negative: padding).
+        `tangents` chooses the attention that forward-mode differentiation can pass.
+        Returns normalised hidden states (R, S, W).
+        """
+        backend = "math" if tangents else self.backend(h_RSW.device)
+        backend = "sdpa" if backend == "flash" else backend
+        mask = None
+        if not (memory.uniform and condition_IW.shape[0] == h_RSW.shape[0]):
+            mask = AttentionMask(stream.fields, memory.fields.then(stream.fields))
+        rotary = self._rotary(stream.position, h_RSW)
+        base = self.modulation(F.silu(condition_IW)).unflatten(-1, (6, -1))
+        index = item.clamp(min=0)
+        for layer, (k_memory, v_memory) in enumerate(zip(memory.keys, memory.values, strict=True)):
+
+            def attention(
+                q: Tensor, k: Tensor, v: Tensor, k_memory: Tensor = k_memory, v_memory: Tensor = v_memory
+            ) -> Tensor:
+                keys = torch.cat([k_memory.to(k.dtype), k], 2)
+                values = torch.cat([v_memory.to(v.dtype), v], 2)
+                return attend(q, keys, values, mask, backend)
+
+            block: Block = self.blocks[layer]  # type: ignore[assignment]
+            modulation = self._modulation(base + block.modulation_table.to(base.dtype), index)
+            h_RSW = block(h_RSW, rotary, attention, True, modulation)
+        return self.refine_norm(h_RSW)
+
+    def _modulation(self, vectors_I6W: Tensor, index: Tensor) -> Modulation:
+        """Normalise the six vectors of each item and hand them to the item's positions; scales and gates are around 1."""
+        power = vectors_I6W.pow(2).mean(-1, keepdim=True)
+        v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = v.unbind(1)
+        picked = (shift_a, 1 + scale_a, 1 + gate_a, shift_m, 1 + scale_m, 1 + gate_m)
+        return tuple(x[index] for x in picked)  # type: ignore[return-value]

@@ -1,0 +1,6 @@
+"""Training objectives, one file each, registered by name. An objective sees a callable, never a model."""
+
+from omni.objectives import flow_matching, mean_flow, next_token  # noqa: F401  (registration)
+from omni.objectives.base import OBJECTIVES, FlowObjective, Objective, Terms, build_objective
+
+__all__ = ["OBJECTIVES", "FlowObjective", "Objective", "Terms", "build_objective"]

@@ -1,0 +1,156 @@
+"""A reply or a whole conversation as a folder: Markdown to read, JSON to parse, every picture beside them.
+
+    reply.md | chat.md        the ordered text and pictures
+    reply.json | chat.json    the same, exact, with what made it: options, seeds, model digest, versions
+    image-1.png ...           pictures of the assistant; clip-1.png is a clip as animated PNG
+    input-1.png ...           pictures of the user
+    manifest.json             digests of the above
+
+The folder appears whole or not at all (`omni.checkpoint.publish`). Nothing here talks to a model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni import media
+from omni.checkpoint import MANIFEST, Content, publish
+from omni.document import Document, Image, Role, Text, Video
+from omni.terminal import safe_text
+
+FORMAT = 1
+_NUMBERED = re.compile(r"\d{3,}")
+
+
+def default_folder(base: Path) -> Path:
+    """The first free of base/001, base/002, ...: one more than the highest number there."""
+    taken = [int(path.name) for path in base.iterdir() if _NUMBERED.fullmatch(path.name)] if base.is_dir() else []
+    return base / f"{max(taken, default=0) + 1:03d}"
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """ValueError, before any work is done, when `folder` cannot become the reply's folder.
+
+    An empty folder may. With `overwrite` so may one that holds a reply or conversation of ours and nothing else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {str(folder)!r} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--out {str(folder)!r} is not empty; name another folder, or add --overwrite")
+    foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
+    if foreign or not (folder / MANIFEST).is_file():
+        what = f"{foreign[0]!r}, which no reply holds" if foreign else "no reply"
+        raise ValueError(f"--overwrite: {str(folder)!r} holds {what}; name another folder")
+
+
+def _is_ours(path: Path) -> bool:
+    known = (MANIFEST, "reply.md", "reply.json", "chat.md", "chat.json")
+    return path.is_file() and (path.name in known or re.fullmatch(r"(image|clip|input)-\d+\.png", path.name) is not None)
+
+
+def write_reply(folder: Path, document: Document, parts: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Path:
+    """Write the last assistant turn of `document` (a request and its reply) as a reply folder.
+
+    Args:
+        folder: must not exist or be empty, or hold a reply to replace (see check_folder).
+        document: the whole exchange; the reply is its trailing run of assistant segments.
+        parts: for each segment of the reply, in order, what is known of it beyond its content (steps, seed, ...).
+        record: JSON values for the top of reply.json: options, model, versions, stop_reason.
+
+    Returns `folder`. Raises OSError when it cannot be written.
+    """
+    start = _reply_start(document)
+    files, contents = _media_files(document)
+    reply = [{**content, **extra} for content, extra in zip(contents[start:], parts, strict=True)]
+    request = _messages(document.segments[:start], contents[:start])
+    data = {"format": FORMAT, "request": request, "parts": reply, **record}
+    files["reply.json"] = _json(data)
+    files["reply.md"] = _markdown(document, contents)
+    return publish(folder, files, info={"kind": "reply"}, replace=folder.exists())
+
+
+def write_chat(folder: Path, document: Document, record: Mapping[str, Any]) -> Path:
+    """Write a whole conversation: chat.md and chat.json, whose "messages" `omni.text.chat` reads back."""
+    files, contents = _media_files(document)
+    files["chat.json"] = _json({"format": FORMAT, "messages": _messages(document.segments, contents), **record})
+    files["chat.md"] = _markdown(document, contents)
+    return publish(folder, files, info={"kind": "chat"}, replace=folder.exists())
+
+
+def _reply_start(document: Document) -> int:
+    start = len(document.segments)
+    while start and document.segments[start - 1].role is Role.ASSISTANT:
+        start -= 1
+    return start
+
+
+def _media_files(document: Document) -> tuple[dict[str, Content], list[dict[str, Any]]]:
+    """The pictures as files, and every segment as a content part that names its file."""
+    files: dict[str, Content] = {}
+    contents: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    for segment in document.segments:
+        if isinstance(segment, Text):
+            contents.append({"type": "text", "text": segment.text})
+            continue
+        stem = "clip" if isinstance(segment, Video) else "image"
+        stem = stem if segment.role is Role.ASSISTANT else "input"
+        counts[stem] = counts.get(stem, 0) + 1
+        name = f"{stem}-{counts[stem]}.png"
+        files[name] = media.encode_png(segment.pixels) if isinstance(segment, Image) else _animation(segment)
+        height, width = (segment.pixels if isinstance(segment, Image) else segment.frames).shape[-3:-1]
+        part = {"type": "image", "path": name, "height": height, "width": width}
+        if isinstance(segment, Video):
+            part |= {"type": "video", "frames": len(segment.frames), "fps": segment.fps}
+        contents.append(part)
+    return files, contents
+
+
+def _animation(video: Video) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.png"
+        media.save_apng(video.frames, path, video.fps)
+        return path.read_bytes()
+
+
+def _messages(segments: Sequence[Any], contents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for segment, content in zip(segments, contents, strict=True):
+        if not messages or messages[-1]["role"] != str(segment.role):
+            messages.append({"role": str(segment.role), "content": []})
+        messages[-1]["content"].append(content)
+    return messages
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
+
+
+def _markdown(document: Document, contents: Sequence[Mapping[str, Any]]) -> str:
+    """The user's words as quotations, the assistant's as text, pictures where they stand."""
+    blocks: list[str] = []
+    for segment, content in zip(document.segments, contents, strict=True):
+        if isinstance(segment, Text):
+            block = escape_markdown(segment.text.strip())
+        else:
+            block = f"![{Path(content['path']).stem.replace('-', ' ')}]({content['path']})"
+        if segment.role is not Role.ASSISTANT:
+            block = "\n".join(f"> {line}".rstrip() for line in block.split("\n"))
+        if block:
+            blocks.append(block)
+    return "\n\n".join(blocks) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text so that Markdown shows it and does nothing: no HTML, no link, no foreign picture, no control character."""
+    escaped = re.sub(r"([\\`~\[])", r"\\\1", safe_text(text)).replace("&", "&amp;").replace("<", "&lt;")
+    escaped = re.sub(r"(?m)^(\s*)([#>+*=-])", r"\1\\\2", escaped)
+    return re.sub(r"(?m)^(\s*\d+)([.)])", r"\1\\\2", escaped)

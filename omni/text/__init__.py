@@ -1,0 +1,5 @@
+"""Text: tokenizers that know no control token, documents to spans (compose), chat messages to documents (chat)."""
+
+from omni.text.tokenizer import ControlTokens, TextStream, Tokenizer, load_tokenizer
+
+__all__ = ["ControlTokens", "TextStream", "Tokenizer", "load_tokenizer"]

@@ -1,0 +1,113 @@
+"""Document to spans: the ids and latents of one packed sequence, assembled segment by segment, never as one string.
+
+    begin  { role  segments...  end }*  [assistant]
+    image  ->  image size(h) size(w)              LatentSpan (1, h, w)                 media_end
+    video  ->  video size(chunks) size(h) size(w) LatentSpan (t, h, w) for each chunk  media_end
+
+Legend: t, h, w latents in time, rows, columns; C latent channels; N = t*h*w.
+Control tokens enter by id only. Layout, packing and masks are omni.layout's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.layout import LatentSpan, Span, TokenSpan
+from omni.text.tokenizer import Tokenizer
+
+EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
+
+
+def compose(
+    document: Document, tokenizer: Tokenizer, encode_media: EncodeMedia, generation_prompt: bool = False
+) -> list[Span]:
+    """The spans of `document`, in order; neighbouring ids share one TokenSpan.
+
+    `encode_media` gives, for each image or video of the list it is given, its latents: float32 (t, h, w, C) tensors,
+    one with t = 1 for an image, one per chunk for a video. It is called once, with all of them, and not at all when
+    there are none. With `generation_prompt` the spans end with the id that opens an assistant turn.
+    Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
+    Raises ValueError for media with a side (or a chunk count) that has no size token, 1 to 64.
+    """
+    media = [s for s in document.segments if not isinstance(s, Text)]
+    encoded = encode_media(media) if media else []
+    if len(encoded) != len(media):
+        raise ValueError(f"encode_media gave {len(encoded)} results for {len(media)} segments; give one for each")
+    latents_of = iter(encoded)
+    writer = _SpanWriter()
+    control = tokenizer.control
+    writer.ids([control.begin], False)
+    for role, segments in document.turns():
+        writer.ids([control.role(role)], False)
+        for segment in segments:
+            if isinstance(segment, Text):
+                writer.ids(tokenizer.encode(segment.text), segment.supervise)
+            else:
+                _write_media(writer, tokenizer, segment, next(latents_of))
+        writer.ids([control.end], any(s.supervise for s in segments))
+    if generation_prompt:
+        writer.ids([control.role(Role.ASSISTANT)], False)
+    return writer.finish()
+
+
+def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch.Tensor]) -> list[int]:
+    """Ids before the latents of one image or video: what it is and its size. ValueError for sizes beyond 1 to 64."""
+    control = tokenizer.control
+    t, h, w, _ = _check_latents(segment, latents)
+    try:
+        sides = [control.size(h), control.size(w)]
+        if isinstance(segment, Image):
+            return [control.image, *sides]
+        return [control.video, control.size(len(latents)), *sides]
+    except ValueError as error:
+        kind = "picture" if isinstance(segment, Image) else f"video of {len(latents)} chunks of {t} frames"
+        raise ValueError(f"a {kind} of {h} x {w} latents is too large: {error}") from None
+
+
+def _write_media(
+    writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Video, latents: Sequence[torch.Tensor]
+) -> None:
+    writer.ids(media_header(tokenizer, segment, latents), segment.supervise)
+    for block in latents:
+        t, h, w, channels = block.shape
+        writer.latents(LatentSpan(block.reshape(t * h * w, channels), (t, h, w), segment.supervise))
+    writer.ids([tokenizer.control.media_end], False)
+
+
+def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[int, int, int, int]:
+    shapes = [tuple(block.shape) for block in latents]
+    good = bool(shapes) and all(len(shape) == 4 and shape[1:] == shapes[0][1:] for shape in shapes)
+    if not good or (isinstance(segment, Image) and (len(shapes) != 1 or shapes[0][0] != 1)):
+        what = "one (1, h, w, C) block" if isinstance(segment, Image) else "(t, h, w, C) blocks of equal h, w, C"
+        raise ValueError(f"encode_media gave {shapes} for {type(segment).__name__}; give {what}")
+    t, h, w, channels = shapes[0]
+    return t, h, w, channels
+
+
+class _SpanWriter:
+    """Collects ids until latents or the end close the TokenSpan."""
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+        self._ids: list[int] = []
+        self._supervise: list[bool] = []
+
+    def ids(self, ids: Sequence[int], supervise: bool) -> None:
+        self._ids += ids
+        self._supervise += [supervise] * len(ids)
+
+    def latents(self, span: LatentSpan) -> None:
+        self._close()
+        self._spans.append(span)
+
+    def finish(self) -> list[Span]:
+        self._close()
+        return self._spans
+
+    def _close(self) -> None:
+        if self._ids:
+            self._spans.append(TokenSpan(self._ids, self._supervise))
+            self._ids, self._supervise = [], []

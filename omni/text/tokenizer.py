@@ -1,0 +1,285 @@
+"""Tokenizer: text to ids and back, exactly; control tokens exist only as ids above the text ids.
+
+    ids 0 .. num_text-1                      text: what `encode` gives and `decode` takes
+    ids num_text .. num_text+len(control)-1  control: roles, media blocks and their size header
+
+The underlying library never hears of a control token, so no text, whatever it spells, can produce one. Every text id
+stands for a fixed string of bytes; decoding joins those bytes. Text is UTF-8 in which a lone surrogate, which UTF-8
+forbids, is written as its own three bytes (Python's "surrogatepass"): decode(encode(x)) == x for every Python str.
+Bytes that are no text (a model may produce any) decode to U+FFFD.
+
+This file does not split or merge text: see bpe.py and sentencepiece.py. Nor does it lay out turns: see compose.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from omni.config import Registry
+from omni.document import Role
+
+MAX_SIZE = 64
+CONTROL_NAMES: tuple[str, ...] = (
+    *("pad", "begin", "system", "user", "assistant", "end", "image", "video", "media_end"),
+    *(f"size_{n}" for n in range(1, MAX_SIZE + 1)),
+)
+CONFIG_FILE = "tokenizer_config.json"
+_PROBE = " two  spaces\n\ttab \u2581 <unk></s><s><0x0A>\x00\u2028\ud800 \ufb01 \u212b e\u0301 "
+
+backends: Registry[type[Tokenizer]] = Registry("tokenizer backend")
+
+
+class ControlTokens:
+    """Ids of the control tokens: `first` + index in CONTROL_NAMES (tokenizers_cfg/control_tokens.toml has the table).
+
+    Attributes pad, begin, system, user, assistant, end, image, video, media_end are ids.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.pad, self.begin, self.system, self.user, self.assistant, self.end = range(first, first + 6)
+        self.image, self.video, self.media_end = range(first + 6, first + 9)
+        self._size_first = first + 8
+
+    def __len__(self) -> int:
+        return len(CONTROL_NAMES)
+
+    def __contains__(self, token: object) -> bool:
+        return isinstance(token, int) and self.first <= token < self.first + len(self)
+
+    def size(self, n: int) -> int:
+        """Id of the size token for n latents (or chunks), 1 <= n <= MAX_SIZE; ValueError beyond."""
+        if not 1 <= n <= MAX_SIZE:
+            raise ValueError(f"a media side of {n} latents has no size token (1 to {MAX_SIZE}); resize or split it")
+        return self._size_first + n
+
+    def size_of(self, token: int) -> int | None:
+        """n when `token` is a size token, else None."""
+        n = token - self._size_first
+        return n if 1 <= n <= MAX_SIZE else None
+
+    def role(self, role: Role) -> int:
+        """Id that opens a turn of this role."""
+        return {Role.SYSTEM: self.system, Role.USER: self.user, Role.ASSISTANT: self.assistant}[role]
+
+    def name(self, token: int) -> str:
+        """Name of a control id, such as "image" or "size_4"; ValueError for any other id."""
+        if token not in self:
+            raise ValueError(f"{token} is no control id ({self.first} to {self.first + len(self) - 1} are)")
+        return CONTROL_NAMES[token - self.first]
+
+
+class Tokenizer(ABC):
+    """Text to ids below `num_text` and back. Subclasses split text; the bytes of each id are theirs to tell once.
+
+    `verbatim_pattern`: characters that go to the library never, but as the ids of their bytes.
+    """
+
+    backend: ClassVar[str]
+    file_name: ClassVar[str]
+    verbatim_pattern: ClassVar[re.Pattern[str]] = re.compile("[\ud800-\udfff]+")
+
+    def __init__(self, id_bytes: Sequence[bytes]) -> None:
+        self._id_bytes = tuple(id_bytes)
+        self.num_text = len(self._id_bytes)
+        self.control = ControlTokens(self.num_text)
+        self._byte_ids = self._find_byte_ids()
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise ValueError(
+                f"{self.file_name} changes text (it normalises it, strips spaces or adds one in front);"
+                " train a tokenizer with `python -m omni.text.train`"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Text and control ids together."""
+        return self.num_text + len(self.control)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, every one below num_text; [] for "". ValueError if it is not a str."""
+        if not isinstance(text, str):
+            raise ValueError(f"only a str can be tokenized, got {type(text).__name__} {text!r:.80}")
+        ids: list[int] = []
+        start = 0
+        for match in self.verbatim_pattern.finditer(text):
+            ids += self._split(text[start : match.start()])
+            ids += [self._byte_ids[byte] for byte in match.group().encode("utf-8", "surrogatepass")]
+            start = match.end()
+        return ids + self._split(text[start:])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of text ids; ValueError for a control id or one out of range. decode(encode(x)) == x."""
+        return decode_bytes(b"".join([self.bytes_of(token) for token in ids]))
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that one text id stands for; ValueError for any other id."""
+        if not 0 <= token < self.num_text:
+            what = f"the control id {self.control.name(token)!r}" if token in self.control else "out of range"
+            raise ValueError(f"id {token} is {what}, not text (0 to {self.num_text - 1}); decode text ids only")
+        return self._id_bytes[token]
+
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
+        return TextStream(self)
+
+    @classmethod
+    @abstractmethod
+    def train(cls, texts: Iterable[str], num_text: int) -> Tokenizer:
+        """A tokenizer of exactly `num_text` text ids, learnt from `texts`. ValueError where the corpus is too poor."""
+
+    @abstractmethod
+    def _split(self, text: str) -> list[int]:
+        """Ids of text without verbatim characters; [] for ""."""
+
+    @abstractmethod
+    def _model_bytes(self) -> bytes:
+        """The library's own model file."""
+
+    @classmethod
+    @abstractmethod
+    def _from_model_bytes(cls, data: bytes) -> Self:
+        """Inverse of _model_bytes; ValueError for a model that could match control spellings in text."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the library's model file and, last, tokenizer_config.json with its digest; each appears whole."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        model = self._model_bytes()
+        _write_whole(directory / self.file_name, model)
+        _write_whole(directory / CONFIG_FILE, (json.dumps(self.describe(), indent=2) + "\n").encode())
+
+    def describe(self) -> dict[str, Any]:
+        """What tokenizer_config.json holds: backend, sizes, control names, digest of the model file."""
+        return {
+            "backend": self.backend,
+            "file": self.file_name,
+            "blake2b": hashlib.blake2b(self._model_bytes(), digest_size=16).hexdigest(),
+            "num_text": self.num_text,
+            "vocab_size": self.vocab_size,
+            "control": list(CONTROL_NAMES),
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read a saved tokenizer. ValueError for missing, damaged or foreign files."""
+        directory = Path(directory)
+        config = _read_config(directory)
+        if config["backend"] != cls.backend:
+            raise ValueError(f"{str(directory)!r} holds a {config['backend']!r} tokenizer; use load_tokenizer")
+        path = directory / cls.file_name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; save the tokenizer again") from None
+        if hashlib.blake2b(data, digest_size=16).hexdigest() != config["blake2b"]:
+            raise ValueError(f"{str(path)!r} is damaged: its digest is not the one in {CONFIG_FILE}; restore the file")
+        tokenizer = cls._from_model_bytes(data)
+        if config["control"] != list(CONTROL_NAMES) or config["num_text"] != tokenizer.num_text:
+            raise ValueError(f"{str(directory)!r} has another table of control tokens or text ids; train it again")
+        return tokenizer
+
+    def _find_byte_ids(self) -> tuple[int, ...]:
+        first: dict[bytes, int] = {}
+        for token, value in enumerate(self._id_bytes):
+            if len(value) == 1:
+                first.setdefault(value, token)
+        missing = [byte for byte in range(256) if bytes([byte]) not in first]
+        if missing:
+            raise ValueError(f"the vocabulary lacks ids for {len(missing)} of the 256 bytes, such as {missing[0]:#04x}")
+        return tuple(first[bytes([byte])] for byte in range(256))
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged."""
+    directory = Path(directory)
+    return load_backend(_read_config(directory)["backend"]).load(directory)
+
+
+def load_backend(name: str) -> type[Tokenizer]:
+    """The tokenizer class of a backend name: bpe or sentencepiece. ValueError with the nearest name otherwise."""
+    from omni.text import bpe, sentencepiece  # noqa: F401  (importing a backend registers it)
+
+    return backends.get(name)
+
+
+class TextStream:
+    """Decodes ids one by one; holds back the bytes of an unfinished character.
+
+    The strings of every push and of the flush, joined, equal `decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held = b""
+
+    def push(self, token: int) -> str:
+        """The text that is certain after this id; "" while a character is unfinished."""
+        data = self._held + self._tokenizer.bytes_of(token)
+        cut = len(data) - _unfinished(data)
+        self._held = data[cut:]
+        return decode_bytes(data[:cut])
+
+    def flush(self) -> str:
+        """What is held back, as text; bytes that never became a character come out as U+FFFD."""
+        data, self._held = self._held, b""
+        return decode_bytes(data)
+
+
+def decode_bytes(data: bytes) -> str:
+    """UTF-8 to str; three-byte surrogates give surrogates, other invalid bytes U+FFFD as in the WHATWG standard."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    parts: list[str] = []
+    start = 0
+    for match in _SURROGATE.finditer(data):
+        parts.append(data[start : match.start()].decode("utf-8", "replace"))
+        parts.append(match.group().decode("utf-8", "surrogatepass"))
+        start = match.end()
+    parts.append(data[start:].decode("utf-8", "replace"))
+    return "".join(parts)
+
+
+_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
+_BEGUN = re.compile(  # a proper start of a character, cut off by the end of the data
+    rb"([\xc2-\xf4]|\xe0[\xa0-\xbf]|[\xe1-\xef][\x80-\xbf]"
+    rb"|\xf0[\x90-\xbf][\x80-\xbf]?|[\xf1-\xf3][\x80-\xbf]{1,2}|\xf4[\x80-\x8f][\x80-\xbf]?)\Z"
+)
+
+
+def _unfinished(data: bytes) -> int:
+    """How many bytes at the end may still become a character."""
+    tail = data[-3:]
+    match = _BEGUN.search(tail)
+    return len(tail) - match.start() if match else 0
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{str(directory)!r} holds no tokenizer ({CONFIG_FILE} is missing); train one") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from None
+    wanted = {"backend", "blake2b", "num_text", "control"}
+    if not isinstance(config, dict) or not wanted <= config.keys():
+        raise ValueError(f"{str(path)!r} describes no Omni tokenizer: it needs the keys {', '.join(sorted(wanted))}")
+    return config

@@ -1,0 +1,120 @@
+"""The codec trainer: exact resume, what it writes, and that its parts do what the recipe says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from omni.codecs import AutoencoderCodec, FsqCodec, load_codec
+from omni.config import build, load_toml
+from omni.rng import Key
+from tests.codecs.test_codec import CONFIGS
+from train import codec_loop
+from train.codec_loop import CodecRecipe, CodecRun, learning_rate_at, loss_terms
+
+pytest.importorskip("diffusers")
+RECIPES = Path(codec_loop.__file__).parent / "recipes"
+SMALL = {
+    "steps": 4,
+    "batch_size": 3,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "latent_noise": 0.1,
+    "latent_penalty": 0.01,
+    "statistics_pictures": 6,
+    "eval_every": 4,
+    "eval_pictures": 4,
+    "final_pictures": 4,
+    "save_every": 2,
+}
+
+
+def recipe(kind: str = "autoencoder", **changes: object) -> CodecRecipe:
+    return build({**SMALL, "codec": CONFIGS[kind], **changes}, CodecRecipe, "test")
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "fsq"])
+def test_stopped_and_resumed_is_bit_identical(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "straight").mkdir()
+    straight = CodecRun(recipe(kind), tmp_path / "straight")
+    losses = [straight.train_step()["loss"] for _ in range(4)]
+    straight.save()
+
+    (tmp_path / "halves").mkdir()
+    first = CodecRun(recipe(kind), tmp_path / "halves")
+    assert not first.resume()
+    again = [first.train_step()["loss"] for _ in range(2)]
+    first.save()
+    second = CodecRun(recipe(kind), tmp_path / "halves")
+    assert second.resume()
+    again += [second.train_step()["loss"] for _ in range(2)]
+    second.save()
+
+    assert losses == again
+    one, other = (safetensors.torch.load_file(tmp_path / name / "state.safetensors") for name in ("straight", "halves"))
+    assert one.keys() == other.keys() and any("muon" in name for name in one) and any("adam" in name for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_writes_a_loadable_normalised_codec(tmp_path: Path) -> None:
+    codec_loop.train(recipe(), tmp_path)
+    codec = load_codec(tmp_path / "codec")
+    assert isinstance(codec, AutoencoderCodec)
+    source = codec_loop.SceneSource(0, "train")
+    latents = codec.encode(source.pixels(0, 6)).flatten(0, 2)
+    assert latents.mean(0).abs().max() < 0.1 and (latents.std(0) - 1).abs().max() < 0.1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["final"] and rows[-1]["step"] == 4 and (tmp_path / "samples.png").exists()
+    with pytest.raises(ValueError, match="another recipe"):
+        codec_loop.train(recipe(steps=5), tmp_path)
+
+
+def test_quantised_variant_starts_from_a_plain_codec(tmp_path: Path) -> None:
+    plain = AutoencoderCodec.initialised(CONFIGS["autoencoder"], "test", Key(7))
+    plain.save(tmp_path / "plain")
+    changes = {"init_from": str(tmp_path / "plain"), "train_encoder": False, "latent_noise": 0.0}
+    run = CodecRun(recipe("fsq", **changes), tmp_path)
+    assert isinstance(run.codec, FsqCodec)
+    name = "autoencoder.encoder.conv_out.weight"
+    before = run.module.state_dict()[name].clone()
+    assert torch.equal(before, plain.weights()["encoder.conv_out.weight"].float())
+    run.train_step()
+    run.train_step()
+    after = run.module.state_dict()
+    assert torch.equal(after[name], before) and after["down.weight"].grad_fn is None
+    assert not torch.equal(after["autoencoder.decoder.conv_in.weight"], plain.module.state_dict()["decoder.conv_in.weight"])
+
+
+def test_muon_moves_the_kernels_in_place(tmp_path: Path) -> None:
+    run = CodecRun(recipe(), tmp_path)
+    before = {name: p.detach().clone() for name, p in run.module.named_parameters()}
+    run.train_step()
+    changed = {name for name, p in run.module.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(before)
+
+
+def test_schedule_and_noise() -> None:
+    config = recipe(steps=100, warmup_steps=10)
+    rates = [learning_rate_at(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == rates[9] and 0 < rates[-1] < 2e-5
+    codec = AutoencoderCodec.initialised(CONFIGS["autoencoder"], "test", Key(0))
+    pictures = Key(1).normal((2, 3, 16, 16)).clamp(-1, 1)
+    one, same, other = (loss_terms(codec, pictures, config, Key(k))["loss"].item() for k in (0, 0, 1))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("vae_*.toml")), ids=lambda p: p.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    parsed = load_toml(path, [], CodecRecipe)
+    assert parsed.kind == "codec" and parsed.codec["class_name"] == "AutoencoderDC"
+
+
+def test_unknown_keys_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
+        load_toml(RECIPES / "vae_emoji.toml", ["batchsize=3"], CodecRecipe)
+    with pytest.raises(ValueError, match="has no weights to train"):
+        CodecRun(recipe("pixels"), Path("unused"))

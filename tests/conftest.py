@@ -1,0 +1,52 @@
+"""What every test runs under: one torch thread, no network beyond this machine, derandomised hypothesis."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("omni", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("omni")
+
+_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+
+def _check(address: Any) -> None:
+    """Allow Unix sockets and loopback; refuse the rest, names included: a test that needs them is a wrong test."""
+    if not isinstance(address, tuple):
+        return
+    host = str(address[0])
+    try:
+        allowed = host in ("localhost", "") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        allowed = False
+    if not allowed:
+        raise OSError(f"tests have no network: a connection to {address!r} was refused")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    def connect(self: socket.socket, address: Any) -> None:
+        _check(address)
+        _connect(self, address)
+
+    def connect_ex(self: socket.socket, address: Any) -> int:
+        _check(address)
+        return _connect_ex(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        patch.setattr(socket.socket, "connect_ex", connect_ex)
+        yield

@@ -1,0 +1,145 @@
+"""The mechanics of a suite with toy tasks: exit codes, JSON keys, bars, HTML escapes, errors that name the way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.suite import COLUMNS, format_value, load_suite, load_tasks, main, row_command
+from eval.task import TASKS, Bar, Context, Curve, Measure, Outcome, Panel, TaskOptions, task
+
+load_tasks()
+
+
+class ToyOptions(TaskOptions):
+    value: float = 90.0
+    broken: bool = False
+
+
+@task("toy", ToyOptions, rows=("right", "speed"))
+def toy(context: Context, options: ToyOptions) -> Outcome:
+    """A toy."""
+    if options.broken:
+        raise RuntimeError("a bug, not a usage error")
+    picture = torch.full((4, 4, 3), 200, dtype=torch.uint8)
+    panels = [
+        Panel("fine", (picture,), (picture,), right=True),
+        Panel("<script>alert('x')</script> & co", (picture,), (), note="<b>", right=False),
+    ]
+    curve = Curve("a < b", "x", "y", {"line": [(0.0, 0.0), (1.0, 2.0)], "empty": []})
+    return Outcome([Measure("right", options.value, "%"), Measure("speed", 2.5, "x")], panels, [curve], ["a note"])
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "toys.toml"
+    path.write_text('title = "Toys <1>"\ntasks = ["toy"]\n[toy.bars]\nright = ">= 80"\n', encoding="utf-8")
+    return "toys.toml"
+
+
+def test_exit_0_with_table_json_and_report(suite_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([suite_file, "--json", "out/rows.json", "--html", "report.html", "toy.value=81"]) == 0
+    rows = json.loads(Path("out/rows.json").read_text())
+    assert [tuple(row) for row in rows] == [COLUMNS, COLUMNS]
+    assert rows[0] == {
+        "name": "toy.right", "value": 81.0, "unit": "%", "bar": ">= 80", "holds": True,
+        "command": "python -m eval toys.toml tasks=toy toy.value=81",
+    }  # fmt: skip
+    assert rows[1]["bar"] is None and rows[1]["holds"] is True
+    printed = capsys.readouterr().out
+    assert "toy.right" in printed and "command" in printed and "every bar holds" in printed
+    html = Path("report.html").read_text()
+    assert "<script" not in html and "&lt;script&gt;" in html and "a &lt; b" in html and "Toys &lt;1&gt;" in html
+    assert html.count("data:image/png;base64,") == 3 and "<svg" in html
+    assert html.index("&lt;script&gt;") < html.index("fine"), "failures come first"
+    assert "http://" not in html and "https://" not in html
+
+
+def test_exit_1_when_a_bar_does_not_hold(suite_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([suite_file, "toy.value=79.9", "--json", "rows.json"]) == 1
+    assert json.loads(Path("rows.json").read_text())[0]["holds"] is False
+    assert "toy.right" in capsys.readouterr().out.splitlines()[-1]
+    assert Path("runs/eval/toys.html").is_file()
+
+
+def test_nan_holds_no_bar_and_is_null(suite_file: str) -> None:
+    Path("nan.json").unlink(missing_ok=True)
+    TASKS._items.pop("nothing", None)
+
+    @task("nothing", TaskOptions, rows=("right",))
+    def nothing(context: Context, options: TaskOptions) -> Outcome:
+        """Zero examples."""
+        return Outcome([Measure("right", float("nan"), "%")])
+
+    try:
+        assert main([suite_file, "tasks=nothing", 'nothing.bars.right=">= 0"', "--json", "nan.json"]) == 1
+        row = json.loads(Path("nan.json").read_text())[0]
+        assert row["value"] is None and row["holds"] is False
+    finally:
+        TASKS._items.pop("nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.toml"], "missing.toml"),
+        (["toys.toml", "toy.valu=1"], "did you mean 'value'"),
+        (["toys.toml", "tasks=toi"], "did you mean 'toy'"),
+        (["toys.toml", 'toy.bars.rigth=">= 1"'], "did you mean 'right'"),
+        (["toys.toml", "toy.bars.right=95"], "95"),
+        (["toys.toml", 'toy.bars.right="about 95"'], "about 95"),
+        (["toys.toml", "threads=0"], "threads"),
+        ([], "no suite given"),
+    ],
+)
+def test_exit_2_names_the_way_out(
+    suite_file: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--json", "rows.json"] if arguments else []) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not Path("rows.json").exists() and not Path("runs").exists()
+
+
+def test_exit_2_when_the_json_cannot_be_written(suite_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("occupied").write_text("a file")
+    assert main([suite_file, "--json", "occupied/rows.json"]) == 2
+    assert "occupied" in capsys.readouterr().err
+
+
+def test_exit_3_when_a_task_crashes(suite_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([suite_file, "toy.broken=true", "--json", "rows.json"]) == 3
+    assert "a bug" in capsys.readouterr().err and not Path("rows.json").exists()
+
+
+def test_several_tasks_by_name_and_the_row_command(suite_file: str) -> None:
+    assert load_suite(suite_file, ["tasks=toy, toy"]).tasks == ("toy", "toy")
+    command = row_command("a b.toml", ["tasks=x,y", "seed=1"], "x")
+    assert command == "python -m eval 'a b.toml' tasks=x seed=1"
+
+
+@pytest.mark.parametrize("text", [">= 95", "<=1e-5", "== 0", "> -2.5", "< 3"])
+def test_bars_parse(text: str) -> None:
+    bar = Bar.parse(text)
+    assert not bar.holds(float("nan"))
+    assert bar.holds(bar.bound) == ("=" in bar.relation)
+
+
+def test_values_read_well() -> None:
+    assert [format_value(v) for v in (None, 95.0, 3.14159, 1e-7, 0.0)] == ["nan", "95", "3.14", "1e-07", "0"]
+
+
+def test_every_committed_suite_is_valid() -> None:
+    suites = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
+    for path in suites:
+        load_suite(path, [])
+
+
+def test_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}: " in printed for name in TASKS.names())

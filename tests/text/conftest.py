@@ -1,0 +1,23 @@
+"""Tiny tokenizers of both backends, trained here in a fraction of a second."""
+
+from __future__ import annotations
+
+import pytest
+
+from omni.text.bpe import BPETokenizer
+from omni.text.sentencepiece import SentencePieceTokenizer
+from omni.text.tokenizer import Tokenizer
+
+WORDS = [*("a", "red", "apple", "green", "cat", "dog", "draw", "the", "what", "is", "this", "left", "of", "above")]
+WORDS += [*("two", "three", "für", "été", "猫", "рисуй")]
+CORPUS = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9)) + f".\nNow {i}?" for i in range(300)]
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    return CORPUS
+
+
+@pytest.fixture(scope="session", params=["bpe", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return BPETokenizer.train(CORPUS, 340) if request.param == "bpe" else SentencePieceTokenizer.train(CORPUS, 340)

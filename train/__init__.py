@@ -1,0 +1,1 @@
+"""Training program: `python -m train RECIPE.toml [key=value ...]`. Part of the checkout, never of the wheel."""

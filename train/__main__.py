@@ -1,0 +1,159 @@
+"""python -m train RECIPE.toml [key=value ...] [--out DIR] [--resume] [--dry-run]
+
+Trains what the recipe describes and leaves in the output directory (default: runs/ and the recipe's name)
+
+    recipe.json  metrics.jsonl  sheets/  state/step-XXXXXXXX/ (for --resume)  model/ (the finished model)
+
+    --dry-run   build everything, make two steps without saving, print sizes and speed, leave nothing
+    --resume    continue from the newest intact state
+
+Exit codes: 0 done, 2 a mistake in the command, the recipe or its files, 3 too many non-finite steps,
+4 too many unreadable documents, 75 stopped by a signal with the state saved (run again with --resume).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from omni.config import load_toml
+from train import loop
+from train.assemble import assemble, publish_model
+from train.data.loader import TooManyCorrupt
+from train.guard import TooManyNonFinite
+from train.recipe import Recipe
+from train.sheet import draw_sheet
+from train.signals import EXIT_STOPPED, StopRequest
+from train.state import saved_steps
+from train.track import Tracker
+
+EXIT_MISTAKE, EXIT_NOT_FINITE, EXIT_CORRUPT = 2, 3, 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train", description="Train a model or a codec from a recipe.")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value of the recipe")
+    parser.add_argument("--out", type=Path, help="output directory (default: runs/ and the recipe's name)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest saved state")
+    parser.add_argument("--dry-run", action="store_true", help="build everything and make two steps, save nothing")
+    options = parser.parse_intermixed_args(arguments)
+    out = options.out or Path("runs") / options.recipe.stem
+    try:
+        if _kind(options.recipe) == "codec":
+            return _train_codec(options, out)
+        recipe = load_toml(options.recipe, options.overrides, Recipe)
+        torch.set_num_threads(recipe.threads)
+        return dry_run(recipe, out) if options.dry_run else train_model(recipe, out, options.resume)
+    except (ValueError, ImportError) as error:
+        return _fail(error, EXIT_MISTAKE)
+    except TooManyNonFinite as error:
+        return _fail(error, EXIT_NOT_FINITE)
+    except TooManyCorrupt as error:
+        return _fail(error, EXIT_CORRUPT)
+    except OSError as error:
+        return _fail(error, EXIT_MISTAKE)
+
+
+def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
+    """The whole run: build, restore, train, publish."""
+    if not resume and saved_steps(out / "state"):
+        raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
+    run = assemble(recipe, out)
+    if resume:
+        loop.resume(run, lambda line: print(line, file=sys.stderr))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
+    tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
+    try:
+        finished = loop.train(run, tracker, stop, _sheets(tracker))
+        if finished:
+            publish_model(run, out / "model")
+            tracker.say(f"done after {run.progress.step} steps: {out / 'model'}")
+        else:
+            why = stop.received.name if stop.received else "stopped"
+            tracker.say(f"{why}: saved at step {run.progress.step}; continue with --resume")
+    finally:
+        stop.restore()
+        tracker.close()
+    return 0 if finished else EXIT_STOPPED
+
+
+def dry_run(recipe: Recipe, out: Path) -> int:
+    """Two real steps, nothing written; prints what the run would be."""
+    run = assemble(recipe, out)
+    parameters = loop.num_parameters(run.model)
+    for _ in range(2):  # the first one also fills caches
+        started = time.perf_counter()
+        packed = run.loader.next(run.progress.cursor)
+        loaded = time.perf_counter()
+        metrics = loop.train_step(run, packed)
+        ended = time.perf_counter()
+    batch = packed.batch
+    facts = {
+        "parameters": parameters,
+        "of them with Muon": f"{_muon_share(run):.0%}",
+        "model file": f"{2 * parameters / 1e6:.1f} MB in bf16",
+        "a batch": f"{len(packed.documents)} documents, {batch.num_context} context and {batch.num_refine} refine "
+        f"positions in {tuple(batch.ids.shape)} and {tuple(batch.item.shape)}",
+        "a step": f"{ended - started:.2f} s, of which loading {loaded - started:.2f} s",
+        "steps in an hour": round(3600 / (ended - started)),
+        "loss": {k: round(v, 4) for k, v in metrics.items() if k.startswith("loss")},
+    }
+    if recipe.max_minutes is not None:
+        facts["steps in max_minutes"] = min(recipe.max_steps, round(60 * recipe.max_minutes / (ended - started)))
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
+    def sheet(run: loop.Run) -> None:
+        try:
+            draw_sheet(run, run.out / "sheets" / f"step-{run.progress.step:08d}.png")
+        except (ValueError, RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
+            tracker.say(f"no sample sheet at step {run.progress.step}: {type(error).__name__}: {error}")
+
+    return sheet
+
+
+def _muon_share(run: loop.Run) -> float:
+    sizes = {name: p.numel() for name, p in run.model.named_parameters()}
+    return sum(sizes[name] for name in run.optimiser.members().get("muon", [])) / sum(sizes.values())
+
+
+def _kind(path: Path) -> str:
+    """The recipe's `kind`; "model" when it has none or cannot be read (load_toml then says why)."""
+    try:
+        return str(tomllib.loads(path.read_text(encoding="utf-8")).get("kind", "model"))
+    except (OSError, ValueError):
+        return "model"
+
+
+def _train_codec(options: argparse.Namespace, out: Path) -> int:
+    from train import codec_loop
+
+    if options.dry_run:
+        raise ValueError("--dry-run is for models; a codec recipe runs with steps=2 --out /tmp/try instead")
+    recipe = load_toml(options.recipe, options.overrides, codec_loop.CodecRecipe)
+    torch.set_num_threads(1)
+    print(json.dumps(codec_loop.train(recipe, out)))
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

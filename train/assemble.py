@@ -1,0 +1,156 @@
+"""Recipe to run: builds tokenizer, codec, model, data, loader, objectives and optimiser, and checks that they fit.
+
+Everything a recipe names is resolved here, so `--dry-run` finds every mistake before the first step. Also the other
+end: the finished run to a model directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni.checkpoint import load_tensors, tensor_bytes, verify
+from omni.codecs import Codec, codecs, load_codec
+from omni.config import build, digest
+from omni.heads import FlowHeadConfig
+from omni.model import Omni, OmniConfig
+from omni.objectives import OBJECTIVES, Objective
+from omni.rng import Key
+from omni.text import Tokenizer, load_tokenizer
+from omni.text.compose import compose
+from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
+from train.data.latents import LatentMemo
+from train.data.loader import Loader
+from train.data.mixture import Mixture
+from train.data.source import build_source
+from train.ema import Ema
+from train.guard import Guard
+from train.loop import Run
+from train.optim import Optimiser
+from train.recipe import Recipe
+from train.state import AVERAGES, WEIGHTS
+
+
+def assemble(recipe: Recipe, out: Path) -> Run:
+    """A run at step 0. Raises ValueError, one line, for anything the recipe names that does not exist or fit."""
+    key = Key(recipe.seed)
+    tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
+    model = build_model(recipe, tokenizer, codec, key)
+    mixture = build_mixture(recipe, key)
+    memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
+    loader = Loader(
+        mixture.document,
+        partial(_compose, tokenizer),
+        memo,
+        recipe.batch,
+        channels=codec.spec.channels,
+        pad_id=tokenizer.control.pad,
+        key=key.fold("loader"),
+        drop=recipe.drop,
+    )
+    identity = {
+        "recipe": recipe.identity(),
+        "data": mixture.fingerprint(),
+        "tokenizer": digest(tokenizer.describe()),
+        "codec": _codec_fingerprint(codec),
+    }
+    return Run(
+        recipe=recipe,
+        model=model,
+        objectives=build_objectives(recipe),
+        loader=loader,
+        optimiser=Optimiser(model.named_parameters(), recipe.optimiser),
+        ema=Ema(model, recipe.ema_decay),
+        guard=Guard(recipe.max_nonfinite),
+        out=out,
+        identity=identity,
+    )
+
+
+def build_tokenizer(recipe: Recipe) -> Tokenizer:
+    if recipe.tokenizer == "bytes":
+        from omni.text.bpe import BPETokenizer
+
+        return BPETokenizer.train([], 256)
+    return load_tokenizer(recipe.tokenizer)
+
+
+def build_codec(recipe: Recipe) -> Codec:
+    if isinstance(recipe.codec, str):
+        codec = load_codec(recipe.codec)
+    else:
+        kind = str(recipe.codec.get("kind", ""))
+        codec = codecs.get(kind).from_config(recipe.codec, "codec")
+        if codec.weights():
+            raise ValueError(f"codec kind {kind!r} has weights; give the directory of a trained one instead of a table")
+    if hasattr(codec, "precision"):
+        codec.precision = recipe.codec_precision  # type: ignore[attr-defined]
+    return codec.to(recipe.device)
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) -> Omni:
+    fields = dict(recipe.heads)
+    flow = {**fields.pop("flow", {}), "channels": codec.spec.channels}
+    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size}
+    fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
+    model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
+    model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
+    if recipe.init_from is not None:
+        load_initial_weights(model, recipe.init_from, recipe.init_partial)
+    return model.to(recipe.device).train()
+
+
+def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
+    """Start from a model directory or from the averages of a saved state. Returns the names left as initialised.
+
+    Raises ValueError when a weight is missing, unknown or of another shape, unless `partial_allowed`.
+    """
+    verify(directory)
+    name = AVERAGES if (directory / AVERAGES).is_file() else WEIGHTS
+    saved, own = load_tensors(directory / name), model.state_dict()
+    usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
+    left = sorted(own.keys() - usable.keys())
+    odd = left + sorted(saved.keys() - usable.keys())
+    if odd and not partial_allowed:
+        raise ValueError(
+            f"init_from {str(directory)!r} does not fit this model in {odd[0]!r} ({len(odd)} names); "
+            "use the same sizes, or init_partial=true"
+        )
+    model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
+    return left
+
+
+def build_mixture(recipe: Recipe, key: Key) -> Mixture:
+    sources = [
+        build_source(config.name, config.options, key.fold("data", number, config.name), f"data.{number}")
+        for number, config in enumerate(recipe.data)
+    ]
+    return Mixture(sources, [config.weight for config in recipe.data], key.fold("data"))
+
+
+def build_objectives(recipe: Recipe) -> list[Objective]:
+    return [
+        build({"weight": o.weight, **o.options}, OBJECTIVES.get(o.name), f"objectives.{number} ({o.name}) options")
+        for number, o in enumerate(recipe.objectives)
+    ]
+
+
+def publish_model(run: Run, directory: Path) -> Path:
+    """Publish the averaged weights, in bf16, with tokenizer, codec and configuration; replaces an older one."""
+    with run.ema.applied():
+        run.model.save_pretrained(directory, torch.bfloat16)
+    return directory
+
+
+def _codec_fingerprint(codec: Codec) -> str:
+    weights = codec.weights()
+    data = digest(codec.config()).encode() + (tensor_bytes(weights) if weights else b"")
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:
+    return compose(document, tokenizer, encode_media)

@@ -1,0 +1,342 @@
+"""Training of picture codecs on emoji scenes:  python -m train RECIPE.toml [key=value ...]  (kind = "codec").
+
+Reads a recipe (`train/recipes/vae_*.toml`), trains the autoencoder that it describes, and writes into the output
+directory: recipe.json, metrics.jsonl, samples.png (originals above their reconstructions), state.safetensors (for
+exact resume: run the same command again) and codec/, the finished codec (bf16 weights of the moving average, latents
+normalised over training pictures). Shapes: pictures (B, 3, H, W) in [-1, 1], raw latents (B, C, h, w), all channels
+last in memory. Does not train the transformer (loop.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from omni.checkpoint import save_tensors
+from omni.codecs import AutoencoderCodec, codecs, load_codec, psnr
+from omni.codecs.autoencoders import to_pictures, to_pixels
+from omni.config import Frozen, build, canonical_json, load_toml
+from omni.emoji_world import Atlas, random_scene, render
+from omni.rng import Key
+
+STATE_FILE = "state.safetensors"
+
+
+class CodecRecipe(Frozen):
+    """A codec's training run; `train/recipes/vae_emoji.toml` explains the keys. `init_from`: a codec directory."""
+
+    kind: Literal["codec"] = "codec"
+    seed: int = 0
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)
+    latent_noise: float = Field(default=0.0, ge=0)
+    latent_penalty: float = Field(default=0.0, ge=0)
+    absolute_weight: float = Field(default=0.5, ge=0)
+    statistics_pictures: int = Field(default=5000, ge=1)
+    eval_every: int = Field(default=150, ge=1)
+    eval_pictures: int = Field(default=192, ge=1)
+    final_pictures: int = Field(default=1000, ge=1)
+    save_every: int = Field(default=300, ge=1)
+    init_from: str | None = None
+    train_encoder: bool = True
+    font: str | None = None
+    codec: dict[str, Any]
+
+
+class SceneSource:
+    """Pictures of emoji scenes by index: a pure function of (seed, split, index)."""
+
+    def __init__(self, seed: int, split: str, font: str | None = None) -> None:
+        self.atlas = Atlas(font)
+        self.key = Key(seed).fold("codec scenes")
+        self.split = split
+
+    def pixels(self, start: int, count: int) -> Tensor:
+        """Pictures start .. start + count - 1: uint8 (count, 64, 64, 3)."""
+        scenes = (random_scene(self.key.fold(i), self.atlas, self.split) for i in range(start, start + count))
+        return torch.stack([render(scene, self.atlas) for scene in scenes])
+
+
+class Optimiser:
+    """torch.optim.Muon on convolution kernels, each seen as an (outputs, inputs x window) matrix; AdamW on the rest.
+
+    The matrices are views of the channels-last kernels, so Muon updates them in place.
+    """
+
+    def __init__(self, module: nn.Module, recipe: CodecRecipe) -> None:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.kernels = [p for p in trained if p.ndim == 4]
+        self.others = [p for p in trained if p.ndim != 4]
+        self.matrices = [_matrix(p.detach()) for p in self.kernels]
+        decay = recipe.weight_decay
+        self.muon = torch.optim.Muon(self.matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        self.adam = torch.optim.AdamW(self.others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(self, learning_rate: float) -> None:
+        """One update; clears the gradients."""
+        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
+            assert kernel.grad is not None and matrix.data_ptr() == kernel.data_ptr(), "a kernel was moved"
+            matrix.grad = _matrix(kernel.grad)
+        for optimiser in (self.muon, self.adam):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+            optimiser.step()
+        for parameter in self.kernels + self.others:
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimisers' state as flat named tensors."""
+        named: dict[str, Tensor] = {}
+        for name, optimiser, parameters in (("muon", self.muon, self.matrices), ("adam", self.adam, self.others)):
+            for i, parameter in enumerate(parameters):
+                named |= {f"{name}.{i}.{key}": value for key, value in optimiser.state[parameter].items()}
+        return named
+
+    def load(self, named: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`."""
+        for name, optimiser, parameters in (("muon", self.muon, self.matrices), ("adam", self.adam, self.others)):
+            for i, parameter in enumerate(parameters):
+                prefix = f"{name}.{i}."
+                state = {k.removeprefix(prefix): v.clone() for k, v in named.items() if k.startswith(prefix)}
+                optimiser.state[parameter] = state
+
+
+def _matrix(kernel: Tensor) -> Tensor:
+    """(outputs, inputs, rows, columns) -> (outputs, rows * columns * inputs): a view of a channels-last kernel."""
+    return kernel.permute(0, 2, 3, 1).reshape(kernel.shape[0], -1)
+
+
+def learning_rate_at(step: int, recipe: CodecRecipe) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    warmup = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
+    return recipe.learning_rate * warmup * (1 - step / recipe.steps)
+
+
+def loss_terms(codec: AutoencoderCodec, pictures: Tensor, recipe: CodecRecipe, key: Key) -> dict[str, Tensor]:
+    """Reconstruction through noisy (and, for FSQ, quantised) latents; scalars: loss, rmse, absolute, spread.
+
+    The root mean square error is taken per picture, between mean square error and PSNR (its logarithm): hard
+    pictures still count, easy ones keep improving. Noise makes the decoder forgive a generator's small errors.
+    """
+    latents = codec.encode_pictures(pictures)
+    spread = (latents.var((0, 2, 3), keepdim=True) + 1e-6).sqrt()
+    centre = latents.mean((0, 2, 3))
+    received = codec.transmit(latents)
+    if recipe.latent_noise:  # the deviation carries gradient: inflating the latents does not outgrow the noise
+        level = key.fold("level").uniform((len(pictures), 1, 1, 1)) * recipe.latent_noise
+        received = received + level * spread * key.fold("noise").normal(tuple(latents.shape))
+    error = codec.decode_pictures(received) - pictures
+    square = error.square().mean((1, 2, 3))
+    rmse = (square + 1e-5).sqrt().mean()
+    absolute = error.abs().mean()
+    penalty = (spread - 1).square().mean() + centre.square().mean()
+    loss = rmse + recipe.absolute_weight * absolute + recipe.latent_penalty * penalty
+    return {"loss": loss, "rmse": rmse.detach(), "absolute": absolute.detach(), "spread": spread.mean().detach()}
+
+
+class CodecRun:
+    """One training run: state, step, evaluation, and the files of its output directory."""
+
+    def __init__(self, recipe: CodecRecipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.key = Key(recipe.seed).fold("codec")
+        self.codec = self._build()
+        self.module = self.codec.module.to(memory_format=torch.channels_last).train()
+        if not recipe.train_encoder:
+            self.codec.autoencoder().get_submodule("encoder").requires_grad_(False)
+        self.optimiser = Optimiser(self.module, recipe)
+        self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self.step = 0
+        self.train_scenes = SceneSource(recipe.seed, "train", recipe.font)
+        self.heldout_scenes = SceneSource(recipe.seed, "heldout", recipe.font)
+
+    def _build(self) -> AutoencoderCodec:
+        family = codecs.get(self.recipe.codec.get("kind", "autoencoder"))
+        if not issubclass(family, AutoencoderCodec):
+            raise ValueError(f"[codec] kind = {self.recipe.codec['kind']!r} has no weights to train")
+        codec = family.initialised(self.recipe.codec, "[codec]", self.key.fold("weights"))
+        if self.recipe.init_from:
+            source = load_codec(self.recipe.init_from)
+            if not isinstance(source, AutoencoderCodec):
+                raise ValueError(f"init_from = {self.recipe.init_from!r} is no autoencoder but {source.spec.name!r}")
+            codec.adopt(source)
+        codec.precision = "bfloat16"
+        return codec
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns its scalars. Raises ValueError if the gradient is not finite."""
+        recipe = self.recipe
+        pixels = self.train_scenes.pixels(self.step * recipe.batch_size, recipe.batch_size)
+        terms = loss_terms(self.codec, to_pictures(pixels), recipe, self.key.fold("step", self.step))
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], 1.0)
+        if not math.isfinite(norm.item()):
+            raise ValueError(
+                f"the gradient norm is {norm.item()} at step {self.step} with learning_rate = {recipe.learning_rate}; "
+                "lower it and run again (it resumes from the last saved state)"
+            )
+        self.optimiser.step(learning_rate_at(self.step, recipe))
+        self.step += 1
+        decay = min(recipe.ema_decay, self.step / (self.step + 10))
+        live = [p.detach() for p in self.module.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        return {name: value.item() for name, value in terms.items()} | {"gradient_norm": norm.item()}
+
+    def averaged(self) -> _Averaged:
+        return _Averaged(self.module, self.average)
+
+    def evaluate(self, count: int) -> dict[str, float]:
+        """Mean PSNR (dB) of held-out pictures with the averaged weights: clean, and latents with 15 % noise."""
+        clean, noisy = [], []
+        with self.averaged(), torch.no_grad():
+            for start in range(0, count, 64):
+                pixels = self.heldout_scenes.pixels(start, min(64, count - start))
+                latents = self.codec.encode_pictures(to_pictures(pixels))
+                clean.append(psnr(pixels, to_pixels(self.codec.decode_pictures(self.codec.transmit(latents)))))
+                noise = self.key.fold("eval", start).normal(tuple(latents.shape))
+                spread = latents.std((0, 2, 3), keepdim=True)
+                shaken = self.codec.transmit(latents + 0.15 * spread * noise)
+                noisy.append(psnr(pixels, to_pixels(self.codec.decode_pictures(shaken))))
+        return {"psnr": torch.cat(clean).mean().item(), "psnr_noise_15": torch.cat(noisy).mean().item()}
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def save(self) -> None:
+        """Write everything that exact resume needs; the new state replaces the old one atomically."""
+        tensors = {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {f"live.{name}": p.detach() for name, p in self.module.named_parameters()}
+        tensors |= {f"optimiser.{name}": value for name, value in self.optimiser.tensors().items()}
+        tensors["step"] = torch.tensor(self.step)
+        save_tensors(self.out / STATE_FILE, tensors)
+
+    def resume(self) -> bool:
+        """Continue from the output directory's state, if there is one. ValueError if it is another recipe's."""
+        path, recipe_path = self.out / STATE_FILE, self.out / "recipe.json"
+        mine = canonical_json(self.recipe)
+        if not path.exists():
+            recipe_path.write_text(mine + "\n", encoding="utf-8")
+            return False
+        if recipe_path.read_text(encoding="utf-8").strip() != mine:
+            raise ValueError(f"{str(self.out)!r} holds a run of another recipe; choose another --out or remove it")
+        tensors = safetensors.torch.load_file(path)
+        part = {
+            prefix: {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            for prefix in ("average.", "live.", "optimiser.")
+        }
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(part["live."][name])
+                self.average[name].copy_(part["average."][name])
+        self.optimiser.load(part["optimiser."])
+        self.step = int(tensors["step"])
+        return True
+
+    def publish(self, directory: Path) -> None:
+        """Write the averaged weights as a codec directory, normalised over training pictures."""
+        with self.averaged():
+            count = self.recipe.statistics_pictures
+            self.codec.normalise_over(
+                self.train_scenes.pixels(start, min(64, count - start)) for start in range(0, count, 64)
+            )
+            self.codec.save(directory)
+
+    def sample_sheet(self) -> None:
+        """samples.png: 16 held-out pictures in pairs of rows, the original above its reconstruction."""
+        pixels = self.heldout_scenes.pixels(0, 16)
+        with self.averaged(), torch.no_grad():
+            latents = self.codec.transmit(self.codec.encode_pictures(to_pictures(pixels)))
+            restored = to_pixels(self.codec.decode_pictures(latents))
+        rows = [torch.cat(list(part[i : i + 8]), dim=1) for i in (0, 8) for part in (pixels, restored)]
+        Image.fromarray(torch.cat(rows).numpy()).resize((1536, 768), Image.Resampling.NEAREST).save(
+            self.out / "samples.png"
+        )
+
+
+class _Averaged:
+    """Context manager: the module computes with the moving average of its weights inside."""
+
+    def __init__(self, module: nn.Module, average: Mapping[str, Tensor]) -> None:
+        self.module, self.average = module, average
+
+    def __enter__(self) -> None:
+        self.live = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self._set(self.average)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self.live)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(values[name])
+
+
+def train(recipe: CodecRecipe, out: Path) -> dict[str, float]:
+    """Train to the end (resuming from `out` if it holds a state), publish out/codec, return the final PSNR."""
+    out.mkdir(parents=True, exist_ok=True)
+    run = CodecRun(recipe, out)
+    if run.resume():
+        print(f"resumed at step {run.step} of {recipe.steps}", flush=True)
+    started, first, seconds_eval = time.perf_counter(), run.step, 0.0
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+
+        def record(row: dict[str, Any]) -> None:
+            row = {"step": run.step, "pictures": run.step * recipe.batch_size, **row}
+            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+
+        while run.step < recipe.steps:
+            terms = run.train_step()
+            if run.step % 25 == 0 or run.step == recipe.steps:
+                seconds = time.perf_counter() - started - seconds_eval
+                record({**terms, "pictures_per_second": (run.step - first) * recipe.batch_size / seconds})
+            if run.step % recipe.eval_every == 0:
+                before = time.perf_counter()
+                record(run.evaluate(recipe.eval_pictures))
+                run.sample_sheet()
+                seconds_eval += time.perf_counter() - before
+            if run.step % recipe.save_every == 0:
+                run.save()
+        run.save()
+        final = run.evaluate(recipe.final_pictures)
+        record({"final": True, **final, "seconds": time.perf_counter() - started})
+    run.sample_sheet()
+    run.publish(out / "codec")
+    return final
+
+
+def run(recipe: Mapping[str, Any], out_dir: str | Path, source: str = "recipe") -> dict[str, float]:
+    """Entry for `python -m train`: a recipe as nested mappings and the output directory."""
+    torch.set_num_threads(1)
+    return train(build(recipe, CodecRecipe, source), Path(out_dir))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a picture codec.")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", help="output directory (default: runs/ and the recipe's name)")
+    options = parser.parse_args(arguments)
+    recipe = load_toml(options.recipe, options.overrides, CodecRecipe)
+    torch.set_num_threads(1)
+    train(recipe, Path(options.out or Path("runs") / Path(options.recipe).stem))
+
+
+if __name__ == "__main__":
+    main()

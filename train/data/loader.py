@@ -1,0 +1,188 @@
+"""Loader: an endless source becomes packed batches. Its whole state is one integer, the cursor.
+
+A batch holds documents cursor, cursor + 1, ... until one fits in no row (omni.layout.pack); that one starts the next
+batch. So the batch at a cursor is a pure function of the cursor, whatever was read, encoded or remembered before.
+A corrupt or oversized document is passed over, counted and named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import Field
+
+from omni.config import Frozen
+from omni.document import Document, Image, Video
+from omni.layout import Batch, LatentSpan, Span, pack
+from omni.rng import Key
+from train.data.latents import LatentMemo
+from train.data.source import CorruptRecord
+
+LOOKAHEAD = 48
+MAX_CORRUPT_SHARE = 0.05
+
+EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
+Compose = Callable[[Document, EncodeMedia], list[Span]]
+
+
+class TooManyCorrupt(RuntimeError):
+    """More than MAX_CORRUPT_SHARE of the documents could not be read."""
+
+
+class BatchConfig(Frozen):
+    """Shape of a batch: `rows` rows of `budget` context and `refine_budget` refine positions.
+
+    copies: noisy copies of every supervised block. trim: share of the documents whose last picture is left out of the
+    context stream, where nothing but the closing ids would read it (cheaper; the rest teach how a turn closes).
+    """
+
+    rows: int = Field(16, ge=1)
+    budget: int = Field(512, ge=8)
+    refine_budget: int = Field(512, ge=0)
+    copies: int = Field(1, ge=1)
+    trim: float = Field(0.0, ge=0, le=1)
+
+
+class DropConfig(Frozen):
+    """How often training hides conditions, for guidance: probabilities per document with a supervised picture."""
+
+    text: float = Field(0.0, ge=0, le=1)
+    images: float = Field(0.0, ge=0, le=1)
+    all: float = Field(0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch, the global indices of its documents in order, and the cursor after it."""
+
+    batch: Batch
+    documents: list[int]
+    cursor: int
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Loader:
+    """`next(cursor)` gives the batch that starts there.
+
+    Args:
+        document: index -> Document; pure. May raise CorruptRecord.
+        compose: (document, encode_media) -> spans, with the tokenizer bound.
+        memo: the codec behind its memo.
+        channels, pad_id: of the codec's latents; of the tokenizer.
+        key: of everything drawn per document here (drop, trim).
+    """
+
+    def __init__(
+        self,
+        document: Callable[[int], Document],
+        compose: Compose,
+        memo: LatentMemo,
+        shape: BatchConfig,
+        *,
+        channels: int,
+        pad_id: int,
+        key: Key,
+        drop: DropConfig | None = None,
+    ) -> None:
+        self.document, self.compose, self.memo, self.shape = document, compose, memo, shape
+        self.channels, self.pad_id, self.key = channels, pad_id, key
+        self.drop = drop or DropConfig()
+        self.counts: Counter[str] = Counter(documents=0, skipped=0)
+        self._window: dict[int, list[Span] | str] = {}
+
+    def next(self, cursor: int) -> Packed:
+        """The batch whose first document is `cursor` or the first good one after it."""
+        shape = self.shape
+        spans: dict[int, list[Span]] = {}
+        skipped: dict[int, str] = {}
+        index, num_context = cursor, 0
+        while num_context <= shape.rows * shape.budget and len(spans) <= shape.rows * shape.budget:
+            item = self._spans(index)
+            if isinstance(item, str):
+                skipped[index] = item
+                self._check_corrupt(index + 1 - cursor, len(skipped))
+            else:
+                spans[index] = item
+                num_context += context_length(item)
+            index += 1
+        uids = list(spans)
+        trim = [self.key.fold("trim", uid).python().random() < shape.trim for uid in uids] if shape.trim else None
+        batch, num_used = pack(
+            list(spans.values()),
+            rows=shape.rows,
+            budget=shape.budget,
+            refine_budget=shape.refine_budget,
+            channels=self.channels,
+            pad_id=self.pad_id,
+            copies=shape.copies,
+            uids=uids,
+            trim=trim,
+            fixed_shape=False,
+        )
+        after = uids[num_used] if num_used < len(uids) else index
+        passed = [(i, why) for i, why in skipped.items() if i < after]
+        self._window = {i: s for i, s in self._window.items() if i >= after}
+        self.counts.update(documents=num_used, skipped=len(passed))
+        return Packed(batch, uids[:num_used], after, passed)
+
+    def _spans(self, index: int) -> list[Span] | str:
+        if index not in self._window:
+            self._fill(index)
+        return self._window[index]
+
+    def _fill(self, start: int) -> None:
+        """Read and compose LOOKAHEAD documents, with all their pictures through the codec together."""
+        read: dict[int, Document] = {}
+        for index in range(start, start + LOOKAHEAD):
+            try:
+                read[index] = self._with_drop(index, self.document(index))
+            except CorruptRecord as error:
+                self._window[index] = str(error)
+        media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
+        encoded = iter(self.memo.encode([segment for group in media.values() for segment in group]))
+        for index, document in read.items():
+            spans = self.compose(document, _hand_out([next(encoded) for _ in media[index]]))
+            self._window[index] = self._too_long(spans) or spans
+
+    def _too_long(self, spans: Sequence[Span]) -> str:
+        length = context_length(spans)
+        blocks = [len(s.latents) for s in spans if isinstance(s, LatentSpan) and s.supervise]
+        refine = self.shape.copies * sum(blocks)
+        if length <= self.shape.budget and refine <= self.shape.refine_budget:
+            return ""
+        return (
+            f"too long: {length} context and {refine} refine positions, "
+            f"a row holds {self.shape.budget} and {self.shape.refine_budget}"
+        )
+
+    def _with_drop(self, index: int, document: Document) -> Document:
+        if not any(isinstance(s, Image | Video) and s.supervise for s in document.segments):
+            return document
+        draw = self.key.fold("drop", index).python().random()
+        for what, share in self.drop.model_dump().items():
+            if draw < share:
+                from omni.guidance import drop
+
+                return drop(document, what) or document  # type: ignore[arg-type]
+            draw -= share
+        return document
+
+    def _check_corrupt(self, num_seen: int, num_skipped: int) -> None:
+        skipped = self.counts["skipped"] + num_skipped
+        seen = self.counts["documents"] + self.counts["skipped"] + num_seen
+        if skipped >= 20 and skipped > MAX_CORRUPT_SHARE * seen:
+            raise TooManyCorrupt(f"{skipped} of {seen} documents could not be used (corrupt or longer than budget)")
+
+
+def context_length(spans: Sequence[Span]) -> int:
+    """Context positions of a document: its ids and its latents."""
+    return sum(s.latents.shape[0] if isinstance(s, LatentSpan) else len(s.ids) for s in spans)
+
+
+def _hand_out(latents: list[list[torch.Tensor]]) -> EncodeMedia:
+    """An encode_media for `compose`: the next latents for each media segment, in the document's order."""
+    waiting = iter(latents)
+    return lambda segments: [next(waiting) for _ in segments]

@@ -1,0 +1,62 @@
+"""Mixture: many sources as one endless sequence, in exact shares.
+
+Global indices come in blocks of 1000. In every block each source has its share (rounded so that the running total is
+never off by more than one), in a keyed order; the k-th index that falls to a source is that source's document k. So a
+finite source is visited exactly once per epoch whatever the weights are, and any index is found without history.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from omni.document import Document
+from omni.rng import Key
+from train.data.source import Source
+
+BLOCK = 1000
+
+
+class Mixture:
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], key: Key) -> None:
+        total = math.fsum(weights)
+        if not sources or min(weights) / total < 2 / BLOCK:
+            raise ValueError(f"every source needs at least {2 / BLOCK:.1%} of the mixture, got weights {list(weights)}")
+        self.sources, self.key = list(sources), key
+        self._edges = [math.fsum(weights[: i + 1]) / total for i in range(len(weights) - 1)] + [1.0]
+        self._block: tuple[int, list[tuple[int, int]]] | None = None
+
+    def document(self, index: int) -> Document:
+        source, position = self.locate(index)
+        return self.sources[source].document(position)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(which source, which of its documents) the global `index` is."""
+        if len(self.sources) == 1:
+            return 0, index
+        block, offset = divmod(index, BLOCK)
+        if self._block is None or self._block[0] != block:
+            self._block = (block, self._lay_out(block))
+        return self._block[1][offset]
+
+    def fingerprint(self) -> list[str]:
+        return [source.fingerprint() for source in self.sources]
+
+    def _lay_out(self, block: int) -> list[tuple[int, int]]:
+        before, after = self._counts(block * BLOCK), self._counts((block + 1) * BLOCK)
+        members = [(s, k) for s in range(len(self.sources)) for k in range(before[s], after[s])]
+        order = torch.randperm(BLOCK, generator=self.key.fold("mixture", block).generator()).tolist()
+        placed = [s for s, _ in (members[i] for i in order)]
+        following = list(before)
+        result = []
+        for source in placed:
+            result.append((source, following[source]))
+            following[source] += 1
+        return result
+
+    def _counts(self, index: int) -> list[int]:
+        """How many of the first `index` global indices fall to each source; `index` is a multiple of BLOCK."""
+        edges = [0, *(math.floor(index * edge) for edge in self._edges)]
+        return [high - low for low, high in zip(edges, edges[1:], strict=False)]

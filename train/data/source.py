@@ -1,0 +1,93 @@
+"""Source: an endless, pure sequence of Documents. `document(index)` depends on (options, seed, index) alone.
+
+A new source is one file: an options model, a class, `@SOURCES.register("name")`. Finite data derives from
+FiniteSource, which visits every record once per epoch in a keyed order. A bad record raises CorruptRecord; the
+loader then skips that index, in every run alike. Nothing here knows tokens, codecs or batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from omni.config import Frozen, Registry, build
+from omni.document import Document
+from omni.rng import Key
+
+
+class CorruptRecord(ValueError):
+    """One record cannot be read. The message names it; training goes on with the next index."""
+
+
+class Source(ABC):
+    """Options are a Frozen model in `Options`; `key` is the seed of every draw the source makes."""
+
+    Options: ClassVar[type[Frozen]] = Frozen
+
+    def __init__(self, options: Any, key: Key) -> None:
+        self.options, self.key = options, key
+
+    @abstractmethod
+    def document(self, index: int) -> Document:
+        """The document at `index` >= 0. Raises CorruptRecord for a bad record."""
+
+    def fingerprint(self) -> str:
+        """Identifies the data behind the options; a run resumes only on the same."""
+        return "generated"
+
+
+class FiniteSource(Source):
+    """`num_records` records, every one once per epoch, in an order keyed by the epoch."""
+
+    num_records: int
+
+    @abstractmethod
+    def record(self, position: int) -> Document:
+        """The document at `position` < num_records. Any ValueError becomes a CorruptRecord that names the record."""
+
+    @abstractmethod
+    def record_name(self, position: int) -> str:
+        """What to call the record in a message, e.g. "data.jsonl line 7"."""
+
+    def document(self, index: int) -> Document:
+        epoch, offset = divmod(index, self.num_records)
+        position = self._order(epoch)[offset]
+        try:
+            return self.record(position)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise CorruptRecord(f"{self.record_name(position)}: {type(error).__name__}: {error}") from error
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = self.key.fold("order", epoch).generator()
+            self._epoch = epoch
+            self._positions: list[int] = torch.randperm(self.num_records, generator=generator).tolist()
+        return self._positions
+
+
+SOURCES: Registry[type[Source]] = Registry("data source")
+
+
+def build_source(name: str, options: dict[str, Any], key: Key, origin: str) -> Source:
+    """The registered source `name`. Raises ValueError naming `origin` on an unknown name or option."""
+    source = SOURCES.get(name)
+    return source(build(options, source.Options, f"{origin} ({name}) options"), key)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Name, size and blake2b of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return f"{path.name}:{path.stat().st_size}:{digest.hexdigest()}"
+
+
+def require_file(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} is not a file; give the path of an existing one")
+    return path

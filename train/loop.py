@@ -1,0 +1,141 @@
+"""The training loop. `train_step` is the whole of a step; everything around it counts, saves and reports.
+
+A step: pack -> bf16 autocast -> losses as (sum, count) -> backward -> clip -> guard -> optimiser -> average.
+Exit: the loop ends when the length of the run is reached, or when `stop_requested` says so (then it has saved).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omni.rng import Key
+from train import state
+from train.data.loader import Loader, Packed
+from train.ema import Ema
+from train.guard import Guard
+from train.optim import Optimiser, multiplier
+from train.recipe import Recipe
+from train.track import Tracker
+
+
+@dataclass
+class Run:
+    """The moving parts of a run. `identity` is what a resume compares (see state.load)."""
+
+    recipe: Recipe
+    model: Any  # has .loss(batch, objectives, key) -> dict of Terms; an nn.Module
+    objectives: Sequence[Any]
+    loader: Loader
+    optimiser: Optimiser
+    ema: Ema
+    guard: Guard
+    out: Path
+    identity: Mapping[str, Any]
+    progress: state.Progress = field(default_factory=state.Progress)
+
+    @property
+    def key(self) -> Key:
+        return Key(self.recipe.seed).fold("train")
+
+    def fraction(self) -> float:
+        return self.recipe.fraction(self.progress.step, self.progress.seconds)
+
+
+def train_step(run: Run, packed: Packed) -> dict[str, Any]:
+    """One optimiser step on one packed batch; returns its metrics. Noise is keyed by document, block and copy."""
+    recipe, step = run.recipe, run.progress.step
+    batch = packed.batch.to(recipe.device)
+    with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocast == "bf16"):
+        terms = run.model.loss(batch, run.objectives, run.key.fold("draws"))
+    means = {name: term.sum.float() / max(term.count, 1.0) for name, term in terms.items()}
+    total = torch.stack([terms[name].weight * mean for name, mean in means.items()]).sum()
+    total.backward()
+    loss, grad_norm = float(total.detach()), run.optimiser.clip()
+    rate = multiplier(recipe.optimiser, step, run.fraction())
+    if run.guard.accepts(step, loss, grad_norm, packed.documents):
+        run.optimiser.step(rate)
+        run.ema.update()
+    run.optimiser.zero_grad()
+    run.progress.step += 1
+    run.progress.cursor = packed.cursor
+    values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
+    return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": batch.num_positions}
+
+
+def train(
+    run: Run, tracker: Tracker, stop_requested: Callable[[], bool], sheet: Callable[[Run], None] | None = None
+) -> bool:
+    """Train to the end of the recipe. Returns False when stopped early; the state is saved in both cases."""
+    report = run.recipe.report
+    saved_at, skipped_before = -1, run.guard.num_skipped
+    while run.fraction() < 1.0 and not stop_requested():
+        started = time.perf_counter()
+        packed = run.loader.next(run.progress.cursor)
+        loaded = time.perf_counter()
+        metrics = train_step(run, packed)
+        seconds = time.perf_counter() - started
+        run.progress.seconds += seconds
+        step = run.progress.step
+        metrics |= {"seconds": seconds, "load_seconds": loaded - started, "cursor": packed.cursor}
+        tracker.metrics(step - 1, metrics)
+        _report_trouble(run, tracker, packed, skipped_before)
+        skipped_before = run.guard.num_skipped
+        tracker.progress(_line(run, metrics), important=step % report.log_steps == 0 or step == 1)
+        if step % report.save_steps == 0:
+            save(run)
+            saved_at = step
+        if sheet is not None and report.sheet_steps and step % report.sheet_steps == 0:
+            sheet(run)
+    if saved_at != run.progress.step:
+        save(run)
+    return run.fraction() >= 1.0
+
+
+def save(run: Run) -> Path:
+    progress = run.progress
+    progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, run.guard.num_in_row
+    progress.documents = dict(run.loader.counts)
+    return state.save(
+        run.out / "state", progress, run.model, run.ema, run.optimiser, run.identity, run.recipe.report.keep
+    )
+
+
+def resume(run: Run, say: Callable[[str], None]) -> None:
+    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits."""
+    directory = state.newest(run.out / "state", say)
+    run.progress = state.load(directory, run.model, run.ema, run.optimiser, run.identity)
+    run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
+    run.loader.counts.update(run.progress.documents)
+    say(f"resumed {directory} at step {run.progress.step}, document {run.progress.cursor}")
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _report_trouble(run: Run, tracker: Tracker, packed: Packed, skipped_before: int) -> None:
+    step = run.progress.step - 1
+    for index, reason in packed.skipped:
+        tracker.say(f"document {index} skipped: {reason}")
+        tracker.metrics(step, {"event": "document skipped", "document": index, "reason": reason})
+    if run.guard.num_skipped > skipped_before:
+        tracker.say(f"step {step} was not finite and is skipped; its documents are in metrics.jsonl")
+        tracker.metrics(step, {"event": "not finite", "documents": packed.documents})
+
+
+def _line(run: Run, metrics: Mapping[str, Any]) -> str:
+    recipe, progress = run.recipe, run.progress
+    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in metrics.items() if k.startswith("loss/"))
+    left = progress.seconds / max(run.fraction(), 1e-9) - progress.seconds
+    return (
+        f"step {progress.step}/{recipe.max_steps} {run.fraction():5.1%}  {losses}  grad {metrics['grad_norm']:.2f}  "
+        f"{metrics['seconds']:.2f} s  {metrics['positions'] / metrics['seconds']:.0f} positions/s  "
+        f"{left / 60:.0f} min left"
+    )

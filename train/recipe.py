@@ -1,0 +1,96 @@
+"""Recipe: everything that decides a training run, as frozen, validated data. Read from TOML with key=value overrides.
+
+`identity()` is what a resume must find unchanged: all of it but the length of the run and how often it reports. With
+`max_minutes` the learning rate follows the clock, so such a run is resumed faithfully but not bit for bit: exact resume
+needs the length in steps (`max_steps` alone).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from omni.config import Frozen
+from omni.nn.transformer import TransformerConfig
+from train.data.loader import BatchConfig, DropConfig
+from train.optim import OptimiserConfig
+
+
+class DataConfig(Frozen):
+    """One source of the mixture: a registered name, its share, and the options of that source."""
+
+    name: str
+    weight: float = Field(1.0, gt=0)
+    options: dict[str, Any] = {}
+
+
+class ObjectiveConfig(Frozen):
+    """One objective: a registered name, its weight in the total, and its options."""
+
+    name: str
+    weight: float = Field(1.0, gt=0)
+    options: dict[str, Any] = {}
+
+
+class ReportConfig(Frozen):
+    """How often, in steps, the run logs, saves and draws; none of it changes the numbers."""
+
+    log_steps: int = Field(10, ge=1)
+    save_steps: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1, description="saved states kept")
+    sheet_steps: int = Field(0, ge=0, description="a sheet of samples every so many steps; 0: none")
+    sheet_pictures: int = Field(8, ge=1, le=64)
+    sheet_sampling_steps: int = Field(8, ge=1)
+    tensorboard: bool = False
+
+
+class Recipe(Frozen):
+    """See the head of this file. Paths are relative to the current directory."""
+
+    kind: Literal["model"] = "model"
+    seed: int = Field(0, ge=0)
+    max_steps: int = Field(ge=1)
+    max_minutes: float | None = Field(None, gt=0)
+    device: str = "cpu"
+    threads: int = Field(1, ge=1)
+    autocast: Literal["bf16", "none"] = "bf16"
+    tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
+    codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
+    codec_precision: Literal["float32", "bfloat16"] = "float32"
+    init_from: Path | None = Field(None, description="model directory or saved state whose weights to start from")
+    init_partial: bool = Field(False, description="let init_from lack some weights, or have others")
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    max_nonfinite: int = Field(10, ge=1, description="non-finite steps in a row that stop the run")
+    latent_memory_mb: int = Field(512, ge=1)
+    model: TransformerConfig
+    heads: dict[str, Any] = Field({}, description="further fields of the model's config.json")
+    batch: BatchConfig
+    drop: DropConfig = DropConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    data: tuple[DataConfig, ...] = Field(min_length=1)
+    objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
+    generation: dict[str, Any] = Field({}, description="default generation options stored with the model")
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        names = [objective.name for objective in self.objectives]
+        if len(set(names)) < len(names):
+            raise ValueError(f"objectives must have different names, got {names}")
+        if self.drop.text + self.drop.images + self.drop.all > 1:
+            raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The JSON of every field that changes numbers."""
+        free = {"max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"}
+        return self.model_dump(mode="json", exclude=free)
+
+    def fraction(self, step: int, seconds: float) -> float:
+        """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""
+        done = step / self.max_steps
+        if self.max_minutes is not None:
+            done = max(done, seconds / (60 * self.max_minutes))
+        return min(done, 1.0)

@@ -1,0 +1,85 @@
+"""Sample sheets: what the averaged weights draw now, beside what the documents ask for.
+
+A sheet is a PNG grid: the upper row of each pair is the document's own picture, the lower row the model's. Prompts are
+documents far beyond what training reaches. Clips show their first frame. Drawing never stops a run: a failure is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from omni.document import Document, Image, Segment, Video
+from omni.media import save_png
+from train.data.source import CorruptRecord
+from train.loop import Run
+
+FIRST_UNSEEN = 10**9
+COLUMNS = 8
+
+
+def prompts(
+    document: Callable[[int], Document], count: int, attempts: int = 400
+) -> list[tuple[Document, torch.Tensor]]:
+    """(the document up to its first supervised picture, that picture (H, W, 3)) for `count` unseen documents."""
+    found: list[tuple[Document, torch.Tensor]] = []
+    for index in range(FIRST_UNSEEN, FIRST_UNSEEN + attempts):
+        try:
+            segments = document(index).segments
+        except CorruptRecord:
+            continue
+        where = next((i for i, s in enumerate(segments) if isinstance(s, Image | Video) and s.supervise), 0)
+        if where and segments[where - 1].role != segments[where].role:
+            found.append((Document(segments[:where]), _still(segments[where])))
+        if len(found) == count:
+            break
+    return found
+
+
+def draw_sheet(run: Run, path: Path) -> None:
+    """Write the sheet of the run's current averages."""
+    report = run.recipe.report
+    asked = prompts(run.loader.document, report.sheet_pictures)
+    run.model.eval()
+    try:
+        with run.ema.applied(), torch.no_grad():
+            drawn = [_draw(run, prompt, number) for number, (prompt, _) in enumerate(asked)]
+    finally:
+        run.model.train()
+    if asked:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(grid([picture for _, picture in asked], drawn), path)
+
+
+def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: int = 2) -> torch.Tensor:
+    """uint8 (H, W, 3): rows of COLUMNS references, each above the row of what was drawn; grey where nothing was."""
+    side = max(max(p.shape[0], p.shape[1]) for p in references)
+    rows = []
+    for start in range(0, len(references), COLUMNS):
+        for pictures in (references[start : start + COLUMNS], drawn[start : start + COLUMNS]):
+            cells = [_cell(picture, side, gap) for picture in pictures]
+            cells += [_cell(None, side, gap)] * (min(COLUMNS, len(references)) - len(cells))
+            rows.append(torch.cat(cells, 1))
+    return torch.cat(rows, 0)
+
+
+def _draw(run: Run, prompt: Document, seed: int) -> torch.Tensor | None:
+    reply = run.model.generate(prompt, steps=run.recipe.report.sheet_sampling_steps, seed=seed, max_images=1)
+    media = [s for s in reply.document.segments if isinstance(s, Image | Video) and s.supervise is False]
+    shown = [s for s in media if s.role == "assistant"]
+    return _still(shown[0]) if shown else None
+
+
+def _still(segment: Segment) -> torch.Tensor:
+    assert isinstance(segment, Image | Video)
+    return segment.pixels if isinstance(segment, Image) else segment.frames[0]
+
+
+def _cell(picture: torch.Tensor | None, side: int, gap: int) -> torch.Tensor:
+    cell = torch.full((side + gap, side + gap, 3), 128, dtype=torch.uint8)
+    if picture is not None:
+        height, width = min(side, picture.shape[0]), min(side, picture.shape[1])
+        cell[:height, :width] = picture[:height, :width]
+    return cell

@@ -1,0 +1,133 @@
+"""State of a run on disk: everything that exact resume needs, in atomically published directories.
+
+    state/step-00000123/   model.safetensors  ema.safetensors  optimiser.safetensors  state.json  manifest.json
+
+All tensors keep their dtype; the scalars are JSON; nothing is pickled. Noise, order and times are keyed, so no
+generator state exists. A half-written directory has no manifest and is passed over; so is a damaged one, aloud.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omni import checkpoint
+from train.ema import Ema
+from train.optim import Optimiser
+
+_STEP = re.compile(r"step-(\d{8})")
+WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
+
+
+@dataclass
+class Progress:
+    """Where a run is: `step` steps done, the next document `cursor`, wall-clock seconds over all its lives."""
+
+    step: int = 0
+    cursor: int = 0
+    seconds: float = 0.0
+    num_nonfinite: int = 0
+    num_nonfinite_in_row: int = 0
+    documents: dict[str, int] = field(default_factory=dict)
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    ema: Ema,
+    optimiser: Optimiser,
+    identity: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Publish the state as folder/step-XXXXXXXX and remove all but the newest `keep`. `identity`: see load_newest."""
+    scalars = {"progress": asdict(progress), "ema_updates": ema.num_updates, "identity": dict(identity)}
+    directory = checkpoint.publish(
+        folder / f"step-{progress.step:08d}",
+        {
+            WEIGHTS: _weights(model),
+            AVERAGES: ema.averages,
+            OPTIMISER: optimiser.state_tensors(),
+            SCALARS: json.dumps(scalars, sort_keys=True, indent=1),
+        },
+        info={"kind": "training state", "step": progress.step, "torch": torch.__version__},
+        replace=True,
+    )
+    for _, old in saved_steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def saved_steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every finished-looking state, oldest first; nothing is read."""
+    if not folder.is_dir():
+        return []
+    matches = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match.group(1)), path) for match, path in matches if match)
+
+
+def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
+    """The newest directory whose every byte verifies. Says which it refuses; ValueError when none is left."""
+    for _, directory in reversed(saved_steps(folder)):
+        try:
+            checkpoint.verify(directory)
+        except ValueError as error:
+            say(f"passing over a damaged state: {error}")
+            continue
+        return directory
+    raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
+
+
+def load(
+    directory: Path, model: nn.Module, ema: Ema, optimiser: Optimiser, identity: Mapping[str, Any]
+) -> Progress:
+    """Restore model, averages and optimiser in place, bit for bit, and return the progress.
+
+    Raises ValueError when `identity` (JSON of everything that decides the run: recipe, data) differs from the saved
+    one, naming the first key that does, or when names or shapes of tensors differ.
+    """
+    scalars = json.loads(checkpoint.read_bytes(directory / SCALARS))
+    different = _first_difference(scalars["identity"], json.loads(json.dumps(dict(identity))))
+    if different:
+        raise ValueError(f"{directory} was trained with another recipe or other data: {different}; use a new --out")
+    _restore_weights(model, checkpoint.load_tensors(directory / WEIGHTS))
+    ema.load(checkpoint.load_tensors(directory / AVERAGES), scalars["ema_updates"])
+    optimiser.load_state_tensors(checkpoint.load_tensors(directory / OPTIMISER))
+    return Progress(**scalars["progress"])
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters (shared ones once) and persistent buffers."""
+    persistent = model.state_dict()
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return named | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+@torch.no_grad()
+def _restore_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    own = _weights(model)
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())
+        raise ValueError(f"saved weights and this model differ in {odd[0]!r} ({len(odd)} names in all)")
+    for name, value in own.items():
+        if value.shape != saved[name].shape:
+            raise ValueError(f"saved {name!r} has shape {tuple(saved[name].shape)}, this model {tuple(value.shape)}")
+        value.copy_(saved[name])
+
+
+def _first_difference(saved: Any, own: Any, path: str = "") -> str:
+    if isinstance(saved, dict) and isinstance(own, dict):
+        for key in sorted(saved.keys() | own.keys()):
+            found = _first_difference(saved.get(key), own.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return ""
+    return "" if saved == own else f"{path} was {saved!r}, now {own!r}"
