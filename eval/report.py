@@ -78,7 +78,7 @@ def _panel(panel: Panel) -> str:
     kind = " class='wrong'" if panel.right is False else ""
     sides = [
         f"<div>{label}<br>{image_tag(pixels)}</div>"
-        for label, pictures in (("reference", panel.reference), ("answer", panel.answer))
+        for label, pictures in (("given", panel.given), ("reference", panel.reference), ("answer", panel.answer))
         for pixels in pictures
     ]
     note = f"<div class='note'>{escape(panel.note)}</div>" if panel.note else ""

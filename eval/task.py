@@ -73,13 +73,14 @@ class Measure:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One example for the report: the request, the reference and the answer side by side, and the verdict."""
+    """One example for the report: what was given, the reference and the answer side by side, and the verdict."""
 
     request: str
     reference: Sequence[torch.Tensor] = ()
     answer: Sequence[torch.Tensor] = ()
     note: str = ""
     right: bool | None = None
+    given: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse: --help and --version
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent
         return CLOSED_PIPE
@@ -40,19 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    kind = "DamagedError"  # by name, so that bad usage is told without importing torch
-    if any(base.__name__ == kind for base in type(error).__mro__):
+    if any(base.__name__ == "DamagedError" for base in type(error).__mro__):  # by name: telling must not import torch
         return DAMAGED
-    return USAGE if isinstance(error, ValueError | OSError | ImportError) else 1
+    return USAGE if _is_for_the_user(error) else 1
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """ValueError is our way of saying what is wrong with an input; so is an ImportError that names an extra."""
+    said = isinstance(error, ImportError) and error.name is None
+    return bool(str(error)) and (said or isinstance(error, ValueError | OSError))
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ValueError | OSError | ImportError) and text:
-        return text
-    return f"this is a bug: {type(error).__name__}: {text}; OMNI_DEBUG=1 shows where"
+    return (
+        text if _is_for_the_user(error) else f"this is a bug: {type(error).__name__}: {text}; OMNI_DEBUG=1 shows where"
+    )
 
 
 def _fail(message: str, code: int) -> int:

@@ -117,7 +117,7 @@ class Batch:
 
 
 @dataclass
-class Sequence1:
+class LaidOut:
     """One document laid out alone: Python lists of one entry per context position, and its refine blocks."""
 
     ids: list[int]
@@ -132,13 +132,13 @@ class Sequence1:
 
 def lay_out(
     spans: Sequence[Span], pad_id: int, *, start_position: int = 0, start_block: int = 0, trim_tail: bool = False
-) -> Sequence1:
+) -> LaidOut:
     """Lay out one document. Text advances the rotary position by one; a block of grid (t, h, w) at position p has the
     coordinates (p + time, p + row, p + column) and the next position is p + max(t, h, w), so that text keeps the
     ordinary 1-D rotary positions of a decoder language model. `trim_tail` leaves a last supervised block, and whatever
     follows it, out of the context stream: nothing reads it there.
     """
-    out = Sequence1([], [], [], [], [], [], start_position, start_block)
+    out = LaidOut([], [], [], [], [], [], start_position, start_block)
     last = _last_supervised(spans) if trim_tail else None
     for index, span in enumerate(spans):
         p = out.next_position
@@ -180,56 +180,66 @@ def grid_positions(grid: tuple[int, int, int], p: int) -> list[tuple[int, int, i
     return [(p + a, p + b, p + c) for a in range(t) for b in range(h) for c in range(w)]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Rows of one size: `rows` rows of `budget` context and `refine_budget` refine positions."""
+
+    rows: int
+    budget: int
+    refine_budget: int
+
+
 def pack(
     documents: Sequence[Sequence[Span]],
+    shapes: Sequence[Shape],
     *,
-    rows: int,
-    budget: int,
-    refine_budget: int,
     channels: int,
     pad_id: int,
     copies: int = 1,
     uids: Sequence[int] | None = None,
     trim: Sequence[bool] | None = None,
     fixed_shape: bool = True,
-) -> tuple[Batch, int]:
-    """Pack documents, in order, next-fit, into at most `rows` rows of `budget` context and `refine_budget` refine positions.
+) -> tuple[list[Batch], int]:
+    """Pack documents, in order, each into the first row that has room, and stop at the first that fits in none.
 
-    Stops at the first document that fits in no row and returns (batch, number of documents used): the loader's state
-    is then one integer. `trim[i]` leaves the last block of document i out of the context (see `lay_out`). With
-    `fixed_shape` the tensors have exactly rows x budget; else they shrink to what is used.
+    Several shapes make several batches that one training step adds up: short documents share short rows (attention
+    costs less there), long ones have long rows. Returns (one batch per shape, number of documents used): a loader's
+    state is then one integer. `trim[i]` leaves the last block of document i out of the context (see `lay_out`). With
+    `fixed_shape` the tensors have exactly the shape's size; else they shrink to what is used.
 
-    Raises ValueError if a document alone exceeds the budget.
+    Raises ValueError if a document alone exceeds every shape.
     """
     uids = list(range(len(documents))) if uids is None else list(uids)
-    filled: list[list[tuple[int, Sequence1]]] = [[] for _ in range(rows)]
-    used = [[0, 0] for _ in range(rows)]
+    rows = [(shape, [0, 0], []) for shape in shapes for _ in range(shape.rows)]
     count = 0
     for number, spans in enumerate(documents):
         one = lay_out(spans, pad_id, trim_tail=bool(trim[number]) if trim is not None else False)
         need = (len(one.ids), copies * sum(len(span.latents) for _, span, _ in one.blocks))
-        if need[0] > budget or need[1] > refine_budget:
+        if not any(need[0] <= shape.budget and need[1] <= shape.refine_budget for shape in shapes):
             raise ValueError(
-                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, "
-                f"but a row holds {budget} and {refine_budget}; raise budget/refine_budget or shorten it"
+                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but the longest row "
+                f"holds {max(s.budget for s in shapes)} and {max(s.refine_budget for s in shapes)}; raise them or shorten it"
             )
-        row = next(
-            (r for r in range(rows) if used[r][0] + need[0] <= budget and used[r][1] + need[1] <= refine_budget), None
-        )
-        if row is None:
+        for shape, used, members in rows:
+            if used[0] + need[0] <= shape.budget and used[1] + need[1] <= shape.refine_budget:
+                members.append((uids[number], one))
+                used[0] += need[0]
+                used[1] += need[1]
+                break
+        else:
             break
-        filled[row].append((uids[number], one))
-        used[row][0] += need[0]
-        used[row][1] += need[1]
         count += 1
-    if not fixed_shape:
-        budget = max(1, max(u[0] for u in used))
-        refine_budget = max(u[1] for u in used)
-    return _assemble(filled, budget, refine_budget, channels, pad_id, copies), count
+    batches = []
+    for shape in shapes:
+        mine = [(used, members) for s, used, members in rows if s is shape]
+        budget = shape.budget if fixed_shape else max(1, max(used[0] for used, _ in mine))
+        refine_budget = shape.refine_budget if fixed_shape else max(used[1] for used, _ in mine)
+        batches.append(_assemble([m for _, m in mine], budget, refine_budget, channels, pad_id, copies))
+    return batches, count
 
 
 def _assemble(
-    filled: list[list[tuple[int, Sequence1]]], T: int, S: int, C: int, pad_id: int, copies: int
+    filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int
 ) -> Batch:
     R = len(filled)
     ids = torch.full((R, T), pad_id, dtype=torch.int64)

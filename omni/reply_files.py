@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni import media
-from omni.checkpoint import MANIFEST, Content, publish
+from omni.checkpoint import MANIFEST, publish
 from omni.document import Document, Image, Role, Text, Video
 from omni.terminal import safe_text
 
@@ -33,17 +32,18 @@ def default_folder(base: Path) -> Path:
     return base / f"{max(taken, default=0) + 1:03d}"
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """ValueError, before any work is done, when `folder` cannot become the reply's folder.
+def check_folder(folder: Path, overwrite: bool, name: str = "--out") -> None:
+    """ValueError, before any work is done, when `folder` (given as option `name`) cannot become a reply's folder.
 
     An empty folder may. With `overwrite` so may one that holds a reply or conversation of ours and nothing else.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {str(folder)!r} is a file; name a folder")
+        raise ValueError(f"{name} {str(folder)!r} is a file; name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"--out {str(folder)!r} is not empty; name another folder, or add --overwrite")
+        way_out = " or add --overwrite" if name == "--out" else ""
+        raise ValueError(f"{name} {str(folder)!r} is not empty; name another folder{way_out}")
     foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
     if foreign or not (folder / MANIFEST).is_file():
         what = f"{foreign[0]!r}, which no reply holds" if foreign else "no reply"
@@ -52,36 +52,65 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     known = (MANIFEST, "reply.md", "reply.json", "chat.md", "chat.json")
-    return path.is_file() and (path.name in known or re.fullmatch(r"(image|clip|input)-\d+\.png", path.name) is not None)
+    return path.is_file() and (
+        path.name in known or re.fullmatch(r"(image|clip|input)-\d+\.png", path.name) is not None
+    )
 
 
-def write_reply(folder: Path, document: Document, parts: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Path:
+def write_reply(
+    folder: Path,
+    document: Document,
+    extras: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+    replace: bool = False,
+) -> Path:
     """Write the last assistant turn of `document` (a request and its reply) as a reply folder.
 
     Args:
-        folder: must not exist or be empty, or hold a reply to replace (see check_folder).
+        folder: must not exist, unless `replace`.
         document: the whole exchange; the reply is its trailing run of assistant segments.
-        parts: for each segment of the reply, in order, what is known of it beyond its content (steps, seed, ...).
+        extras: for each segment of the reply, in order, what is known of it beyond its content (steps, seed, ...).
         record: JSON values for the top of reply.json: options, model, versions, stop_reason.
 
-    Returns `folder`. Raises OSError when it cannot be written.
+    Returns `folder`. Raises ValueError when it exists, OSError when it cannot be written.
     """
     start = _reply_start(document)
-    files, contents = _media_files(document)
-    reply = [{**content, **extra} for content, extra in zip(contents[start:], parts, strict=True)]
+    contents = _contents(document)
+    reply = [{**content, **extra} for content, extra in zip(contents[start:], extras, strict=True)]
     request = _messages(document.segments[:start], contents[:start])
     data = {"format": FORMAT, "request": request, "parts": reply, **record}
-    files["reply.json"] = _json(data)
-    files["reply.md"] = _markdown(document, contents)
-    return publish(folder, files, info={"kind": "reply"}, replace=folder.exists())
+    return _publish(folder, "reply", document, contents, data, replace)
 
 
-def write_chat(folder: Path, document: Document, record: Mapping[str, Any]) -> Path:
-    """Write a whole conversation: chat.md and chat.json, whose "messages" `omni.text.chat` reads back."""
-    files, contents = _media_files(document)
-    files["chat.json"] = _json({"format": FORMAT, "messages": _messages(document.segments, contents), **record})
-    files["chat.md"] = _markdown(document, contents)
-    return publish(folder, files, info={"kind": "chat"}, replace=folder.exists())
+def write_chat(
+    folder: Path,
+    document: Document,
+    extras: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+    replace: bool = False,
+) -> Path:
+    """Write a whole conversation: chat.md and chat.json, whose "messages" `omni.text.chat` reads back.
+
+    `extras` has an entry for every segment of the document; the rest is as in write_reply.
+    """
+    contents = [{**content, **extra} for content, extra in zip(_contents(document), extras, strict=True)]
+    data = {"format": FORMAT, "messages": _messages(document.segments, contents), **record}
+    return _publish(folder, "chat", document, contents, data, replace)
+
+
+def _publish(
+    folder: Path, kind: str, document: Document, contents: list[dict[str, Any]], data: dict[str, Any], replace: bool
+) -> Path:
+    def write(inside: Path) -> None:
+        for segment, content in zip(document.segments, contents, strict=True):
+            if isinstance(segment, Image):
+                media.save_png(segment.pixels, inside / content["path"])
+            elif isinstance(segment, Video):
+                media.save_apng(segment.frames, inside / content["path"], segment.fps)
+        (inside / f"{kind}.json").write_bytes(_json(data))
+        (inside / f"{kind}.md").write_text(_markdown(document, contents), encoding="utf-8")
+
+    return publish(folder, write, info={"kind": kind}, replace=replace)
 
 
 def _reply_start(document: Document) -> int:
@@ -91,9 +120,8 @@ def _reply_start(document: Document) -> int:
     return start
 
 
-def _media_files(document: Document) -> tuple[dict[str, Content], list[dict[str, Any]]]:
-    """The pictures as files, and every segment as a content part that names its file."""
-    files: dict[str, Content] = {}
+def _contents(document: Document) -> list[dict[str, Any]]:
+    """Every segment as a content part; media name the file that will hold them."""
     contents: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
     for segment in document.segments:
@@ -103,21 +131,12 @@ def _media_files(document: Document) -> tuple[dict[str, Content], list[dict[str,
         stem = "clip" if isinstance(segment, Video) else "image"
         stem = stem if segment.role is Role.ASSISTANT else "input"
         counts[stem] = counts.get(stem, 0) + 1
-        name = f"{stem}-{counts[stem]}.png"
-        files[name] = media.encode_png(segment.pixels) if isinstance(segment, Image) else _animation(segment)
-        height, width = (segment.pixels if isinstance(segment, Image) else segment.frames).shape[-3:-1]
-        part = {"type": "image", "path": name, "height": height, "width": width}
-        if isinstance(segment, Video):
-            part |= {"type": "video", "frames": len(segment.frames), "fps": segment.fps}
-        contents.append(part)
-    return files, contents
-
-
-def _animation(video: Video) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.png"
-        media.save_apng(video.frames, path, video.fps)
-        return path.read_bytes()
+        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
+        size = {"height": pixels.shape[-3], "width": pixels.shape[-2]}
+        clip = {"frames": len(segment.frames), "fps": segment.fps} if isinstance(segment, Video) else {}
+        kind = "image" if isinstance(segment, Image) else "video"
+        contents.append({"type": kind, "path": f"{stem}-{counts[stem]}.png", **size, **clip})
+    return contents
 
 
 def _messages(segments: Sequence[Any], contents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TextIO
 
 import numpy as np
@@ -66,7 +66,11 @@ def detect(stream: TextIO, environment: Mapping[str, str] | None = None, force: 
             return "iterm2"
     if not _can_print(stream, "\u2580"):
         return "none"
-    rich = env.get("COLORTERM", "").lower() in ("truecolor", "24bit") or term.endswith("-direct") or bool(env.get("WT_SESSION"))
+    rich = (
+        env.get("COLORTERM", "").lower() in ("truecolor", "24bit")
+        or term.endswith("-direct")
+        or bool(env.get("WT_SESSION"))
+    )
     return "truecolor" if rich or not tty or "256color" not in term else "256"
 
 
@@ -86,6 +90,14 @@ def picture(pixels: Any, protocol: Protocol, columns: int | None = None) -> str:
     if protocol == "iterm2":
         return _iterm2(array, min(columns, 40))
     return _half_blocks(_fit(array, min(columns, 80)), protocol)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table with aligned columns: a header, a rule, the rows. Width is counted in characters."""
+    cells = [[safe_text(str(cell)).replace("\n", "\u240a") for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 class Printer:

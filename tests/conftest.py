@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,3 +51,22 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", connect)
         patch.setattr(socket.socket, "connect_ex", connect_ex)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a saved model with random weights: 55,000 parameters, byte tokenizer, exact 4x4 pixel codec."""
+    from omni.codecs.pixels import PixelCodec, PixelConfig
+    from omni.heads import FlowHeadConfig
+    from omni.model import Omni, OmniConfig
+    from omni.nn.transformer import TransformerConfig
+    from omni.text.bpe import BPETokenizer
+
+    tokenizer = BPETokenizer.train([], 256)
+    transformer = TransformerConfig(width=32, depth=2, num_heads=2, num_kv_heads=2, head_dim=16)
+    flow = FlowHeadConfig(channels=48, num_frequencies=4)
+    model = Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=tokenizer.vocab_size))
+    model.tokenizer, model.codec = tokenizer, PixelCodec(PixelConfig(patch=4))
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    model.save_pretrained(directory)
+    return directory

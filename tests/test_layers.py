@@ -23,11 +23,14 @@ LEVELS = {
     5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
-# Imports inside one level: the bottom is one currency, a block's head is made of layers, the engine drives the model.
+# Imports inside one level: the bottom is one currency; a layout has a mask; a head is made of layers; a tokenizer
+# trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
 PEERS = {
-    ("mask", "layout"),
+    ("layout", "mask"),
     ("heads", "nn"),
+    ("text", "emoji_world"),
     ("engine", "model"),
+    ("model", "engine"),
     ("verify", "model"),
     ("verify", "engine"),
     *((a, b) for level in (0, 5) for a in LEVELS[level] for b in LEVELS[level]),
@@ -159,7 +162,9 @@ def test_import_omni_is_light() -> None:
 # ------------------------------------------------------------------------------------------------ randomness
 
 TORCH_DRAWS = set("rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial".split())
-TENSOR_DRAWS = set("normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_ multinomial".split())
+TENSOR_DRAWS = set(
+    "normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_ multinomial".split()
+)
 INIT_DRAWS = set("normal_ uniform_ trunc_normal_ xavier_normal_ xavier_uniform_ kaiming_normal_ orthogonal_".split())
 
 

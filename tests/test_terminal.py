@@ -85,7 +85,9 @@ def test_half_blocks_shrink_to_the_terminal() -> None:
 @pytest.mark.parametrize("rgb", [(0, 0, 0), (255, 255, 255), (95, 135, 175), (128, 128, 128), (200, 10, 30)])
 def test_palette_is_the_nearest(rgb: tuple[int, int, int]) -> None:
     levels = [0, 95, 135, 175, 215, 255]
-    palette = {16 + 36 * r + 6 * g + b: (levels[r], levels[g], levels[b]) for r in range(6) for g in range(6) for b in range(6)}
+    palette = {
+        16 + 36 * r + 6 * g + b: (levels[r], levels[g], levels[b]) for r in range(6) for g in range(6) for b in range(6)
+    }
     palette |= {232 + n: (8 + 10 * n,) * 3 for n in range(24)}
 
     def error(index: int) -> int:

@@ -98,13 +98,14 @@ def dry_run(recipe: Recipe, out: Path) -> int:
         loaded = time.perf_counter()
         metrics = loop.train_step(run, packed)
         ended = time.perf_counter()
-    batch = packed.batch
+    shapes = [f"{tuple(batch.ids.shape)} + {tuple(batch.item.shape)}" for batch in packed.batches]
+    used = sum(batch.num_positions for batch in packed.batches)
+    made = sum(batch.ids.numel() + batch.item.numel() for batch in packed.batches)
     facts = {
         "parameters": parameters,
         "of them with Muon": f"{_muon_share(run):.0%}",
         "model file": f"{2 * parameters / 1e6:.1f} MB in bf16",
-        "a batch": f"{len(packed.documents)} documents, {batch.num_context} context and {batch.num_refine} refine "
-        f"positions in {tuple(batch.ids.shape)} and {tuple(batch.item.shape)}",
+        "a batch": f"{len(packed.documents)} documents, {used} positions ({used / made:.0%} of {', '.join(shapes)})",
         "a step": f"{ended - started:.2f} s, of which loading {loaded - started:.2f} s",
         "steps in an hour": round(3600 / (ended - started)),
         "loss": {k: round(v, 4) for k, v in metrics.items() if k.startswith("loss")},

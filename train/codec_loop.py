@@ -194,7 +194,7 @@ class CodecRun:
         self.step += 1
         decay = min(recipe.ema_decay, self.step / (self.step + 10))
         live = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)  # type: ignore[attr-defined]
         return {name: value.item() for name, value in terms.items()} | {"gradient_norm": norm.item()}
 
     def averaged(self) -> _Averaged:

@@ -49,13 +49,17 @@ class Run:
 
 
 def train_step(run: Run, packed: Packed) -> dict[str, Any]:
-    """One optimiser step on one packed batch; returns its metrics. Noise is keyed by document, block and copy."""
+    """One optimiser step on one packed batch; returns its metrics. Noise is keyed by document, block and copy.
+
+    Each loss is a sum over all batches of the step divided once by their total count, so neither the packing nor
+    the shapes of the rows change the objective.
+    """
     recipe, step = run.recipe, run.progress.step
-    batch = packed.batch.to(recipe.device)
+    batches = [batch.to(recipe.device) for batch in packed.batches]
     with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocast == "bf16"):
-        terms = run.model.loss(batch, run.objectives, run.key.fold("draws"))
-    means = {name: term.sum.float() / max(term.count, 1.0) for name, term in terms.items()}
-    total = torch.stack([terms[name].weight * mean for name, mean in means.items()]).sum()
+        parts = [run.model.loss(batch, run.objectives, run.key.fold("draws")) for batch in batches]
+    means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
+    total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()
     loss, grad_norm = float(total.detach()), run.optimiser.clip()
     rate = multiplier(recipe.optimiser, step, run.fraction())
@@ -66,7 +70,13 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     run.progress.step += 1
     run.progress.cursor = packed.cursor
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
-    return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": batch.num_positions}
+    positions = sum(batch.num_positions for batch in batches)
+    return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
+
+
+def mean_of(terms: Sequence[Any]) -> torch.Tensor:
+    """Sum over sum of counts, in float32; 0 when there is nothing to count."""
+    return torch.stack([term.sum.float() for term in terms]).sum() / max(sum(term.count for term in terms), 1.0)
 
 
 def train(

@@ -181,8 +181,7 @@ def load_codec(directory: str | Path) -> Codec:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{str(directory)!r} holds no {CONFIG_FILE}; give the directory of a saved codec")
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    if "_class_name" in plain:
+    if _is_diffusers(path):
         from omni.codecs.autoencoders import AutoencoderCodec
 
         return AutoencoderCodec.from_diffusers(directory)
@@ -191,6 +190,14 @@ def load_codec(directory: str | Path) -> Codec:
     weights = directory / WEIGHTS_FILE
     codec.load_weights(load_tensors(weights) if weights.exists() else {}, str(weights))
     return codec
+
+
+def _is_diffusers(path: Path) -> bool:
+    """Whether a config.json is diffusers' own. A damaged file is not: the digest check says what is wrong with it."""
+    try:
+        return "_class_name" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
 
 
 def psnr(reference: Tensor, other: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class FlowHead(nn.Module):
 
     def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor) -> Tensor:
         """Velocity (R, S, C); `item` (R, S) says which condition a position has."""
-        scale, shift = self.modulation(torch.nn.functional.silu(condition_IW)).chunk(2, -1)
-        index = item.clamp(min=0)
-        return self.velocity(hidden_RSW * (1 + scale[index]) + shift[index])
+        vectors = self.modulation(torch.nn.functional.silu(condition_IW))
+        picked = vectors.index_select(0, item.clamp(min=0).flatten()).unflatten(0, item.shape)
+        scale, shift = picked.to(hidden_RSW.dtype).chunk(2, -1)
+        return self.velocity(hidden_RSW * (1 + scale) + shift)

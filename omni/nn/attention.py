@@ -1,7 +1,8 @@
 """Attention backends behind one function, chosen by name or by what the machine has; all equal where they overlap.
 
-    math    explicit softmax; the only one under forward-mode differentiation; any device
-    sdpa    torch's scaled_dot_product_attention with the dense mask; the default on the CPU
+    math    explicit softmax; the only one under forward-mode differentiation; the default for training on the CPU,
+            where its backward is 1.4 times faster than SDPA's on rows of a few hundred positions
+    sdpa    torch's scaled_dot_product_attention with the dense mask; the default for inference on the CPU
     flex    FlexAttention with a block mask; the default on CUDA (its backward exists on CUDA only)
     flash   the flash-attn package (varlen), CUDA, for a context stream of plain text only
 
@@ -54,7 +55,7 @@ class AttentionMask:
 
 
 @cache
-def choose_backend(name: str | None, device_type: str) -> str:
+def choose_backend(name: str | None, device_type: str, training: bool = False) -> str:
     """The backend for a device: `name` if given, else the best that the machine has. Said once, in the log."""
     if name is not None:
         if name not in BACKENDS:
@@ -62,8 +63,8 @@ def choose_backend(name: str | None, device_type: str) -> str:
         if name == "flash" and (device_type != "cuda" or importlib.util.find_spec("flash_attn") is None):
             raise ValueError("attention backend 'flash' needs CUDA and flash-attn: pip install 'omni[gpu]', or use 'sdpa'")
         return name
-    chosen = "flex" if device_type == "cuda" else "sdpa"
-    _log.info("attention backend: %s (device %s)", chosen, device_type)
+    chosen = "flex" if device_type == "cuda" else "math" if training else "sdpa"
+    _log.info("attention backend: %s (device %s, %s)", chosen, device_type, "training" if training else "inference")
     return chosen
 
 
@@ -93,9 +94,13 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores + mask.additive(scores.dtype)
+    q = q / math.sqrt(q.shape[-1])
+    if mask is None:
+        scores = q @ k.transpose(-1, -2)
+    else:
+        R, H, Q, K = *q.shape[:3], k.shape[2]
+        bias = mask.additive(q.dtype).expand(R, H, Q, K).reshape(R * H, Q, K)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(-1, -2)).unflatten(0, (R, H))
     return scores.softmax(-1) @ v
 
 

@@ -163,7 +163,8 @@ class Transformer(nn.Module):
         self.modulation = nn.Linear(c.width, 6 * c.width)
 
     def backend(self, device: torch.device) -> str:
-        return choose_backend(self.c.attention, device.type)
+        training = torch.is_grad_enabled() and self.modulation.weight.requires_grad
+        return choose_backend(self.c.attention, device.type, training)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` rows, on the device and in the dtype of the weights."""
@@ -171,9 +172,11 @@ class Transformer(nn.Module):
         c = self.c
         return KVCache(c.depth, rows, c.num_kv_heads, capacity, c.head_dim, weight.device, weight.dtype)
 
-    def _rotary(self, position: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(like.device.type) if torch.is_autocast_enabled(like.device.type) else like.dtype
-        return rotary_table(position, self.c.head_dim, self.c.rope_base, dtype)
+    def _enter(self, h: Tensor, position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The residual stream and its rotary table, in autocast's dtype when autocast is on."""
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        return h.to(dtype), rotary_table(position, self.c.head_dim, self.c.rope_base, dtype)
 
     # ---- context stream -------------------------------------------------------------------------------------------
 
@@ -181,7 +184,7 @@ class Transformer(nn.Module):
         """The whole context at once, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
         backend = self.backend(h_RTW.device)
         mask = AttentionMask(stream.fields, stream.fields)
-        rotary = self._rotary(stream.position, h_RTW)
+        h_RTW, rotary = self._enter(h_RTW, stream.position)
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
@@ -210,7 +213,7 @@ class Transformer(nn.Module):
         if not (n == 1 and cache.uniform):
             fields = Fields(torch.zeros_like(block), block, torch.zeros_like(block))
             mask = AttentionMask(fields, cache.fields(cache.longest + n))
-        rotary = self._rotary(position, h_RNW)
+        h_RNW, rotary = self._enter(h_RNW, position)
         latent = is_latent if self.c.latent_weights == "separate" else False
         for index, layer in enumerate(self.blocks):
 
@@ -237,7 +240,7 @@ class Transformer(nn.Module):
         mask = None
         if not (memory.uniform and condition_IW.shape[0] == h_RSW.shape[0]):
             mask = AttentionMask(stream.fields, memory.fields.then(stream.fields))
-        rotary = self._rotary(stream.position, h_RSW)
+        h_RSW, rotary = self._enter(h_RSW, stream.position)
         base = self.modulation(F.silu(condition_IW)).unflatten(-1, (6, -1))
         index = item.clamp(min=0)
         for layer, (k_memory, v_memory) in enumerate(zip(memory.keys, memory.values, strict=True)):
@@ -258,6 +261,6 @@ class Transformer(nn.Module):
         """Normalise the six vectors of each item and hand them to the item's positions; scales and gates are around 1."""
         power = vectors_I6W.pow(2).mean(-1, keepdim=True)
         v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = v.unbind(1)
-        picked = (shift_a, 1 + scale_a, 1 + gate_a, shift_m, 1 + scale_m, 1 + gate_m)
-        return tuple(x[index] for x in picked)  # type: ignore[return-value]
+        v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
+        picked = v.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
+        return picked.chunk(6, -1)  # type: ignore[return-value]

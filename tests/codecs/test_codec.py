@@ -172,12 +172,13 @@ def test_unknown_kind_and_missing_or_damaged_files_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="unknown codec 'pixel'; did you mean 'pixels'"):
         codecs.get("pixel")
     directory = make("autoencoder").save(tmp_path / "codec")
-    weights = directory / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="model.safetensors does not match its digest"):
-        load_codec(directory)
+    for name in ("model.safetensors", "config.json"):
+        path = directory / name
+        intact = path.read_bytes()
+        path.write_bytes(intact[:-2] + bytes([intact[-2] ^ 128]) + intact[-1:])
+        with pytest.raises(ValueError, match=f"{name} does not match its digest"):
+            load_codec(directory)
+        path.write_bytes(intact)
 
 
 def test_config_json_is_plain_and_names_its_kind(tmp_path) -> None:

@@ -230,3 +230,13 @@ def test_config_file_is_plain_json(tokenizer: Tokenizer, tmp_path: Path) -> None
     tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["num_text"] == 340 and config["vocab_size"] == 413 and config["control"] == list(CONTROL_NAMES)
+
+
+def test_digests_are_the_recipes() -> None:
+    """The provenance table has one row for each recipe; the bundled tokenizer, where there is one, is the BPE row."""
+    table = tomllib.loads((DATA / "digests.toml").read_text())
+    recipes = {path.stem for path in DATA.glob("*.toml")} - {"digests", "control_tokens"}
+    assert set(table) == recipes
+    bundled = DATA.parent / "omni" / "bundled" / "tokenizer"
+    if bundled.is_dir():
+        assert load_tokenizer(bundled).describe()["blake2b"] == table["emoji_bpe"]["blake2b"]

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from omni.config import Frozen
 from omni.document import Document, Image, Video
-from omni.layout import Batch, LatentSpan, Span, pack
+from omni.layout import Batch, LatentSpan, Shape, Span, pack
 from omni.rng import Key
 from train.data.latents import LatentMemo
 from train.data.source import CorruptRecord
@@ -32,18 +32,30 @@ class TooManyCorrupt(RuntimeError):
     """More than MAX_CORRUPT_SHARE of the documents could not be read."""
 
 
+class ShapeConfig(Frozen):
+    """`rows` rows of `budget` context and `refine_budget` refine positions."""
+
+    rows: int = Field(ge=1)
+    budget: int = Field(ge=8)
+    refine_budget: int = Field(ge=0)
+
+
 class BatchConfig(Frozen):
-    """Shape of a batch: `rows` rows of `budget` context and `refine_budget` refine positions.
+    """What one step holds: rows of one or more shapes (short rows first: attention costs least there).
 
     copies: noisy copies of every supervised block. trim: share of the documents whose last picture is left out of the
     context stream, where nothing but the closing ids would read it (cheaper; the rest teach how a turn closes).
+    fixed: tensors always have the full shape; else they shrink to what is used.
     """
 
-    rows: int = Field(16, ge=1)
-    budget: int = Field(512, ge=8)
-    refine_budget: int = Field(512, ge=0)
+    shapes: tuple[ShapeConfig, ...] = Field(min_length=1)
     copies: int = Field(1, ge=1)
     trim: float = Field(0.0, ge=0, le=1)
+    fixed: bool = False
+
+    @property
+    def num_context(self) -> int:
+        return sum(shape.rows * shape.budget for shape in self.shapes)
 
 
 class DropConfig(Frozen):
@@ -56,9 +68,9 @@ class DropConfig(Frozen):
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch, the global indices of its documents in order, and the cursor after it."""
+    """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it."""
 
-    batch: Batch
+    batches: list[Batch]
     documents: list[int]
     cursor: int
     skipped: list[tuple[int, str]] = field(default_factory=list)
@@ -99,7 +111,7 @@ class Loader:
         spans: dict[int, list[Span]] = {}
         skipped: dict[int, str] = {}
         index, num_context = cursor, 0
-        while num_context <= shape.rows * shape.budget and len(spans) <= shape.rows * shape.budget:
+        while num_context <= shape.num_context:
             item = self._spans(index)
             if isinstance(item, str):
                 skipped[index] = item
@@ -110,23 +122,21 @@ class Loader:
             index += 1
         uids = list(spans)
         trim = [self.key.fold("trim", uid).python().random() < shape.trim for uid in uids] if shape.trim else None
-        batch, num_used = pack(
+        batches, num_used = pack(
             list(spans.values()),
-            rows=shape.rows,
-            budget=shape.budget,
-            refine_budget=shape.refine_budget,
+            [Shape(s.rows, s.budget, s.refine_budget) for s in shape.shapes],
             channels=self.channels,
             pad_id=self.pad_id,
             copies=shape.copies,
             uids=uids,
             trim=trim,
-            fixed_shape=False,
+            fixed_shape=shape.fixed,
         )
         after = uids[num_used] if num_used < len(uids) else index
         passed = [(i, why) for i, why in skipped.items() if i < after]
         self._window = {i: s for i, s in self._window.items() if i >= after}
         self.counts.update(documents=num_used, skipped=len(passed))
-        return Packed(batch, uids[:num_used], after, passed)
+        return Packed(batches, uids[:num_used], after, passed)
 
     def _spans(self, index: int) -> list[Span] | str:
         if index not in self._window:
@@ -151,12 +161,11 @@ class Loader:
         length = context_length(spans)
         blocks = [len(s.latents) for s in spans if isinstance(s, LatentSpan) and s.supervise]
         refine = self.shape.copies * sum(blocks)
-        if length <= self.shape.budget and refine <= self.shape.refine_budget:
+        shapes = self.shape.shapes
+        if any(length <= shape.budget and refine <= shape.refine_budget for shape in shapes):
             return ""
-        return (
-            f"too long: {length} context and {refine} refine positions, "
-            f"a row holds {self.shape.budget} and {self.shape.refine_budget}"
-        )
+        longest = max(shape.budget for shape in shapes), max(shape.refine_budget for shape in shapes)
+        return f"too long: {length} context and {refine} refine positions, the longest row holds {longest}"
 
     def _with_drop(self, index: int, document: Document) -> Document:
         if not any(isinstance(s, Image | Video) and s.supervise for s in document.segments):

@@ -1,0 +1,95 @@
+"""Tasks about words: naming a given picture, when to start a picture, questions that need none."""
+
+from __future__ import annotations
+
+from eval.requests import RequestOptions, of_kinds, panel, replies, requests
+from eval.task import Context, Measure, Outcome, percentage, task
+from omni.document import Document, Role
+
+NAME_KINDS = ("plain", "tone", "language")
+TEXT_KINDS = ("is", "translate", "english", "member")
+
+
+@task("naming", RequestOptions, rows=("right", *NAME_KINDS))
+def naming(context: Context, options: RequestOptions) -> Outcome:
+    """A given picture named, in English or in the language asked for: the reply is exactly the name."""
+    documents = requests(context, {"name": 1.0}, options.requests, of_kinds(options))
+    answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
+    right = [
+        not reply.images and reply.text.strip() == document.meta["answer"]
+        for document, reply in zip(documents, answers, strict=True)
+    ]
+    measures = [Measure("right", percentage(right), "%")]
+    for kind in NAME_KINDS:
+        flags = [flag for flag, document in zip(right, documents, strict=True) if document.meta["kind"] == kind]
+        if flags:
+            measures.append(Measure(kind, percentage(flags), "%"))
+    panels = [
+        panel(d, reply, [], f"expected: {d.meta['answer']}", flag)
+        for d, reply, flag in zip(documents, answers, right, strict=True)
+    ]
+    return Outcome(measures, panels, notes=[note])
+
+
+class WhenOptions(RequestOptions):
+    """steps: the pictures are not judged here, so two passes are enough."""
+
+    steps: int = 2
+
+
+def wants_picture(document: Document) -> bool:
+    """Whether the document's own last assistant turn has a picture."""
+    role, turn = list(document.turns())[-1]
+    assert role == Role.ASSISTANT
+    return bool(Document(turn).images())
+
+
+@task("when_to_draw", WhenOptions, rows=("right", "drawn_when_asked", "not_drawn_when_not_asked"))
+def when_to_draw(context: Context, options: WhenOptions) -> Outcome:
+    """All kinds of requests, half of which ask for a picture: one is started when asked for, and only then."""
+    half = options.requests // 2
+    asking = {"draw": 3, "scene": 3, "edit": 2, "open": 2, "story": 1, "chat": 1}
+    asked = requests(context, asking, options.requests - half, of_kinds(options))
+    unasked = requests(context, {"text": 2, "name": 1}, half, of_kinds(options)) if half else []
+    documents = [*asked, *unasked]
+    answers, note = replies(context, documents, options, max_images=1, max_tokens=64)
+    wanted = [wants_picture(document) for document in documents]
+    right = [bool(reply.images) == want for reply, want in zip(answers, wanted, strict=True)]
+    split = {want: [r for r, w in zip(right, wanted, strict=True) if w == want] for want in (True, False)}
+    measures = [
+        Measure("right", percentage(right), "%"),
+        Measure("drawn_when_asked", percentage(split[True]), "%"),
+        Measure("not_drawn_when_not_asked", percentage(split[False]), "%"),
+    ]
+    panels = [
+        panel(d, reply, [], "asked for a picture" if want else "did not ask for a picture", flag)
+        for d, reply, want, flag in zip(documents, answers, wanted, right, strict=True)
+        if not flag
+    ]
+    return Outcome(measures, panels, notes=[note])
+
+
+class QuestionOptions(RequestOptions):
+    requests: int = 150
+    kinds: tuple[str, ...] = TEXT_KINDS
+
+
+@task("questions", QuestionOptions, rows=("right", *TEXT_KINDS))
+def questions(context: Context, options: QuestionOptions) -> Outcome:
+    """Questions that need no picture: classes, translations, a member of a class."""
+    documents = requests(context, {"text": 1.0}, options.requests, of_kinds(options))
+    answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
+    right = []
+    for document, reply in zip(documents, answers, strict=True):
+        allowed = document.meta.get("members") if document.meta["kind"] == "member" else [document.meta["answer"]]
+        right.append(not reply.images and reply.text.strip() in allowed)
+    measures = [Measure("right", percentage(right), "%")]
+    for kind in TEXT_KINDS:
+        flags = [flag for flag, document in zip(right, documents, strict=True) if document.meta["kind"] == kind]
+        if flags:
+            measures.append(Measure(kind, percentage(flags), "%"))
+    panels = [
+        panel(d, reply, [], f"expected: {d.meta['answer']}", flag)
+        for d, reply, flag in zip(documents, answers, right, strict=True)
+    ]
+    return Outcome(measures, panels, notes=[note])

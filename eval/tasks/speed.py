@@ -1,0 +1,291 @@
+"""Speed beside two other libraries in the same run: equal sizes, alternating runs, ratio of medians.
+
+    speed_training   a training step on text-image-text samples, against transfusion-pytorch
+    speed_text       cached greedy text decoding, against transformers' LlamaForCausalLM.generate
+    speed_image      one image block after a text prompt, against transfusion-pytorch
+
+Weights are random: speed does not depend on them. A ratio above 1 means that Omni is faster. Tokens of a training
+step are the data's (text ids and latents, each once), whatever else a library computes for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from eval.metrics.timing import alternate, medians
+from eval.peers import (
+    build_llama,
+    count_calls,
+    llama_decode,
+    num_parameters,
+    require,
+    transfusion_draw,
+    transfusion_of_size,
+    transfusion_train_step,
+)
+from eval.task import Context, Measure, Outcome, TaskOptions, task
+from omni.codecs import PixelCodec, PixelConfig
+from omni.engine import BlockDone, Engine, GenerationOptions, Stop, TextDelta
+from omni.heads import FlowHeadConfig
+from omni.layout import LatentSpan, Span, TokenSpan, pack
+from omni.model import Omni, OmniConfig
+from omni.nn.transformer import TransformerConfig
+from omni.objectives import build_objective
+from omni.text.bpe import BPETokenizer
+
+SIZES = {"8m": (256, 8, 4, 704), "90m": (768, 12, 12, 2048)}  # width, depth, heads, width of the MLP
+PATCH = 4
+CHANNELS = PATCH * PATCH * 3
+GRID = (8, 8)
+
+
+class SpeedOptions(TaskOptions):
+    """repeats: alternating runs of each library, of which the median counts."""
+
+    repeats: int = Field(default=7, ge=1)
+    vocab_size: int = Field(default=4096, ge=512)
+
+
+class TrainingOptions(SpeedOptions):
+    """Each of `batch` samples is `text` ids, an image of 64 latents, and `text` ids again."""
+
+    batch: int = Field(default=8, ge=1)
+    text: int = Field(default=32, ge=1)
+
+
+class TextOptions(SpeedOptions):
+    """new_tokens: how many follow a prompt of 16 ids. sizes: of {8m, 90m}."""
+
+    repeats: int = Field(default=5, ge=1)
+    new_tokens: dict[str, int] = {"8m": 96, "90m": 32}
+    sizes: tuple[str, ...] = ("8m", "90m")
+
+
+class ImageOptions(SpeedOptions):
+    """steps: evaluations of the network per picture, equal for both."""
+
+    steps: int = Field(default=8, ge=1)
+
+
+def build_omni(context: Context, size: str, vocab_size: int, pictures: bool = True) -> Omni:
+    """A model of a size in SIZES with random weights, a byte tokenizer and the exact codec (64 latents for 32x32)."""
+    width, depth, heads, hidden = SIZES[size]
+    transformer = TransformerConfig(
+        width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=64, mlp_width=hidden
+    )
+    config = OmniConfig(transformer=transformer, flow=FlowHeadConfig(channels=CHANNELS), vocab_size=vocab_size)
+    model = Omni(config, context.key("speed", size))
+    model.tokenizer = BPETokenizer.train(["speed"], 256)
+    model.codec = PixelCodec(PixelConfig(patch=PATCH)) if pictures else None
+    return model
+
+
+def conditions(context: Context, *packages: str) -> str:
+    versions = ", ".join(f"{package} {require(package)}" for package in ("torch", *packages))
+    return f"{versions}; {torch.get_num_threads()} thread(s), CPU; medians of alternating runs"
+
+
+def spread(seconds: dict[str, list[float]]) -> str:
+    return "; ".join(
+        f"{name} {m * 1e3:.1f} ms ({min(seconds[name]) * 1e3:.1f}-{max(seconds[name]) * 1e3:.1f})"
+        for name, m in medians(seconds).items()
+    )
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def omni_train_step(model: Omni, samples: list[list[Tensor]], precision: str, context: Context) -> Callable[[], None]:
+    """Packing, forward, backward, clip and AdamW on the same samples."""
+    objectives = [build_objective("next_token"), build_objective("flow_matching")]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    assert model.tokenizer is not None
+    control, key = model.tokenizer.control, context.key("speed", "noise")
+    documents = [spans_of(sample, model) for sample in samples]
+    length = max(sum(len(s.ids if isinstance(s, TokenSpan) else s.latents) for s in spans) for spans in documents)
+
+    def step() -> None:
+        batch, used = pack(
+            documents, rows=len(documents), budget=length, refine_budget=GRID[0] * GRID[1], channels=CHANNELS,
+            pad_id=control.pad,
+        )  # fmt: skip
+        assert used == len(documents)
+        autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        with autocast:
+            terms = model.loss(batch, objectives, key)
+        total = torch.stack([t.weight * t.sum.float() / max(t.count, 1.0) for t in terms.values()]).sum()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def spans_of(sample: list[Tensor], model: Omni) -> list[Span]:
+    """A sample as spans, all of it supervised, with the picture's header as the composer writes it."""
+    assert model.tokenizer is not None
+    control = model.tokenizer.control
+    spans: list[Span] = []
+    for part in sample:
+        if part.is_floating_point():
+            rows, columns, channels = part.shape
+            header = [control.image, control.size(rows), control.size(columns)]
+            spans.append(TokenSpan(header, [True] * 3))
+            spans.append(LatentSpan(part.reshape(-1, channels), (1, rows, columns), supervise=True))
+            spans.append(TokenSpan([control.media_end], [False]))
+        else:
+            spans.append(TokenSpan(part.tolist(), [True] * len(part)))
+    return [TokenSpan([control.begin], [False]), *spans, TokenSpan([control.end], [True])]
+
+
+@task(
+    "speed_training",
+    TrainingOptions,
+    rows=("ratio", "ratio_float32", "omni_bf16", "omni_float32", "transfusion_float32"),
+)
+def speed_training(context: Context, options: TrainingOptions) -> Outcome:
+    """Training tokens/s on text-image-text samples, beside transfusion-pytorch of equal parameters."""
+    version = conditions(context, "transfusion_pytorch")
+    ours = build_omni(context, "8m", options.vocab_size)
+    theirs = transfusion_of_size(
+        num_parameters(ours), SIZES["8m"][1], vocab_size=options.vocab_size, channels=CHANNELS, grid=GRID
+    )
+    key = context.key("speed", "samples")
+
+    def text(*name: int) -> Tensor:
+        return (key.fold("text", *name).uniform((options.text,)) * 256).long()
+
+    samples = [[text(i, 0), key.fold("latents", i).normal((*GRID, CHANNELS)), text(i, 1)] for i in range(options.batch)]
+    runs = {
+        "omni_bf16": omni_train_step(ours, samples, "bf16", context),
+        "omni_float32": omni_train_step(ours, samples, "float32", context),
+        "transfusion_float32": transfusion_train_step(theirs, samples),
+    }
+    seconds = alternate(runs, options.repeats, warmup=2)
+    median = medians(seconds)
+    tokens = options.batch * (2 * options.text + GRID[0] * GRID[1])
+    base = median["transfusion_float32"]
+    measures = [
+        Measure("ratio", base / median["omni_bf16"], "x"),
+        Measure("ratio_float32", base / median["omni_float32"], "x"),
+        *(Measure(name, tokens / median[name], "tokens/s") for name in runs),
+    ]
+    notes = [
+        version,
+        f"{num_parameters(ours):,} and {num_parameters(theirs):,} parameters; batch {options.batch}, {tokens} tokens a "
+        "step; AdamW; ours in bf16 autocast and in float32, theirs in float32, as it trains",
+        spread(seconds),
+    ]
+    return Outcome(measures, notes=notes)
+
+
+# ---- text decoding ---------------------------------------------------------------------------------------------------
+
+
+def omni_decode(model: Omni, prompt: str, num_new: int) -> Callable[[], None]:
+    """Greedy decoding of exactly `num_new` tokens through the engine, events, text and all."""
+    engine = Engine(model)
+    engine.allowed["text"][engine.control.end] = -torch.inf  # exactly num_new tokens: the end may not come earlier
+    engine.allowed["text only"][engine.control.end] = -torch.inf
+    options = GenerationOptions(max_tokens=num_new)
+
+    def run() -> None:
+        events = list(engine.stream(prompt, options))
+        assert isinstance(events[-1], Stop) and events[-1].reason == "length" and isinstance(events[0], TextDelta)
+
+    return run
+
+
+TEXT_ROWS = ("ratio", "omni", "transformers", "ratio_bf16", "omni_bf16", "transformers_bf16")
+
+
+@task("speed_text", TextOptions, rows=tuple(f"{row}_{size}" for size in SIZES for row in TEXT_ROWS))
+def speed_text(context: Context, options: TextOptions) -> Outcome:
+    """Cached greedy text decoding in tokens/s, beside transformers' generate: same width, depth and vocabulary."""
+    notes, measures = [conditions(context, "transformers")], []
+    for size in options.sizes:
+        if size not in SIZES:
+            raise ValueError(f"speed_text.sizes has {size!r}; known: {', '.join(SIZES)}")
+        num_new = options.new_tokens[size]
+        width, depth, heads, hidden = SIZES[size]
+        ours = build_omni(context, size, options.vocab_size, pictures=False).eval()
+        theirs = build_llama(width, depth, heads, hidden, options.vocab_size, positions=512)
+        prompt = "sixteen bytes ok"
+        ids = torch.arange(len(prompt))
+        decoder = num_parameters(ours.transformer.blocks) + num_parameters(ours.token)
+        notes.append(f"{size}: decoders of {decoder:,} and {num_parameters(theirs):,} parameters, {num_new} new tokens")
+        for dtype, end in ((torch.float32, ""), (torch.bfloat16, "_bf16")):
+            ours.to(dtype), theirs.to(dtype)
+            runs = {
+                f"omni{end}": omni_decode(ours, prompt, num_new),
+                f"transformers{end}": llama_decode(theirs, ids, num_new),
+            }
+            seconds = alternate(runs, options.repeats)
+            median = medians(seconds)
+            ratio = median[f"transformers{end}"] / median[f"omni{end}"]
+            measures.append(Measure(f"ratio{end}_{size}", ratio, "x"))
+            measures += [Measure(f"{name}_{size}", num_new / median[name], "tokens/s") for name in runs]
+            notes.append(f"{size} {str(dtype).removeprefix('torch.')}: {spread(seconds)}")
+    return Outcome(measures, notes=notes)
+
+
+# ---- an image block --------------------------------------------------------------------------------------------------
+
+
+def omni_draw(model: Omni, prompt: str, steps: int) -> Callable[[], Any]:
+    """Text prompt, forced picture of 64 latents, decoded and committed to the cache; ends after it."""
+    engine = Engine(model)
+    options = GenerationOptions(
+        steps=steps, force_image=True, image_size=(GRID[0] * PATCH, GRID[1] * PATCH), max_images=1, max_tokens=4
+    )
+
+    def run() -> None:
+        done = [event for event in engine.stream(prompt, options) if isinstance(event, BlockDone)]
+        assert len(done) == 1
+
+    return run
+
+
+@task("speed_image", ImageOptions, rows=("ratio", "omni", "transfusion", "transfusion_slower"))
+def speed_image(context: Context, options: ImageOptions) -> Outcome:
+    """One image block of 64 latents after a text prompt, at equal evaluations and parameters, in float32."""
+    version = conditions(context, "transfusion_pytorch")
+    ours = build_omni(context, "8m", options.vocab_size).eval()
+    theirs = transfusion_of_size(
+        num_parameters(ours),
+        SIZES["8m"][1],
+        vocab_size=options.vocab_size,
+        channels=CHANNELS,
+        grid=GRID,
+    )
+    prompt = "sixteen bytes ok"
+    samplers = transfusion_draw(theirs, torch.arange(len(prompt)), GRID, options.steps)
+    runs: dict[str, Callable[[], Any]] = {"omni": omni_draw(ours, prompt, options.steps), **samplers}
+    long = GRID[0] * GRID[1]
+    evaluations = {
+        name: count_calls(theirs.transformer, run, lambda x: x.shape[1] >= long) for name, run in samplers.items()
+    }
+    assert set(evaluations.values()) == {options.steps}, evaluations
+    seconds = alternate(runs, options.repeats)
+    median = medians(seconds)
+    fast, slow = sorted(median[name] for name in samplers)
+    measures = [
+        Measure("ratio", fast / median["omni"], "x"),
+        Measure("omni", median["omni"] * 1e3, "ms"),
+        Measure("transfusion", fast * 1e3, "ms"),
+        Measure("transfusion_slower", slow * 1e3, "ms"),
+    ]
+    notes = [
+        version,
+        f"{num_parameters(ours):,} and {num_parameters(theirs):,} parameters, {options.steps} Euler evaluations, no "
+        "guidance, float32; transfusion: the faster of sample_one and sample_many",
+        spread(seconds),
+    ]
+    return Outcome(measures, notes=notes)

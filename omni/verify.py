@@ -1,0 +1,228 @@
+"""The equality contract, on any model: cached generation = uncached forward = training forward.
+
+One document, text-image-text-video-text-image-text, is computed three ways:
+
+    training    the packed forward: one context pass, one refine pass with a noisy copy of every block
+    uncached    every block from scratch: the history before it is recomputed, nothing is kept
+    cached      as the engine does it: text id by id, blocks refined against the cache, then appended clean
+
+and so are the guidance branches (text dropped, everything dropped), alone and in a batch of different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni.engine import append_spans, refine_stream
+from omni.layout import Batch, LatentSpan, Shape, Span, Stream, TokenSpan, pack
+from omni.model import Omni
+from omni.rng import Key
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the contract: the largest difference found, and whether it is within the bar."""
+
+    name: str
+    value: float
+    bar: float
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.bar
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Logits after every id span and F of every block, in document order."""
+
+    logits: list[Tensor]  # (n, V) each
+    flows: list[Tensor]  # (N, C) each
+
+
+def verify(model: Omni, seed: int = 0) -> list[Check]:
+    """Run the contract in float32 on the model's own weights. Returns one Check per comparison."""
+    model = model.float().eval()
+    key = Key(seed).fold("verify")
+    documents = [sample_spans(model, key.fold(n), length) for n, length in enumerate((7, 3, 5))]
+    whole = documents[0]
+    branches = {"text dropped": _without_text(whole), "everything dropped": _last_block_alone(whole)}
+    checks = []
+    with torch.inference_mode():
+        alone = [_uncached(model, d, key) for d in documents]
+        checks.append(_compare("training = uncached", [_training(model, [d], key)[0] for d in documents], alone))
+        checks.append(_compare("cached = uncached", [_cached(model, [d], key)[0] for d in documents], alone))
+        checks.append(_compare("training, packed = alone", _training(model, documents, key), alone))
+        checks.append(_compare("cached, batch of lengths = alone", _cached(model, documents, key), alone))
+        for name, spans in branches.items():
+            reference = [_uncached(model, spans, key)]
+            checks.append(_compare(f"guidance branch, {name}: training = uncached", _training(model, [spans], key), reference))
+            both = _cached(model, [whole, spans], key)
+            checks.append(_compare(f"guidance branch, {name}: cached beside the full one", both, [alone[0], *reference]))
+        checks.append(Check("text logits without images: bits that differ", _text_only(model, key), 0.0))
+    return checks
+
+
+def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
+    """text-image-text-video-text-image-text (the first `length` of them), with random ids and latents."""
+    random = key.python()
+    num_text, channels = min(model.config.vocab_size, 256), model.config.flow.channels
+    blocks = {1: [(1, 2, 3)], 3: [(2, 2, 2), (2, 2, 2)], 5: [(1, 3, 2)]}
+    spans: list[Span] = []
+    for i in range(length):
+        if i in blocks:
+            for j, grid in enumerate(blocks[i]):
+                count = grid[0] * grid[1] * grid[2]
+                spans.append(LatentSpan(key.fold("latents", i, j).normal((count, channels)), grid, True))
+        else:
+            ids = [random.randrange(num_text) for _ in range(2 + random.randrange(4))]
+            spans.append(TokenSpan(ids, [True] * len(ids)))
+    return spans
+
+
+def _without_text(spans: Sequence[Span]) -> list[Span]:
+    return [TokenSpan(s.ids[:1], [True]) if isinstance(s, TokenSpan) else s for s in spans]
+
+
+def _last_block_alone(spans: Sequence[Span]) -> list[Span]:
+    last = [s for s in spans if isinstance(s, LatentSpan)][-1]
+    return [TokenSpan([1, 2], [True, True]), last, TokenSpan([3], [True])]
+
+
+def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, float]:
+    """x (N, C) and the times t, s at which block `number` is compared."""
+    random = key.fold("times", number).python()
+    t = 0.1 + 0.9 * random.random()
+    noise = key.fold("noise", number).normal(tuple(span.latents.shape))
+    return (1 - t) * span.latents + t * noise, t, t * random.random()
+
+
+# ---- three ways ----------------------------------------------------------------------------------------------------
+
+
+def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
+    """All documents packed in one row. The noisy copy of block n of a document is the one `_noisy` makes."""
+    total = sum(sum(len(s.ids) if isinstance(s, TokenSpan) else len(s.latents) for s in d) for d in documents)
+    [batch], _ = pack(documents, [Shape(1, total, total)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False)
+    batch = batch.to(model.token.embedding.weight.device)
+    hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    logits = model.token.read(hidden)[0]
+    noisy = [_noisy(s, n, key) for d in documents for n, s in enumerate(x for x in d if isinstance(x, LatentSpan))]
+    x = torch.cat([item[0] for item in noisy])[None].to(logits.device)
+    t, s = (torch.tensor([item[k] for item in noisy], device=logits.device) for k in (1, 2))
+    flow = model.velocity(x, t, s, torch.ones_like(t), batch.refine, batch.item, memory)[0]
+    return _split(documents, batch, logits, flow)
+
+
+def _split(documents: Sequence[Sequence[Span]], batch: Batch, logits: Tensor, flow: Tensor) -> list[Outputs]:
+    out, i, j = [], 0, 0
+    for document in documents:
+        one = Outputs([], [])
+        for span in document:
+            n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+            if isinstance(span, TokenSpan):
+                one.logits.append(logits[i : i + n])
+            else:
+                one.flows.append(flow[j : j + n])
+                j += n
+            i += n
+        out.append(one)
+    return out
+
+
+def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
+    """Nothing kept: for each span the whole history is laid out and computed again."""
+    out, number = Outputs([], []), 0
+    for index, span in enumerate(spans):
+        if isinstance(span, TokenSpan):
+            out.logits.append(_training_prefix(model, spans[: index + 1])[-len(span.ids) :])
+            continue
+        x, t, s = _noisy(span, number, key)
+        number += 1
+        fresh = model.transformer.new_cache(1, 64)
+        append_spans(model, fresh, [spans[:index]], 0)
+        out.flows.append(_velocity(model, fresh, span.grid, x[None], [t], [s])[0])
+    return out
+
+
+def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
+    plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
+    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False)
+    batch = batch.to(model.token.embedding.weight.device)
+    hidden, _ = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    return model.token.read(hidden)[0]
+
+
+def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
+    """The engine's way, rows side by side: ids one at a time, blocks refined and then appended."""
+    rows = len(documents)
+    cache = model.transformer.new_cache(rows, 8)  # small on purpose: it must grow
+    outputs, number, logits = [Outputs([], []) for _ in documents], [0] * rows, [[] for _ in documents]
+    pieces = [_pieces(d) for d in documents]
+    while any(pieces):
+        now = [p.pop(0) if p else None for p in pieces]
+        for r, piece in enumerate(now):
+            if isinstance(piece, LatentSpan):
+                x, t, s = _noisy(piece, number[r], key)
+                number[r] += 1
+                row = cache.fork([r]) if rows > 1 else cache
+                outputs[r].flows.append(_velocity(model, row, piece.grid, x[None], [t], [s])[0])
+        last = append_spans(model, cache, [[p] if p is not None else [] for p in now], 0)
+        for r, piece in enumerate(now):
+            if isinstance(piece, TokenSpan):
+                logits[r].append(model.token.read(last[r]))
+    for r, document in enumerate(documents):
+        at = 0
+        for span in document:
+            if isinstance(span, TokenSpan):
+                outputs[r].logits.append(torch.stack(logits[r][at : at + len(span.ids)]))
+                at += len(span.ids)
+    return outputs
+
+
+def _pieces(spans: Sequence[Span]) -> list[Span]:
+    """Ids one at a time, blocks whole."""
+    out: list[Span] = []
+    for span in spans:
+        out += [TokenSpan([i], [True]) for i in span.ids] if isinstance(span, TokenSpan) else [span]
+    return out
+
+
+def _velocity(model: Omni, cache, grid: tuple[int, int, int], x: Tensor, t: list[float], s: list[float]) -> Tensor:  # noqa: ANN001
+    device = model.token.embedding.weight.device
+    stream = refine_stream(cache, grid, device)
+    item = torch.arange(len(t), device=device)[:, None].expand(-1, x.shape[1])
+    start, end = torch.tensor(t, device=device), torch.tensor(s, device=device)
+    return model.velocity(x.to(device), start, end, torch.ones_like(start), stream, item, cache.memory())
+
+
+# ---- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def _compare(name: str, found: Sequence[Outputs], wanted: Sequence[Outputs]) -> Check:
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        for x, y in zip([*a.logits, *a.flows], [*b.logits, *b.flows], strict=True):
+            worst = max(worst, float((x - y).abs().max()))
+    return Check(name, worst, TOLERANCE)
+
+
+def _text_only(model: Omni, key: Key) -> float:
+    """Number of differing entries between the training forward of a text document and the bare decoder stack."""
+    random = key.fold("text").python()
+    num = 24
+    ids = [random.randrange(min(model.config.vocab_size, 256)) for _ in range(num)]
+    full = _training_prefix(model, [TokenSpan(ids, [True] * num)])
+    device = full.device
+    position = torch.arange(num, device=device)[None, :, None].expand(1, num, 3)
+    block = torch.arange(num, device=device)[None]
+    zeros = torch.zeros_like(block)
+    h = model.token.embed(torch.tensor([ids], device=device))
+    hidden, _ = model.transformer.context(h, Stream(zeros, block, zeros, position), zeros.bool())
+    return float((model.token.read(hidden)[0] != full).sum())

@@ -1,0 +1,469 @@
+"""The `omni` command: replies in order, folders whole or absent, every bad input one line and exit code 2 or 4."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image as PillowImage
+
+from omni import cli_chat, cli_generate, media
+from omni.checkpoint import verify
+from omni.cli import build_parser, main
+from omni.document import Document, Image, Role, Text
+from omni.engine import BlockDone, BlockStart, BlockStep, Engine, ImagePart, Stop, TextDelta
+from omni.reply_files import default_folder, escape_markdown
+from omni.text.chat import messages_to_document
+
+RED = torch.zeros(8, 8, 3, dtype=torch.uint8)
+RED[..., 0] = 200
+
+
+def scripted(number: int = 2, fail_after: int | None = None) -> Callable[..., Iterator[Any]]:
+    """The events of a story of `number` pictures; raises before picture `fail_after`."""
+
+    def stream(self: Any, document: Document, options: Any) -> Iterator[Any]:
+        for index in range(number):
+            if index == fail_after:
+                raise RuntimeError("out of luck")
+            yield TextDelta("Part ")
+            yield TextDelta(f"{index + 1}. \x1b[31m")
+            yield BlockStart("image", index, (1, 2, 2))
+            yield BlockStep(index, 1, 1, torch.zeros(4, 48))
+            picture = PillowImage.fromarray(RED.numpy())
+            yield BlockDone(index, ImagePart(picture, 8, 8, options.steps or 8, options.seed, index))
+        yield TextDelta("The end.")
+        yield Stop("end")
+
+    return stream
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No model: the engine plays a script."""
+    for module in (cli_generate, cli_chat):
+        monkeypatch.setattr(module, "load_model", lambda path: SimpleNamespace(defaults={}))
+        monkeypatch.setattr(module, "Engine", type("FakeEngine", (), {"__init__": _init, "stream": scripted()}))
+    return monkeypatch
+
+
+def _init(self: Any, model: Any) -> None:
+    self.model = model
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_writes_an_ordered_reply(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "tell a story", "--out", "story", "--steps", "3", "--seed", "7"]) == 0
+    story = at / "story"
+    verify(story)
+    assert contents(story) == {"reply.md", "reply.json", "image-1.png", "image-2.png", "manifest.json"}
+    data = json.loads((story / "reply.json").read_text())
+    assert [part["type"] for part in data["parts"]] == ["text", "image", "text", "image", "text"]
+    assert data["parts"][0]["text"] == "Part 1. \x1b[31m"
+    image = {"type": "image", "path": "image-2.png", "height": 8, "width": 8, "steps": 3, "seed": 7, "index": 1}
+    assert data["parts"][3] == image
+    assert data["options"]["steps"] == 3 and data["stop_reason"] == "end"
+    assert torch.equal(media.load_image(story / "image-1.png"), RED)
+    markdown = (story / "reply.md").read_text()
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown) == ["image-1.png", "image-2.png"]
+    assert markdown.index("Part 1") < markdown.index("image-1") < markdown.index("Part 2") < markdown.index("The end")
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out and out.index("[picture 1, 8x8]") < out.index("Part 2") < out.index("The end.")
+    assert "story" in err and "2 pictures" in err
+
+
+def test_generate_is_reproducible_byte_for_byte(fake: Any, at: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["generate", "a story", "--out", name]) == 0
+    assert (at / "a/manifest.json").read_bytes() == (at / "b/manifest.json").read_bytes()
+
+
+def test_generate_json_is_the_only_output(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a story", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out == (at / "omni-out/001/reply.json").read_text() and json.loads(out)["parts"]
+
+
+def test_generate_shows_pictures_where_forced(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a story", "--show"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("38;2;200;0;0;48;2;200;0;0") == 2 * 4 and "\x1b[31m" not in out
+
+
+def test_default_folders_are_numbered(fake: Any, at: Path) -> None:
+    assert main(["generate", "one"]) == main(["generate", "two"]) == 0
+    assert {"omni-out/001", "omni-out/002"} <= contents(at)
+    assert default_folder(at / "omni-out").name == "003"
+    (at / "omni-out" / "notes").mkdir()
+    assert default_folder(at / "omni-out").name == "003"
+
+
+def test_a_taken_number_is_passed_over(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process publishes 001 between our look and our write."""
+    (at / "omni-out/001").mkdir(parents=True)
+    (at / "omni-out/001/theirs").write_text("x")
+    answers = iter([at / "omni-out/001", at / "omni-out/001", at / "omni-out/002"])
+    monkeypatch.setattr(cli_generate, "default_folder", lambda base: next(answers))
+    monkeypatch.setattr(cli_generate, "check_folder", lambda *a, **k: None)
+    assert main(["generate", "one"]) == 0
+    assert (at / "omni-out/001/theirs").is_file() and (at / "omni-out/002/reply.md").is_file()
+
+
+def test_an_attached_picture_is_kept_beside_the_reply(fake: Any, at: Path) -> None:
+    media.save_png(RED, at / "mine.png")
+    assert main(["generate", "what is this?", "--image", "mine.png", "--out", "r"]) == 0
+    request = json.loads((at / "r/reply.json").read_text())["request"]
+    assert [part["type"] for part in request[0]["content"]] == ["image", "text"]
+    assert torch.equal(media.load_image(at / "r" / request[0]["content"][0]["path"]), RED)
+
+
+def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("draw a cat\n"))
+    assert main(["generate", "-", "--out", "r"]) == 0
+    assert json.loads((at / "r/reply.json").read_text())["request"][0]["content"][0]["text"] == "draw a cat\n"
+
+
+def test_overwrite_replaces_a_reply_and_nothing_else(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "one", "--out", "r"]) == 0
+    before = (at / "r/manifest.json").read_bytes()
+    assert main(["generate", "two", "--out", "r"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (at / "r/manifest.json").read_bytes() == before
+    assert main(["generate", "two", "--out", "r", "--overwrite"]) == 0
+    assert (at / "r/manifest.json").read_bytes() != before
+    (at / "r/thesis.tex").write_text("years of work")
+    assert main(["generate", "three", "--out", "r", "--overwrite"]) == 2
+    assert "thesis.tex" in capsys.readouterr().err and (at / "r/thesis.tex").is_file()
+
+
+def test_a_failure_in_the_middle_leaves_nothing(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.setattr(cli_generate.Engine, "stream", scripted(fail_after=1))
+    assert main(["generate", "a story", "--out", "r"]) == 1
+    assert contents(at) == set()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "RuntimeError" in err and "OMNI_DEBUG=1" in err
+
+
+def test_an_interrupt_leaves_nothing(fake: Any, at: Path) -> None:
+    def interrupted(self: Any, document: Document, options: Any) -> Iterator[Any]:
+        yield TextDelta("Once")
+        raise KeyboardInterrupt
+
+    fake.setattr(cli_generate.Engine, "stream", interrupted)
+    assert main(["generate", "a story", "--out", "r"]) == 130
+    assert contents(at) == set()
+
+
+def test_a_full_disk_leaves_nothing(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "image-2.png")
+
+    fake.setattr(media, "save_png", full)
+    assert main(["generate", "a story", "--out", "r"]) == 2
+    assert contents(at) == set() and "No space left" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNI_DEBUG", "1")
+    with pytest.raises(ValueError, match="empty"):
+        main(["generate", ""])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def huge_png(path: Path) -> None:
+    """A PNG of 50,000 x 50,000 pixels, as far as its header says."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    idat = chunk(b"IDAT", zlib.compress(bytes(100_000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + idat + chunk(b"IEND", b""))
+
+
+BAD = [
+    (["generate", ""], 2, "empty"),
+    (["generate", " \n"], 2, "empty"),
+    (["generate", "x", "--steps", "0"], 2, "'0'"),
+    (["generate", "x", "--steps", "many"], 2, "'many'"),
+    (["generate", "x", "--guidance", "nan"], 2, "'nan'"),
+    (["generate", "x", "--temperature", "-1"], 2, "'-1'"),
+    (["generate", "x", "--top-p", "0"], 2, "'0'"),
+    (["generate", "x", "--seed", "-3"], 2, "'-3'"),
+    (["generate", "x", "--size", "64"], 2, "'64'"),
+    (["generate", "x", "--size", "0x64"], 2, "'0x64'"),
+    (["generate", "x", "--image", "none.png"], 2, "none.png"),
+    (["generate", "x", "--image", "text.png"], 2, "text.png"),
+    (["generate", "x", "--image", "huge.png"], 2, "50000 x 50000"),
+    (["generate", "x", "--image", "folder"], 2, "folder"),
+    (["generate", "x", "--out", "text.png"], 2, "text.png"),
+    (["generate", "x", "--out", "folder"], 2, "folder"),
+    (["generate", "x", "--stpes", "3"], 2, "did you mean --steps"),
+    (["generate"], 2, "prompt"),
+    (["genrate", "x"], 2, "genrate"),
+    ([], 2, "COMMAND"),
+    (["generate", "x", "--model", "nowhere"], 4, "nowhere"),
+    (["generate", "x", "--model", "folder"], 4, "folder"),
+    (["chat", "--model", "nowhere"], 4, "nowhere"),
+    (["inspect", "nowhere"], 2, "nowhere"),
+    (["inspect", "text.txt"], 2, "text.txt"),
+    (["inspect", "folder"], 2, "folder"),
+    (["inspect", "bad.json"], 2, "bad.json"),
+    (["doctor", "--font", "none.ttf"], 2, "none.ttf"),
+    (["verify", "nowhere"], 4, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "named"), BAD, ids=[" ".join(argv) or "nothing" for argv, _, _ in BAD])
+def test_bad_input_is_one_line(argv: list[str], code: int, named: str, at: Path, capsys: Any) -> None:
+    (at / "folder").mkdir()
+    (at / "folder/something").write_text("mine")
+    (at / "text.png").write_text("not a picture")
+    (at / "text.txt").write_text("text")
+    (at / "bad.json").write_text("{}")
+    huge_png(at / "huge.png")
+    before = contents(at)
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("omni: error: ") and err.count("\n") == 1 and named in err, err
+    assert "Traceback" not in err and "bug" not in err
+    assert contents(at) == before
+
+
+def test_a_prompt_that_is_no_text(at: Path, capsys: Any) -> None:
+    assert main(["generate", "caf\udce9"]) == 2
+    assert "UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/tokenizer.json", "manifest.json"])
+def test_one_flipped_bit_is_code_4(name: str, at: Path, tiny_model: Path, capsys: Any) -> None:
+    shutil.copytree(tiny_model, at / "model")
+    data = bytearray((at / "model" / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (at / "model" / name).write_bytes(data)
+    before = contents(at)
+    for argv in (["generate", "draw a cat", "--model", "model"], ["inspect", "model"], ["verify", "model"]):
+        assert main(argv) == 4
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and Path(name).name in err
+    assert contents(at) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "codec/config.json"])
+def test_a_missing_file_is_code_4(name: str, at: Path, tiny_model: Path, capsys: Any) -> None:
+    shutil.copytree(tiny_model, at / "model")
+    (at / "model" / name).unlink()
+    assert main(["generate", "draw a cat", "--model", "model"]) == 4
+    assert name in capsys.readouterr().err and contents(at) == contents(at / "..") & contents(at) | contents(at)
+
+
+def test_errors_cannot_draw_on_the_terminal(at: Path, capsys: Any) -> None:
+    assert main(["generate", "x", "--image", "\x1b]0;owned\x07.png"]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\x07" not in err
+
+
+# ------------------------------------------------------------------------------------------------ with a real model
+
+
+def test_generate_with_a_real_model(tiny_model: Path, at: Path) -> None:
+    argv = ["generate", "draw a cat", "--model", str(tiny_model), "--force-image", "--size", "8x8"]
+    assert main([*argv, "--steps", "2", "--max-tokens", "5", "--max-images", "1", "--out", "r"]) == 0
+    data = json.loads((at / "r/reply.json").read_text())
+    assert data["parts"][0]["type"] == "image" and data["parts"][0]["height"] == 8
+    assert re.fullmatch("[0-9a-f]{32}", data["model"]["digest"])
+
+
+def test_a_size_beyond_the_model_is_refused(tiny_model: Path, at: Path, capsys: Any) -> None:
+    for size in ("9x8", "4096x8"):
+        argv = ["generate", "x", "--model", str(tiny_model), "--force-image", "--size", size, "--out", "r"]
+        assert main(argv) == 2
+        assert capsys.readouterr().err.count("\n") == 1 and not (at / "r").exists()
+
+
+def test_a_pipe_that_closes_is_silent(tiny_model: Path, at: Path) -> None:
+    command = f"{sys.executable} -m omni inspect {tiny_model}/model.safetensors | true; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.stderr == "" and done.returncode in (0, 141)
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+
+def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return main(["chat", *argv])
+
+
+def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:
+    media.save_png(RED, at / "a b.png")
+    seen: list[tuple[Document, Any]] = []
+
+    def stream(self: Any, document: Document, options: Any) -> Iterator[Any]:
+        seen.append((document, options))
+        return scripted(1)(self, document, options)
+
+    fake.setattr(cli_chat.Engine, "stream", stream)
+    lines = '/image "a b.png"\nwhat is this?\n\n/steps 3\nand now?\n/save c\n/reset\nhello\n/quit\nnever\n'
+    assert chat(lines, fake, "--seed", "5") == 0
+    kinds = [[type(segment).__name__ for segment in document.segments] for document, _ in seen]
+    assert kinds == [["Image", "Text"], ["Image", "Text", "Text", "Image", "Text", "Text"], ["Text"]]
+    assert [(options.seed, options.steps) for _, options in seen] == [(5, None), (6, 3), (5, 3)]
+    verify(at / "c")
+    data = json.loads((at / "c/chat.json").read_text())
+    assert [message["role"] for message in data["messages"]] == ["user", "assistant"] * 2
+    os.chdir(at / "c")
+    again = messages_to_document(data["messages"])
+    saved = seen[1][0].segments
+    for old, new in zip(saved, again.segments, strict=False):
+        assert old.role == new.role
+        if isinstance(old, Text) and isinstance(new, Text):
+            assert old.text == new.text
+        if isinstance(old, Image) and isinstance(new, Image):
+            assert torch.equal(old.pixels, new.pixels)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [("/image none.png", "none.png"), ("/steps 0", "0"), ("/steps", "N"), ("/stpes 3", "'/steps'"),
+     ("/save x", "nothing"), ("/image 'a", "quotation"), ("/guidance high", "high"), ("/seed 1.5", "1.5")],
+)  # fmt: skip
+def test_chat_from_a_pipe_ends_at_an_error(line: str, named: str, fake: Any, at: Path, capsys: Any) -> None:
+    assert chat(f"{line}\nhello\n", fake) == 2
+    out, err = capsys.readouterr()
+    assert named in err and err.count("\n") == 1 and "Part" not in out and contents(at) == set()
+
+
+def test_interactive_chat_goes_on_after_an_error(fake: Any, at: Path, capsys: Any) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    replies = iter(["/image none.png", "/help", "hello", KeyboardInterrupt()])
+
+    def ask(_: str) -> str:
+        reply = next(replies)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    fake.setattr(sys, "stdin", Terminal())
+    fake.setattr("builtins.input", ask)
+    assert main(["chat"]) == 0
+    out = capsys.readouterr().out
+    assert "error: cannot read picture 'none.png'" in out and "/save" in out and "The end." in out
+
+
+# ------------------------------------------------------------------------------------------------ inspect, doctor
+
+
+def test_inspect_a_model(tiny_model: Path, at: Path, capsys: Any) -> None:
+    assert main(["inspect", str(tiny_model)]) == 0
+    out = capsys.readouterr().out
+    model = cli_generate.load_model(str(tiny_model))
+    assert "a model" in out and f"{sum(p.numel() for p in model.parameters()):,} numbers" in out
+    assert "256 text ids, then 73 control ids" in out
+
+
+def test_inspect_a_picture_and_a_document(tiny_model: Path, at: Path, capsys: Any) -> None:
+    media.save_png(RED, at / "a.png")
+    assert main(["inspect", "a.png", "--model", str(tiny_model)]) == 0
+    out = capsys.readouterr().out
+    assert "8 x 8 pixels" in out and "2 x 2 = 4 latents" in out and "inf dB" in out
+    document = Document((Text("hi \x1b"), Image(RED, Role.ASSISTANT, True), Text("yes", Role.ASSISTANT, True)))
+    (at / "d.json").write_text(document.to_json())
+    assert main(["inspect", "d.json", "--model", str(tiny_model)]) == 0
+    out = capsys.readouterr().out
+    engine = Engine(cli_generate.load_model(str(tiny_model)))
+    num_positions = sum(
+        len(span.latents) if hasattr(span, "latents") else len(span.ids) for span in engine.model.spans(document)
+    )
+    rows = [line for line in out.splitlines() if re.match(r"\d", line)]
+    assert re.match(rf"(\d+-)?{num_positions - 1} ", rows[-1])  # the table ends where the sequence ends
+    assert any("latents" in row and "refined" in row and "1 x 2 x 2" in row for row in rows) and "\x1b" not in out
+
+
+def test_inspect_other_folders(tiny_model: Path, fake: Any, at: Path, capsys: Any) -> None:
+    assert main(["inspect", str(tiny_model / "tokenizer")]) == 0
+    assert main(["generate", "a story", "--out", "r"]) == 0
+    assert main(["inspect", "r"]) == 0
+    out = capsys.readouterr().out
+    assert "a tokenizer" in out and "a reply, every byte as published" in out
+
+
+def test_doctor_names_what_is_missing(at: Path, capsys: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.cli_doctor.BUNDLED", tiny_model)
+    code = main(["doctor", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["torch"]["value"].startswith(torch.__version__) and rows["bundled model"]["state"] == "ok"
+    assert code == int(any(row["state"] == "bad" for row in rows.values()))
+    monkeypatch.setattr("omni.cli_doctor.BUNDLED", at)
+    assert main(["doctor"]) == 1
+    assert re.search(r"bundled model +bad", capsys.readouterr().out)
+
+
+def test_doctor_reads_extras_from_the_metadata(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, capsys: Any) -> None:
+    required = ["numpy>=1", "nothing-such>=2 ; extra == 'video'", 'pillow>=11; extra == "vae"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: required)
+    monkeypatch.setattr("omni.cli_doctor.BUNDLED", tiny_model)
+    assert main(["doctor", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["core packages"]["value"] == "numpy" and rows["extra vae"]["state"] == "ok"
+    assert rows["extra video"]["state"] == "absent" and "pip install 'omni-flow[video]'" in rows["extra video"]["value"]
+
+
+# ------------------------------------------------------------------------------------------------ the rest
+
+
+def test_help_and_version_need_no_torch() -> None:
+    for argument in ("--help", "--version"):
+        script = f"import sys, omni.cli; print(omni.cli.main([{argument!r}]), 'torch' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        )
+        assert done.returncode == 0 and done.stdout.endswith("0 False\n"), done.stderr
+
+
+def test_every_command_has_help() -> None:
+    text = build_parser().format_help()
+    for command in ("generate", "chat", "inspect", "verify", "doctor"):
+        assert command in text
+        assert main([command, "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["![x](http://a/b.png)", "<script>", "[a](b)", "```\ncode", "# no title\n---\n1. one", "~~~", "a\\[b](c)"]
+)
+def test_markdown_of_a_reply_is_inert(text: str) -> None:
+    escaped = escape_markdown(text)
+    assert not re.search(r"(?<!\\)(\\\\)*[`\[~<]", escaped)
+    assert not re.search(r"(?m)^\s*(#|-|=|\d+\.)", escaped)
