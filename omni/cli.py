@@ -23,7 +23,7 @@ USAGE, DAMAGED, INTERRUPTED, CLOSED_PIPE = 2, 4, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` defaults to the process's arguments."""
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+        arguments = parse(sys.argv[1:] if argv is None else list(argv))
         module, function = arguments.run.split(":")
         return getattr(import_module(module), function)(arguments)
     except SystemExit as stop:  # argparse: --help and --version
@@ -93,8 +93,8 @@ def _number(parse: Callable[[str], Any], low: float, high: float, way_out: str) 
             value = math.nan
         if not low <= value <= high:  # also refuses NaN
             kind = "a whole number" if parse is int else "a number"
-            bounds = f"{low:g} to {high:g}" if high < 2**31 else f"{low:g} or more"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}, {bounds}; {way_out}")
+            bounds = f"from {low:g} to {high:g}" if high < 2**31 - 1 else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {kind} {bounds}; {way_out}")
         return value
 
     return read
@@ -108,7 +108,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omni import media
-from omni.cli_generate import load_model, options_of, protocol_of, record, show
+from omni.cli_generate import fit_picture, load_model, options_of, protocol_of, record, show
 from omni.config import nearest
 from omni.document import Document, Image, Segment, Text
 from omni.engine import Engine, GenerationOptions
@@ -127,7 +127,7 @@ class Chat:
 
     def _attach(self, words: list[str]) -> None:
         path = _one(words, "/image FILE")
-        self.attached += (Image(media.load_image(path)),)
+        self.attached += (Image(fit_picture(self.engine.model, media.load_image(path))),)
         height, width = self.attached[-1].pixels.shape[:2]
         self.printer.line(f"attached {path}, {height}x{width}; it goes with the next message")
 

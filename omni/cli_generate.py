@@ -36,8 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(folder, arguments.overwrite)
     options = options_of(arguments)
     prompt = read_prompt(arguments.prompt)
-    request = Document((*(Image(media.load_image(path)) for path in arguments.image), Text(prompt)))
+    pictures = [media.load_image(path) for path in arguments.image]
     engine = Engine(load_model(arguments.model))
+    attached = [Image(fit_picture(engine.model, pixels)) for pixels in pictures]
+    request = Document((*attached, Text(prompt)))
     started = time.perf_counter()
     printer = Printer(protocol="none" if arguments.json else protocol_of(arguments))
     answer = show(engine.stream(request, options), None if arguments.json else printer)
@@ -108,6 +110,28 @@ def load_model(path: str | None) -> Any:
         raise
     except (ValueError, OSError) as error:
         raise DamagedError(str(error)) from error
+
+
+def fit_picture(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """`pixels` (H, W, 3) as the model can take them: resized, and said so, unless they fit already.
+
+    The size is the model's "picture_size" (generation.json: [height, width]), else the nearest it can encode.
+    """
+    codec, size = model.codec, model.defaults.get("picture_size")
+    if codec is None:
+        raise ValueError("this model has no codec for pictures; leave --image out")
+    if size is None:
+        limit = model.config.max_grid
+        scale = min(
+            1.0, *(limit * step / side for side, step in zip(pixels.shape, codec.spec.stride[1:], strict=False))
+        )
+        grid = (round(side * scale / step) for side, step in zip(pixels.shape, codec.spec.stride[1:], strict=False))
+        size = [min(max(count, 1), limit) * step for count, step in zip(grid, codec.spec.stride[1:], strict=True)]
+    height, width = pixels.shape[:2]
+    if [height, width] == list(size):
+        return pixels
+    print(f"a picture of {height}x{width} was resized to {size[0]}x{size[1]}", file=sys.stderr)
+    return codec.fit(pixels, (size[0], size[1]))
 
 
 def record(engine: Engine, options: GenerationOptions, path: str | None) -> dict[str, Any]:

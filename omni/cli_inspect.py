@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from omni import media
 from omni.checkpoint import MANIFEST, DamagedError, verify
-from omni.cli_generate import load_model
+from omni.cli_generate import fit_picture, load_model
+from omni.codecs import psnr
 from omni.document import Document, Text, Video
 from omni.layout import LatentSpan, Span
 from omni.model import BUNDLED, Omni
@@ -137,12 +138,8 @@ def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
     pixels = media.load_image(path)
     printer.picture(pixels)
     lines = [f"{path}: a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels"]
-    codec = load_model(model_path).codec
-    if codec is None:
-        return [*lines, "this model has no codec for pictures"]
-    from omni.codecs import psnr
-
-    fitted = codec.fit(pixels)
+    model = load_model(model_path)
+    fitted, codec = fit_picture(model, pixels), model.codec
     latents = codec.encode(fitted[None])
     back = codec.decode(latents)
     _, rows, columns, channels = latents.shape
@@ -164,7 +161,8 @@ def _document(path: Path, model_path: str | None) -> list[str]:
     heads = ("positions", "blocks", "rotary (time, row, column)", "what", "loss", "content")
     lines = [f"{path}: a Document of {len(document.segments)} segments", ""]
     for segment in document.segments:
-        what = repr(segment.text) if isinstance(segment, Text) else ("a clip" if isinstance(segment, Video) else "a picture")
+        media_name = "a clip" if isinstance(segment, Video) else "a picture"
+        what = repr(segment.text) if isinstance(segment, Text) else media_name
         lines.append(f"  {segment.role}: {what}{' (supervised)' if segment.supervise else ''}")
     return [*lines, "", "packed, context stream:", *table(heads, rows)]
 

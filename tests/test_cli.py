@@ -23,10 +23,12 @@ from PIL import Image as PillowImage
 from omni import cli_chat, cli_generate, media
 from omni.checkpoint import verify
 from omni.cli import build_parser, main
+from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Text
 from omni.engine import BlockDone, BlockStart, BlockStep, Engine, ImagePart, Stop, TextDelta
 from omni.reply_files import default_folder, escape_markdown
 from omni.text.chat import messages_to_document
+from omni.verify import Check
 
 RED = torch.zeros(8, 8, 3, dtype=torch.uint8)
 RED[..., 0] = 200
@@ -61,8 +63,9 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No model: the engine plays a script."""
+    model = SimpleNamespace(defaults={}, codec=PixelCodec(PixelConfig(patch=4)), config=SimpleNamespace(max_grid=8))
     for module in (cli_generate, cli_chat):
-        monkeypatch.setattr(module, "load_model", lambda path: SimpleNamespace(defaults={}))
+        monkeypatch.setattr(module, "load_model", lambda path: model)
         monkeypatch.setattr(module, "Engine", type("FakeEngine", (), {"__init__": _init, "stream": scripted()}))
     return monkeypatch
 
@@ -141,6 +144,21 @@ def test_an_attached_picture_is_kept_beside_the_reply(fake: Any, at: Path) -> No
     request = json.loads((at / "r/reply.json").read_text())["request"]
     assert [part["type"] for part in request[0]["content"]] == ["image", "text"]
     assert torch.equal(media.load_image(at / "r" / request[0]["content"][0]["path"]), RED)
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted", "native"),
+    [((8, 12), (8, 12), None), ((9, 13), (8, 12), None), ((100, 300), (12, 32), None), ((1, 1), (4, 4), None),
+     ((100, 50), (16, 16), [16, 16]), ((16, 16), (16, 16), [16, 16])],
+)  # fmt: skip
+def test_pictures_are_fitted(size: Any, fitted: Any, native: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {"picture_size": native} if native else {}
+    model = SimpleNamespace(
+        defaults=defaults, codec=PixelCodec(PixelConfig(patch=4)), config=SimpleNamespace(max_grid=8)
+    )
+    pixels = cli_generate.fit_picture(model, torch.full((*size, 3), 9, dtype=torch.uint8))
+    assert tuple(pixels.shape) == (*fitted, 3) and bool((pixels == 9).all())
+    assert ("resized" in capsys.readouterr().err) == (size != fitted)
 
 
 def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +240,7 @@ BAD = [
     (["generate", "x", "--size", "0x64"], 2, "'0x64'"),
     (["generate", "x", "--image", "none.png"], 2, "none.png"),
     (["generate", "x", "--image", "text.png"], 2, "text.png"),
-    (["generate", "x", "--image", "huge.png"], 2, "50000 x 50000"),
+    (["generate", "x", "--image", "huge.png"], 2, "huge.png"),
     (["generate", "x", "--image", "folder"], 2, "folder"),
     (["generate", "x", "--out", "text.png"], 2, "text.png"),
     (["generate", "x", "--out", "folder"], 2, "folder"),
@@ -281,8 +299,9 @@ def test_one_flipped_bit_is_code_4(name: str, at: Path, tiny_model: Path, capsys
 def test_a_missing_file_is_code_4(name: str, at: Path, tiny_model: Path, capsys: Any) -> None:
     shutil.copytree(tiny_model, at / "model")
     (at / "model" / name).unlink()
+    before = contents(at)
     assert main(["generate", "draw a cat", "--model", "model"]) == 4
-    assert name in capsys.readouterr().err and contents(at) == contents(at / "..") & contents(at) | contents(at)
+    assert name in capsys.readouterr().err and contents(at) == before
 
 
 def test_errors_cannot_draw_on_the_terminal(at: Path, capsys: Any) -> None:
@@ -467,3 +486,12 @@ def test_markdown_of_a_reply_is_inert(text: str) -> None:
     escaped = escape_markdown(text)
     assert not re.search(r"(?<!\\)(\\\\)*[`\[~<]", escaped)
     assert not re.search(r"(?m)^\s*(#|-|=|\d+\.)", escaped)
+
+
+def test_verify_prints_the_contract(tiny_model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["verify", str(tiny_model)]) == 0
+    assert "cached = uncached" in capsys.readouterr().out
+    broken = [Check("cached = uncached", 0.5, 1e-5), Check("another", 0.0, 0.0)]
+    monkeypatch.setattr("omni.cli_verify.verify", lambda model: broken)
+    assert main(["verify", str(tiny_model), "--json"]) == 1
+    assert [row["holds"] for row in json.loads(capsys.readouterr().out)] == [False, True]

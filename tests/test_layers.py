@@ -170,6 +170,7 @@ INIT_DRAWS = set("normal_ uniform_ trunc_normal_ xavier_normal_ xavier_uniform_ 
 
 def draws(path: Path) -> Iterator[tuple[int, str]]:
     """Calls that draw from, or seed, state that no key controls."""
+    shared = {"np.random", "numpy.random", "torch.random"} | ({"random"} & {dotted for dotted, _ in imports(path)})
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -178,8 +179,7 @@ def draws(path: Path) -> Iterator[tuple[int, str]]:
         seeds = method in ("manual_seed", "manual_seed_all", "seed", "set_rng_state", "fork_rng") and owner != "Key"
         of_torch = owner == "torch" and method in TORCH_DRAWS and not keyed
         of_tensor = method in TENSOR_DRAWS | (INIT_DRAWS if owner.endswith("init") else set()) and not keyed
-        of_others = owner == "random" or owner in ("np.random", "numpy.random", "torch.random")
-        if seeds or of_torch or of_tensor or of_others:
+        if seeds or of_torch or of_tensor or owner in shared:
             yield node.lineno, f"{owner}.{method}"
 
 
@@ -202,7 +202,8 @@ def test_every_draw_is_keyed() -> None:
         ("torch.Generator().manual_seed(0)", 1),
         ("x.normal_()", 1),
         ("nn.init.trunc_normal_(w, std=0.02)", 1),
-        ("random.choice(a)", 1),
+        ("import random\nrandom.choice(a)", 1),
+        ("random = key.python()\nrandom.choice(a)", 0),
         ("np.random.default_rng(0)", 1),
         ("key.normal((3,))", 0),
     ],

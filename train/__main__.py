@@ -1,4 +1,4 @@
-"""python -m train RECIPE.toml [key=value ...] [--out DIR] [--resume] [--dry-run]
+"""python -m train RECIPE.toml [key=value ...] [--out DIR] [--resume] [--dry-run] [--publish DIR]
 
 Trains what the recipe describes and leaves in the output directory (default: runs/ and the recipe's name)
 
@@ -6,6 +6,7 @@ Trains what the recipe describes and leaves in the output directory (default: ru
 
     --dry-run   build everything, make two steps without saving, print sizes and speed, leave nothing
     --resume    continue from the newest intact state
+    --publish   make the model directory DIR from the newest intact state, without training (also of a run in progress)
 
 Exit codes: 0 done, 2 a mistake in the command, the recipe or its files, 3 too many non-finite steps,
 4 too many unreadable documents, 75 stopped by a signal with the state saved (run again with --resume).
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="output directory (default: runs/ and the recipe's name)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest saved state")
     parser.add_argument("--dry-run", action="store_true", help="build everything and make two steps, save nothing")
+    parser.add_argument("--publish", type=Path, metavar="DIR", help="make DIR from the newest saved state and stop")
     options = parser.parse_intermixed_args(arguments)
     out = options.out or Path("runs") / options.recipe.stem
     try:
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train_codec(options, out)
         recipe = load_toml(options.recipe, options.overrides, Recipe)
         torch.set_num_threads(recipe.threads)
+        if options.publish:
+            return publish_state(recipe, out, options.publish)
         return dry_run(recipe, out) if options.dry_run else train_model(recipe, out, options.resume)
     except (ValueError, ImportError) as error:
         return _fail(error, EXIT_MISTAKE)
@@ -88,16 +92,26 @@ def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
+def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
+    """The newest saved averages as a model directory."""
+    if directory.exists():
+        raise ValueError(f"{str(directory)!r} exists already; choose another directory to publish to")
+    run = assemble(recipe, out)
+    loop.resume(run, lambda line: print(line, file=sys.stderr))
+    print(publish_model(run, directory))
+    return 0
+
+
 def dry_run(recipe: Recipe, out: Path) -> int:
     """Two real steps, nothing written; prints what the run would be."""
     run = assemble(recipe, out)
     parameters = loop.num_parameters(run.model)
-    for _ in range(2):  # the first one also fills caches
-        started = time.perf_counter()
-        packed = run.loader.next(run.progress.cursor)
-        loaded = time.perf_counter()
-        metrics = loop.train_step(run, packed)
-        ended = time.perf_counter()
+    loop.train_step(run, run.loader.next(0))  # fills caches; the second step is the one that counts
+    started = time.perf_counter()
+    packed = run.loader.next(run.progress.cursor)
+    loaded = time.perf_counter()
+    metrics = loop.train_step(run, packed)
+    ended = time.perf_counter()
     shapes = [f"{tuple(batch.ids.shape)} + {tuple(batch.item.shape)}" for batch in packed.batches]
     used = sum(batch.num_positions for batch in packed.batches)
     made = sum(batch.ids.numel() + batch.item.numel() for batch in packed.batches)
@@ -143,8 +157,8 @@ def _kind(path: Path) -> str:
 def _train_codec(options: argparse.Namespace, out: Path) -> int:
     from train import codec_loop
 
-    if options.dry_run:
-        raise ValueError("--dry-run is for models; a codec recipe runs with steps=2 --out /tmp/try instead")
+    if options.dry_run or options.publish:
+        raise ValueError("--dry-run and --publish are for models; try a codec recipe with steps=2 and another --out")
     recipe = load_toml(options.recipe, options.overrides, codec_loop.CodecRecipe)
     torch.set_num_threads(1)
     print(json.dumps(codec_loop.train(recipe, out)))

@@ -22,9 +22,10 @@ COLUMNS = 8
 
 def prompts(
     document: Callable[[int], Document], count: int, attempts: int = 400
-) -> list[tuple[Document, torch.Tensor]]:
-    """(the document up to its first supervised picture, that picture (H, W, 3)) for `count` unseen documents."""
-    found: list[tuple[Document, torch.Tensor]] = []
+) -> list[tuple[Document, torch.Tensor, bool]]:
+    """For `count` unseen documents: what comes before the first supervised picture, that picture (H, W, 3), and
+    whether it is a picture (or the first frame of a clip). Only where it opens the assistant's turn."""
+    found: list[tuple[Document, torch.Tensor, bool]] = []
     for index in range(FIRST_UNSEEN, FIRST_UNSEEN + attempts):
         try:
             segments = document(index).segments
@@ -32,7 +33,7 @@ def prompts(
             continue
         where = next((i for i, s in enumerate(segments) if isinstance(s, Image | Video) and s.supervise), 0)
         if where and segments[where - 1].role != segments[where].role:
-            found.append((Document(segments[:where]), _still(segments[where])))
+            found.append((Document(segments[:where]), _still(segments[where]), isinstance(segments[where], Image)))
         if len(found) == count:
             break
     return found
@@ -45,12 +46,12 @@ def draw_sheet(run: Run, path: Path) -> None:
     run.model.eval()
     try:
         with run.ema.applied(), torch.no_grad():
-            drawn = [_draw(run, prompt, number) for number, (prompt, _) in enumerate(asked)]
+            drawn = _draw(run, [prompt for prompt, _, _ in asked], [still for _, _, still in asked])
     finally:
         run.model.train()
     if asked:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(grid([picture for _, picture in asked], drawn), path)
+        save_png(grid([picture for _, picture, _ in asked], drawn), path)
 
 
 def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: int = 2) -> torch.Tensor:
@@ -65,11 +66,17 @@ def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: 
     return torch.cat(rows, 0)
 
 
-def _draw(run: Run, prompt: Document, seed: int) -> torch.Tensor | None:
-    reply = run.model.generate(prompt, steps=run.recipe.report.sheet_sampling_steps, seed=seed, max_images=1)
-    media = [s for s in reply.document.segments if isinstance(s, Image | Video) and s.supervise is False]
-    shown = [s for s in media if s.role == "assistant"]
-    return _still(shown[0]) if shown else None
+def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch.Tensor | None]:
+    from omni.engine import GenerationOptions
+
+    steps = run.recipe.report.sheet_sampling_steps
+    options = GenerationOptions(steps=steps, max_images=1, max_tokens=16, force_image=all(is_picture))
+    replies = run.model.generate_batch(asked, options, seeds=list(range(len(asked))))
+    drawn: list[torch.Tensor | None] = []
+    for prompt, reply in zip(asked, replies, strict=True):
+        made = [s for s in reply.document.segments[len(prompt.segments) :] if isinstance(s, Image | Video)]
+        drawn.append(_still(made[0]) if made else None)
+    return drawn
 
 
 def _still(segment: Segment) -> torch.Tensor:

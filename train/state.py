@@ -86,9 +86,7 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
     raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
 
 
-def load(
-    directory: Path, model: nn.Module, ema: Ema, optimiser: Optimiser, identity: Mapping[str, Any]
-) -> Progress:
+def load(directory: Path, model: nn.Module, ema: Ema, optimiser: Optimiser, identity: Mapping[str, Any]) -> Progress:
     """Restore model, averages and optimiser in place, bit for bit, and return the progress.
 
     Raises ValueError when `identity` (JSON of everything that decides the run: recipe, data) differs from the saved

@@ -140,7 +140,7 @@ class Judge:
         same = templates.base_N == templates.base_N[index][:, None]
         second = distances.masked_fill(same, torch.inf).amin(1)
         rows = zip(index.tolist(), best.tolist(), (best / second.clamp_min(1e-6)).tolist(), strict=True)
-        return [Found(names[i], distance, ratio) for i, distance, ratio in rows]
+        return [Found(templates.names[i], distance, ratio) for i, distance, ratio in rows]
 
     def name_single(self, pictures: torch.Tensor, scenes: Sequence[Scene]) -> list[Found]:
         """For requests of one emoji: the nearest of ALL vocabulary names at the size and background of each scene."""

@@ -81,7 +81,7 @@ def questions(context: Context, options: QuestionOptions) -> Outcome:
     answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
     right = []
     for document, reply in zip(documents, answers, strict=True):
-        allowed = document.meta.get("members") if document.meta["kind"] == "member" else [document.meta["answer"]]
+        allowed = document.meta["members"] if document.meta["kind"] == "member" else [document.meta["answer"]]
         right.append(not reply.images and reply.text.strip() in allowed)
     measures = [Measure("right", percentage(right), "%")]
     for kind in TEXT_KINDS:

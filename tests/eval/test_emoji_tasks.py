@@ -14,7 +14,6 @@ from eval.metrics.emoji_judge import Judge
 from eval.suite import load_tasks
 from eval.task import TASKS, Context, Outcome
 from omni.document import Document, Image, Segment, Text
-from omni.emoji_world import Atlas
 from omni.emoji_world.documents import prompt_of
 from omni.engine import ImagePart, Reply, TextPart
 
@@ -76,16 +75,12 @@ class KnownModel:
         return Reply(parts, Document((*prompt.segments, *segments)), "end")
 
 
-ATLAS = Atlas()
-JUDGE = Judge(ATLAS)
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
+def run(monkeypatch: pytest.MonkeyPatch, judge: Judge) -> Callable[..., dict[str, float]]:
     def go(name: str, answer: Answer, **options: Any) -> dict[str, float]:
         model = KnownModel(answer)
         monkeypatch.setattr(eval.requests, "prompt_of", model.cut)
-        context = Context(shared={"atlas": ATLAS, "judge": JUDGE})
+        context = Context(shared={"atlas": judge.atlas, "judge": judge})
         context.__dict__["model"] = model
         task = TASKS.get(name)
         outcome: Outcome = task.run(context, task.options(requests=24, batch=24, **options))

@@ -1,0 +1,13 @@
+"""One atlas and one judge for all tests of eval: building the templates takes seconds and some hundred megabytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from eval.metrics.emoji_judge import Judge
+from omni.emoji_world import Atlas
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    return Judge(Atlas())

@@ -1,0 +1,99 @@
+"""python -m train: a mistake is one line, exit code 2, nothing left; a dry run leaves nothing; the smoke recipe runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni.config import load_toml
+from train.__main__ import main
+from train.recipe import Recipe
+from train.track import read_metrics
+
+RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.rate=1", "unknown key 'optimizer'; did you mean 'optimiser'?"),
+        ("optimiser.rat=1", "did you mean"),
+        ("max_steps=0", "max_steps"),
+        ("autocast=fp8", "autocast"),
+        ("data.0.name=emoji_word", "unknown data source 'emoji_word'; did you mean 'emoji_world'?"),
+        ("data.0.options.splt=train", "unknown key 'splt'; did you mean 'split'?"),
+        ("data.0.options.font=/no/such/font.ttf", "/no/such/font.ttf"),
+        ("objectives.1.name=flow_machting", "did you mean 'flow_matching'?"),
+        ("objectives.1.options.powr=2", "unknown key 'powr'"),
+        ("objectives.1.name=next_token", "different names"),
+        ("codec=/no/such/codec", "/no/such/codec"),
+        ("codec.kind=pixel", "did you mean 'pixels'?"),
+        ("tokenizer=/no/such/tokenizer", "/no/such/tokenizer"),
+        ("init_from=/no/such/model", "/no/such/model"),
+        ("model.num_heads=3", "num_kv_heads"),
+        ("heads.samplr=euler", "samplr"),
+        ("drop.text=0.9", "drop"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    recipe_file: Path, tmp_path: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["drop.images=0.9"] if override.startswith("drop") else ["model.num_kv_heads=2"]
+    assert main([str(recipe_file), override, *more, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert said in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(RECIPES / "smok.toml")]) == 2
+    assert "smoke.toml" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_would_run_and_leaves_nothing(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe_file), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters" in shown and "documents" in shown and "steps in an hour" in shown
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_its_command(path: Path) -> None:
+    text = path.read_text()
+    assert f"python -m train train/recipes/{path.name}" in text.split("\n\n")[0]
+    if 'kind = "codec"' not in text:
+        load_toml(path, [], Recipe)
+
+
+def test_the_smoke_recipe_learns_draws_and_publishes(tmp_path: Path) -> None:
+    import omni
+
+    out = tmp_path / "smoke"
+    assert main([str(RECIPES / "smoke.toml"), "report.sheet_steps=20", "--out", str(out)]) == 0
+    losses = [float(row["loss"]) for row in read_metrics(out / "metrics.jsonl")]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 1.0
+    assert [p.name for p in (out / "sheets").iterdir()] == ["step-00000020.png"]
+    model = omni.from_pretrained(out / "model")
+    assert model.tokenizer is not None and model.codec is not None
+    assert main([str(RECIPES / "smoke.toml"), "--out", str(out), "--publish", str(tmp_path / "again")]) == 0
+    again = omni.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: Path) -> None:
+    from train.assemble import assemble
+
+    assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
+    change = [f"init_from={tmp_path / 'first' / 'state' / 'step-00000002'}"]
+    warm = assemble(load_toml(recipe_file, change, Recipe), tmp_path / "second")
+    cold = assemble(load_toml(recipe_file, [], Recipe), tmp_path / "third")
+    name = "token.embedding.weight"
+    assert not torch.equal(warm.model.state_dict()[name], cold.model.state_dict()[name])
+    with pytest.raises(ValueError, match="init_partial"):
+        assemble(load_toml(recipe_file, [*change, "model.depth=2"], Recipe), tmp_path / "fourth")
+    assemble(load_toml(recipe_file, [*change, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "fifth")

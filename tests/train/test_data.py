@@ -1,0 +1,247 @@
+"""Sources are pure and endless, mixtures exact, a batch depends on the cursor alone, a corrupt record costs one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from omni.document import Document, Image, Role, Text, Video
+from omni.media import save_png
+from omni.rng import Key
+from train.data import latents as latents_module
+from train.data import loader as loader_module
+from train.data.files import fit_square
+from train.data.latents import LatentMemo
+from train.data.mixture import BLOCK, Mixture
+from train.data.source import SOURCES, CorruptRecord, FiniteSource, Source, build_source
+from train.loop import Run
+
+MakeRun = Callable[..., Run]
+
+
+def picture(number: int, side: int = 32) -> torch.Tensor:
+    return (Key(number).uniform((side, side, 3)) * 255).byte()
+
+
+def write_jsonl(folder: Path, count: int = 7) -> dict[str, Any]:
+    documents = [
+        Document((Text(f"picture {n}", Role.USER), Image(picture(n), Role.ASSISTANT, True))) for n in range(count)
+    ]
+    (folder / "d.jsonl").write_text("\n".join(d.to_json() for d in documents) + "\n")
+    return {"path": str(folder / "d.jsonl")}
+
+
+def write_messages(folder: Path) -> dict[str, Any]:
+    save_png(picture(1, 40), folder / "cat.png")
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a <|image|> cat"},
+        ]
+    }
+    (folder / "m.jsonl").write_text(json.dumps(record) + "\n")
+    return {"path": str(folder / "m.jsonl"), "side": 32}
+
+
+def write_llava(folder: Path) -> dict[str, Any]:
+    save_png(picture(1, 40), folder / "cat.png")
+    turns = [
+        {"from": "human", "value": "<image>\nwhat?"},
+        {"from": "gpt", "value": "a cat, not an <image>"},
+    ]
+    (folder / "l.json").write_text(json.dumps([{"id": "7", "image": "cat.png", "conversations": turns}]))
+    return {"path": str(folder / "l.json"), "side": 32}
+
+
+def write_parquet(folder: Path) -> dict[str, Any]:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    save_png(picture(1, 40), folder / "cat.png")
+    data = (folder / "cat.png").read_bytes()
+    parquet.write_table(pyarrow.table({"image": [data] * 3, "caption": ["a", "b", "c"]}), folder / "p.parquet")
+    return {"path": str(folder / "p.parquet"), "side": 32}
+
+
+OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "emoji_world": lambda folder: {},
+    "moving_emoji": lambda folder: {"num_frames": 4},
+    "jsonl": write_jsonl,
+    "messages": write_messages,
+    "llava": write_llava,
+    "image_caption": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES.names())
+def test_every_source_is_pure_endless_and_learnable(name: str, tmp_path: Path) -> None:
+    options = OPTIONS[name](tmp_path)
+    one, two = (build_source(name, options, Key(5), "test") for _ in range(2))
+    assert one.fingerprint() == two.fingerprint()
+    far = {index: two.document(index).to_json() for index in (1000, 3, 0)}  # another order of calls
+    for index, expected in far.items():
+        document = one.document(index)
+        assert document.to_json() == expected
+        assert any(segment.supervise for segment in document.segments)
+
+
+def test_messages_and_llava_give_the_same_document_shape(tmp_path: Path) -> None:
+    for name, text in (("messages", "a <|image|> cat"), ("llava", "a cat, not an <image>")):
+        picture_, question, answer = build_source(name, OPTIONS[name](tmp_path), Key(0), "t").document(0).segments
+        assert isinstance(picture_, Image) and picture_.pixels.shape == (32, 32, 3) and not picture_.supervise
+        assert isinstance(question, Text) and question.text == "what?" and not question.supervise
+        assert isinstance(answer, Text) and answer.text == text and answer.supervise
+
+
+def test_pictures_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_png(picture(1), tmp_path / "secret.png")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "in" / "l.json").write_text(json.dumps([{"image": "../secret.png", "conversations": turns}]))
+    source = build_source("llava", {"path": str(tmp_path / "in" / "l.json")}, Key(0), "t")
+    with pytest.raises(CorruptRecord, match="outside"):
+        source.document(0)
+
+
+def test_finite_sources_visit_every_record_once_per_epoch(tmp_path: Path) -> None:
+    source = build_source("jsonl", write_jsonl(tmp_path, 7), Key(0), "t")
+    assert isinstance(source, FiniteSource)
+    seen = [source.document(index).segments[0].text for index in range(21)]  # type: ignore[union-attr]
+    epochs = [seen[0:7], seen[7:14], seen[14:21]]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len(set(epochs[0])) == 7
+    assert epochs[0] != epochs[1]
+
+
+def test_fit_square_crops_the_middle() -> None:
+    wide = torch.zeros((10, 30, 3), dtype=torch.uint8)
+    wide[:, 10:20] = 200
+    assert fit_square(wide, 20).min() == 200
+    assert fit_square(wide, None) is wide
+
+
+class Counting(Source):
+    def document(self, index: int) -> Document:
+        return Document((Text(str(index)),))
+
+
+def test_mixture_shares_are_exact_and_each_source_is_walked_in_order() -> None:
+    weights = [5.0, 3.0, 1.0, 0.5, 0.02]
+    mixture = Mixture([Counting(None, Key(0)) for _ in weights], weights, Key(1))
+    total = 4 * BLOCK
+    where = [mixture.locate(index) for index in range(total)]
+    for source, weight in enumerate(weights):
+        positions = [position for s, position in where if s == source]
+        assert positions == list(range(len(positions)))  # exactly once, in order
+        assert abs(len(positions) - total * weight / sum(weights)) <= 1
+    assert [mixture.locate(index) for index in reversed(range(total))] == where[::-1]
+    with pytest.raises(ValueError, match="mixture"):
+        Mixture([Counting(None, Key(0))] * 2, [1.0, 1e-6], Key(0))
+
+
+def batches_of(run: Run, count: int, cursor: int = 0) -> list[tuple[Any, ...]]:
+    found = []
+    for _ in range(count):
+        packed = run.loader.next(cursor)
+        parts = [(b.ids, b.latents, b.target, b.refine_latents, b.item) for b in packed.batches]
+        found.append((packed.documents, packed.cursor, [t for part in parts for t in part]))
+        cursor = packed.cursor
+    return found
+
+
+def equal(one: list[tuple[Any, ...]], two: list[tuple[Any, ...]]) -> bool:
+    same = [a[:2] == b[:2] and all(map(torch.equal, a[2], b[2])) for a, b in zip(one, two, strict=True)]
+    return all(same)
+
+
+def test_batches_depend_on_the_cursor_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = batches_of(make_run(), 8)
+    fresh = make_run()
+    jumped = [batches_of(fresh, 1, straight[n - 1][1] if n else 0)[0] for n in (5, 2, 0, 2)]
+    assert equal(jumped, [straight[n] for n in (5, 2, 0, 2)])
+    forgetful = make_run()
+    forgetful.loader.memo.max_bytes = 0
+    monkeypatch.setattr(loader_module, "LOOKAHEAD", 5)
+    monkeypatch.setattr(latents_module, "ENCODE_BATCH", 3)
+    assert equal(batches_of(forgetful, 8), straight)
+    assert forgetful.loader.memo.num_bytes == 0
+
+
+def test_documents_are_consumed_once_in_order(make_run: MakeRun) -> None:
+    found = batches_of(make_run("drop.text=0", "drop.images=0", "drop.all=0"), 10)
+    consumed = [index for documents, _, _ in found for index in documents]
+    assert consumed == sorted(set(consumed)) and len(consumed) >= 0.9 * found[-1][1]
+
+
+def test_drop_reduces_a_keyed_share(make_run: MakeRun) -> None:
+    run = make_run("drop.text=0.3", "drop.images=0.3", "drop.all=0.3")
+    drawn = [run.loader._with_drop(i, run.loader.document(i)) for i in range(300)]
+    with_pictures = [d for d in drawn if any(s.supervise for s in d.segments if not isinstance(s, Text))]
+    kinds = Counter(d.meta.get("dropped") for d in with_pictures)
+    total = sum(kinds.values())
+    assert all(abs(kinds[what] / total - 0.3) < 0.1 for what in ("text", "images", "all"))
+
+
+def test_the_memo_is_exact_and_bounded() -> None:
+    from omni.codecs import codecs
+
+    codec = codecs.get("pixels").from_config({"kind": "pixels", "patch": 8, "frames_per_chunk": 2}, "test")
+    segments: list[Image | Video] = [Image(picture(n)) for n in range(5)]
+    segments.append(Video(torch.stack([picture(n) for n in range(4)])))
+    one = LatentMemo(codec)
+    first, second = one.encode(segments), one.encode(segments)
+    assert (one.num_misses, one.num_hits) == (6, 6)
+    size = one.num_bytes // 9  # of a picture; the clip has four frames
+    small = LatentMemo(codec, max_bytes=2 * size)
+    other = [small.encode([segment])[0] for segment in segments]
+    assert small.num_bytes <= 2 * size
+    for a, b, c in zip(first, second, other, strict=True):
+        assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(a, b, c, strict=True))
+    assert first[0][0].shape == (1, 4, 4, 192) and [block.shape[0] for block in first[5]] == [2, 2]
+
+
+def damaged_jsonl(folder: Path) -> str:
+    path = Path(write_jsonl(folder, 60)["path"])
+    lines = path.read_text().splitlines()
+    lines[4] = "not json"
+    lines[20] = lines[20][: len(lines[20]) // 2]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_a_corrupt_record_costs_one_record(make_run: MakeRun, tmp_path: Path) -> None:
+    path = damaged_jsonl(tmp_path)
+    source = f'data=[{{name="jsonl",options={{path="{path}"}}}}]'
+    one, two = make_run(source), make_run(source)
+    skipped: list[tuple[int, str]] = []
+    cursor = 0
+    while cursor < 60:
+        packed, again = one.loader.next(cursor), two.loader.next(cursor)
+        assert packed.documents == again.documents and packed.skipped == again.skipped
+        skipped += packed.skipped
+        cursor = packed.cursor
+    names = {reason.split(":")[0] for index, reason in skipped if index < 60}
+    assert names == {"d.jsonl record 5", "d.jsonl record 21"}
+    assert one.loader.counts["skipped"] == len(skipped)
+
+
+def test_mostly_corrupt_data_stop_the_run(make_run: MakeRun, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("nonsense\n" * 50)
+    run = make_run(f'data=[{{name="jsonl",options={{path="{path}"}}}}]')
+    with pytest.raises(loader_module.TooManyCorrupt, match="could not be used"):
+        run.loader.next(0)
+
+
+def test_other_data_are_refused_on_resume(make_run: MakeRun, tmp_path: Path) -> None:
+    from train import loop
+
+    path = write_jsonl(tmp_path)["path"]
+    source = f'data=[{{name="jsonl",options={{path="{path}"}}}}]'
+    loop.save(make_run(source))
+    Path(path).write_text(Path(path).read_text() + "\n" + Path(path).read_text())
+    with pytest.raises(ValueError, match="data"):
+        loop.resume(make_run(source), print)

@@ -1,0 +1,74 @@
+"""Saved states: half-written and damaged ones are passed over, old ones removed, tensors restored by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from omni import checkpoint
+from train import loop, state
+from train.loop import Run
+
+MakeRun = Callable[..., Run]
+
+
+def save_steps(run: Run, steps: list[int]) -> None:
+    for step in steps:
+        run.progress.step = step
+        loop.save(run)
+
+
+def test_half_written_and_damaged_states_are_passed_over(make_run: MakeRun) -> None:
+    run = make_run("report.keep=10")
+    save_steps(run, [1, 2, 3, 4])
+    folder = run.out / "state"
+    (folder / "step-00000004" / "manifest.json").unlink()
+    weights = folder / "step-00000003" / "optimiser.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00") if weights.read_bytes()[-1] else weights.write_bytes(b"")
+    (folder / ".step-00000009.tmp-abcd").mkdir()
+    (folder / "step-5").mkdir()
+    said: list[str] = []
+    assert state.newest(folder, said.append).name == "step-00000002"
+    assert len(said) == 2 and "step-00000004" in said[0] and "step-00000003" in said[1]
+
+
+def test_only_the_newest_are_kept(make_run: MakeRun) -> None:
+    run = make_run("report.keep=2")
+    save_steps(run, [1, 5, 9])
+    assert [step for step, _ in state.saved_steps(run.out / "state")] == [5, 9]
+
+
+def test_nothing_to_resume_is_said(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no intact training state"):
+        loop.resume(make_run(out="empty"), print)
+
+
+def test_a_failed_save_leaves_the_last_state(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    save_steps(run, [1])
+    calls = iter(range(100))
+    real = checkpoint._write
+
+    def fail(path: Path, data: bytes) -> None:
+        if next(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_steps(run, [2])
+    monkeypatch.undo()
+    assert state.newest(run.out / "state").name == "step-00000001"
+    assert [p.name for p in (run.out / "state").iterdir()] == ["step-00000001"]
+
+
+def test_a_state_of_another_model_is_refused(make_run: MakeRun) -> None:
+    run = make_run()
+    directory = loop.save(run)
+    other = make_run("model.depth=2")
+    with pytest.raises(ValueError, match="depth"):
+        state.load(directory, other.model, other.ema, other.optimiser, other.identity)
+    with pytest.raises(ValueError, match="blocks.1"):
+        state.load(directory, other.model, other.ema, other.optimiser, run.identity)

@@ -1,0 +1,158 @@
+"""One training step: the guard, the optimisers' split, schedules, averages, and losses divided by global counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from omni.config import build
+from omni.objectives import Terms
+from train import loop
+from train.ema import Ema
+from train.guard import Guard, TooManyNonFinite
+from train.loop import Run
+from train.optim import Optimiser, OptimiserConfig, multiplier
+from train.track import Tracker
+
+MakeRun = Callable[..., Run]
+
+
+def everything(run: Run) -> dict[str, torch.Tensor]:
+    weights = {f"w/{n}": p.detach().clone() for n, p in run.model.named_parameters()}
+    averages = {f"e/{n}": v.clone() for n, v in run.ema.averages.items()}
+    return weights | averages | {f"o/{n}": v.clone() for n, v in run.optimiser.state_tensors().items()}
+
+
+def poison(run: Run, steps: set[int], value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = run.model.loss
+
+    def loss(batch: Any, objectives: Any, key: Any) -> dict[str, Terms]:
+        terms = real(batch, objectives, key)
+        if run.progress.step in steps:
+            terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=terms["NextToken"].sum * value)
+        return terms
+
+    monkeypatch.setattr(run.model, "loss", loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_step_never_reaches_the_weights(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    run = make_run("max_steps=4")
+    poison(run, {2}, value, monkeypatch)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watch() -> bool:
+        seen.append(everything(run))
+        return False
+
+    tracker = Tracker(run.out, 0, stream=io.StringIO())
+    loop.train(run, tracker, watch)
+    tracker.close()
+    before, after, later = seen[2], seen[3], everything(run)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert any(not torch.equal(after[n], later[n]) for n in after)
+    assert run.guard.num_skipped == 1 and run.progress.step == 4
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [row for row in rows if row.get("event") == "not finite"]
+    assert event["step"] == 2 and event["documents"]
+
+
+def test_too_many_in_a_row_stop_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run("max_nonfinite=3")
+    poison(run, set(range(100)), math.nan, monkeypatch)
+    with pytest.raises(TooManyNonFinite, match="3 steps in a row"):
+        loop.train(run, Tracker(run.out, 0, stream=io.StringIO()), lambda: False)
+
+
+def test_finite_steps_between_reset_the_row() -> None:
+    guard = Guard(limit=2)
+    for step in range(10):
+        assert guard.accepts(step, math.nan if step % 2 else 1.0, 1.0, []) == (step % 2 == 0)
+    assert guard.num_skipped == 5
+
+
+def test_muon_takes_the_hidden_matrices_and_nothing_else(make_run: MakeRun) -> None:
+    members = make_run().optimiser.members()
+    layer = "transformer.blocks.0.text"
+    assert members["muon"] == [f"{layer}.{part}.weight" for part in ("down", "gate_up", "out", "qkv")]
+    rest = set(members["adamw"])
+    for name in ("token.embedding", "flow.velocity", "flow.noisy", "transformer.modulation"):
+        assert f"{name}.weight" in rest
+    assert "transformer.blocks.0.modulation_table" in rest and f"{layer}.attention_norm.weight" in rest
+    assert "muon" not in make_run("optimiser.name=adamw").optimiser.members()
+
+
+def test_optimiser_state_round_trip_is_exact() -> None:
+    def fresh() -> tuple[nn.Module, Optimiser]:
+        model = nn.ModuleDict({"transformer": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
+        return model, Optimiser(model.named_parameters(), build({}, OptimiserConfig, "test"))
+
+    def step(model: nn.Module, optimiser: Optimiser, n: int) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.sin(torch.arange(parameter.numel()).float() * n).reshape(parameter.shape)
+        optimiser.step(0.5)
+
+    (a, one), (b, two) = fresh(), fresh()
+    step(a, one, 1)
+    two.load_state_tensors(one.state_tensors())
+    b.load_state_dict(a.state_dict())
+    step(a, one, 2)
+    step(b, two, 2)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    with pytest.raises(ValueError, match="no parameter"):
+        two.load_state_tensors({"adamw/unknown.weight/step": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize(("decay", "middle"), [("linear", 0.5), ("cosine", 0.5), ("wsd", 1.0), ("none", 1.0)])
+def test_schedules(decay: str, middle: float) -> None:
+    config = build({"decay": decay, "warmup_steps": 10}, OptimiserConfig, "test")
+    assert multiplier(config, 0, 0.0) == pytest.approx(0.1)
+    assert multiplier(config, 500, 0.5) == pytest.approx(middle)
+    assert multiplier(config, 999, 1.0) == pytest.approx(0.0 if decay != "none" else 1.0, abs=1e-9)
+
+
+def test_clip_scales_to_the_norm_and_leaves_nan_alone() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    optimiser = Optimiser(layer.named_parameters(), build({"clip": 1.0}, OptimiserConfig, "test"))
+    layer.weight.grad = torch.full((3, 3), 2.0)
+    assert optimiser.clip() == pytest.approx(6.0)
+    assert float(layer.weight.grad.norm()) == pytest.approx(1.0, abs=1e-5)
+    layer.weight.grad = torch.full((3, 3), math.nan)
+    assert math.isnan(optimiser.clip())
+
+
+def test_ema_follows_its_formula_and_lends_itself() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+    ema = Ema(layer, decay=0.9)
+    expected = 0.0
+    for n in range(60):
+        with torch.no_grad():
+            layer.weight.fill_(float(n))
+        ema.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert ema.averages["weight"][0, 0].item() == pytest.approx(expected, rel=1e-5)
+    with ema.applied():
+        assert layer.weight[0, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert layer.weight[0, 0].item() == 59.0
+
+
+def test_losses_are_divided_once_by_the_global_count() -> None:
+    parts = [Terms(torch.tensor(6.0), 2.0), Terms(torch.tensor(3.0), 7.0), Terms(torch.tensor(0.0), 0.0)]
+    assert float(loop.mean_of(parts)) == 1.0
+    assert float(loop.mean_of(parts[2:])) == 0.0
