@@ -38,21 +38,23 @@ def num_parameters(module: nn.Module) -> int:
 # ---- transfusion-pytorch ---------------------------------------------------------------------------------------------
 
 
+EULER = {"method": "euler"}  # one evaluation a step
+MIDPOINT = {"method": "midpoint", "atol": 1e-5, "rtol": 1e-5}  # the library's default: two evaluations a step
+
+
 def build_transfusion(width: int, depth: int, vocab_size: int, channels: int, grid: tuple[int, int]) -> Any:
-    """A Transfusion model that samples by Euler, one evaluation a step (its default is midpoint: two)."""
+    """A Transfusion model of their defaults but the sizes."""
     require("transfusion_pytorch")
     from transfusion_pytorch import Transfusion, transfusion
 
     transfusion.logger.disable("transfusion_pytorch")
     transfusion.tqdm = functools.partial(transfusion.tqdm, disable=True)
-    model = Transfusion(
+    return Transfusion(
         num_text_tokens=vocab_size,
         dim_latent=channels,
         modality_default_shape=grid,
         transformer={"dim": width, "depth": depth, "dim_head": 64, "heads": max(1, round(width / 64))},
-        odeint_kwargs={"method": "euler"},
     )
-    return model
 
 
 def transfusion_of_size(target: int, depth: int, **options: Any) -> Any:
@@ -82,8 +84,12 @@ def transfusion_train_step(model: Any, samples: list[list[Tensor]]) -> Callable[
     return step
 
 
-def transfusion_draw(model: Any, prompt: Tensor, grid: tuple[int, int], steps: int) -> dict[str, Callable[[], Any]]:
+def transfusion_draw(
+    model: Any, prompt: Tensor, grid: tuple[int, int], steps: int, solver: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
     """One image block after a text prompt, by each of its two samplers, with the cache and without guidance."""
+    from torchdiffeq import odeint
+
     model.eval()
     options = {
         "max_length": grid[0] * grid[1] - 1,  # end after the picture
@@ -92,10 +98,17 @@ def transfusion_draw(model: Any, prompt: Tensor, grid: tuple[int, int], steps: i
         "cfg_scale": 1.0,
         "return_unprocessed_modalities": True,
     }
-    return {
-        "sample_one": lambda: model.sample_one(prompt=prompt, cache_kv=True, **options),
-        "sample_many": lambda: model.sample_many([prompt], **options),
-    }
+    odeint_fn = functools.partial(odeint, **solver)
+
+    def sample_one() -> None:
+        model.odeint_fn = odeint_fn
+        model.sample_one(prompt=prompt, cache_kv=True, **options)
+
+    def sample_many() -> None:
+        model.odeint_fn = odeint_fn
+        model.sample_many([prompt], **options)
+
+    return {"sample_one": sample_one, "sample_many": sample_many}
 
 
 def count_calls(module: nn.Module, run: Callable[[], Any], has_input: Callable[[Tensor], bool]) -> int:

@@ -63,7 +63,9 @@ class GenerationOptions(Frozen):
         out = self.model_copy(update=filled)
         assert out.steps is not None and out.temperature is not None
         if out.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {out.steps}; one step is a single jump from noise to picture")
+            raise ValueError(
+                f"steps must be at least 1, got {out.steps}; one step is a single jump from noise to picture"
+            )
         if out.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {out.temperature}; 0 is greedy")
         if not 0 < out.top_p <= 1:
@@ -206,7 +208,9 @@ class Engine:
 
     def __init__(self, model: Omni) -> None:
         if model.tokenizer is None:
-            raise ValueError("generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer")
+            raise ValueError(
+                "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
+            )
         self.model = model
         self.tokenizer = model.tokenizer
         self.control = model.tokenizer.control
@@ -238,7 +242,9 @@ class Engine:
     def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[_Row]:
         many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
-            raise ValueError(f"{len(prompts)} prompts need as many options and seeds, got {len(many)} and {seeds and len(seeds)}")
+            raise ValueError(
+                f"{len(prompts)} prompts need as many options and seeds, got {len(many)} and {seeds and len(seeds)}"
+            )
         rows = []
         for number, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
             document = prompt if isinstance(prompt, Document) else messages_to_document(prompt)
@@ -310,7 +316,8 @@ class Engine:
     def _choose(self, rows: list[_Row], logits: Tensor) -> list[int]:
         """One id per row: forced, greedy, or drawn by the row's own key."""
         masks = [
-            self.allowed["text only" if r.phase == "text" and r.num_media >= r.options.max_images else r.phase] for r in rows
+            self.allowed["text only" if r.phase == "text" and r.num_media >= r.options.max_images else r.phase]
+            for r in rows
         ]
         scores = logits[[r.number for r in rows]].float() + torch.stack(masks)
         greedy = scores.argmax(-1).tolist()
@@ -321,7 +328,9 @@ class Engine:
             elif not row.options.temperature:
                 chosen.append(best)
             else:
-                chosen.append(draw_token(score, row.options.temperature, row.options.top_p, row.key.fold("token", row.num_tokens)))
+                chosen.append(
+                    draw_token(score, row.options.temperature, row.options.top_p, row.key.fold("token", row.num_tokens))
+                )
             row.num_tokens += 1
         return chosen
 
@@ -395,7 +404,9 @@ class Engine:
         grid = self.model.codec.grid(*size)
         if max(grid) > self.model.config.max_grid:
             stride = self.model.codec.spec.stride
-            raise ValueError(f"image size {size} is beyond this model: at most {self.model.config.max_grid * stride[1]} pixels a side")
+            raise ValueError(
+                f"image size {size} is beyond this model: at most {self.model.config.max_grid * stride[1]} pixels a side"
+            )
         return grid
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:

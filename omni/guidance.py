@@ -28,7 +28,11 @@ def reduce(segments: Sequence[Segment], what: Drop) -> tuple[Segment, ...]:
     """The history without what is dropped. Turns survive as empty text, so the control tokens stay in place."""
     out: list[Segment] = []
     for role, turn in Document(tuple(segments)).turns():
-        kept = [s for s in turn if (what == "text" and not isinstance(s, Text)) or (what == "images" and isinstance(s, Text))]
+        kept = [
+            s
+            for s in turn
+            if (what == "text" and not isinstance(s, Text)) or (what == "images" and isinstance(s, Text))
+        ]
         out += kept or [Text("", role)]
     return tuple(out)
 

@@ -49,7 +49,9 @@ class LatentSpan:
     def __post_init__(self) -> None:
         t, h, w = self.grid
         if self.latents.ndim != 2 or self.latents.shape[0] != t * h * w:
-            raise ValueError(f"a block of grid {self.grid} needs ({t * h * w}, C) latents, got {tuple(self.latents.shape)}")
+            raise ValueError(
+                f"a block of grid {self.grid} needs ({t * h * w}, C) latents, got {tuple(self.latents.shape)}"
+            )
 
 
 Span = TokenSpan | LatentSpan
@@ -238,9 +240,7 @@ def pack(
     return batches, count
 
 
-def _assemble(
-    filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int
-) -> Batch:
+def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:
     R = len(filled)
     ids = torch.full((R, T), pad_id, dtype=torch.int64)
     latents = torch.zeros(R, T, C)

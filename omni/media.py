@@ -2,7 +2,7 @@
 
 Legend: H, W pixels; T frames. Pixels are uint8 RGB tensors, (H, W, 3) or (T, H, W, 3), on the CPU.
 Unreadable, oversized or unsupported input is a one-line ValueError that names it. Files appear whole or not at all.
-Clips other than GIF, APNG and WebP go through PyAV: pip install 'omni[video]'. Nothing is fetched from a network.
+Clips other than GIF, APNG and WebP go through PyAV: pip install 'omni-flow[video]'. Nothing is fetched from a network.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError:
-        raise ImportError("reading and writing video files needs PyAV: pip install 'omni[video]'") from None
+        raise ImportError("reading and writing video files needs PyAV: pip install 'omni-flow[video]'") from None
     return av
 
 

@@ -24,7 +24,7 @@ from omni.config import Frozen, load_json
 from omni.document import Document, Image, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.layout import IGNORE, Batch, Span, Stream
-from omni.nn.cache import KVCache, Memory
+from omni.nn.cache import Memory
 from omni.nn.tangent import directional
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import FlowObjective, Objective, Terms
@@ -71,7 +71,9 @@ class FlowCall:
         return self.model.velocity(x, t, s, self.guidance, self.stream, self.item, self.memory)
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
-        frozen = Memory([k.detach() for k in self.memory.keys], [v.detach() for v in self.memory.values], self.memory.fields)
+        frozen = Memory(
+            [k.detach() for k in self.memory.keys], [v.detach() for v in self.memory.values], self.memory.fields
+        )
 
         def function(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return self.model.velocity(x, t, s, self.guidance, self.stream, self.item, frozen, tangents=True)
@@ -161,7 +163,9 @@ class Omni(nn.Module):
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
         """Latents (t, h, w, C) of each picture (one block) or clip (one block per chunk). Pictures of a size share a pass."""
         if self.codec is None:
-            raise ValueError("this model has no codec for pictures; set model.codec or load it with omni.from_pretrained")
+            raise ValueError(
+                "this model has no codec for pictures; set model.codec or load it with omni.from_pretrained"
+            )
         out: list[list[Tensor]] = [[] for _ in segments]
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, segment in enumerate(segments):
@@ -193,7 +197,11 @@ class Omni(nn.Module):
         self.load_state_dict({name: value.to(own[name].dtype) for name, value in tensors.items()})
 
     def save_pretrained(
-        self, directory: str | Path, dtype: torch.dtype = torch.bfloat16, replace: bool = False, info: Mapping[str, Any] | None = None
+        self,
+        directory: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        replace: bool = False,
+        info: Mapping[str, Any] | None = None,
     ) -> Path:
         """Publish a model directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json."""
         files: dict[str, Any] = {
@@ -220,7 +228,9 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
 
     folder = BUNDLED if path is None else Path(path)
     if not folder.is_dir():
-        raise ValueError(f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors")
+        raise ValueError(
+            f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
+        )
     verify(folder)
     config = load_json(folder / "config.json", OmniConfig)
     model = Omni(config)
@@ -253,4 +263,3 @@ def initialise(model: Omni, key: Key) -> None:
                 std /= math.sqrt(2 * depth)
             draws = key.fold("initialise", name).normal(tuple(parameter.shape)) * std
             parameter.copy_(draws)
-

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(position: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    position: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (R, 1, N, D), for `position` (R, N, 3). Angles are computed in float32 (float64 for float64)."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     index = torch.arange(head_dim // 2, device=position.device)

@@ -62,9 +62,13 @@ def verify(model: Omni, seed: int = 0) -> list[Check]:
         checks.append(_compare("cached, batch of lengths = alone", _cached(model, documents, key), alone))
         for name, spans in branches.items():
             reference = [_uncached(model, spans, key)]
-            checks.append(_compare(f"guidance branch, {name}: training = uncached", _training(model, [spans], key), reference))
+            checks.append(
+                _compare(f"guidance branch, {name}: training = uncached", _training(model, [spans], key), reference)
+            )
             both = _cached(model, [whole, spans], key)
-            checks.append(_compare(f"guidance branch, {name}: cached beside the full one", both, [alone[0], *reference]))
+            checks.append(
+                _compare(f"guidance branch, {name}: cached beside the full one", both, [alone[0], *reference])
+            )
         checks.append(Check("text logits without images: bits that differ", _text_only(model, key), 0.0))
     return checks
 
@@ -109,7 +113,9 @@ def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, floa
 def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
     """All documents packed in one row. The noisy copy of block n of a document is the one `_noisy` makes."""
     total = sum(sum(len(s.ids) if isinstance(s, TokenSpan) else len(s.latents) for s in d) for d in documents)
-    [batch], _ = pack(documents, [Shape(1, total, total)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False)
+    [batch], _ = pack(
+        documents, [Shape(1, total, total)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False
+    )
     batch = batch.to(model.token.embedding.weight.device)
     hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
     logits = model.token.read(hidden)[0]

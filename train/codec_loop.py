@@ -15,12 +15,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.checkpoint import save_tensors
@@ -39,6 +39,7 @@ class CodecRecipe(Frozen):
     kind: Literal["codec"] = "codec"
     seed: int = 0
     steps: int = Field(ge=1)
+    stop_step: int | None = Field(default=None, ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -56,6 +57,19 @@ class CodecRecipe(Frozen):
     train_encoder: bool = True
     font: str | None = None
     codec: dict[str, Any]
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends: the learning rate's schedule may be longer."""
+        return min(self.steps, self.stop_step or self.steps)
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.stop_step is not None and self.stop_step > self.steps:
+            raise ValueError(f"stop_step = {self.stop_step} is beyond steps = {self.steps}; lower it or leave it out")
+        if not self.train_encoder and not self.init_from:
+            raise ValueError("train_encoder = false needs init_from, the codec whose encoder is kept")
+        return self
 
 
 class SceneSource:
@@ -155,10 +169,9 @@ class CodecRun:
     def __init__(self, recipe: CodecRecipe, out: Path) -> None:
         self.recipe, self.out = recipe, out
         self.key = Key(recipe.seed).fold("codec")
+        self.keeps_latents = False  # only the decoder is trained: the latents stay those of init_from, to the bit
         self.codec = self._build()
         self.module = self.codec.module.to(memory_format=torch.channels_last).train()
-        if not recipe.train_encoder:
-            self.codec.autoencoder().get_submodule("encoder").requires_grad_(False)
         self.optimiser = Optimiser(self.module, recipe)
         self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         self.step = 0
@@ -175,6 +188,10 @@ class CodecRun:
             if not isinstance(source, AutoencoderCodec):
                 raise ValueError(f"init_from = {self.recipe.init_from!r} is no autoencoder but {source.spec.name!r}")
             codec.adopt(source)
+            if not self.recipe.train_encoder:
+                self.keeps_latents = type(source) is family
+                for part in codec.encoder_parts() if self.keeps_latents else AutoencoderCodec.encoder_parts(codec):
+                    part.requires_grad_(False)
         codec.precision = "bfloat16"
         return codec
 
@@ -247,13 +264,14 @@ class CodecRun:
         return True
 
     def publish(self, directory: Path) -> None:
-        """Write the averaged weights as a codec directory, normalised over training pictures."""
+        """Write the averaged weights as a codec directory, its latents normalised over training pictures."""
         with self.averaged():
-            count = self.recipe.statistics_pictures
-            self.codec.normalise_over(
-                self.train_scenes.pixels(start, min(64, count - start)) for start in range(0, count, 64)
-            )
-            self.codec.save(directory)
+            if not self.keeps_latents:
+                count = self.recipe.statistics_pictures
+                self.codec.normalise_over(
+                    self.train_scenes.pixels(start, min(64, count - start)) for start in range(0, count, 64)
+                )
+            self.codec.save(directory, replace=True)
 
     def sample_sheet(self) -> None:
         """samples.png: 16 held-out pictures in pairs of rows, the original above its reconstruction."""
@@ -291,7 +309,7 @@ def train(recipe: CodecRecipe, out: Path) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     run = CodecRun(recipe, out)
     if run.resume():
-        print(f"resumed at step {run.step} of {recipe.steps}", flush=True)
+        print(f"resumed at step {run.step} of {recipe.last_step}", flush=True)
     started, first, seconds_eval = time.perf_counter(), run.step, 0.0
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
 
@@ -301,9 +319,9 @@ def train(recipe: CodecRecipe, out: Path) -> dict[str, float]:
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
 
-        while run.step < recipe.steps:
+        while run.step < recipe.last_step:
             terms = run.train_step()
-            if run.step % 25 == 0 or run.step == recipe.steps:
+            if run.step % 25 == 0 or run.step == recipe.last_step:
                 seconds = time.perf_counter() - started - seconds_eval
                 record({**terms, "pictures_per_second": (run.step - first) * recipe.batch_size / seconds})
             if run.step % recipe.eval_every == 0:

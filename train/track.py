@@ -95,5 +95,5 @@ def _open_board(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("tensorboard = true needs tensorboard: pip install 'omni[track]'") from None
+        raise ValueError("tensorboard = true needs tensorboard: pip install 'omni-flow[track]'") from None
     return SummaryWriter(str(out / "tensorboard"))

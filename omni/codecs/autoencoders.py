@@ -119,8 +119,17 @@ class AutoencoderCodec(Codec):
         return self.module
 
     def adopt(self, source: AutoencoderCodec) -> None:
-        """Take the autoencoder weights of a codec with the same network (FSQ projections stay as they are)."""
-        self.autoencoder().load_state_dict(source.autoencoder().state_dict())
+        """Take the weights and normalisation of a codec of the same family, or only the autoencoder of another's."""
+        if type(source) is type(self):
+            self.module.load_state_dict(source.module.state_dict())
+            self.mean, self.deviation = source.mean, source.deviation
+        else:
+            self.autoencoder().load_state_dict(source.autoencoder().state_dict())
+
+    def encoder_parts(self) -> list[nn.Module]:
+        """The modules that latents depend on: with these fixed, latents do not change."""
+        children = self.autoencoder().named_children()
+        return [part for name, part in children if name not in ("decoder", "post_quant_conv")]
 
     # -------------------------------------------------------------------------------------------- network
 
@@ -217,7 +226,7 @@ def diffusers_class(name: str) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError(f"{name} needs diffusers: pip install 'omni[vae]'") from error
+        raise ImportError(f"{name} needs diffusers: pip install 'omni-flow[vae]'") from error
     return getattr(diffusers, name)
 
 

@@ -114,6 +114,9 @@ class FsqCodec(AutoencoderCodec):
     def autoencoder(self) -> nn.Module:
         return self.module.autoencoder
 
+    def encoder_parts(self) -> list[nn.Module]:
+        return [*super().encoder_parts(), self.module.down]
+
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         with self.autocast():
             return self.module.down(encoded_latents(self.module.autoencoder, pictures)).float()

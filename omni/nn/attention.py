@@ -45,7 +45,9 @@ class AttentionMask:
         """(R, 1, Q, K): 0 where visible, -inf where not."""
         if dtype not in self._lowered:
             mask = self.boolean()
-            self._lowered[dtype] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+            self._lowered[dtype] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                ~mask, -math.inf
+            )
         return self._lowered[dtype]  # type: ignore[return-value]
 
     def block_mask(self) -> object:
@@ -61,7 +63,9 @@ def choose_backend(name: str | None, device_type: str, training: bool = False) -
         if name not in BACKENDS:
             raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
         if name == "flash" and (device_type != "cuda" or importlib.util.find_spec("flash_attn") is None):
-            raise ValueError("attention backend 'flash' needs CUDA and flash-attn: pip install 'omni[gpu]', or use 'sdpa'")
+            raise ValueError(
+                "attention backend 'flash' needs CUDA and flash-attn: pip install 'omni-flow[gpu]', or use 'sdpa'"
+            )
         return name
     chosen = "flex" if device_type == "cuda" else "math" if training else "sdpa"
     _log.info("attention backend: %s (device %s, %s)", chosen, device_type, "training" if training else "inference")
@@ -130,7 +134,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tenso
     document, block = mask.queries.document, mask.queries.block
     same = (document[:, 1:] == document[:, :-1]) & (block[:, 1:] == block[:, :-1])
     if bool(same.any()) or bool((mask.queries.copy != 0).any()):
-        raise ValueError("attention backend 'flash' cannot see inside latent blocks (they are bidirectional); use 'flex'")
+        raise ValueError(
+            "attention backend 'flash' cannot see inside latent blocks (they are bidirectional); use 'flex'"
+        )
     R, H, N, D = q.shape
     starts = torch.ones_like(document, dtype=torch.bool)
     starts[:, 1:] = document[:, 1:] != document[:, :-1]

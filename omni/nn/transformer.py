@@ -121,7 +121,9 @@ class Block(nn.Module):
         shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
         if modulation is not None:
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        q, k, v = self._route(lambda w, x, m: w.heads(_modulate(w.attention_norm(x), *m)), h_RNW, latent, (scale_a, shift_a))
+        q, k, v = self._route(
+            lambda w, x, m: w.heads(_modulate(w.attention_norm(x), *m)), h_RNW, latent, (scale_a, shift_a)
+        )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = attention(rotate(q, *rotary), rotate(k, *rotary), v).transpose(1, 2).flatten(2)
         (o,) = self._route(lambda w, x, m: (w.out(x),), o, latent, ())
@@ -227,7 +229,14 @@ class Transformer(nn.Module):
     # ---- refine stream --------------------------------------------------------------------------------------------
 
     def refine(
-        self, h_RSW: Tensor, stream: Stream, memory: Memory, condition_IW: Tensor, item: Tensor, *, tangents: bool = False
+        self,
+        h_RSW: Tensor,
+        stream: Stream,
+        memory: Memory,
+        condition_IW: Tensor,
+        item: Tensor,
+        *,
+        tangents: bool = False,
     ) -> Tensor:
         """Copies of blocks, each reading the context before its block and itself.
 

@@ -1,7 +1,7 @@
 """MeanFlow (arXiv 2505.13447, eq. 10): F(x_t, t, s) is the average velocity between t and s.
 
-    target = v - (t - s) d/dt F(x_t, t, s)      (total derivative along (v, 1, 0), stop-gradient)
-    loss   = e / sg(e + c)^p,  e = mean square over the block
+target = v - (t - s) d/dt F(x_t, t, s)      (total derivative along (v, 1, 0), stop-gradient)
+loss   = e / sg(e + c)^p,  e = mean square over the block
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class MeanFlow(FlowObjective):
         """(max, min) of two independent draws; a keyed share has s = t."""
         a, b = self.time.draw(items, key, "time"), self.time.draw(items, key, "end time")
         t, s = torch.maximum(a, b), torch.minimum(a, b)
-        keep = torch.tensor([key.fold("diagonal", *n).python().random() < self.diagonal for n in items.names], dtype=torch.bool)
+        keep = torch.tensor(
+            [key.fold("diagonal", *n).python().random() < self.diagonal for n in items.names], dtype=torch.bool
+        )
         return t, torch.where(keep.to(t.device), t, s)
 
     def loss(self, call: FlowCall, draw: Draw) -> Terms:

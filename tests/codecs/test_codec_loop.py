@@ -90,6 +90,31 @@ def test_quantised_variant_starts_from_a_plain_codec(tmp_path: Path) -> None:
     assert not torch.equal(after[f"autoencoder.{moved}"], plain.weights()[moved].float())
 
 
+def test_training_the_decoder_alone_keeps_the_latents_to_the_bit(tmp_path: Path) -> None:
+    codec_loop.train(recipe(), tmp_path / "first")
+    before = load_codec(tmp_path / "first" / "codec")
+    changes = {"init_from": str(tmp_path / "first" / "codec"), "train_encoder": False}
+    codec_loop.train(recipe(**changes), tmp_path / "second")
+    after = load_codec(tmp_path / "second" / "codec")
+    pixels = codec_loop.SceneSource(0, "heldout").pixels(0, 2)
+    latents = before.encode(pixels)
+    assert torch.equal(after.encode(pixels), latents) and not torch.equal(after.decode(latents), before.decode(latents))
+    assert isinstance(before, AutoencoderCodec) and isinstance(after, AutoencoderCodec)
+    assert torch.equal(before.mean, after.mean) and torch.equal(before.deviation, after.deviation)
+
+
+def test_stop_step_cuts_the_schedule_short(tmp_path: Path) -> None:
+    full, cut = CodecRun(recipe(), tmp_path / "x"), recipe(stop_step=2)
+    expected = [full.train_step()["loss"] for _ in range(2)]
+    codec_loop.train(cut, tmp_path / "cut")
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows if "loss" in row] == expected[-1:] and rows[-1]["step"] == 2
+    with pytest.raises(ValueError, match="stop_step = 9 is beyond steps = 4"):
+        recipe(stop_step=9)
+    with pytest.raises(ValueError, match="needs init_from"):
+        recipe(train_encoder=False)
+
+
 def test_muon_moves_the_kernels_in_place(tmp_path: Path) -> None:
     run = CodecRun(recipe(), tmp_path)
     before = {name: p.detach().clone() for name, p in run.module.named_parameters()}

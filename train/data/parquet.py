@@ -29,7 +29,7 @@ class CaptionedPictures(FiniteSource):
         try:
             import pyarrow.parquet as parquet
         except ImportError:
-            raise ValueError("the source image_caption needs pyarrow: pip install 'omni[data]'") from None
+            raise ValueError("the source image_caption needs pyarrow: pip install 'omni-flow[data]'") from None
         try:
             self.table = parquet.read_table(self.path, columns=[options.image, options.caption], memory_map=True)
         except (OSError, ValueError) as error:
