@@ -88,7 +88,7 @@ def transfusion_draw(
     model: Any, prompt: Tensor, grid: tuple[int, int], steps: int, solver: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """One image block after a text prompt, by each of its two samplers, with the cache and without guidance."""
-    from torchdiffeq import odeint
+    from transfusion_pytorch import transfusion
 
     model.eval()
     options = {
@@ -98,7 +98,7 @@ def transfusion_draw(
         "cfg_scale": 1.0,
         "return_unprocessed_modalities": True,
     }
-    odeint_fn = functools.partial(odeint, **solver)
+    odeint_fn = functools.partial(transfusion.odeint, **solver)
 
     def sample_one() -> None:
         model.odeint_fn = odeint_fn
@@ -142,7 +142,7 @@ def build_llama(width: int, depth: int, heads: int, hidden: int, vocab_size: int
         vocab_size=vocab_size,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     return LlamaForCausalLM(config).eval()
 

@@ -12,6 +12,7 @@ does not, 2 for bad usage, 3 when a task crashed. JSON and HTML appear whole at 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -19,7 +20,6 @@ import os
 import pkgutil
 import shlex
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -102,8 +102,9 @@ def load_suite(path: str | Path, overrides: Sequence[str]) -> SuiteBase:
 
 
 def row_command(path: str | Path, overrides: Sequence[str], task_name: str) -> str:
-    """The command that prints a row again: the same suite and overrides, its task alone."""
-    kept = [o for o in overrides if o.partition("=")[0].strip() != "tasks"]
+    """The command that prints a row again: the same suite, its task alone, and the overrides that concern it."""
+    others = {"tasks", *TASKS.names()} - {task_name}
+    kept = [o for o in overrides if o.partition("=")[0].partition(".")[0].strip() not in others]
     return shlex.join(["python", "-m", "eval", str(path), f"tasks={task_name}", *kept])
 
 
@@ -159,16 +160,14 @@ def format_value(value: float | None) -> str:
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file so that it appears complete or not at all. Raises ValueError if the place cannot be written."""
     path = Path(path)
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            temporary = file.name
-            file.write(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from None
 
 

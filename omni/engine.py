@@ -233,7 +233,7 @@ class Engine:
         self, prompts: Sequence[Any], options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Reply]:  # fmt: skip
-        """Replies to many prompts, sharing passes. One options object for all, or one each; `seeds` overrides theirs."""
+        """Replies to many prompts, sharing passes. One options object for all or one each; `seeds` overrides theirs."""
         rows = self._rows(prompts, options or GenerationOptions(), seeds)
         for _ in self._run(rows):
             pass
@@ -404,9 +404,7 @@ class Engine:
         grid = self.model.codec.grid(*size)
         if max(grid) > self.model.config.max_grid:
             stride = self.model.codec.spec.stride
-            raise ValueError(
-                f"image size {size} is beyond this model: at most {self.model.config.max_grid * stride[1]} pixels a side"
-            )
+            raise ValueError(f"image size {size} is too large: at most {self.model.config.max_grid * stride[1]} a side")
         return grid
 
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:

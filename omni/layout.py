@@ -150,7 +150,7 @@ def lay_out(
                 out.latents.append(None)
                 out.supervise.append(flag)
                 out.block.append(out.next_block + offset)
-                out.position.append((p + offset,) * 3)
+                out.position.append((p + offset, p + offset, p + offset))
             out.next_block += len(span.ids)
             out.next_position = p + len(span.ids)
             continue
@@ -219,8 +219,8 @@ def pack(
         need = (len(one.ids), copies * sum(len(span.latents) for _, span, _ in one.blocks))
         if not any(need[0] <= shape.budget and need[1] <= shape.refine_budget for shape in shapes):
             raise ValueError(
-                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but the longest row "
-                f"holds {max(s.budget for s in shapes)} and {max(s.refine_budget for s in shapes)}; raise them or shorten it"
+                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but a row holds at most "
+                f"{max(s.budget for s in shapes)} and {max(s.refine_budget for s in shapes)}; raise one or shorten it"
             )
         for shape, used, members in rows:
             if used[0] + need[0] <= shape.budget and used[1] + need[1] <= shape.refine_budget:

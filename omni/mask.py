@@ -1,9 +1,9 @@
-"""Who may see whom: ONE predicate, lowered to a dense mask (CPU) or to FlexAttention (GPU), with a slow oracle beside it.
+"""Who may see whom: ONE predicate, lowered to a dense mask (CPU) or FlexAttention (GPU), with a slow oracle beside it.
 
 Every position is described by three integers (see `layout.Stream`): document, block, copy.
 
     a query sees a key  iff  they are of one document, and
-        the key is context:  its block comes before the query's, or it is the query's own block and the query is context too
+        the key is context:  its block comes before the query's, or is the query's own and the query is context too
         the key is refine:   both belong to the same copy
 
 So the context stream is causal over blocks and bidirectional inside one, a refine copy sees the context strictly
@@ -54,7 +54,7 @@ def dense(queries: Fields, keys: Fields) -> Tensor:
 
 
 def flex(queries: Fields, keys: Fields):  # noqa: ANN201
-    """The same mask as a `torch.nn.attention.flex_attention.BlockMask` (forward on CPU or GPU; backward on GPU only)."""
+    """The same mask as a `torch.nn.attention.flex_attention.BlockMask` (forward anywhere; backward on GPU only)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def predicate(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -70,21 +70,21 @@ def flex(queries: Fields, keys: Fields):  # noqa: ANN201
 
 def oracle(queries: Fields, keys: Fields) -> Tensor:
     """The rule told again in plain Python, position by position: slow and obviously right. Tests compare with it."""
-    rows, num_queries = queries.document.shape
-    num_keys = keys.document.shape[1]
-    out = torch.zeros(rows, num_queries, num_keys, dtype=torch.bool)
-    for r in range(rows):
-        for i in range(num_queries):
-            document, block, copy = (int(x[r, i]) for x in (queries.document, queries.block, queries.copy))
-            for j in range(num_keys):
-                k_document, k_block, k_copy = (int(x[r, j]) for x in (keys.document, keys.block, keys.copy))
+    q_rows = zip(queries.document.tolist(), queries.block.tolist(), queries.copy.tolist(), strict=True)
+    k_rows = zip(keys.document.tolist(), keys.block.tolist(), keys.copy.tolist(), strict=True)
+    out = []
+    for q_row, k_row in zip(q_rows, k_rows, strict=True):
+        out.append([])
+        for document, block, copy in zip(*q_row, strict=True):
+            out[-1].append([])
+            for k_document, k_block, k_copy in zip(*k_row, strict=True):
                 if document != k_document:
-                    continue
-                if k_copy == 0:  # a key in the context stream
-                    if copy == 0:
-                        out[r, i, j] = k_block <= block
-                    else:
-                        out[r, i, j] = k_block < block
+                    seen = False
+                elif k_copy == 0 and copy == 0:  # context reads context
+                    seen = k_block <= block
+                elif k_copy == 0:  # refinement reads the context strictly before its block
+                    seen = k_block < block
                 else:  # a key in the refine stream is private to its copy
-                    out[r, i, j] = k_copy == copy
-    return out
+                    seen = k_copy == copy
+                out[-1][-1].append(seen)
+    return torch.tensor(out, dtype=torch.bool)

@@ -161,7 +161,7 @@ class Omni(nn.Module):
         return compose(document, self.tokenizer, self.encode_media, generation_prompt)
 
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """Latents (t, h, w, C) of each picture (one block) or clip (one block per chunk). Pictures of a size share a pass."""
+        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk). Pictures of a size share a pass."""
         if self.codec is None:
             raise ValueError(
                 "this model has no codec for pictures; set model.codec or load it with omni.from_pretrained"
@@ -182,12 +182,12 @@ class Omni(nn.Module):
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Strict: every weight must be there, with its shape, and nothing else. ValueError naming `source` otherwise."""
+        """Strict: every weight must be there, with its shape, and no other. ValueError naming `source` otherwise."""
         own = self.state_dict()
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or unknown:
             raise ValueError(
-                f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; it belongs to another config.json"
+                f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; not of this config.json"
             )
         for name, value in tensors.items():
             if value.shape != own[name].shape:
@@ -203,7 +203,7 @@ class Omni(nn.Module):
         replace: bool = False,
         info: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Publish a model directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json."""
+        """Publish a directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json."""
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
             "generation.json": json.dumps(dict(self.defaults), indent=2) + "\n",

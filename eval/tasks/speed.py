@@ -290,9 +290,9 @@ def speed_image(context: Context, options: ImageOptions) -> Outcome:
     ]
     notes = [
         version,
-        f"{num_parameters(ours):,} and {num_parameters(theirs):,} parameters, {options.steps} steps, no guidance, float32; "
-        "ratio: both by Euler, one evaluation a step; default_solver: theirs by its default, midpoint, two a step; of "
-        "its sample_one and sample_many the faster counts; ours also decodes the picture and caches it",
+        f"{num_parameters(ours):,} and {num_parameters(theirs):,} parameters, {options.steps} steps, no guidance",
+        "float32; ratio: both by Euler, one evaluation a step; default_solver: theirs by its default, midpoint, two a "
+        "step; of its sample_one and sample_many the faster counts; ours also decodes the picture and caches it",
         spread(seconds),
     ]
     return Outcome(measures, notes=notes)

@@ -1,4 +1,4 @@
-"""Heads: embed a block into hidden states, read a prediction out of them. The only place that knows channels and ids."""
+"""Heads embed a block into hidden states and read a prediction out of them: the only place that knows channels, ids."""
 
 from omni.heads.flow import FlowHead, FlowHeadConfig
 from omni.heads.token import TokenHead

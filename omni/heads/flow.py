@@ -38,7 +38,8 @@ class ScalarEmbedding(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, value_I: Tensor) -> Tensor:
-        angle = value_I[:, None] * self.frequency.to(value_I.dtype)
+        frequency: Tensor = self.frequency  # type: ignore[assignment]
+        angle = value_I[:, None] * frequency.to(value_I.dtype)
         features = torch.cat([angle.cos(), angle.sin()], -1).to(self.up.weight.dtype)
         return self.down(torch.nn.functional.silu(self.up(features)))
 

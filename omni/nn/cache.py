@@ -71,7 +71,7 @@ class KVCache:
         self.document = torch.nn.functional.pad(self.document, (0, grow), value=EMPTY)
 
     def write_fields(self, block: Tensor, valid: list[int]) -> None:
-        """Announce N new positions per row: `block` (R, N) int64, of which the first `valid[r]` count. Call `advance` after."""
+        """Announce N new positions per row: `block` (R, N) int64; the first `valid[r]` count. Call `advance` after."""
         self.reserve(block.shape[1])
         for r, n in enumerate(valid):
             at = slice(self.lengths[r], self.lengths[r] + n)

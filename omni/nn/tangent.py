@@ -15,5 +15,4 @@ from torch import Tensor
 def directional(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """d/dh function(primals + h tangents) at h = 0; the result has no graph. Same shape as the function's value."""
     with torch.no_grad():
-        _, derivative = torch.func.jvp(function, primals, tangents)
-    return derivative.detach()
+        return torch.func.jvp(function, primals, tangents)[1].detach()

@@ -267,7 +267,7 @@ class Transformer(nn.Module):
         return self.refine_norm(h_RSW)
 
     def _modulation(self, vectors_I6W: Tensor, index: Tensor) -> Modulation:
-        """Normalise the six vectors of each item and hand them to the item's positions; scales and gates are around 1."""
+        """Normalise the six vectors of each item, hand them to the item's positions; scales and gates are around 1."""
         power = vectors_I6W.pow(2).mean(-1, keepdim=True)
         v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
         v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]

@@ -15,7 +15,7 @@ from omni.rng import Key
 
 @OBJECTIVES.register("mean_flow")
 class MeanFlow(FlowObjective):
-    """`diagonal`: share of items trained at s = t. `power`, `offset`: the adaptive weight's p and c (p = 0 is plain L2)."""
+    """`diagonal`: share of items trained at s = t. `power`, `offset`: the adaptive weight's p and c (0: plain L2)."""
 
     diagonal: float = 0.5
     power: float = 1.0

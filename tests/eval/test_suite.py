@@ -118,8 +118,8 @@ def test_exit_3_when_a_task_crashes(suite_file: str, capsys: pytest.CaptureFixtu
 
 def test_several_tasks_by_name_and_the_row_command(suite_file: str) -> None:
     assert load_suite(suite_file, ["tasks=toy, toy"]).tasks == ("toy", "toy")
-    command = row_command("a b.toml", ["tasks=x,y", "seed=1"], "x")
-    assert command == "python -m eval 'a b.toml' tasks=x seed=1"
+    command = row_command("a b.toml", ["tasks=toy,draw", "seed=1", "draw.steps=2", "toy.value=3"], "toy")
+    assert command == "python -m eval 'a b.toml' tasks=toy seed=1 toy.value=3"
 
 
 @pytest.mark.parametrize("text", [">= 95", "<=1e-5", "== 0", "> -2.5", "< 3"])

@@ -1,4 +1,4 @@
-"""python -m train: a mistake is one line, exit code 2, nothing left; a dry run leaves nothing; the smoke recipe runs."""
+"""python -m train: a mistake is one line and exit code 2, a dry run leaves nothing, the smoke recipe runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,179 @@
+"""The engine: a well-formed order of events, keyed and independent of the batch, headers constrained, guidance as trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import omni
+from omni.document import Document, Image, Role, Text
+from omni.engine import BlockDone, BlockStart, BlockStep, Engine, GenerationOptions, Stop, TextDelta, draw_token
+from omni.guidance import drop, reduce
+from omni.rng import Key
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> omni.Omni:  # noqa: ANN001
+    """Random weights, every part alive."""
+    model = omni.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name or "velocity" in name:
+                parameter.copy_(Key(0).fold(name).normal(tuple(parameter.shape)) * 0.2)
+    return model
+
+
+def force(model: omni.Omni, script: list[int]) -> Engine:
+    """An engine whose token choices follow a script (per row), so that structure can be tested on random weights."""
+    engine = Engine(model)
+    choose = engine._choose
+
+    def scripted(rows, logits):  # noqa: ANN001, ANN202
+        chosen = choose(rows, logits)
+        return [
+            script[r.num_tokens - 1] if r.num_tokens <= len(script) else c for r, c in zip(rows, chosen, strict=True)
+        ]
+
+    engine._choose = scripted  # type: ignore[method-assign]
+    return engine
+
+
+def picture_script(engine: Engine, h: int, w: int) -> list[int]:
+    c = engine.control
+    return [*engine.tokenizer.encode("hi "), c.image, c.size(h), c.size(w), *engine.tokenizer.encode("ok"), c.end]
+
+
+def test_events_come_in_order_and_make_the_reply(model: omni.Omni) -> None:
+    script = picture_script(Engine(model), 2, 3)
+    events = list(force(model, script).stream("draw", steps=3, seed=1))
+    kinds = [type(e).__name__ for e in events]
+    text = [e for e in events if isinstance(e, TextDelta)]
+    assert "".join(e.text for e in text) == "hi ok"
+    order = [k for k in kinds if k != "TextDelta"]
+    assert order == ["BlockStart", "BlockStep", "BlockStep", "BlockStep", "BlockDone", "Stop"]
+    start = next(e for e in events if isinstance(e, BlockStart))
+    done = next(e for e in events if isinstance(e, BlockDone))
+    assert start.grid == (1, 2, 3) and done.part.image.size == (12, 8)  # type: ignore[union-attr]
+    assert [e.step for e in events if isinstance(e, BlockStep)] == [1, 2, 3]
+    assert isinstance(events[-1], Stop) and events[-1].reason == "end"
+    reply = force(model, script).generate("draw", steps=3, seed=1)
+    assert [type(p).__name__ for p in reply.parts] == ["TextPart", "ImagePart", "TextPart"]
+    assert [s.role for s in reply.document.segments][1:] == [Role.ASSISTANT] * 3
+
+
+def test_a_clip_is_a_row_of_chunks(model: omni.Omni) -> None:
+    c = Engine(model).control
+    script = [c.video, c.size(3), c.size(1), c.size(2), c.end]
+    reply = force(model, script).generate("move", steps=2)
+    [clip] = reply.parts
+    assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
+
+
+def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
+    """Rows of different lengths and phases share passes and still give what each gives alone, bit for bit in pixels."""
+    prompts = ["a", "draw me something rather long, please", "b c"]
+    options = GenerationOptions(
+        steps=2, max_tokens=12, max_images=2, temperature=1.0, force_image=True, image_size=(8, 8)
+    )
+    together = model.generate_batch(prompts, options, seeds=[1, 2, 3])
+    for prompt, seed, reply in zip(prompts, [1, 2, 3], together, strict=True):
+        alone = model.generate_batch([prompt], options, seeds=[seed])[0]
+        assert alone.text == reply.text and len(alone.images) == len(reply.images) > 0
+        for a, b in zip(alone.images, reply.images, strict=True):
+            difference = max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
+            assert difference <= 1  # float rounding may move a pixel by one level
+
+
+def test_seed_decides_the_picture(model: omni.Omni) -> None:
+    make = lambda seed: model.generate("x", force_image=True, image_size=(8, 8), steps=2, max_tokens=1, seed=seed)  # noqa: E731
+    assert make(1).images[0].tobytes() == make(1).images[0].tobytes() != make(2).images[0].tobytes()
+
+
+def test_header_is_always_well_formed(model: omni.Omni) -> None:
+    """Whatever random weights say at temperature 2: sizes within the grid, text without control ids, budgets kept."""
+    options = GenerationOptions(steps=1, temperature=2.0, max_tokens=40, max_images=3)
+    for reply in model.generate_batch(["q"] * 12, options, seeds=range(12)):
+        assert len(reply.images) <= 3
+        for picture in reply.images:
+            assert picture.width <= 4 * model.config.max_grid and picture.height <= 4 * model.config.max_grid
+
+
+def test_guidance_of_one_is_no_guidance_and_others_change_the_picture(model: omni.Omni) -> None:
+    def picture(**changes: float) -> bytes:
+        reply = model.generate("draw", force_image=True, image_size=(8, 8), steps=2, max_tokens=1, **changes)
+        return reply.images[0].tobytes()
+
+    assert picture(guidance=1.0, image_guidance=1.0) == picture()
+    assert picture(guidance=3.0) != picture()
+
+
+def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) -> None:
+    """The engine's null history composes to the ids of guidance.drop, up to the picture."""
+    engine = Engine(model)
+    pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
+    target = Image(pixels, Role.ASSISTANT, supervise=True)
+    from omni.engine import _Media, _Row
+    from omni.layout import LatentSpan
+
+    for what in ("text", "images", "all"):
+        trained = drop(Document((*history, target)), what)
+        assert trained is not None
+        spans = model.spans(trained)
+        row = _Row(0, GenerationOptions(), list(history), engine.tokenizer.stream())
+        row.media = _Media("image", 0, rows=2, columns=2)
+        inferred = engine._null_spans(row, what)
+        last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))
+        flat = lambda group: [s.ids if not isinstance(s, LatentSpan) else s.grid for s in group]  # noqa: E731
+        assert flat(inferred) == flat(spans[:last]), what
+
+
+def test_reduce_keeps_roles() -> None:
+    segments = (Text("a"), Text("b", Role.ASSISTANT), Text("c"))
+    assert [s.role for s in reduce(segments, "text")] == [Role.USER, Role.ASSISTANT, Role.USER]
+    assert all(isinstance(s, Text) and s.text == "" for s in reduce(segments, "all"))
+    assert reduce(segments, "images") == segments
+    assert drop(Document(segments), "text") is None
+
+
+def test_stop_strings_are_held_back_and_cut(model: omni.Omni) -> None:
+    script = [*Engine(model).tokenizer.encode("one STOP two")]
+    events = list(force(model, script).stream("x", stop=("STOP",)))
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "one "
+    assert events[-1] == Stop("stop")
+
+
+def test_length_limit(model: omni.Omni) -> None:
+    script = [*Engine(model).tokenizer.encode("abcdefgh")]
+    reply = force(model, script).generate("x", max_tokens=3)
+    assert reply.text == "abc" and reply.stop_reason == "length"
+
+
+def test_draws_follow_temperature_and_top_p() -> None:
+    score = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    draws = torch.tensor([draw_token(score, 0.7, 0.9, Key(0).fold(n)) for n in range(4000)])
+    p = (score.double() / 0.7).softmax(-1)
+    p[2:] = 0  # 0.79 + 0.19 reach 0.9 with two tokens
+    found = torch.bincount(draws, minlength=4) / len(draws)
+    assert float((found - p / p.sum()).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"image_size": (7, 8)}, "7 x 8"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+    ],
+)
+def test_impossible_options_are_named(model: omni.Omni, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate("draw", **changes)
+
+
+def test_empty_prompt_is_refused(model: omni.Omni) -> None:
+    for prompt in ("", "   "):
+        with pytest.raises(ValueError, match="empty"):
+            model.generate(prompt)

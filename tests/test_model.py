@@ -1,0 +1,141 @@
+"""The transformer and the model: backends agree, cached = uncached = training, text is bit-identical, files are strict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layouts import VOCABULARY, random_batch, small_model
+
+import omni
+from omni.layout import Stream
+from omni.nn.cache import KVCache
+from omni.objectives import build_objective
+from omni.rng import Key
+from omni.verify import verify
+
+
+@pytest.mark.parametrize("weights", ["shared", "separate"])
+def test_contract_cached_uncached_training(weights: str) -> None:
+    checks = verify(small_model(latent_weights=weights))
+    assert len(checks) == 9
+    for check in checks:
+        assert check.holds, check
+
+
+def test_contract_fails_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a refine copy that could see its own clean block would break the contract."""
+    import omni.mask
+
+    def leaky(q_document, q_block, q_copy, k_document, k_block, k_copy):  # noqa: ANN001, ANN202
+        return (q_document == k_document) & torch.where(k_copy == 0, k_block <= q_block, k_copy == q_copy)
+
+    monkeypatch.setattr(omni.mask, "visible", leaky)
+    assert not all(check.holds for check in verify(small_model()))
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa", "flex"])
+def test_attention_backends_agree(backend: str) -> None:
+    batch = random_batch(Key(5).fold("backends"))
+    reference, other = small_model(attention="math"), small_model(attention=backend)
+    with torch.inference_mode():
+        for a, b in zip(everything(reference, batch), everything(other, batch), strict=True):
+            assert float((a - b).abs().max()) < 1e-5
+
+
+def everything(model: omni.Omni, batch) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN001
+    hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    t = torch.full((batch.num_items,), 0.7)
+    flow = model.velocity(batch.refine_latents, t, 0.2 * t, torch.ones_like(t), batch.refine, batch.item, memory)
+    return hidden[batch.context.document >= 0], flow[batch.item >= 0]
+
+
+def test_unknown_or_impossible_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown attention backend 'turbo'"):
+        small_model(attention="turbo").transformer.backend(torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs CUDA"):
+        small_model(attention="flash").transformer.backend(torch.device("cpu"))
+
+
+def test_flex_training_on_cpu_is_refused_not_silently_wrong() -> None:
+    model = small_model(attention="flex").train()
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        model.loss(random_batch(Key(1)), [build_objective("next_token")], Key(0))
+
+
+def test_text_logits_are_bit_identical_without_the_image_machinery() -> None:
+    """The bare decoder (token head + transformer) against the whole model with flow head and codec paths."""
+    model = small_model()
+    ids = torch.tensor([[Key(0).fold(i).integer() % VOCABULARY for i in range(20)]])
+    index = torch.arange(20)[None]
+    stream = Stream(torch.zeros_like(index), index, torch.zeros_like(index), index[..., None].expand(1, 20, 3))
+    with torch.inference_mode():
+        plain, _ = model.transformer.context(model.token.embed(ids), stream, torch.zeros_like(index).bool())
+        latents = torch.zeros(1, 20, model.config.flow.channels)
+        full, _ = model.transformer.context(
+            model.embed_context(ids, latents, torch.zeros(1, 20, dtype=torch.bool)), stream, torch.zeros(1, 20).bool()
+        )
+        assert torch.equal(model.token.read(plain), model.token.read(full))
+
+
+def test_missing_modalities_give_zero_terms_not_errors() -> None:
+    from omni.layout import Shape, TokenSpan, pack
+
+    model = small_model()
+    objectives = [build_objective("next_token"), build_objective("flow_matching")]
+    [text_only], _ = pack([[TokenSpan([1, 2], [False, False])]], [Shape(1, 4, 4)], channels=4, pad_id=0)
+    terms = model.loss(text_only, objectives, Key(0))
+    assert terms["NextToken"].count == terms["FlowMatching"].count == 0
+    assert float(terms["NextToken"].sum.detach()) == float(terms["FlowMatching"].sum.detach()) == 0
+
+
+def test_initialisation_is_keyed_by_name() -> None:
+    shallow, deep = small_model(depth=1), small_model(depth=2)
+    assert torch.equal(shallow.transformer.blocks[0].text.qkv.weight, deep.transformer.blocks[0].text.qkv.weight)
+    assert not torch.equal(small_model(seed=1).flow.clean.weight, small_model(seed=2).flow.clean.weight)
+
+
+def test_cache_fork_is_independent_and_truncate_forgets() -> None:
+    cache = KVCache(2, 2, 1, 4, 3)
+    for value in (1.0, 2.0):
+        block = torch.full((2, 3), int(value))
+        cache.write_fields(block, [3, 1])
+        for layer in range(2):
+            cache.write(layer, torch.full((2, 1, 3, 3), value), torch.full((2, 1, 3, 3), -value))
+        cache.advance([3, 1])
+    assert cache.lengths == [6, 2] and cache.capacity >= 6
+    fork = cache.fork([1, 1, 0])
+    fork.k.zero_()
+    assert fork.lengths == [2, 2, 6] and float(cache.k.abs().sum()) > 0
+    cache.truncate(0, 3, 3, 3)
+    assert cache.lengths == [3, 2] and bool((cache.document[0, 3:] == -2).all())
+    with pytest.raises(ValueError, match="cannot truncate row 0"):
+        cache.truncate(0, 9, 0, 0)
+    both = cache.stack(fork)
+    assert both.rows == 5 and both.lengths == [3, 2, 2, 2, 6]
+
+
+def test_saved_model_loads_strictly_and_verifies_every_byte(tiny_model, tmp_path) -> None:  # noqa: ANN001
+    import json
+    import shutil
+
+    loaded = omni.from_pretrained(tiny_model)
+    again = omni.from_pretrained(tiny_model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        omni.from_pretrained(copy)
+    state = {name: value for name, value in loaded.state_dict().items() if "velocity" not in name}
+    with pytest.raises(ValueError, match="missing weights"):
+        loaded.load_weights(state, "here")
+    assert json.loads((tiny_model / "manifest.json").read_text())["files"].keys() >= {
+        "config.json",
+        "model.safetensors",
+    }
+    with pytest.raises(ValueError, match="no model directory"):
+        omni.from_pretrained(tmp_path / "nowhere")
