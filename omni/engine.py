@@ -26,6 +26,7 @@ from omni.guidance import Drop, open_turn, reduce
 from omni.layout import LatentSpan, Span, Stream, TokenSpan, grid_positions, lay_out
 from omni.model import Omni
 from omni.nn.cache import KVCache
+from omni.nn.step import StepPlan
 from omni.rng import Key
 from omni.samplers import SAMPLERS, time_grid
 from omni.text.chat import messages_to_document
@@ -204,7 +205,7 @@ class _Row:
 
 
 class Engine:
-    """Generation with one model. Stateless between calls."""
+    """Generation with one model, by a snapshot of its weights (see nn.step). Stateless between calls."""
 
     def __init__(self, model: Omni) -> None:
         if model.tokenizer is None:
@@ -215,6 +216,9 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.control = model.tokenizer.control
         self.device = model.token.embedding.weight.device
+        self.plan = StepPlan(model.transformer)
+        with torch.no_grad():
+            self.unembedding = model.token.output_weight.T.contiguous()
         self.allowed = {phase: self._allowed(phase) for phase in ("text", "text only", "chunks", "rows", "columns")}
 
     # ---- entrances ------------------------------------------------------------------------------------------------
@@ -523,15 +527,23 @@ class Engine:
 
     def _append_tokens(self, cache: KVCache, tokens: dict[int, int]) -> Tensor:
         """One id for the rows named in `tokens`: the hot path of text decoding. Returns logits (R, V)."""
-        ids = torch.tensor([[tokens.get(r, self.control.pad)] for r in range(cache.rows)], device=self.device)
-        valid = [int(r in tokens) for r in range(cache.rows)]
-        block = torch.tensor(cache.next_block, device=self.device)[:, None]
-        position = torch.tensor(cache.next_position, device=self.device)[:, None, None].expand(-1, 1, 3)
-        hidden = self.model.transformer.extend(self.model.token.embed(ids), block, position, False, cache, valid)
-        for r in tokens:
-            cache.next_block[r] += 1
-            cache.next_position[r] += 1
-        return self.model.token.read(hidden[:, 0])
+        ids = [tokens.get(r, self.control.pad) for r in range(cache.rows)]
+        if len(tokens) == cache.rows:
+            return self.read(append_ids(self.model, cache, ids, self.plan))
+        spans: list[list[Span]] = [[TokenSpan([ids[r]], [False])] if r in tokens else [] for r in range(cache.rows)]
+        return self._append(cache, spans)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Logits (R, V): the token head with its matrix kept transposed, as in the plan."""
+        return torch.mm(hidden, self.unembedding)
+
+
+def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], plan: StepPlan) -> Tensor:
+    """Append one text id to every row; returns hidden states (R, W). By the plan where it serves, else by `extend`."""
+    tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
+    if plan.serves(model.transformer, cache):
+        return plan.step(model.token.embed(tensor), cache)
+    return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
 
 
 def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:

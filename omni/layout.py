@@ -219,7 +219,7 @@ def pack(
         need = (len(one.ids), copies * sum(len(span.latents) for _, span, _ in one.blocks))
         if not any(need[0] <= shape.budget and need[1] <= shape.refine_budget for shape in shapes):
             raise ValueError(
-                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but a row holds at most "
+                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but a row holds "
                 f"{max(s.budget for s in shapes)} and {max(s.refine_budget for s in shapes)}; raise one or shorten it"
             )
         for shape, used, members in rows:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.engine import append_spans, refine_stream
+from omni.engine import append_ids, append_spans, refine_stream
 from omni.layout import Batch, LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.model import Omni
+from omni.nn.step import StepPlan
 from omni.rng import Key
 
 TOLERANCE = 1e-5
@@ -170,7 +171,7 @@ def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[
     rows = len(documents)
     cache = model.transformer.new_cache(rows, 8)  # small on purpose: it must grow
     outputs, number, logits = [Outputs([], []) for _ in documents], [0] * rows, [[] for _ in documents]
-    pieces = [_pieces(d) for d in documents]
+    pieces, plan = [_pieces(d) for d in documents], StepPlan(model.transformer)
     while any(pieces):
         now = [p.pop(0) if p else None for p in pieces]
         for r, piece in enumerate(now):
@@ -179,7 +180,11 @@ def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[
                 number[r] += 1
                 row = cache.fork([r]) if rows > 1 else cache
                 outputs[r].flows.append(_velocity(model, row, piece.grid, x[None], [t], [s])[0])
-        last = append_spans(model, cache, [[p] if p is not None else [] for p in now], 0)
+        ids = [p.ids[0] for p in now if isinstance(p, TokenSpan)]
+        if len(ids) == rows:
+            last = append_ids(model, cache, ids, plan)
+        else:
+            last = append_spans(model, cache, [[p] if p is not None else [] for p in now], 0)
         for r, piece in enumerate(now):
             if isinstance(piece, TokenSpan):
                 logits[r].append(model.token.read(last[r]))

@@ -22,6 +22,7 @@ from omni.objectives import OBJECTIVES, Objective
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
+from train.compiled import compile_blocks
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
@@ -46,7 +47,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         mixture.document,
         partial(_compose, tokenizer),
         memo,
-        recipe.batch,
+        recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile}),
         channels=codec.spec.channels,
         pad_id=tokenizer.control.pad,
         key=key.fold("loader"),
@@ -101,6 +102,8 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     if recipe.init_from is not None:
         load_initial_weights(model, recipe.init_from, recipe.init_partial)
+    if recipe.compile:
+        compile_blocks(model)
     return model.to(recipe.device).train()
 
 

@@ -17,6 +17,11 @@ from omni.nn.transformer import TransformerConfig
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
+_FREE = {
+    *("max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"),
+    "compile",  # the same sums in another order: a resume may switch it, the last bits then differ
+}
+
 
 class DataConfig(Frozen):
     """One source of the mixture: a registered name, its share, and the options of that source."""
@@ -56,6 +61,7 @@ class Recipe(Frozen):
     device: str = "cpu"
     threads: int = Field(1, ge=1)
     autocast: Literal["bf16", "none"] = "bf16"
+    compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
     codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
     codec_precision: Literal["float32", "bfloat16"] = "float32"
@@ -85,8 +91,7 @@ class Recipe(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The JSON of every field that changes numbers."""
-        free = {"max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"}
-        return self.model_dump(mode="json", exclude=free)
+        return self.model_dump(mode="json", exclude=_FREE)
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""

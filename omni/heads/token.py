@@ -20,6 +20,10 @@ class TokenHead(nn.Module):
     def embed(self, ids_RN: Tensor) -> Tensor:
         return self.embedding(ids_RN)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, W): the matrix that reads logits."""
+        return self.embedding.weight if self.unembedding is None else self.unembedding.weight
+
     def read(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.unembedding is None else self.unembedding.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.output_weight)
