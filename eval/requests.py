@@ -19,7 +19,7 @@ from eval.task import Context, Panel, TaskOptions
 from omni.document import Document, Text
 from omni.emoji_world import SIDE, Atlas, EmojiWorld, Scene
 from omni.emoji_world.documents import prompt_of
-from omni.engine import GenerationOptions, Reply
+from omni.reply import GenerationOptions, Reply
 
 MAX_DOCUMENTS_PER_REQUEST = 1000
 

@@ -14,8 +14,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from omni.document import Document, Image, Role, Text, Video
-    from omni.engine import Engine, GenerationOptions
+    from omni.engine import Engine
     from omni.model import Omni, from_pretrained
+    from omni.reply import GenerationOptions
     from omni.rng import Key
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 _HOME = {
     "Document": "omni.document",
     "Engine": "omni.engine",
-    "GenerationOptions": "omni.engine",
+    "GenerationOptions": "omni.reply",
     "Image": "omni.document",
     "Key": "omni.rng",
     "Omni": "omni.model",

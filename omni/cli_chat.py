@@ -18,7 +18,8 @@ from omni import media
 from omni.cli_generate import fit_picture, load_model, options_of, protocol_of, record, show
 from omni.config import nearest
 from omni.document import Document, Image, Segment, Text
-from omni.engine import Engine, GenerationOptions
+from omni.engine import Engine
+from omni.reply import GenerationOptions
 from omni.reply_files import check_folder, write_chat
 from omni.terminal import Printer
 

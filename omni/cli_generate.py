@@ -21,8 +21,9 @@ import omni
 from omni import media
 from omni.checkpoint import MANIFEST, DamagedError
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.engine import BlockDone, BlockStart, BlockStep, Engine, Event, GenerationOptions, ImagePart, Stop, TextDelta
+from omni.engine import Engine
 from omni.model import BUNDLED, from_pretrained
+from omni.reply import BlockDone, BlockStart, BlockStep, Event, GenerationOptions, ImagePart, Stop, TextDelta
 from omni.reply_files import check_folder, default_folder, write_reply
 from omni.terminal import Printer, Protocol, detect
 

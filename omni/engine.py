@@ -20,151 +20,34 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from omni.config import Frozen
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.guidance import Drop, open_turn, reduce
-from omni.layout import LatentSpan, Span, Stream, TokenSpan, grid_positions, lay_out
+from omni.layout import LatentSpan, Span, TokenSpan
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.nn.step import StepPlan
+from omni.prefill import append_ids, append_spans, refine_stream
+from omni.reply import (
+    BlockDone,
+    BlockStart,
+    BlockStep,
+    Event,
+    GenerationOptions,
+    ImagePart,
+    Part,
+    Reply,
+    Stop,
+    StopReason,
+    TextDelta,
+    TextPart,
+    VideoPart,
+)
 from omni.rng import Key
 from omni.samplers import SAMPLERS, time_grid
+from omni.samplers.token import draw_token
 from omni.text.chat import messages_to_document
 from omni.text.compose import compose
 from omni.text.tokenizer import TextStream
-
-
-class GenerationOptions(Frozen):
-    """One request's budget. None means the model's own default (its generation.json).
-
-    steps: network evaluations per block (each counts once however many guidance branches it carries).
-    guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance). shift: time-grid warp.
-    temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
-    force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
-    """
-
-    steps: int | None = None
-    guidance: float | None = None
-    image_guidance: float | None = None
-    shift: float | None = None
-    sampler: str | None = None
-    seed: int = 0
-    temperature: float | None = None
-    top_p: float = 1.0
-    max_tokens: int = 256
-    max_images: int = 16
-    stop: tuple[str, ...] = ()
-    force_image: bool = False
-    image_size: tuple[int, int] | None = None
-
-    def resolved(self, defaults: dict[str, Any]) -> GenerationOptions:
-        """With the defaults filled in. Raises ValueError naming an impossible value."""
-        base = {"steps": 8, "guidance": 1.0, "image_guidance": 1.0, "shift": 1.0, "temperature": 0.0, **defaults}
-        filled = {n: base.get(n) for n in type(self).model_fields if getattr(self, n) is None and n in base}
-        out = self.model_copy(update=filled)
-        assert out.steps is not None and out.temperature is not None
-        if out.steps < 1:
-            raise ValueError(
-                f"steps must be at least 1, got {out.steps}; one step is a single jump from noise to picture"
-            )
-        if out.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {out.temperature}; 0 is greedy")
-        if not 0 < out.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {out.top_p}; 1 keeps every token")
-        if out.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {out.max_tokens}")
-        return out
-
-
-# ---- what comes out ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TextPart:
-    text: str
-
-
-@dataclass(frozen=True, eq=False)
-class ImagePart:
-    """A drawn picture. index counts the pictures of the reply from 0; steps is the number of evaluations spent."""
-
-    image: PILImage.Image
-    height: int
-    width: int
-    steps: int
-    seed: int
-    index: int
-
-
-@dataclass(frozen=True, eq=False)
-class VideoPart:
-    """A drawn clip: frames uint8 (T, H, W, 3)."""
-
-    frames: Tensor
-    fps: float
-    steps: int
-    seed: int
-    index: int
-
-
-Part = TextPart | ImagePart | VideoPart
-StopReason = Literal["end", "stop", "length"]
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    text: str
-
-
-@dataclass(frozen=True)
-class BlockStart:
-    """A block begins: kind "image" or "video", its index among the reply's media, its grid (t, h, w) in latents."""
-
-    kind: str
-    index: int
-    grid: tuple[int, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class BlockStep:
-    """After refinement step `step` of `steps`: the latents (N, C) at that time."""
-
-    index: int
-    step: int
-    steps: int
-    latents: Tensor
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    index: int
-    part: ImagePart | VideoPart
-
-
-@dataclass(frozen=True)
-class Stop:
-    reason: StopReason
-
-
-Event = TextDelta | BlockStart | BlockStep | BlockDone | Stop
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An ordered reply. `document` is the prompt followed by the reply, ready for the next turn."""
-
-    parts: list[Part]
-    document: Document
-    stop_reason: StopReason
-
-    @property
-    def text(self) -> str:
-        return "".join(p.text for p in self.parts if isinstance(p, TextPart))
-
-    @property
-    def images(self) -> list[PILImage.Image]:
-        return [p.image for p in self.parts if isinstance(p, ImagePart)]
-
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -536,67 +419,3 @@ class Engine:
     def read(self, hidden: Tensor) -> Tensor:
         """Logits (R, V): the token head with its matrix kept transposed, as in the plan."""
         return torch.mm(hidden, self.unembedding)
-
-
-def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], plan: StepPlan) -> Tensor:
-    """Append one text id to every row; returns hidden states (R, W). By the plan where it serves, else by `extend`."""
-    tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
-    if plan.serves(model.transformer, cache):
-        return plan.step(model.token.embed(tensor), cache)
-    return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
-
-
-def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
-    """Append spans to every row of the cache in one pass; returns the hidden state (R, W) of each row's last position.
-
-    A row with no spans stays as it is (its hidden state is then meaningless).
-    """
-    device = model.token.embedding.weight.device
-    laid = [
-        lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
-        for r, row in enumerate(spans)
-    ]
-    R, N = len(laid), max(len(one.ids) for one in laid)
-    ids = torch.full((R, N), pad_id, dtype=torch.int64)
-    latents = torch.zeros(R, N, model.config.flow.channels)
-    is_latent = torch.zeros(R, N, dtype=torch.bool)
-    block = torch.zeros(R, N, dtype=torch.int64)
-    position = torch.zeros(R, N, 3, dtype=torch.int64)
-    for r, one in enumerate(laid):
-        n = len(one.ids)
-        if n == 0:
-            continue
-        ids[r, :n] = torch.tensor(one.ids)
-        block[r, :n] = torch.tensor(one.block)
-        position[r, :n] = torch.tensor(one.position)
-        for i, z in enumerate(one.latents):
-            if z is not None:
-                latents[r, i], is_latent[r, i] = z, True
-    valid = [len(one.ids) for one in laid]
-    has_latents = bool(is_latent.any())
-    is_latent = is_latent.to(device)
-    h = model.embed_context(ids.to(device), latents.to(device) if has_latents else None, is_latent)
-    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid)
-    for r, one in enumerate(laid):
-        cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
-    last = torch.tensor([max(n - 1, 0) for n in valid], device=device)
-    return hidden[torch.arange(R, device=device), last]
-
-
-def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
-    """The layout of one block per row, continuing each row of the cache."""
-    R = cache.rows
-    position = torch.tensor([grid_positions(grid, p) for p in cache.next_position], device=device)
-    N = position.shape[1]
-    block = torch.tensor(cache.next_block, device=device)[:, None].expand(R, N)
-    return Stream(torch.zeros_like(block), block, torch.ones_like(block), position)
-
-
-def draw_token(score_V: Tensor, temperature: float, top_p: float, key: Key) -> int:
-    """A keyed draw from softmax(score / temperature) restricted to its top-p nucleus."""
-    p = (score_V.double() / temperature).softmax(-1)
-    values, order = p.sort(descending=True, stable=True)
-    kept = values * ((values.cumsum(-1) - values) < top_p)
-    u = key.python().random() * float(kept.sum())
-    index = int((kept.cumsum(-1) <= u).sum())
-    return int(order[min(index, int((kept > 0).sum()) - 1)])

@@ -35,7 +35,7 @@ from omni.text.compose import compose
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
-    from omni.engine import Reply
+    from omni.reply import Reply
     from omni.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.engine import append_ids, append_spans, refine_stream
 from omni.layout import Batch, LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.model import Omni
 from omni.nn.step import StepPlan
+from omni.prefill import append_ids, append_spans, refine_stream
 from omni.rng import Key
 
 TOLERANCE = 1e-5

@@ -25,7 +25,8 @@ from omni.checkpoint import verify
 from omni.cli import build_parser, main
 from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Text
-from omni.engine import BlockDone, BlockStart, BlockStep, Engine, ImagePart, Stop, TextDelta
+from omni.engine import Engine
+from omni.reply import BlockDone, BlockStart, BlockStep, ImagePart, Stop, TextDelta
 from omni.reply_files import default_folder, escape_markdown
 from omni.text.chat import messages_to_document
 from omni.verify import Check

@@ -1,4 +1,4 @@
-"""The engine: a well-formed order of events, keyed and independent of the batch, headers constrained, guidance as trained."""
+"""The engine: ordered events, keyed draws independent of the batch, constrained headers, guidance as trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 
 import omni
 from omni.document import Document, Image, Role, Text
-from omni.engine import BlockDone, BlockStart, BlockStep, Engine, GenerationOptions, Stop, TextDelta, draw_token
+from omni.engine import Engine
 from omni.guidance import drop, reduce
+from omni.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta
 from omni.rng import Key
+from omni.samplers.token import draw_token
 
 
 @pytest.fixture(scope="module")

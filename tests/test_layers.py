@@ -19,7 +19,7 @@ LEVELS = {
     1: {"layout", "mask", "positions", "media", "checkpoint", "guidance"},
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers"},
-    4: {"model", "engine", "verify"},
+    4: {"model", "reply", "prefill", "engine", "verify"},
     5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
@@ -30,6 +30,11 @@ PEERS = {
     ("heads", "nn"),
     ("text", "emoji_world"),
     ("engine", "model"),
+    ("engine", "reply"),
+    ("engine", "prefill"),
+    ("prefill", "model"),
+    ("model", "reply"),
+    ("verify", "prefill"),
     ("model", "engine"),
     ("verify", "model"),
     ("verify", "engine"),

@@ -1,4 +1,4 @@
-"""Layout, packing and visibility: dense = flex = oracle on thousands of random layouts; what is invisible has no effect."""
+"""Layout, packing and visibility: dense = flex = oracle on random layouts; what is invisible has no effect."""
 
 from __future__ import annotations
 

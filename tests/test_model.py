@@ -1,4 +1,4 @@
-"""The transformer and the model: backends agree, cached = uncached = training, text is bit-identical, files are strict."""
+"""Transformer and model: backends agree, cached = uncached = training, text is bit-identical, files are strict."""
 
 from __future__ import annotations
 

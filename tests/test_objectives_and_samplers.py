@@ -84,7 +84,7 @@ def test_flow_matching_reaches_its_irreducible_loss() -> None:
 
 @pytest.mark.parametrize("name", FLOW)
 def test_objectives_are_keyed_and_blind_to_packing(name: str) -> None:
-    """Same key, same loss bits; other key, other loss; the sum over documents does not depend on how they are packed."""
+    """Same key, same loss bits; other key, other loss; and the sum does not depend on the packing."""
     model = small_model(dtype=torch.float64)
     documents = [random_spans(Key(n).fold("packing"), 4) for n in range(6)]
     objective = build_objective(name)

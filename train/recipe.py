@@ -1,6 +1,6 @@
 """Recipe: everything that decides a training run, as frozen, validated data. Read from TOML with key=value overrides.
 
-`identity()` is what a resume must find unchanged: all of it but the length of the run and how often it reports. With
+`identity()` is what a resume must find unchanged: all but the keys in FREE (length, reports, threads, ...). With
 `max_minutes` the learning rate follows the clock, so such a run is resumed faithfully but not bit for bit: exact resume
 needs the length in steps (`max_steps` alone).
 """
@@ -17,9 +17,9 @@ from omni.nn.transformer import TransformerConfig
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
-_FREE = {
+FREE = {
     *("max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"),
-    "compile",  # the same sums in another order: a resume may switch it, the last bits then differ
+    *("compile", "threads"),  # the same sums in another order: a resume may change them, the last bits then differ
 }
 
 
@@ -91,7 +91,7 @@ class Recipe(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """The JSON of every field that changes numbers."""
-        return self.model_dump(mode="json", exclude=_FREE)
+        return self.model_dump(mode="json", exclude=FREE)
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""

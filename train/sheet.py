@@ -67,7 +67,7 @@ def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: 
 
 
 def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch.Tensor | None]:
-    from omni.engine import GenerationOptions
+    from omni.reply import GenerationOptions
 
     steps = run.recipe.report.sheet_sampling_steps
     options = GenerationOptions(steps=steps, max_images=1, max_tokens=16, force_image=all(is_picture))

@@ -22,6 +22,7 @@ from torch import nn
 from omni import checkpoint
 from train.ema import Ema
 from train.optim import Optimiser
+from train.recipe import FREE
 
 _STEP = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
@@ -93,7 +94,10 @@ def load(directory: Path, model: nn.Module, ema: Ema, optimiser: Optimiser, iden
     one, naming the first key that does, or when names or shapes of tensors differ.
     """
     scalars = json.loads(checkpoint.read_bytes(directory / SCALARS))
-    different = _first_difference(scalars["identity"], json.loads(json.dumps(dict(identity))))
+    saved = scalars["identity"]
+    if isinstance(saved.get("recipe"), dict):  # what is free now need not have been free when the state was saved
+        saved["recipe"] = {key: value for key, value in saved["recipe"].items() if key not in FREE}
+    different = _first_difference(saved, json.loads(json.dumps(dict(identity))))
     if different:
         raise ValueError(f"{directory} was trained with another recipe or other data: {different}; use a new --out")
     _restore_weights(model, checkpoint.load_tensors(directory / WEIGHTS))

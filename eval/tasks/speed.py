@@ -33,12 +33,13 @@ from eval.peers import (
 )
 from eval.task import Context, Measure, Outcome, TaskOptions, task
 from omni.codecs import PixelCodec, PixelConfig
-from omni.engine import BlockDone, Engine, GenerationOptions, Stop, TextDelta
+from omni.engine import Engine
 from omni.heads import FlowHeadConfig
 from omni.layout import LatentSpan, Shape, Span, TokenSpan, lay_out, pack
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
+from omni.reply import BlockDone, GenerationOptions, Stop, TextDelta
 from omni.rng import Key
 from omni.text.bpe import BPETokenizer
 

@@ -19,7 +19,7 @@ from eval.requests import (
 from eval.task import Context, Measure, Outcome, percentage, task
 from omni.emoji_world import Scene, render
 from omni.emoji_world.stories import story_scene
-from omni.engine import TextPart
+from omni.reply import TextPart
 
 
 class StoryOptions(RequestOptions):

@@ -15,7 +15,7 @@ from eval.suite import load_tasks
 from eval.task import TASKS, Context, Outcome
 from omni.document import Document, Image, Segment, Text
 from omni.emoji_world.documents import prompt_of
-from omni.engine import ImagePart, Reply, TextPart
+from omni.reply import ImagePart, Reply, TextPart
 
 load_tasks()
 Answer = Callable[[list[tuple[Segment, ...]], int], tuple[Segment, ...]]  # (all right answers, which request)

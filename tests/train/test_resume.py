@@ -92,7 +92,7 @@ def test_another_recipe_is_refused_by_name(make_run: MakeRun, change: str) -> No
     go(make_run(), 0)
     with pytest.raises(ValueError, match=change.split("=")[0].split(".")[-1]):
         loop.resume(make_run(change), lambda line: None)
-    loop.resume(make_run("max_steps=30", "report.save_steps=7"), lambda line: None)
+    loop.resume(make_run("max_steps=30", "report.save_steps=7", "threads=2"), lambda line: None)
 
 
 def test_sigterm_saves_and_exits_75(recipe_file: Path, tmp_path: Path) -> None:

@@ -45,23 +45,34 @@ def test_nothing_to_resume_is_said(make_run: MakeRun, tmp_path: Path) -> None:
         loop.resume(make_run(out="empty"), print)
 
 
-def test_a_failed_save_leaves_the_last_state(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("operation", range(9))
+def test_a_failed_save_leaves_the_last_state(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, operation: int
+) -> None:
+    """The disk is full at the n-th file operation of saving: five writes, a sync, the rename, a last sync."""
     run = make_run()
     save_steps(run, [1])
-    calls = iter(range(100))
-    real = checkpoint._write
+    count = iter(range(100))
 
-    def fail(path: Path, data: bytes) -> None:
-        if next(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(path, data)
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            if next(count) == operation:
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_write", fail)
-    with pytest.raises(OSError, match="No space"):
+        return call
+
+    for name in ("_write", "_sync_directory", "_swap_in"):
+        monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
+    if operation <= 7:
+        with pytest.raises(OSError, match="No space"):
+            save_steps(run, [2])
+    else:
         save_steps(run, [2])
     monkeypatch.undo()
-    assert state.newest(run.out / "state").name == "step-00000001"
-    assert [p.name for p in (run.out / "state").iterdir()] == ["step-00000001"]
+    newest = 1 if operation <= 6 else 2  # 7 is the sync after the rename
+    assert state.newest(run.out / "state").name == f"step-{newest:08d}"
+    assert not [p for p in (run.out / "state").iterdir() if p.name.startswith(".")]
 
 
 def test_a_state_of_another_model_is_refused(make_run: MakeRun) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from omni.config import build
+from omni.layout import Shape, pack
+from omni.media import load_image
 from omni.objectives import Terms
-from train import loop
+from train import curve, loop
 from train.ema import Ema
 from train.guard import Guard, TooManyNonFinite
 from train.loop import Run
@@ -156,3 +159,40 @@ def test_losses_are_divided_once_by_the_global_count() -> None:
     parts = [Terms(torch.tensor(6.0), 2.0), Terms(torch.tensor(3.0), 7.0), Terms(torch.tensor(0.0), 0.0)]
     assert float(loop.mean_of(parts)) == 1.0
     assert float(loop.mean_of(parts[2:])) == 0.0
+
+
+def test_packing_changes_neither_draws_nor_losses(make_run: MakeRun) -> None:
+    """The same documents in short rows, in one long row, and in two batches: equal noise, equal losses."""
+    run = make_run("autocast=none")
+    spans = [run.loader._spans(index) for index in range(6)]
+    means = []
+    for shapes in ([Shape(6, 256, 192)], [Shape(1, 2000, 2000)], [Shape(2, 128, 128), Shape(6, 256, 192)]):
+        batches, used = pack(spans, shapes, channels=768, pad_id=run.loader.pad_id, copies=2)
+        assert used == 6
+        parts = [run.model.loss(batch, run.objectives, run.key) for batch in batches]
+        means.append({name: float(loop.mean_of([part[name] for part in parts]).detach()) for name in parts[0]})
+    for other in means[1:]:
+        assert other == pytest.approx(means[0], rel=1e-5)
+
+
+def test_the_curve_of_a_run_is_a_picture(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("max_steps=3")
+    tracker = Tracker(run.out, 0, stream=io.StringIO())
+    loop.train(run, tracker, lambda: False)
+    tracker.close()
+    assert curve.main([str(run.out / "metrics.jsonl"), str(tmp_path / "curve.png")]) == 0
+    assert load_image(tmp_path / "curve.png").shape == (3 * curve.HEIGHT, curve.WIDTH, 3)
+    assert curve.main([str(tmp_path / "none.jsonl"), str(tmp_path / "curve.png")]) == 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(make_run: MakeRun) -> None:
+    plain, compiled = make_run("batch.fixed=true"), make_run("compile=true")
+    for _ in range(2):
+        one = loop.train_step(plain, plain.loader.next(plain.progress.cursor))
+        two = loop.train_step(compiled, compiled.loader.next(compiled.progress.cursor))
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
+    compiled.model.eval()
+    with torch.no_grad():
+        reply = compiled.model.generate("draw a star", steps=1, max_tokens=2, force_image=True, image_size=(32, 32))
+    assert reply.images[0].size == (32, 32)

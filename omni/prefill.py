@@ -1,0 +1,70 @@
+"""Appending finished spans and ids to a cache: prefill, commit of a picture, one step of text. No decisions in here.
+
+Legend: R rows, N positions, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from omni.layout import Span, Stream, TokenSpan, grid_positions, lay_out
+from omni.model import Omni
+from omni.nn.cache import KVCache
+from omni.nn.step import StepPlan
+
+
+def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], plan: StepPlan) -> Tensor:
+    """Append one text id to every row; returns hidden states (R, W). By the plan where it serves, else by `extend`."""
+    tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
+    if plan.serves(model.transformer, cache):
+        return plan.step(model.token.embed(tensor), cache)
+    return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
+
+
+def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
+    """Append spans to every row of the cache in one pass; returns the hidden state (R, W) of each row's last position.
+
+    A row with no spans stays as it is (its hidden state is then meaningless).
+    """
+    device = model.token.embedding.weight.device
+    laid = [
+        lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
+        for r, row in enumerate(spans)
+    ]
+    R, N = len(laid), max(len(one.ids) for one in laid)
+    ids = torch.full((R, N), pad_id, dtype=torch.int64)
+    latents = torch.zeros(R, N, model.config.flow.channels)
+    is_latent = torch.zeros(R, N, dtype=torch.bool)
+    block = torch.zeros(R, N, dtype=torch.int64)
+    position = torch.zeros(R, N, 3, dtype=torch.int64)
+    for r, one in enumerate(laid):
+        n = len(one.ids)
+        if n == 0:
+            continue
+        ids[r, :n] = torch.tensor(one.ids)
+        block[r, :n] = torch.tensor(one.block)
+        position[r, :n] = torch.tensor(one.position)
+        for i, z in enumerate(one.latents):
+            if z is not None:
+                latents[r, i], is_latent[r, i] = z, True
+    valid = [len(one.ids) for one in laid]
+    has_latents = bool(is_latent.any())
+    is_latent = is_latent.to(device)
+    h = model.embed_context(ids.to(device), latents.to(device) if has_latents else None, is_latent)
+    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid)
+    for r, one in enumerate(laid):
+        cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
+    last = torch.tensor([max(n - 1, 0) for n in valid], device=device)
+    return hidden[torch.arange(R, device=device), last]
+
+
+def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
+    """The layout of one block per row, continuing each row of the cache."""
+    R = cache.rows
+    position = torch.tensor([grid_positions(grid, p) for p in cache.next_position], device=device)
+    N = position.shape[1]
+    block = torch.tensor(cache.next_block, device=device)[:, None].expand(R, N)
+    return Stream(torch.zeros_like(block), block, torch.ones_like(block), position)
