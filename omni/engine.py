@@ -25,7 +25,7 @@ from omni.guidance import Drop, open_turn, reduce
 from omni.layout import LatentSpan, Span, TokenSpan
 from omni.model import Omni
 from omni.nn.cache import KVCache
-from omni.nn.step import StepPlan
+from omni.nn.step import TokenStep, product
 from omni.prefill import append_ids, append_spans, refine_stream
 from omni.reply import (
     BlockDone,
@@ -88,7 +88,7 @@ class _Row:
 
 
 class Engine:
-    """Generation with one model, by a snapshot of its weights (see nn.step). Stateless between calls."""
+    """Generation with one model. Stateless between calls."""
 
     def __init__(self, model: Omni) -> None:
         if model.tokenizer is None:
@@ -99,9 +99,7 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.control = model.tokenizer.control
         self.device = model.token.embedding.weight.device
-        self.plan = StepPlan(model.transformer)
-        with torch.no_grad():
-            self.unembedding = model.token.output_weight.T.contiguous()
+        self.step = TokenStep(model.transformer)
         self.allowed = {phase: self._allowed(phase) for phase in ("text", "text only", "chunks", "rows", "columns")}
 
     # ---- entrances ------------------------------------------------------------------------------------------------
@@ -412,10 +410,10 @@ class Engine:
         """One id for the rows named in `tokens`: the hot path of text decoding. Returns logits (R, V)."""
         ids = [tokens.get(r, self.control.pad) for r in range(cache.rows)]
         if len(tokens) == cache.rows:
-            return self.read(append_ids(self.model, cache, ids, self.plan))
+            return self.read(append_ids(self.model, cache, ids, self.step))
         spans: list[list[Span]] = [[TokenSpan([ids[r]], [False])] if r in tokens else [] for r in range(cache.rows)]
         return self._append(cache, spans)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Logits (R, V): the token head with its matrix kept transposed, as in the plan."""
-        return torch.mm(hidden, self.unembedding)
+        """Logits (R, V)."""
+        return product(self.model.token.output_weight, hidden)

@@ -13,14 +13,14 @@ from torch import Tensor
 from omni.layout import Span, Stream, TokenSpan, grid_positions, lay_out
 from omni.model import Omni
 from omni.nn.cache import KVCache
-from omni.nn.step import StepPlan
+from omni.nn.step import TokenStep
 
 
-def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], plan: StepPlan) -> Tensor:
-    """Append one text id to every row; returns hidden states (R, W). By the plan where it serves, else by `extend`."""
+def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
+    """Append one text id to every row; returns hidden states (R, W). By TokenStep where it serves, else by `extend`."""
     tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
-    if plan.serves(model.transformer, cache):
-        return plan.step(model.token.embed(tensor), cache)
+    if step.serves(cache):
+        return step.step(model.token.embed(tensor), cache)
     return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from omni.layout import Batch, LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.model import Omni
-from omni.nn.step import StepPlan
+from omni.nn.step import TokenStep
 from omni.prefill import append_ids, append_spans, refine_stream
 from omni.rng import Key
 
@@ -171,7 +171,7 @@ def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[
     rows = len(documents)
     cache = model.transformer.new_cache(rows, 8)  # small on purpose: it must grow
     outputs, number, logits = [Outputs([], []) for _ in documents], [0] * rows, [[] for _ in documents]
-    pieces, plan = [_pieces(d) for d in documents], StepPlan(model.transformer)
+    pieces, step = [_pieces(d) for d in documents], TokenStep(model.transformer)
     while any(pieces):
         now = [p.pop(0) if p else None for p in pieces]
         for r, piece in enumerate(now):
@@ -182,7 +182,7 @@ def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[
                 outputs[r].flows.append(_velocity(model, row, piece.grid, x[None], [t], [s])[0])
         ids = [p.ids[0] for p in now if isinstance(p, TokenSpan)]
         if len(ids) == rows:
-            last = append_ids(model, cache, ids, plan)
+            last = append_ids(model, cache, ids, step)
         else:
             last = append_spans(model, cache, [[p] if p is not None else [] for p in now], 0)
         for r, piece in enumerate(now):

@@ -1,49 +1,35 @@
 """One text token per row against the cache: the hot path of decoding, the same arithmetic as Transformer.extend.
 
-At one token the cost is reading the weights and launching operations. So the matrices are kept transposed and
-contiguous (a row vector times such a matrix reads it once, in order), the weights of the norms are folded into the
-matrices behind them, q and k are normed and rotated together, and residual sums ride on the matrix products. A plan is
-a snapshot: it holds copies of the weights of its moment. It serves rows of equal length on shared weights only; other
-cases go through `extend`. The contract (omni.verify) compares both.
+At one token the cost is reading the weights and launching operations. So a single row uses matrix-vector products
+(twice as fast here as a matrix product with one row), residual sums ride on them, and q and k are normed and rotated
+together. It serves rows of equal length on shared weights; other cases go through `extend`. The contract
+(omni.verify) compares both.
 
 Legend: R rows, W width, H query heads, G key heads, D head width, K cached positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from omni.nn.cache import KVCache
-from omni.nn.transformer import Block, Transformer
+from omni.nn.transformer import Layer, Transformer
 from omni.positions import rotary_table
 
 
-@dataclass(frozen=True)
-class _Layer:
-    qkv: Tensor  # (W, (H + 2G) D)
-    qk_scale: Tensor  # (H + G, D)
-    out: Tensor  # (H D, W)
-    gate_up: Tensor  # (W, 2 M)
-    down: Tensor  # (M, W)
-
-
-class StepPlan:
+class TokenStep:
     """`step(h, cache)` appends one position to every row: h (R, W) -> normalised hidden states (R, W)."""
 
     def __init__(self, transformer: Transformer) -> None:
         self.c = transformer.c
         self.norm = transformer.norm
-        with torch.no_grad():
-            self.layers = [_layer(block) for block in transformer.blocks]  # type: ignore[arg-type]
+        self.layers: list[Layer] = [block.text for block in transformer.blocks]  # type: ignore[misc]
         self.table: tuple[Tensor, Tensor] | None = None
 
-    @staticmethod
-    def serves(transformer: Transformer, cache: KVCache) -> bool:
-        return cache.uniform and transformer.c.latent_weights == "shared"
+    def serves(self, cache: KVCache) -> bool:
+        return cache.uniform and self.c.latent_weights == "shared"
 
     def step(self, h: Tensor, cache: KVCache) -> Tensor:
         c, R = self.c, h.shape[0]
@@ -54,25 +40,28 @@ class StepPlan:
             cache.block[r, at] = cache.next_block[r]
         cache.document[:, at] = 0
         cos, sin = self._rotary(cache.next_position, h)
-        eps, gqa = c.norm_eps, H != G
-        for index, layer in enumerate(self.layers):
-            qkv = torch.mm(F.rms_norm(h, (c.width,), None, eps), layer.qkv).view(R, H + 2 * G, D)
-            qk = F.rms_norm(qkv[:, : H + G], (D,), None, eps) * layer.qk_scale
+        for index, w in enumerate(self.layers):
+            qkv = product(w.qkv.weight, w.attention_norm(h)).view(R, H + 2 * G, D)
+            qk = F.rms_norm(qkv[:, : H + G], (D,), None, c.norm_eps) * self._scale(w)
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
             keys, values = cache.k[index], cache.v[index]
             keys[:, :, at] = qk[:, H:]
             values[:, :, at] = qkv[:, H + G :]
-            o = F.scaled_dot_product_attention(
-                qk[:, :H].unsqueeze(2), keys[:, :, : at + 1], values[:, :, : at + 1], enable_gqa=gqa
-            )
-            h = torch.addmm(h, o.reshape(R, H * D), layer.out)
-            gate, up = torch.mm(F.rms_norm(h, (c.width,), None, eps), layer.gate_up).chunk(2, -1)
-            h = torch.addmm(h, F.silu(gate) * up, layer.down)
+            past = keys[:, :, : at + 1], values[:, :, : at + 1]
+            o = F.scaled_dot_product_attention(qk[:, :H].unsqueeze(2), *past, enable_gqa=H != G)
+            h = product(w.out.weight, o.reshape(R, H * D), h)
+            gate, up = product(w.gate_up.weight, w.mlp_norm(h)).chunk(2, -1)
+            h = product(w.down.weight, F.silu(gate) * up, h)
         cache.advance([1] * R)
         for r in range(R):
             cache.next_block[r] += 1
             cache.next_position[r] += 1
         return self.norm(h)
+
+    def _scale(self, w: Layer) -> Tensor:
+        """(H + G, D): the weights of the query and key norms, per head."""
+        q, k = w.q_norm.weight.expand(self.c.num_heads, -1), w.k_norm.weight.expand(self.c.num_kv_heads, -1)
+        return torch.cat([q, k])
 
     def _rotary(self, positions: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, signed sin), each (R, 1, D): with the sign, rotating is x cos + roll(x, D/2) sin."""
@@ -90,14 +79,12 @@ class StepPlan:
         return self.table[0][index].unsqueeze(1), self.table[1][index].unsqueeze(1)
 
 
-def _layer(block: Block) -> _Layer:
-    w, c = block.text, block.c
-    q_scale = w.q_norm.weight.expand(c.num_heads, -1)
-    k_scale = w.k_norm.weight.expand(c.num_kv_heads, -1)
-    return _Layer(
-        (w.qkv.weight * w.attention_norm.weight).T.contiguous(),
-        torch.cat([q_scale, k_scale]).contiguous(),
-        w.out.weight.T.contiguous(),
-        (w.gate_up.weight * w.mlp_norm.weight).T.contiguous(),
-        w.down.weight.T.contiguous(),
-    )
+
+def product(weight: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x (R, in) times weight (out, in) transposed, plus the residual (R, out): a matrix-vector product for one row."""
+    if x.shape[0] > 1:
+        y = F.linear(x, weight)
+        return y if residual is None else y + residual
+    if residual is None:
+        return torch.mv(weight, x[0]).unsqueeze(0)
+    return torch.addmv(residual[0], weight, x[0]).unsqueeze(0)
