@@ -336,13 +336,12 @@ class Engine:
             null = self.model.transformer.new_cache(len(group), 64)
             self._append(null, [self._null_spans(r, what) for r in group])
             memory_cache = memory_cache.stack(null)
-        memory, stream, item = memory_cache.memory(), refine_stream(memory_cache, grid, self.device), None
+        memory, stream = memory_cache.memory(), refine_stream(memory_cache, grid, self.device)
         B, K = memory_cache.rows, len(branches) + 1
-        item = torch.arange(B, device=self.device)[:, None].expand(B, stream.block.shape[1])
 
         def call(x: Tensor, t: float, s: float) -> Tensor:
             ones = torch.ones(B, device=x.device, dtype=torch.float32)
-            F = self.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, item, memory)
+            F = self.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, None, memory)
             if K == 1:
                 return F
             full, no_text, nothing = F.chunk(3)

@@ -128,7 +128,7 @@ class Omni(nn.Module):
         return torch.where(is_latent.unsqueeze(-1), clean.to(h.dtype), h)
 
     def velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor, memory: Memory,
+        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory,
         *, tangents: bool = False,
     ) -> Tensor:  # fmt: skip
         """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C). The same call in training and in sampling."""

@@ -208,9 +208,8 @@ def _pieces(spans: Sequence[Span]) -> list[Span]:
 def _velocity(model: Omni, cache, grid: tuple[int, int, int], x: Tensor, t: list[float], s: list[float]) -> Tensor:  # noqa: ANN001
     device = model.token.embedding.weight.device
     stream = refine_stream(cache, grid, device)
-    item = torch.arange(len(t), device=device)[:, None].expand(-1, x.shape[1])
     start, end = torch.tensor(t, device=device), torch.tensor(s, device=device)
-    return model.velocity(x.to(device), start, end, torch.ones_like(start), stream, item, cache.memory())
+    return model.velocity(x.to(device), start, end, torch.ones_like(start), stream, None, cache.memory())
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ from omni.codecs import Codec, codecs, load_codec
 from omni.config import build, digest
 from omni.heads import FlowHeadConfig
 from omni.model import Omni, OmniConfig
+from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
-from train.compiled import compile_blocks
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
@@ -103,7 +103,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
     if recipe.init_from is not None:
         load_initial_weights(model, recipe.init_from, recipe.init_partial)
     if recipe.compile:
-        compile_blocks(model)
+        compile_blocks(model.transformer)
     return model.to(recipe.device).train()
 
 

@@ -37,6 +37,7 @@ from omni.engine import Engine
 from omni.heads import FlowHeadConfig
 from omni.layout import LatentSpan, Shape, Span, TokenSpan, lay_out, pack
 from omni.model import Omni, OmniConfig
+from omni.nn.compiled import compile_blocks
 from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
 from omni.reply import BlockDone, GenerationOptions, Stop, TextDelta
@@ -106,7 +107,8 @@ def spread(seconds: dict[str, list[float]]) -> str:
 
 
 def omni_train_step(model: Omni, samples: list[list[Tensor]], precision: str, context: Context) -> Callable[[], None]:
-    """Packing, forward, backward, clip and AdamW on the same samples."""
+    """Packing, forward, backward, clip and AdamW on the same samples. The caller compiles the model, or not."""
+    model.train()
     objectives = [build_objective("next_token"), build_objective("flow_matching")]
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     assert model.tokenizer is not None
@@ -149,7 +151,10 @@ def spans_of(sample: list[Tensor], model: Omni) -> list[Span]:
     return [TokenSpan([control.begin], [False]), *spans, TokenSpan([control.end], [True])]
 
 
-TRAINING_ROWS = ("ratio", "ratio_float32", "omni_bf16", "omni_float32", "transfusion_float32")
+TRAINING_ROWS = (
+    *("ratio", "ratio_eager", "ratio_float32", "omni_bf16_compiled", "omni_bf16", "omni_float32"),
+    "transfusion_float32",
+)
 LAYOUTS = {"": ("text", "image"), "_interleaved": ("text", "image", "text")}
 
 
@@ -157,14 +162,16 @@ LAYOUTS = {"": ("text", "image"), "_interleaved": ("text", "image", "text")}
 def speed_training(context: Context, options: TrainingOptions) -> Outcome:
     """Training tokens/s on text-image samples, beside transfusion-pytorch of equal parameters."""
     version = conditions(context, "transfusion_pytorch")
-    ours = build_omni(context, "8m", options.vocab_size)
+    ours, compiled = (build_omni(context, "8m", options.vocab_size) for _ in range(2))
+    compile_blocks(compiled.transformer)
     theirs = transfusion_of_size(
         num_parameters(ours), SIZES["8m"][1], vocab_size=options.vocab_size, channels=CHANNELS, grid=GRID
     )
     notes = [
         version,
         f"{num_parameters(ours):,} and {num_parameters(theirs):,} parameters; batch {options.batch}; AdamW; ours in "
-        "bf16 autocast and in float32, theirs in float32, as it trains",
+        "bf16 autocast (ratio: with compiled layers, as the recipe of the bundled model; ratio_eager: without) and in "
+        "float32 (eager), theirs in float32 and eager, as it trains",
     ]
     measures: list[Measure] = []
     key = context.key("speed", "samples")
@@ -172,6 +179,7 @@ def speed_training(context: Context, options: TrainingOptions) -> Outcome:
         samples = [[sample_part(kind, options.text, key.fold(i, j)) for j, kind in enumerate(layout)]
                    for i in range(options.batch)]  # fmt: skip
         runs = {
+            "omni_bf16_compiled": omni_train_step(compiled, samples, "bf16", context),
             "omni_bf16": omni_train_step(ours, samples, "bf16", context),
             "omni_float32": omni_train_step(ours, samples, "float32", context),
             "transfusion_float32": transfusion_train_step(theirs, samples),
@@ -180,7 +188,8 @@ def speed_training(context: Context, options: TrainingOptions) -> Outcome:
         median = medians(seconds)
         tokens = sum(part.shape[0] * (part.shape[1] if part.ndim == 3 else 1) for sample in samples for part in sample)
         base = median["transfusion_float32"]
-        measures.append(Measure(f"ratio{end}", base / median["omni_bf16"], "x"))
+        measures.append(Measure(f"ratio{end}", base / median["omni_bf16_compiled"], "x"))
+        measures.append(Measure(f"ratio_eager{end}", base / median["omni_bf16"], "x"))
         measures.append(Measure(f"ratio_float32{end}", base / median["omni_float32"], "x"))
         measures += [Measure(f"{name}{end}", tokens / median[name], "tokens/s") for name in runs]
         notes.append(f"{'-'.join(layout)}, {tokens} tokens a step: {spread(seconds)}")

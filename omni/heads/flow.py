@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import Frozen
+from omni.nn.transformer import spread
 
 
 class FlowHeadConfig(Frozen):
@@ -70,9 +71,8 @@ class FlowHead(nn.Module):
         """(I, W) from the start and end times and the guidance input beta = 1 / w (1 is no guidance)."""
         return self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
 
-    def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor) -> Tensor:
-        """Velocity (R, S, C); `item` (R, S) says which condition a position has."""
+    def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None) -> Tensor:
+        """Velocity (R, S, C); `item` (R, S) says which condition a position has (None: each row has its own)."""
         vectors = self.modulation(torch.nn.functional.silu(condition_IW))
-        picked = vectors.index_select(0, item.clamp(min=0).flatten()).unflatten(0, item.shape)
-        scale, shift = picked.to(hidden_RSW.dtype).chunk(2, -1)
+        scale, shift = spread(vectors.to(hidden_RSW.dtype), item).chunk(2, -1)
         return self.velocity(hidden_RSW * (1 + scale) + shift)

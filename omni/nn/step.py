@@ -79,7 +79,6 @@ class TokenStep:
         return self.table[0][index].unsqueeze(1), self.table[1][index].unsqueeze(1)
 
 
-
 def product(weight: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """x (R, in) times weight (out, in) transposed, plus the residual (R, out): a matrix-vector product for one row."""
     if x.shape[0] > 1:

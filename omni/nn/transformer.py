@@ -234,24 +234,24 @@ class Transformer(nn.Module):
         stream: Stream,
         memory: Memory,
         condition_IW: Tensor,
-        item: Tensor,
+        item: Tensor | None,
         *,
         tangents: bool = False,
     ) -> Tensor:
         """Copies of blocks, each reading the context before its block and itself.
 
-        condition_IW: one vector per copy; item: (R, S) int64, which copy a position belongs to (negative: padding).
+        condition_IW: one vector per copy; item: (R, S) int64, which copy a position belongs to (negative: padding), or
+        None when every row is one copy.
         `tangents` chooses the attention that forward-mode differentiation can pass.
         Returns normalised hidden states (R, S, W).
         """
         backend = "math" if tangents else self.backend(h_RSW.device)
         backend = "sdpa" if backend == "flash" else backend
         mask = None
-        if not (memory.uniform and condition_IW.shape[0] == h_RSW.shape[0]):
+        if not (memory.uniform and item is None):
             mask = AttentionMask(stream.fields, memory.fields.then(stream.fields))
         h_RSW, rotary = self._enter(h_RSW, stream.position)
         base = self.modulation(F.silu(condition_IW)).unflatten(-1, (6, -1))
-        index = item.clamp(min=0)
         for layer, (k_memory, v_memory) in enumerate(zip(memory.keys, memory.values, strict=True)):
 
             def attention(
@@ -262,14 +262,20 @@ class Transformer(nn.Module):
                 return attend(q, keys, values, mask, backend)
 
             block: Block = self.blocks[layer]  # type: ignore[assignment]
-            modulation = self._modulation(base + block.modulation_table.to(base.dtype), index)
+            modulation = self._modulation(base + block.modulation_table.to(base.dtype), item)
             h_RSW = block(h_RSW, rotary, attention, True, modulation)
         return self.refine_norm(h_RSW)
 
-    def _modulation(self, vectors_I6W: Tensor, index: Tensor) -> Modulation:
+    def _modulation(self, vectors_I6W: Tensor, item: Tensor | None) -> Modulation:
         """Normalise the six vectors of each item, hand them to the item's positions; scales and gates are around 1."""
         power = vectors_I6W.pow(2).mean(-1, keepdim=True)
         v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
         v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
-        picked = v.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
-        return picked.chunk(6, -1)  # type: ignore[return-value]
+        return spread(v.flatten(1), item).chunk(6, -1)  # type: ignore[return-value]
+
+
+def spread(value_IX: Tensor, item: Tensor | None) -> Tensor:
+    """(I, X) per copy -> (R, S, X) per position; with `item` None, one copy per row: (R, 1, X)."""
+    if item is None:
+        return value_IX.unsqueeze(1)
+    return value_IX.index_select(0, item.clamp(min=0).flatten()).unflatten(0, item.shape)

@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 
-from omni.model import Omni
-from omni.nn.transformer import Block
+from omni.nn.transformer import Block, Transformer
 
 MAX_VARIANTS = 64  # two streams, every shape, and the growing list of keys that each layer of the context appends to
 
 
-def compile_blocks(model: Omni) -> None:
+def compile_blocks(transformer: Transformer) -> None:
     """Replace the training forward of every block. Raises ValueError when there is no C++ compiler."""
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise ValueError("compile=true needs a C++ compiler (such as g++); install one or leave it false")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)  # type: ignore[attr-defined]
     compiled = torch.compile(Block.forward, dynamic=False)
-    for block in model.transformer.blocks:
+    for block in transformer.blocks:
         block.forward = partial(_forward, compiled, block)
 
 
