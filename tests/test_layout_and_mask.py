@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
+from layouts import CHANNELS, PAD, random_spans, small_model
 
 from omni.layout import IGNORE, LatentSpan, Shape, TokenSpan, lay_out, pack
 from omni.mask import Fields, dense, flex, oracle
@@ -17,29 +17,33 @@ def all_fields(batch) -> Fields:  # noqa: ANN001
     return batch.context.fields.then(batch.refine.fields)
 
 
+def random_rows(key: Key, rows: int = 50) -> Fields:
+    """The fields of `rows` random layouts: several documents each, context of 40 and refine stream of 30 positions."""
+    documents, number = [], 0
+    while len(documents) < 3 * rows:
+        spans = random_spans(key.fold(number), 3)
+        number += 1
+        one = lay_out(spans, PAD)
+        if len(one.ids) <= 40 and 2 * sum(len(span.latents) for _, span, _ in one.blocks) <= 30:
+            documents.append(spans)
+    trim = [key.fold("trim", n).python().random() < 0.5 for n in range(len(documents))]
+    [batch], _ = pack(documents, [Shape(rows, 40, 30)], channels=CHANNELS, pad_id=PAD, copies=2, trim=trim)
+    return all_fields(batch)
+
+
 @pytest.mark.parametrize("part", range(4))
-def test_dense_equals_oracle_on_500_random_layouts(part: int) -> None:
-    """Four parts of 500: 2,000 layouts, every entry of context + refine compared."""
-    for n in range(500):
-        batch = random_batch(Key(n).fold("layout", part), num_documents=1 + n % 3, copies=1 + n % 2, rows=1)
-        fields = all_fields(batch)
-        cut = Fields(fields.document[:, :48], fields.block[:, :48], fields.copy[:, :48])
-        rest = Fields(fields.document[:, -24:], fields.block[:, -24:], fields.copy[:, -24:])
-        keys = cut.then(rest)
-        assert torch.equal(dense(keys, keys), oracle(keys, keys))
-
-
-def test_flex_equals_dense() -> None:
-    """The FlexAttention lowering, entry by entry, on random layouts (forward only: CPU)."""
+def test_dense_equals_flex_equals_oracle_on_500_random_layouts(part: int) -> None:
+    """Four parts of 500: 2,000 layouts, every entry of context + refine compared (flex: its mask, forward, CPU)."""
     from torch.nn.attention.flex_attention import create_mask
 
-    for n in range(40):
-        batch = random_batch(Key(n).fold("flex"), num_documents=2, rows=1)
-        fields = all_fields(batch)
-        length = fields.document.shape[1]
-        block_mask = flex(fields, fields)
-        entries = create_mask(block_mask.mask_mod, 1, None, length, length, device="cpu")[:, 0]
-        assert torch.equal(entries, dense(fields, fields))
+    for n in range(10):
+        fields = random_rows(Key(n).fold("layouts", part))
+        rows, length = fields.document.shape
+        assert (rows, length) == (50, 70)
+        expected = oracle(fields, fields)
+        assert torch.equal(dense(fields, fields), expected)
+        predicate = flex(fields, fields).mask_mod
+        assert torch.equal(create_mask(predicate, rows, None, length, length, device="cpu")[:, 0], expected)
 
 
 def test_the_rule_in_words() -> None:

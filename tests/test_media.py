@@ -201,9 +201,9 @@ def test_video_files(side: int, tmp_path: Path) -> None:
 def test_video_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"x" * 99)
-    with pytest.raises(ImportError, match=r"pip install 'omni\[video\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'omni-flow\[video\]'"):
         media.load_video(tmp_path / "a.mp4")
-    with pytest.raises(ImportError, match=r"pip install 'omni\[video\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'omni-flow\[video\]'"):
         media.save_video(PIXELS[None], tmp_path / "b.mp4")
     assert os.listdir(tmp_path) == ["a.mp4"]
 

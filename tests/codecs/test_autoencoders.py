@@ -125,7 +125,7 @@ def test_errors_name_the_value_and_the_way_out(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="do not belong to the configuration"):
         AutoencoderCodec.from_config(config, "test").load_weights({"x": torch.zeros(1)}, "weights")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"pip install 'omni\[vae\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'omni-flow\[vae\]'"):
         AutoencoderCodec.from_config(config, "test")
 
 

@@ -1,0 +1,84 @@
+"""The bundled model, as a user meets it: it loads, keeps the contract, and answers with the right pictures in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import omni
+from eval.metrics.emoji_judge import Judge
+from omni.document import Text
+from omni.emoji_world import Atlas
+from omni.emoji_world.documents import EmojiWorld, prompt_of
+from omni.emoji_world.scene import Scene, single
+from omni.layout import LatentSpan
+from omni.model import BUNDLED
+from omni.reply import GenerationOptions, ImagePart, TextPart
+from omni.verify import verify
+
+pytestmark = pytest.mark.skipif(not (BUNDLED / "manifest.json").is_file(), reason="there is no bundled model")
+
+
+@pytest.fixture(scope="module")
+def model() -> omni.Omni:
+    return omni.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def atlas() -> Atlas:
+    return Atlas()
+
+
+def test_contract(model: omni.Omni) -> None:
+    for check in verify(model):
+        assert check.holds, check
+
+
+def test_it_draws_what_is_asked(model: omni.Omni, atlas: Atlas) -> None:
+    """At least 7 of 8 common emoji are their own nearest neighbour among all names of the vocabulary."""
+    names = ["red apple", "cat", "pizza", "banana", "rocket", "guitar", "dog", "sunflower"]
+    replies = model.generate_batch([f"draw a {name}" for name in names], GenerationOptions(), seeds=range(8))
+    pictures = torch.stack([reply.document.images()[-1].pixels for reply in replies])
+    found = Judge(atlas).name_single(pictures, [single(name, "white") for name in names])
+    assert sum(f.name == name for f, name in zip(found, names, strict=True)) >= 7
+
+
+def test_a_story_alternates_text_and_pictures(model: omni.Omni) -> None:
+    reply = model.generate("tell a story in 3 pictures about a cat", seed=0)
+    assert [type(part) for part in reply.parts] == [TextPart, ImagePart] * 3
+    assert all(part.text.strip() for part in reply.parts if isinstance(part, TextPart))
+
+
+def test_text_questions_get_text(model: omni.Omni) -> None:
+    for question in ("hello", "is a red apple a fruit?"):
+        reply = model.generate(question)
+        assert reply.text and not reply.images
+
+
+def test_the_picture_is_read_back(model: omni.Omni) -> None:
+    """Draw, attach the drawing, ask for its name: the two directions of one model agree."""
+    picture = model.generate("draw a red apple", seed=1).images[0]
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]
+    assert model.generate([{"role": "user", "content": content}]).text == "red apple"
+
+
+def test_codec_keeps_scenes_above_30_db(model: omni.Omni, atlas: Atlas) -> None:
+    from omni.codecs.codec import psnr
+    from omni.emoji_world import random_scene, render
+    from omni.rng import Key
+
+    scenes: list[Scene] = [random_scene(Key(1).fold("bundled", n), atlas, "heldout") for n in range(48)]
+    pixels = torch.stack([render(scene, atlas) for scene in scenes])
+    assert model.codec is not None
+    restored = model.codec.decode(model.codec.encode(pixels))
+    assert float(psnr(pixels, restored).mean()) >= 30
+
+
+def test_held_out_documents_fit_the_trained_layout(model: omni.Omni, atlas: Atlas) -> None:
+    """Every held-out request composes, with its pictures as blocks of 4 x 4 latents."""
+    world = EmojiWorld(atlas, split="heldout")
+    for index in range(24):
+        document = prompt_of(world.document(index))
+        spans = model.spans(document, generation_prompt=True)
+        assert all(span.grid == (1, 4, 4) for span in spans if isinstance(span, LatentSpan))
+        assert any(isinstance(s, Text) and s.text for s in document.segments)
