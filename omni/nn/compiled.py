@@ -25,7 +25,7 @@ def compile_blocks(transformer: Transformer) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)  # type: ignore[attr-defined]
     compiled = torch.compile(Block.forward, dynamic=False)
     for block in transformer.blocks:
-        block.forward = partial(_forward, compiled, block)
+        block.forward = partial(_forward, compiled, block)  # type: ignore[arg-type]
 
 
 def _forward(compiled: Any, block: Block, *arguments: Any, **options: Any) -> torch.Tensor:
