@@ -16,7 +16,7 @@ This module knows no tokenizer, no codec, no network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -93,7 +93,6 @@ class Batch:
     documents: tuple[int, ...] = ()  # uids of the packed documents
     num_context: int = 0  # context positions that are not padding
     num_refine: int = 0
-    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.layout import Batch, LatentSpan, Shape, Span, Stream, TokenSpan, pack
+from omni.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.model import Omni
 from omni.nn.step import TokenStep
 from omni.prefill import append_ids, append_spans, refine_stream
@@ -124,10 +124,10 @@ def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> lis
     x = torch.cat([item[0] for item in noisy])[None].to(logits.device)
     t, s = (torch.tensor([item[k] for item in noisy], device=logits.device) for k in (1, 2))
     flow = model.velocity(x, t, s, torch.ones_like(t), batch.refine, batch.item, memory)[0]
-    return _split(documents, batch, logits, flow)
+    return _split(documents, logits, flow)
 
 
-def _split(documents: Sequence[Sequence[Span]], batch: Batch, logits: Tensor, flow: Tensor) -> list[Outputs]:
+def _split(documents: Sequence[Sequence[Span]], logits: Tensor, flow: Tensor) -> list[Outputs]:
     out, i, j = [], 0, 0
     for document in documents:
         one = Outputs([], [])

@@ -1,7 +1,7 @@
 """Attention backends behind one function, chosen by name or by what the machine has; all equal where they overlap.
 
     math    explicit softmax; the only one under forward-mode differentiation; the default for training on the CPU,
-            where its backward is 1.4 times faster than SDPA's on rows of a few hundred positions
+            where it made a whole training step 1.4 times faster than SDPA on rows of 64 to 400 positions
     sdpa    torch's scaled_dot_product_attention with the dense mask; the default for inference on the CPU
     flex    FlexAttention with a block mask; the default on CUDA (its backward exists on CUDA only)
     flash   the flash-attn package (varlen), CUDA, for a context stream of plain text only
