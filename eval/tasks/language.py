@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from eval.requests import RequestOptions, of_kinds, panel, replies, requests
 from eval.task import Context, Measure, Outcome, percentage, task
 from omni.document import Document, Role
+from omni.reply import Reply
 
 NAME_KINDS = ("plain", "tone", "language")
 TEXT_KINDS = ("is", "translate", "english", "member")
@@ -19,16 +22,7 @@ def naming(context: Context, options: RequestOptions) -> Outcome:
         not reply.images and reply.text.strip() == document.meta["answer"]
         for document, reply in zip(documents, answers, strict=True)
     ]
-    measures = [Measure("right", percentage(right), "%")]
-    for kind in NAME_KINDS:
-        flags = [flag for flag, document in zip(right, documents, strict=True) if document.meta["kind"] == kind]
-        if flags:
-            measures.append(Measure(kind, percentage(flags), "%"))
-    panels = [
-        panel(d, reply, [], f"expected: {d.meta['answer']}", flag)
-        for d, reply, flag in zip(documents, answers, right, strict=True)
-    ]
-    return Outcome(measures, panels, notes=[note])
+    return by_kind(documents, answers, right, NAME_KINDS, note)
 
 
 class WhenOptions(RequestOptions):
@@ -83,8 +77,15 @@ def questions(context: Context, options: QuestionOptions) -> Outcome:
     for document, reply in zip(documents, answers, strict=True):
         allowed = document.meta["members"] if document.meta["kind"] == "member" else [document.meta["answer"]]
         right.append(not reply.images and reply.text.strip() in allowed)
+    return by_kind(documents, answers, right, TEXT_KINDS, note)
+
+
+def by_kind(
+    documents: Sequence[Document], answers: Sequence[Reply], right: Sequence[bool], kinds: Sequence[str], note: str
+) -> Outcome:
+    """The share of right answers, over all and for each kind of request that occurs, with a panel per answer."""
     measures = [Measure("right", percentage(right), "%")]
-    for kind in TEXT_KINDS:
+    for kind in kinds:
         flags = [flag for flag, document in zip(right, documents, strict=True) if document.meta["kind"] == kind]
         if flags:
             measures.append(Measure(kind, percentage(flags), "%"))
