@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from omni.config import load_toml
+from omni.nn.precision import fast_bf16
 from train import loop
 from train.assemble import assemble, publish_model
 from train.data.loader import TooManyCorrupt
@@ -78,6 +79,7 @@ def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
     tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
+    tracker.say(_precision(recipe))
     try:
         finished = loop.train(run, tracker, stop, _sheets(tracker))
         if finished:
@@ -117,6 +119,7 @@ def dry_run(recipe: Recipe, out: Path) -> int:
     made = sum(batch.ids.numel() + batch.item.numel() for batch in packed.batches)
     facts = {
         "parameters": parameters,
+        "precision": _precision(recipe),
         "of them with Muon": f"{_muon_share(run):.0%}",
         "model file": f"{2 * parameters / 1e6:.1f} MB in bf16",
         "a batch": f"{len(packed.documents)} documents, {used} positions ({used / made:.0%} of {', '.join(shapes)})",
@@ -139,6 +142,14 @@ def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
             tracker.say(f"no sample sheet at step {run.progress.step}: {type(error).__name__}: {error}")
 
     return sheet
+
+
+def _precision(recipe: Recipe) -> str:
+    """What the forward pass computes in, and a warning where that is known to be slow."""
+    if not recipe.autocasts:
+        return f"float32 on {recipe.device}" + ("" if recipe.autocast == "none" else ", which has no fast bfloat16")
+    slow = "" if fast_bf16(recipe.device) else "; this device has no fast bfloat16: autocast=auto would be far faster"
+    return f"bfloat16 autocast on {recipe.device}{slow}"
 
 
 def _muon_share(run: loop.Run) -> float:

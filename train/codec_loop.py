@@ -28,6 +28,7 @@ from omni.codecs import AutoencoderCodec, codecs, load_codec, psnr
 from omni.codecs.autoencoders import to_pictures, to_pixels
 from omni.config import Frozen, build, canonical_json, load_toml
 from omni.emoji_world import Atlas, random_scene, render
+from omni.nn.precision import fast_bf16
 from omni.rng import Key
 
 STATE_FILE = "state.safetensors"
@@ -192,7 +193,7 @@ class CodecRun:
                 self.keeps_latents = type(source) is family
                 for part in codec.encoder_parts() if self.keeps_latents else AutoencoderCodec.encoder_parts(codec):
                     part.requires_grad_(False)
-        codec.precision = "bfloat16"
+        codec.precision = "bfloat16" if fast_bf16() else "float32"
         return codec
 
     def train_step(self) -> dict[str, float]:

@@ -56,7 +56,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     """
     recipe, step = run.recipe, run.progress.step
     batches = [batch.to(recipe.device) for batch in packed.batches]
-    with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocast == "bf16"):
+    with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts):
         parts = [run.model.loss(batch, run.objectives, run.key.fold("draws")) for batch in batches]
     means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()

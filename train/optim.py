@@ -1,6 +1,6 @@
 """Optimisers behind one face: Muon for the hidden matrices of the transformer, AdamW for everything else.
 
-Muon (torch.optim.Muon; update RMS matched to AdamW's, arXiv 2502.16982) wants 2-D weights that map hidden to
+Muon (train/muon.py; update RMS matched to AdamW's, arXiv 2502.16982) wants 2-D weights that map hidden to
 hidden: attention and feed-forward matrices. Embeddings, output heads, norms, biases and modulation stay with AdamW.
 The learning rate is `rate * multiplier`, set before every step from the schedule, so no scheduler has state.
 """
@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from omni.config import Frozen
+from train.muon import Muon
 
 _NOT_HIDDEN = ("embed", "modulat", "norm", "head", "readout", "scale", "table")
 
@@ -69,13 +70,7 @@ class Optimiser:
         rest = [p for _, p in named if p not in taken]
         self._parts: list[tuple[str, float, torch.optim.Optimizer]] = []
         if hidden:
-            muon = torch.optim.Muon(
-                hidden,
-                lr=config.muon_rate,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            muon = Muon(hidden, config.muon_rate, config.weight_decay, config.momentum)
             self._parts.append(("muon", config.muon_rate, muon))
         if rest:
             matrices = [p for p in rest if p.ndim >= 2]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from omni.config import Frozen
+from omni.nn.precision import fast_bf16
 from omni.nn.transformer import TransformerConfig
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
@@ -60,7 +61,7 @@ class Recipe(Frozen):
     max_minutes: float | None = Field(None, gt=0)
     device: str = "cpu"
     threads: int = Field(1, ge=1)
-    autocast: Literal["bf16", "none"] = "bf16"
+    autocast: Literal["auto", "bf16", "none"] = Field("auto", description="auto: bf16 where the device is fast at it")
     compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
     codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
@@ -92,6 +93,11 @@ class Recipe(Frozen):
     def identity(self) -> dict[str, Any]:
         """The JSON of every field that changes numbers."""
         return self.model_dump(mode="json", exclude=FREE)
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether the forward pass runs under bfloat16 autocast."""
+        return fast_bf16(self.device) if self.autocast == "auto" else self.autocast == "bf16"
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""
