@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,26 +60,59 @@ class OmniConfig(Frozen):
 
 @dataclass
 class FlowCall:
-    """F(x, t, s) of one batch: what an objective sees. It closes over the model and the context's memory."""
+    """F(x, t, s) of one batch: what an objective sees (see objectives.base.FlowCall). Closes over model and context.
+
+    `frozen`: results have no graph. `averages`: the target network, whose own context pass is made when first asked.
+    """
 
     model: Omni
-    stream: Stream
-    item: Tensor
+    batch: Batch
     memory: Memory
     guidance: Tensor  # (I,) beta = 1 / w
+    averages: Omni | None = None
+    frozen: bool = False
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return self.model.velocity(x, t, s, self.guidance, self.stream, self.item, self.memory)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.model.velocity(x, t, s, self.guidance, self.batch.refine, self.batch.item, self.memory)
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
-        frozen = Memory(
-            [k.detach() for k in self.memory.keys], [v.detach() for v in self.memory.values], self.memory.fields
-        )
+        return directional(self._plain(self.memory.detach()), (x, t, s), (dx, dt, ds))
+
+    def with_derivative(
+        self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(self._plain(self.memory), (x, t, s), (dx, dt, ds))
+
+    def _plain(self, memory: Memory) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """F as a function that forward-mode differentiation can pass."""
 
         def function(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return self.model.velocity(x, t, s, self.guidance, self.stream, self.item, frozen, tangents=True)
+            return self.model.velocity(
+                x, t, s, self.guidance, self.batch.refine, self.batch.item, memory, tangents=True
+            )
 
-        return directional(function, (x, t, s), (dx, dt, ds))
+        return function
+
+    @cached_property
+    def _target(self) -> FlowCall:
+        if self.averages is None:
+            return replace(self, memory=self.memory.detach(), frozen=True)
+        with torch.no_grad():
+            _, memory = self.averages.context(self.batch)
+        return FlowCall(self.averages, self.batch, memory, self.guidance, frozen=True)
+
+    def target(self) -> FlowCall:
+        return self._target
+
+    def null(self) -> FlowCall:
+        raise ValueError("this batch has no null contexts; guidance in training needs them")
+
+    def guided(self, beta: Tensor) -> FlowCall:
+        call = replace(self, guidance=beta)
+        if "_target" in self.__dict__:  # the target's context does not depend on guidance: keep it
+            call.__dict__["_target"] = replace(self._target, guidance=beta)
+        return call
 
 
 class Omni(nn.Module):
@@ -98,9 +132,18 @@ class Omni(nn.Module):
 
     # ---- training forward -----------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, objectives: Sequence[Objective], key: Key) -> dict[str, Terms]:
-        """One context pass, then each objective. Returns named (sum, count) terms; absent modalities give count 0."""
-        hidden, memory = self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
+    def context(self, batch: Batch) -> tuple[Tensor, Memory]:
+        """The context stream of a batch: hidden states (R, T, W), and what the refine stream reads of it."""
+        return self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
+
+    def loss(
+        self, batch: Batch, objectives: Sequence[Objective], key: Key, averages: Omni | None = None
+    ) -> dict[str, Terms]:
+        """One context pass, then each objective. Returns named (sum, count) terms; absent modalities give count 0.
+
+        averages: the target network of objectives that want one (see `Objective.target_decay`).
+        """
+        hidden, memory = self.context(batch)
         terms: dict[str, Terms] = {}
         for objective in objectives:
             name = type(objective).__name__
@@ -110,7 +153,7 @@ class Omni(nn.Module):
             elif isinstance(objective, FlowObjective) and batch.num_items:
                 items = Items(batch.refine_latents, batch.item, batch.item_names)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
-                call = FlowCall(self, batch.refine, batch.item, memory, beta)
+                call = FlowCall(self, batch, memory, beta, averages)
                 terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
             elif isinstance(objective, FlowObjective):
                 terms[name] = Terms(hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from omni.layout import Shape, pack
 from omni.objectives import OBJECTIVES, FlowObjective, build_objective
-from omni.objectives.base import Items, TimeDistribution
+from omni.objectives.base import Items
+from omni.objectives.times import TimeDistribution
 from omni.rng import Key
 from omni.samplers import SAMPLERS, time_grid
 
@@ -131,7 +132,7 @@ def test_derivative_of_the_model_equals_central_differences() -> None:
     h = 1e-6
     with torch.no_grad():
         wanted = (call(x + h * v, t + h, s) - call(x - h * v, t - h, s)) / (2 * h)
-    mask = call.item >= 0
+    mask = call.batch.item >= 0
     assert float((found - wanted)[mask].abs().max()) < 1e-6 * float(wanted[mask].abs().max())
 
 
@@ -139,10 +140,10 @@ def test_there_is_no_tangent_between_copies() -> None:
     """The trap: were copies to see one another, moving one would move another's F."""
     model = small_model(dtype=torch.float64)
     call, x, t, s, v = model_call(model)
-    only = (call.item == 0).unsqueeze(-1)
+    only = (call.batch.item == 0).unsqueeze(-1)
     moved = call.derivative(x, t, s, torch.where(only, v, 0.0), torch.zeros_like(t), torch.zeros_like(s))
-    assert float(moved[call.item == 0].abs().max()) > 0
-    assert float(moved[call.item > 0].abs().max()) == 0
+    assert float(moved[call.batch.item == 0].abs().max()) > 0
+    assert float(moved[call.batch.item > 0].abs().max()) == 0
 
 
 def model_call(model):  # noqa: ANN001, ANN202
@@ -151,19 +152,19 @@ def model_call(model):  # noqa: ANN001, ANN202
     batch = random_batch(Key(11).fold("tangent"), num_documents=3, copies=3, rows=2)
     with torch.no_grad():
         batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
-        _, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+        _, memory = model.context(batch)
     key = Key(12)
     t = key.uniform((batch.num_items,), torch.float64) * 0.8 + 0.2
     x, v = (key.fold(n).normal(tuple(batch.refine_latents.shape), torch.float64) for n in "xv")
-    return FlowCall(model, batch.refine, batch.item, memory, torch.ones_like(t)), x, t, t * 0.5, v
+    return FlowCall(model, batch, memory, torch.ones_like(t)), x, t, t * 0.5, v
 
 
 def test_time_draws_are_stratified_over_copies_and_keyed_by_item() -> None:
     items = Items(torch.zeros(1, 4, 1), torch.arange(4)[None], [(7, 0, c) for c in range(4)])
-    t = TimeDistribution(kind="uniform").draw(items, Key(0), "time")
-    assert torch.allclose(t.sort().values.diff(), torch.full((3,), 0.25), atol=1e-6)
+    t = TimeDistribution(kind="uniform").draw(items.names, Key(0), "time")
+    assert torch.allclose(t.sort().values.diff(), torch.full((3,), 0.25).double(), atol=1e-6)
     alone = Items(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), [(7, 0, 0)])
-    assert float(TimeDistribution(kind="uniform").draw(alone, Key(0), "time")) == float(t[0])
+    assert float(TimeDistribution(kind="uniform").draw(alone.names, Key(0), "time")) == float(t[0])
 
 
 # ---- samplers ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Legend: L layers, R rows, G key heads, M capacity in positions, D head width, N 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class Memory:
     values: list[Tensor]
     fields: Fields
     uniform: bool = False  # True: every key is visible to every refine query, so no mask is needed
+
+    def detach(self) -> Memory:
+        """The same memory without a graph."""
+        return replace(self, keys=[k.detach() for k in self.keys], values=[v.detach() for v in self.values])
 
 
 class KVCache:

@@ -1,4 +1,4 @@
-"""What objectives share: Terms, the callables they see, keyed draws of times and noise.
+"""What objectives share: Terms, the callable they see, keyed draws of noise, means per item.
 
 Time: t = 1 is noise, t = 0 data, s <= t. x_t = (1 - t) x0 + t eps, v = eps - x0, jump x + (s - t) F.
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from omni.config import Frozen, Registry
+from omni.objectives.times import Name, TimeDistribution
 from omni.rng import Key
 
 OBJECTIVES: Registry = Registry("objective")
@@ -31,12 +33,31 @@ class Terms:
 
 
 class FlowCall(Protocol):
-    """F(x, t, s): x (R, S, C); t, s (I,); returns (R, S, C)."""
+    """F(x, t, s): x (R, S, C); t, s (I,); returns (R, S, C). Closes over a network and the context of every item."""
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor: ...
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
         """d/dh F(x + h dx, t + h dt, s + h ds) at h = 0, without a graph (for stop-gradient targets)."""
+        ...
+
+    def with_derivative(
+        self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(F, its derivative as above), both with a graph: gradients flow through the tangent too."""
+        ...
+
+    def target(self) -> FlowCall:
+        """The target network: averaged weights where the trainer keeps them (see `Objective.target_decay`), else the
+        present ones. Its results have no graph."""
+        ...
+
+    def null(self) -> FlowCall:
+        """The same items with their condition dropped. ValueError where the batch has no null contexts."""
+        ...
+
+    def guided(self, beta: Tensor) -> FlowCall:
+        """The same call, told the guidance beta = 1 / w (I,) of every item; 1 is no guidance and the default."""
         ...
 
 
@@ -46,54 +67,86 @@ class Items:
 
     latents: Tensor  # (R, S, C)
     item: Tensor  # (R, S)
-    names: Sequence[tuple[int, int, int]]  # (document, block, copy) of each item
+    names: Sequence[Name]  # (document, block, copy) of each item
+    is_null: Tensor | None = None  # (I,) bool: the items whose condition was dropped; None: of none
+
+    def __len__(self) -> int:
+        return len(self.names)
 
     def expand(self, value_I: Tensor) -> Tensor:
-        """(I,) -> (R, S, 1), each position with the value of its item."""
-        return value_I[self.item.clamp(min=0)].unsqueeze(-1)
+        """(I,) -> (R, S, 1), each position with the value of its item; in the latents' dtype."""
+        return value_I.to(self.latents.dtype)[self.item.clamp(min=0)].unsqueeze(-1)
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
+        """(R, S) bool: what is not padding."""
         return self.item >= 0
 
-    def noise(self, key: Key) -> Tensor:
+    @cached_property
+    def counts(self) -> Tensor:
+        """(I,) float32: positions of each item."""
+        return self.total(torch.ones(self.item.shape, device=self.item.device))
+
+    def total(self, value_RS: Tensor) -> Tensor:
+        """(R, S) -> (I,): the sum of a value over each item's positions, in the value's dtype; padding ignored."""
+        index = self.item.clamp(min=0).flatten()
+        out = torch.zeros(len(self.names), device=value_RS.device, dtype=value_RS.dtype)
+        return out.index_add(0, index, torch.where(self.mask, value_RS, 0).flatten())
+
+    def mean(self, value_RS: Tensor) -> Tensor:
+        """(R, S) -> (I,): the mean over each item's positions."""
+        return self.total(value_RS) / self.counts.to(value_RS.dtype).clamp(min=1)
+
+    def terms(self, loss_I: Tensor, weight: float) -> Terms:
+        """A loss per item, as a sum over latents: an item counts by its number of positions."""
+        counts = self.counts.to(loss_I.dtype)
+        return Terms((loss_I * counts).sum(), float(self.counts.sum()), weight)
+
+    def flat(self, value_RSC: Tensor) -> Tensor:
+        """(R, S, C) -> (I, N, C): every item's positions, in order. ValueError if the items differ in size."""
+        sizes = set(self.counts.tolist())
+        if len(sizes) > 1:
+            raise ValueError(
+                f"items of {sorted(int(n) for n in sizes)} latents in one batch; this objective compares whole blocks, "
+                "so give it pictures of one size"
+            )
+        return value_RSC[self.mask].unflatten(0, (len(self.names), -1))  # items stand in flat order (layout.pack)
+
+    def unflat(self, value_INC: Tensor) -> Tensor:
+        """Inverse of `flat`; zero on padding."""
+        out = value_INC.new_zeros(*self.item.shape, value_INC.shape[-1])
+        out[self.mask] = value_INC.flatten(0, 1)
+        return out
+
+    def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(R, S, C) standard normal; the noise of an item depends on (key, document, block, copy) alone."""
         counts = torch.bincount(self.item[self.mask].cpu(), minlength=len(self.names)).tolist()
         channels = self.latents.shape[-1]
-        parts = [key.fold("noise", *name).normal((n, channels)) for name, n in zip(self.names, counts, strict=True)]
+        parts = [key.fold(purpose, *name).normal((n, channels)) for name, n in zip(self.names, counts, strict=True)]
         out = torch.zeros(self.latents.shape, dtype=torch.float32)
         if parts:
             out[self.mask.cpu()] = torch.cat(parts)  # items stand in flat order (see layout.pack)
         return out.to(self.latents.device, self.latents.dtype)
 
+    def times(self, *values_I: Tensor) -> tuple[Tensor, ...]:
+        """Times as drawn (float64, CPU) -> on the latents' device, in float32 or better: never in half precision."""
+        dtype = torch.promote_types(self.latents.dtype, torch.float32)
+        return tuple(value.to(self.latents.device, dtype) for value in values_I)
 
-class TimeDistribution(Frozen):
-    """How t is drawn: uniform, or logit-normal sigmoid(mean + std z) (SD3, arXiv 2403.03206). The copies of one block
-    are stratified: their quantiles are spread evenly, from one keyed offset."""
-
-    kind: Literal["uniform", "logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    std: float = 1.0
-
-    def draw(self, items: Items, key: Key, purpose: str) -> Tensor:
-        """(I,) float32 in (0, 1), each depending on (key, document, block, copy) alone."""
-        copies = 1 + max((copy for _, _, copy in items.names), default=0)
-        offsets = {}
-        values = []
-        for document, block, copy in items.names:
-            at = (document, block)
-            if at not in offsets:
-                offsets[at] = key.fold(purpose, *at).python().random()
-            values.append((offsets[at] + copy / copies) % 1.0)
-        u = torch.tensor(values, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-        t = u if self.kind == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
-        return t.float().to(items.latents.device)
+    def interpolate(self, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = (1 - t) x0 + t eps."""
+        tt = self.expand(t)
+        return (1 - tt) * self.latents + tt * noise
 
 
 class Objective(Frozen, ABC):
-    """An objective with its options. `kind` says what it reads: token logits or flow items."""
+    """An objective with its options. `kind` says what it reads: token logits or flow items.
+
+    `target_decay`: the average of the weights that the trainer keeps for `FlowCall.target()`; None: it keeps none.
+    """
 
     weight: float = 1.0
+    target_decay: ClassVar[float | None] = None
 
     @property
     @abstractmethod
@@ -102,13 +155,14 @@ class Objective(Frozen, ABC):
 
 @dataclass(frozen=True)
 class Draw:
-    """Noisy inputs and the pieces of the target: x_t, v (R, S, C), times t, s (I,)."""
+    """Noisy inputs and the pieces of the target: x_t, v, noise (R, S, C), times t, s (I,). Objectives may extend it."""
 
     x: Tensor
     v: Tensor
     t: Tensor
     s: Tensor
     items: Items
+    noise: Tensor
 
 
 class FlowObjective(Objective):
@@ -121,15 +175,14 @@ class FlowObjective(Objective):
         return "flow"
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
-        """(t, s), each (I,). The base class trains the diagonal s = t."""
-        t = self.time.draw(items, key, "time")
+        """(t, s), each (I,) float64. The base class trains the diagonal s = t."""
+        t = self.time.draw(items.names, key)
         return t, t
 
     def draw(self, items: Items, key: Key) -> Draw:
-        t, s = self.times(items, key)
+        t, s = items.times(*self.times(items, key))
         noise = items.noise(key)
-        tt = items.expand(t)
-        return Draw((1 - tt) * items.latents + tt * noise, noise - items.latents, t, s, items)
+        return Draw(items.interpolate(noise, t), noise - items.latents, t, s, items, noise)
 
     @abstractmethod
     def loss(self, call: FlowCall, draw: Draw) -> Terms: ...
@@ -140,7 +193,18 @@ def build_objective(name: str, **options: Any) -> Objective:
     return OBJECTIVES.get(name)(**options)
 
 
+def jump(call: FlowCall, x: Tensor, t: Tensor, s: Tensor, items: Items) -> Tensor:
+    """f(x, t, s) = x + (s - t) F(x, t, s), (R, S, C)."""
+    return x + items.expand(s - t) * call(x, t, s)
+
+
 def squared_error(prediction: Tensor, target: Tensor, items: Items, weight: float) -> Terms:
-    """Sum over latents of the channel-mean squared error, in float32; the count is the number of latents."""
-    error = (prediction.float() - target.float()).pow(2).mean(-1)
+    """Sum over latents of the channel-mean squared error, in float32 or better; the count is the number of latents."""
+    error = channel_error(prediction, target)
     return Terms((error * items.mask).sum(), float(items.mask.sum()), weight)
+
+
+def channel_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """(R, S, C) twice -> (R, S): mean over channels of the squared difference, in float32 or better."""
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(dtype) - target.to(dtype)).pow(2).mean(-1)

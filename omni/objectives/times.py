@@ -1,0 +1,114 @@
+"""How objectives draw times. t = 1 is noise, t = 0 data, and s <= t is where a jump ends.
+
+One time has a density (`TimeDistribution`); a pair (t, s) is made of two by a rule (`PairDistribution`). Every draw is
+keyed by its item's name (document, block, copy), so it depends on neither packing nor micro-batching.
+
+Legend: I items (noisy copies of blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from omni.config import Frozen
+from omni.rng import Key
+
+Name = tuple[int, int, int]  # (document, block, copy)
+
+
+def uniform_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
+    """(I,) float64 in [0, 1), each a function of (key, purpose, name) alone."""
+    draws = [key.fold(purpose, *name).python().random() for name in names]
+    return torch.tensor(draws, dtype=torch.float64)
+
+
+def stratified_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
+    """(I,) float64 in [0, 1): the copies of one block are spread evenly from one keyed offset."""
+    copies = 1 + max((copy for _, _, copy in names), default=0)
+    offsets = {at: key.fold(purpose, *at).python().random() for at in {name[:2] for name in names}}
+    return torch.tensor([(offsets[name[:2]] + name[2] / copies) % 1.0 for name in names], dtype=torch.float64)
+
+
+class TimeDistribution(Frozen):
+    """The density of one time.
+
+    uniform        U(low, high)
+    logit_normal   sigmoid(mean + std z)                                              (SD3, arXiv 2403.03206)
+    log_normal     sigma = exp(mean + std z), t = sigma / (1 + sigma): the same density, named as EDM names it
+
+    then warped by shift t / (1 + (shift - 1) t) (resolution shift) and held inside [low, high].
+    """
+
+    kind: Literal["uniform", "logit_normal", "log_normal"] = "logit_normal"
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+    shift: float = Field(default=1.0, gt=0)
+    low: float = Field(default=0.0, ge=0, lt=1)
+    high: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TimeDistribution:
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got low={self.low}, high={self.high}")
+        return self
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Inverse distribution function: u in [0, 1] float64 -> t, same shape."""
+        if self.kind == "uniform":
+            t = u
+        else:
+            t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return self.low + (self.high - self.low) * t if self.kind == "uniform" else t.clamp(self.low, self.high)
+
+    def draw(self, names: Sequence[Name], key: Key, purpose: str = "time") -> Tensor:
+        """(I,) float64; the copies of one block are stratified."""
+        return self.quantile(stratified_I(names, key, purpose))
+
+
+class PairDistribution(Frozen):
+    """How t and s <= t are drawn together.
+
+    max_min   (max, min) of two independent draws, `time` and `end`                    (MeanFlow, arXiv 2505.13447)
+    below     t from `time`, s uniform in [low, t]                                     (IMM, arXiv 2503.07565)
+    zero      t from `time`, s = 0                                                     (consistency models)
+    gap       g from `gap`, s from `time` truncated to [0, 1 - g], t = s + g           (TVM, arXiv 2511.19797)
+
+    A keyed share `diagonal` of the items then has s = t.
+    """
+
+    kind: Literal["max_min", "below", "zero", "gap"] = "max_min"
+    time: TimeDistribution = TimeDistribution()
+    end: TimeDistribution | None = None
+    gap: TimeDistribution = TimeDistribution(mean=-0.8)
+    diagonal: float = Field(default=0.0, ge=0, le=1)
+
+    def draw(self, names: Sequence[Name], key: Key) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,) float64."""
+        if self.kind == "max_min":
+            a, b = self.time.draw(names, key), (self.end or self.time).draw(names, key, "end time")
+            t, s = torch.maximum(a, b), torch.minimum(a, b)
+        elif self.kind == "gap":
+            g = self.gap.draw(names, key, "gap")
+            s = self._truncated(1 - g, stratified_I(names, key, "end time"))
+            t = s + g
+        else:
+            t = self.time.draw(names, key)
+            low = self.time.low
+            s = low + (t - low) * uniform_I(names, key, "end time") if self.kind == "below" else torch.zeros_like(t)
+        same = uniform_I(names, key, "diagonal") < self.diagonal
+        return t, torch.where(same, t, s)
+
+    def _truncated(self, high: Tensor, u: Tensor) -> Tensor:
+        """A draw of `time` given that it is at most `high`: quantile(u P(time <= high)), by bisection of quantile."""
+        low_u, high_u = torch.zeros_like(u), torch.ones_like(u)
+        for _ in range(60):
+            middle = (low_u + high_u) / 2
+            inside = self.time.quantile(middle) <= high
+            low_u, high_u = torch.where(inside, middle, low_u), torch.where(inside, high_u, middle)
+        return torch.minimum(self.time.quantile(u * low_u), high)

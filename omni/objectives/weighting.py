@@ -1,0 +1,28 @@
+"""Weights of a loss per item, as small functions over (I,) tensors. Weights never carry a gradient.
+
+Legend: I items. e: mean square error of an item; t, s: its times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adaptive(e: Tensor, power: float, offset: float) -> Tensor:
+    """e / sg(e + offset)^power (MeanFlow, arXiv 2505.13447, eq. 22). Power 0 is the plain square, 1 near a logarithm;
+    power 1/2 weighs like the norm itself (ECT, arXiv 2406.14548)."""
+    return e if power == 0 else e / (e.detach() + offset).pow(power)
+
+
+def pseudo_huber(e: Tensor, c: float) -> Tensor:
+    """sqrt(e + c^2) - c (iCT, arXiv 2310.14189): a square near zero, the norm far away; here of the mean square."""
+    return (e + c * c).sqrt() - c
+
+
+def elbo_sigmoid(t: Tensor, bias: float, power: float) -> Tensor:
+    """IMM's weight of t on the path x_t = (1 - t) x0 + t eps (arXiv 2503.07565, eq. 13):
+    sigmoid(b - lambda) / 2 * (-dlambda/dt) * (1 - t)^power / ((1 - t)^2 + t^2), lambda = 2 log((1 - t) / t)."""
+    t = t.clamp(1e-6, 1 - 1e-6)
+    log_snr = 2 * ((1 - t) / t).log()
+    return 0.5 * torch.sigmoid(bias - log_snr) * 2 / (t * (1 - t)) * (1 - t).pow(power) / ((1 - t) ** 2 + t**2)
