@@ -82,7 +82,8 @@ class FlowCall:
     def with_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(self._plain(self.memory), (x, t, s), (dx, dt, ds))
+        flow, rate = torch.func.jvp(self._plain(self.memory), (x, t, s), (dx, dt, ds))
+        return flow, rate
 
     def _plain(self, memory: Memory) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """F as a function that forward-mode differentiation can pass."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gaussian import LINE, PLANE, Gaussian, GaussianCall, gaussian_items
 from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 from torch import Tensor
 
@@ -17,68 +18,29 @@ from omni.rng import Key
 from omni.samplers import SAMPLERS, time_grid
 
 FLOW = [n for n in OBJECTIVES.names() if issubclass(OBJECTIVES.get(n), FlowObjective)]
-MEAN, STD = 0.7, 0.6  # the Gaussian whose flow map is known in closed form
 
 
-def spread(t: Tensor) -> Tensor:
-    """Standard deviation of x_t for data N(MEAN, STD^2)."""
-    return ((1 - t) ** 2 * STD**2 + t**2).sqrt()
-
-
-def exact_map(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The flow map of Gaussian data: quantiles are kept."""
-    return (1 - s) * MEAN + spread(s) / spread(t) * (x - (1 - t) * MEAN)
-
-
-def exact_velocity(x: Tensor, t: Tensor) -> Tensor:
-    """d/ds of the map at s = t."""
-    return -MEAN + (t - (1 - t) * STD**2) / spread(t) ** 2 * (x - (1 - t) * MEAN)
-
-
-def exact_average(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    gap = s - t
-    safe = torch.where(gap == 0, torch.ones_like(gap), gap)
-    return torch.where(gap == 0, exact_velocity(x, t), (exact_map(x, t, s) - x) / safe)
-
-
-class ExactCall:
-    """The exact average velocity as a callable; `error` spoils it."""
-
-    def __init__(self, items: Items, error: float = 0.0) -> None:
-        self.items, self.error = items, error
-
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return exact_average(x, self.items.expand(t), self.items.expand(s)) + self.error * x
-
-    def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
-        return torch.func.jvp(self.__call__, (x, t, s), (dx, dt, ds))[1]
-
-
-def gaussian_items(num: int = 64, size: int = 4) -> Items:
-    latents = MEAN + STD * Key(3).normal((1, num * size, 2), torch.float64)
-    item = torch.arange(num).repeat_interleave(size)[None]
-    return Items(latents, item, [(n, 0, 0) for n in range(num)])
-
-
-def test_mean_flow_residual_vanishes_at_the_exact_gaussian_map() -> None:
+@pytest.mark.parametrize("law", [LINE, PLANE])
+def test_mean_flow_residual_vanishes_at_the_exact_gaussian_map(law: Gaussian) -> None:
     """With the marginal velocity as tangent the Eulerian identity holds pointwise: residual below 1e-8 in float64."""
     objective = build_objective("mean_flow", diagonal=0.0, power=0.0)
-    items = gaussian_items()
+    items = gaussian_items(law)
     draw = objective.draw(items, Key(0))
-    marginal = replace(draw, v=exact_velocity(draw.x, items.expand(draw.t).double()))
-    exact, wrong = objective.loss(ExactCall(items), marginal), objective.loss(ExactCall(items, 0.1), marginal)
+    marginal = replace(draw, v=law.velocity(draw.x, items.expand(draw.t)))
+    exact, wrong = (objective.loss(GaussianCall(items, law, error), marginal) for error in (0.0, 0.1))
     assert float(exact.sum) / exact.count < 1e-8
     assert float(wrong.sum) / wrong.count > 1e-4
 
 
-def test_flow_matching_reaches_its_irreducible_loss() -> None:
-    """At the exact velocity the loss is Var[v | x_t] = STD^2 / spread(t)^2, within Monte Carlo error; not below it."""
+@pytest.mark.parametrize("law", [LINE, PLANE])
+def test_flow_matching_reaches_its_irreducible_loss(law: Gaussian) -> None:
+    """At the exact velocity the loss is Var[v | x_t] = variance / deviation(t)^2, within Monte Carlo error; not below."""
     objective = build_objective("flow_matching", time={"kind": "uniform"})
-    items = gaussian_items(num=4000)
+    items = gaussian_items(law, num=4000)
     draw = objective.draw(items, Key(1))
-    floor = float((STD**2 / spread(draw.t.double()) ** 2).mean())
-    found = objective.loss(ExactCall(items), draw)
-    spoiled = objective.loss(ExactCall(items, 0.2), draw)
+    floor = float((law.variance / law.deviation(draw.t[:, None]) ** 2).mean())
+    found = objective.loss(GaussianCall(items, law), draw)
+    spoiled = objective.loss(GaussianCall(items, law, 0.2), draw)
     assert abs(float(found.sum) / found.count - floor) < 0.03 * floor
     assert float(spoiled.sum) / spoiled.count > float(found.sum) / found.count + 0.01
 
@@ -176,10 +138,10 @@ def test_samplers_converge_on_the_gaussian_flow(name: str) -> None:
     sampler = SAMPLERS.get(name)
     start = Key(4).normal((500, 1), torch.float64)
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    wanted = exact_map(start, one, zero)
+    wanted = LINE.map(start, one, zero)
 
     def call(x: Tensor, t: float, s: float) -> Tensor:
-        return exact_average(x, torch.tensor(t, dtype=torch.float64), torch.tensor(s, dtype=torch.float64))
+        return LINE.average(x, torch.tensor(t, dtype=torch.float64), torch.tensor(s, dtype=torch.float64))
 
     errors = []
     for steps in (1, 2, 16, 32):
@@ -197,7 +159,7 @@ def test_ddim_is_euler_on_this_path() -> None:
     start = Key(4).normal((50, 1), torch.float64)
 
     def call(x: Tensor, t: float, s: float) -> Tensor:
-        return exact_velocity(x, torch.tensor(t, dtype=torch.float64))
+        return LINE.velocity(x, torch.tensor(t, dtype=torch.float64))
 
     a, b = (list(SAMPLERS.get(name)(call, start, time_grid(7, 3.0)))[-1].x for name in ("euler", "ddim"))
     assert float((a - b).abs().max()) < 1e-14
