@@ -82,7 +82,7 @@ class FlowCall:
     def with_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
     ) -> tuple[Tensor, Tensor]:
-        flow, rate = torch.func.jvp(self._plain(self.memory), (x, t, s), (dx, dt, ds))
+        flow, rate, *_ = torch.func.jvp(self._plain(self.memory), (x, t, s), (dx, dt, ds))
         return flow, rate
 
     def _plain(self, memory: Memory) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

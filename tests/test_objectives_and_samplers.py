@@ -34,7 +34,7 @@ def test_mean_flow_residual_vanishes_at_the_exact_gaussian_map(law: Gaussian) ->
 
 @pytest.mark.parametrize("law", [LINE, PLANE])
 def test_flow_matching_reaches_its_irreducible_loss(law: Gaussian) -> None:
-    """At the exact velocity the loss is Var[v | x_t] = variance / deviation(t)^2, within Monte Carlo error; not below."""
+    """At the exact velocity the loss is Var[v | x_t] = variance / deviation(t)^2, within Monte Carlo error."""
     objective = build_objective("flow_matching", time={"kind": "uniform"})
     items = gaussian_items(law, num=4000)
     draw = objective.draw(items, Key(1))
