@@ -42,11 +42,22 @@ def drop(document: Document, what: Drop) -> Document | None:
 
     None when the document has no supervised picture or clip.
     """
-    targets = [i for i, s in enumerate(document.segments) if not isinstance(s, Text) and s.supervise]
-    if not targets:
-        return None
-    target = document.segments[targets[-1]]
-    before = [replace(s, supervise=False) for s in document.segments[: targets[-1]]]
+    targets = _targets(document)
+    return _reduced(document, targets[-1], what) if targets else None
+
+
+def null_documents(document: Document) -> list[Document]:
+    """For every supervised picture or clip, in order, the document that has it alone behind an empty history."""
+    return [_reduced(document, index, "all") for index in _targets(document)]
+
+
+def _targets(document: Document) -> list[int]:
+    return [i for i, s in enumerate(document.segments) if not isinstance(s, Text) and s.supervise]
+
+
+def _reduced(document: Document, index: int, what: Drop) -> Document:
+    target = document.segments[index]
+    before = [replace(s, supervise=False) for s in document.segments[:index]]
     assert isinstance(target, Image | Video)
     return Document((*reduce(open_turn(before, target.role), what), target), {**document.meta, "dropped": what})
 

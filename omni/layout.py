@@ -93,6 +93,8 @@ class Batch:
     documents: tuple[int, ...] = ()  # uids of the packed documents
     num_context: int = 0  # context positions that are not padding
     num_refine: int = 0
+    dropped: frozenset[int] = frozenset()  # uids of the documents whose condition was dropped
+    null: Batch | None = None  # the same items, in the same order, each behind a history without content
 
     @property
     def num_items(self) -> int:
@@ -109,6 +111,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         def move(value: object) -> object:
             if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, Batch):
                 return value.to(device)
             if isinstance(value, Stream):
                 return Stream(*(getattr(value, f.name).to(device) for f in fields(value)))
@@ -237,6 +241,17 @@ def pack(
         refine_budget = shape.refine_budget if fixed_shape else max(used[1] for used, _ in mine)
         batches.append(_assemble([m for _, m in mine], budget, refine_budget, channels, pad_id, copies))
     return batches, count
+
+
+def lay_rows(
+    documents: Sequence[Sequence[Span]], *, channels: int, pad_id: int, copies: int, uids: Sequence[int]
+) -> Batch:
+    """One document per row, in order, its last block left out of the context; rows as long as the longest."""
+    laid = [lay_out(spans, pad_id, trim_tail=True) for spans in documents]
+    budget = max((len(one.ids) for one in laid), default=1)
+    refine = max((copies * sum(len(span.latents) for _, span, _ in one.blocks) for one in laid), default=1)
+    rows = [[(uid, one)] for uid, one in zip(uids, laid, strict=True)]
+    return _assemble(rows, budget, refine, channels, pad_id, copies)
 
 
 def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:

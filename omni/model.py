@@ -106,14 +106,42 @@ class FlowCall:
     def target(self) -> FlowCall:
         return self._target
 
-    def null(self) -> FlowCall:
-        raise ValueError("this batch has no null contexts; guidance in training needs them")
+    @cached_property
+    def _null(self) -> NullCall:
+        null = self.batch.null
+        if null is None:
+            raise ValueError("this batch has no null contexts; load it with null_contexts=True (guidance needs them)")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            _, memory = self.model.context(null)
+        return NullCall(replace(self, batch=null, memory=memory, guidance=torch.ones_like(self.guidance)), self.batch)
+
+    def null(self) -> NullCall:
+        return self._null
 
     def guided(self, beta: Tensor) -> FlowCall:
         call = replace(self, guidance=beta)
-        if "_target" in self.__dict__:  # the target's context does not depend on guidance: keep it
-            call.__dict__["_target"] = replace(self._target, guidance=beta)
+        if "_null" in self.__dict__:  # contexts do not depend on guidance: those that were made are kept
+            call.__dict__["_null"] = self._null
+        if "_target" in self.__dict__:
+            call.__dict__["_target"] = self._target.guided(beta)
         return call
+
+
+@dataclass
+class NullCall:
+    """F without its condition: `call` has the same items in the same order, each in a row behind an empty history."""
+
+    call: FlowCall
+    batch: Batch
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        there, here = self.call.batch.item >= 0, self.batch.item >= 0
+        moved = x.new_zeros(*there.shape, x.shape[-1])
+        moved[there] = x[here]
+        found = self.call(moved, t, s)
+        out = found.new_zeros(*here.shape, x.shape[-1])
+        out[here] = found[there]
+        return out
 
 
 class Omni(nn.Module):
@@ -152,7 +180,10 @@ class Omni(nn.Module):
                 where = batch.target != IGNORE
                 terms[name] = objective.loss(self.token.read(hidden[where]), batch.target[where])
             elif isinstance(objective, FlowObjective) and batch.num_items:
-                items = Items(batch.refine_latents, batch.item, batch.item_names)
+                is_null = torch.tensor(
+                    [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
+                )
+                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
                 call = FlowCall(self, batch, memory, beta, averages)
                 terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))

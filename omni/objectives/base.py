@@ -8,7 +8,7 @@ Legend: R rows, S refine positions, C channels, I items (noisy copies of blocks)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -52,8 +52,9 @@ class FlowCall(Protocol):
         present ones. Its results have no graph."""
         ...
 
-    def null(self) -> FlowCall:
-        """The same items with their condition dropped. ValueError where the batch has no null contexts."""
+    def null(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """F(x, t, s) of the same items with their condition dropped, without guidance. ValueError where the batch has
+        no null contexts."""
         ...
 
     def guided(self, beta: Tensor) -> FlowCall:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import Field
 
 from omni.config import Frozen
 from omni.document import Document, Image, Video
-from omni.layout import Batch, LatentSpan, Shape, Span, pack
+from omni.guidance import drop, null_documents
+from omni.layout import Batch, LatentSpan, Shape, Span, lay_rows, pack
 from omni.rng import Key
 from train.data.latents import LatentMemo
 from train.data.source import CorruptRecord
@@ -67,6 +68,15 @@ class DropConfig(Frozen):
 
 
 @dataclass(frozen=True)
+class Composed:
+    """One document as spans; for objectives with guidance also one null document per supervised picture or clip."""
+
+    spans: list[Span]
+    nulls: tuple[list[Span], ...] = ()
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
 class Packed:
     """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it."""
 
@@ -85,6 +95,7 @@ class Loader:
         memo: the codec behind its memo.
         channels, pad_id: of the codec's latents; of the tokenizer.
         key: of everything drawn per document here (drop, trim).
+        null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
     """
 
     def __init__(
@@ -98,32 +109,33 @@ class Loader:
         pad_id: int,
         key: Key,
         drop: DropConfig | None = None,
+        null_contexts: bool = False,
     ) -> None:
         self.document, self.compose, self.memo, self.shape = document, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
-        self.drop = drop or DropConfig()
+        self.drop, self.null_contexts = drop or DropConfig(), null_contexts
         self.counts: Counter[str] = Counter(documents=0, skipped=0)
-        self._window: dict[int, list[Span] | str] = {}
+        self._window: dict[int, Composed | str] = {}
 
     def next(self, cursor: int) -> Packed:
         """The batch whose first document is `cursor` or the first good one after it."""
         shape = self.shape
-        spans: dict[int, list[Span]] = {}
+        composed: dict[int, Composed] = {}
         skipped: dict[int, str] = {}
         index, num_context = cursor, 0
         while num_context <= shape.num_context:
-            item = self._spans(index)
+            item = self._composed(index)
             if isinstance(item, str):
                 skipped[index] = item
                 self._check_corrupt(index + 1 - cursor, len(skipped))
             else:
-                spans[index] = item
-                num_context += context_length(item)
+                composed[index] = item
+                num_context += context_length(item.spans)
             index += 1
-        uids = list(spans)
+        uids = list(composed)
         trim = [self.key.fold("trim", uid).python().random() < shape.trim for uid in uids] if shape.trim else None
         batches, num_used = pack(
-            list(spans.values()),
+            [one.spans for one in composed.values()],
             [Shape(s.rows, s.budget, s.refine_budget) for s in shape.shapes],
             channels=self.channels,
             pad_id=self.pad_id,
@@ -136,9 +148,22 @@ class Loader:
         passed = [(i, why) for i, why in skipped.items() if i < after]
         self._window = {i: s for i, s in self._window.items() if i >= after}
         self.counts.update(documents=num_used, skipped=len(passed))
-        return Packed(batches, uids[:num_used], after, passed)
+        return Packed([self._with_nulls(batch, composed) for batch in batches], uids[:num_used], after, passed)
 
-    def _spans(self, index: int) -> list[Span] | str:
+    def _with_nulls(self, batch: Batch, composed: dict[int, Composed]) -> Batch:
+        """The batch, told which of its documents were dropped, and with a null context for each of its items."""
+        batch = replace(batch, dropped=frozenset(uid for uid in batch.documents if composed[uid].dropped))
+        if not self.null_contexts or not batch.num_items:
+            return batch
+        rows = [(uid, spans) for uid in batch.documents for spans in composed[uid].nulls]
+        null = lay_rows(
+            [spans for _, spans in rows], channels=self.channels, pad_id=self.pad_id, copies=self.shape.copies,
+            uids=[uid for uid, _ in rows],
+        )  # fmt: skip
+        assert [(u, c) for u, _, c in null.item_names] == [(u, c) for u, _, c in batch.item_names]
+        return replace(batch, null=null)
+
+    def _composed(self, index: int) -> Composed | str:
         if index not in self._window:
             self._fill(index)
         return self._window[index]
@@ -154,8 +179,20 @@ class Loader:
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
         encoded = iter(self.memo.encode([segment for group in media.values() for segment in group]))
         for index, document in read.items():
-            spans = self.compose(document, _hand_out([next(encoded) for _ in media[index]]))
-            self._window[index] = self._too_long(spans) or spans
+            latents = [next(encoded) for _ in media[index]]
+            spans = self.compose(document, _hand_out(latents))
+            self._window[index] = self._too_long(spans) or Composed(
+                spans, self._nulls(document, latents), "dropped" in document.meta
+            )
+
+    def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:
+        """One null document per supervised picture or clip; `latents` are those of all its media, in order."""
+        if not self.null_contexts:
+            return ()
+        media = [s for s in document.segments if isinstance(s, Image | Video)]
+        kept = [one for one, segment in zip(latents, media, strict=True) if segment.supervise]
+        documents = null_documents(document)
+        return tuple(self.compose(null, _hand_out([one])) for null, one in zip(documents, kept, strict=True))
 
     def _too_long(self, spans: Sequence[Span]) -> str:
         length = context_length(spans)
@@ -173,8 +210,6 @@ class Loader:
         draw = self.key.fold("drop", index).python().random()
         for what, share in self.drop.model_dump().items():
             if draw < share:
-                from omni.guidance import drop
-
                 return drop(document, what) or document  # type: ignore[arg-type]
             draw -= share
         return document
