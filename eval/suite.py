@@ -92,8 +92,9 @@ def load_suite(path: str | Path, overrides: Sequence[str]) -> SuiteBase:
     """Read and validate a suite. Raises ValueError naming the source and the nearest right key, task or row."""
     suite = load_toml(path, overrides, suite_schema())
     for name in suite.tasks:
-        known = TASKS.get(name).rows
+        task = TASKS.get(name)
         options: TaskOptions = getattr(suite, name)
+        known = task.rows_of(options)
         for row in options.bars:
             if row not in known:
                 hint = nearest(row, known) or f"; its rows: {', '.join(known)}"
@@ -117,7 +118,8 @@ def run_suite(suite: SuiteBase, path: str | Path, overrides: Sequence[str], cont
         outcome = task.run(context, options)
         seconds = time.perf_counter() - start
         given = tuple(m.name for m in outcome.measures)
-        assert set(given) <= set(task.rows) and len(given) == len(set(given)), (name, given, task.rows)
+        known = task.rows_of(options)
+        assert set(given) <= set(known) and len(given) == len(set(given)), (name, given, known)
         missing = [row for row in options.bars if row not in given]
         if missing:
             raise ValueError(f"task {name!r} gave no row {missing[0]!r} under these options, yet it has a bar; drop it")

@@ -138,20 +138,29 @@ class Task(Generic[OptionsType]):
     """A registered task: the schema of its options, the short names of its rows, and the function."""
 
     options: type[OptionsType]
-    rows: tuple[str, ...]
+    rows_of: Callable[[OptionsType], tuple[str, ...]]
     run: Callable[[Context, OptionsType], Outcome]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows under the default options."""
+        return self.rows_of(self.options())
 
 
 TASKS: Registry[Task[Any]] = Registry("task")
 
 
 def task(
-    name: str, options: type[OptionsType], rows: Sequence[str]
+    name: str, options: type[OptionsType], rows: Sequence[str] | Callable[[OptionsType], Sequence[str]]
 ) -> Callable[[Callable[[Context, OptionsType], Outcome]], Callable[[Context, OptionsType], Outcome]]:
-    """Decorator that registers a function as the task `name`."""
+    """Decorator that registers a function as the task `name`. A task whose rows follow from its options (one per line
+    of a table, say) gives a function of the options."""
+
+    def rows_of(given: OptionsType) -> tuple[str, ...]:
+        return tuple(rows(given) if callable(rows) else rows)
 
     def register(run: Callable[[Context, OptionsType], Outcome]) -> Callable[[Context, OptionsType], Outcome]:
-        TASKS.register(name)(Task(options, tuple(rows), run))
+        TASKS.register(name)(Task(options, rows_of, run))
         return run
 
     return register

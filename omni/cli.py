@@ -108,6 +108,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _grid(text: str) -> str | tuple[float, ...]:
+    """A name, or times separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if "," in text else text
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of times; for example 1,0.58,0") from None
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
@@ -199,6 +207,7 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="DIR", help="a model directory (default: the bundled model)")
+    sub.add_argument("--compile", action="store_true", help="text several times faster; needs a C++ compiler")
 
 
 def _add_show(sub: argparse.ArgumentParser) -> None:
@@ -214,6 +223,16 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     seed = _number(whole, 0, 2**63 - 1, "the same seed gives the same reply")
     guidance = _number(real, 0, 100, "1 switches guidance off")
     sub.add_argument("--steps", type=steps, metavar="N", help="passes spent on each picture")
+    sub.add_argument("--sampler", metavar="NAME", help="euler, ddim, heun, flow_map, restart or gamma")
+    share = _number(real, 0, 1, "0 adds no noise, 1 is restart")
+    sub.add_argument("--gamma", type=share, metavar="G", help="how much noise the sampler gamma adds again, 0 to 1")
+    sub.add_argument(
+        "--grid", type=_grid, metavar="NAME", help="uniform, edm, midpoint, or the times themselves: 1,0.58,0"
+    )
+    first = _number(real, 1e-6, 1, "1 is noise, and the usual start")
+    sub.add_argument("--start-time", type=first, metavar="T", help="where the first jump starts; 1 is noise")
+    shift = _number(real, 1e-3, 1000, "1 leaves the times where they are")
+    sub.add_argument("--shift", type=shift, metavar="K", help="warp of the times; above 1 lingers at noise")
     sub.add_argument("--seed", type=seed, metavar="S", help="what all draws depend on (default 0)")
     sub.add_argument("--guidance", type=guidance, metavar="W", help="how strongly pictures follow the text; 1 is off")
     sub.add_argument(

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     printer = Printer(protocol=protocol_of(arguments))
     interactive = sys.stdin.isatty()
-    engine = Engine(load_model(arguments.model))
+    engine = Engine(load_model(arguments.model), compile=arguments.compile)
     if interactive:
         _enable_line_editing()
         printer.line("Ask for text and pictures. /help lists the commands, /quit ends.")
@@ -139,7 +139,7 @@ class Chat:
         except ValueError:
             raise ValueError(f"/{name} {word}: give a number") from None
         options = self.options.model_copy(update={name: value})
-        type(options).model_validate(options.model_dump()).resolved(dict(self.engine.model.defaults))
+        self.engine.resolve(type(options).model_validate(options.model_dump()))
         self.options = options
         self.printer.line(f"{name} = {value}")
 

@@ -20,6 +20,7 @@ import torch
 import omni
 from omni import media
 from omni.checkpoint import MANIFEST, DamagedError
+from omni.config import build
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
 from omni.model import BUNDLED, from_pretrained
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     prompt = read_prompt(arguments.prompt)
     pictures = [media.load_image(path) for path in arguments.image]
-    engine = Engine(load_model(arguments.model))
+    engine = Engine(load_model(arguments.model), compile=arguments.compile)
     attached = [Image(fit_picture(engine.model, pixels)) for pixels in pictures]
     request = Document((*attached, Text(prompt)))
     started = time.perf_counter()
@@ -96,7 +97,7 @@ def options_of(arguments: argparse.Namespace) -> GenerationOptions:
     """The options that were given; the rest keep their defaults."""
     given = {name: getattr(arguments, name, None) for name in GenerationOptions.model_fields}
     given["image_size"] = arguments.size
-    return GenerationOptions(**{name: value for name, value in given.items() if value is not None})
+    return build({n: value for n, value in given.items() if value is not None}, GenerationOptions, "command line")
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
@@ -140,7 +141,7 @@ def record(engine: Engine, options: GenerationOptions, path: str | None) -> dict
     manifest = (BUNDLED if path is None else Path(path)) / MANIFEST
     digest = hashlib.blake2b(manifest.read_bytes(), digest_size=16).hexdigest() if manifest.is_file() else None
     return {
-        "options": options.resolved(dict(engine.model.defaults)).model_dump(mode="json"),
+        "options": engine.resolve(options).model_dump(mode="json"),
         "model": {"path": path or "bundled", "digest": digest},
         "versions": {"omni": omni.__version__, "torch": torch.__version__},
     }
@@ -194,7 +195,8 @@ def _add_media(answer: Answer, part: Any) -> None:
         answer.segments.append(Image(media.load_image(part.image), Role.ASSISTANT))
     else:
         answer.segments.append(Video(part.frames, part.fps, Role.ASSISTANT))
-    answer.extras.append({"steps": part.steps, "seed": part.seed, "index": part.index})
+    made = {"steps": part.steps, "evaluations": part.evaluations, "seed": part.seed, "index": part.index}
+    answer.extras.append(made)
 
 
 def _print_media(printer: Printer, segment: Segment, number: int) -> None:

@@ -3,8 +3,10 @@
     outer loop (sequence)    the token head decides what comes next: a text token, a picture, the end (`_text_step`)
     inner loop (refinement)  a block is refined from noise in `steps` jumps, reading the cache (`_refine`)
 
-A finished block is appended to the cache as clean latents; nothing of the refinement is ever cached. Rows share passes:
-all rows that are in text take one cached step together; rows that wait for a block of one size are refined together.
+A finished block is appended to the cache as clean latents; nothing of the refinement is ever cached. What a row has
+said and the cache does not hold yet is `pending`; it is appended when somebody needs to read it (`_flush`), so a forced
+header costs one pass, and a picture is delivered before it is encoded for what follows. Rows share passes: all rows
+that are in text take one cached step together; rows that wait for a block of one size are refined together.
 The same request with the same seed draws the same noise whatever else is in the batch.
 
 Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
@@ -20,12 +22,14 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from omni.config import build
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.guidance import Drop, open_turn, reduce
 from omni.layout import LatentSpan, Span, TokenSpan
 from omni.model import Omni
 from omni.nn.cache import KVCache
-from omni.nn.step import TokenStep, product
+from omni.nn.compiled_step import CompiledStep
+from omni.nn.step import TokenStep
 from omni.prefill import append_ids, append_spans, refine_stream
 from omni.reply import (
     BlockDone,
@@ -43,7 +47,7 @@ from omni.reply import (
     VideoPart,
 )
 from omni.rng import Key
-from omni.samplers import SAMPLERS, time_grid
+from omni.samplers import SAMPLERS
 from omni.samplers.token import draw_token
 from omni.text.chat import messages_to_document
 from omni.text.compose import compose
@@ -64,6 +68,7 @@ class _Media:
     rows: int = 0
     columns: int = 0
     finished: list[Tensor] = field(default_factory=list)  # latents (N, C) of the finished blocks
+    evaluations: int = 0
 
 
 @dataclass
@@ -78,6 +83,7 @@ class _Row:
     num_tokens: int = 0
     num_media: int = 0
     forced: list[int] = field(default_factory=list)  # ids that come next whatever the logits say
+    pending: list[Span] = field(default_factory=list)  # what comes next in the cache
     media: _Media | None = None
     parts: list[Part] = field(default_factory=list)
     reason: StopReason = "end"
@@ -88,9 +94,13 @@ class _Row:
 
 
 class Engine:
-    """Generation with one model. Stateless between calls."""
+    """Generation with one model. Stateless between calls.
 
-    def __init__(self, model: Omni) -> None:
+    compile: text steps of a single row as native code, on the CPU (see nn.compiled_step): takes a second or two and a
+    C++ compiler, and keeps a copy of the weights as they are now. ValueError when that cannot be.
+    """
+
+    def __init__(self, model: Omni, compile: bool = False) -> None:
         if model.tokenizer is None:
             raise ValueError(
                 "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
@@ -99,18 +109,18 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.control = model.tokenizer.control
         self.device = model.token.embedding.weight.device
-        self.step = TokenStep(model.transformer)
+        self.step = (CompiledStep if compile else TokenStep)(model.transformer, model.token.output_weight)
         self.allowed = {phase: self._allowed(phase) for phase in ("text", "text only", "chunks", "rows", "columns")}
 
     # ---- entrances ------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Reply:
         """The whole reply to a string, chat messages or a Document."""
-        return self.generate_batch([prompt], options or GenerationOptions(**changes))[0]
+        return self.generate_batch([prompt], options or build(changes, GenerationOptions, "options"))[0]
 
     def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
         """The events of one reply, in order, as they happen. The last one is Stop."""
-        rows = self._rows([prompt], options or GenerationOptions(**changes), None)
+        rows = self._rows([prompt], options or build(changes, GenerationOptions, "options"), None)
         for _, event in self._run(rows):
             yield event
 
@@ -135,11 +145,15 @@ class Engine:
             document = prompt if isinstance(prompt, Document) else messages_to_document(prompt)
             if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
                 raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
-            one = one.resolved(dict(self.model.defaults))
+            one = self.resolve(one)
             if seeds is not None:
                 one = one.model_copy(update={"seed": int(seeds[number])})
             rows.append(_Row(number, one, list(document.segments), self.tokenizer.stream()))
         return rows
+
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """With the model's own defaults filled in. Raises ValueError naming an impossible value."""
+        return options.resolved({"sampler": self.model.config.sampler, **self.model.defaults})
 
     # ---- outer loop -----------------------------------------------------------------------------------------------
 
@@ -150,37 +164,30 @@ class Engine:
                 self._grid_of(row.options.image_size)  # refuse an impossible size before any work
             if row.options.force_image:
                 row.forced = [self.control.image]
+            prompt = Document(tuple(row.segments))
+            row.pending = compose(prompt, self.tokenizer, self.model.encode_media, True)
         cache = self.model.transformer.new_cache(len(rows), 256)
-        prompts = [compose(Document(tuple(r.segments)), self.tokenizer, self.model.encode_media, True) for r in rows]
-        logits = self._append(cache, prompts)
+        logits = torch.empty(0)
         while any(row.phase != "done" for row in rows):
             waiting = [r for r in rows if r.phase == "block"]
             talking = [r for r in rows if r.phase not in ("block", "done")]
+            forced = [r for r in talking if r.forced]
+            if forced:
+                for row in forced:
+                    row.num_tokens += 1
+                    yield from self._accept(row, row.forced.pop(0))
+                continue
+            logits = self._flush(rows, cache, logits)
             if talking:
-                chosen = self._choose(talking, logits)
-                for row, token in zip(talking, chosen, strict=True):
-                    for event in self._accept(row, token):
-                        yield row.number, event
-                tokens = {r.number: t for r, t in zip(talking, chosen, strict=True) if r.phase != "done"}
-                if tokens:
-                    new = self._append_tokens(cache, tokens)
-                    logits = new if len(tokens) == len(rows) else self._merge(logits, new, list(tokens))
-            elif waiting:
-                for group in self._groups(waiting):
-                    yield from self._draw(group, rows, cache)
-                    after = self._commit(group, rows, cache)
-                    for row in group:
-                        for event in self._finish_block(row):
-                            yield row.number, event
-                    logits = self._merge(logits, after, [r.number for r in group])
+                for row, token in zip(talking, self._choose(talking, logits), strict=True):
+                    yield from self._accept(row, token)
+                continue
+            for group in self._groups(waiting):
+                yield from self._draw(group, rows, cache)
+                for row in group:
+                    yield from self._finish_block(row)
         for row in rows:
             yield row.number, Stop(row.reason)
-
-    @staticmethod
-    def _merge(old: Tensor, new: Tensor, rows: list[int]) -> Tensor:
-        out = old.clone()
-        out[rows] = new[rows]
-        return out
 
     # ---- text -----------------------------------------------------------------------------------------------------
 
@@ -199,18 +206,17 @@ class Engine:
         return mask
 
     def _choose(self, rows: list[_Row], logits: Tensor) -> list[int]:
-        """One id per row: forced, greedy, or drawn by the row's own key."""
+        """One id per row: greedy, or drawn by the row's own key."""
         masks = [
             self.allowed["text only" if r.phase == "text" and r.num_media >= r.options.max_images else r.phase]
             for r in rows
         ]
-        scores = logits[[r.number for r in rows]].float() + torch.stack(masks)
+        mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
+        scores = mine.float() + (masks[0] if len(masks) == 1 else torch.stack(masks))
         greedy = scores.argmax(-1).tolist()
         chosen = []
         for row, best, score in zip(rows, greedy, scores, strict=True):
-            if row.forced:
-                chosen.append(row.forced.pop(0))
-            elif not row.options.temperature:
+            if not row.options.temperature:
                 chosen.append(best)
             else:
                 chosen.append(
@@ -219,7 +225,13 @@ class Engine:
             row.num_tokens += 1
         return chosen
 
-    def _accept(self, row: _Row, token: int) -> Iterator[Event]:
+    def _accept(self, row: _Row, token: int) -> Iterator[tuple[int, Event]]:
+        """The row says one id."""
+        row.pending.append(TokenSpan([token], [False]))
+        for event in self._advance(row, token):
+            yield row.number, event
+
+    def _advance(self, row: _Row, token: int) -> Iterator[Event]:
         """Move the row's state machine by one id."""
         c = self.control
         if row.phase == "text":
@@ -298,25 +310,31 @@ class Engine:
         for row in rows:
             assert row.media is not None
             o = row.options
-            at = (self._grid(row.media), o.steps, o.guidance, o.image_guidance, o.shift, o.sampler)
+            at = (self._grid(row.media), tuple(o.times()), o.guidance, o.image_guidance, o.sampler, o.gamma)
             groups.setdefault(at, []).append(row)
         return list(groups.values())
 
     def _draw(self, group: list[_Row], rows: list[_Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
         """Refine one block of each row of the group; its latents are appended to `media.finished`."""
         options = group[0].options
-        assert group[0].media is not None and options.steps is not None and options.shift is not None
+        assert group[0].media is not None and options.sampler is not None
         grid = self._grid(group[0].media)
         count = grid[0] * grid[1] * grid[2]
         channels = self.model.config.flow.channels
-        start = torch.stack([
-            r.key.fold("block noise", r.media.index, len(r.media.finished)).normal((count, channels))  # type: ignore[union-attr]
-            for r in group
-        ]).to(self.device, self.model.token.embedding.weight.dtype)  # fmt: skip
+        times = options.times()
+        here = (self.device, self.model.token.embedding.weight.dtype)
+
+        def noise(*jump: int) -> Tensor:
+            return torch.stack([
+                r.key.fold("block noise", r.media.index, len(r.media.finished), *jump).normal((count, channels))  # type: ignore[union-attr]
+                for r in group
+            ])  # fmt: skip
+
+        # At a first time t < 1 pure noise is t eps: x_t = (1 - t) x0 + t eps without its data.
+        x = (times[0] * noise()).to(*here)
         call = self._guided_call(group, rows, cache, grid)
-        sampler = SAMPLERS.get(options.sampler or self.model.config.sampler)
-        x = start
-        for state in sampler(call, start, time_grid(options.steps, options.shift)):
+        extra = {} if options.gamma is None else {"gamma": options.gamma}
+        for state in SAMPLERS.get(options.sampler)(call, x, times, noise, **extra):
             x = state.x
             for b, row in enumerate(group):
                 assert row.media is not None
@@ -336,12 +354,15 @@ class Engine:
             null = self.model.transformer.new_cache(len(group), 64)
             self._append(null, [self._null_spans(r, what) for r in group])
             memory_cache = memory_cache.stack(null)
-        memory, stream = memory_cache.memory(), refine_stream(memory_cache, grid, self.device)
+        memory = memory_cache.memory(room=grid[0] * grid[1] * grid[2])
+        stream = refine_stream(memory_cache, grid, self.device)
         B, K = memory_cache.rows, len(branches) + 1
 
         def call(x: Tensor, t: float, s: float) -> Tensor:
             ones = torch.ones(B, device=x.device, dtype=torch.float32)
             F = self.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, None, memory)
+            for row in group:
+                row.media.evaluations += K  # type: ignore[union-attr]
             if K == 1:
                 return F
             full, no_text, nothing = F.chunk(3)
@@ -364,22 +385,15 @@ class Engine:
         grid = self._grid(media)
         return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
 
-    def _commit(self, group: list[_Row], rows: list[_Row], cache: KVCache) -> Tensor:
-        """Append the finished block, clean, to the cache of its row (and close the picture); logits (R, V) after it."""
-        spans: list[list[Span]] = [[] for _ in rows]
-        for row in group:
-            assert row.media is not None
-            spans[row.number].append(LatentSpan(row.media.finished[-1], self._grid(row.media)))
-            if len(row.media.finished) == row.media.chunks:
-                spans[row.number].append(TokenSpan([self.control.media_end], [False]))
-        return self._append(cache, spans)
-
-    def _finish_block(self, row: _Row) -> Iterator[Event]:
+    def _finish_block(self, row: _Row) -> Iterator[tuple[int, Event]]:
+        """The block is context from now on, clean; the last of a picture or clip closes it."""
         media, codec = row.media, self.model.codec
         assert media is not None and codec is not None
+        grid = self._grid(media)
+        row.pending.append(LatentSpan(media.finished[-1], grid))
         if len(media.finished) < media.chunks:
             return  # the next chunk of the clip comes in the next round
-        grid = self._grid(media)
+        row.pending.append(TokenSpan([self.control.media_end], [False]))
         blocks = [z.reshape(*grid, -1) for z in media.finished]
         o = row.options
         assert o.steps is not None
@@ -388,15 +402,15 @@ class Engine:
             pixels = codec.decode(blocks[0])[0].cpu()
             row.segments.append(Image(pixels, Role.ASSISTANT))
             picture = PILImage.fromarray(pixels.numpy(), "RGB")
-            part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index)
+            part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index, media.evaluations)
         else:
             frames = codec.decode_video(blocks).cpu()
             row.segments.append(Video(frames, role=Role.ASSISTANT))
-            part = VideoPart(frames, 8.0, o.steps, o.seed, media.index)
+            part = VideoPart(frames, 8.0, o.steps, o.seed, media.index, media.evaluations)
         row.parts.append(part)
         row.num_media += 1
         row.phase, row.media = "text", None
-        yield BlockDone(part.index, part)
+        yield row.number, BlockDone(part.index, part)
 
     # ---- the cache ------------------------------------------------------------------------------------------------
 
@@ -405,14 +419,23 @@ class Engine:
         hidden = append_spans(self.model, cache, spans, self.control.pad)
         return self.model.token.read(hidden)
 
-    def _append_tokens(self, cache: KVCache, tokens: dict[int, int]) -> Tensor:
-        """One id for the rows named in `tokens`: the hot path of text decoding. Returns logits (R, V)."""
-        ids = [tokens.get(r, self.control.pad) for r in range(cache.rows)]
-        if len(tokens) == cache.rows:
-            return self.read(append_ids(self.model, cache, ids, self.step))
-        spans: list[list[Span]] = [[TokenSpan([ids[r]], [False])] if r in tokens else [] for r in range(cache.rows)]
-        return self._append(cache, spans)
-
-    def read(self, hidden: Tensor) -> Tensor:
-        """Logits (R, V)."""
-        return product(self.model.token.output_weight, hidden)
+    def _flush(self, rows: list[_Row], cache: KVCache, logits: Tensor) -> Tensor:
+        """Append what is pending. Returns logits (R, V) after the last position of each row; of a row with nothing
+        pending, those in `logits`."""
+        spans = [row.pending if row.phase != "done" else [] for row in rows]
+        new = [r for r, one in enumerate(spans) if one]
+        if not new:
+            return logits
+        for row in rows:
+            row.pending = []
+        ids = [
+            one[0].ids[0] for one in spans if len(one) == 1 and isinstance(one[0], TokenSpan) and len(one[0].ids) == 1
+        ]
+        if len(ids) == len(rows):  # the hot path of text decoding
+            return self.step.read(append_ids(self.model, cache, ids, self.step))
+        after = self._append(cache, spans)
+        if len(new) == len(rows):
+            return after
+        merged = logits.clone()
+        merged[new] = after[new]
+        return merged

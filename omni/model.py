@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from omni.document import Document, Image, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.layout import IGNORE, Batch, Span, Stream
 from omni.nn.cache import Memory
-from omni.nn.tangent import directional
+from omni.nn.tangent import Dual, Form, differentiate, lift
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import FlowObjective, Objective, Terms
 from omni.objectives.base import Items
@@ -77,23 +77,18 @@ class FlowCall:
             return self.model.velocity(x, t, s, self.guidance, self.batch.refine, self.batch.item, self.memory)
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
-        return directional(self._plain(self.memory.detach()), (x, t, s), (dx, dt, ds))
+        with torch.no_grad():
+            return self._dual("two_pass", (x, t, s), (dx, dt, ds)).tangent
 
     def with_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
     ) -> tuple[Tensor, Tensor]:
-        flow, rate, *_ = torch.func.jvp(self._plain(self.memory), (x, t, s), (dx, dt, ds))
-        return flow, rate
+        return self._dual("carried", (x, t, s), (dx, dt, ds))
 
-    def _plain(self, memory: Memory) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """F as a function that forward-mode differentiation can pass."""
-
-        def function(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return self.model.velocity(
-                x, t, s, self.guidance, self.batch.refine, self.batch.item, memory, tangents=True
-            )
-
-        return function
+    def _dual(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
+        """F and its derivative, as the model takes derivatives."""
+        c = self.model.config.transformer
+        return differentiate(self, point, direction, "central" if c.tangents == "central" else form, c.tangent_step)
 
     @cached_property
     def _target(self) -> FlowCall:
@@ -103,8 +98,8 @@ class FlowCall:
             _, memory = self.averages.context(self.batch)
         return FlowCall(self.averages, self.batch, memory, self.guidance, frozen=True)
 
-    def target(self) -> FlowCall:
-        return self._target
+    def target(self, graph: bool = False) -> FlowCall:
+        return replace(self._target, frozen=False) if graph else self._target
 
     @cached_property
     def _null(self) -> NullCall:
@@ -166,11 +161,17 @@ class Omni(nn.Module):
         return self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
 
     def loss(
-        self, batch: Batch, objectives: Sequence[Objective], key: Key, averages: Omni | None = None
+        self,
+        batch: Batch,
+        objectives: Sequence[Objective],
+        key: Key,
+        averages: Omni | None = None,
+        progress: float = 1.0,
     ) -> dict[str, Terms]:
         """One context pass, then each objective. Returns named (sum, count) terms; absent modalities give count 0.
 
         averages: the target network of objectives that want one (see `Objective.target_decay`).
+        progress: the share of training that is done, for objectives with schedules.
         """
         hidden, memory = self.context(batch)
         terms: dict[str, Terms] = {}
@@ -183,7 +184,7 @@ class Omni(nn.Module):
                 is_null = torch.tensor(
                     [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
                 )
-                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null)
+                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
                 call = FlowCall(self, batch, memory, beta, averages)
                 terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
@@ -203,13 +204,16 @@ class Omni(nn.Module):
         return torch.where(is_latent.unsqueeze(-1), clean.to(h.dtype), h)
 
     def velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory,
-        *, tangents: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C). The same call in training and in sampling."""
-        condition = self.flow.condition(t, s, guidance)
-        hidden = self.transformer.refine(self.flow.embed(x), stream, memory, condition, item, tangents=tangents)
-        return self.flow.read(hidden, condition, item)
+        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory
+    ) -> Tensor:
+        """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C). The same call in training and in sampling.
+
+        Of x, t, s as `Dual`s it is F with its derivative, a Dual (see nn.tangent).
+        """
+        condition = lift(lambda t, s: self.flow.condition(t, s, guidance), t, s)
+        noisy = lift(lambda x, t: self.flow.embed(x, t, item), x, t)
+        hidden = self.transformer.refine(noisy, stream, memory, condition, item)
+        return lift(lambda h, condition, x, t: self.flow.read(h, condition, item, x, t), hidden, condition, x, t)
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
@@ -324,7 +328,8 @@ def initialise(model: Omni, key: Key) -> None:
     """Weights keyed by parameter name: adding a module or sharding the model changes no other weight.
 
     Matrices are normal with deviation 1/sqrt(fan in); residual outputs are scaled by 1/sqrt(2 depth); embeddings have
-    deviation 0.02; the velocity read-out, biases and modulation start at zero, so that F starts at 0.
+    deviation 0.02; the velocity read-out, biases and modulation start at zero, so that what the flow head reads, its G,
+    starts at 0 (see heads.flow).
     """
     depth = model.config.transformer.depth
     for name, parameter in model.named_parameters():

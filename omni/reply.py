@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image as PILImage
+from pydantic import field_validator
 from torch import Tensor
 
-from omni.config import Frozen
+from omni.config import Frozen, build
 from omni.document import Document
+from omni.samplers import SAMPLERS, knobs, num_steps, time_grid
 
 
 class GenerationOptions(Frozen):
     """One request's budget. None means the model's own default (its generation.json).
 
-    steps: network evaluations per block (each counts once however many guidance branches it carries).
-    guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance). shift: time-grid warp.
+    steps: jumps per block; each is one evaluation of the network (Heun's: two, but for the last) for each branch of
+    guidance. sampler: a name of omni.samplers.SAMPLERS. gamma: how much noise sampler "gamma" adds again, 0 to 1.
+    grid: where the jumps end: a name of omni.samplers.GRIDS, or the times themselves, from at most 1 (noise) to 0, in
+    which case they say how many steps there are. start_time: the first time, 1 is noise. shift: time-grid warp.
+    guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance).
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
     force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
     """
@@ -29,6 +34,9 @@ class GenerationOptions(Frozen):
     image_guidance: float | None = None
     shift: float | None = None
     sampler: str | None = None
+    gamma: float | None = None
+    grid: str | tuple[float, ...] | None = None
+    start_time: float | None = None
     seed: int = 0
     temperature: float | None = None
     top_p: float = 1.0
@@ -38,23 +46,55 @@ class GenerationOptions(Frozen):
     force_image: bool = False
     image_size: tuple[int, int] | None = None
 
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str | None) -> str | None:
+        if name is not None:
+            SAMPLERS.get(name)
+        return name
+
+    @field_validator("grid")
+    @classmethod
+    def _known_grid(cls, grid: str | tuple[float, ...] | None) -> str | tuple[float, ...] | None:
+        if grid is not None:
+            num_steps(grid)
+        return grid
+
     def resolved(self, defaults: dict[str, Any]) -> GenerationOptions:
         """With the defaults filled in. Raises ValueError naming an impossible value."""
-        base = {"steps": 8, "guidance": 1.0, "image_guidance": 1.0, "shift": 1.0, "temperature": 0.0, **defaults}
-        filled = {n: base.get(n) for n in type(self).model_fields if getattr(self, n) is None and n in base}
-        out = self.model_copy(update=filled)
-        assert out.steps is not None and out.temperature is not None
-        if out.steps < 1:
-            raise ValueError(
-                f"steps must be at least 1, got {out.steps}; one step is a single jump from noise to picture"
-            )
+        base = {
+            "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "shift": 1.0, "sampler": "euler", "grid": "uniform",
+            "temperature": 0.0, **defaults,
+        }  # fmt: skip
+        if self.grid is not None:  # another grid than the model's: what goes with the model's stays behind
+            base.pop("start_time", None)
+            base["shift"] = base["shift"] if isinstance(self.grid, str) else 1.0
+        elif self.steps is not None and num_steps(base["grid"]) not in (None, self.steps):
+            base["grid"] = "uniform"
+        base["steps"] = num_steps(base["grid"] if self.grid is None else self.grid) or base["steps"]
+        if self.sampler is not None:
+            base.pop("gamma", None)
+        filled = {n: base[n] for n in type(self).model_fields if getattr(self, n) is None and base.get(n) is not None}
+        out = build({**self.model_dump(), **filled}, type(self), "the model's generation.json")
+        out.times()
+        assert out.temperature is not None and out.sampler is not None
+        takes_gamma = "gamma" in knobs(out.sampler)
+        if out.gamma is not None and not takes_gamma:
+            raise ValueError(f"gamma = {out.gamma} means nothing to the sampler {out.sampler!r}; take sampler 'gamma'")
+        if out.gamma is not None and not 0 <= out.gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {out.gamma}; 0 adds no noise, 1 is restart")
         if out.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {out.temperature}; 0 is greedy")
         if not 0 < out.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {out.top_p}; 1 keeps every token")
         if out.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {out.max_tokens}")
-        return out
+        return out.model_copy(update={"gamma": 0.5}) if takes_gamma and out.gamma is None else out
+
+    def times(self) -> list[float]:
+        """The times of resolved options, from noise to 0. ValueError where there is no such grid."""
+        assert self.steps is not None and self.shift is not None and self.grid is not None
+        return time_grid(self.steps, self.shift, self.grid, self.start_time)
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------
@@ -67,7 +107,11 @@ class TextPart:
 
 @dataclass(frozen=True, eq=False)
 class ImagePart:
-    """A drawn picture. index counts the pictures of the reply from 0; steps is the number of evaluations spent."""
+    """A drawn picture. index counts the pictures of the reply from 0.
+
+    steps: jumps from noise to the picture. evaluations: passes through the transformer spent on them, counted as they
+    were made; with guidance each of its branches counts (what papers call NFE).
+    """
 
     image: PILImage.Image
     height: int
@@ -75,17 +119,19 @@ class ImagePart:
     steps: int
     seed: int
     index: int
+    evaluations: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class VideoPart:
-    """A drawn clip: frames uint8 (T, H, W, 3)."""
+    """A drawn clip: frames uint8 (T, H, W, 3). steps: of each of its blocks; evaluations: of all of them."""
 
     frames: Tensor
     fps: float
     steps: int
     seed: int
     index: int
+    evaluations: int = 0
 
 
 Part = TextPart | ImagePart | VideoPart
@@ -141,6 +187,11 @@ class Reply:
     @property
     def text(self) -> str:
         return "".join(p.text for p in self.parts if isinstance(p, TextPart))
+
+    @property
+    def evaluations(self) -> int:
+        """Passes through the transformer spent on all its pictures and clips; see ImagePart."""
+        return sum(p.evaluations for p in self.parts if not isinstance(p, TextPart))
 
     @property
     def images(self) -> list[PILImage.Image]:

@@ -47,7 +47,7 @@ def scripted(number: int = 2, fail_after: int | None = None) -> Callable[..., It
             yield BlockStart("image", index, (1, 2, 2))
             yield BlockStep(index, 1, 1, torch.zeros(4, 48))
             picture = PillowImage.fromarray(RED.numpy())
-            yield BlockDone(index, ImagePart(picture, 8, 8, options.steps or 8, options.seed, index))
+            yield BlockDone(index, ImagePart(picture, 8, 8, options.steps or 8, options.seed, index, 15))
         yield TextDelta("The end.")
         yield Stop("end")
 
@@ -67,11 +67,12 @@ def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     model = SimpleNamespace(defaults={}, codec=PixelCodec(PixelConfig(patch=4)), config=SimpleNamespace(max_grid=8))
     for module in (cli_generate, cli_chat):
         monkeypatch.setattr(module, "load_model", lambda path: model)
-        monkeypatch.setattr(module, "Engine", type("FakeEngine", (), {"__init__": _init, "stream": scripted()}))
+        parts = {"__init__": _init, "stream": scripted(), "resolve": lambda self, options: options.resolved({})}
+        monkeypatch.setattr(module, "Engine", type("FakeEngine", (), parts))
     return monkeypatch
 
 
-def _init(self: Any, model: Any) -> None:
+def _init(self: Any, model: Any, compile: bool = False) -> None:
     self.model = model
 
 
@@ -90,8 +91,8 @@ def test_generate_writes_an_ordered_reply(fake: Any, at: Path, capsys: pytest.Ca
     data = json.loads((story / "reply.json").read_text())
     assert [part["type"] for part in data["parts"]] == ["text", "image", "text", "image", "text"]
     assert data["parts"][0]["text"] == "Part 1. \x1b[31m"
-    image = {"type": "image", "path": "image-2.png", "height": 8, "width": 8, "steps": 3, "seed": 7, "index": 1}
-    assert data["parts"][3] == image
+    image = {"type": "image", "path": "image-2.png", "height": 8, "width": 8}
+    assert data["parts"][3] == {**image, "steps": 3, "evaluations": 15, "seed": 7, "index": 1}
     assert data["options"]["steps"] == 3 and data["stop_reason"] == "end"
     assert torch.equal(media.load_image(story / "image-1.png"), RED)
     markdown = (story / "reply.md").read_text()

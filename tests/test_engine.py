@@ -9,6 +9,8 @@ import omni
 from omni.document import Document, Image, Role, Text
 from omni.engine import Engine
 from omni.guidance import drop, reduce
+from omni.layout import TokenSpan
+from omni.prefill import append_spans, refine_stream
 from omni.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta
 from omni.rng import Key
 from omni.samplers.token import draw_token
@@ -84,6 +86,53 @@ def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
         for a, b in zip(alone.images, reply.images, strict=True):
             difference = max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
             assert difference <= 1  # float rounding may move a pixel by one level
+
+
+def count_passes(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of positions of every pass over the context, as they happen."""
+    passes, extend = [], model.transformer.extend
+
+    def counted(h, *arguments):  # noqa: ANN001, ANN202
+        passes.append(h.shape[1])
+        return extend(h, *arguments)
+
+    monkeypatch.setattr(model.transformer, "extend", counted)
+    return passes
+
+
+def test_a_forced_picture_costs_one_pass_and_is_delivered_before_it_is_encoded(
+    model: omni.Omni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = count_passes(model, monkeypatch)
+    options = GenerationOptions(steps=2, force_image=True, image_size=(8, 8), max_images=1, max_tokens=5)
+    prompt = sum(len(s.ids) for s in model.spans(Document((Text("draw"),)), True))  # type: ignore[union-attr]
+    when = {type(event): list(passes) for event in Engine(model).stream("draw", options)}
+    assert when[BlockStart] == []
+    assert when[BlockStep] == when[BlockDone] == [prompt + 3]
+    assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, once more text is asked for
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
+def test_room_in_the_cache_changes_nothing(model: omni.Omni, lengths: tuple[int, int]) -> None:
+    """Blocks refined in the free slots of the cache, against a copy of its keys and values; twice, as samplers do."""
+    spans = [[TokenSpan([r + n for n in range(length)], [False] * length)] for r, length in enumerate(lengths)]
+    key = Key(7)
+    with torch.inference_mode():
+        cache = model.transformer.new_cache(2, 6)  # too small for the block, so it grows
+        append_spans(model, cache, spans, 0)
+        stream, x = refine_stream(cache, (1, 2, 2), "cpu"), key.normal((2, 4, model.config.flow.channels))
+        t = torch.tensor([0.9, 0.4])
+        room = cache.memory(room=4)
+        found = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, room) for scale in (1, 2)]
+        plain = cache.memory()
+        wanted = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, plain) for scale in (1, 2)]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert float((found[0] - found[1]).abs().max()) > 1e-3
+        ahead = append_spans(model, cache, spans, 0)  # what stood in the free slots is not context
+        fresh = model.transformer.new_cache(2, 32)
+        for _ in range(2):
+            clean = append_spans(model, fresh, spans, 0)
+        assert torch.equal(ahead, clean)
 
 
 def test_seed_decides_the_picture(model: omni.Omni) -> None:

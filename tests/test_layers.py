@@ -48,6 +48,7 @@ OPTIONAL = {
     "av": {"omni/media.py"},
     "emoji": {"omni/emoji_world/vocabulary.py"},
     "flash_attn": {"omni/nn/attention.py"},
+    "triton": {"omni/nn/jvp_attention_triton.py"},
     "transformers": {"omni/hf.py", "eval/peers.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"train/data/parquet.py"},

@@ -34,13 +34,14 @@ from train.loop import Run
 from train.optim import Optimiser
 from train.recipe import Recipe
 from train.state import AVERAGES, WEIGHTS
+from train.target import build_target
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, one line, for anything the recipe names that does not exist or fit."""
     key = Key(recipe.seed)
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
-    model = build_model(recipe, tokenizer, codec, key)
+    model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
     mixture = build_mixture(recipe, key)
     memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
     loader = Loader(
@@ -52,6 +53,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         pad_id=tokenizer.control.pad,
         key=key.fold("loader"),
         drop=recipe.drop,
+        null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
     )
     identity = {
         "recipe": recipe.identity(),
@@ -62,13 +64,14 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     return Run(
         recipe=recipe,
         model=model,
-        objectives=build_objectives(recipe),
+        objectives=objectives,
         loader=loader,
         optimiser=Optimiser(model.named_parameters(), recipe.optimiser),
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,
         identity=identity,
+        target=build_target(model, objectives),
     )
 
 

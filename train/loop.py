@@ -22,6 +22,7 @@ from train.ema import Ema
 from train.guard import Guard
 from train.optim import Optimiser, multiplier
 from train.recipe import Recipe
+from train.target import Target
 from train.track import Tracker
 
 
@@ -30,7 +31,7 @@ class Run:
     """The moving parts of a run. `identity` is what a resume compares (see state.load)."""
 
     recipe: Recipe
-    model: Any  # has .loss(batch, objectives, key) -> dict of Terms; an nn.Module
+    model: Any  # has .loss(batch, objectives, key, averages, progress) -> dict of Terms; an nn.Module
     objectives: Sequence[Any]
     loader: Loader
     optimiser: Optimiser
@@ -39,6 +40,7 @@ class Run:
     out: Path
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
+    target: Target | None = None
 
     @property
     def key(self) -> Key:
@@ -57,7 +59,9 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     recipe, step = run.recipe, run.progress.step
     batches = [batch.to(recipe.device) for batch in packed.batches]
     with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts):
-        parts = [run.model.loss(batch, run.objectives, run.key.fold("draws")) for batch in batches]
+        averages = None if run.target is None else run.target.model
+        key, progress = run.key.fold("draws"), run.fraction()
+        parts = [run.model.loss(batch, run.objectives, key, averages, progress) for batch in batches]
     means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()
@@ -66,6 +70,8 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     if run.guard.accepts(step, loss, grad_norm, packed.documents):
         run.optimiser.step(rate)
         run.ema.update()
+        if run.target is not None:
+            run.target.update()
     run.optimiser.zero_grad()
     run.progress.step += 1
     run.progress.cursor = packed.cursor
@@ -112,15 +118,14 @@ def save(run: Run) -> Path:
     progress = run.progress
     progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, run.guard.num_in_row
     progress.documents = dict(run.loader.counts)
-    return state.save(
-        run.out / "state", progress, run.model, run.ema, run.optimiser, run.identity, run.recipe.report.keep
-    )
+    parts = run.model, run.ema, run.optimiser
+    return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, run.target)
 
 
 def resume(run: Run, say: Callable[[str], None]) -> None:
     """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits."""
     directory = state.newest(run.out / "state", say)
-    run.progress = state.load(directory, run.model, run.ema, run.optimiser, run.identity)
+    run.progress = state.load(directory, run.model, run.ema, run.optimiser, run.identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
     say(f"resumed {directory} at step {run.progress.step}, document {run.progress.cursor}")

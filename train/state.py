@@ -1,6 +1,7 @@
 """State of a run on disk: everything that exact resume needs, in atomically published directories.
 
     state/step-00000123/   model.safetensors  ema.safetensors  optimiser.safetensors  state.json  manifest.json
+                           target.safetensors, where an objective has a target network (see train.target)
 
 All tensors keep their dtype; the scalars are JSON; nothing is pickled. Noise, order and times are keyed, so no
 generator state exists. A half-written directory has no manifest and is passed over; so is a damaged one, aloud.
@@ -23,9 +24,11 @@ from omni import checkpoint
 from train.ema import Ema
 from train.optim import Optimiser
 from train.recipe import FREE
+from train.target import Target
 
 _STEP = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
+TARGET = "target.safetensors"
 
 
 @dataclass
@@ -48,6 +51,7 @@ def save(
     optimiser: Optimiser,
     identity: Mapping[str, Any],
     keep: int,
+    target: Target | None = None,
 ) -> Path:
     """Publish the state as folder/step-XXXXXXXX and remove all but the newest `keep`. `identity`: see load_newest."""
     scalars = {"progress": asdict(progress), "ema_updates": ema.num_updates, "identity": dict(identity)}
@@ -58,6 +62,7 @@ def save(
             AVERAGES: ema.averages,
             OPTIMISER: optimiser.state_tensors(),
             SCALARS: json.dumps(scalars, sort_keys=True, indent=1),
+            **({} if target is None else {TARGET: target.tensors()}),
         },
         info={"kind": "training state", "step": progress.step, "torch": torch.__version__},
         replace=True,
@@ -87,8 +92,15 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
     raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
 
 
-def load(directory: Path, model: nn.Module, ema: Ema, optimiser: Optimiser, identity: Mapping[str, Any]) -> Progress:
-    """Restore model, averages and optimiser in place, bit for bit, and return the progress.
+def load(
+    directory: Path,
+    model: nn.Module,
+    ema: Ema,
+    optimiser: Optimiser,
+    identity: Mapping[str, Any],
+    target: Target | None = None,
+) -> Progress:
+    """Restore model, averages, optimiser and target network in place, bit for bit, and return the progress.
 
     Raises ValueError when `identity` (JSON of everything that decides the run: recipe, data) differs from the saved
     one, naming the first key that does, or when names or shapes of tensors differ.
@@ -103,6 +115,8 @@ def load(directory: Path, model: nn.Module, ema: Ema, optimiser: Optimiser, iden
     _restore_weights(model, checkpoint.load_tensors(directory / WEIGHTS))
     ema.load(checkpoint.load_tensors(directory / AVERAGES), scalars["ema_updates"])
     optimiser.load_state_tensors(checkpoint.load_tensors(directory / OPTIMISER))
+    if target is not None:
+        target.load(checkpoint.load_tensors(directory / TARGET))
     return Progress(**scalars["progress"])
 
 

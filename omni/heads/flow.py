@@ -5,42 +5,72 @@ noisy latents and the condition (t, t - s, guidance) and reads F; the transforme
 Time inputs are sinusoids with angular frequencies up to `max_frequency` (kept low so that derivatives in t and s stay
 tame: flow maps are trained through them), then an MLP each, summed.
 
+F is affine in what the network reads out, G; so every parametrisation has the same jump, and no objective or sampler
+knows which one it is. With n^2 = (1 - t)^2 + t^2, data and noise of deviation 1:
+
+    velocity      F = G                             jump x - (t - s) G         (flow matching, MeanFlow, TVM)
+    simple_edm    F = ((2 t - 1) / n^2) x + G / n   jump c_skip x + c_out G    (IMM, arXiv 2503.07565; see below)
+    x             F = (x - G) / t                   jump (s / t) x + (1 - s / t) G, G is the data
+
+    c_skip = ((1 - t)(1 - s) + t s) / n^2           c_out = -((1 - s) t - (1 - t) s) / n
+
+The denoiser of EDM and CTM (arXiv 2206.00364, 2310.02279) is simple_edm with -G. In simple_edm G has deviation of about
+1 at every t.
+
 Legend: R rows, S positions, C channels, W width, I items (copies).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.nn.transformer import spread
 
+Parametrisation = Literal["velocity", "simple_edm", "x"]
+
 
 class FlowHeadConfig(Frozen):
-    """channels: latents' channels. time_scale multiplies both times; max_frequency is in radians per unit of time."""
+    """What fixes the flow head.
+
+    channels: latents' channels.
+    time_scale: multiplies t and t - s before they are embedded. 1 for what is trained through derivatives in time
+        (they are multiplied too), 1000 as IMM has it, which tells nearly equal times apart.
+    max_frequency: of the embedding, in radians per unit of (scaled) time.
+    parametrisation: what the network reads out, see the head of this file.
+    scale_input: x is divided by n before it is embedded (EDM's c_in), so that its deviation is 1 at every t.
+    min_time: of "x" alone: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x and G still
+        has a right value, x - min_time F, but is no longer the data. JiT's (arXiv 2511.13720).
+    """
 
     channels: int = 64
-    time_scale: float = 1.0
+    time_scale: float = Field(default=1.0, gt=0)
     max_frequency: float = 16.0
     num_frequencies: int = 32
+    parametrisation: Parametrisation = "velocity"
+    scale_input: bool = False
+    min_time: float = Field(default=0.05, gt=0, le=1)
 
 
 class ScalarEmbedding(nn.Module):
-    """(I,) -> (I, W): sinusoids, then a two-layer MLP."""
+    """(I,) -> (I, W): sinusoids of `scale` times the value, then a two-layer MLP."""
 
-    def __init__(self, width: int, c: FlowHeadConfig) -> None:
+    def __init__(self, width: int, c: FlowHeadConfig, scale: float) -> None:
         super().__init__()
-        octaves = torch.linspace(math.log(0.25), math.log(c.max_frequency), c.num_frequencies)
-        self.register_buffer("frequency", octaves.exp() * c.time_scale, persistent=False)
+        self.c, self.scale = c, scale
         self.up = nn.Linear(2 * c.num_frequencies, width)
         self.down = nn.Linear(width, width)
 
     def forward(self, value_I: Tensor) -> Tensor:
-        frequency: Tensor = self.frequency  # type: ignore[assignment]
-        angle = value_I[:, None] * frequency.to(value_I.dtype)
+        # Not kept as a buffer: model.to(bfloat16) would round it, which at time_scale 1000 is 30 radians.
+        lowest, highest = math.log(0.25), math.log(self.c.max_frequency)
+        octaves = torch.linspace(lowest, highest, self.c.num_frequencies, device=value_I.device, dtype=torch.float32)
+        angle = value_I[:, None] * (octaves.exp() * self.scale).to(value_I.dtype)
         features = torch.cat([angle.cos(), angle.sin()], -1).to(self.up.weight.dtype)
         return self.down(torch.nn.functional.silu(self.up(features)))
 
@@ -53,9 +83,9 @@ class FlowHead(nn.Module):
         self.c = c
         self.clean = nn.Linear(c.channels, width)
         self.noisy = nn.Linear(c.channels, width)
-        self.time = ScalarEmbedding(width, c)
-        self.gap = ScalarEmbedding(width, c)
-        self.guidance = ScalarEmbedding(width, c)
+        self.time = ScalarEmbedding(width, c, c.time_scale)
+        self.gap = ScalarEmbedding(width, c, c.time_scale)
+        self.guidance = ScalarEmbedding(width, c, 1.0)
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
 
@@ -63,16 +93,46 @@ class FlowHead(nn.Module):
         """Finished latents, for the context stream: (R, N, C) -> (R, N, W)."""
         return self.clean(latents_RNC)
 
-    def embed(self, x_RSC: Tensor) -> Tensor:
-        """Noisy latents, for the refine stream: (R, S, C) -> (R, S, W)."""
+    def embed(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
+        """Noisy latents at t, for the refine stream: (R, S, C) -> (R, S, W). `item` as in `read`."""
+        if self.c.scale_input:
+            x_RSC = (x_RSC / _deviation(_at(t_I, item))).to(x_RSC.dtype)
         return self.noisy(x_RSC)
 
     def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:
         """(I, W) from the start and end times and the guidance input beta = 1 / w (1 is no guidance)."""
         return self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
 
-    def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None) -> Tensor:
-        """Velocity (R, S, C); `item` (R, S) says which condition a position has (None: each row has its own)."""
+    def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None, x_RSC: Tensor, t_I: Tensor) -> Tensor:
+        """F (R, S, C) of x at t; `item` (R, S) says which condition and time a position has (None: each row its own).
+
+        Of another parametrisation than velocity in x's dtype, computed in t's (float32 or better).
+        """
         vectors = self.modulation(torch.nn.functional.silu(condition_IW))
         scale, shift = spread(vectors.to(hidden_RSW.dtype), item).chunk(2, -1)
-        return self.velocity(hidden_RSW * (1 + scale) + shift)
+        output = self.velocity(hidden_RSW * (1 + scale) + shift)
+        if self.c.parametrisation == "velocity":
+            return output
+        return average_velocity(output, x_RSC, _at(t_I, item), self.c.parametrisation, self.c.min_time).to(x_RSC.dtype)
+
+
+def average_velocity(
+    output: Tensor, x: Tensor, t: Tensor, parametrisation: Parametrisation, min_time: float = 0.05
+) -> Tensor:
+    """F from the network's output G at (x, t): all broadcast; see the head of this file. The same for every s."""
+    if parametrisation == "velocity":
+        return output
+    if parametrisation == "x":
+        return (x - output) / t.clamp(min=min_time)
+    n = _deviation(t)
+    return (2 * t - 1) / n**2 * x + output / n
+
+
+def _deviation(t: Tensor) -> Tensor:
+    """n: the deviation of x_t when data and noise have deviation 1."""
+    return ((1 - t) ** 2 + t**2).sqrt()
+
+
+def _at(t_I: Tensor, item: Tensor | None) -> Tensor:
+    """(I,) -> (R, S, 1), or (R, 1, 1) where `item` is None. Never in half precision."""
+    return spread(t_I.unsqueeze(-1), item)

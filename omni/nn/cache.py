@@ -5,26 +5,56 @@ Legend: L layers, R rows, G key heads, M capacity in positions, D head width, N 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from omni.layout import Stream
 from omni.mask import EMPTY, Fields
+from omni.nn.attention import AttentionMask
+
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the refine stream reads: per layer keys and values (R, G, K, D), and the K positions' fields."""
+    """What the refine stream reads: per layer keys and values (R, G, K, D), and the K positions' fields.
+
+    `room`: the same, per layer, with N free slots behind them (R, G, K + N, D), for the block's own keys and values.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     fields: Fields
     uniform: bool = False  # True: every key is visible to every refine query, so no mask is needed
+    room: list[Pair] | None = None
+    masks: list[tuple[Stream, AttentionMask]] = field(default_factory=list)  # the last one that was asked for
+
+    def mask(self, stream: Stream) -> AttentionMask:
+        """Who of a refine stream sees what of [memory, stream]; kept while the same stream asks."""
+        if not self.masks or self.masks[0][0] is not stream:
+            self.masks[:] = [(stream, AttentionMask(stream.fields, self.fields.then(stream.fields)))]
+        return self.masks[0][1]
+
+    @property
+    def layers(self) -> list[Pair]:
+        return list(zip(self.keys, self.values, strict=True))
 
     def detach(self) -> Memory:
         """The same memory without a graph."""
-        return replace(self, keys=[k.detach() for k in self.keys], values=[v.detach() for v in self.values])
+        keys, values = [k.detach() for k in self.keys], [v.detach() for v in self.values]
+        return replace(self, keys=keys, values=values, room=None)
+
+
+def join(past: Pair, own: Pair, room: Pair | None) -> Pair:
+    """Keys and values (R, G, K + N, D): the memory's, then the block's own, written into the room if there is one."""
+    if room is None:
+        keys, values = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(past, own, strict=True))
+        return keys, values
+    for whole, new in zip(room, own, strict=True):
+        whole[:, :, -new.shape[2] :] = new
+    return room
 
 
 class KVCache:
@@ -102,12 +132,17 @@ class KVCache:
     def fields(self, end: int) -> Fields:
         return Fields(self.document[:, :end], self.block[:, :end], torch.zeros_like(self.block[:, :end]))
 
-    def memory(self) -> Memory:
-        """The finished context, as the refine stream reads it."""
+    def memory(self, room: int = 0) -> Memory:
+        """The finished context, as the refine stream reads it, with `room` for the keys and values of blocks of exactly
+        that many positions in unused slots of the cache. Good until the cache is written again."""
+        self.reserve(room)
         end = self.longest
-        keys = [k[:, :, :end] for k in self.k.unbind(0)]
-        values = [v[:, :, :end] for v in self.v.unbind(0)]
-        return Memory(keys, values, self.fields(end), self.uniform)
+
+        def views(store: Tensor, end: int) -> list[Tensor]:
+            return [one[:, :, :end] for one in store.unbind(0)]
+
+        own = list(zip(views(self.k, end + room), views(self.v, end + room), strict=True)) if room else None
+        return Memory(views(self.k, end), views(self.v, end), self.fields(end), self.uniform, own)
 
     def fork(self, rows: list[int]) -> KVCache:
         """An independent copy of the given rows (a row may be repeated)."""

@@ -23,11 +23,11 @@ def compile_blocks(transformer: Transformer) -> None:
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise ValueError("compile=true needs a C++ compiler (such as g++); install one or leave it false")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)  # type: ignore[attr-defined]
-    compiled = torch.compile(Block.forward, dynamic=False)
+    compiled = torch.compile(Block.layer, dynamic=False)
     for block in transformer.blocks:
-        block.forward = partial(_forward, compiled, block)  # type: ignore[arg-type]
+        block.layer = partial(_forward, compiled, block)  # type: ignore[arg-type]
 
 
 def _forward(compiled: Any, block: Block, *arguments: Any, **options: Any) -> torch.Tensor:
-    function = compiled if block.training and torch.is_grad_enabled() else Block.forward
+    function = compiled if block.training and torch.is_grad_enabled() else Block.layer
     return function(block, *arguments, **options)

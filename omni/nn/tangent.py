@@ -1,18 +1,96 @@
-"""Forward-mode derivatives for stop-gradient targets ("two-pass": tangent without a graph, then an ordinary forward).
+"""Forward-mode derivatives of the refine stream, layer by layer, in three forms.
 
-Only the refine stream is differentiated: the context's keys and values enter as constants, and two copies never see one
-another, so there is no tangent between copies (a cross-copy tangent makes MeanFlow silently wrong).
+A `Dual` is a value with its tangent. The trunk threads Duals, and each part takes the derivative of its own local
+function: layers by the rules below (plain arithmetic, so that autograd, compilers, activation checkpoints and the
+gathering of sharded parameters see ordinary tensors), the small ends by torch.func.jvp (`lift`). One jvp around the
+whole network breaks checkpoints and multiplies zero tangents. rCM (arXiv 2510.08431) threads tangents the same way.
+Keys and values of the context enter as constants, and two copies never see one another: a tangent between copies
+would make MeanFlow and TVM silently wrong.
+
+    two_pass   the tangent without a graph, for stop-gradient targets: no activation is kept
+    carried    value and tangent with a graph: gradients flow through both (reverse over forward)
+    central    (F(p + h d) - F(p - h d)) / 2h: any kernel, and the oracle of the other two; its graph is F's
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Form = Literal["two_pass", "carried", "central"]
 
-def directional(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
-    """d/dh function(primals + h tangents) at h = 0; the result has no graph. Same shape as the function's value."""
-    with torch.no_grad():
-        return torch.func.jvp(function, primals, tangents)[1].detach()
+
+class Dual(NamedTuple):
+    """A value and its derivative along one direction: same shape, same dtype."""
+
+    value: Tensor
+    tangent: Tensor
+
+
+def lift(function: Callable[..., Tensor], *arguments: Any) -> Any:
+    """function(*arguments) of tensors; where some are Duals, the Dual of its value (the others are constants)."""
+    at = [n for n, argument in enumerate(arguments) if isinstance(argument, Dual)]
+    if not at:
+        return function(*arguments)
+
+    def local(*values: Tensor) -> Tensor:
+        full = list(arguments)
+        for n, value in zip(at, values, strict=True):
+            full[n] = value
+        return function(*full)
+
+    values, tangents = zip(*(arguments[n] for n in at), strict=True)
+    return Dual(*torch.func.jvp(local, values, tangents))
+
+
+def linear(function: Callable[[Tensor], Tensor], a: Dual) -> Dual:
+    """A linear function (no bias) of a Dual."""
+    return Dual(function(a.value), function(a.tangent))
+
+
+def add(a: Dual, b: Dual) -> Dual:
+    return Dual(a.value + b.value, a.tangent + b.tangent)
+
+
+def product(a: Dual, b: Dual) -> Dual:
+    return Dual(a.value * b.value, torch.addcmul(a.tangent * b.value, a.value, b.tangent))
+
+
+def silu(a: Dual) -> Dual:
+    """y = x sigmoid(x);  y' = x' (sigmoid(x) + y (1 - sigmoid(x)))."""
+    gate = a.value.sigmoid()
+    y = a.value * gate
+    return Dual(y, a.tangent * (gate + y * (1 - gate)))
+
+
+def rms_norm(a: Dual, weight: Tensor, eps: float) -> Dual:
+    """y = x / rho, rho^2 = mean(x^2) + eps;  y' = (x' - y mean(y x')) / rho; both times the weight."""
+    scale = (a.value.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    y = a.value * scale
+    along = (y * a.tangent).mean(-1, keepdim=True)
+    return Dual(y * weight, torch.addcmul(a.tangent, y, along, value=-1) * scale * weight)
+
+
+def differentiate(
+    function: Callable[..., Any],
+    point: tuple[Tensor, ...],
+    direction: tuple[Tensor, ...],
+    form: Form,
+    step: float | None = None,
+) -> Dual:
+    """function(point), and d/dh function(point + h direction) at h = 0.
+
+    Args:
+        function: takes tensors and returns one; for `two_pass` and `carried` it also takes Duals and returns one.
+        form: see the head of this file.
+        step: h of `central`; None: 1e-6 in float64, 1e-3 in float32 (below that, rounding errors outweigh).
+    """
+    if form == "central":
+        h = step or (1e-6 if point[0].dtype == torch.float64 else 1e-3)
+        ahead, behind = (function(*(p + c * d for p, d in zip(point, direction, strict=True))) for c in (h, -h))
+        return Dual(function(*point), (ahead - behind) / (2 * h))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and form == "carried"):
+        return function(*map(Dual, point, direction))

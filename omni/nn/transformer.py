@@ -16,23 +16,28 @@ Legend: R rows, N positions (T context, S refine), W width, H query heads, G key
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.layout import Stream
 from omni.mask import Fields
-from omni.nn.attention import AttentionMask, attend, choose_backend
-from omni.nn.cache import KVCache, Memory
+from omni.nn.attention import AttentionMask, attend, attend_dual, choose_backend
+from omni.nn.cache import KVCache, Memory, Pair, join
+from omni.nn.tangent import Dual, add, lift, linear, product, rms_norm, silu
 from omni.positions import rotary_table, rotate
 
 
 class TransformerConfig(Frozen):
-    """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32."""
+    """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
+
+    `attention`: the backend (see nn.attention). `tangents`: how derivatives of F are taken, forward mode (math
+    attention) or central differences (any backend) with `tangent_step` (see nn.tangent); neither changes the weights.
+    """
 
     width: int = 320
     depth: int = 8
@@ -45,6 +50,8 @@ class TransformerConfig(Frozen):
     latent_weights: Literal["shared", "separate"] = "shared"
     modulation_eps: float = 1.0
     attention: str | None = None
+    tangents: Literal["forward", "central"] = "forward"
+    tangent_step: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> TransformerConfig:
@@ -68,6 +75,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
+    def dual(self, x: Dual) -> Dual:
+        return rms_norm(x, self.weight.to(x.value.dtype), self.eps)
+
 
 class Layer(nn.Module):
     """One set of layer weights: the projections around attention, and the MLP. Attention itself is in Block."""
@@ -86,10 +96,12 @@ class Layer(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., W), normalised -> q (..., H, D), k and v (..., G, D), with QK-norm."""
-        c = self.c
-        y = self.qkv(x).unflatten(-1, (-1, c.head_dim))
-        q, k, v = y.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
+        q, k, v = self.split(self.qkv(x))
         return self.q_norm(q), self.k_norm(k), v
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        c = self.c
+        return qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -111,13 +123,44 @@ class Block(nn.Module):
 
     def forward(
         self,
+        h_RNW: Tensor | Dual,
+        rotary: tuple[Tensor, Tensor],
+        attention: Callable[..., Any],
+        latent: Tensor | bool,
+        condition: tuple[Tensor | Dual, Tensor | None] | None = None,
+    ) -> Any:
+        """Refine stream: h_RNW, or a Dual of it, through the layer; the same type comes back.
+        Context stream (no `condition`): (h_RNW, k, v), its keys and values too: what has a gradient must be an output,
+        or sharded weights would not be gathered for it.
+
+        `attention(q, k, v)` closes over mask, cache and memory; `latent` says which positions are latents.
+        `condition`: six vectors per copy (I, 6, W), a Dual with h_RNW, and the copy of each position, or None.
+        """
+        if condition is None:
+            assert not isinstance(h_RNW, Dual)
+            kept: list[Tensor] = []
+
+            def keeping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                kept[:] = k, v
+                return attention(q, k, v)
+
+            return self.layer(h_RNW, rotary, keeping, latent), *kept
+        vectors, item = lift(self.normalise, condition[0]), condition[1]
+        if isinstance(h_RNW, Dual):
+            assert latent is True
+            return self.dual(h_RNW, rotary, attention, linear(lambda v: spread(v, item), vectors))
+        modulation: Any = spread(vectors, item).chunk(6, -1)
+        return self.layer(h_RNW, rotary, attention, latent, modulation)
+
+    def layer(
+        self,
         h_RNW: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         latent: Tensor | bool,
         modulation: Modulation | None = None,
     ) -> Tensor:
-        """`attention(q, k, v)` closes over mask, cache and memory; `latent` says which positions are latents."""
+        """The arithmetic of `forward`, on tensors."""
         shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
         if modulation is not None:
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
@@ -130,6 +173,32 @@ class Block(nn.Module):
         h_RNW = h_RNW + (o if gate_a is None else o * gate_a)
         (y,) = self._route(lambda w, x, m: (w.mlp(_modulate(w.mlp_norm(x), *m)),), h_RNW, latent, (scale_m, shift_m))
         return h_RNW + (y if gate_m is None else y * gate_m)
+
+    def dual(
+        self, h: Dual, rotary: tuple[Tensor, Tensor], attention: Callable[[Dual, Dual, Dual], Dual], modulation: Dual
+    ) -> Dual:
+        """`layer` for the refine stream with its tangent, in the same order, rule by rule (see nn.tangent).
+
+        Plain arithmetic instead of torch.func.jvp, which multiplies by the zero tangents of weights and context.
+        """
+        w = self.latent if isinstance(self.latent, Layer) else self.text
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(Dual, *(m.chunk(6, -1) for m in modulation))
+        x = add(product(w.attention_norm.dual(h), scale_a), shift_a)
+        q, k, v = map(Dual, *(w.split(w.qkv(part)) for part in x))
+        q, k, v = (linear(lambda y: y.transpose(1, 2), y) for y in (w.q_norm.dual(q), w.k_norm.dual(k), v))
+        o = attention(linear(lambda y: rotate(y, *rotary), q), linear(lambda y: rotate(y, *rotary), k), v)
+        h = add(h, product(linear(lambda y: w.out(y.transpose(1, 2).flatten(2)), o), gate_a))
+        x = add(product(w.mlp_norm.dual(h), scale_m), shift_m)
+        gate, up = map(Dual, *(w.gate_up(part).chunk(2, -1) for part in x))
+        return add(h, product(linear(w.down, product(silu(gate), up)), gate_m))
+
+    def normalise(self, vectors_I6W: Tensor) -> Tensor:
+        """Six vectors per copy, with this layer's own added, normalised: (I, 6 W). Scales and gates are around 1."""
+        vectors_I6W = vectors_I6W + self.modulation_table.to(vectors_I6W.dtype)
+        power = vectors_I6W.pow(2).mean(-1, keepdim=True)
+        v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
+        v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
+        return v.flatten(1)
 
     def _route(
         self, function: Callable, x: Tensor, latent: Tensor | bool, modulation: tuple[Tensor | None, ...]
@@ -174,11 +243,13 @@ class Transformer(nn.Module):
         c = self.c
         return KVCache(c.depth, rows, c.num_kv_heads, capacity, c.head_dim, weight.device, weight.dtype)
 
-    def _enter(self, h: Tensor, position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The residual stream and its rotary table, in autocast's dtype when autocast is on."""
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        return h.to(dtype), rotary_table(position, self.c.head_dim, self.c.rope_base, dtype)
+    def _enter(self, h: Any, position: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """The residual stream (or a Dual of it) and its rotary table, in autocast's dtype when autocast is on."""
+        value = h.value if isinstance(h, Dual) else h
+        device = value.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+        h = linear(lambda part: part.to(dtype), h) if isinstance(h, Dual) else h.to(dtype)
+        return h, rotary_table(position, self.c.head_dim, self.c.rope_base, dtype)
 
     # ---- context stream -------------------------------------------------------------------------------------------
 
@@ -191,13 +262,13 @@ class Transformer(nn.Module):
         values: list[Tensor] = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k)
-            values.append(v)
             return attend(q, k, v, mask, backend)
 
         latent = is_latent if self.c.latent_weights == "separate" else False
         for block in self.blocks:
-            h_RTW = block(h_RTW, rotary, attention, latent)
+            h_RTW, k, v = block(h_RTW, rotary, attention, latent)
+            keys.append(k)
+            values.append(v)
         return self.norm(h_RTW), Memory(keys, values, stream.fields)
 
     def extend(
@@ -222,56 +293,34 @@ class Transformer(nn.Module):
             def attention(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
                 return attend(q, *cache.write(index, k, v), mask, backend)
 
-            h_RNW = layer(h_RNW, rotary, attention, latent)
+            h_RNW, _, _ = layer(h_RNW, rotary, attention, latent)
         cache.advance(valid)
         return self.norm(h_RNW)
 
     # ---- refine stream --------------------------------------------------------------------------------------------
 
     def refine(
-        self,
-        h_RSW: Tensor,
-        stream: Stream,
-        memory: Memory,
-        condition_IW: Tensor,
-        item: Tensor | None,
-        *,
-        tangents: bool = False,
-    ) -> Tensor:
+        self, h_RSW: Tensor | Dual, stream: Stream, memory: Memory, condition_IW: Tensor | Dual, item: Tensor | None
+    ) -> Any:
         """Copies of blocks, each reading the context before its block and itself.
 
         condition_IW: one vector per copy; item: (R, S) int64, which copy a position belongs to (negative: padding), or
-        None when every row is one copy.
-        `tangents` chooses the attention that forward-mode differentiation can pass.
-        Returns normalised hidden states (R, S, W).
+        None when every row is one copy. Returns normalised hidden states (R, S, W); Duals in, a Dual out.
         """
-        backend = "math" if tangents else self.backend(h_RSW.device)
+        backend = self.backend(stream.position.device)
         backend = "sdpa" if backend == "flash" else backend
-        mask = None
-        if not (memory.uniform and item is None):
-            mask = AttentionMask(stream.fields, memory.fields.then(stream.fields))
+        mask = None if memory.uniform and item is None else memory.mask(stream)
         h_RSW, rotary = self._enter(h_RSW, stream.position)
-        base = self.modulation(F.silu(condition_IW)).unflatten(-1, (6, -1))
-        for layer, (k_memory, v_memory) in enumerate(zip(memory.keys, memory.values, strict=True)):
+        base = lift(lambda c: self.modulation(F.silu(c)).unflatten(-1, (6, -1)), condition_IW)
+        for block, past, room in zip(self.blocks, memory.layers, memory.room or [None] * self.c.depth, strict=True):
 
-            def attention(
-                q: Tensor, k: Tensor, v: Tensor, k_memory: Tensor = k_memory, v_memory: Tensor = v_memory
-            ) -> Tensor:
-                keys = torch.cat([k_memory.to(k.dtype), k], 2)
-                values = torch.cat([v_memory.to(v.dtype), v], 2)
-                return attend(q, keys, values, mask, backend)
+            def attention(q: Any, k: Any, v: Any, past: Pair = past, room: Pair | None = room) -> Any:
+                if isinstance(q, Dual):
+                    return attend_dual(q, k, v, *past, mask)
+                return attend(q, *join(past, (k, v), room), mask, backend)
 
-            block: Block = self.blocks[layer]  # type: ignore[assignment]
-            modulation = self._modulation(base + block.modulation_table.to(base.dtype), item)
-            h_RSW = block(h_RSW, rotary, attention, True, modulation)
-        return self.refine_norm(h_RSW)
-
-    def _modulation(self, vectors_I6W: Tensor, item: Tensor | None) -> Modulation:
-        """Normalise the six vectors of each item, hand them to the item's positions; scales and gates are around 1."""
-        power = vectors_I6W.pow(2).mean(-1, keepdim=True)
-        v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
-        v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
-        return spread(v.flatten(1), item).chunk(6, -1)  # type: ignore[return-value]
+            h_RSW = block(h_RSW, rotary, attention, True, (base, item))
+        return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
 
 
 def spread(value_IX: Tensor, item: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ class FlowCall(Protocol):
         """(F, its derivative as above), both with a graph: gradients flow through the tangent too."""
         ...
 
-    def target(self) -> FlowCall:
+    def target(self, graph: bool = False) -> FlowCall:
         """The target network: averaged weights where the trainer keeps them (see `Objective.target_decay`), else the
-        present ones. Its results have no graph."""
+        present ones. Its results have no graph, or with `graph` one that reaches x and the weights."""
         ...
 
     def null(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -70,6 +70,7 @@ class Items:
     item: Tensor  # (R, S)
     names: Sequence[Name]  # (document, block, copy) of each item
     is_null: Tensor | None = None  # (I,) bool: the items whose condition was dropped; None: of none
+    progress: float = 1.0  # the share of training that is done, for schedules
 
     def __len__(self) -> int:
         return len(self.names)
@@ -143,11 +144,11 @@ class Items:
 class Objective(Frozen, ABC):
     """An objective with its options. `kind` says what it reads: token logits or flow items.
 
-    `target_decay`: the average of the weights that the trainer keeps for `FlowCall.target()`; None: it keeps none.
+    An objective that reads `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
+    of the average of the weights that the trainer keeps for it. None, 0 or no such field: the present weights serve.
     """
 
     weight: float = 1.0
-    target_decay: ClassVar[float | None] = None
 
     @property
     @abstractmethod
@@ -174,6 +175,11 @@ class FlowObjective(Objective):
     @property
     def kind(self) -> Literal["token", "flow"]:
         return "flow"
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether `loss` reads `FlowCall.null()`, so that batches must carry null contexts."""
+        return False
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
         """(t, s), each (I,) float64. The base class trains the diagonal s = t."""

@@ -21,17 +21,56 @@ from omni.rng import Key
 Name = tuple[int, int, int]  # (document, block, copy)
 
 
+class BatchNames(Sequence[Name]):
+    """Names (n // copies, 0, n % copies) of items that only ever stand in one batch, such as points of toy data.
+
+    What is drawn for them comes from one generator per (key, purpose), a hundred times faster than one per name; so it
+    depends on the place in the batch and on `num`, and items that may be packed otherwise must not be named so.
+    """
+
+    def __init__(self, num: int, copies: int = 1) -> None:
+        self.num, self.copies = num, copies
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, n):  # noqa: ANN001, ANN204
+        if isinstance(n, slice):
+            return [self[i] for i in range(*n.indices(self.num))]
+        if not -self.num <= n < self.num:
+            raise IndexError(n)
+        return (n % self.num // self.copies, 0, n % self.num % self.copies)
+
+
 def uniform_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
     """(I,) float64 in [0, 1), each a function of (key, purpose, name) alone."""
+    if isinstance(names, BatchNames):
+        return key.fold(purpose).uniform((len(names),), torch.float64)
     draws = [key.fold(purpose, *name).python().random() for name in names]
     return torch.tensor(draws, dtype=torch.float64)
 
 
 def stratified_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
     """(I,) float64 in [0, 1): the copies of one block are spread evenly from one keyed offset."""
+    if isinstance(names, BatchNames):
+        n = torch.arange(len(names))
+        return (uniform_I(names, key, purpose)[n - n % names.copies] + n % names.copies / names.copies) % 1.0
     copies = 1 + max((copy for _, _, copy in names), default=0)
     offsets = {at: key.fold(purpose, *at).python().random() for at in {name[:2] for name in names}}
     return torch.tensor([(offsets[name[:2]] + name[2] / copies) % 1.0 for name in names], dtype=torch.float64)
+
+
+def karras_times(num: int, rho: float, sigma_min: float, sigma_max: float, data_std: float) -> Tensor:
+    """(num,) float64, ascending: EDM's grid of noise levels (arXiv 2206.00364, eq. 5) as times.
+
+    sigma_i = (sigma_min^(1/rho) + i / (num - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho and t = sigma / (sigma +
+    data_std): the levels are those of data of deviation `data_std` (0.5 in EDM), house latents have deviation 1. The
+    lowest node is 0, where the house has its boundary f(x, 0, 0) = x; EDM has its own at sigma_min.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigma = (low + (high - low) * torch.linspace(0, 1, num, dtype=torch.float64)) ** rho
+    t = sigma / (sigma + data_std)
+    return torch.where(torch.arange(num) == 0, 0.0, t)
 
 
 class TimeDistribution(Frozen):
@@ -65,6 +104,13 @@ class TimeDistribution(Frozen):
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
         t = self.shift * t / (1 + (self.shift - 1) * t)
         return self.low + (self.high - self.low) * t if self.kind == "uniform" else t.clamp(self.low, self.high)
+
+    def cumulative(self, t: Tensor) -> Tensor:
+        """Distribution function before clamping to [low, high], the inverse of `quantile`: t float64 -> u."""
+        if self.kind == "uniform":
+            t = ((t - self.low) / (self.high - self.low)).clamp(0, 1)
+        t = t / (self.shift - (self.shift - 1) * t)
+        return t if self.kind == "uniform" else torch.special.ndtr((torch.logit(t) - self.mean) / self.std)
 
     def draw(self, names: Sequence[Name], key: Key, purpose: str = "time") -> Tensor:
         """(I,) float64; the copies of one block are stratified."""

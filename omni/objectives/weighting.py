@@ -5,6 +5,8 @@ Legend: I items. e: mean square error of an item; t, s: its times.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,19 @@ def elbo_sigmoid(t: Tensor, bias: float, power: float) -> Tensor:
     t = t.clamp(1e-6, 1 - 1e-6)
     log_snr = 2 * ((1 - t) / t).log()
     return 0.5 * torch.sigmoid(bias - log_snr) * 2 / (t * (1 - t)) * (1 - t).pow(power) / ((1 - t) ** 2 + t**2)
+
+
+Distance = Literal["l2", "pseudo_huber", "norm"]
+
+
+def distance(e: Tensor, kind: Distance, c: float) -> Tensor:
+    """What is minimised of a mean square error: itself, its pseudo-Huber form, or its root (ECT, arXiv 2406.14548)."""
+    if kind == "l2":
+        return e
+    return pseudo_huber(e, c) if kind == "pseudo_huber" else e.clamp(min=1e-16).sqrt()  # the root's slope at 0: 0
+
+
+def trigonometric_scale(t: Tensor) -> Tensor:
+    """n = sqrt((1 - t)^2 + t^2): x / n lies on the TrigFlow path of angle tau, tan tau = t / (1 - t), and
+    dt / dtau = n^2 (sCM, arXiv 2410.11081)."""
+    return ((1 - t) ** 2 + t**2).sqrt()

@@ -3,16 +3,16 @@ x0^ = x - t F and eps^ = x + (1 - t) F (arXiv 2010.02502): both print the same n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from omni.samplers.schedule import SAMPLERS, State
+from omni.samplers.schedule import SAMPLERS, Noise, State, Velocity
 
 
 @SAMPLERS.register("euler")
-def euler(call: Callable[[Tensor, float, float], Tensor], start: Tensor, times: list[float]) -> Iterator[State]:
-    """`start` at times[0]; `call(x, t, s)` returns F of x's shape. Yields a State per step; the last is the answer."""
+def euler(call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None) -> Iterator[State]:
+    """One evaluation per step. See samplers.schedule for the arguments; yields a State per step."""
     x = start.double()
     steps = len(times) - 1
     for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
@@ -21,7 +21,7 @@ def euler(call: Callable[[Tensor, float, float], Tensor], start: Tensor, times: 
 
 
 @SAMPLERS.register("ddim")
-def ddim(call: Callable[[Tensor, float, float], Tensor], start: Tensor, times: list[float]) -> Iterator[State]:
+def ddim(call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None) -> Iterator[State]:
     """The same step told through data and noise predictions: x_s = (1 - s) x0^ + s eps^."""
     x = start.double()
     steps = len(times) - 1

@@ -1,18 +1,18 @@
 """Flow-map jumps: the network is told where the jump ends, x <- x + (s - t) F(x, t, s). Exact in any number of steps
-for the exact map; one step is one evaluation."""
+for the exact map; one step is one evaluation. Also called pushforward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from omni.samplers.schedule import SAMPLERS, State
+from omni.samplers.schedule import SAMPLERS, Noise, State, Velocity
 
 
 @SAMPLERS.register("flow_map")
-def flow_map(call: Callable[[Tensor, float, float], Tensor], start: Tensor, times: list[float]) -> Iterator[State]:
-    """`start` at times[0]; `call(x, t, s)` returns F of x's shape. Yields a State per jump; the last is the answer."""
+def flow_map(call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None) -> Iterator[State]:
+    """See samplers.schedule for the arguments; yields a State per jump."""
     x = start.double()
     steps = len(times) - 1
     for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -65,4 +66,4 @@ def test_the_speed_tasks_run(context: Context, name: str) -> None:
     pytest.importorskip("transformers")
     small = {"new_tokens": {"8m": 4}, "sizes": ("8m",)} if name == "speed_text" else {}
     values = run(context, name, repeats=1, **small)
-    assert all(value > 0 for value in values.values())
+    assert all(value > 0 or math.isnan(value) for value in values.values())  # nan: bfloat16 is slow here

@@ -66,6 +66,27 @@ def test_resume_at_every_step_and_twice(make_run: MakeRun, tmp_path: Path) -> No
         assert final_bytes(tmp_path / out, total) == final_bytes(tmp_path / "straight", total), stop
 
 
+def test_resume_with_a_target_network(make_run: MakeRun, tmp_path: Path) -> None:
+    """The averaged weights of terminal velocity matching go on where they were; without them the losses differ."""
+    recipe = ("objectives.2.name=terminal_velocity", "objectives.2.options.target_decay=0.5")
+    go(make_run(*recipe, out="straight"), 6)
+    for out, forgets in (("broken", False), ("forgetful", True)):
+        go(make_run(*recipe, out=out), 3)
+        run = make_run(*recipe, out=out)
+        assert run.target is not None
+        loop.resume(run, lambda line: None)
+        if forgets:
+            run.target.model.load_state_dict(run.model.state_dict())
+        go(run, 6)
+        files = [tmp_path / name / "state" / "step-00000006" / "target.safetensors" for name in ("straight", out)]
+        exact = [
+            numbers(tmp_path / out) == numbers(tmp_path / "straight"),
+            final_bytes(tmp_path / out, 6) == final_bytes(tmp_path / "straight", 6),
+            files[0].read_bytes() == files[1].read_bytes(),
+        ]
+        assert exact == [not forgets] * 3
+
+
 def test_the_comparison_can_fail(make_run: MakeRun, tmp_path: Path) -> None:
     go(make_run(out="straight"), 3)
     go(make_run("seed=4", out="other"), 3)

@@ -37,8 +37,8 @@ def everything(run: Run) -> dict[str, torch.Tensor]:
 def poison(run: Run, steps: set[int], value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     real = run.model.loss
 
-    def loss(batch: Any, objectives: Any, key: Any) -> dict[str, Terms]:
-        terms = real(batch, objectives, key)
+    def loss(batch: Any, objectives: Any, key: Any, *rest: Any) -> dict[str, Terms]:
+        terms = real(batch, objectives, key, *rest)
         if run.progress.step in steps:
             terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=terms["NextToken"].sum * value)
         return terms

@@ -1,0 +1,118 @@
+"""What objectives with derivatives cost: a training step of each, relative to a flow-matching step on the same batch.
+
+A step is forward, backward, clip, AdamW and, where the objective has a target network, its update. Documents are some
+ids and a picture, everything supervised, with several noisy copies of each picture. Float32, without autocast; weights
+are random: cost does not depend on them. A ratio is the median over rounds of step / flow-matching step of that round.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+
+from eval.metrics.timing import alternate, medians
+from eval.task import Context, Measure, Outcome, TaskOptions, task
+from omni.heads import FlowHeadConfig
+from omni.layout import Batch, LatentSpan, Shape, TokenSpan, pack
+from omni.model import Omni, OmniConfig
+from omni.nn.transformer import TransformerConfig
+from omni.objectives import build_objective
+from omni.rng import Key
+
+BASE = "flow_matching"
+METHODS = {
+    BASE: (BASE, {}),
+    "mean_flow": ("mean_flow", {}),
+    "terminal_velocity": ("terminal_velocity", {}),
+    "terminal_velocity_detached": ("terminal_velocity", {"detach_tangent": True}),
+}
+ROWS = tuple(name for name in METHODS if name != BASE)
+
+
+class FlowCostOptions(TaskOptions):
+    """`documents` of `text` ids and a picture of side * side latents, `rows` to a batch; `copies` of each picture."""
+
+    repeats: int = Field(default=9, ge=1)
+    width: int = Field(default=128, ge=64, multiple_of=64)
+    depth: int = Field(default=4, ge=1)
+    channels: int = Field(default=64, ge=1)
+    documents: int = Field(default=32, ge=1)
+    rows: int = Field(default=32, ge=1)
+    text: int = Field(default=24, ge=1)
+    side: int = Field(default=4, ge=1)
+    copies: int = Field(default=2, ge=1)
+
+
+def build_model(options: FlowCostOptions, key: Key) -> Omni:
+    heads = options.width // 64
+    transformer = TransformerConfig(
+        width=options.width, depth=options.depth, num_heads=heads, num_kv_heads=heads, head_dim=64
+    )
+    flow = FlowHeadConfig(channels=options.channels)
+    return Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=512), key).train()
+
+
+def build_batch(options: FlowCostOptions, key: Key) -> Batch:
+    """ValueError when the documents do not fit in the rows evenly."""
+    per_row, rest = divmod(options.documents, options.rows)
+    if rest or not per_row:
+        raise ValueError(f"flow_cost: documents ({options.documents}) must be a multiple of rows ({options.rows})")
+    size, documents = options.side**2, []
+    for n in range(options.documents):
+        ids = [key.fold(n, i).integer() % 256 for i in range(options.text)]
+        latents = key.fold(n, "latents").normal((size, options.channels))
+        picture = LatentSpan(latents, (1, options.side, options.side), supervise=True)
+        documents.append([TokenSpan(ids, [True] * options.text), picture, TokenSpan([257], [True])])
+    shape = Shape(options.rows, per_row * (options.text + size + 1), per_row * size * options.copies)
+    [batch], used = pack(documents, [shape], channels=options.channels, pad_id=256, copies=options.copies)
+    assert used == options.documents
+    return batch
+
+
+def train_step(model: Omni, batch: Batch, name: str, objective_options: dict, key: Key) -> Callable[[], None]:
+    objective = build_objective(name, **objective_options)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    decay = getattr(objective, "target_decay", None)
+    averages = copy.deepcopy(model).requires_grad_(False) if decay else None
+
+    def step() -> None:
+        [term] = model.loss(batch, [objective], key, averages).values()
+        (term.sum / term.count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        if averages is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averages.parameters()), list(model.parameters()), 1.0 - decay)
+
+    return step
+
+
+@task("flow_cost", FlowCostOptions, rows=(*ROWS, f"{BASE}_step"))
+def flow_cost(context: Context, options: FlowCostOptions) -> Outcome:
+    """Cost of a training step relative to flow matching: MeanFlow, terminal velocity matching, with and without the
+    gradient through its tangent."""
+    key = context.key("flow_cost")
+    batch = build_batch(options, key.fold("batch"))
+    runs = {
+        name: train_step(build_model(options, key), batch, objective, extra, key)
+        for name, (objective, extra) in METHODS.items()
+    }
+    seconds = alternate(runs, options.repeats, warmup=2)
+    measures = [
+        Measure(name, statistics.median(a / b for a, b in zip(seconds[name], seconds[BASE], strict=True)), "x")
+        for name in ROWS
+    ]
+    median = medians(seconds)
+    measures.append(Measure(f"{BASE}_step", median[BASE] * 1e3, "ms"))
+    notes = [
+        f"{torch.get_num_threads()} thread(s), CPU, float32, {options.repeats} rounds; {options.documents} documents "
+        f"of {options.text} ids and {options.side**2} latents, {options.copies} copies; width {options.width}, depth "
+        f"{options.depth}",
+        "; ".join(f"{name} {m * 1e3:.0f} ms ({min(seconds[name]) * 1e3:.0f} at best)" for name, m in median.items()),
+    ]
+    return Outcome(measures, notes=notes)

@@ -1,0 +1,295 @@
+"""Attention with its forward-mode tangent, and gradients through both: what training through a tangent needs.
+
+With a = 1 / sqrt(D), S = a q K^T (hidden pairs: -inf), P = softmax(S), and tangents dq, dK, dV of q, K, V:
+
+    o  = P V
+    do = (P * N) V + P dV       N = dS - mu,   dS = a (dq K^T + q dK^T),   mu_i = sum_j P_ij dS_ij
+
+K = [context; own]. The context is constant: its keys and values have no tangent, and the products with theirs are never
+formed. With cotangents g of o and h of do, the gradients are
+
+    A = h V^T,  B = h dV^T + g V^T        s1 = sum_j P A = h.o,   s2 = sum_j P (A N + B) = h.do + g.o   (one per query)
+    D' = P * (A - s1),  D = D' * N + P * (B - s2)
+    dL/dq = a (D K + D' dK)   dL/dK = a (D^T q + D'^T dq)   dL/ddq = a D' K   dL/ddK = a D'^T q
+    dL/dV = (P * N)^T h + P^T g   dL/ddV = P^T h
+
+Kept for the backward: the inputs, o, do, and per query the log-sum-exp and mu: memory grows with the length, not its
+square. In bf16 also what rounding took from o and do: where keys and values have a large common part, s1 and s2 from
+rounded outputs put 14% of error into dL/ddq (a test has the case; 0.17% with it). One pass over the keys keeps running
+sums; mu is the mean of dS so far, and whenever it moves by c, the sum of P N V moves by -c times the sum of P V: so N
+is centred from the first tile on, which operands in bf16 need.
+
+    math       explicit, in plain operations: memory is quadratic; under any transform and any order of derivatives; the
+               oracle of the other two
+    streamed   plain torch, tile by tile, on any device and head width: memory is linear
+    triton     the same in Triton kernels, on CUDA: head widths 64 and 128, bfloat16 or float32
+
+Domain: bfloat16 or float32 (all but triton: float64 too), one dtype and one device for all; sums are float32 or better.
+Under autocast float32 inputs become its dtype, as torch's own attention does. Any lengths. Visibility: an AttentionMask
+(only `math` lowers it to length x length), a dense bool mask, or None: all see all. A query that sees nothing gives
+zeros; tiles where nothing is visible are skipped. Refused with a ValueError: other dtypes and mixtures of them,
+tangents unlike their values, dropout (value and tangent would need one draw), and for streamed and triton: calls under
+torch.func transforms or forward-mode duals (give the tangents as arguments) and second derivatives.
+
+Cost, in products of a tile, where attention has 2 forward and 5 backward: 6 and 24 for own keys, 4 and 16 for context.
+
+Sources: the tangent's place in training, Terminal Velocity Matching (arXiv 2511.19797); streaming as in FlashAttention
+(arXiv 2205.14135); the formulas are derivatives of softmax attention and are checked against autograd in float64.
+
+Legend: R rows, H query heads, G key heads (H a multiple of G), Q queries, S own keys, T context keys, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni.mask import Fields, dense
+from omni.nn import jvp_attention_streamed
+from omni.nn.attention import AttentionMask
+
+BACKENDS = ("math", "streamed", "triton")
+MAX_PREDICATE = 1 << 20  # pairs of a query and a key whose visibility is in memory at once, while tiles are counted
+
+
+class Inputs(NamedTuple):
+    """q, dq (R, H, Q, D); k, v, dk, dv (R, G, S, D); k_context, v_context (R, G, T, D), or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    k_context: Tensor | None
+    v_context: Tensor | None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+
+
+def attend_with_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    k_context: Tensor | None = None,
+    v_context: Tensor | None = None,
+    mask: AttentionMask | Tensor | None = None,
+    backend: str = "streamed",
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q K^T / sqrt(D)) V over K = [context; own], and its derivative along (dq, dk, dv).
+
+    Args:
+        q, dq: (R, H, Q, D). k, v, dk, dv: (R, G, S, D). k_context, v_context: (R, G, T, D), constants; or None.
+        mask: visibility between the Q queries and the T + S keys: an AttentionMask, or (R, 1, Q, T + S) bool, True
+            where visible. None: every query sees every key.
+        backend: one of BACKENDS; see the head of this file, also for the domain.
+
+    Returns: (o, do), each (R, H, Q, D) in q's dtype. Both have gradients in all eight tensors.
+    Raises ValueError outside the domain.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r} of attention with a tangent; known: {', '.join(BACKENDS)}")
+    if dropout:
+        raise ValueError(f"attention with a tangent has no dropout, got {dropout}; set it to 0")
+    x = _check(Inputs(q, k, v, dq, dk, dv, k_context, v_context))
+    seen = Visibility.of(x, mask)
+    with torch.autocast(q.device.type, enabled=False):
+        if backend == "math":
+            return _math(x, seen)
+        _refuse_transforms(x, backend)
+        return _Attention.apply(_implementation(backend, x), seen, *x)  # type: ignore[return-value]
+
+
+# ---- the domain ------------------------------------------------------------------------------------------------------
+
+
+def _check(x: Inputs) -> Inputs:
+    """The inputs in one dtype. Raises ValueError when shapes, dtypes or devices do not fit."""
+    if (x.k_context is None) != (x.v_context is None):
+        raise ValueError("the context has keys and values, or neither: give both k_context and v_context, or none")
+    if x.q.ndim != 4 or x.k.ndim != 4:
+        raise ValueError(f"q (R, H, Q, D) and k (R, G, S, D) have four axes, got {_shape(x.q)} and {_shape(x.k)}")
+    R, H, Q, D = x.q.shape
+    G, S = x.k.shape[1:3]
+    T = 0 if x.k_context is None else x.k_context.shape[2]
+    if G == 0 or H % G:
+        raise ValueError(f"{H} query heads are no multiple of {G} key heads")
+    wanted = {"q": (R, H, Q, D), "k": (R, G, S, D), "v": (R, G, S, D), "context": (R, G, T, D)}
+    for name, value in x._asdict().items():
+        shape = wanted["context" if "context" in name else name.removeprefix("d")]
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} is {_shape(value)}, yet q and k ask for {shape}; a tangent has its value's shape")
+        if value is not None and value.device != x.q.device:
+            raise ValueError(f"{name} is on {value.device} and q on {x.q.device}; bring all to one device")
+    if torch.is_autocast_enabled(x.q.device.type):
+        dtype = torch.get_autocast_dtype(x.q.device.type)
+        x = x.each(lambda t: t.to(dtype) if t.dtype == torch.float32 else t)
+    if x.q.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"attention with a tangent takes bfloat16, float32 or float64, got {x.q.dtype}; convert first")
+    for name, value in x._asdict().items():
+        if value is not None and value.dtype != x.q.dtype:
+            raise ValueError(f"{name} is {value.dtype} and q {x.q.dtype}; convert all inputs and tangents to one dtype")
+    return x
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _refuse_transforms(x: Inputs, backend: str) -> None:
+    """Raises ValueError under torch.func transforms and forward-mode duals, whose derivatives would be lost."""
+    for name, value in x._asdict().items():
+        if value is None:
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name} is inside a torch.func transform, which backend {backend!r} does not support: give tangents "
+                "as arguments, outside of the transform, or use backend 'math'"
+            )
+        if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise ValueError(
+                f"{name} carries a forward-mode tangent, which backend {backend!r} would lose: give it as an argument, "
+                "or use backend 'math' for second derivatives"
+            )
+
+
+# ---- who sees whom ---------------------------------------------------------------------------------------------------
+
+
+class Visibility:
+    """A mask over (queries, [context; own] keys), read part by part and never lowered as a whole."""
+
+    def __init__(self, mask: AttentionMask | Tensor | None, sizes: tuple[int, int, int, int], device: Any) -> None:
+        self.mask = mask
+        self.rows, self.num_queries, self.num_context, num_own = sizes
+        self.num_keys = self.num_context + num_own
+        self.device = device
+        self._made: dict[object, Any] = {}
+
+    @staticmethod
+    def of(x: Inputs, mask: AttentionMask | Tensor | None) -> Visibility:
+        """Raises ValueError when the mask does not fit the inputs."""
+        R, Q, S = x.q.shape[0], x.q.shape[2], x.k.shape[2]
+        T = 0 if x.k_context is None else x.k_context.shape[2]
+        if isinstance(mask, Tensor):
+            if mask.dtype != torch.bool or _shape(mask) != (R, 1, Q, T + S) or mask.device != x.q.device:
+                raise ValueError(
+                    f"a dense mask is bool, {(R, 1, Q, T + S)} on {x.q.device}, got {mask.dtype} {_shape(mask)} on "
+                    f"{mask.device}; an AttentionMask gives `boolean()`"
+                )
+        elif mask is not None:
+            got = _shape(mask.queries.document), _shape(mask.keys.document)
+            if got != ((R, Q), (R, T + S)) or mask.keys.document.device != x.q.device:
+                raise ValueError(
+                    f"the mask describes queries {got[0]} and keys {got[1]} on {mask.keys.document.device}, yet there "
+                    f"are {(R, Q)} and [context; own] {(R, T + S)} on {x.q.device}"
+                )
+        return Visibility(mask, (R, Q, T, S), x.q.device)
+
+    def kept(self, name: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once: for all the layers of a pass where the mask is an AttentionMask."""
+        if isinstance(self.mask, AttentionMask):
+            return self.mask.kept((name, self.num_context), make)
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def fields(self, rows: slice, keys: slice) -> tuple[Fields, Fields]:
+        assert isinstance(self.mask, AttentionMask)
+        return _cut(self.mask.queries, rows), _cut(self.mask.keys, keys)
+
+    def part(self, rows: slice, keys: slice) -> Tensor | None:
+        """(R, queries, keys) bool of a part; None where all is visible."""
+        if self.mask is None:
+            return None
+        if isinstance(self.mask, Tensor):
+            return self.mask[:, 0, rows, keys]
+        return dense(*self.fields(rows, keys))
+
+    def occupied(self, keys: slice, tile_q: int, tile_k: int) -> Tensor:
+        """(R, tiles of queries, tiles of keys) bool: the tiles in which any pair is visible."""
+        num_keys = keys.stop - keys.start
+        tiles_q, tiles_k = -(-self.num_queries // tile_q), -(-num_keys // tile_k)
+        if self.mask is None or tiles_q * tiles_k == 0:
+            return torch.ones(self.rows, tiles_q, tiles_k, dtype=torch.bool, device=self.device)
+        strips = []
+        step = max(1, MAX_PREDICATE // max(1, self.rows * tile_q * num_keys)) * tile_q
+        for start in range(0, self.num_queries, step):
+            part = self.part(slice(start, min(start + step, self.num_queries)), keys)
+            assert part is not None
+            part = torch.nn.functional.pad(part, (0, -num_keys % tile_k, 0, -part.shape[1] % tile_q))
+            strips.append(part.unflatten(2, (tiles_k, tile_k)).unflatten(1, (-1, tile_q)).any(4).any(2))
+        return torch.cat(strips, 1)
+
+
+def _cut(fields: Fields, at: slice) -> Fields:
+    return Fields(fields.document[:, at], fields.block[:, at], fields.copy[:, at])
+
+
+# ---- the oracle, and the streaming forms under autograd --------------------------------------------------------------
+
+
+def _math(x: Inputs, seen: Visibility) -> tuple[Tensor, Tensor]:
+    """The formulas at the head of this file, on whole matrices; autograd differentiates them."""
+    dtype = x.q.dtype
+    work = torch.promote_types(dtype, torch.float32)
+    q, k, v, dq, dk, dv = (t.to(work) for t in x[:6])
+    if x.k_context is not None and x.v_context is not None:
+        zeros = torch.zeros_like(x.k_context, dtype=work)
+        k, v = torch.cat([x.k_context.to(work), k], 2), torch.cat([x.v_context.to(work), v], 2)
+        dk, dv = torch.cat([zeros, dk], 2), torch.cat([zeros, dv], 2)
+    k, v, dk, dv = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v, dk, dv))
+    a = 1 / math.sqrt(q.shape[-1])
+    s = a * q @ k.mT
+    ds = a * (dq @ k.mT + q @ dk.mT)
+    hidden = seen.part(slice(None), slice(None))
+    if hidden is not None:
+        hidden = ~hidden.unsqueeze(1)
+        s = s.masked_fill(hidden, torch.finfo(work).min)
+    p = s.softmax(-1)
+    if hidden is not None:
+        p = p.masked_fill(hidden, 0)  # a row of hidden pairs alone is zero
+    n = ds - (p * ds).sum(-1, keepdim=True)
+    return (p @ v).to(dtype), ((p * n) @ v + p @ dv).to(dtype)
+
+
+def _implementation(backend: str, x: Inputs) -> ModuleType:
+    """A module with `forward` and `backward`. Raises ValueError where its backend cannot serve."""
+    if backend == "streamed":
+        return jvp_attention_streamed
+    from omni.nn import jvp_attention_launch
+
+    jvp_attention_launch.check(x)
+    return jvp_attention_launch
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, module: ModuleType, seen: Visibility, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        outputs, kept = module.forward(Inputs(*inputs), seen)
+        ctx.module, ctx.seen = module, seen
+        ctx.save_for_backward(*inputs, *outputs, *kept)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "attention with a tangent was asked for a second derivative (create_graph=True); use backend 'math'"
+            )
+        saved = ctx.saved_tensors
+        inputs, outputs, kept = Inputs(*saved[:8]), saved[8:10], saved[10:]
+        needed: Sequence[bool] = ctx.needs_input_grad[2:]
+        with torch.autocast(g.device.type, enabled=False):
+            gradients = ctx.module.backward(inputs, ctx.seen, outputs, kept, g, h, needed)
+        return None, None, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))

@@ -1,0 +1,423 @@
+"""Triton kernels of attention with its tangent: one forward, and a backward in three kinds (see nn.jvp_attention).
+
+    forward   a tile of queries, resident, walks the tiles of keys that it sees: the context's, then its own
+    row sums  s1 and s2 per query, from the outputs and their cotangents
+    grad_q    queries resident: gradients of q and dq
+    grad_k    keys resident: gradients of k and dk;   grad_v: keys resident: gradients of v and dv
+              each once for own keys and once for the context, whose tangents are zero: half of the products are skipped
+
+No kernel keeps more than two wide accumulators, to spare registers; no atomics, so results repeat. A tile
+in which nothing is visible is in no list and costs nothing. Products take bf16 operands (float32: exact float32
+products, without tensor cores) and add up in float32.
+
+Triton is imported by `load`, never with this file: the functions below are plain until then. Triton's interpreter
+(TRITON_INTERPRET=1 before Triton's first import) runs them without a GPU; it multiplies the bit patterns of bf16 tiles
+as integers and truncates where a GPU rounds, so under it (EMULATE) tiles are float32 that hold rounded values.
+
+Legend: R rows, H query heads, G key heads, Q queries, T context keys, S own keys, D head width; BQ, BK tile sizes.
+A tensor of four axes enters as (pointer, stride of rows, stride of heads, stride of positions).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+NO_MASK, FIELDS, DENSE = 0, 1, 2  # how the kernels learn what is visible
+
+interpreted: bool = False  # whether `load` found Triton's interpreter switched on
+_DEVICE_FUNCTIONS: list[str] = []
+
+
+def _device(function: Any) -> Any:
+    """Mark a function for `triton.jit`, which `load` applies."""
+    _DEVICE_FUNCTIONS.append(function.__name__)
+    return function
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def load() -> None:
+    """Import Triton and compile this file's functions with it. Raises ValueError when it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("attention backend 'triton' needs Triton: pip install 'omni-flow[gpu]', or use 'streamed'")
+    import triton
+    import triton.language as tl
+
+    module = globals()
+    module.update(triton=triton, tl=tl)
+    for name in _DEVICE_FUNCTIONS:
+        module[name] = triton.jit(module[name])
+    module["interpreted"] = interpreting()
+
+
+def element(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@_device
+def _operand(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
+    """A tile as an operand of a product: in DTYPE, or under the interpreter float32 rounded to it, to nearest even."""
+    if EMULATE:
+        x = x.to(tl.float32)
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            bits = x.to(tl.int32, bitcast=True)
+            bits = bits + 0x7FFF + ((bits >> 16) & 1)
+            x = (bits & -65536).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(DTYPE)
+    return x
+
+
+@_device
+def _pointers(x, r, h, start, D: tl.constexpr, N: tl.constexpr):
+    base = x[0] + r.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + start.to(tl.int64) * x[3]
+    return base + tl.arange(0, N)[:, None] * x[3] + tl.arange(0, D)[None, :]
+
+
+@_device
+def _read(x, r, h, start, length, D: tl.constexpr, N: tl.constexpr, EMULATE: tl.constexpr):
+    """Positions start .. start + N of (r, h), (N, D); zeros past the length."""
+    inside = (start + tl.arange(0, N) < length)[:, None]
+    tile = tl.load(_pointers(x, r, h, start, D, N), mask=inside, other=0.0)
+    if EMULATE:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@_device
+def _write(x, r, h, start, length, tile, D: tl.constexpr, N: tl.constexpr, EMULATE: tl.constexpr):
+    inside = (start + tl.arange(0, N) < length)[:, None]
+    tl.store(_pointers(x, r, h, start, D, N), _operand(tile, x[0].dtype.element_ty, EMULATE), mask=inside)
+
+
+@_device
+def _write_exact(
+    x, low, r, h, start, length, tile,
+    D: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Write a float32 tile in DTYPE, and what the rounding took from it."""
+    _write(x, r, h, start, length, tile, D, N, EMULATE)
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        rounded = _operand(tile, DTYPE, EMULATE).to(tl.float32)
+        _write(low, r, h, start, length, tile - rounded, D, N, EMULATE)
+
+
+@_device
+def _read_exact(
+    x, low, r, h, start, length,
+    D: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    tile = _read(x, r, h, start, length, D, N, EMULATE).to(tl.float32)
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        tile += _read(low, r, h, start, length, D, N, EMULATE).to(tl.float32)
+    return tile
+
+
+@_device
+def _per_query(x, head, at, num_q, other):
+    """Numbers (R H, Q) of the queries `at` of a head; `other` past the last."""
+    return tl.load(x + head.to(tl.int64) * num_q + at, mask=at < num_q, other=other)
+
+
+@_device
+def _visible(mask, r, qi, ki, num_q, num_k, MASK: tl.constexpr):
+    """omni.mask.visible on a tile. Positions qi (BQ, 1) and ki (1, BK), or (1, BQ) and (BK, 1)."""
+    seen = (qi < num_q) & (ki < num_k)
+    if MASK == 1:
+        q_fields, k_fields = mask[0] + r * 3 * num_q + qi, mask[1] + r * 3 * num_k + ki
+        q_document = tl.load(q_fields, mask=qi < num_q, other=0)
+        q_block = tl.load(q_fields + num_q, mask=qi < num_q, other=0)
+        q_copy = tl.load(q_fields + 2 * num_q, mask=qi < num_q, other=0)
+        k_document = tl.load(k_fields, mask=ki < num_k, other=0)
+        k_block = tl.load(k_fields + num_k, mask=ki < num_k, other=0)
+        k_copy = tl.load(k_fields + 2 * num_k, mask=ki < num_k, other=0)
+        of_context = (k_copy == 0) & ((k_block < q_block) | ((k_block == q_block) & (q_copy == 0)))
+        of_copy = (k_copy != 0) & (k_copy == q_copy)
+        seen = seen & (q_document == k_document) & (of_context | of_copy)
+    if MASK == 2:
+        at = mask[0] + r.to(tl.int64) * mask[1] + qi.to(tl.int64) * mask[2] + ki
+        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+    return seen
+
+
+@_device
+def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
+    """a b^T and its tangent da b^T + a db^T; A, B say which side has a tangent."""
+    bt = tl.trans(b)
+    s = tl.dot(a, bt, input_precision="ieee")
+    if A:
+        ds = tl.dot(da, bt, input_precision="ieee")
+        if B:
+            ds = tl.dot(a, tl.trans(db), ds, input_precision="ieee")
+    else:
+        ds = tl.dot(a, tl.trans(db), input_precision="ieee")
+    return s, ds
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@_device
+def _sweep(
+    state, q, dq, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
+    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add to the running sums of a tile of queries what the keys of one side give, as in nn.jvp_attention."""
+    acc, acc_t, m, total, mu = state
+    qi = (tile * BQ + tl.arange(0, BQ))[:, None]
+    row = r * tiles[2] + tile
+    for i in range(0, tl.load(tiles[0] + row)):
+        start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i) * BK
+        k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
+        dk_tile = k_tile
+        if OWN:
+            dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
+        s, ds = _scores(q, dq, k_tile, dk_tile, True, OWN)
+        seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
+        s = tl.where(seen, s * scale2, -float("inf"))
+        ds = ds * scale
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
+        alpha = tl.exp2(m - base)
+        p = tl.exp2(s - base[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        dmu = tl.sum(p * (ds - mu[:, None]), 1) / tl.where(total > 0, total, 1.0)
+        acc_t = (acc_t - acc * dmu[:, None]) * alpha[:, None]
+        acc = acc * alpha[:, None]
+        mu = mu + dmu
+        m = m_new
+        v_tile = _read(v, r, g, start, num_k, D, BK, EMULATE)
+        weight = _operand(p, DTYPE, EMULATE)
+        acc = tl.dot(weight, v_tile, acc, input_precision="ieee")
+        acc_t = tl.dot(_operand(p * (ds - mu[:, None]), DTYPE, EMULATE), v_tile, acc_t, input_precision="ieee")
+        if OWN:
+            dv_tile = _read(dv, r, g, start, num_k, D, BK, EMULATE)
+            acc_t = tl.dot(weight, dv_tile, acc_t, input_precision="ieee")
+    return acc, acc_t, m, total, mu
+
+
+@_device
+def forward(
+    q, dq, k, dk, v, dv, k_context, v_context, o, do, o_low, do_low, lse, mu, mask, mask_context, tiles, tiles_context,
+    num_q, num_k, num_context, heads, group, scale, scale2,
+    CONTEXT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    tile, r, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    g, start = h // group, tile * BQ
+    q_tile = _read(q, r, h, start, num_q, D, BQ, EMULATE)
+    dq_tile = _read(dq, r, h, start, num_q, D, BQ, EMULATE)
+    acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
+    m, total, mean = tl.zeros([BQ], tl.float32) - float("inf"), tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)
+    if CONTEXT:
+        acc, acc_t, m, total, mean = _sweep(
+            (acc, acc_t, m, total, mean), q_tile, dq_tile, k_context, k_context, v_context, v_context, mask_context,
+            tiles_context, r, g, tile, num_q, num_context, scale, scale2, False, MASK, D, BQ, BK, DTYPE, EMULATE,
+        )  # fmt: skip
+    acc, acc_t, m, total, mean = _sweep(
+        (acc, acc_t, m, total, mean), q_tile, dq_tile, k, dk, v, dv, mask,
+        tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, D, BQ, BK, DTYPE, EMULATE,
+    )  # fmt: skip
+    some = tl.where(total > 0, total, 1.0)
+    _write_exact(o, o_low, r, h, start, num_q, acc / some[:, None], D, BQ, DTYPE, EMULATE)
+    _write_exact(do, do_low, r, h, start, num_q, acc_t / some[:, None], D, BQ, DTYPE, EMULATE)
+    at = start + tl.arange(0, BQ)
+    statistics = tl.program_id(1).to(tl.int64) * num_q + at
+    tl.store(lse + statistics, tl.where(total > 0, m + tl.log2(some), float("inf")), mask=at < num_q)  # base 2
+    tl.store(mu + statistics, mean, mask=at < num_q)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@_device
+def row_sums(
+    o, do, o_low, do_low, cotangent, dcotangent, s1, s2, num_q, heads,
+    D: tl.constexpr, BQ: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    tile, r, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    start = tile * BQ
+    o_tile = _read_exact(o, o_low, r, h, start, num_q, D, BQ, DTYPE, EMULATE)
+    do_tile = _read_exact(do, do_low, r, h, start, num_q, D, BQ, DTYPE, EMULATE)
+    c = _read(cotangent, r, h, start, num_q, D, BQ, EMULATE).to(tl.float32)
+    dc = _read(dcotangent, r, h, start, num_q, D, BQ, EMULATE).to(tl.float32)
+    at = start + tl.arange(0, BQ)
+    statistics = tl.program_id(1).to(tl.int64) * num_q + at
+    tl.store(s1 + statistics, tl.sum(dc * o_tile, 1), mask=at < num_q)
+    tl.store(s2 + statistics, tl.sum(dc * do_tile + c * o_tile, 1), mask=at < num_q)
+
+
+@_device
+def _sweep_q(
+    acc, acc_t, q, dq, c, dc, lse, mu, s1, s2, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
+    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    qi = (tile * BQ + tl.arange(0, BQ))[:, None]
+    row = r * tiles[2] + tile
+    for i in range(0, tl.load(tiles[0] + row)):
+        start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i) * BK
+        k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
+        v_tile = _read(v, r, g, start, num_k, D, BK, EMULATE)
+        dk_tile = k_tile
+        if OWN:
+            dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
+        s, n = _scores(q, dq, k_tile, dk_tile, True, OWN)
+        seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
+        p = tl.where(seen, tl.exp2(s * scale2 - lse[:, None]), 0.0)
+        n = n * scale - mu[:, None]
+        vt = tl.trans(v_tile)
+        a = tl.dot(dc, vt, input_precision="ieee")
+        b = tl.dot(c, vt, input_precision="ieee")
+        if OWN:
+            dv_tile = _read(dv, r, g, start, num_k, D, BK, EMULATE)
+            b = tl.dot(dc, tl.trans(dv_tile), b, input_precision="ieee")
+        d_ds = p * (a - s1[:, None])
+        d_s = _operand(d_ds * n + p * (b - s2[:, None]), DTYPE, EMULATE)
+        d_ds = _operand(d_ds, DTYPE, EMULATE)
+        acc = tl.dot(d_s, k_tile, acc, input_precision="ieee")
+        acc_t = tl.dot(d_ds, k_tile, acc_t, input_precision="ieee")
+        if OWN:
+            acc = tl.dot(d_ds, dk_tile, acc, input_precision="ieee")
+    return acc, acc_t
+
+
+@_device
+def grad_q(
+    q, dq, k, dk, v, dv, k_context, v_context, cotangent, dcotangent, lse, mu, s1, s2, out, dout,
+    mask, mask_context, tiles, tiles_context, num_q, num_k, num_context, heads, group, scale, scale2,
+    CONTEXT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    tile, r, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    g, start = h // group, tile * BQ
+    q_tile = _read(q, r, h, start, num_q, D, BQ, EMULATE)
+    dq_tile = _read(dq, r, h, start, num_q, D, BQ, EMULATE)
+    c = _read(cotangent, r, h, start, num_q, D, BQ, EMULATE)
+    dc = _read(dcotangent, r, h, start, num_q, D, BQ, EMULATE)
+    at = start + tl.arange(0, BQ)
+    head = tl.program_id(1)
+    lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
+    s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
+    acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
+    if CONTEXT:
+        acc, acc_t = _sweep_q(
+            acc, acc_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context, v_context,
+            v_context, mask_context, tiles_context, r, g, tile, num_q, num_context, scale, scale2,
+            False, MASK, D, BQ, BK, DTYPE, EMULATE,
+        )  # fmt: skip
+    acc, acc_t = _sweep_q(
+        acc, acc_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k, dk, v, dv,
+        mask, tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, D, BQ, BK, DTYPE, EMULATE,
+    )  # fmt: skip
+    _write(out, r, h, start, num_q, acc * scale, D, BQ, EMULATE)
+    _write(dout, r, h, start, num_q, acc_t * scale, D, BQ, EMULATE)
+
+
+@_device
+def grad_k(
+    q, dq, k, dk, v, dv, cotangent, dcotangent, lse, mu, s1, s2, out, dout, mask, tiles,
+    num_q, num_k, key_heads, group, scale, scale2,
+    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Scores are transposed, (BK, BQ): they enter the last products from the left without a transposition."""
+    tile, r, g = tl.program_id(0), tl.program_id(1) // key_heads, tl.program_id(1) % key_heads
+    start = tile * BK
+    k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
+    v_tile = _read(v, r, g, start, num_k, D, BK, EMULATE)
+    dk_tile, dv_tile = k_tile, v_tile
+    if OWN:
+        dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
+        dv_tile = _read(dv, r, g, start, num_k, D, BK, EMULATE)
+    acc, acc_t = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
+    ki = (start + tl.arange(0, BK))[:, None]
+    row = r * tiles[2] + tile
+    num_tiles = tl.load(tiles[0] + row)
+    for i in range(0, num_tiles * group):
+        h = g * group + i // num_tiles
+        q_start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i % num_tiles) * BQ
+        at = q_start + tl.arange(0, BQ)
+        head = r * key_heads * group + h
+        lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
+        s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
+        q_tile = _read(q, r, h, q_start, num_q, D, BQ, EMULATE)
+        dq_tile = _read(dq, r, h, q_start, num_q, D, BQ, EMULATE)
+        s, n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True)
+        seen = _visible(mask, r, at[None, :], ki, num_q, num_k, MASK)
+        p = tl.where(seen, tl.exp2(s * scale2 - lse_tile[None, :]), 0.0)
+        n = n * scale - mu_tile[None, :]
+        c = _read(cotangent, r, h, q_start, num_q, D, BQ, EMULATE)
+        dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EMULATE)
+        dct = tl.trans(dc)
+        a = tl.dot(v_tile, dct, input_precision="ieee")
+        b = tl.dot(v_tile, tl.trans(c), input_precision="ieee")
+        if OWN:
+            b = tl.dot(dv_tile, dct, b, input_precision="ieee")
+        d_ds = p * (a - s1_tile[None, :])
+        d_s = _operand(d_ds * n + p * (b - s2_tile[None, :]), DTYPE, EMULATE)
+        d_ds = _operand(d_ds, DTYPE, EMULATE)
+        acc = tl.dot(d_s, q_tile, acc, input_precision="ieee")
+        acc = tl.dot(d_ds, dq_tile, acc, input_precision="ieee")
+        if OWN:
+            acc_t = tl.dot(d_ds, q_tile, acc_t, input_precision="ieee")
+    _write(out, r, g, start, num_k, acc * scale, D, BK, EMULATE)
+    if OWN:
+        _write(dout, r, g, start, num_k, acc_t * scale, D, BK, EMULATE)
+
+
+@_device
+def grad_v(
+    q, dq, k, dk, v, dv, cotangent, dcotangent, lse, mu, s1, s2, out, dout, mask, tiles,
+    num_q, num_k, key_heads, group, scale, scale2,
+    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    tile, r, g = tl.program_id(0), tl.program_id(1) // key_heads, tl.program_id(1) % key_heads
+    start = tile * BK
+    k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
+    dk_tile = k_tile
+    if OWN:
+        dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
+    acc, acc_t = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
+    ki = (start + tl.arange(0, BK))[:, None]
+    row = r * tiles[2] + tile
+    num_tiles = tl.load(tiles[0] + row)
+    for i in range(0, num_tiles * group):
+        h = g * group + i // num_tiles
+        q_start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i % num_tiles) * BQ
+        at = q_start + tl.arange(0, BQ)
+        head = r * key_heads * group + h
+        lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
+        q_tile = _read(q, r, h, q_start, num_q, D, BQ, EMULATE)
+        dq_tile = _read(dq, r, h, q_start, num_q, D, BQ, EMULATE)
+        s, n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True)
+        seen = _visible(mask, r, at[None, :], ki, num_q, num_k, MASK)
+        p = tl.where(seen, tl.exp2(s * scale2 - lse_tile[None, :]), 0.0)
+        n = n * scale - mu_tile[None, :]
+        c = _read(cotangent, r, h, q_start, num_q, D, BQ, EMULATE)
+        dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EMULATE)
+        weight = _operand(p, DTYPE, EMULATE)
+        acc = tl.dot(weight, c, acc, input_precision="ieee")
+        acc = tl.dot(_operand(p * n, DTYPE, EMULATE), dc, acc, input_precision="ieee")
+        if OWN:
+            acc_t = tl.dot(weight, dc, acc_t, input_precision="ieee")
+    _write(out, r, g, start, num_k, acc, D, BK, EMULATE)
+    if OWN:
+        _write(dout, r, g, start, num_k, acc_t, D, BK, EMULATE)

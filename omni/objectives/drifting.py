@@ -1,0 +1,207 @@
+"""Generative drifting (arXiv 2602.04770): move what is generated along V, from its own kind towards the data.
+
+    x = phi(f(x_t, t, s)) / c,   loss = mean |x - sg(x + V)|^2,   V = sum over tau of V_tau / rms(V_tau)
+
+phi is a feature map, V_tau the field of `drift_field`: the particles of a group are one another's negatives, and the
+group's clean latents (at s > 0: samples of p_s) its positives. c = mean distance / sqrt(D), and distances are in mean
+distances, so that temperatures have one meaning everywhere. The defaults are the released loss. t = 1, s = 0 unless
+`pairs` says otherwise; then x_t and x_s come of one x0, and a particle does not see its own positive.
+
+The value of the loss says nothing: with one temperature V has mean square 1, so it is 1 (exactly, whatever the
+network does); with three it moves between 1 and 9 with how far they agree. What falls in training is the mean square
+of V_tau before it is normalised: `force`, or the reported value with report = "force" (gradients are the same). With
+few particles most of that is sampling noise. And few are not stable: each side of V has mass 1 however far it is, so
+two particles, each the only negative of the other, push apart without end.
+
+Guidance: the clean latents of items whose condition was dropped are more negatives for all others of their size in
+the batch, with weight (alpha - 1) (n_generated - 1) / n_null; the network is told beta = 1 / alpha. A batch without
+such items has alpha = 1.
+
+Without a trained feature map this did not work on ImageNet [paper]; and it wants many positives of a context, which
+documents with one caption each do not give: "mixed" groups then match the law over contexts, not within one.
+
+Legend: I items, G groups, M particles, N latents, C channels, T targets, D numbers in a feature vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from omni.config import Frozen
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, Items, Terms
+from omni.objectives.drift_field import Affinity, Targets, distances, drift
+from omni.objectives.features import FEATURES
+from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, land, wide
+from omni.objectives.times import uniform_I
+from omni.rng import Key
+
+
+class SampleGuidance(Frozen):
+    """alpha of a group: 1 with probability `plain`, else in [1, max_scale] with density alpha^-power. Off at 1; the
+    paper's 4, power 3 (or 5), plain 0.5."""
+
+    max_scale: float = Field(default=1.0, ge=1)
+    power: float = Field(default=3.0, ge=0)
+    plain: float = Field(default=0.5, ge=0, le=1)
+
+    @property
+    def is_off(self) -> bool:
+        return self.max_scale == 1
+
+    def draw(self, groups: Groups, key: Key) -> Tensor:
+        """(number of groups,) float64."""
+        u, q = uniform_I(groups.names, key, "guidance"), 1 - self.power
+        alpha = self.max_scale**u if q == 0 else (1 + u * (self.max_scale**q - 1)) ** (1 / q)
+        return torch.where(uniform_I(groups.names, key, "no guidance") < self.plain, 1.0, alpha)
+
+
+@dataclass(frozen=True)
+class DriftDraw(Draw):
+    """`positives` (R, S, C): a sample of p_s from each item's x0; `alpha` (I,): guidance. x: float32 or better."""
+
+    positives: Tensor
+    alpha: Tensor
+    groups: Groups
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Of one kind of group and one feature family: where particles are and are to go, both in units of c.
+
+    `x` (G, M, D) has a graph, `goal` has none; `force` (G, M): mean square of V_tau, summed over temperatures.
+    """
+
+    x: Tensor
+    goal: Tensor
+    force: Tensor
+
+
+@OBJECTIVES.register("drifting")
+class Drifting(ParticleObjective):
+    """particles: how many of a group, the paper's 64 per class. temperatures: the tau above, in mean distances.
+
+    features: a name in FEATURES. affinity: "joint" (released) or "row" (the paper's field), with `floor` under the
+    product of the joint one. unit_distance: distances and coordinates in mean distances; without, tau is in the
+    features' own units. unit_force: each V_tau by its root mean square. scope: over what those means are taken. The
+    released code's "batch" makes a loss depend on what else stands in the batch; the house's "group" does not.
+    The paper's plain field is affinity="row", unit_force=false.
+    """
+
+    pairs: Literal["below", "zero", "one_step"] = "one_step"
+    particles: int = Field(default=64, ge=1)
+    temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
+    features: str = "latents"
+    affinity: Affinity = "joint"
+    floor: float = Field(default=1e-6, ge=0)
+    unit_distance: bool = True
+    unit_force: bool = True
+    scope: Literal["group", "batch"] = "group"
+    guidance: SampleGuidance = SampleGuidance()
+    report: Literal["loss", "force"] = "loss"
+
+    @field_validator("temperatures")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0:
+            raise ValueError(f"temperatures must be one or more positive numbers, got {list(value)}")
+        return value
+
+    @field_validator("features")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        FEATURES.get(value)
+        return value
+
+    def draw(self, items: Items, key: Key) -> DriftDraw:
+        groups, broad = group_items(items, self.particles, self.groups, apart=True), wide(items)
+        t, s = (time[groups.index] for time in self.group_times(groups, key))
+        [alpha] = items.times(self.guidance.draw(groups, key)[groups.index])
+        alpha = torch.where(self._guided(items), alpha, 1.0)
+        t, s = items.times(t, s)
+        noise, positives = broad.noise(key), broad.latents
+        if self.pairs == "below":
+            positives = broad.interpolate(broad.noise(key, "noise of positives"), s)
+        x = broad.interpolate(noise, t)
+        return DriftDraw(x, noise - broad.latents, t, s, items, noise, positives, alpha, groups)
+
+    def loss(self, call: FlowCall, draw: DriftDraw) -> Terms:
+        found = [
+            torch.stack([(g.x - g.goal).pow(2).mean(-1) for g in families]).mean(0)
+            for families in self.goals(call, draw)
+        ]
+        loss = draw.groups.spread(torch.zeros_like(draw.t), found)
+        if self.report == "force":
+            loss = self.force(call, draw) + (loss - loss.detach())
+        return draw.items.terms(loss, self.weight)
+
+    @torch.no_grad()
+    def force(self, call: FlowCall, draw: DriftDraw) -> Tensor:
+        """(I,): the mean square of V before it is normalised, summed over temperatures, mean over feature families."""
+        found = [torch.stack([g.force for g in families]).mean(0) for families in self.goals(call, draw)]
+        return draw.groups.spread(torch.zeros_like(draw.t), found)
+
+    def goals(self, call: FlowCall, draw: DriftDraw) -> Iterator[list[Goal]]:
+        """By kind of group, one goal per feature family."""
+        items = draw.items
+        told = call if self.guidance.is_off else call.guided(1 / draw.alpha)
+        y = land(told, draw.x, draw.t, draw.s, items)
+        for members in draw.groups.members:
+            others = self._nulls(items, members)
+            generated, data = (self._features(gather(items, value, members)) for value in (y, draw.positives))
+            nulls = self._features(gather(items, draw.positives, others)) if others is not None else data
+            alpha = draw.alpha[members[:, :1]]
+            yield [
+                self.goal(x, self._targets(x.detach(), p.detach(), None if others is None else n.detach(), alpha))
+                for x, p, n in zip(generated, data, nulls, strict=True)
+            ]
+
+    def goal(self, x_GMD: Tensor, targets: Targets) -> Goal:
+        """x and where it drifts to, in units of c."""
+        per_group, dim, particles = self.scope == "group", x_GMD.shape[-1], x_GMD.detach()
+        with torch.no_grad():
+            distance, mean = distances(particles, targets, per_group=per_group)
+            unit = mean if self.unit_distance else torch.ones_like(mean)
+            c = (mean / dim**0.5).clamp(min=1e-3) if self.unit_distance else unit
+            scaled = Targets(targets.vectors / c, targets.num_negatives, targets.weight, targets.own)
+            total, force = torch.zeros_like(particles), 0.0
+            for tau in self.temperatures:
+                v = drift(particles / c, scaled, distance / unit / tau, self.affinity, self.floor)
+                force = force + v.pow(2).mean(-1)
+                square = v.pow(2).mean((1, 2) if per_group else (0, 1, 2), keepdim=True)
+                total += v / square.clamp(min=1e-8).sqrt() if self.unit_force else v
+        return Goal(x_GMD / c, particles / c + total, force)  # type: ignore[arg-type]
+
+    def _targets(self, x_GMD: Tensor, data_GMD: Tensor, nulls_1KD: Tensor | None, alpha_G1: Tensor) -> Targets:
+        num_groups, num = x_GMD.shape[:2]
+        one = torch.ones(num_groups, num, device=x_GMD.device, dtype=x_GMD.dtype)
+        extra = x_GMD[:, :0] if nulls_1KD is None else nulls_1KD.expand(num_groups, -1, -1)
+        weight = ((alpha_G1 - 1) * (num - 1) / max(extra.shape[1], 1)).to(x_GMD.dtype).expand(-1, extra.shape[1])
+        itself = torch.eye(num, device=x_GMD.device, dtype=torch.bool)
+        related = itself if self.pairs != "one_step" and self.groups == "mixed" else torch.zeros_like(itself)
+        own = torch.cat([itself, itself.new_zeros(num, extra.shape[1]), related], 1)
+        vectors = torch.cat([x_GMD, extra, data_GMD], 1)
+        return Targets(vectors, num + extra.shape[1], torch.cat([one, weight, one], 1), own)
+
+    def _guided(self, items: Items) -> Tensor:
+        """(I,) bool: items with a condition, of a size that some item without one has."""
+        if items.is_null is None or self.guidance.is_off:
+            return torch.zeros(len(items), dtype=torch.bool, device=items.latents.device)
+        return ~items.is_null & torch.isin(items.counts, items.counts[items.is_null])
+
+    def _nulls(self, items: Items, members_GM: Tensor) -> Tensor | None:
+        """(1, K): the items without condition of the members' size; None where the members need none."""
+        first = members_GM[0, 0]
+        if items.is_null is None or self.guidance.is_off or bool(items.is_null[first]):
+            return None
+        found = (items.is_null & (items.counts == items.counts[first])).nonzero().mT
+        return found if found.numel() else None
+
+    def _features(self, x_GMNC: Tensor) -> list[Tensor]:
+        """(G, M, N, C) -> families of (G, M, D)."""
+        return [f.unflatten(0, x_GMNC.shape[:2]) for f in FEATURES.get(self.features)(x_GMNC.flatten(0, 1))]

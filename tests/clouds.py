@@ -1,0 +1,30 @@
+"""Clouds of points of a Gaussian law as items: one latent each, drawn as one, so that 100,000 take a moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from gaussian import Gaussian
+from torch import Tensor
+
+from omni.objectives.base import Items
+from omni.objectives.times import BatchNames
+from omni.rng import Key
+
+
+@dataclass(frozen=True)
+class Cloud(Items):
+    def noise(self, key: Key, purpose: str = "noise") -> Tensor:
+        return key.fold(purpose).normal(tuple(self.latents.shape), self.latents.dtype)
+
+
+def cloud(law: Gaussian, num: int, copies: int = 1, key: Key | None = None) -> Cloud:
+    """`num` points, each `copies` times over; float64."""
+    points = law.sample(key or Key(3), num, 1).expand(num, copies, law.channels).reshape(1, -1, law.channels)
+    return Cloud(points, torch.arange(num * copies)[None], BatchNames(num * copies, copies))
+
+
+def standard_errors(value: Tensor) -> float:
+    """Mean of independent values over its standard error."""
+    return float(value.mean() / value.std() * len(value) ** 0.5)
