@@ -126,6 +126,17 @@ def test_gradients_through_the_tangent() -> None:
     assert far(cut, (values[0] - values[1]) / (2 * h)) > 1e-3  # the tangent's share is not small
 
 
+def test_streamed_attention_carries_the_same_tangents_and_gradients() -> None:
+    """`tangents="streamed"`: the model's derivative and the gradients through it, as with explicit softmax."""
+    batch = batch_of()
+    plain = small_model(dtype=torch.float64, attention="math")
+    streamed = small_model(dtype=torch.float64, attention="math", tangents="streamed")
+    one, other = (call_of(model, batch).derivative(*sum(points(batch), ())) for model in (plain, streamed))
+    assert far(other[batch.item >= 0], one[batch.item >= 0]) < 1e-10
+    found, wanted = gradients(streamed, carried), gradients(plain, carried)
+    assert max(far(found[n], wanted[n]) for n in wanted if wanted[n].abs().max() > 0) < 1e-10
+
+
 def detached(call: FlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
     return call(*point), call.derivative(*point, *direction)
 

@@ -3,8 +3,8 @@
 A token is bound by reading the weights and by launching some twenty operations per layer. Here the whole step is one
 call, and weights whose values are exact in bfloat16 (as those of a published checkpoint are: it stores bfloat16) are
 read from a bfloat16 copy, which halves the bytes and loses nothing: products, activations and sums stay float32. Other
-weights are read as they are, in float32; the log says which. (torch.compile of the same step was tried: its products
-reached half the speed of these, behind half a minute of compilation.)
+weights are read as they are, in float32; the log says which. (Products compiled by torch.compile reached about half
+the speed of these.)
 
 Serves a single row in float32 on the CPU; more rows go through the ordinary step. The copies are of the weights at the
 time of construction.

@@ -28,6 +28,7 @@ from omni.layout import Stream
 from omni.mask import Fields
 from omni.nn.attention import AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.cache import KVCache, Memory, Pair, join
+from omni.nn.jvp_attention import attend_with_tangent
 from omni.nn.tangent import Dual, add, lift, linear, product, rms_norm, silu
 from omni.positions import rotary_table, rotate
 
@@ -35,8 +36,9 @@ from omni.positions import rotary_table, rotate
 class TransformerConfig(Frozen):
     """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
 
-    `attention`: the backend (see nn.attention). `tangents`: how derivatives of F are taken, forward mode (math
-    attention) or central differences (any backend) with `tangent_step` (see nn.tangent); neither changes the weights.
+    `attention`: the backend (see nn.attention). `tangents`: how derivatives of F are taken: "forward" mode with
+    explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length; see nn.jvp_attention), or
+    "central" differences (any backend) with `tangent_step` (see nn.tangent). None of it changes the weights.
     """
 
     width: int = 320
@@ -50,7 +52,7 @@ class TransformerConfig(Frozen):
     latent_weights: Literal["shared", "separate"] = "shared"
     modulation_eps: float = 1.0
     attention: str | None = None
-    tangents: Literal["forward", "central"] = "forward"
+    tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
     tangent_step: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -316,11 +318,21 @@ class Transformer(nn.Module):
 
             def attention(q: Any, k: Any, v: Any, past: Pair = past, room: Pair | None = room) -> Any:
                 if isinstance(q, Dual):
-                    return attend_dual(q, k, v, *past, mask)
+                    return self._attend_dual(q, k, v, past, mask)
                 return attend(q, *join(past, (k, v), room), mask, backend)
 
             h_RSW = block(h_RSW, rotary, attention, True, (base, item))
         return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
+
+    def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask | None) -> Dual:
+        """Attention with its tangent, as `tangents` names it."""
+        if self.c.tangents in ("forward", "central"):
+            return attend_dual(q, k, v, *past, mask)
+        k_past, v_past = (part.to(q.value.dtype) for part in past)
+        out, rate = attend_with_tangent(
+            q.value, k.value, v.value, q.tangent, k.tangent, v.tangent, k_past, v_past, mask, self.c.tangents
+        )
+        return Dual(out, rate)
 
 
 def spread(value_IX: Tensor, item: Tensor | None) -> Tensor:
