@@ -37,8 +37,8 @@ class TransformerConfig(Frozen):
     """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
 
     `attention`: the backend (see nn.attention). `tangents`: how derivatives of F are taken: "forward" mode with
-    explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length; see nn.jvp_attention), or
-    "central" differences (any backend) with `tangent_step` (see nn.tangent). None of it changes the weights.
+    explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length, nn.jvp_attention), or
+    "central" differences (any backend) with `tangent_step` (nn.tangent). None of it changes the weights.
     """
 
     width: int = 320
