@@ -39,7 +39,7 @@ class Method(Frozen):
     trained_as: str | None = None
     sampler: str = "flow_map"
     sampler_options: dict[str, Any] = Field(default_factory=dict)
-    rate: float = Field(default=2e-3, gt=0)
+    rate: float = Field(default=4e-3, gt=0)
     batch: int = Field(default=512, ge=2)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     evaluations: tuple[int, ...] | None = None
@@ -55,7 +55,7 @@ class RunOptions(Frozen):
     num_points: points drawn per evaluation, compared with as many of the data along `num_projections` directions.
     """
 
-    budget: int = Field(default=512_000, ge=1)
+    budget: int = Field(default=768_000, ge=1)
     width: int = Field(default=128, ge=1)
     depth: int = Field(default=3, ge=1)
     decay: float = Field(default=0.99, ge=0, lt=1)
