@@ -95,7 +95,7 @@ def cloud(points_N2: Tensor, size: int = 112, reach: float = 2.4, levels: int = 
     bins = ((points_N2.float() + reach) / (2 * reach) * size).floor()
     inside = bins[((bins >= 0) & (bins < size)).all(-1)].long()
     flat = torch.bincount(inside[:, 1] * size + inside[:, 0], minlength=size * size).view(size, size).flip(0)
-    full = 4 * len(points_N2) / size**2  # four times the density of a uniform cloud is full ink
+    full = 16 * len(points_N2) / size**2  # as if all points lay in a sixteenth of the square
     ink = ((flat / max(full, 1e-9)).clamp(max=1).sqrt() * levels).round() / levels
     return (255 - ink[..., None] * torch.tensor([225.0, 175.0, 95.0])).round().to(torch.uint8)
 
@@ -107,17 +107,23 @@ def grid(rows: Sequence[Sequence[tuple[str, Tensor]]], gap: int = 6) -> Image.Im
     from omni.media import to_pil
 
     height, width, _ = rows[0][0][1].shape
-    label = 18
+    label = 32
     across = max(len(row) for row in rows)
     picture = Image.new("RGB", (across * (width + gap) + gap, len(rows) * (height + label + gap) + gap), "white")
     draw = ImageDraw.Draw(picture)
     for i, row in enumerate(rows):
         for j, (name, pixels) in enumerate(row):
             x, y = gap + j * (width + gap), gap + i * (height + label + gap)
-            draw.text((x, y), name, fill=INK, font=_font(12))
+            draw.multiline_text((x, y), _two_lines(name), fill=INK, font=_font(12), spacing=1)
             picture.paste(to_pil(pixels), (x, y + label))
             draw.rectangle([x, y + label, x + width - 1, y + label + height - 1], outline=PALE)
     return small_palette(picture, 32)
+
+
+def _two_lines(name: str) -> str:
+    """Words instead of underscores, the last of them on a line of its own where there are several."""
+    words = name.split("_")
+    return "\n".join([" ".join(words[:-1]), words[-1]] if len(words) > 1 else [name])
 
 
 def small_palette(picture: Image.Image, colours: int) -> Image.Image:

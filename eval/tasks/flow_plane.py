@@ -103,9 +103,10 @@ def plane_rows(options: PlaneOptions) -> list[str]:
 def flow_plane(context: Context, options: PlaneOptions) -> Outcome:
     """Every objective on 2-D data at one budget, by sliced Wasserstein distance at 1 to 32 evaluations."""
     results = run_all(context, options)
+    floors = {data_set: floor(data_set, options.run, context.key("floor")) for data_set in options.data_sets}
     measures = [*verdicts(results, options)]
     for data_set in options.data_sets:
-        measures.append(Measure(f"{data_set}_floor", floor(data_set, options.run, context.key("floor")), "distance"))
+        measures.append(Measure(f"{data_set}_floor", floors[data_set], "distance"))
         for name in options.chosen:
             runs = results[data_set, name]
             measures += [Measure(f"{data_set}_{name}_{n}", mean_at(runs, n), "distance") for n in runs[0].distances]
@@ -120,7 +121,7 @@ def flow_plane(context: Context, options: PlaneOptions) -> Outcome:
         "processor seconds of training on one thread",
         *(table(results, options, data_set) for data_set in options.data_sets),
     ]
-    return Outcome(measures, panels(results, options), curves(results, options), notes)
+    return Outcome(measures, panels(results, options), curves(results, floors, options), notes)
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
@@ -219,15 +220,16 @@ def table(results: Results, options: PlaneOptions, data_set: str) -> str:
     return "\n".join(lines)
 
 
-def curves(results: Results, options: PlaneOptions) -> list[Curve]:
+def curves(results: Results, floors: Mapping[str, float], options: PlaneOptions) -> list[Curve]:
     """The frontier of every data set, drawn as a file too: `flow_maps_plane.png`."""
-    panels = {
-        d: {
+    panels = {}
+    for d in options.data_sets:
+        lines = {
             name: [(float(n), mean_at(results[d, name], n)) for n in method.numbers(options.run)]
             for name, method in options.chosen.items()
         }
-        for d in options.data_sets
-    }
+        ends = (float(options.fewest), float(max(options.run.evaluations)))
+        panels[d] = lines | {"data against data": [(n, floors[d]) for n in ends]}
     picture = log_charts(panels, "evaluations of the network", "sliced Wasserstein distance")
     save_png(picture, place(options, "flow_maps_plane.png"))
     return [Curve(data_set, "evaluations", "distance", lines) for data_set, lines in panels.items()]

@@ -86,7 +86,8 @@ class GaussianCall:
     def with_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(self.__call__, (x, t, s), (dx, dt, ds))
+        flow, rate, *_ = torch.func.jvp(self.__call__, (x, t, s), (dx, dt, ds))
+        return flow, rate
 
     def target(self, graph: bool = False) -> GaussianCall:
         return replace(self, frozen=not graph)

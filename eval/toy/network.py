@@ -40,7 +40,7 @@ class PlaneNetwork(nn.Module):
             parameter.detach().zero_()
         for number, layer in enumerate(self.layers):
             weight = key.fold("initialise", number).normal((sizes[number + 1], sizes[number]))
-            layer.weight.detach().copy_(weight * math.sqrt(2 / sizes[number]))
+            layer.get_parameter("weight").detach().copy_(weight * math.sqrt(2 / sizes[number]))
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, beta: Tensor, is_null: Tensor) -> Tensor:
         """x (I, C); t, s, beta, is_null (I,), all of the weights' dtype -> (I, C)."""
@@ -57,7 +57,7 @@ class PlaneNetwork(nn.Module):
         h = features(*primals, *constants)
         rate = torch.cat([dx, time_rates(t, dt), time_rates(t - s, dt - ds), dt.new_zeros(len(dt), 2)], -1)
         for layer in self.layers:
-            z, rate = layer(h), rate @ layer.weight.T
+            z, rate = layer(h), rate @ layer.get_parameter("weight").T
             gate = z.sigmoid()
             h = z * gate
             rate = rate * (gate + h * (1 - gate))

@@ -132,7 +132,8 @@ def schedule(fraction: float, warmup: float) -> float:
 @torch.no_grad()
 def follow(average: PlaneNetwork, parameters: list[torch.nn.Parameter], decay: float) -> None:
     """average <- decay average + (1 - decay) parameters."""
-    torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+    for own, parameter in zip(average.parameters(), parameters, strict=True):
+        own.lerp_(parameter, 1 - decay)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eval.plots import cloud
 from eval.suite import load_suite, load_tasks, main
+from eval.tasks.flow_closed_forms import LAWS
 from eval.tasks.flow_plane import plane_rows
 from eval.toy.data import DATA_SETS, PlaneItems, plane_items, sliced_wasserstein
 from eval.toy.network import Count, PlaneCall, PlaneNetwork
@@ -140,14 +141,20 @@ def test_every_flow_objective_has_a_row_in_both_tables() -> None:
 
 def test_closed_forms_hold_and_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["tasks=flow_closed_forms", "flow_closed_forms.items=48"]
-    assert main([SUITE, *small, "--json", "rows.json"]) == 0
-    rows = {row["name"].partition(".")[2]: row["value"] for row in json.loads(Path("rows.json").read_text())}
-    assert rows["largest_residual"] < 1e-8 < rows["smallest_wrong"]
-    assert rows["line_mean_flow"] < 1e-20 and rows["error_flow_map"] < 1e-12
-    assert 0.9 < rows["order_euler"] < 1.1 and rows["one_step_euler"] == pytest.approx(rows["one_step_ddim"])
+
+    def rows(*changes: str) -> dict[str, float]:
+        main([SUITE, "tasks=flow_closed_forms", "flow_closed_forms.items=48", *changes, "--json", "rows.json"])
+        return {row["name"].partition(".")[2]: row["value"] for row in json.loads(Path("rows.json").read_text())}
+
+    right = rows("flow_closed_forms.particles=1024")
+    assert right["largest_residual"] < 1e-8 < right["smallest_wrong"]
+    assert right["line_mean_flow"] < 1e-20 and right["error_flow_map"] < 1e-12
+    assert all(right[f"{law}_{name}"] < 0.1 for law in LAWS for name in ("moment_matching", "gmmn", "drifting"))
+    assert 0.95 < right["order_euler"] < 1.05 and 1.9 < right["order_heun"] < 2.1
+    assert right["one_step_euler"] == pytest.approx(right["one_step_ddim"])
+    assert max(right["law_restart"], right["law_gamma"]) < 0.03
     off_path = "flow_closed_forms.methods.consistency_ect.on_path={}"
-    assert main([SUITE, *small, off_path]) == 1, "points off the path of the flow must be seen"
+    assert rows("flow_closed_forms.particles=32", off_path)["largest_residual"] > 1e-8
 
 
 def test_a_tiny_run_of_the_plane_gives_all_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
