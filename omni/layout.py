@@ -6,7 +6,7 @@ documents in R rows. Every row has two streams:
     context stream (T positions)   the ids and the CLEAN latents of every block, in order
     refine stream  (S positions)   copies of supervised latent blocks, to be noised by an objective
 
-What a position may see derives from three integers (document, block, copy) alone: see `mask.visible`. A text token is
+What a position may see derives from integers (document, block, copy, rank) alone: see `mask.visible`. A text token is
 a block of one; an image is one block; a video is a row of chunk blocks.
 
 Legend: R rows, T context positions, S refine positions, C latent channels, N latents of one block.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,17 +64,18 @@ class Stream:
 
     document: index of the document in its row, -1 is padding. block: index of the block in its document.
     copy: 0 in the context stream, >= 1 in the refine stream (unique in a row), -1 padding of the refine stream.
-    position: (R, length, 3) int64, (time, row, column) rotary coordinates.
+    position: (R, length, 3) int64, (time, row, column) rotary coordinates. rank: order inside a copy, None is all 0.
     """
 
     document: Tensor
     block: Tensor
     copy: Tensor
     position: Tensor
+    rank: Tensor | None = None
 
     @property
     def fields(self) -> Fields:
-        return Fields(self.document, self.block, self.copy)
+        return Fields(self.document, self.block, self.copy, self.rank)
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ class Batch:
         return int((self.target != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        def move(value: object) -> object:
+        def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device)
             if isinstance(value, Batch):
                 return value.to(device)
             if isinstance(value, Stream):
-                return Stream(*(getattr(value, f.name).to(device) for f in fields(value)))
+                return Stream(*(move(getattr(value, f.name)) for f in fields(value)))
             return value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})

@@ -1,13 +1,14 @@
 """Who may see whom: ONE predicate, lowered to a dense mask (CPU) or FlexAttention (GPU), with a slow oracle beside it.
 
-Every position is described by three integers (see `layout.Stream`): document, block, copy.
+Every position is described by four integers (see `layout.Stream`): document, block, copy, rank.
 
     a query sees a key  iff  they are of one document, and
         the key is context:  its block comes before the query's, or is the query's own and the query is context too
-        the key is refine:   both belong to the same copy
+        the key is refine:   both belong to the same copy, and the key's rank is not above the query's
 
 So the context stream is causal over blocks and bidirectional inside one, a refine copy sees the context strictly
-before its block and itself, and nothing ever sees a refine copy but the copy itself.
+before its block and itself, and nothing ever sees a refine copy but the copy itself. Ranks order the positions of one
+copy: all 0 in a block that sees all of itself (latents), 0, 1, 2, ... in one that is causal (tokens).
 
 Legend: R rows, Q queries, K keys.
 """
@@ -24,11 +25,17 @@ EMPTY = -2  # document number of an unused cache slot: never visible
 
 @dataclass(frozen=True)
 class Fields:
-    """(document, block, copy), int64 (R, N) each. copy = 0 is context, > 0 refine, -1 padding of the refine stream."""
+    """(document, block, copy, rank), int64 (R, N) each. copy = 0 is context, > 0 refine, -1 padding of the refine
+    stream. rank None: all 0."""
 
     document: Tensor
     block: Tensor
     copy: Tensor
+    rank: Tensor | None = None
+
+    @property
+    def ranks(self) -> Tensor:
+        return torch.zeros_like(self.copy) if self.rank is None else self.rank
 
     def then(self, other: Fields) -> Fields:
         """The positions of `self` followed by those of `other`."""
@@ -36,20 +43,21 @@ class Fields:
             torch.cat([self.document, other.document], 1),
             torch.cat([self.block, other.block], 1),
             torch.cat([self.copy, other.copy], 1),
+            None if self.rank is None and other.rank is None else torch.cat([self.ranks, other.ranks], 1),
         )
 
 
-def visible(q_document, q_block, q_copy, k_document, k_block, k_copy):  # noqa: ANN001, ANN201
+def visible(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_rank):  # noqa: ANN001, ANN201
     """The predicate, elementwise on broadcastable integer tensors; returns a bool tensor."""
     of_context = (k_copy == 0) & ((k_block < q_block) | ((k_block == q_block) & (q_copy == 0)))
-    of_copy = (k_copy != 0) & (k_copy == q_copy)
+    of_copy = (k_copy != 0) & (k_copy == q_copy) & (k_rank <= q_rank)
     return (q_document == k_document) & (of_context | of_copy)
 
 
 def dense(queries: Fields, keys: Fields) -> Tensor:
     """Boolean mask (R, Q, K), True where the query sees the key."""
-    q = (queries.document[:, :, None], queries.block[:, :, None], queries.copy[:, :, None])
-    k = (keys.document[:, None, :], keys.block[:, None, :], keys.copy[:, None, :])
+    q = (part[:, :, None] for part in (queries.document, queries.block, queries.copy, queries.ranks))
+    k = (part[:, None, :] for part in (keys.document, keys.block, keys.copy, keys.ranks))
     return visible(*q, *k)
 
 
@@ -57,11 +65,11 @@ def flex(queries: Fields, keys: Fields):  # noqa: ANN201
     """The same mask as a `torch.nn.attention.flex_attention.BlockMask` (forward anywhere; backward on GPU only)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    q = (queries.document, queries.block, queries.copy, queries.ranks)
+    k = (keys.document, keys.block, keys.copy, keys.ranks)
+
     def predicate(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return visible(
-            queries.document[b, i], queries.block[b, i], queries.copy[b, i],
-            keys.document[b, j], keys.block[b, j], keys.copy[b, j],
-        )  # fmt: skip
+        return visible(*(part[b, i] for part in q), *(part[b, j] for part in k))
 
     rows, num_queries = queries.document.shape
     num_keys = keys.document.shape[1]
@@ -70,21 +78,21 @@ def flex(queries: Fields, keys: Fields):  # noqa: ANN201
 
 def oracle(queries: Fields, keys: Fields) -> Tensor:
     """The rule told again in plain Python, position by position: slow and obviously right. Tests compare with it."""
-    q_rows = zip(queries.document.tolist(), queries.block.tolist(), queries.copy.tolist(), strict=True)
-    k_rows = zip(keys.document.tolist(), keys.block.tolist(), keys.copy.tolist(), strict=True)
+    q_rows = zip(*(p.tolist() for p in (queries.document, queries.block, queries.copy, queries.ranks)), strict=True)
+    k_rows = zip(*(p.tolist() for p in (keys.document, keys.block, keys.copy, keys.ranks)), strict=True)
     out = []
     for q_row, k_row in zip(q_rows, k_rows, strict=True):
         out.append([])
-        for document, block, copy in zip(*q_row, strict=True):
+        for document, block, copy, rank in zip(*q_row, strict=True):
             out[-1].append([])
-            for k_document, k_block, k_copy in zip(*k_row, strict=True):
+            for k_document, k_block, k_copy, k_rank in zip(*k_row, strict=True):
                 if document != k_document:
                     seen = False
                 elif k_copy == 0 and copy == 0:  # context reads context
                     seen = k_block <= block
                 elif k_copy == 0:  # refinement reads the context strictly before its block
                     seen = k_block < block
-                else:  # a key in the refine stream is private to its copy
-                    seen = k_copy == copy
+                else:  # a key in the refine stream is private to its copy, and to those who come after it there
+                    seen = k_copy == copy and k_rank <= rank
                 out[-1][-1].append(seen)
     return torch.tensor(out, dtype=torch.bool)

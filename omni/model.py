@@ -24,12 +24,15 @@ from omni.checkpoint import load_tensors, publish, verify
 from omni.config import Frozen, load_json
 from omni.document import Document, Image, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
+from omni.heads.joint import JointConfig, JointTokens
+from omni.joint import joint_loss
 from omni.layout import IGNORE, Batch, Span, Stream
 from omni.nn.cache import Memory
 from omni.nn.tangent import Dual, Form, differentiate, lift
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import FlowObjective, Objective, Terms
 from omni.objectives.base import Items
+from omni.objectives.joint_tokens import JointTokenObjective
 from omni.objectives.next_token import NextToken
 from omni.rng import Key
 from omni.text.compose import compose
@@ -46,7 +49,7 @@ class OmniConfig(Frozen):
     """Everything that fixes the shapes of the weights. `vocab_size` counts text and control ids.
 
     `sampler` names the sampler that suits the flow head: "euler" after flow matching, "flow_map" after a two-time
-    objective. `max_grid` bounds the header the model may write, in latents.
+    objective. `max_grid` bounds the header the model may write, in latents. joint: a joint-token head, or None.
     """
 
     transformer: TransformerConfig = TransformerConfig()
@@ -56,6 +59,7 @@ class OmniConfig(Frozen):
     sampler: str = "euler"
     max_grid: int = 8
     max_chunks: int = 8
+    joint: JointConfig | None = None
 
 
 @dataclass
@@ -149,6 +153,7 @@ class Omni(nn.Module):
         self.transformer = Transformer(config.transformer)
         self.token = TokenHead(config.vocab_size, width, config.tied_embeddings)
         self.flow = FlowHead(width, config.flow)
+        self.joint = None if config.joint is None else JointTokens(config.joint, config.transformer, config.vocab_size)
         self.tokenizer: Tokenizer | None = None
         self.codec: Codec | None = None
         self.defaults: Mapping[str, Any] = {}
@@ -177,7 +182,10 @@ class Omni(nn.Module):
         terms: dict[str, Terms] = {}
         for objective in objectives:
             name = type(objective).__name__
-            if isinstance(objective, NextToken):
+            if isinstance(objective, JointTokenObjective):
+                found = joint_loss(self, batch, hidden, memory, objective.blocks, key.fold(name), averages, progress)
+                terms |= {f"{name}/{n}": replace(t, weight=t.weight * objective.weight) for n, t in found.items()}
+            elif isinstance(objective, NextToken):
                 where = batch.target != IGNORE
                 terms[name] = objective.loss(self.token.read(hidden[where]), batch.target[where])
             elif isinstance(objective, FlowObjective) and batch.num_items:
@@ -332,7 +340,11 @@ def initialise(model: Omni, key: Key) -> None:
     starts at 0 (see heads.flow).
     """
     depth = model.config.transformer.depth
+    if model.joint is not None:
+        model.joint.initialise(key)
     for name, parameter in model.named_parameters():
+        if name.startswith("joint."):
+            continue
         if "norm" in name:
             parameter.fill_(1.0)
         elif parameter.ndim < 2 or "modulation" in name or name.startswith("flow.velocity"):

@@ -16,19 +16,22 @@ TOPS = ("omni", "train", "eval")
 
 LEVELS = {
     0: {"config", "rng", "document"},
-    1: {"layout", "mask", "positions", "media", "checkpoint", "guidance"},
+    1: {"layout", "mask", "positions", "media", "checkpoint", "guidance", "placeholders", "pick", "terms"},
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers"},
-    4: {"model", "reply", "prefill", "engine", "verify"},
+    4: {"model", "joint", "reply", "prefill", "engine", "verify"},
     5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
-# Imports inside one level: the bottom is one currency; a layout has a mask; a head is made of layers; a tokenizer
-# trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
+# Imports inside one level: the bottom is one currency; a layout has a mask, and placeholders; a head is made of layers;
+# a tokenizer trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
 PEERS = {
     ("layout", "mask"),
+    ("placeholders", "layout"),
     ("heads", "nn"),
     ("text", "emoji_world"),
+    ("model", "joint"),
+    ("joint", "model"),
     ("engine", "model"),
     ("engine", "reply"),
     ("engine", "prefill"),

@@ -26,7 +26,7 @@ def test_contract_fails_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     """The control: a refine copy that could see its own clean block would break the contract."""
     import omni.mask
 
-    def leaky(q_document, q_block, q_copy, k_document, k_block, k_copy):  # noqa: ANN001, ANN202
+    def leaky(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_rank):  # noqa: ANN001, ANN202
         return (q_document == k_document) & torch.where(k_copy == 0, k_block <= q_block, k_copy == q_copy)
 
     monkeypatch.setattr(omni.mask, "visible", leaky)

@@ -155,9 +155,9 @@ def test_there_is_no_tangent_between_copies(monkeypatch: pytest.MonkeyPatch) -> 
     assert moved()[0] > 0 and moved()[1] == 0
     real = omni.mask.visible
 
-    def leaky(q_document, q_block, q_copy, k_document, k_block, k_copy):  # noqa: ANN001, ANN202
+    def leaky(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_rank):  # noqa: ANN001, ANN202
         same = (q_document == k_document) & (q_block == k_block) & (q_copy != 0) & (k_copy != 0)
-        return real(q_document, q_block, q_copy, k_document, k_block, k_copy) | same
+        return real(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_rank) | same
 
     monkeypatch.setattr(omni.mask, "visible", leaky)
     assert moved()[1] > 1e-4

@@ -233,7 +233,8 @@ class Visibility:
 
 
 def _cut(fields: Fields, at: slice) -> Fields:
-    return Fields(fields.document[:, at], fields.block[:, at], fields.copy[:, at])
+    rank = None if fields.rank is None else fields.rank[:, at]
+    return Fields(fields.document[:, at], fields.block[:, at], fields.copy[:, at], rank)
 
 
 # ---- the oracle, and the streaming forms under autograd --------------------------------------------------------------

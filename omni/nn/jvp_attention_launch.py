@@ -112,10 +112,10 @@ def _side(seen: Visibility, tile: Tiling, keys: slice) -> _Side:
             part = (part if part.stride(2) == 1 else part.contiguous()).view(torch.uint8)
             mask = (part, part.stride(0), part.stride(1))
         else:
-            mask = tuple(
-                torch.stack([fields.document, fields.block, fields.copy], 1).to(torch.int32)
-                for fields in seen.fields(slice(None), keys)
-            )
+            both = seen.fields(slice(None), keys)
+            if any(fields.rank is not None for fields in both):
+                raise ValueError("Triton attention knows no order inside a copy; use tangents = 'streamed' for tokens")
+            mask = tuple(torch.stack([f.document, f.block, f.copy], 1).to(torch.int32) for f in both)
         return _Side(mask, _Lists.of(occupied), _Lists.of(occupied.transpose(1, 2)))
 
     return seen.kept(("triton", keys.start, keys.stop, tile.queries, tile.keys), make)

@@ -2,9 +2,11 @@
 
     context(h, stream)          causal over blocks; writes a cache or returns the Memory that refine reads
     refine(h, ..., memory)      modulated by a condition vector per copy; reads the memory and itself; writes nothing
+    draft(h, ..., memory)       the same for blocks of tokens: not modulated, adapters instead
 
-Both use one set of weights, or, with `latent_weights = "separate"`, latents have a set of their own in both streams
-(mixture of transformers, arXiv 2411.04996). With shared weights and no refine stream it is a plain decoder.
+All use one set of weights, or, with `latent_weights = "separate"`, latents have a set of their own in both streams
+(mixture of transformers, arXiv 2411.04996), which tokens never touch. With shared weights and no refine stream it is a
+plain decoder.
 
 RMSNorm, QK-norm, SwiGLU, grouped-query attention, rotary. Modulation follows adaLN with one shared projection and a
 table per layer (PixArt-alpha, arXiv 2310.00426); each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as
@@ -15,7 +17,7 @@ Legend: R rows, N positions (T context, S refine), W width, H query heads, G key
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from omni.config import Frozen
 from omni.layout import Stream
 from omni.mask import Fields
+from omni.nn.adapter import LayerAdapter
 from omni.nn.attention import AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.cache import KVCache, Memory, Pair, join
 from omni.nn.jvp_attention import attend_with_tangent
@@ -96,18 +99,19 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.width, bias=False)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, adapter: LayerAdapter | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., W), normalised -> q (..., H, D), k and v (..., G, D), with QK-norm."""
-        q, k, v = self.split(self.qkv(x))
+        q, k, v = self.split(self.qkv(x) if adapter is None else self.qkv(x) + adapter.qkv(x))
         return self.q_norm(q), self.k_norm(k), v
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         c = self.c
         return qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+    def mlp(self, x: Tensor, adapter: LayerAdapter | None = None) -> Tensor:
+        gate, up = (self.gate_up(x) if adapter is None else self.gate_up(x) + adapter.gate_up(x)).chunk(2, -1)
+        x = F.silu(gate) * up
+        return self.down(x) if adapter is None else self.down(x) + adapter.down(x)
 
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -130,13 +134,15 @@ class Block(nn.Module):
         attention: Callable[..., Any],
         latent: Tensor | bool,
         condition: tuple[Tensor | Dual, Tensor | None] | None = None,
+        adapter: LayerAdapter | None = None,
     ) -> Any:
-        """Refine stream: h_RNW, or a Dual of it, through the layer; the same type comes back.
-        Context stream (no `condition`): (h_RNW, k, v), its keys and values too: what has a gradient must be an output,
-        or sharded weights would not be gathered for it.
+        """Latents of the refine stream: h_RNW, or a Dual of it, through the layer; the same type comes back.
+        No `condition`, the context stream and blocks of tokens: (h_RNW, k, v), its keys and values too: what has a
+        gradient must be an output, or sharded weights would not be gathered for it.
 
         `attention(q, k, v)` closes over mask, cache and memory; `latent` says which positions are latents.
         `condition`: six vectors per copy (I, 6, W), a Dual with h_RNW, and the copy of each position, or None.
+        `adapter`: what placeholders of tokens add to the projections (see nn.adapter).
         """
         if condition is None:
             assert not isinstance(h_RNW, Dual)
@@ -146,7 +152,7 @@ class Block(nn.Module):
                 kept[:] = k, v
                 return attention(q, k, v)
 
-            return self.layer(h_RNW, rotary, keeping, latent), *kept
+            return self.layer(h_RNW, rotary, keeping, latent, adapter=adapter), *kept
         vectors, item = lift(self.normalise, condition[0]), condition[1]
         if isinstance(h_RNW, Dual):
             assert latent is True
@@ -161,19 +167,24 @@ class Block(nn.Module):
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         latent: Tensor | bool,
         modulation: Modulation | None = None,
+        adapter: LayerAdapter | None = None,
     ) -> Tensor:
         """The arithmetic of `forward`, on tensors."""
         shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
         if modulation is not None:
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         q, k, v = self._route(
-            lambda w, x, m: w.heads(_modulate(w.attention_norm(x), *m)), h_RNW, latent, (scale_a, shift_a)
+            lambda w, x, m: w.heads(_modulate(w.attention_norm(x), *m), adapter), h_RNW, latent, (scale_a, shift_a)
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = attention(rotate(q, *rotary), rotate(k, *rotary), v).transpose(1, 2).flatten(2)
+        delta = None if adapter is None else adapter.out(o)
         (o,) = self._route(lambda w, x, m: (w.out(x),), o, latent, ())
+        o = o if delta is None else o + delta
         h_RNW = h_RNW + (o if gate_a is None else o * gate_a)
-        (y,) = self._route(lambda w, x, m: (w.mlp(_modulate(w.mlp_norm(x), *m)),), h_RNW, latent, (scale_m, shift_m))
+        (y,) = self._route(
+            lambda w, x, m: (w.mlp(_modulate(w.mlp_norm(x), *m), adapter),), h_RNW, latent, (scale_m, shift_m)
+        )
         return h_RNW + (y if gate_m is None else y * gate_m)
 
     def dual(
@@ -323,6 +334,23 @@ class Transformer(nn.Module):
 
             h_RSW = block(h_RSW, rotary, attention, True, (base, item))
         return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
+
+    def draft(self, h_RSW: Tensor, stream: Stream, memory: Memory, adapters: Sequence[LayerAdapter | None]) -> Tensor:
+        """Blocks of tokens in the refine stream: like `refine`, but with the weights of text, the final norm of the
+        context stream and no modulation; instead the adapter of each layer. h_RSW: placeholders, or clean tokens that
+        stand before them in their block. Returns normalised hidden states (R, S, W). Writes nothing.
+        """
+        backend = self.backend(stream.position.device)
+        backend = "sdpa" if backend == "flash" else backend
+        mask = memory.mask(stream)
+        h_RSW, rotary = self._enter(h_RSW, stream.position)
+        for block, past, adapter in zip(self.blocks, memory.layers, adapters, strict=True):
+
+            def attention(q: Tensor, k: Tensor, v: Tensor, past: Pair = past) -> Tensor:
+                return attend(q, *join(past, (k, v), None), mask, backend)
+
+            h_RSW, _, _ = block(h_RSW, rotary, attention, False, None, adapter)
+        return self.norm(h_RSW)
 
     def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask | None) -> Dual:
         """Attention with its tangent, as `tangents` names it."""

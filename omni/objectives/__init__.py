@@ -8,6 +8,7 @@ from omni.objectives import (  # noqa: F401  (registration)
     drifting,
     flow_matching,
     improved_mean_flow,
+    joint_tokens,
     mean_flow,
     moment_matching,
     next_token,

@@ -19,17 +19,9 @@ from torch import Tensor
 from omni.config import Frozen, Registry
 from omni.objectives.times import Name, TimeDistribution
 from omni.rng import Key
+from omni.terms import Terms
 
 OBJECTIVES: Registry = Registry("objective")
-
-
-@dataclass(frozen=True)
-class Terms:
-    """A loss as (sum, count): the trainer divides once, by the global count. `weight` multiplies it in the total."""
-
-    sum: Tensor
-    count: float
-    weight: float = 1.0
 
 
 class FlowCall(Protocol):
@@ -152,7 +144,7 @@ class Objective(Frozen, ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> Literal["token", "flow"]: ...
+    def kind(self) -> Literal["token", "flow", "joint"]: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""The contract of joint-token heads: K tokens from one pass of the backbone, from a joint distribution.
+
+A head sees the backbone as a `JointCall` and nothing else of the model. It says how it reads one pass:
+
+    none     no placeholders: everything is read off the hidden state of the block's start
+    causal   K placeholders, each seeing those before it
+    block    K placeholders that see one another
+
+and gives, from that pass, K ids; where its family has them, their exact (or bounded) log-probability and the
+conditionals q(x_k | x_<k), which rejection verification needs. Noise comes in as uniforms (B, K), one per token, so
+that a head that can do so draws pick(q_k, u_k) (see omni.pick), as plain decoding does with p_k: verification by common
+noise then accepts as often as the two laws allow (see samplers.verification).
+
+Legend: B blocks, K tokens of a block, V vocabulary, W width, n positions of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from omni.config import Frozen, Registry
+from omni.placeholders import Blocks
+from omni.rng import Key
+from omni.terms import Terms
+
+JOINT_HEADS: Registry = Registry("joint-token head")
+
+
+class JointCall(Protocol):
+    """The backbone behind B contexts. `passes` counts the passes made through it by this call and what came of it."""
+
+    @property
+    def passes(self) -> int: ...
+
+    @property
+    def start(self) -> Tensor:
+        """(B, W): the hidden state after the context; `read` of it gives the first token's logits."""
+        ...
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        """One pass over n positions after the context: inputs (B, n, W) -> hidden (B, 1 + n, W), `start` first.
+
+        The first `clean` inputs are embedded ids, which see what text sees; the others are placeholders.
+        """
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(..., W) of ids, as the context stream embeds them."""
+        ...
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """(..., V): next-token logits of hidden states."""
+        ...
+
+    def target(self) -> JointCall:
+        """The same without a graph, of the averaged weights where the trainer keeps some."""
+        ...
+
+
+class After:
+    """A call whose context has been continued by clean ids (B, m): nothing is cached, they ride along in each pass."""
+
+    def __init__(self, call: JointCall, ids: Tensor) -> None:
+        self.call, self.ids = call, ids
+        self._start: Tensor | None = None
+
+    @property
+    def passes(self) -> int:
+        return self.call.passes
+
+    @property
+    def start(self) -> Tensor:
+        if self._start is None:
+            m = self.ids.shape[1]
+            self._start = self.call(self.call.embed(self.ids), clean=m)[:, m]
+        return self._start
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        m = self.ids.shape[1]
+        return self.call(torch.cat([self.call.embed(self.ids).to(inputs.dtype), inputs], 1), causal, m + clean)[:, m:]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.call.embed(ids)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        return self.call.read(hidden)
+
+    def target(self) -> JointCall:
+        return After(self.call.target(), self.ids)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """K ids of every block. `log_q` (B, K, V): the laws the ids were drawn from, each given what precedes it and noise
+    that is independent of what verification draws; None where the head knows none. `steps`: of the head itself."""
+
+    ids: Tensor  # (B, K) int64
+    log_q: Tensor | None = None
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """(B,) log-probability of whole blocks under the one-pass law, in nats. kind "bound": a lower bound."""
+
+    value: Tensor
+    kind: Literal["exact", "bound"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a loss may read besides the ids: `teacher` (B, K, V) float64 log P(. | c, x_<k) of the model's own
+    autoregressive pass, without a graph; `progress`: the share of training that is done."""
+
+    blocks: Blocks
+    teacher: Tensor
+    key: Key
+    progress: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class JointHead(nn.Module, ABC):
+    """A head of K = `length` tokens over V ids, on a backbone of width W. Options are a frozen config of its own.
+
+    layout: see the head of this file. exact: `log_prob` is exact. universal: any joint, capacity permitting.
+    needs_teacher: `loss` reads Lesson.teacher. order: whether positions depend left to right or in any order.
+    conditional: `conditionals` gives q(x_k | x_<k) of the one-pass law, so that rejection and block verification hold.
+    """
+
+    layout: ClassVar[Literal["none", "causal", "block"]] = "none"
+    exact: ClassVar[bool] = False
+    universal: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    conditional: ClassVar[bool] = False
+    order: ClassVar[Literal["left_to_right", "any"]] = "left_to_right"
+    Config: ClassVar[type[Frozen]] = Frozen
+
+    def __init__(self, config: Any, length: int, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.config, self.length, self.vocab_size, self.width = config, length, vocab_size, width
+
+    @torch.no_grad()
+    def initialise(self, key: Key) -> None:
+        """Weights keyed by name: matrices normal with deviation 1/sqrt(fan in), norms one, vectors zero. Heads whose
+        weights start otherwise (at zero, at the identity) override it."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif parameter.ndim < 2:
+                parameter.zero_()
+            else:
+                draws = key.fold(name).normal(tuple(parameter.shape))
+                parameter.copy_(draws / math.sqrt(parameter.shape[-1]))
+
+    @abstractmethod
+    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
+        """K ids per block from `passes` passes (one, unless the head refines). uniforms (B, K) float64 in [0, 1): the
+        noise of the tokens; `key` gives whatever else is drawn. The number of blocks is that of the call."""
+
+    @abstractmethod
+    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+        """Named (sum, count) terms."""
+
+    def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
+        """Of ids (B, K). NotImplementedError where the family has neither value nor bound."""
+        raise NotImplementedError(f"{type(self).__name__} has no likelihood")
+
+    def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        """(B, K, V): log q(. | x_<k) of the one-pass law. NotImplementedError where the family has none."""
+        raise NotImplementedError(f"{type(self).__name__} has no conditionals")
+
+
+def build_head(name: str, options: Mapping[str, Any], length: int, vocab_size: int, width: int) -> JointHead:
+    """The head registered as `name`. ValueError with the nearest known name, or naming a wrong option."""
+    from omni.config import build
+
+    kind = JOINT_HEADS.get(name)
+    return kind(build(dict(options), kind.Config, f"joint.options ({name})"), length, vocab_size, width)

@@ -1,0 +1,58 @@
+"""Product heads: every token from a law of its own, independent of the others drawn with it. The baseline.
+
+K residual blocks on the hidden state of the start, x + SiLU(W x), and the model's own unembedding (Medusa, arXiv
+2401.10774; Gloeckle et al., arXiv 2404.19737). Whatever the loss, q(x) = prod_k q_k(x_k) cannot tell "high card, two
+pair" from "high pair": its best forward KL to the joint is the total correlation.
+
+Legend: B blocks, K tokens, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from omni.config import Frozen
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.pick import pick
+from omni.rng import Key
+from omni.terms import Terms
+
+
+class ProductConfig(Frozen):
+    """No options: the blocks are as wide as the model."""
+
+
+@JOINT_HEADS.register("product")
+class Product(JointHead):
+    exact, conditional, order = True, True, "any"
+    Config = ProductConfig
+
+    def __init__(self, config: ProductConfig, length: int, vocab_size: int, width: int) -> None:
+        super().__init__(config, length, vocab_size, width)
+        self.blocks = nn.Parameter(torch.zeros(length, width, width))
+
+    def initialise(self, key: Key) -> None:
+        """Zero: every law starts as the model's own next-token law."""
+        torch.nn.init.zeros_(self.blocks)
+
+    def laws(self, call: JointCall) -> Tensor:
+        """(B, K, V) log q_k."""
+        h = call.start
+        moved = torch.einsum("bw,kvw->bkv", h, self.blocks.to(h.dtype))
+        return call.read(h.unsqueeze(1) + nn.functional.silu(moved)).double().log_softmax(-1)
+
+    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
+        laws = self.laws(call)
+        return Draft(pick(laws, uniforms), laws)
+
+    def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
+        return LogProb(self.laws(call).gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
+
+    def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        return self.laws(call)
+
+    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+        blocks = lesson.blocks
+        found = self.laws(call).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
+        return {"product": Terms(-(found * blocks.valid).sum().float(), blocks.count)}

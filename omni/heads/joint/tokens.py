@@ -1,0 +1,49 @@
+"""JointTokens: a joint-token head with the adapters that its placeholders have in the transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from omni.config import Frozen
+from omni.heads.joint.base import build_head
+from omni.nn.adapter import Adapters, initialise_adapters
+from omni.nn.transformer import TransformerConfig
+from omni.rng import Key
+
+
+class JointConfig(Frozen):
+    """head: a name of JOINT_HEADS, with its options. length: K, the most tokens that one pass draws.
+
+    adapter_rank: of the placeholders' adapters; 0: none, and placeholders go through the weights of text.
+    """
+
+    head: str = "push_forward"
+    length: int = Field(default=8, ge=1, le=64)
+    adapter_rank: int = Field(default=32, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class JointTokens(nn.Module):
+    def __init__(self, c: JointConfig, transformer: TransformerConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.c = c
+        self.head = build_head(c.head, c.options, c.length, vocab_size, transformer.width)
+        self.adapters: Adapters | None = None
+        if c.adapter_rank and self.head.layout != "none":
+            t = transformer
+            sizes = (
+                (t.width, (t.num_heads + 2 * t.num_kv_heads) * t.head_dim),
+                (t.num_heads * t.head_dim, t.width),
+                (t.width, 2 * t.hidden),
+                (t.hidden, t.width),
+            )
+            self.adapters = Adapters(t.depth, sizes, c.adapter_rank)
+
+    def initialise(self, key: Key) -> None:
+        """Adapters as they start; the head's own weights as `JointHead.initialise` says."""
+        self.head.initialise(key.fold("joint head"))
+        if self.adapters is not None:
+            initialise_adapters(self.adapters, key)

@@ -1,0 +1,165 @@
+"""The backbone as a joint-token head sees it (heads.joint.base.JointCall): in training, and behind the engine's cache.
+
+Legend: R rows, T context positions, B blocks, K tokens of a block, n positions of a pass, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omni.heads.joint import JointTokens, Lesson
+from omni.layout import Batch
+from omni.nn.adapter import LayerAdapter
+from omni.nn.cache import KVCache, Memory
+from omni.placeholders import Blocks, Starts, block_stream, choose_blocks
+from omni.rng import Key
+from omni.terms import Terms
+
+if TYPE_CHECKING:
+    from omni.model import Omni
+
+
+@dataclass
+class _Count:
+    passes: int = 0
+
+
+@dataclass
+class BatchCall:
+    """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
+
+    model: Omni
+    batch: Batch
+    starts: Starts
+    hidden: Tensor
+    memory: Memory
+    averages: Omni | None = None
+    frozen: bool = False
+    count: _Count = field(default_factory=_Count)
+
+    @property
+    def passes(self) -> int:
+        return self.count.passes
+
+    @property
+    def start(self) -> Tensor:
+        return self.hidden[self.starts.row, self.starts.at]
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        self.count.passes += 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            stream = block_stream(self.starts, inputs.shape[1], causal, clean)
+            found = _draft(self.model, inputs, stream, self.memory, clean, self.starts.per_row)
+            return torch.cat([self.start.unsqueeze(1).to(found.dtype), found], 1)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.token.embed(ids)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        return self.model.token.read(hidden)
+
+    def target(self) -> BatchCall:
+        model = self.averages or self.model
+        hidden, memory = self.hidden.detach(), self.memory.detach()
+        if self.averages is not None:
+            with torch.no_grad():
+                hidden, memory = model.context(self.batch)
+        return BatchCall(model, self.batch, self.starts, hidden, memory, frozen=True)
+
+
+@dataclass
+class CacheCall:
+    """One block behind every row of a cache. `pending` (R,): ids that the cache does not hold yet; the block starts
+    after them, and they ride along as clean tokens, so that drafting needs no pass of its own for them."""
+
+    model: Omni
+    cache: KVCache
+    pending: Tensor
+    count: _Count = field(default_factory=_Count)
+    _memory: Memory | None = None
+    _start: Tensor | None = None
+
+    @property
+    def passes(self) -> int:
+        return self.count.passes
+
+    @property
+    def start(self) -> Tensor:
+        if self._start is None:
+            self(self.embed(self.pending).unsqueeze(1)[:, :0])
+        assert self._start is not None
+        return self._start
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        self.count.passes += 1
+        if self._memory is None:
+            self._memory = self.cache.memory()
+        rows, device = self.cache.rows, self.pending.device
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        block = torch.tensor(self.cache.next_block, device=device)
+        position = torch.tensor(self.cache.next_position, device=device)
+        starts = Starts(torch.arange(rows, device=device), zeros, zeros, block, position, 1)
+        inputs = torch.cat([self.embed(self.pending).unsqueeze(1).to(inputs.dtype), inputs], 1)
+        stream = block_stream(starts, inputs.shape[1], causal, 1 + clean)
+        found = _draft(self.model, inputs, stream, self._memory, 1 + clean, 1)
+        self._start = found[:, 0]
+        return found
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.token.embed(ids)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        return self.model.token.read(hidden)
+
+    def target(self) -> CacheCall:
+        return self
+
+
+def joint_loss(
+    model: Omni, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key,
+    averages: Omni | None = None, progress: float = 1.0,
+) -> dict[str, Terms]:  # fmt: skip
+    """The loss of the model's joint-token head on random blocks of a packed batch, by name."""
+    joint = _head_of(model)
+    starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
+    call = BatchCall(model, batch, starts, hidden, memory, averages)
+    teacher = teacher_laws(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
+    return joint.head.loss(call, Lesson(blocks, teacher, key, progress))
+
+
+@torch.no_grad()
+def teacher_laws(model: Omni, hidden: Tensor, starts: Starts, blocks: Blocks) -> Tensor:
+    """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass itself, whose hidden states (R, T, W) are
+    given. Past the end of a block the values mean nothing."""
+    K = blocks.ids.shape[1]
+    at = (starts.at[:, None] + torch.arange(K, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
+    logits = model.token.read(hidden[starts.row[:, None], at])
+    return logits.double().log_softmax(-1)
+
+
+def _draft(model: Omni, inputs: Tensor, stream, memory: Memory, clean: int, per_row: int) -> Tensor:  # noqa: ANN001
+    """One pass over blocks (B, n, W) laid `per_row` to a row; (B, n, W)."""
+    B, n, W = inputs.shape
+    joint = _head_of(model)
+    layers: list[LayerAdapter | None] = [None] * model.config.transformer.depth
+    if joint.adapters is not None and clean < n:
+        gate = None
+        if clean:
+            at = torch.arange(n, device=inputs.device) >= clean
+            gate = at.to(inputs.dtype).repeat(per_row)[None, :, None]
+        layers = list(joint.adapters.gated(gate))
+    h = inputs.reshape(B // per_row, per_row * n, W)
+    return model.transformer.draft(h, stream, memory, layers).reshape(B, n, W)
+
+
+def _head_of(model: Omni) -> JointTokens:
+    if model.joint is None:
+        raise ValueError(
+            'this model has no joint-token head; train one with heads.joint = {head = "push_forward"} and the '
+            'objective "joint_tokens", or take tokens_per_pass = 1'
+        )
+    return model.joint

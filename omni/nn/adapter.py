@@ -1,0 +1,83 @@
+"""Low-rank adapters that act on placeholders of tokens alone: LoRA (arXiv 2106.09685), gated as in arXiv 2507.11851.
+
+Every projection y = W x of a layer becomes y + B A x at placeholders and stays y everywhere else, so a model that is
+given a joint-token head computes the same bits as before wherever it has no placeholders. B starts at zero.
+
+Legend: W width, H query heads, G key heads, D head width, M width of the MLP, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omni.rng import Key
+
+PARTS = ("qkv", "out", "gate_up", "down")
+
+
+class LowRank(nn.Module):
+    """x (..., in) -> B A x (..., out)."""
+
+    def __init__(self, size_in: int, size_out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(size_in, rank, bias=False)
+        self.up = nn.Linear(rank, size_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class LayerAdapter(nn.Module):
+    """What placeholders add to the four projections of one layer. `gate` (R, S, 1), where given, is 1 at placeholders
+    and 0 at clean tokens among them; None is 1 everywhere."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], rank: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: LowRank(*size, rank) for name, size in zip(PARTS, sizes, strict=True)})
+        self.gate: Tensor | None
+        self.register_buffer("gate", None, persistent=False)
+
+    def _add(self, name: str, x: Tensor) -> Tensor:
+        y = self.parts[name](x)
+        return y if self.gate is None else y * self.gate.to(y.dtype)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return self._add("qkv", x)
+
+    def out(self, x: Tensor) -> Tensor:
+        return self._add("out", x)
+
+    def gate_up(self, x: Tensor) -> Tensor:
+        return self._add("gate_up", x)
+
+    def down(self, x: Tensor) -> Tensor:
+        return self._add("down", x)
+
+
+class Adapters(nn.Module):
+    """One LayerAdapter for every layer of a transformer."""
+
+    def __init__(self, depth: int, sizes: Sequence[tuple[int, int]], rank: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(LayerAdapter(sizes, rank) for _ in range(depth))
+
+    def gated(self, gate: Tensor | None) -> list[LayerAdapter]:
+        """The adapters of the layers, switched per position by `gate` (R, S, 1) until the next call."""
+        layers: list[LayerAdapter] = list(self.layers)  # type: ignore[arg-type]
+        for layer in layers:
+            layer.gate = gate
+        return layers
+
+
+@torch.no_grad()
+def initialise_adapters(adapters: Adapters, key: Key) -> None:
+    """A normal with deviation 1/sqrt(fan in), keyed by name; B zero."""
+    for name, parameter in adapters.named_parameters():
+        if ".up." in name:
+            parameter.zero_()
+        else:
+            parameter.copy_(key.fold("adapter", name).normal(tuple(parameter.shape)) / math.sqrt(parameter.shape[1]))

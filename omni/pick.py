@@ -1,0 +1,35 @@
+"""Noise to id and back: one uniform and the cumulative distribution, in the order of ids. All drawing of ids is this.
+
+The order is fixed, so that what a uniform means changes little when the law does: a head that learns the map from noise
+to ids learns from it (heads.joint.push_forward), and two laws under one noise agree often (samplers.verification).
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pick(log_p: Tensor, u: Tensor) -> Tensor:
+    """The id that uniform noise names: min{v : F(v) > u}, F the cumulative distribution in the order of ids.
+
+    log_p (..., V), normalised or not; u (...) in [0, 1) -> (...) int64. In float64; an id of probability zero is never
+    given, whatever is rounded.
+    """
+    p = log_p.double().softmax(-1)
+    cumulative = p.cumsum(-1)
+    found = (cumulative <= (u.double() * cumulative[..., -1]).unsqueeze(-1)).sum(-1)
+    last = p.shape[-1] - 1 - (p.flip(-1) > 0).to(torch.int8).argmax(-1)
+    return torch.minimum(found, last)
+
+
+def interval(log_p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(lower, width) of the noise that `pick` maps to ids: u in [lower, lower + width). All of ids' shape, float64."""
+    p = log_p.double().softmax(-1)
+    cumulative = p.cumsum(-1)
+    width = p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    upper = cumulative.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    total = cumulative[..., -1]
+    return ((upper - width) / total).clamp(0, 1), width / total
