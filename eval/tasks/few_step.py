@@ -1,0 +1,152 @@
+"""Pictures against passes inside the transformer: models and samplers side by side, from one evaluation to many.
+
+    few_step   open requests and free scenes, coverage of a class, and the wall time of one picture
+
+Where the text says which picture it wants, one Euler step of plain flow matching is already exact and proves nothing;
+so the requests are those with many right answers, and scenes. A row is LINE_STEPS_WHAT, e.g. `few_4_open`; the rows
+`few_1_open_share` and `..._coverage_share` compare with the reference line, `few_1_speedup` is its wall time for a
+picture over this one's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from eval.requests import RequestOptions, judge_of, requests
+from eval.task import Context, Curve, Measure, Outcome, Panel, task
+from eval.tasks.open import OpenOptions, open_requests
+from eval.tasks.pictures import exact_scenes
+from omni.config import Frozen
+from omni.emoji_world.documents import prompt_of
+from omni.engine import Engine
+from omni.reply import BlockDone, BlockStart, GenerationOptions
+
+KINDS = ("left", "right", "above", "below", "row")
+
+
+class Line(Frozen):
+    """model: a directory; None is the suite's. steps: evaluations per picture. sampler, guidance: None: the model's."""
+
+    model: str | None = None
+    steps: tuple[int, ...] = (1, 2, 4, 8, 32)
+    sampler: str | None = None
+    guidance: float | None = None
+
+
+class FewStepOptions(RequestOptions):
+    """requests: open requests; scenes: requests for scenes; draws: of one class, for coverage; 0 leaves either out.
+
+    reference: the line, and the number of steps, that the others are compared with. timed: pictures timed per row,
+    alone, one after another, the median taken.
+    """
+
+    requests: int = Field(default=300, ge=1)
+    scenes: int = Field(default=100, ge=0)
+    draws: int = Field(default=200, ge=0)
+    timed: int = Field(default=5, ge=1)
+    lines: dict[str, Line] = Field(default_factory=lambda: {"model": Line()})
+    reference: tuple[str, int] | None = None
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> FewStepOptions:
+        if self.reference is not None:
+            name, steps = self.reference
+            if name not in self.lines or steps not in self.lines[name].steps:
+                raise ValueError(f"reference {self.reference} is no line of {sorted(self.lines)} at its steps")
+        return self
+
+
+def rows_of(options: FewStepOptions) -> list[str]:
+    return [
+        f"{name}_{n}_{what}" for name, line in options.lines.items() for n in line.steps for what in _whats(options)
+    ]
+
+
+def _whats(options: FewStepOptions) -> list[str]:
+    found = ["open", *(["coverage"] if options.draws else []), *(["scenes"] if options.scenes else []), "seconds"]
+    if options.reference is not None:
+        found += ["open_share", *(["coverage_share"] if options.draws else []), "speedup"]
+    return found
+
+
+@task("few_step", FewStepOptions, rows=rows_of)
+def few_step(context: Context, options: FewStepOptions) -> Outcome:
+    """Every line at every number of steps on the same requests with the same seeds."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    panels: list[Panel] = []
+    judge_of(context)  # calibrated once, on the suite's own model, and shared
+    for name, line in options.lines.items():
+        here = context if line.model is None else replace(context, model_path=line.model)
+        for n in line.steps:
+            values, shown = measure(here, options, line, n)
+            found[name, n] = values
+            panels += [replace(panel, note=f"{name}, {n} steps: {panel.note}") for panel in shown]
+            context.say(f"  {name} {n}: " + "  ".join(f"{what} {value:.3g}" for what, value in values.items()))
+    if options.reference is not None:
+        base = found[options.reference]
+        for values in found.values():
+            for what in ("open", "coverage"):
+                if what in values:
+                    values[f"{what}_share"] = 100 * values[what] / base[what] if base[what] else float("nan")
+            values["speedup"] = base["seconds"] / values["seconds"]
+    units = {"seconds": "s", "speedup": "x"}
+    whats = _whats(options)
+    measures = [
+        Measure(f"{name}_{n}_{what}", values[what], units.get(what, "%"))
+        for (name, n), values in found.items()
+        for what in whats
+    ]
+    curves = [
+        Curve(f"{what} against {x}", x, "%", {
+            name: sorted((float(n) if x == "evaluations" else found[name, n]["seconds"], found[name, n][what])
+                         for n in line.steps)
+            for name, line in options.lines.items()
+        })
+        for what in whats if what in ("open", "coverage", "scenes")
+        for x in ("evaluations", "seconds a picture")
+    ]  # fmt: skip
+    return Outcome(measures, panels, curves)
+
+
+def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -> tuple[dict[str, float], list[Panel]]:
+    """The rows of one line at one number of steps, without their comparison; and a few pictures."""
+    common: dict[str, Any] = {
+        "steps": steps,
+        "guidance": line.guidance,
+        "sampler": line.sampler,
+        "batch": options.batch,
+    }
+    asked = OpenOptions(requests=options.requests, draws=options.draws, **common)
+    outcome = open_requests(context, asked)
+    rows = {measure.name: measure.value for measure in outcome.measures}
+    values = {"open": rows["right_and_sharp"]}
+    if options.draws:
+        values["coverage"] = rows["coverage"]
+    if options.scenes:
+        scenes = RequestOptions(requests=options.scenes, kinds=KINDS, **common)
+        values["scenes"] = exact_scenes(context, scenes, {"scene": 1.0}, ()).measures[0].value
+    values["seconds"] = seconds_a_picture(context, options, common)
+    return values, list(outcome.panels[:6])
+
+
+def seconds_a_picture(context: Context, options: FewStepOptions, common: Mapping[str, Any]) -> float:
+    """Median wall time from the start of a picture's block to its pixels, one reply at a time."""
+    settings = GenerationOptions(
+        steps=common["steps"], guidance=common["guidance"], sampler=common["sampler"], max_images=1, force_image=True
+    )
+    prompts = [prompt_of(d) for d in requests(context, {"open": 1.0}, options.timed + 1)]
+    engine, times = Engine(context.model), []
+    for prompt in prompts:
+        begin = end = float("nan")
+        for event in engine.stream(prompt, settings):
+            if isinstance(event, BlockStart):
+                begin = time.perf_counter()
+            elif isinstance(event, BlockDone):
+                end = time.perf_counter()
+        times.append(end - begin)
+    return sorted(times[1:])[len(times[1:]) // 2]  # the first pays for what is made once

@@ -1,0 +1,40 @@
+"""The few-step task: its rows follow from its lines, a wrong reference is refused, and it measures the bundled model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from eval.suite import load_tasks
+from eval.task import TASKS, Context
+from eval.tasks.few_step import FewStepOptions, Line
+
+load_tasks()
+
+
+def test_rows_follow_from_lines() -> None:
+    lines = {"a": Line(steps=(1, 4)), "b": Line(steps=(2,))}
+    plain = TASKS.get("few_step").rows_of(FewStepOptions(lines=lines, draws=0, scenes=0))
+    assert plain == ("a_1_open", "a_1_seconds", "a_4_open", "a_4_seconds", "b_2_open", "b_2_seconds")
+    compared = TASKS.get("few_step").rows_of(FewStepOptions(lines=lines, reference=("a", 4)))
+    assert {"b_2_open_share", "b_2_coverage_share", "b_2_speedup", "b_2_scenes"} <= set(compared)
+
+
+@pytest.mark.parametrize("reference", [("c", 4), ("a", 3)])
+def test_a_reference_must_be_a_line_at_its_steps(reference: tuple[str, int]) -> None:
+    with pytest.raises(ValidationError, match="is no line of"):
+        FewStepOptions(lines={"a": Line(steps=(1, 4))}, reference=reference)
+
+
+def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
+    options = FewStepOptions(
+        requests=2, scenes=1, draws=0, timed=1, lines={"m": Line(steps=(1, 3))}, reference=("m", 3)
+    )
+    outcome = TASKS.get("few_step").run(Context(say=lambda _: None), options)
+    values = {measure.name: measure.value for measure in outcome.measures}
+    assert tuple(values) == TASKS.get("few_step").rows_of(options)
+    assert values["m_3_speedup"] == 1.0 and 0 < values["m_1_seconds"] < values["m_3_seconds"]
+    assert values["m_3_open_share"] == 100.0 or math.isnan(values["m_3_open_share"])
+    assert len(outcome.panels) == 4
