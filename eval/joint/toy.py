@@ -1,8 +1,8 @@
-"""A tiny Omni on blocks of tokens with a known joint: autoregression first, then the joint-token head on frozen weights.
+"""A tiny Omni on blocks of tokens with a known joint: autoregression first, then its joint-token head, that frozen.
 
 A row is [BOS, x_1 .. x_K], or [BOS, prefix.., x_1 .. x_K] where a prefix selects the joint; the block starts at the
-last position before x_1. The head is trained beside a backbone that no longer moves, so the intervals of noise that data
-stand for (see heads.joint.push_forward) do not move either.
+last position before x_1. The head is trained beside a backbone that no longer moves, so the intervals of noise that
+data stand for (see heads.joint.push_forward) do not move either.
 
 Legend: B rows, P positions before the block, K tokens of a block, V ids.
 """
