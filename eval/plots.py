@@ -33,7 +33,8 @@ def log_charts(panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: 
     from PIL import Image, ImageDraw
 
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    picture = Image.new("RGB", (PANEL_WIDTH * len(panels) + LEGEND_WIDTH, PANEL_HEIGHT), "white")
+    height = max(PANEL_HEIGHT, 30 + 22 * len(names))
+    picture = Image.new("RGB", (PANEL_WIDTH * len(panels) + LEGEND_WIDTH, height), "white")
     draw = ImageDraw.Draw(picture)
     for index, (title, lines) in enumerate(panels.items()):
         _panel(draw, index * PANEL_WIDTH, title, lines, names, x_label, y_label)

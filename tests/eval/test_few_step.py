@@ -1,4 +1,4 @@
-"""The few-step task: its rows follow from its lines, a wrong reference is refused, and it measures the bundled model."""
+"""The few-step task: rows follow from lines, a wrong reference is refused, and the bundled model is measured."""
 
 from __future__ import annotations
 
