@@ -29,7 +29,8 @@ def interval(log_p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(lower, width) of the noise that `pick` maps to ids: u in [lower, lower + width). All of ids' shape, float64."""
     p = log_p.double().softmax(-1)
     cumulative = p.cumsum(-1)
-    width = p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     upper = cumulative.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    lower = cumulative.gather(-1, (ids - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    lower = torch.where(ids > 0, lower, 0.0)
     total = cumulative[..., -1]
-    return ((upper - width) / total).clamp(0, 1), width / total
+    return lower / total, (upper - lower) / total
