@@ -22,6 +22,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from omni.blockwise import speak
 from omni.config import build
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.guidance import Drop, open_turn, reduce
@@ -72,7 +73,7 @@ class _Media:
 
 
 @dataclass
-class _Row:
+class Row:
     number: int
     options: GenerationOptions
     segments: list[Segment]  # prompt and finished segments of the reply
@@ -86,6 +87,7 @@ class _Row:
     pending: list[Span] = field(default_factory=list)  # what comes next in the cache
     media: _Media | None = None
     parts: list[Part] = field(default_factory=list)
+    drafts: list[tuple[int, int]] = field(default_factory=list)  # (tokens drafted, tokens kept) of each round
     reason: StopReason = "end"
 
     @property
@@ -132,9 +134,9 @@ class Engine:
         rows = self._rows(prompts, options or GenerationOptions(), seeds)
         for _ in self._run(rows):
             pass
-        return [Reply(row.parts, Document(tuple(row.segments)), row.reason) for row in rows]
+        return [Reply(row.parts, Document(tuple(row.segments)), row.reason, tuple(row.drafts)) for row in rows]
 
-    def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[_Row]:
+    def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[Row]:
         many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
             raise ValueError(
@@ -148,17 +150,23 @@ class Engine:
             one = self.resolve(one)
             if seeds is not None:
                 one = one.model_copy(update={"seed": int(seeds[number])})
-            rows.append(_Row(number, one, list(document.segments), self.tokenizer.stream()))
+            rows.append(Row(number, one, list(document.segments), self.tokenizer.stream()))
         return rows
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
         """With the model's own defaults filled in. Raises ValueError naming an impossible value."""
-        return options.resolved({"sampler": self.model.config.sampler, **self.model.defaults})
+        joint = self.model.config.joint
+        length = 1 if joint is None else joint.length
+        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": length, **self.model.defaults})
+        if (out.tokens_per_pass or 1) > length:
+            why = "this model has no joint-token head" if joint is None else f"its joint-token head draws {length}"
+            raise ValueError(f"tokens_per_pass = {out.tokens_per_pass} is too many: {why}; take at most {length}")
+        return out
 
     # ---- outer loop -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _run(self, rows: list[_Row]) -> Iterator[tuple[int, Event]]:
+    def _run(self, rows: list[Row]) -> Iterator[tuple[int, Event]]:
         for row in rows:
             if row.options.image_size is not None:
                 self._grid_of(row.options.image_size)  # refuse an impossible size before any work
@@ -176,6 +184,11 @@ class Engine:
                 for row in forced:
                     row.num_tokens += 1
                     yield from self._accept(row, row.forced.pop(0))
+                continue
+            together = [r for r in talking if (r.options.tokens_per_pass or 1) > 1]
+            if together:
+                kind = together[0].options.verify
+                yield from speak(self, [r for r in together if r.options.verify == kind], rows, cache)
                 continue
             logits = self._flush(rows, cache, logits)
             if talking:
@@ -205,12 +218,24 @@ class Engine:
             mask[[c.size(n) for n in range(1, largest + 1)]] = 0
         return mask
 
-    def _choose(self, rows: list[_Row], logits: Tensor) -> list[int]:
+    def mask_of(self, row: Row, phase: Phase) -> Tensor:
+        """(V,) additive: which ids may come next in a phase of this row."""
+        return self.allowed["text only" if phase == "text" and row.num_media >= row.options.max_images else phase]
+
+    def following(self, row: Row, phase: Phase, token: int) -> Phase:
+        """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
+        c = self.control
+        if phase == "text" and token in (c.image, c.video):
+            forced = token == c.image and row.options.image_size is not None
+            return "block" if forced else "rows" if token == c.image else "chunks"
+        if phase == "text":
+            return "done" if token == c.end else "text"
+        after: dict[Phase, Phase] = {"chunks": "rows", "rows": "columns", "columns": "block"}
+        return after.get(phase, phase)
+
+    def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
         """One id per row: greedy, or drawn by the row's own key."""
-        masks = [
-            self.allowed["text only" if r.phase == "text" and r.num_media >= r.options.max_images else r.phase]
-            for r in rows
-        ]
+        masks = [self.mask_of(r, r.phase) for r in rows]
         mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
         scores = mine.float() + (masks[0] if len(masks) == 1 else torch.stack(masks))
         greedy = scores.argmax(-1).tolist()
@@ -225,13 +250,13 @@ class Engine:
             row.num_tokens += 1
         return chosen
 
-    def _accept(self, row: _Row, token: int) -> Iterator[tuple[int, Event]]:
+    def _accept(self, row: Row, token: int) -> Iterator[tuple[int, Event]]:
         """The row says one id."""
         row.pending.append(TokenSpan([token], [False]))
-        for event in self._advance(row, token):
+        for event in self.advance(row, token):
             yield row.number, event
 
-    def _advance(self, row: _Row, token: int) -> Iterator[Event]:
+    def advance(self, row: Row, token: int) -> Iterator[Event]:
         """Move the row's state machine by one id."""
         c = self.control
         if row.phase == "text":
@@ -260,7 +285,7 @@ class Engine:
             media.columns, row.phase = size, "block"
             yield BlockStart(media.kind, media.index, self._grid(media))
 
-    def _emit(self, row: _Row) -> Iterator[Event]:
+    def _emit(self, row: Row) -> Iterator[Event]:
         """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
         for stop in row.options.stop:
             at = row.text.find(stop)
@@ -274,7 +299,7 @@ class Engine:
             yield TextDelta(row.text[row.emitted : end])
             row.emitted = end
 
-    def _close_text(self, row: _Row) -> Iterator[Event]:
+    def _close_text(self, row: Row) -> Iterator[Event]:
         row.text += row.stream.flush() if row.reason != "stop" else ""
         if len(row.text) > row.emitted:
             yield TextDelta(row.text[row.emitted :])
@@ -283,7 +308,7 @@ class Engine:
             row.parts.append(TextPart(row.text))
         row.text, row.emitted, row.stream = "", 0, self.tokenizer.stream()
 
-    def _finish(self, row: _Row, reason: StopReason) -> Iterator[Event]:
+    def _finish(self, row: Row, reason: StopReason) -> Iterator[Event]:
         row.reason = reason
         yield from self._close_text(row)
         row.phase = "done"
@@ -304,9 +329,9 @@ class Engine:
             raise ValueError(f"image size {size} is too large: at most {self.model.config.max_grid * stride[1]} a side")
         return grid
 
-    def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
         """Rows whose blocks can be refined in one pass: same grid and same budget."""
-        groups: dict[object, list[_Row]] = {}
+        groups: dict[object, list[Row]] = {}
         for row in rows:
             assert row.media is not None
             o = row.options
@@ -314,7 +339,7 @@ class Engine:
             groups.setdefault(at, []).append(row)
         return list(groups.values())
 
-    def _draw(self, group: list[_Row], rows: list[_Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+    def _draw(self, group: list[Row], rows: list[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
         """Refine one block of each row of the group; its latents are appended to `media.finished`."""
         options = group[0].options
         assert group[0].media is not None and options.sampler is not None
@@ -343,7 +368,7 @@ class Engine:
             assert row.media is not None
             row.media.finished.append(x[b].float())
 
-    def _guided_call(self, group: list[_Row], rows: list[_Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
+    def _guided_call(self, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
         """F(x, t, s) of the group, with all guidance branches of all rows in one pass."""
         options = group[0].options
         w_text, w_image = options.guidance, options.image_guidance
@@ -370,7 +395,7 @@ class Engine:
 
         return call
 
-    def _null_spans(self, row: _Row, what: Drop) -> list[Span]:
+    def _null_spans(self, row: Row, what: Drop) -> list[Span]:
         """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training."""
         media = row.media
         assert media is not None
@@ -385,7 +410,7 @@ class Engine:
         grid = self._grid(media)
         return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
 
-    def _finish_block(self, row: _Row) -> Iterator[tuple[int, Event]]:
+    def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:
         """The block is context from now on, clean; the last of a picture or clip closes it."""
         media, codec = row.media, self.model.codec
         assert media is not None and codec is not None
@@ -419,7 +444,7 @@ class Engine:
         hidden = append_spans(self.model, cache, spans, self.control.pad)
         return self.model.token.read(hidden)
 
-    def _flush(self, rows: list[_Row], cache: KVCache, logits: Tensor) -> Tensor:
+    def _flush(self, rows: list[Row], cache: KVCache, logits: Tensor) -> Tensor:
         """Append what is pending. Returns logits (R, V) after the last position of each row; of a row with nothing
         pending, those in `logits`."""
         spans = [row.pending if row.phase != "done" else [] for row in rows]
@@ -434,7 +459,7 @@ class Engine:
         if len(ids) == len(rows):  # the hot path of text decoding
             return self.step.read(append_ids(self.model, cache, ids, self.step))
         after = self._append(cache, spans)
-        if len(new) == len(rows):
+        if len(new) == len(rows) or not len(logits):
             return after
         merged = logits.clone()
         merged[new] = after[new]

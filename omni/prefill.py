@@ -29,6 +29,13 @@ def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], p
 
     A row with no spans stays as it is (its hidden state is then meaningless).
     """
+    hidden, valid = append_all(model, cache, spans, pad_id)
+    last = torch.tensor([max(n - 1, 0) for n in valid], device=hidden.device)
+    return hidden[torch.arange(len(valid), device=hidden.device), last]
+
+
+def append_all(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> tuple[Tensor, list[int]]:
+    """The same, with every position's hidden state (R, N, W), and how many of them each row has."""
     device = model.token.embedding.weight.device
     laid = [
         lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
@@ -57,8 +64,7 @@ def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], p
     hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid)
     for r, one in enumerate(laid):
         cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
-    last = torch.tensor([max(n - 1, 0) for n in valid], device=device)
-    return hidden[torch.arange(R, device=device), last]
+    return hidden, valid
 
 
 def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:

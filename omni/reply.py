@@ -15,6 +15,7 @@ from torch import Tensor
 from omni.config import Frozen, build
 from omni.document import Document
 from omni.samplers import SAMPLERS, knobs, num_steps, time_grid
+from omni.samplers.verification import VERIFICATIONS
 
 
 class GenerationOptions(Frozen):
@@ -25,6 +26,9 @@ class GenerationOptions(Frozen):
     grid: where the jumps end: a name of omni.samplers.GRIDS, or the times themselves, from at most 1 (noise) to 0, in
     which case they say how many steps there are. start_time: the first time, 1 is noise. shift: time-grid warp.
     guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance).
+    tokens_per_pass: how many tokens a pass may draft, with a model that has a joint-token head; 1 is plain decoding.
+    verify: what becomes of a draft: "coupled" (exactly what plain decoding says with this seed), "rejection", "block"
+    (its law), "greedy" (coupled, temperature 0), or "none", which keeps drafts as they are: LOSSY.
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
     force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
     """
@@ -38,6 +42,8 @@ class GenerationOptions(Frozen):
     grid: str | tuple[float, ...] | None = None
     start_time: float | None = None
     seed: int = 0
+    tokens_per_pass: int | None = None
+    verify: str | None = None
     temperature: float | None = None
     top_p: float = 1.0
     max_tokens: int = 256
@@ -53,6 +59,14 @@ class GenerationOptions(Frozen):
             SAMPLERS.get(name)
         return name
 
+    @field_validator("verify")
+    @classmethod
+    def _known_verification(cls, name: str | None) -> str | None:
+        known = (*VERIFICATIONS, "greedy")
+        if name is not None and name not in known:
+            raise ValueError(f"unknown verification {name!r}; known: {', '.join(known)}")
+        return name
+
     @field_validator("grid")
     @classmethod
     def _known_grid(cls, grid: str | tuple[float, ...] | None) -> str | tuple[float, ...] | None:
@@ -64,7 +78,7 @@ class GenerationOptions(Frozen):
         """With the defaults filled in. Raises ValueError naming an impossible value."""
         base = {
             "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "shift": 1.0, "sampler": "euler", "grid": "uniform",
-            "temperature": 0.0, **defaults,
+            "temperature": 0.0, "tokens_per_pass": 1, "verify": "coupled", **defaults,
         }  # fmt: skip
         if self.grid is not None:  # another grid than the model's: what goes with the model's stays behind
             base.pop("start_time", None)
@@ -83,6 +97,10 @@ class GenerationOptions(Frozen):
             raise ValueError(f"gamma = {out.gamma} means nothing to the sampler {out.sampler!r}; take sampler 'gamma'")
         if out.gamma is not None and not 0 <= out.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {out.gamma}; 0 adds no noise, 1 is restart")
+        if out.tokens_per_pass is not None and out.tokens_per_pass < 1:
+            raise ValueError(f"tokens_per_pass must be at least 1, got {out.tokens_per_pass}; 1 is plain decoding")
+        if out.verify == "greedy" and out.temperature > 0:
+            raise ValueError(f"verify = 'greedy' has no meaning at temperature {out.temperature}; take 'coupled', or 0")
         if out.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {out.temperature}; 0 is greedy")
         if not 0 < out.top_p <= 1:
@@ -173,7 +191,15 @@ class Stop:
     reason: StopReason
 
 
-Event = TextDelta | BlockStart | BlockStep | BlockDone | Stop
+@dataclass(frozen=True)
+class Drafted:
+    """One round of text in blocks: how many tokens were drafted, and how many of them were kept."""
+
+    drafted: int
+    kept: int
+
+
+Event = TextDelta | Drafted | BlockStart | BlockStep | BlockDone | Stop
 
 
 @dataclass(frozen=True)
@@ -183,6 +209,7 @@ class Reply:
     parts: list[Part]
     document: Document
     stop_reason: StopReason
+    drafts: tuple[tuple[int, int], ...] = ()  # (tokens drafted, tokens kept) of each round of text in blocks
 
     @property
     def text(self) -> str:

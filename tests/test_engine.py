@@ -164,14 +164,14 @@ def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) ->
     pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
     history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
     target = Image(pixels, Role.ASSISTANT, supervise=True)
-    from omni.engine import _Media, _Row
+    from omni.engine import Row, _Media
     from omni.layout import LatentSpan
 
     for what in ("text", "images", "all"):
         trained = drop(Document((*history, target)), what)
         assert trained is not None
         spans = model.spans(trained)
-        row = _Row(0, GenerationOptions(), list(history), engine.tokenizer.stream())
+        row = Row(0, GenerationOptions(), list(history), engine.tokenizer.stream())
         row.media = _Media("image", 0, rows=2, columns=2)
         inferred = engine._null_spans(row, what)
         last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))

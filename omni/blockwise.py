@@ -1,0 +1,161 @@
+"""Text in blocks: the joint-token head drafts K tokens in one pass, a second pass verifies them. Part of the engine.
+
+    round   cache | y            y: the last id of the row, said but not in the cache yet
+      draft   one pass over [y, K placeholders]: K ids; nothing is written
+      verify  one pass over [y, x_1 .. x_K], written to the cache: the law of every next id
+      emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
+
+A block ends where a picture begins or the turn ends, and no draft can make the header malformed: each id is judged
+under the mask of its own phase, as in plain decoding. With verify = "coupled" the ids are those of plain decoding.
+
+Legend: R rows, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omni.heads.joint import Draft
+from omni.joint import CacheCall
+from omni.layout import Span, TokenSpan
+from omni.nn.cache import KVCache
+from omni.prefill import append_all
+from omni.reply import Drafted, Event
+from omni.samplers.token import token_law, token_noise
+from omni.samplers.verification import Verdict, block, coupled, rejection
+
+if TYPE_CHECKING:
+    from omni.engine import Engine, Row
+
+
+def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+    """One round for the rows that talk in blocks; the other rows of the cache stand still."""
+    last = _settle(engine, talking, rows, cache)
+    draft = _draft(engine, talking, rows, cache, last)
+    wanted = {row.number: _usable(engine, row, draft.ids[row.number].tolist()) for row in talking}
+    if talking[0].options.verify == "none":
+        for row in talking:
+            ids, whole = wanted[row.number]
+            said = yield from _emit(engine, row, _legal(engine, row, ids), (len(ids), len(ids)))
+            row.pending = [TokenSpan([last[row.number], *said], [False] * (1 + len(said)))]
+        return
+    base = list(cache.lengths), list(cache.next_position), list(cache.next_block)
+    spans: list[list[Span]] = [[] for _ in rows]
+    for row in talking:
+        ids = [last[row.number], *wanted[row.number][0]]
+        spans[row.number] = [TokenSpan(ids, [False] * len(ids))]
+    hidden, _ = append_all(engine.model, cache, spans, engine.control.pad)
+    for row in talking:
+        r, (ids, whole) = row.number, wanted[row.number]
+        logits = engine.model.token.read(hidden[r, : len(ids) + 1])
+        verdict = _judge(engine, row, draft, ids, logits)
+        kept = int(verdict.kept[0])
+        count = kept + 1 if whole or kept < len(ids) else kept
+        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), (len(ids), kept))
+        m = len(said)
+        cache.truncate(r, base[0][r] + m, base[1][r] + m, base[2][r] + m)
+        row.pending = [TokenSpan([said[-1]], [False])]
+
+
+def _settle(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> list[int]:
+    """Everything that the talking rows have said goes into the cache but for the last id of each; returns those."""
+    last, spans = [engine.control.pad] * len(rows), [[] for _ in rows]
+    for row in talking:
+        *head, tail = row.pending
+        assert isinstance(tail, TokenSpan) and tail.ids
+        last[row.number] = tail.ids[-1]
+        rest = [TokenSpan(tail.ids[:-1], tail.supervise[:-1])] if len(tail.ids) > 1 else []
+        spans[row.number] = [*head, *rest]
+    if any(spans):
+        append_all(engine.model, cache, spans, engine.control.pad)
+    return last
+
+
+def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int]) -> Draft:
+    joint = engine.model.joint
+    assert joint is not None
+    uniforms = torch.full((len(rows), joint.head.length), 0.5, dtype=torch.float64)
+    for row in talking:
+        if row.options.temperature:
+            uniforms[row.number] = torch.tensor(_noise(row, joint.head.length))
+    call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device))
+    first = talking[0]
+    return joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
+
+
+def _noise(row: Row, num: int) -> list[float]:
+    """The noise of the row's next tokens, the same that plain decoding has for them."""
+    return [token_noise(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
+
+
+def _usable(engine: Engine, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
+    """As much of a draft as one round can use, and whether one more token may follow: not past the ids that a round
+    is allowed, nor past the id after which a picture begins or the turn ends."""
+    per_pass = row.options.tokens_per_pass
+    assert per_pass is not None
+    ids, phase = list(ids[:per_pass]), row.phase
+    for k, token in enumerate(ids):
+        phase = engine.following(row, phase, token)
+        if phase in ("block", "done"):
+            return ids[: k + 1], False
+    return ids, True
+
+
+def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """(K + 1, V) float64: the law of every next id, each under the mask of its phase."""
+    masks, phase = [], row.phase
+    for token in (*ids, None):
+        masks.append(engine.mask_of(row, phase))
+        if token is not None and engine.following(row, phase, token) not in ("block", "done"):
+            phase = engine.following(row, phase, token)
+    temperature = row.options.temperature
+    assert temperature is not None
+    return token_law(logits.float() + torch.stack(masks), temperature, row.options.top_p)
+
+
+def _judge(engine: Engine, row: Row, draft: Draft, ids: Sequence[int], logits: Tensor) -> Verdict:
+    drafted = torch.tensor([list(ids)], device=logits.device)
+    log_p = _laws(engine, row, ids, logits)[None]
+    kind, K = row.options.verify, len(ids)
+    if kind in ("coupled", "greedy"):
+        return coupled(drafted, log_p, torch.tensor([_noise(row, K + 1)], dtype=torch.float64, device=logits.device))
+    if draft.log_q is None:
+        raise ValueError(
+            f"verify = {kind!r} needs the laws that the draft was drawn from, which this model's joint-token head does "
+            "not have; take verify = 'coupled'"
+        )
+    key = row.key.fold("verify", row.num_tokens)
+    coins = key.fold("coins").uniform((1, K), torch.float64).to(logits.device)
+    fresh = key.fold("rest").uniform((1, K + 1), torch.float64).to(logits.device)
+    judge = rejection if kind == "rejection" else block
+    return judge(drafted, draft.log_q[row.number : row.number + 1, :K], log_p, coins, fresh)
+
+
+def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:
+    """An unverified draft up to its first id that may not come where it stands; that one becomes the end."""
+    phase, out = row.phase, []
+    for token in ids:
+        if float(engine.mask_of(row, phase)[token]) < 0:
+            return out or [int(engine.mask_of(row, phase).argmax()) if phase != "text" else engine.control.end]
+        out.append(token)
+        phase = engine.following(row, phase, token)
+    return out
+
+
+def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: tuple[int, int]) -> Iterator:
+    """The row says ids until its state changes; yields events, returns those that were said."""
+    row.drafts.append(trace)
+    yield row.number, Drafted(*trace)
+    said: list[int] = []
+    for token in ids:
+        said.append(token)
+        row.num_tokens += 1
+        for event in engine.advance(row, token):
+            yield row.number, event
+        if row.phase in ("block", "done") or row.forced:
+            break
+    return said

@@ -1,0 +1,172 @@
+"""Text in blocks behind the engine: the strings of plain decoding, in a batch, around pictures; the law of it else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import omni
+from omni.engine import Engine
+from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
+from omni.model import Omni
+from omni.pick import pick
+from omni.reply import Drafted, GenerationOptions, Reply
+from omni.rng import Key
+
+K = 4
+
+
+@JOINT_HEADS.register("roll_out")
+class RollOut(JointHead):
+    """Drafts what plain decoding would say, token by token: K passes, for tests."""
+
+    layout = "causal"
+    mask: Tensor | None = None  # what decoding forbids
+
+    def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
+        ids, laws = uniforms[:, :0].long(), []
+        for k in range(self.length):
+            start = call.start if k == 0 else After(call, ids).start
+            scores = call.read(start).double()
+            laws.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
+            ids = torch.cat([ids, pick(laws[-1], uniforms[:, k]).unsqueeze(1)], 1)
+        return Draft(ids, torch.stack(laws, 1))
+
+    def loss(self, call, lesson):  # noqa: ANN001, ANN201
+        raise NotImplementedError
+
+
+def with_head(tiny_model, head: str) -> Omni:  # noqa: ANN001
+    plain = omni.from_pretrained(tiny_model)
+    joint = JointConfig(head=head, length=K, adapter_rank=2)
+    model = Omni(plain.config.model_copy(update={"joint": joint}), Key(0)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    model.tokenizer, model.codec, model.defaults = plain.tokenizer, plain.codec, plain.defaults
+    return model
+
+
+@pytest.fixture(params=["product", "roll_out"])
+def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:  # noqa: ANN001
+    """Pictures are likely, and so is the end, as far as random weights decide anything."""
+    engine = Engine(with_head(tiny_model, request.param))
+    lift(engine)
+    yield engine
+
+
+def lift(engine: Engine) -> None:
+    for name in ("text", "text only"):
+        mask = engine.allowed[name]
+        mask[engine.control.end] += 2.0
+        mask[engine.control.image] += 4.0
+
+
+def same(a: Reply, b: Reply) -> bool:
+    if a.text != b.text or a.stop_reason != b.stop_reason or len(a.images) != len(b.images):
+        return False
+    pairs = zip(a.images, b.images, strict=True)
+    return all(x.size == y.size and max(map(_gap, x.tobytes(), y.tobytes())) <= 1 for x, y in pairs)
+
+
+def _gap(x: int, y: int) -> int:
+    return abs(x - y)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: float) -> None:
+    common = {"temperature": temperature, "top_p": 0.9, "max_tokens": 24, "max_images": 2, "steps": 1}
+    for seed in range(6):
+        plain = engine.generate("say", seed=seed, tokens_per_pass=1, **common)
+        together = engine.generate("say", seed=seed, **common)
+        assert same(plain, together)
+        assert not plain.drafts and together.drafts
+        assert all(0 <= kept <= drafted <= K for drafted, kept in together.drafts)
+
+
+def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
+    engine = Engine(with_head(tiny_model, "roll_out"))
+    assert engine.model.joint is not None
+    engine.allowed["text only"][engine.control.end] = -torch.inf
+    engine.model.joint.head.mask = engine.allowed["text only"]  # type: ignore[assignment]
+    reply = engine.generate("say", temperature=1.0, max_tokens=40, seed=3, max_images=0)
+    assert len(reply.drafts) == 8 and all(kept == drafted for drafted, kept in reply.drafts)
+
+
+def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
+    """Rows in blocks beside plain ones, of different lengths, with pictures: each as alone."""
+    prompts = ["a", "draw me something rather long, please", "b c", "d"]
+    options = [
+        GenerationOptions(temperature=1.0, max_tokens=20, steps=1, max_images=1, tokens_per_pass=n)
+        for n in (4, 1, 2, 3)
+    ]
+    together = engine.generate_batch(prompts, options, seeds=[1, 2, 3, 4])
+    for prompt, one, seed, reply in zip(prompts, options, [1, 2, 3, 4], together, strict=True):
+        assert same(reply, engine.generate_batch([prompt], [one], seeds=[seed])[0])
+        assert all(drafted <= (one.tokens_per_pass or 0) for drafted, _ in reply.drafts)
+
+
+def test_what_the_caller_forces_holds(engine: Engine) -> None:
+    common = {"temperature": 1.0, "max_tokens": 20, "steps": 1, "max_images": 2, "seed": 5}
+    for more in ({"force_image": True}, {"image_size": (8, 8)}, {"stop": ("a", "e", "i")}):
+        assert same(engine.generate("x", tokens_per_pass=1, **common, **more), engine.generate("x", **common, **more))
+
+
+def test_a_draft_cannot_make_a_header_malformed(engine: Engine) -> None:
+    """Unverified too: whatever is drafted, headers are of sizes and turns end properly."""
+    for seed in range(6):
+        reply = engine.generate("x", temperature=1.0, max_tokens=24, steps=1, max_images=2, seed=seed, verify="none")
+        assert reply.stop_reason in ("end", "length") and len(reply.images) <= 2
+        largest = engine.model.config.max_grid * engine.model.codec.spec.stride[1]  # type: ignore[union-attr]
+        assert all(max(image.size) <= largest for image in reply.images)
+
+
+def test_events_tell_what_was_kept(engine: Engine) -> None:
+    events = list(engine.stream("x", temperature=1.0, max_tokens=12, max_images=0, seed=1))
+    reply = engine.generate("x", temperature=1.0, max_tokens=12, max_images=0, seed=1)
+    assert [(e.drafted, e.kept) for e in events if isinstance(e, Drafted)] == list(reply.drafts) != []
+
+
+@pytest.mark.parametrize("kind", ["rejection", "block", "none"])
+def test_the_law_behind_the_engine(tiny_model, kind: str) -> None:  # noqa: ANN001
+    """Three tokens of four ids, 4,000 seeds: rejection and block have plain decoding's law, unverified drafts not."""
+    model = with_head(tiny_model, "product")
+    with torch.no_grad():
+        model.token.embedding.weight[:4] *= 20
+    engine = Engine(model)
+    for mask in engine.allowed.values():
+        mask[:] = -torch.inf
+        mask[:4] = 0
+    laws = []
+    for options in ({"tokens_per_pass": 1}, {"verify": kind}):
+        one = GenerationOptions(temperature=1.0, max_tokens=3, **options)  # type: ignore[arg-type]
+        offset = 0 if "tokens_per_pass" in options else 10_000
+        replies = []
+        for first in range(0, 4000, 500):
+            replies += engine.generate_batch(["x"] * 500, one, seeds=range(offset + first, offset + first + 500))
+        ids = [engine.tokenizer.encode(reply.text) for reply in replies]
+        code = torch.tensor([sum(i * 4**n for n, i in enumerate(row)) for row in ids])
+        laws.append(torch.bincount(code, minlength=64).double() / 4000)
+    distance = float((laws[0] - laws[1]).abs().sum() / 2)
+    assert distance > 0.2 if kind == "none" else distance < 0.09
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1, got 0"),
+        ({"tokens_per_pass": 9}, "tokens_per_pass = 9 is too many: its joint-token head draws 4"),
+        ({"verify": "coupeld"}, "unknown verification 'coupeld'"),
+        ({"verify": "greedy", "temperature": 0.5}, "verify = 'greedy' has no meaning at temperature 0.5"),
+    ],
+)
+def test_impossible_options_are_refused(tiny_model, changes: dict, message: str) -> None:  # noqa: ANN001
+    engine = Engine(with_head(tiny_model, "product"))
+    with pytest.raises(ValueError, match=message):
+        engine.generate("x", **changes)
+
+
+def test_a_plain_model_refuses_blocks(tiny_model) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="no joint-token head"):
+        Engine(omni.from_pretrained(tiny_model)).generate("x", tokens_per_pass=2)
