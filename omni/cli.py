@@ -238,6 +238,12 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--image-guidance", type=guidance, metavar="W", help="how strongly they follow earlier pictures; 1 is off"
     )
+    together = _number(whole, 1, 64, "1 is plain decoding")
+    sub.add_argument(
+        "--tokens-per-pass", type=together, metavar="K", help="text tokens drafted in one pass, by a model that can"
+    )
+    verify = ("coupled", "rejection", "block", "greedy", "none")
+    sub.add_argument("--verify", choices=verify, help="what becomes of drafts; none keeps them as they are (lossy)")
     temperature = _number(real, 0, 100, "0 always takes the likeliest token")
     sub.add_argument("--temperature", type=temperature, metavar="T", help="of text; 0 is greedy")
     top_p = _number(real, 1e-6, 1, "1 keeps every token")

@@ -6,7 +6,8 @@ One document, text-image-text-video-text-image-text, is computed three ways:
     uncached    every block from scratch: the history before it is recomputed, nothing is kept
     cached      as the engine does it: text id by id, blocks refined against the cache, then appended clean
 
-and so are the guidance branches (text dropped, everything dropped), alone and in a batch of different lengths.
+and so are the guidance branches (text dropped, everything dropped), alone and in a batch of different lengths; and,
+where the model has a joint-token head, its placeholders, after every text id that one may follow.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni.joint import BatchCall, CacheCall
 from omni.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.model import Omni
 from omni.nn.step import TokenStep
+from omni.placeholders import choose_blocks
 from omni.prefill import append_ids, append_spans, refine_stream
 from omni.rng import Key
 
@@ -71,6 +74,8 @@ def verify(model: Omni, seed: int = 0) -> list[Check]:
                 _compare(f"guidance branch, {name}: cached beside the full one", both, [alone[0], *reference])
             )
         checks.append(Check("text logits without images: bits that differ", _text_only(model, key), 0.0))
+        if model.joint is not None:
+            checks.append(Check("joint-token blocks: training = decoding", _joint_blocks(model, whole, key), TOLERANCE))
     return checks
 
 
@@ -221,6 +226,44 @@ def _compare(name: str, found: Sequence[Outputs], wanted: Sequence[Outputs]) -> 
         for x, y in zip([*a.logits, *a.flows], [*b.logits, *b.flows], strict=True):
             worst = max(worst, float((x - y).abs().max()))
     return Check(name, worst, TOLERANCE)
+
+
+def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> float:
+    """Largest difference between placeholders beside the packed document and behind a cache, causal and not, and
+    between the hidden states of their start."""
+    assert model.joint is not None
+    device, num = model.token.embedding.weight.device, model.joint.head.length
+    plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
+    channels = model.config.flow.channels
+    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=channels, pad_id=0, fixed_shape=False)
+    batch = batch.to(device)
+    hidden, memory = model.context(batch)
+    starts, _ = choose_blocks(batch, num, batch.num_targets, key)
+    inputs = key.fold("placeholders").normal((len(starts.at), num, hidden.shape[-1])).to(device)
+    worst = 0.0
+    for causal in (True, False):
+        found = BatchCall(model, batch, starts, hidden, memory)(inputs, causal)
+        for b, at in enumerate(starts.at.tolist()):
+            if at == 0 or starts.document[b] < 0:  # a cache holds something; a padded block is nowhere
+                continue
+            before, last = _split_at(plain, at)
+            cache = model.transformer.new_cache(1, 8)
+            append_spans(model, cache, [before], 0)
+            behind = CacheCall(model, cache, torch.tensor([last], device=device))(inputs[b : b + 1], causal)
+            worst = max(worst, float((behind[0] - found[b]).abs().max()))
+    return worst
+
+
+def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:
+    """What stands before context position `at`, and the id there."""
+    out: list[Span] = []
+    for span in spans:
+        n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+        if isinstance(span, TokenSpan) and at < n:
+            return [*out, *([TokenSpan(span.ids[:at], span.supervise[:at])] if at else [])], span.ids[at]
+        out.append(span)
+        at -= n
+    raise ValueError(f"no id at position {at}")
 
 
 def _text_only(model: Omni, key: Key) -> float:

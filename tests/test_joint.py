@@ -192,3 +192,11 @@ def test_a_model_without_a_head_says_so() -> None:
     starts, _ = choose_blocks(batch, K, N, Key(0))
     with pytest.raises(ValueError, match="no joint-token head"):
         BatchCall(model, batch, starts, *model.context(batch))(torch.zeros(len(starts.at), 1, 32))
+
+
+def test_the_users_contract_covers_blocks() -> None:
+    from omni.verify import verify
+
+    checks = verify(joint_model())
+    assert len(checks) == 10 and "joint-token" in checks[-1].name
+    assert all(check.holds for check in checks), checks

@@ -41,6 +41,7 @@ PEERS = {
     ("model", "reply"),
     ("verify", "prefill"),
     ("model", "engine"),
+    ("verify", "joint"),
     ("verify", "model"),
     ("verify", "engine"),
     *((a, b) for level in (0, 5) for a in LEVELS[level] for b in LEVELS[level]),
