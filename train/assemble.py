@@ -7,6 +7,7 @@ end: the finished run to a model directory.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,22 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     if recipe.init_from is not None:
         load_initial_weights(model, recipe.init_from, recipe.init_partial)
+    if recipe.train_only:
+        freeze_all_but(model, recipe.train_only)
     if recipe.compile:
         compile_blocks(model.transformer)
     return model.to(recipe.device).train()
+
+
+def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
+    """Only weights whose names begin with one of `prefixes` get gradients. ValueError for a prefix that none has."""
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            tops = sorted({name.split(".")[0] for name in names})
+            raise ValueError(f"train_only = {prefix!r} is the beginning of no weight's name; names begin with {tops}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(prefixes)))
 
 
 def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:

@@ -196,3 +196,16 @@ def test_compiled_layers_give_the_same_losses(make_run: MakeRun) -> None:
     with torch.no_grad():
         reply = compiled.model.generate("draw a star", steps=1, max_tokens=2, force_image=True, image_size=(32, 32))
     assert reply.images[0].size == (32, 32)
+
+
+def test_train_only_leaves_every_bit_of_the_rest(make_run: MakeRun) -> None:
+    head = {"heads.joint": '{ head = "product", length = 4 }', "objectives": '[{ name = "joint_tokens" }]'}
+    overrides = [f"{name}={value}" for name, value in head.items()]
+    run = make_run("max_steps=3", 'train_only=["joint."]', *overrides)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    loop.train(run, Tracker(run.out, 0, stream=io.StringIO()), lambda: False)
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.startswith("joint.")), name
+        assert torch.equal(run.ema.averages[name], before[name]) == (not name.startswith("joint.")), name
+    with pytest.raises(ValueError, match="train_only = 'jiont' is the beginning of no weight's name"):
+        make_run('train_only=["jiont"]')
