@@ -29,7 +29,8 @@ from omni.samplers.token import token_law, token_noise
 from omni.samplers.verification import Verdict, block, coupled, rejection
 
 if TYPE_CHECKING:
-    from omni.engine import Engine, Row
+    from omni.engine import Engine
+    from omni.row import Row
 
 
 def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:

@@ -15,8 +15,7 @@ Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image as PILImage
@@ -24,22 +23,20 @@ from torch import Tensor
 
 from omni.blockwise import speak
 from omni.config import build
-from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.guidance import Drop, open_turn, reduce
+from omni.document import Document, Image, Role, Text, Video
 from omni.layout import LatentSpan, Span, TokenSpan
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.nn.compiled_step import CompiledStep
 from omni.nn.step import TokenStep
-from omni.prefill import append_ids, append_spans, refine_stream
+from omni.prefill import append_ids, append_spans
+from omni.refinement import draw, groups
 from omni.reply import (
     BlockDone,
     BlockStart,
-    BlockStep,
     Event,
     GenerationOptions,
     ImagePart,
-    Part,
     Reply,
     Stop,
     StopReason,
@@ -47,52 +44,10 @@ from omni.reply import (
     TextPart,
     VideoPart,
 )
-from omni.rng import Key
-from omni.samplers import SAMPLERS
+from omni.row import Media, Phase, Row
 from omni.samplers.token import draw_token
 from omni.text.chat import messages_to_document
 from omni.text.compose import compose
-from omni.text.tokenizer import TextStream
-
-# ---- rows ----------------------------------------------------------------------------------------------------------
-
-Phase = Literal["text", "chunks", "rows", "columns", "block", "done"]
-
-
-@dataclass
-class _Media:
-    """The picture or clip that a row is drawing."""
-
-    kind: Literal["image", "video"]
-    index: int
-    chunks: int = 1
-    rows: int = 0
-    columns: int = 0
-    finished: list[Tensor] = field(default_factory=list)  # latents (N, C) of the finished blocks
-    evaluations: int = 0
-
-
-@dataclass
-class Row:
-    number: int
-    options: GenerationOptions
-    segments: list[Segment]  # prompt and finished segments of the reply
-    stream: TextStream
-    phase: Phase = "text"
-    text: str = ""  # the open text segment
-    emitted: int = 0  # characters of it already sent
-    num_tokens: int = 0
-    num_media: int = 0
-    forced: list[int] = field(default_factory=list)  # ids that come next whatever the logits say
-    pending: list[Span] = field(default_factory=list)  # what comes next in the cache
-    media: _Media | None = None
-    parts: list[Part] = field(default_factory=list)
-    drafts: list[tuple[int, int]] = field(default_factory=list)  # (tokens drafted, tokens kept) of each round
-    reason: StopReason = "end"
-
-    @property
-    def key(self) -> Key:
-        return Key(self.options.seed)
 
 
 class Engine:
@@ -195,8 +150,8 @@ class Engine:
                 for row, token in zip(talking, self._choose(talking, logits), strict=True):
                     yield from self._accept(row, token)
                 continue
-            for group in self._groups(waiting):
-                yield from self._draw(group, rows, cache)
+            for group in groups(self, waiting):
+                yield from draw(self, group, rows, cache)
                 for row in group:
                     yield from self._finish_block(row)
         for row in rows:
@@ -269,7 +224,7 @@ class Engine:
                 yield from self._finish(row, "end")
             else:
                 yield from self._close_text(row)
-                row.media = _Media("image" if token == c.image else "video", row.num_media)
+                row.media = Media("image" if token == c.image else "video", row.num_media)
                 row.phase = "rows" if token == c.image else "chunks"
                 if row.options.image_size is not None:
                     height, width = self._grid_of(row.options.image_size)
@@ -283,7 +238,7 @@ class Engine:
             media.rows, row.phase = size, "columns"
         else:
             media.columns, row.phase = size, "block"
-            yield BlockStart(media.kind, media.index, self._grid(media))
+            yield BlockStart(media.kind, media.index, self.grid(media))
 
     def _emit(self, row: Row) -> Iterator[Event]:
         """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
@@ -315,7 +270,7 @@ class Engine:
 
     # ---- inner loop -----------------------------------------------------------------------------------------------
 
-    def _grid(self, media: _Media) -> tuple[int, int, int]:
+    def grid(self, media: Media) -> tuple[int, int, int]:
         assert self.model.codec is not None
         t = 1 if media.kind == "image" else self.model.codec.spec.frames_per_chunk
         return (t, media.rows, media.columns)
@@ -329,92 +284,11 @@ class Engine:
             raise ValueError(f"image size {size} is too large: at most {self.model.config.max_grid * stride[1]} a side")
         return grid
 
-    def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """Rows whose blocks can be refined in one pass: same grid and same budget."""
-        groups: dict[object, list[Row]] = {}
-        for row in rows:
-            assert row.media is not None
-            o = row.options
-            at = (self._grid(row.media), tuple(o.times()), o.guidance, o.image_guidance, o.sampler, o.gamma)
-            groups.setdefault(at, []).append(row)
-        return list(groups.values())
-
-    def _draw(self, group: list[Row], rows: list[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
-        """Refine one block of each row of the group; its latents are appended to `media.finished`."""
-        options = group[0].options
-        assert group[0].media is not None and options.sampler is not None
-        grid = self._grid(group[0].media)
-        count = grid[0] * grid[1] * grid[2]
-        channels = self.model.config.flow.channels
-        times = options.times()
-        here = (self.device, self.model.token.embedding.weight.dtype)
-
-        def noise(*jump: int) -> Tensor:
-            return torch.stack([
-                r.key.fold("block noise", r.media.index, len(r.media.finished), *jump).normal((count, channels))  # type: ignore[union-attr]
-                for r in group
-            ])  # fmt: skip
-
-        # At a first time t < 1 pure noise is t eps: x_t = (1 - t) x0 + t eps without its data.
-        x = (times[0] * noise()).to(*here)
-        call = self._guided_call(group, rows, cache, grid)
-        extra = {} if options.gamma is None else {"gamma": options.gamma}
-        for state in SAMPLERS.get(options.sampler)(call, x, times, noise, **extra):
-            x = state.x
-            for b, row in enumerate(group):
-                assert row.media is not None
-                yield row.number, BlockStep(row.media.index, state.step, state.steps, x[b].float())
-        for b, row in enumerate(group):
-            assert row.media is not None
-            row.media.finished.append(x[b].float())
-
-    def _guided_call(self, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
-        """F(x, t, s) of the group, with all guidance branches of all rows in one pass."""
-        options = group[0].options
-        w_text, w_image = options.guidance, options.image_guidance
-        assert w_text is not None and w_image is not None
-        branches: list[Drop] = [] if w_text == w_image == 1 else ["text", "all"]
-        memory_cache = cache if len(group) == len(rows) and not branches else cache.fork([r.number for r in group])
-        for what in branches:
-            null = self.model.transformer.new_cache(len(group), 64)
-            self._append(null, [self._null_spans(r, what) for r in group])
-            memory_cache = memory_cache.stack(null)
-        memory = memory_cache.memory(room=grid[0] * grid[1] * grid[2])
-        stream = refine_stream(memory_cache, grid, self.device)
-        B, K = memory_cache.rows, len(branches) + 1
-
-        def call(x: Tensor, t: float, s: float) -> Tensor:
-            ones = torch.ones(B, device=x.device, dtype=torch.float32)
-            F = self.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, None, memory)
-            for row in group:
-                row.media.evaluations += K  # type: ignore[union-attr]
-            if K == 1:
-                return F
-            full, no_text, nothing = F.chunk(3)
-            return nothing + w_image * (no_text - nothing) + w_text * (full - no_text)
-
-        return call
-
-    def _null_spans(self, row: Row, what: Drop) -> list[Span]:
-        """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training."""
-        media = row.media
-        assert media is not None
-        history = reduce(open_turn(row.segments, Role.ASSISTANT), what)
-        spans = compose(Document(history), self.tokenizer, self.model.encode_media)
-        last = spans[-1]
-        assert isinstance(last, TokenSpan) and last.ids[-1] == self.control.end
-        c = self.control
-        sizes = [c.size(media.rows), c.size(media.columns)]
-        header = [c.image, *sizes] if media.kind == "image" else [c.video, c.size(media.chunks), *sizes]
-        ids = [*last.ids[:-1], *header]
-        grid = self._grid(media)
-        return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
-
     def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:
         """The block is context from now on, clean; the last of a picture or clip closes it."""
         media, codec = row.media, self.model.codec
         assert media is not None and codec is not None
-        grid = self._grid(media)
+        grid = self.grid(media)
         row.pending.append(LatentSpan(media.finished[-1], grid))
         if len(media.finished) < media.chunks:
             return  # the next chunk of the clip comes in the next round
@@ -439,7 +313,7 @@ class Engine:
 
     # ---- the cache ------------------------------------------------------------------------------------------------
 
-    def _append(self, cache: KVCache, spans: list[list[Span]]) -> Tensor:
+    def append(self, cache: KVCache, spans: list[list[Span]]) -> Tensor:
         """Append spans to each row (none for some); returns logits (R, V) after the last position of each row."""
         hidden = append_spans(self.model, cache, spans, self.control.pad)
         return self.model.token.read(hidden)
@@ -458,7 +332,7 @@ class Engine:
         ]
         if len(ids) == len(rows):  # the hot path of text decoding
             return self.step.read(append_ids(self.model, cache, ids, self.step))
-        after = self._append(cache, spans)
+        after = self.append(cache, spans)
         if len(new) == len(rows) or not len(logits):
             return after
         merged = logits.clone()

@@ -11,6 +11,7 @@ from omni.engine import Engine
 from omni.guidance import drop, reduce
 from omni.layout import TokenSpan
 from omni.prefill import append_spans, refine_stream
+from omni.refinement import null_spans
 from omni.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta
 from omni.rng import Key
 from omni.samplers.token import draw_token
@@ -164,16 +165,16 @@ def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) ->
     pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
     history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
     target = Image(pixels, Role.ASSISTANT, supervise=True)
-    from omni.engine import Row, _Media
     from omni.layout import LatentSpan
+    from omni.row import Media, Row
 
     for what in ("text", "images", "all"):
         trained = drop(Document((*history, target)), what)
         assert trained is not None
         spans = model.spans(trained)
         row = Row(0, GenerationOptions(), list(history), engine.tokenizer.stream())
-        row.media = _Media("image", 0, rows=2, columns=2)
-        inferred = engine._null_spans(row, what)
+        row.media = Media("image", 0, rows=2, columns=2)
+        inferred = null_spans(engine, row, what)
         last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))
         flat = lambda group: [s.ids if not isinstance(s, LatentSpan) else s.grid for s in group]  # noqa: E731
         assert flat(inferred) == flat(spans[:last]), what

@@ -19,7 +19,7 @@ LEVELS = {
     1: {"layout", "mask", "positions", "media", "checkpoint", "guidance", "placeholders", "pick", "terms"},
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers"},
-    4: {"model", "joint", "reply", "prefill", "blockwise", "engine", "verify"},
+    4: {"model", "joint", "reply", "prefill", "row", "refinement", "blockwise", "engine", "verify"},
     5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
@@ -33,7 +33,10 @@ PEERS = {
     ("model", "joint"),
     ("joint", "model"),
     ("engine", "model"),
-    ("engine", "blockwise"),
+    *(("engine", name) for name in ("row", "refinement", "blockwise")),
+    *(("refinement", name) for name in ("engine", "row", "prefill", "reply")),
+    ("row", "reply"),
+    ("blockwise", "row"),
     *(("blockwise", name) for name in ("engine", "joint", "prefill", "reply")),
     ("engine", "reply"),
     ("engine", "prefill"),

@@ -1,0 +1,110 @@
+"""Refining blocks of latents from noise against the cache, with all guidance branches in one pass. Part of the engine.
+
+Legend: B rows of a pass, N latents of a block, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omni.document import Document, Role
+from omni.guidance import Drop, open_turn, reduce
+from omni.layout import LatentSpan, Span, TokenSpan
+from omni.nn.cache import KVCache
+from omni.prefill import refine_stream
+from omni.reply import BlockStep, Event
+from omni.row import Row
+from omni.samplers import SAMPLERS
+from omni.text.compose import compose
+
+if TYPE_CHECKING:
+    from omni.engine import Engine
+
+
+def groups(engine: Engine, rows: list[Row]) -> list[list[Row]]:
+    """Rows whose blocks can be refined in one pass: same grid and same budget."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        assert row.media is not None
+        o = row.options
+        at = (engine.grid(row.media), tuple(o.times()), o.guidance, o.image_guidance, o.sampler, o.gamma)
+        groups.setdefault(at, []).append(row)
+    return list(groups.values())
+
+
+def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+    """Refine one block of each row of the group; its latents are appended to `media.finished`."""
+    options = group[0].options
+    assert group[0].media is not None and options.sampler is not None
+    grid = engine.grid(group[0].media)
+    count = grid[0] * grid[1] * grid[2]
+    channels = engine.model.config.flow.channels
+    times = options.times()
+    here = (engine.device, engine.model.token.embedding.weight.dtype)
+
+    def noise(*jump: int) -> Tensor:
+        return torch.stack([
+            r.key.fold("block noise", r.media.index, len(r.media.finished), *jump).normal((count, channels))  # type: ignore[union-attr]
+            for r in group
+        ])  # fmt: skip
+
+    # At a first time t < 1 pure noise is t eps: x_t = (1 - t) x0 + t eps without its data.
+    x = (times[0] * noise()).to(*here)
+    call = _guided_call(engine, group, rows, cache, grid)
+    extra = {} if options.gamma is None else {"gamma": options.gamma}
+    for state in SAMPLERS.get(options.sampler)(call, x, times, noise, **extra):
+        x = state.x
+        for b, row in enumerate(group):
+            assert row.media is not None
+            yield row.number, BlockStep(row.media.index, state.step, state.steps, x[b].float())
+    for b, row in enumerate(group):
+        assert row.media is not None
+        row.media.finished.append(x[b].float())
+
+
+def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
+    """F(x, t, s) of the group, with all guidance branches of all rows in one pass."""
+    options = group[0].options
+    w_text, w_image = options.guidance, options.image_guidance
+    assert w_text is not None and w_image is not None
+    branches: list[Drop] = [] if w_text == w_image == 1 else ["text", "all"]
+    memory_cache = cache if len(group) == len(rows) and not branches else cache.fork([r.number for r in group])
+    for what in branches:
+        null = engine.model.transformer.new_cache(len(group), 64)
+        engine.append(null, [null_spans(engine, r, what) for r in group])
+        memory_cache = memory_cache.stack(null)
+    memory = memory_cache.memory(room=grid[0] * grid[1] * grid[2])
+    stream = refine_stream(memory_cache, grid, engine.device)
+    B, K = memory_cache.rows, len(branches) + 1
+
+    def call(x: Tensor, t: float, s: float) -> Tensor:
+        ones = torch.ones(B, device=x.device, dtype=torch.float32)
+        F = engine.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, None, memory)
+        for row in group:
+            row.media.evaluations += K  # type: ignore[union-attr]
+        if K == 1:
+            return F
+        full, no_text, nothing = F.chunk(3)
+        return nothing + w_image * (no_text - nothing) + w_text * (full - no_text)
+
+    return call
+
+
+def null_spans(engine: Engine, row: Row, what: Drop) -> list[Span]:
+    """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training."""
+    media = row.media
+    assert media is not None
+    history = reduce(open_turn(row.segments, Role.ASSISTANT), what)
+    spans = compose(Document(history), engine.tokenizer, engine.model.encode_media)
+    last = spans[-1]
+    assert isinstance(last, TokenSpan) and last.ids[-1] == engine.control.end
+    c = engine.control
+    sizes = [c.size(media.rows), c.size(media.columns)]
+    header = [c.image, *sizes] if media.kind == "image" else [c.video, c.size(media.chunks), *sizes]
+    ids = [*last.ids[:-1], *header]
+    grid = engine.grid(media)
+    return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
