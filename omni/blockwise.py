@@ -14,6 +14,7 @@ Legend: R rows, K drafted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from omni.heads.joint import Draft
 from omni.joint import CacheCall
 from omni.layout import Span, TokenSpan
 from omni.nn.cache import KVCache
+from omni.pick import pick
 from omni.prefill import append_all
 from omni.reply import Drafted, Event
 from omni.samplers.token import token_law, token_noise
@@ -85,7 +87,15 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
             uniforms[row.number] = torch.tensor(_noise(row, joint.head.length))
     call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device))
     first = talking[0]
-    return joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
+    draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
+    if first.options.verify not in ("coupled", "greedy"):
+        return draft
+    # The law of the first token is in the same pass, so what will be said there is known: it is always kept.
+    logits, ids = engine.model.token.read(call.start), draft.ids.clone()
+    for row in talking:
+        law = _laws(engine, row, (), logits[row.number : row.number + 1])[0]
+        ids[row.number, 0] = pick(law, uniforms[row.number, 0].to(law.device))
+    return replace(draft, ids=ids)
 
 
 def _noise(row: Row, num: int) -> list[float]:
