@@ -81,10 +81,11 @@ def _settle(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: 
 def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int]) -> Draft:
     joint = engine.model.joint
     assert joint is not None
-    uniforms = torch.full((len(rows), joint.head.length), 0.5, dtype=torch.float64)
+    num = max(row.options.tokens_per_pass or 1 for row in talking)
+    uniforms = torch.full((len(rows), num), 0.5, dtype=torch.float64)
     for row in talking:
         if row.options.temperature:
-            uniforms[row.number] = torch.tensor(_noise(row, joint.head.length))
+            uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
     call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device))
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))

@@ -33,11 +33,9 @@ class BatchCall:
     """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
 
     model: Omni
-    batch: Batch
     starts: Starts
     hidden: Tensor
     memory: Memory
-    averages: Omni | None = None
     frozen: bool = False
     count: _Count = field(default_factory=_Count)
 
@@ -63,12 +61,7 @@ class BatchCall:
         return self.model.token.read(hidden)
 
     def target(self) -> BatchCall:
-        model = self.averages or self.model
-        hidden, memory = self.hidden.detach(), self.memory.detach()
-        if self.averages is not None:
-            with torch.no_grad():
-                hidden, memory = model.context(self.batch)
-        return BatchCall(model, self.batch, self.starts, hidden, memory, frozen=True)
+        return BatchCall(self.model, self.starts, self.hidden.detach(), self.memory.detach(), frozen=True)
 
 
 @dataclass
@@ -120,13 +113,12 @@ class CacheCall:
 
 
 def joint_loss(
-    model: Omni, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key,
-    averages: Omni | None = None, progress: float = 1.0,
+    model: Omni, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key, progress: float = 1.0
 ) -> dict[str, Terms]:  # fmt: skip
     """The loss of the model's joint-token head on random blocks of a packed batch, by name."""
     joint = _head_of(model)
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
-    call = BatchCall(model, batch, starts, hidden, memory, averages)
+    call = BatchCall(model, starts, hidden, memory)
     teacher = teacher_laws(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
     return joint.head.loss(call, Lesson(blocks, teacher, key, progress))
 

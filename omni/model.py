@@ -183,7 +183,7 @@ class Omni(nn.Module):
         for objective in objectives:
             name = type(objective).__name__
             if isinstance(objective, JointTokenObjective):
-                found = joint_loss(self, batch, hidden, memory, objective.blocks, key.fold(name), averages, progress)
+                found = joint_loss(self, batch, hidden, memory, objective.blocks, key.fold(name), progress)
                 terms |= {f"{name}/{n}": replace(t, weight=t.weight * objective.weight) for n, t in found.items()}
             elif isinstance(objective, NextToken):
                 where = batch.target != IGNORE

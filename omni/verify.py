@@ -242,7 +242,7 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> float:
     inputs = key.fold("placeholders").normal((len(starts.at), num, hidden.shape[-1])).to(device)
     worst = 0.0
     for causal in (True, False):
-        found = BatchCall(model, batch, starts, hidden, memory)(inputs, causal)
+        found = BatchCall(model, starts, hidden, memory)(inputs, causal)
         for b, at in enumerate(starts.at.tolist()):
             if at == 0 or starts.document[b] < 0:  # a cache holds something; a padded block is nowhere
                 continue

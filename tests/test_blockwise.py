@@ -28,7 +28,7 @@ class RollOut(JointHead):
 
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         ids, laws = uniforms[:, :0].long(), []
-        for k in range(self.length):
+        for k in range(self.fits(uniforms)):
             start = call.start if k == 0 else After(call, ids).start
             scores = call.read(start).double()
             laws.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))

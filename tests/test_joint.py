@@ -115,7 +115,7 @@ def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int) 
         [batch], _ = pack([spans, random_spans(Key(4))], [Shape(1, 60, 60)], channels=CHANNELS, pad_id=PAD)
         hidden, memory = model.context(batch)
         starts, _ = choose_blocks(batch, K, 40, Key(0))
-        call = BatchCall(model, batch, starts, hidden, memory)
+        call = BatchCall(model, starts, hidden, memory)
         inputs = Key(5).normal((len(starts.at), K, 32))
         found = call(inputs, causal, clean)
         compared = 0
@@ -157,7 +157,7 @@ def test_clean_tokens_in_a_block_read_what_text_reads() -> None:
     with torch.inference_mode():
         hidden, memory = model.context(batch)
         starts, blocks = choose_blocks(batch, K, 8, Key(0))
-        call = BatchCall(model, batch, starts, hidden, memory)
+        call = BatchCall(model, starts, hidden, memory)
         for b in range(8):
             if not blocks.valid[b, :3].all():
                 continue
@@ -177,7 +177,7 @@ def test_adapters_act_on_placeholders_alone() -> None:
         inputs = Key(2).normal((len(starts.at), 2, 32))
 
         def hidden_of(m: Omni) -> torch.Tensor:
-            return BatchCall(m, batch, starts, *m.context(batch))(inputs, clean=1)
+            return BatchCall(m, starts, *m.context(batch))(inputs, clean=1)
 
         first = hidden_of(model)
         assert model.joint is not None and model.joint.adapters is not None
@@ -191,7 +191,7 @@ def test_a_model_without_a_head_says_so() -> None:
     batch = random_batch(Key(1))
     starts, _ = choose_blocks(batch, K, N, Key(0))
     with pytest.raises(ValueError, match="no joint-token head"):
-        BatchCall(model, batch, starts, *model.context(batch))(torch.zeros(len(starts.at), 1, 32))
+        BatchCall(model, starts, *model.context(batch))(torch.zeros(len(starts.at), 1, 32))
 
 
 def test_the_users_contract_covers_blocks() -> None:

@@ -26,6 +26,7 @@ from omni.placeholders import Blocks, Starts
 from omni.rng import Key
 
 Draw = Callable[[Key, int], tuple[Tensor, Tensor]]  # (prefix (B, P - 1), block (B, K)) int64 of a number of rows
+Teacher = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ def toy_call(model: Omni, prefix: Tensor, num_tokens: int) -> BatchCall:
     """The backbone behind given prefixes (B, P - 1), to sample or score blocks with."""
     filler = torch.zeros(len(prefix), num_tokens, dtype=torch.int64)
     batch, starts, _ = toy_batch(prefix, filler, model.config.vocab_size - 1)
-    return BatchCall(model, batch, starts, *model.context(batch))
+    return BatchCall(model, starts, *model.context(batch))
 
 
-def train(model: Omni, draw: Draw, budget: Budget, key: Key) -> dict[str, list[float]]:
-    """Both stages. Returns the losses of every step, by name. Depends on the key alone."""
+def train(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teacher | None = None) -> dict[str, list[float]]:
+    """Both stages. Returns the losses of every step, by name. Depends on the key alone. teacher: what heads learn the
+    intervals of noise from, given (prefix, block) -> (B, K, V) log-laws; None is the model's own autoregression."""
     losses: dict[str, list[float]] = {}
     joint = [p for name, p in model.named_parameters() if name.startswith("joint.")]
     rest = [p for name, p in model.named_parameters() if not name.startswith(("joint.", "flow."))]
@@ -87,7 +89,9 @@ def train(model: Omni, draw: Draw, budget: Budget, key: Key) -> dict[str, list[f
     for parameter in joint:
         parameter.requires_grad_(True)
     if joint:
-        _stage(model, joint, budget.head_steps, budget, _head_loss(model, draw, budget, key.fold("head")), losses)
+        _stage(
+            model, joint, budget.head_steps, budget, _head_loss(model, draw, budget, key.fold("head"), teacher), losses
+        )
     return losses
 
 
@@ -104,15 +108,18 @@ def _backbone_loss(model: Omni, draw: Draw, budget: Budget, key: Key) -> Loss:
     return loss
 
 
-def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key) -> Loss:
+def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teacher | None) -> Loss:
     head = head_of(model)
 
     def loss(step: int, progress: float) -> dict[str, Tensor]:
-        batch, starts, blocks = toy_batch(*draw(key.fold(step), budget.rows), model.config.vocab_size - 1)
+        prefix, block = draw(key.fold(step), budget.rows)
+        batch, starts, blocks = toy_batch(prefix, block, model.config.vocab_size - 1)
         hidden, memory = model.context(batch)
-        teacher = teacher_laws(model, hidden, starts, blocks) if head.needs_teacher else torch.zeros(0)
-        call = BatchCall(model, batch, starts, hidden, memory)
-        terms = head.loss(call, Lesson(blocks, teacher, key.fold("noise", step), progress))
+        laws = torch.zeros(0)
+        if head.needs_teacher:
+            laws = teacher(prefix, block) if teacher else teacher_laws(model, hidden, starts, blocks)
+        call = BatchCall(model, starts, hidden, memory)
+        terms = head.loss(call, Lesson(blocks, laws, key.fold("noise", step), progress))
         return {name: term.weight * term.sum / max(term.count, 1.0) for name, term in terms.items()}
 
     return loss

@@ -14,7 +14,6 @@ class JointTokenObjective(Objective):
     """blocks: how many blocks of placeholders every packed row carries, at random starts."""
 
     blocks: int = Field(default=8, ge=1)
-    target_decay: float | None = Field(default=None, ge=0, lt=1)
 
     @property
     def kind(self) -> Literal["token", "flow", "joint"]:

@@ -60,7 +60,7 @@ class JointCall(Protocol):
         ...
 
     def target(self) -> JointCall:
-        """The same without a graph, of the averaged weights where the trainer keeps some."""
+        """The same call, of the same weights, without a graph."""
         ...
 
 
@@ -98,10 +98,11 @@ class After:
 
 @dataclass(frozen=True)
 class Draft:
-    """K ids of every block. `log_q` (B, K, V): the laws the ids were drawn from, each given what precedes it and noise
-    that is independent of what verification draws; None where the head knows none. `steps`: of the head itself."""
+    """n ids of every block. `log_q` (B, n, V): the laws the ids were drawn from, each given what precedes it and noise
+    that is independent of what verification draws; None where the head knows none. `steps`: of the head itself, draws
+    or small networks that wait for one another."""
 
-    ids: Tensor  # (B, K) int64
+    ids: Tensor  # (B, n) int64
     log_q: Tensor | None = None
     steps: int = 1
 
@@ -137,7 +138,7 @@ class JointHead(nn.Module, ABC):
     layout: ClassVar[Literal["none", "causal", "block"]] = "none"
     exact: ClassVar[bool] = False
     universal: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher: bool = False
     conditional: ClassVar[bool] = False
     order: ClassVar[Literal["left_to_right", "any"]] = "left_to_right"
     Config: ClassVar[type[Frozen]] = Frozen
@@ -161,8 +162,15 @@ class JointHead(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """K ids per block from `passes` passes (one, unless the head refines). uniforms (B, K) float64 in [0, 1): the
-        noise of the tokens; `key` gives whatever else is drawn. The number of blocks is that of the call."""
+        """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n at
+        most K: the noise of the tokens; `key` gives whatever else is drawn. As many blocks as the call has."""
+
+    def fits(self, given: Tensor) -> int:
+        """n of ids or uniforms (B, n). ValueError if that is not 1 to K."""
+        num = given.shape[1]
+        if not 1 <= num <= self.length:
+            raise ValueError(f"this head has 1 to {self.length} tokens a block, not {num}; ask for no more")
+        return num
 
     @abstractmethod
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:

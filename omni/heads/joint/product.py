@@ -43,14 +43,17 @@ class Product(JointHead):
         return call.read(h.unsqueeze(1) + nn.functional.silu(moved)).double().log_softmax(-1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        laws = self.laws(call)
+        if passes != 1:
+            raise ValueError(f"passes = {passes}: a product head draws all of its tokens from one; take passes = 1")
+        laws = self.laws(call)[:, : self.fits(uniforms)]
         return Draft(pick(laws, uniforms), laws)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        return LogProb(self.laws(call).gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
+        laws = self.laws(call)[:, : self.fits(ids)]
+        return LogProb(laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.laws(call)
+        return self.laws(call)[:, : self.fits(ids)]
 
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
         blocks = lesson.blocks

@@ -1,0 +1,355 @@
+"""Tractable circuits: mixtures whose every marginal is exact. Likelihood, conditionals and draws from one pass.
+
+Token k is drawn given a latent state z_k of R, and the states hang together in one of three ways, all read off the
+hidden state of the start (Basharin et al., arXiv 2410.17765; multi-token circuits, arXiv 2511.11346):
+
+    cp      one state for the whole block: a mixture of R products
+    hmm     a chain with transitions of its own at every step
+    tree    a balanced binary tree: a span has one state, which its halves have from their parent's by a matrix each
+
+The law of a token in a state is the model's own unembedding of a hidden state expanded by (token, state), of the form
+h + A_kr h + b_kr and near h to begin with. A table of laws is 8 K R V bytes a block: bytes, bits and codes of pictures,
+not 128k words. CP cannot give even parity of K bits with fewer than 2^(K-1) states, a chain can with 2; that a rank
+suffices does not mean that training finds it (see `anneal`).
+
+Everything rests on `walk`, which goes through the tokens left to right and knows, before each, log P(z_k | x_<k): the
+conditionals follow, and a block cut short by its end scores its exact marginal, as what follows is never asked about.
+
+Legend: B blocks, K tokens, m <= K of them, R states, V vocabulary, W width, r rank of an expander, N transitions.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from omni.config import Frozen
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.pick import pick
+from omni.rng import Key
+from omni.terms import Terms
+
+Visit = Callable[[int, Tensor], Tensor]
+"""(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token that stands, or is put, at k."""
+
+COOLING_FROM = 0.5  # the power of emissions in responsibilities where annealing begins
+
+
+class CircuitConfig(Frozen):
+    """num_states: R. expander_rank: r of the matrices A_kr = down up; 0: full, W x W for each of K R.
+
+    noise: how far states are apart to begin with, as a share of h. gamma: the loss weights token k by gamma^(k-1).
+    anneal: the share of training during which responsibilities are cooled (see `Circuit.loss`); 0: none.
+    balance: weight of the term that keeps all states in use; 0: none. Together they lead out of optima in which two
+    states share what one could say. Take anneal = 0 where no few tokens depend on one another but all do (parity), and
+    a smaller balance where R is no more than is needed and the states must be used unequally.
+    """
+
+    num_states: int = Field(default=8, ge=2, le=4096)
+    expander_rank: int = Field(default=32, ge=0)
+    noise: float = Field(default=0.5, gt=0)
+    gamma: float = Field(default=0.9, gt=0, le=1)
+    anneal: float = Field(default=0.5, ge=0, le=1)
+    balance: float = Field(default=0.1, ge=0)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The circuits of B blocks, in float64 nats: whatever a last axis ranges over sums to one."""
+
+    root: Tensor  # (B, R)
+    moves: Tensor  # (B, N, R, R): from the state of one place to that of the next
+    emissions: Tensor  # (B, K, R, V)
+
+
+class Circuit(JointHead):
+    """What the three share. A family says how its states hang together: `num_moves`, `walk`, `states`, `steps`."""
+
+    exact, conditional = True, True
+    Config = CircuitConfig
+
+    def __init__(self, config: CircuitConfig, length: int, vocab_size: int, width: int) -> None:
+        super().__init__(config, length, vocab_size, width)
+        R, r, N = config.num_states, config.expander_rank, self.num_moves
+        self.expand_bias = nn.Parameter(torch.zeros(length, R, width))
+        if r:
+            self.expand_down = nn.Parameter(torch.zeros(length, R, width, r))
+            self.expand_up = nn.Parameter(torch.zeros(length, R, r, width))
+        else:
+            self.expand = nn.Parameter(torch.zeros(length, R, width, width))
+        self.root = nn.Linear(width, R)
+        self.moves = nn.Linear(width, N * R * R) if N else None
+
+    @torch.no_grad()
+    def initialise(self, key: Key) -> None:
+        """Expanders and biases keyed normal, of size `noise` beside h; uniform root; moves near the identity."""
+        c: CircuitConfig = self.config
+        for name, parameter in self.named_parameters():
+            if not name.startswith("expand"):
+                parameter.zero_()
+                continue
+            fan_in = 1 if name == "expand_bias" else parameter.shape[-2]
+            size = 1.0 if name == "expand_down" else c.noise
+            parameter.copy_(key.fold(name).normal(tuple(parameter.shape)) * size / math.sqrt(fan_in))
+        if self.moves is not None:
+            start = key.fold("moves").normal((self.num_moves, c.num_states, c.num_states))
+            self.moves.bias.copy_((start + torch.eye(c.num_states)).flatten())
+
+    # ---- the family -----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def num_moves(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Draws that wait for one another before all tokens are drawn at once (`sample_latent`)."""
+
+    @abstractmethod
+    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
+        """Call `visit` for tokens 0 .. num - 1 in order, each given those before it."""
+
+    @abstractmethod
+    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
+        """(B, K) int64: the latent states, drawn with uniforms (B, K)."""
+
+    # ---- what follows from it -------------------------------------------------------------------------------------
+
+    def laws(self, call: JointCall) -> Laws:
+        h, R = call.start, self.config.num_states
+        if self.config.expander_rank:
+            low = torch.einsum("bw,krwi->bkri", h, self.expand_down.to(h.dtype))
+            moved = torch.einsum("bkri,kriv->bkrv", low, self.expand_up.to(h.dtype))
+        else:
+            moved = torch.einsum("bw,krwv->bkrv", h, self.expand.to(h.dtype))
+        expanded = h[:, None, None] + moved.to(h.dtype) + self.expand_bias.to(h.dtype)
+        emissions = call.read(expanded).double().log_softmax(-1)
+        root = _linear(self.root, h).double().log_softmax(-1)
+        if self.moves is None:
+            return Laws(root, root.new_zeros(len(h), 0, R, R), emissions)
+        moves = _linear(self.moves, h).double().unflatten(-1, (self.num_moves, R, R)).log_softmax(-1)
+        return Laws(root, moves, emissions)
+
+    def score(self, laws: Laws, ids: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
+        """ids (B, m) -> log q(x_k | x_<k) (B, m) and log P(z_k | x_<=k) (B, m, R).
+
+        With emissions f to a `power` below one: of F_k = log E_z[(f_1 .. f_k)^power] / power, the differences
+        F_k - F_(k-1); by Jensen F_k <= log q(x_<=k), and responsibilities are those of the softened emissions.
+        """
+        index = ids[:, :, None, None].expand(-1, -1, self.config.num_states, 1)
+        scores = laws.emissions[:, : ids.shape[1]].gather(-1, index).squeeze(-1) * power
+        found: list[Tensor] = []
+        after: list[Tensor] = []
+
+        def visit(k: int, belief: Tensor) -> Tensor:
+            both = belief + scores[:, k]
+            found.append(both.logsumexp(-1) / power)
+            after.append(both.log_softmax(-1))
+            return scores[:, k]
+
+        self.walk(laws, ids.shape[1], visit)
+        return torch.stack(found, 1), torch.stack(after, 1)
+
+    def run(self, laws: Laws, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """ids (B, num) and log q(. | x_<k) (B, num, V), where `choose` takes k and the law (B, V) to ids (B,)."""
+        ids: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def visit(k: int, belief: Tensor) -> Tensor:
+            law = (belief.unsqueeze(-1) + laws.emissions[:, k]).logsumexp(1)
+            found.append(law)
+            ids.append(choose(k, law))
+            index = ids[-1][:, None, None].expand(-1, self.config.num_states, 1)
+            return laws.emissions[:, k].gather(-1, index).squeeze(-1)
+
+        self.walk(laws, num, visit)
+        return torch.stack(ids, 1), torch.stack(found, 1)
+
+    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
+        """Token k is pick(q(. | x_<k), u_k). Fewer uniforms than K draw the first tokens alone."""
+        if passes != 1:
+            raise ValueError(f"passes = {passes}: a circuit draws all of its tokens from one pass; take passes = 1")
+        num = self.fits(uniforms)
+        ids, log_q = self.run(self.laws(call), num, lambda k, law: pick(law, uniforms[:, k]))
+        return Draft(ids, log_q, num)
+
+    def sample_latent(self, call: JointCall, uniforms: Tensor, key: Key) -> Draft:
+        """The same law with fewer draws that wait for one another: states from the root down, drawn with `key`, then
+        every token at once, token k with u_k. Its conditionals are those of `conditionals`; none are given here."""
+        laws, num = self.laws(call), self.fits(uniforms)
+        draws = key.fold("states").uniform((len(uniforms), self.length), torch.float64)
+        states = self.states(laws, draws.to(uniforms.device))[:, :num]
+        index = states[:, :, None, None].expand(-1, -1, 1, self.vocab_size)
+        return Draft(pick(laws.emissions[:, :num].gather(2, index).squeeze(2), uniforms), steps=self.steps)
+
+    def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
+        """Of ids (B, m), m <= K: a shorter block has the exact marginal of its tokens."""
+        self.fits(ids)
+        return LogProb(self.score(self.laws(call), ids)[0].sum(-1), "exact")
+
+    def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        return self.run(self.laws(call), self.fits(ids), lambda k, _: ids[:, k])[1]
+
+    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+        """-sum_k gamma^(k-1) log q(x_k | x_<k) over the valid prefix, per unit of gamma^(k-1).
+
+        While annealed, the power of emissions rises from a half to one: states share every block before they
+        divide the blocks among them (deterministic annealing; Ueda and Nakano 1998). It is a bound of the loss.
+        """
+        c: CircuitConfig = self.config
+        ids, valid = lesson.blocks.ids, lesson.blocks.valid
+        power = 1.0
+        if lesson.progress < c.anneal:
+            power = COOLING_FROM + (1 - COOLING_FROM) * lesson.progress / c.anneal
+        found, after = self.score(self.laws(call), ids, power)
+        weight = valid * c.gamma ** torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64)
+        dtype = torch.promote_types(call.start.dtype, torch.float32)
+        terms = {"circuit": Terms(-(found * weight).sum().to(dtype), float(weight.sum()))}
+        if c.balance:
+            terms["balance"] = Terms(_imbalance(after, valid).to(dtype), lesson.blocks.count, c.balance)
+        return terms
+
+
+@JOINT_HEADS.register("cp")
+class CP(Circuit):
+    """q(x) = sum_r w_r prod_k f_kr(x_k)."""
+
+    order = "any"
+
+    @property
+    def num_moves(self) -> int:
+        return 0
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
+        belief = laws.root
+        for k in range(num):
+            belief = (belief + visit(k, belief)).log_softmax(-1)
+
+    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
+        return pick(laws.root, uniforms[:, 0]).unsqueeze(1).expand(-1, self.length)
+
+
+@JOINT_HEADS.register("hmm")
+class HMM(Circuit):
+    """A chain of states z_1 .. z_K whose transitions differ from step to step and from context to context."""
+
+    @property
+    def num_moves(self) -> int:
+        return self.length - 1
+
+    @property
+    def steps(self) -> int:
+        return self.length
+
+    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
+        belief = laws.root
+        for k in range(num):
+            after = (belief + visit(k, belief)).log_softmax(-1)
+            if k + 1 < num:
+                belief = (after.unsqueeze(-1) + laws.moves[:, k]).logsumexp(1)
+
+    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
+        found = [pick(laws.root, uniforms[:, 0])]
+        rows = torch.arange(len(uniforms), device=uniforms.device)
+        for k in range(self.length - 1):
+            found.append(pick(laws.moves[rows, k, found[-1]], uniforms[:, k + 1]))
+        return torch.stack(found, 1)
+
+
+Span = tuple[int, int]
+
+
+@JOINT_HEADS.register("tree")
+class Tree(Circuit):
+    """Spans [a, b) of two tokens or more have a state; the root's is drawn from `root`, a half's given its parent's
+    from a matrix of the half. A token has the state of the smallest such span around it."""
+
+    order = "any"
+
+    def __init__(self, config: CircuitConfig, length: int, vocab_size: int, width: int) -> None:
+        super().__init__(config, length, vocab_size, width)
+        self.levels = _levels(length)
+        self.number = {span: n for n, span in enumerate(span for level in self.levels for span, _ in level)}
+
+    @property
+    def num_moves(self) -> int:
+        return max(self.length - 2, 0)
+
+    @property
+    def steps(self) -> int:
+        return 1 + len(self.levels)
+
+    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
+        self._walk(laws, (0, self.length), laws.root, num, visit)
+
+    def _walk(self, laws: Laws, span: Span, belief: Tensor, num: int, visit: Visit) -> Tensor:
+        """belief (B, R): log P(state of span | x before it). Returns log P(x of span, as far as it goes | state)."""
+        if span[1] - span[0] == 1:
+            return visit(span[0], belief)
+        found = torch.zeros_like(belief)
+        for half in _halves(span):
+            if half[0] >= num:
+                break
+            before = (belief + found).log_softmax(-1)
+            if half not in self.number:
+                found = found + visit(half[0], before)
+                continue
+            move = laws.moves[:, self.number[half]]
+            inner = self._walk(laws, half, (before.unsqueeze(-1) + move).logsumexp(1), num, visit)
+            found = found + (move + inner.unsqueeze(1)).logsumexp(-1)
+        return found
+
+    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
+        state = {(0, self.length): pick(laws.root, uniforms[:, 0])}
+        rows = torch.arange(len(uniforms), device=uniforms.device)[:, None]
+        done = 0
+        for level in self.levels:
+            numbers = torch.arange(done, done + len(level), device=uniforms.device)
+            parents = torch.stack([state[parent] for _, parent in level], 1)
+            drawn = pick(laws.moves[rows, numbers, parents], uniforms[:, 1 + done : 1 + done + len(level)])
+            state |= {span: drawn[:, n] for n, (span, _) in enumerate(level)}
+            done += len(level)
+        smallest = [min((s for s in state if s[0] <= k < s[1]), key=lambda s: s[1] - s[0]) for k in range(self.length)]
+        return torch.stack([state[span] for span in smallest], 1)
+
+
+def _halves(span: Span) -> tuple[Span, Span]:
+    """The left half is the longer one of an odd number."""
+    middle = (span[0] + span[1] + 1) // 2
+    return (span[0], middle), (middle, span[1])
+
+
+def _levels(length: int) -> list[list[tuple[Span, Span]]]:
+    """(span, parent) of every span of two tokens or more below the root, level by level."""
+    levels: list[list[tuple[Span, Span]]] = []
+    parents = [(0, length)]
+    while parents:
+        level = [(half, p) for p in parents if p[1] - p[0] > 1 for half in _halves(p) if half[1] - half[0] > 1]
+        if level:
+            levels.append(level)
+        parents = [span for span, _ in level]
+    return levels
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _imbalance(after: Tensor, valid: Tensor) -> Tensor:
+    """Sum over valid tokens of log R - H(mean over blocks of P(z_k | x_<=k)), in nats: zero where all share alike."""
+    count = valid.sum(0)
+    mean = (after.exp() * valid.unsqueeze(-1)).sum(0) / count.clamp(min=1).unsqueeze(-1)
+    entropy = -torch.special.xlogy(mean, mean).sum(-1)
+    return ((math.log(after.shape[-1]) - entropy) * count).sum()

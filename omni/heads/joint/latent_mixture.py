@@ -1,0 +1,94 @@
+"""A mixture over one number: K placeholders that all know lambda ~ U[0, 1], and given it a product of K laws.
+
+    q(x) = E prod_k q_k(x_k | c, lambda)
+
+(arXiv 2410.08709.) One draw of lambda ties the block together; as capacity grows it is any joint, but the mean has no
+closed form. Loss and likelihood are therefore log-mean-exp over M numbers, one in each M-th of [0, 1]: a bound on
+log q that holds in the mean and tightens with M, never the value itself.
+
+Legend: B blocks, K tokens, V vocabulary, W width, M numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from omni.config import Frozen
+from omni.heads.joint.base import JOINT_HEADS, After, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.noise_kinds import Waves, draws_of
+from omni.pick import pick
+from omni.rng import Key
+from omni.terms import Terms
+
+
+class LatentMixtureConfig(Frozen):
+    """num_latents: M in training, each a pass with a graph. num_samples: M of a block's likelihood.
+    frequencies: of the sines that show lambda to the placeholders."""
+
+    num_latents: int = Field(default=8, ge=1)
+    num_samples: int = Field(default=64, ge=1)
+    frequencies: int = Field(default=8, ge=1, le=24)
+
+
+@JOINT_HEADS.register("latent_mixture")
+class LatentMixture(JointHead):
+    layout, universal, order = "block", True, "any"
+    Config = LatentMixtureConfig
+    config: LatentMixtureConfig
+
+    def __init__(self, config: LatentMixtureConfig, length: int, vocab_size: int, width: int) -> None:
+        super().__init__(config, length, vocab_size, width)
+        self.placeholder = nn.Parameter(torch.zeros(width))
+        self.waves = Waves(1, width, config.frequencies)
+        self.decoder = nn.Parameter(torch.zeros(width, width))
+
+    def initialise(self, key: Key) -> None:
+        """The matrix before the read-out at zero."""
+        super().initialise(key)
+        torch.nn.init.zeros_(self.decoder)
+
+    def laws(self, call: JointCall, latent: Tensor) -> Tensor:
+        """(B, length, V) float64 log q_k(. | c, lambda) for lambda (B,). One pass."""
+        told = self.placeholder + self.waves(latent.unsqueeze(-1))
+        hidden = call(told.unsqueeze(1).expand(-1, self.length, -1), causal=False)[:, 1:]
+        moved = hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype))
+        return call.read(moved).double().log_softmax(-1)
+
+    def mixture(self, call: JointCall, ids: Tensor, valid: Tensor, offsets: Tensor) -> Tensor:
+        """(B,) float64: log-mean-exp over the M numbers (m + offset_m) / M of the log-probability of ids (B, K) where
+        `valid` (B, K); offsets (B, M) in [0, 1). M passes."""
+        M, scores = offsets.shape[1], []
+        for m in range(M):
+            laws = self.laws(call, (m + offsets[:, m]) / M)[:, : ids.shape[1]]
+            found = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            scores.append(torch.where(valid, found, 0.0).sum(-1))
+        return torch.stack(scores, -1).logsumexp(-1) - math.log(M)
+
+    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
+        """See the contract. Lambda is keyed, and independent of the uniforms: given it, `log_q` is what the ids were
+        drawn from. `passes` must divide K: so many calls with a lambda each, of which K / passes tokens are kept."""
+        B, K = len(uniforms), self.fits(uniforms)
+        if passes < 1 or K % passes:
+            raise ValueError(f"{passes} passes do not divide a block of {K} tokens; take a divisor of {K}")
+        ids, laws, n = torch.zeros(B, 0, dtype=torch.int64, device=uniforms.device), [], K // passes
+        for step in range(passes):
+            latent = key.fold("latent", step).uniform((B,), torch.float64).to(uniforms.device)
+            laws.append(self.laws(After(call, ids) if step else call, latent)[:, :n])
+            ids = torch.cat([ids, pick(laws[-1], uniforms[:, step * n : (step + 1) * n])], 1)
+        return Draft(ids, torch.cat(laws, 1))
+
+    @torch.no_grad()
+    def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
+        """A lower bound in the mean over `key`, from num_samples numbers."""
+        offsets = key.fold("latents").uniform((len(ids), self.config.num_samples), torch.float64).to(ids.device)
+        return LogProb(self.mixture(call, ids, torch.ones_like(ids, dtype=torch.bool), offsets), "bound")
+
+    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+        blocks = lesson.blocks
+        offsets = draws_of(blocks.names, (self.config.num_latents,), lesson.key.fold("latents")).to(blocks.ids.device)
+        found = self.mixture(call, blocks.ids, blocks.valid, offsets)
+        return {"latent_mixture": Terms(-found.sum().float(), blocks.count)}

@@ -1,0 +1,101 @@
+"""The sequential head: one pass of the backbone, then a small recurrent block, K steps of it. The strong baseline.
+
+    s_0 = start        s_k = block(M [norm(s_(k-1)); norm(embed(x_k))])        q(x_(k+1) | x_<=k) = read(norm(s_k))
+
+The first law is the model's own next-token law; the block has one set of weights for all steps and is trained at the
+depth at which it draws (multi-token prediction of DeepSeek-V3, arXiv 2412.19437; EAGLE, arXiv 2401.15077). By the chain
+rule any joint can be had, capacity permitting; likelihood and conditionals are exact. It is not parallel in K.
+
+Legend: B blocks, K tokens, m <= K of them, V vocabulary, W width, M hidden width of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from omni.config import Frozen
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.nn.transformer import RMSNorm
+from omni.pick import pick
+from omni.rng import Key
+from omni.terms import Terms
+
+
+class SequentialConfig(Frozen):
+    """expansion: M / W of the block's gated MLP. norm_eps: of its norms."""
+
+    expansion: int = Field(default=4, ge=1, le=16)
+    norm_eps: float = Field(default=1e-6, gt=0)
+
+
+class Step(nn.Module):
+    """(s_(k-1), embed(x_k)), each (B, W) -> s_k (B, W): M [norm; norm], then a residual gated MLP."""
+
+    def __init__(self, width: int, expansion: int, eps: float) -> None:
+        super().__init__()
+        self.state_norm, self.token_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.merge = nn.Linear(2 * width, width, bias=False)
+        self.mlp_norm = RMSNorm(width, eps)
+        self.gate_up = nn.Linear(width, 2 * expansion * width, bias=False)
+        self.down = nn.Linear(expansion * width, width, bias=False)
+
+    def forward(self, state: Tensor, token: Tensor) -> Tensor:
+        state = _linear(self.merge, torch.cat([self.state_norm(state), self.token_norm(token)], -1))
+        gate, up = _linear(self.gate_up, self.mlp_norm(state)).chunk(2, -1)
+        return state + _linear(self.down, F.silu(gate) * up)
+
+
+@JOINT_HEADS.register("sequential")
+class Sequential(JointHead):
+    exact, universal, conditional = True, True, True
+    Config = SequentialConfig
+
+    def __init__(self, config: SequentialConfig, length: int, vocab_size: int, width: int) -> None:
+        super().__init__(config, length, vocab_size, width)
+        self.step = Step(width, config.expansion, config.norm_eps)
+        self.norm = RMSNorm(width, config.norm_eps)
+
+    def run(self, call: JointCall, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """ids (B, num) and log q(. | x_<k) (B, num, V), where `choose` takes k and the law (B, V) to ids (B,)."""
+        state = call.start
+        ids: list[Tensor] = []
+        found: list[Tensor] = []
+        for k in range(num):
+            if k:
+                state = self.step(state, call.embed(ids[-1]).to(state.dtype))
+            law = call.read(self.norm(state) if k else state).double().log_softmax(-1)
+            found.append(law)
+            ids.append(choose(k, law))
+        return torch.stack(ids, 1), torch.stack(found, 1)
+
+    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
+        """Token k is pick(q(. | x_<k), u_k). Fewer uniforms than K draw the first tokens alone."""
+        if passes != 1:
+            raise ValueError(f"passes = {passes}: this head draws all of its tokens from one pass; take passes = 1")
+        num = self.fits(uniforms)
+        ids, log_q = self.run(call, num, lambda k, law: pick(law, uniforms[:, k]))
+        return Draft(ids, log_q, num)
+
+    def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
+        """Of ids (B, m), m <= K: a shorter block has the exact marginal of its tokens."""
+        found = self.conditionals(call, ids).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return LogProb(found.sum(-1), "exact")
+
+    def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        return self.run(call, self.fits(ids), lambda k, _: ids[:, k])[1]
+
+    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+        """Cross-entropy of the valid prefix, in nats per token."""
+        blocks = lesson.blocks
+        found = self.conditionals(call, blocks.ids).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
+        dtype = torch.promote_types(call.start.dtype, torch.float32)
+        return {"sequential": Terms(-(found * blocks.valid).sum().to(dtype), blocks.count)}
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype))
