@@ -2,6 +2,7 @@
 
     python -m eval eval/suites/emoji_world.toml
     python -m eval eval/suites/emoji_world.toml tasks=draw draw.requests=32 --json draw.json
+    python -m eval poker                    the suite of that name in eval/suites
     python -m eval --list
 
 A suite names tasks and holds one table of options per task, with the bars of its rows. Every row is {name, value,
@@ -36,6 +37,7 @@ from omni.config import Frozen, load_toml, nearest
 
 COLUMNS = ("name", "value", "unit", "bar", "holds", "command")
 DEFAULT_HTML_FOLDER = Path("runs/eval")
+SUITES = Path(__file__).parent / "suites"
 
 
 class SuiteBase(Frozen):
@@ -100,6 +102,12 @@ def load_suite(path: str | Path, overrides: Sequence[str]) -> SuiteBase:
                 hint = nearest(row, known) or f"; its rows: {', '.join(known)}"
                 raise ValueError(f"{path}: task {name!r} has no row {row!r} to set a bar on{hint}")
     return suite
+
+
+def suite_path(given: str) -> Path:
+    """A suite file, or the name of one that comes with this package: `poker` is eval/suites/poker.toml."""
+    named = SUITES / f"{given}.toml"
+    return named if named.is_file() and not Path(given).is_file() else Path(given)
 
 
 def row_command(path: str | Path, overrides: Sequence[str], task_name: str) -> str:
@@ -221,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    suite = load_suite(args.suite, args.overrides)
+    suite = load_suite(suite_path(args.suite), args.overrides)
     torch.set_num_threads(suite.threads)
     context = Context(suite.model, suite.font, suite.seed, say=lambda text: print(text, flush=True))
     results = []

@@ -9,8 +9,8 @@ hidden state of the start (Basharin et al., arXiv 2410.17765; multi-token circui
 
 The law of a token in a state is the model's own unembedding of a hidden state expanded by (token, state), of the form
 h + A_kr h + b_kr and near h to begin with. A table of laws is 8 K R V bytes a block: bytes, bits and codes of pictures,
-not 128k words. CP cannot give even parity of K bits with fewer than 2^(K-1) states, a chain can with 2; that a rank
-suffices does not mean that training finds it (see `anneal`).
+not 128k words. CP cannot give even parity of K bits with fewer than 2^(K-1) states, a chain whose tokens depend on the
+state alone can with 4; that a width suffices does not mean that training finds it (see `anneal`).
 
 Everything rests on `walk`, which goes through the tokens left to right and knows, before each, log P(z_k | x_<k): the
 conditionals follow, and a block cut short by its end scores its exact marginal, as what follows is never asked about.
