@@ -1,0 +1,47 @@
+"""The mean of two models: their weights' mean, everything else the first one's; what does not fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import omni
+from omni.model import Omni
+from omni.rng import Key
+from train.average import average, main
+
+
+@pytest.fixture
+def two(tiny_model, tmp_path: Path) -> tuple[str, str]:  # noqa: ANN001
+    first = omni.from_pretrained(tiny_model)
+    other = Omni(first.config, Key(5))
+    other.tokenizer, other.codec = first.tokenizer, first.codec
+    other.save_pretrained(tmp_path / "other", torch.float32)
+    return str(tiny_model), str(tmp_path / "other")
+
+
+def test_weights_are_the_mean(two: tuple[str, str], tmp_path: Path) -> None:
+    a, b = (omni.from_pretrained(path) for path in two)
+    mean = average([(two[0], 0.75), (two[1], 0.25)])
+    for name, value in mean.state_dict().items():
+        assert torch.allclose(value, 0.75 * a.state_dict()[name] + 0.25 * b.state_dict()[name], atol=1e-6)
+    assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{two[1]}=0.5"]) == 0
+    assert omni.from_pretrained(tmp_path / "out").tokenizer is not None
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"), [((0.5, 0.4), "add up to 1"), ((1.5, -0.5), "positive shares"), ((1.0,), "at least two")]
+)
+def test_shares_must_add_up(two: tuple[str, str], shares: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        average(list(zip(two, shares, strict=False)))
+
+
+def test_another_shape_is_refused(two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = omni.from_pretrained(two[0])
+    transformer = odd.config.transformer.model_copy(update={"depth": odd.config.transformer.depth + 1})
+    Omni(odd.config.model_copy(update={"transformer": transformer}), Key(0)).save_pretrained(tmp_path / "odd")
+    assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{tmp_path / 'odd'}=0.5"]) == 2
+    assert "does not fit" in capsys.readouterr().err and not (tmp_path / "out").exists()

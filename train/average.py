@@ -1,0 +1,53 @@
+"""A model whose weights are the weighted mean of several of one shape (model soups, arXiv 2203.05482):
+
+    python -m train.average OUT MODEL=0.7 MODEL=0.3
+
+Configuration, tokenizer and codec are the first model's. Stages that follow one another forget a little of what came
+before; a mean with an earlier stage brings it back without a step of training.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omni.model import Omni, from_pretrained
+
+
+def average(models: Sequence[tuple[str, float]]) -> Omni:
+    """The mean of model directories with shares that add up to 1. ValueError where shares or shapes do not fit."""
+    total = sum(share for _, share in models)
+    if len(models) < 2 or abs(total - 1) > 1e-6 or min(share for _, share in models) <= 0:
+        raise ValueError(f"give at least two models with positive shares that add up to 1, got {list(models)}")
+    loaded = [(path, from_pretrained(path).state_dict(), share) for path, share in models]
+    result = from_pretrained(models[0][0])
+    own = result.state_dict()
+    for path, weights, _ in loaded:
+        odd = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights)
+        odd += sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+        if odd:
+            raise ValueError(f"{path} does not fit {models[0][0]} in {odd[0]!r} ({len(odd)} weights)")
+    result.load_state_dict({name: sum(share * weights[name] for _, weights, share in loaded) for name in own})
+    return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        if len(arguments) < 3:
+            raise ValueError("usage: python -m train.average OUT MODEL=SHARE MODEL=SHARE ...")
+        models = []
+        for text in arguments[1:]:
+            path, separator, share = text.rpartition("=")
+            if not separator or not share.replace(".", "", 1).isdigit():
+                raise ValueError(f"{text!r} is not of the form MODEL=SHARE, such as runs/a/model=0.7")
+            models.append((path, float(share)))
+        average(models).save_pretrained(Path(arguments[0]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
