@@ -41,7 +41,7 @@ def test_commands_are_right(command: str) -> None:
         parse(words[1:])
     elif words[:2] == ["python", "-m"]:
         module, file = words[2], words[3]
-        assert (ROOT / file).is_file()
+        assert (ROOT / file).is_file() or file.startswith("runs/")  # what a command above it makes
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file() or (
             ROOT / module / "__main__.py"
         ).is_file()
