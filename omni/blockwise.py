@@ -42,8 +42,9 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
     wanted = {row.number: _usable(engine, row, draft.ids[row.number].tolist()) for row in talking}
     if talking[0].options.verify == "none":
         for row in talking:
-            ids, whole = wanted[row.number]
-            said = yield from _emit(engine, row, _legal(engine, row, ids), (len(ids), len(ids)))
+            ids = wanted[row.number][0]
+            legal = _legal(engine, row, ids)
+            said = yield from _emit(engine, row, legal, (len(ids), len(legal)))
             row.pending = [TokenSpan([last[row.number], *said], [False] * (1 + len(said)))]
         return
     base = list(cache.lengths), list(cache.next_position), list(cache.next_block)
@@ -79,6 +80,10 @@ def _settle(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: 
 
 
 def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int]) -> Draft:
+    """What the head drafts for every row of the cache; of rows that do not talk it means nothing. The tokens' noise is
+    the row's own; what a head draws besides (the number of a latent mixture) hangs on the batch, so with such a head
+    "rejection" and "block" keep the law of a reply in another batch, not its very ids.
+    """
     joint = engine.model.joint
     assert joint is not None
     num = max(row.options.tokens_per_pass or 1 for row in talking)
@@ -89,9 +94,9 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device))
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
-    if first.options.verify not in ("coupled", "greedy"):
+    if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft
-    # The law of the first token is in the same pass, so what will be said there is known: it is always kept.
+    # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
     logits, ids = engine.model.token.read(call.start), draft.ids.clone()
     for row in talking:
         law = _laws(engine, row, (), logits[row.number : row.number + 1])[0]
@@ -148,14 +153,13 @@ def _judge(engine: Engine, row: Row, draft: Draft, ids: Sequence[int], logits: T
 
 
 def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:
-    """An unverified draft up to its first id that may not come where it stands; that one becomes the end."""
-    phase, out = row.phase, []
-    for token in ids:
-        if float(engine.mask_of(row, phase)[token]) < 0:
-            return out or [int(engine.mask_of(row, phase).argmax()) if phase != "text" else engine.control.end]
-        out.append(token)
+    """An unverified draft up to its first id that may not come where it stands. The first always may (see `_draft`)."""
+    phase = row.phase
+    for k, token in enumerate(ids):
+        if engine.mask_of(row, phase)[token] == -torch.inf:
+            return list(ids[:k])
         phase = engine.following(row, phase, token)
-    return out
+    return list(ids)
 
 
 def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: tuple[int, int]) -> Iterator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +35,19 @@ class RollOut(JointHead):
             laws.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
             ids = torch.cat([ids, pick(laws[-1], uniforms[:, k]).unsqueeze(1)], 1)
         return Draft(ids, torch.stack(laws, 1))
+
+    def loss(self, call, lesson):  # noqa: ANN001, ANN201
+        raise NotImplementedError
+
+
+@JOINT_HEADS.register("four_ids")
+class FourIds(JointHead):
+    """Drafts the first four ids alike, whatever stands before: legal where the others are forbidden, and wrong."""
+
+    def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
+        law = torch.full((*uniforms.shape, self.vocab_size), -torch.inf, dtype=torch.float64)
+        law[..., :4] = -math.log(4)
+        return Draft(pick(law, uniforms), law)
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
         raise NotImplementedError
@@ -131,7 +145,7 @@ def test_events_tell_what_was_kept(engine: Engine) -> None:
 @pytest.mark.parametrize("kind", ["rejection", "block", "none"])
 def test_the_law_behind_the_engine(tiny_model, kind: str) -> None:  # noqa: ANN001
     """Three tokens of four ids, 4,000 seeds: rejection and block have plain decoding's law, unverified drafts not."""
-    model = with_head(tiny_model, "product")
+    model = with_head(tiny_model, "four_ids")
     with torch.no_grad():
         model.token.embedding.weight[:4] *= 20
     engine = Engine(model)

@@ -10,11 +10,8 @@ Lossless, that is, what is emitted has exactly the law of drawing token by token
                                                                   (arXiv 2403.10444, algorithm 2)
 
 The last two need that x_k was drawn from the given q_k; q_k may depend on all that was drawn before (so also on noise
-that is not in the ids), not on the coins used here. Lossy, for study:
-
-    none        the draft as it is
-
-Every kind emits at least one token: after n kept ones the (n + 1)-th is drawn here.
+that is not in the ids), not on the coins used here. "none" keeps drafts as they are: lossy, for study, and nothing to
+compute. Every kind here emits at least one token: after n kept ones the (n + 1)-th is drawn here.
 
 Legend: B rows, K drafted tokens, V vocabulary.
 """
@@ -74,12 +71,6 @@ def block(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: 
     lengths = torch.arange(1, K + 1, device=draft.device)
     kept = torch.where(passed, lengths, 0).max(1).values
     return _finish(draft, kept, torch.cat([excess, p[:, -1:]], 1), p, uniforms)
-
-
-def unverified(draft: Tensor) -> Verdict:
-    """All K ids as they are, none drawn here: `kept` is K - 1, so that K are emitted. Lossy."""
-    kept = torch.full((len(draft),), draft.shape[1] - 1, dtype=torch.int64, device=draft.device)
-    return Verdict(torch.nn.functional.pad(draft, (0, 1)), kept)
 
 
 def _finish(draft: Tensor, kept: Tensor, excess: Tensor, p: Tensor, uniforms: Tensor) -> Verdict:

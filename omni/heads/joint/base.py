@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -124,7 +124,6 @@ class Lesson:
     teacher: Tensor
     key: Key
     progress: float = 1.0
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class JointHead(nn.Module, ABC):
