@@ -5,15 +5,15 @@ Legend: R rows, T context positions, B blocks, K tokens of a block, n positions 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from omni.heads.joint import JointTokens, Lesson
-from omni.layout import Batch
-from omni.nn.adapter import LayerAdapter
+from omni.layout import Batch, Stream
+from omni.nn.adapter import Gated
 from omni.nn.cache import KVCache, Memory
 from omni.placeholders import Blocks, Starts, block_stream, choose_blocks
 from omni.rng import Key
@@ -23,36 +23,10 @@ if TYPE_CHECKING:
     from omni.model import Omni
 
 
-@dataclass
-class _Count:
-    passes: int = 0
-
-
-@dataclass
-class BatchCall:
-    """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
+class _Reads:
+    """What both calls share."""
 
     model: Omni
-    starts: Starts
-    hidden: Tensor
-    memory: Memory
-    frozen: bool = False
-    count: _Count = field(default_factory=_Count)
-
-    @property
-    def passes(self) -> int:
-        return self.count.passes
-
-    @property
-    def start(self) -> Tensor:
-        return self.hidden[self.starts.row, self.starts.at]
-
-    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
-        self.count.passes += 1
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            stream = block_stream(self.starts, inputs.shape[1], causal, clean)
-            found = _draft(self.model, inputs, stream, self.memory, clean, self.starts.per_row)
-            return torch.cat([self.start.unsqueeze(1).to(found.dtype), found], 1)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.token.embed(ids)
@@ -60,25 +34,46 @@ class BatchCall:
     def read(self, hidden: Tensor) -> Tensor:
         return self.model.token.read(hidden)
 
+
+@dataclass
+class BatchCall(_Reads):
+    """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
+
+    model: Omni
+    starts: Starts
+    hidden: Tensor
+    memory: Memory
+    frozen: bool = False
+    passes: int = 0
+
+    @property
+    def start(self) -> Tensor:
+        return self.hidden[self.starts.row, self.starts.at]
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        self.passes += 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            stream = block_stream(self.starts, inputs.shape[1], causal, clean)
+            found = _draft(self.model, inputs, stream, self.memory, clean, self.starts.per_row)
+            return torch.cat([self.start.unsqueeze(1).to(found.dtype), found], 1)
+
     def target(self) -> BatchCall:
         return BatchCall(self.model, self.starts, self.hidden.detach(), self.memory.detach(), frozen=True)
 
 
-@dataclass
-class CacheCall:
+class CacheCall(_Reads):
     """One block behind every row of a cache. `pending` (R,): ids that the cache does not hold yet; the block starts
     after them, and they ride along as clean tokens, so that drafting needs no pass of its own for them."""
 
-    model: Omni
-    cache: KVCache
-    pending: Tensor
-    count: _Count = field(default_factory=_Count)
-    _memory: Memory | None = None
-    _start: Tensor | None = None
-
-    @property
-    def passes(self) -> int:
-        return self.count.passes
+    def __init__(self, model: Omni, cache: KVCache, pending: Tensor) -> None:
+        self.model, self.pending, self.passes = model, pending, 0
+        rows = torch.arange(cache.rows, device=pending.device)
+        block = torch.tensor(cache.next_block, device=pending.device)
+        position = torch.tensor(cache.next_position, device=pending.device)
+        zeros = torch.zeros_like(rows)
+        self._starts = Starts(rows, zeros, zeros, block, position, 1)
+        self._memory = cache.memory()
+        self._start: Tensor | None = None
 
     @property
     def start(self) -> Tensor:
@@ -88,25 +83,12 @@ class CacheCall:
         return self._start
 
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
-        self.count.passes += 1
-        if self._memory is None:
-            self._memory = self.cache.memory()
-        rows, device = self.cache.rows, self.pending.device
-        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-        block = torch.tensor(self.cache.next_block, device=device)
-        position = torch.tensor(self.cache.next_position, device=device)
-        starts = Starts(torch.arange(rows, device=device), zeros, zeros, block, position, 1)
+        self.passes += 1
         inputs = torch.cat([self.embed(self.pending).unsqueeze(1).to(inputs.dtype), inputs], 1)
-        stream = block_stream(starts, inputs.shape[1], causal, 1 + clean)
+        stream = block_stream(self._starts, inputs.shape[1], causal, 1 + clean)
         found = _draft(self.model, inputs, stream, self._memory, 1 + clean, 1)
         self._start = found[:, 0]
         return found
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.token.embed(ids)
-
-    def read(self, hidden: Tensor) -> Tensor:
-        return self.model.token.read(hidden)
 
     def target(self) -> CacheCall:
         return self
@@ -114,7 +96,7 @@ class CacheCall:
 
 def joint_loss(
     model: Omni, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key, progress: float = 1.0
-) -> dict[str, Terms]:  # fmt: skip
+) -> dict[str, Terms]:
     """The loss of the model's joint-token head on random blocks of a packed batch, by name."""
     joint = _head_of(model)
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
@@ -133,17 +115,17 @@ def teacher_laws(model: Omni, hidden: Tensor, starts: Starts, blocks: Blocks) ->
     return logits.double().log_softmax(-1)
 
 
-def _draft(model: Omni, inputs: Tensor, stream, memory: Memory, clean: int, per_row: int) -> Tensor:  # noqa: ANN001
+def _draft(model: Omni, inputs: Tensor, stream: Stream, memory: Memory, clean: int, per_row: int) -> Tensor:
     """One pass over blocks (B, n, W) laid `per_row` to a row; (B, n, W)."""
     B, n, W = inputs.shape
     joint = _head_of(model)
-    layers: list[LayerAdapter | None] = [None] * model.config.transformer.depth
+    layers: list[Gated | None] = [None] * model.config.transformer.depth
     if joint.adapters is not None and clean < n:
         gate = None
         if clean:
             at = torch.arange(n, device=inputs.device) >= clean
             gate = at.to(inputs.dtype).repeat(per_row)[None, :, None]
-        layers = list(joint.adapters.gated(gate))
+        layers = [*joint.adapters.gated(gate)]
     h = inputs.reshape(B // per_row, per_row * n, W)
     return model.transformer.draft(h, stream, memory, layers).reshape(B, n, W)
 

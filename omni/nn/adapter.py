@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,30 +33,25 @@ class LowRank(nn.Module):
 
 
 class LayerAdapter(nn.Module):
-    """What placeholders add to the four projections of one layer. `gate` (R, S, 1), where given, is 1 at placeholders
-    and 0 at clean tokens among them; None is 1 everywhere."""
+    """What placeholders add to the four projections of one layer, by name."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], rank: int) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({name: LowRank(*size, rank) for name, size in zip(PARTS, sizes, strict=True)})
-        self.gate: Tensor | None
-        self.register_buffer("gate", None, persistent=False)
 
-    def _add(self, name: str, x: Tensor) -> Tensor:
-        y = self.parts[name](x)
+
+@dataclass(frozen=True)
+class Gated:
+    """A layer's adapter in one pass. `gate` (R, S, 1) is 1 at placeholders and 0 at clean tokens among them; None is 1
+    everywhere."""
+
+    adapter: LayerAdapter
+    gate: Tensor | None
+
+    def __call__(self, part: str, x: Tensor) -> Tensor:
+        """(R, S, out): what is added to the projection `part` of x (R, S, in)."""
+        y = self.adapter.parts[part](x)
         return y if self.gate is None else y * self.gate.to(y.dtype)
-
-    def qkv(self, x: Tensor) -> Tensor:
-        return self._add("qkv", x)
-
-    def out(self, x: Tensor) -> Tensor:
-        return self._add("out", x)
-
-    def gate_up(self, x: Tensor) -> Tensor:
-        return self._add("gate_up", x)
-
-    def down(self, x: Tensor) -> Tensor:
-        return self._add("down", x)
 
 
 class Adapters(nn.Module):
@@ -65,12 +61,9 @@ class Adapters(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(LayerAdapter(sizes, rank) for _ in range(depth))
 
-    def gated(self, gate: Tensor | None) -> list[LayerAdapter]:
-        """The adapters of the layers, switched per position by `gate` (R, S, 1) until the next call."""
-        layers: list[LayerAdapter] = list(self.layers)  # type: ignore[arg-type]
-        for layer in layers:
-            layer.gate = gate
-        return layers
+    def gated(self, gate: Tensor | None) -> list[Gated]:
+        """The adapters of the layers, switched per position by `gate` (R, S, 1)."""
+        return [Gated(layer, gate) for layer in self.layers]  # type: ignore[arg-type]
 
 
 @torch.no_grad()

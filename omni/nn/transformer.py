@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from omni.config import Frozen
 from omni.layout import Stream
 from omni.mask import Fields
-from omni.nn.adapter import LayerAdapter
+from omni.nn.adapter import Gated
 from omni.nn.attention import AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.cache import KVCache, Memory, Pair, join
 from omni.nn.jvp_attention import attend_with_tangent
@@ -99,19 +99,19 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.width, bias=False)
 
-    def heads(self, x: Tensor, adapter: LayerAdapter | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, adapter: Gated | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., W), normalised -> q (..., H, D), k and v (..., G, D), with QK-norm."""
-        q, k, v = self.split(self.qkv(x) if adapter is None else self.qkv(x) + adapter.qkv(x))
+        q, k, v = self.split(self.qkv(x) if adapter is None else self.qkv(x) + adapter("qkv", x))
         return self.q_norm(q), self.k_norm(k), v
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         c = self.c
         return qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
 
-    def mlp(self, x: Tensor, adapter: LayerAdapter | None = None) -> Tensor:
-        gate, up = (self.gate_up(x) if adapter is None else self.gate_up(x) + adapter.gate_up(x)).chunk(2, -1)
+    def mlp(self, x: Tensor, adapter: Gated | None = None) -> Tensor:
+        gate, up = (self.gate_up(x) if adapter is None else self.gate_up(x) + adapter("gate_up", x)).chunk(2, -1)
         x = F.silu(gate) * up
-        return self.down(x) if adapter is None else self.down(x) + adapter.down(x)
+        return self.down(x) if adapter is None else self.down(x) + adapter("down", x)
 
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -134,7 +134,7 @@ class Block(nn.Module):
         attention: Callable[..., Any],
         latent: Tensor | bool,
         condition: tuple[Tensor | Dual, Tensor | None] | None = None,
-        adapter: LayerAdapter | None = None,
+        adapter: Gated | None = None,
     ) -> Any:
         """Latents of the refine stream: h_RNW, or a Dual of it, through the layer; the same type comes back.
         No `condition`, the context stream and blocks of tokens: (h_RNW, k, v), its keys and values too: what has a
@@ -167,7 +167,7 @@ class Block(nn.Module):
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         latent: Tensor | bool,
         modulation: Modulation | None = None,
-        adapter: LayerAdapter | None = None,
+        adapter: Gated | None = None,
     ) -> Tensor:
         """The arithmetic of `forward`, on tensors."""
         shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
@@ -178,7 +178,7 @@ class Block(nn.Module):
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = attention(rotate(q, *rotary), rotate(k, *rotary), v).transpose(1, 2).flatten(2)
-        delta = None if adapter is None else adapter.out(o)
+        delta = None if adapter is None else adapter("out", o)
         (o,) = self._route(lambda w, x, m: (w.out(x),), o, latent, ())
         o = o if delta is None else o + delta
         h_RNW = h_RNW + (o if gate_a is None else o * gate_a)
@@ -250,6 +250,11 @@ class Transformer(nn.Module):
         training = torch.is_grad_enabled() and self.modulation.weight.requires_grad
         return choose_backend(self.c.attention, device.type, training)
 
+    def _block_backend(self, device: torch.device) -> str:
+        """The same for a pass against memory, which flash-attn cannot mask."""
+        backend = self.backend(device)
+        return "sdpa" if backend == "flash" else backend
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` rows, on the device and in the dtype of the weights."""
         weight = self.modulation.weight
@@ -293,8 +298,7 @@ class Transformer(nn.Module):
         """
         n = h_RNW.shape[1]
         cache.write_fields(block, valid)
-        backend = self.backend(h_RNW.device)
-        backend = "sdpa" if backend == "flash" else backend
+        backend = self._block_backend(h_RNW.device)
         mask = None
         if not (n == 1 and cache.uniform):
             fields = Fields(torch.zeros_like(block), block, torch.zeros_like(block))
@@ -320,8 +324,7 @@ class Transformer(nn.Module):
         condition_IW: one vector per copy; item: (R, S) int64, which copy a position belongs to (negative: padding), or
         None when every row is one copy. Returns normalised hidden states (R, S, W); Duals in, a Dual out.
         """
-        backend = self.backend(stream.position.device)
-        backend = "sdpa" if backend == "flash" else backend
+        backend = self._block_backend(stream.position.device)
         mask = None if memory.uniform and item is None else memory.mask(stream)
         h_RSW, rotary = self._enter(h_RSW, stream.position)
         base = lift(lambda c: self.modulation(F.silu(c)).unflatten(-1, (6, -1)), condition_IW)
@@ -335,13 +338,12 @@ class Transformer(nn.Module):
             h_RSW = block(h_RSW, rotary, attention, True, (base, item))
         return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
 
-    def draft(self, h_RSW: Tensor, stream: Stream, memory: Memory, adapters: Sequence[LayerAdapter | None]) -> Tensor:
+    def draft(self, h_RSW: Tensor, stream: Stream, memory: Memory, adapters: Sequence[Gated | None]) -> Tensor:
         """Blocks of tokens in the refine stream: like `refine`, but with the weights of text, the final norm of the
         context stream and no modulation; instead the adapter of each layer. h_RSW: placeholders, or clean tokens that
         stand before them in their block. Returns normalised hidden states (R, S, W). Writes nothing.
         """
-        backend = self.backend(stream.position.device)
-        backend = "sdpa" if backend == "flash" else backend
+        backend = self._block_backend(stream.position.device)
         mask = memory.mask(stream)
         h_RSW, rotary = self._enter(h_RSW, stream.position)
         for block, past, adapter in zip(self.blocks, memory.layers, adapters, strict=True):
