@@ -2,6 +2,8 @@
 
     round   cache | y            y: the last id of the row, said but not in the cache yet
       draft   one pass over [y, K placeholders]: K ids; nothing is written
+      sweep   as often as asked: every id of the draft redrawn by one pass over [y, x_1 .. x_K], each with its own
+              noise (Jacobi iteration; arXiv 2305.10427). K sweeps, from any draft, are plain decoding
       verify  one pass over [y, x_1 .. x_K], written to the cache: the law of every next id
       emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
 
@@ -34,12 +36,19 @@ if TYPE_CHECKING:
     from omni.engine import Engine
     from omni.row import Row
 
+Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, and whether one more may follow them
+
 
 def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
     """One round for the rows that talk in blocks; the other rows of the cache stand still."""
     last = _settle(engine, talking, rows, cache)
     draft = _draft(engine, talking, rows, cache, last)
-    wanted = {row.number: _usable(engine, row, draft.ids[row.number].tolist()) for row in talking}
+    wanted: Wanted = {row.number: _usable(engine, row, draft.ids[row.number].tolist()) for row in talking}
+    base = list(cache.lengths), list(cache.next_position), list(cache.next_block)
+    for _ in range(talking[0].options.sweeps):
+        for row, logits in _read_drafts(engine, talking, rows, cache, last, wanted):
+            wanted[row.number] = _usable(engine, row, _redraw(engine, row, wanted[row.number][0], logits))
+            cache.truncate(row.number, *(field[row.number] for field in base))
     if talking[0].options.verify == "none":
         for row in talking:
             ids = wanted[row.number][0]
@@ -47,15 +56,8 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
             said = yield from _emit(engine, row, legal, (len(ids), len(legal)))
             row.pending = [TokenSpan([last[row.number], *said], [False] * (1 + len(said)))]
         return
-    base = list(cache.lengths), list(cache.next_position), list(cache.next_block)
-    spans: list[list[Span]] = [[] for _ in rows]
-    for row in talking:
-        ids = [last[row.number], *wanted[row.number][0]]
-        spans[row.number] = [TokenSpan(ids, [False] * len(ids))]
-    hidden, _ = append_all(engine.model, cache, spans, engine.control.pad)
-    for row in talking:
+    for row, logits in _read_drafts(engine, talking, rows, cache, last, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
-        logits = engine.model.token.read(hidden[r, : len(ids) + 1])
         verdict = _judge(engine, row, draft, ids, logits)
         kept = int(verdict.kept[0])
         count = kept + 1 if whole or kept < len(ids) else kept
@@ -63,6 +65,25 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
         m = len(said)
         cache.truncate(r, base[0][r] + m, base[1][r] + m, base[2][r] + m)
         row.pending = [TokenSpan([said[-1]], [False])]
+
+
+def _read_drafts(
+    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int], wanted: Wanted
+) -> Iterator[tuple[Row, Tensor]]:
+    """One pass over the last id and the draft of every talking row, written to the cache; logits (K + 1, V) of each."""
+    spans: list[list[Span]] = [[] for _ in rows]
+    for row in talking:
+        ids = [last[row.number], *wanted[row.number][0]]
+        spans[row.number] = [TokenSpan(ids, [False] * len(ids))]
+    hidden, valid = append_all(engine.model, cache, spans, engine.control.pad)
+    for row in talking:
+        yield row, engine.model.token.read(hidden[row.number, : valid[row.number]])
+
+
+def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> list[int]:
+    """Every id of a draft as plain decoding would say it if those before it were right."""
+    laws = _laws(engine, row, ids, logits)[:-1]
+    return pick(laws, torch.tensor(_noise(row, len(ids)), dtype=torch.float64, device=laws.device)).tolist()
 
 
 def _settle(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> list[int]:
@@ -86,7 +107,7 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     """
     joint = engine.model.joint
     assert joint is not None
-    num = max(row.options.tokens_per_pass or 1 for row in talking)
+    num = max(row.draft_length for row in talking)
     uniforms = torch.full((len(rows), num), 0.5, dtype=torch.float64)
     for row in talking:
         if row.options.temperature:
@@ -112,9 +133,7 @@ def _noise(row: Row, num: int) -> list[float]:
 def _usable(engine: Engine, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
     """As much of a draft as one round can use, and whether one more token may follow: not past the ids that a round
     is allowed, nor past the id after which a picture begins or the turn ends."""
-    per_pass = row.options.tokens_per_pass
-    assert per_pass is not None
-    ids, phase = list(ids[:per_pass]), row.phase
+    ids, phase = list(ids[: row.draft_length]), row.phase
     for k, token in enumerate(ids):
         phase = engine.following(row, phase, token)
         if phase in ("block", "done"):
@@ -164,7 +183,7 @@ def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:
 
 def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: tuple[int, int]) -> Iterator:
     """The row says ids until its state changes; yields events, returns those that were said."""
-    row.drafts.append(trace)
+    row.drafted(*trace)
     yield row.number, Drafted(*trace)
     said: list[int] = []
     for token in ids:

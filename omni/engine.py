@@ -142,8 +142,7 @@ class Engine:
                 continue
             together = [r for r in talking if (r.options.tokens_per_pass or 1) > 1]
             if together:
-                kind = together[0].options.verify
-                yield from speak(self, [r for r in together if r.options.verify == kind], rows, cache)
+                yield from speak(self, [r for r in together if r.drafting == together[0].drafting], rows, cache)
                 continue
             logits = self._flush(rows, cache, logits)
             if talking:

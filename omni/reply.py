@@ -29,6 +29,9 @@ class GenerationOptions(Frozen):
     tokens_per_pass: how many tokens a pass may draft, with a model that has a joint-token head; 1 is plain decoding.
     verify: what becomes of a draft: "coupled" (exactly what plain decoding says with this seed), "rejection", "block"
     (its law), "greedy" (coupled, temperature 0), or "none", which keeps drafts as they are: LOSSY.
+    sweeps: passes that redraw a draft, each token with its own noise, before "coupled" judges it or "none" keeps it; as
+    many as it has tokens make it what plain decoding says.
+    adaptive: drafts as long as the last ones stood, at most tokens_per_pass.
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
     force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
     """
@@ -44,6 +47,8 @@ class GenerationOptions(Frozen):
     seed: int = 0
     tokens_per_pass: int | None = None
     verify: str | None = None
+    sweeps: int = 0
+    adaptive: bool = False
     temperature: float | None = None
     top_p: float = 1.0
     max_tokens: int = 256
@@ -99,6 +104,12 @@ class GenerationOptions(Frozen):
             raise ValueError(f"gamma must be in [0, 1], got {out.gamma}; 0 adds no noise, 1 is restart")
         if out.tokens_per_pass is not None and out.tokens_per_pass < 1:
             raise ValueError(f"tokens_per_pass must be at least 1, got {out.tokens_per_pass}; 1 is plain decoding")
+        if out.sweeps < 0:
+            raise ValueError(f"sweeps must not be negative, got {out.sweeps}; 0 takes drafts as the head makes them")
+        if out.sweeps and out.verify in ("rejection", "block"):
+            raise ValueError(f"verify = {out.verify!r} needs the law of a draft, which sweeps change; take 'coupled'")
+        if out.sweeps and out.tokens_per_pass == 1:
+            raise ValueError(f"sweeps = {out.sweeps} has no effect on one token a pass; take tokens_per_pass above 1")
         if out.verify == "greedy" and out.temperature > 0:
             raise ValueError(f"verify = 'greedy' has no meaning at temperature {out.temperature}; take 'coupled', or 0")
         if out.temperature < 0:

@@ -48,8 +48,26 @@ class Row:
     media: Media | None = None
     parts: list[Part] = field(default_factory=list)
     drafts: list[tuple[int, int]] = field(default_factory=list)  # (tokens drafted, tokens kept) of each round
+    room: int | None = None  # tokens of the next draft, where that is adapted
     reason: StopReason = "end"
 
     @property
     def key(self) -> Key:
         return Key(self.options.seed)
+
+    @property
+    def drafting(self) -> tuple[str | None, int]:
+        """Rows that agree in this can share a round of drafting."""
+        return self.options.verify, self.options.sweeps
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens of the next draft, at most."""
+        budget = self.options.tokens_per_pass or 1
+        return budget if self.room is None else min(self.room, budget)
+
+    def drafted(self, drafted: int, kept: int) -> None:
+        """Note a round; with `adaptive`, the next draft is twice as long if all was kept, else two past what was."""
+        self.drafts.append((drafted, kept))
+        if self.options.adaptive:
+            self.room = max(2 * drafted, 2) if kept == drafted else kept + 2

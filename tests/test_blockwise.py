@@ -108,6 +108,45 @@ def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
     assert len(reply.drafts) == 8 and all(kept == drafted for drafted, kept in reply.drafts)
 
 
+@pytest.mark.parametrize("verify", ["none", "coupled"])
+def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa: ANN001
+    """From drafts that are never right: as many sweeps as tokens are plain decoding, one sweep is not."""
+    engine = Engine(with_head(tiny_model, "four_ids"))
+    lift(engine)
+    common = {"temperature": 1.0, "max_tokens": 24, "max_images": 2, "steps": 1, "verify": verify}
+    agree = {n: 0 for n in (0, 1, K)}
+    for seed in range(6):
+        plain = engine.generate("say", seed=seed, tokens_per_pass=1, **{**common, "verify": None})
+        for n in agree:
+            agree[n] += same(plain, engine.generate("say", seed=seed, sweeps=n, **common))
+    assert agree == ({0: 6, 1: 6, K: 6} if verify == "coupled" else {0: 0, 1: agree[1], K: 6})
+
+
+def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
+    engine = Engine(with_head(tiny_model, "four_ids"))
+    engine.allowed["text only"][engine.control.end] = -torch.inf
+    kept = []
+    for n in range(K + 1):
+        reply = engine.generate("say", temperature=1.0, max_tokens=40, max_images=0, seed=1, sweeps=n)
+        kept.append(sum(k for _, k in reply.drafts) / len(reply.drafts))
+        assert all(k >= min(1 + n, drafted) for drafted, k in reply.drafts)
+    assert kept[0] < kept[1] < kept[K] == K
+
+
+def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
+    """The same strings; drafts that fall are short, drafts that stand grow to the budget."""
+    common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 2}
+    for head, longest in (("four_ids", 3), ("roll_out", K)):
+        engine = Engine(with_head(tiny_model, head))
+        engine.allowed["text only"][engine.control.end] = -torch.inf
+        if head == "roll_out":
+            engine.model.joint.head.mask = engine.allowed["text only"]  # type: ignore[union-attr, assignment]
+        plain, adapted = engine.generate("say", **common), engine.generate("say", adaptive=True, **common)
+        assert plain.text == adapted.text
+        lengths = [drafted for drafted, _ in adapted.drafts]
+        assert lengths[0] == K and max(lengths[1:-1]) == longest
+
+
 def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
     """Rows in blocks beside plain ones, of different lengths, with pictures: each as alone."""
     prompts = ["a", "draw me something rather long, please", "b c", "d"]
@@ -172,6 +211,9 @@ def test_the_law_behind_the_engine(tiny_model, kind: str) -> None:  # noqa: ANN0
         ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1, got 0"),
         ({"tokens_per_pass": 9}, "tokens_per_pass = 9 is too many: its joint-token head draws 4"),
         ({"verify": "coupeld"}, "unknown verification 'coupeld'"),
+        ({"sweeps": -1}, "sweeps must not be negative, got -1"),
+        ({"sweeps": 1, "verify": "block"}, "verify = 'block' needs the law of a draft, which sweeps change"),
+        ({"sweeps": 1, "tokens_per_pass": 1}, "sweeps = 1 has no effect on one token a pass"),
         ({"verify": "greedy", "temperature": 0.5}, "verify = 'greedy' has no meaning at temperature 0.5"),
     ],
 )
