@@ -23,11 +23,10 @@ from eval.joint.distances import Distances, of_samples, of_support
 from eval.joint.joints import Table, build_joint
 from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.config import Frozen
-from omni.heads.joint import Draft, JointCall, JointConfig, JointHead, Lesson, build_head
+from omni.heads.joint import JointConfig, build_head
 from omni.joint import teacher_laws
 from omni.model import Omni
 from omni.rng import Key
-from omni.terms import Terms
 
 CHUNK = 4096  # rows a pass when measuring
 
@@ -89,22 +88,6 @@ class Group:
     heads: Mapping[str, Measured]
 
 
-class Taught(JointHead):
-    """A head whose teacher is a known joint, instead of the backbone beside it. For training only."""
-
-    def __init__(self, head: JointHead, joint: Table) -> None:
-        super().__init__(head.config, head.length, head.vocab_size, head.width)
-        self.inner, self.joint = head, joint
-
-    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        return self.inner.sample(call, uniforms, key, passes)
-
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-        laws = self.joint.conditionals(lesson.blocks.ids)
-        others = laws.new_full((*laws.shape[:2], self.vocab_size - laws.shape[-1]), -math.inf)
-        return self.inner.loss(call, replace(lesson, teacher=torch.cat([laws, others], -1)))
-
-
 @cache
 def known_table(name: str) -> Table:
     """The joint of that name; ValueError for one that is not listed, whose total variation nobody can compute."""
@@ -153,10 +136,8 @@ def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOp
         options.budget, backbone_steps=0, head_steps=line.head_steps or options.head_steps,
         rate=line.rate or options.rate,
     )  # fmt: skip
-    if line.teacher == "exact":
-        model.joint.head = Taught(head, joint)
-    train(model, _drawer(joint), budget, key.fold("train"))
-    model.joint.head = head
+    teacher = (lambda prefix, ids: exact_laws(joint, ids)) if line.teacher == "exact" else None
+    train(model, _drawer(joint), budget, key.fold("train"), teacher)
     seconds = time.process_time() - start
     model.eval()
     numbers = line.numbers(joint.length)
@@ -165,6 +146,12 @@ def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOp
     if head.exact:
         distances[1] = replace(of_support(joint, support_scores(model, joint)), entropy=distances[1].entropy)
     return Measured(distances, head.exact, draws[1], seconds)
+
+
+def exact_laws(joint: Table, ids: Tensor) -> Tensor:
+    """(B, K, V) float64: log P(x_k | x_<k) of the joint itself, over the ids of the model."""
+    laws = joint.conditionals(ids)
+    return torch.cat([laws, laws.new_full((*laws.shape[:2], 1), -math.inf)], -1)
 
 
 def _drawer(joint: Table):  # noqa: ANN202

@@ -10,17 +10,16 @@ after N evaluations; `_spread` its standard deviation at the fewest; `_seconds` 
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 
+from eval.jobs import work
 from eval.plots import cloud, grid, log_charts
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from eval.toy.data import DATA_SETS, sliced_wasserstein
@@ -139,7 +138,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
         for seed in range(options.seeds)
     ]
     found: dict[int, dict[str, Run]] = {}
-    for number, runs in work(jobs, options.workers):
+    for number, runs in work(run_methods, jobs, options.workers):
         found[number] = runs
         for name, run in runs.items():
             distances = "  ".join(f"{n}: {d:.3f}" for n, d in run.distances.items())
@@ -149,19 +148,6 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
         for name, run in found[number].items():
             results.setdefault((job[2], name), []).append(run)
     return results
-
-
-def work(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, dict[str, Run]]]:
-    """(number, result) of every job as it ends, in this process or in several of one thread each."""
-    if workers == 1:
-        for number, job in enumerate(jobs):
-            yield number, run_methods(*job)
-        return
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, fresh, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        numbers = {pool.submit(run_methods, *job): number for number, job in enumerate(jobs)}
-        for future in as_completed(numbers):
-            yield numbers[future], future.result()
 
 
 def floor(data_set: str, options: RunOptions, key: Key) -> float:

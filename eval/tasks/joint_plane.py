@@ -12,15 +12,14 @@ likelihood finds, `_floor_samples` of as many exact draws as are counted; and `_
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from pydantic import Field, model_validator
 
+from eval.jobs import work
 from eval.joint.distances import sample_floor
 from eval.joint.floors import least_product_tv, marginal_product, marginals_tv, total_correlation
 from eval.joint.joints import Table
@@ -135,7 +134,7 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
         for seed in range(options.seeds)
     ]
     found: dict[int, Group] = {}
-    for number, group in _work(jobs, options.workers):
+    for number, group in work(run_group, jobs, options.workers):
         found[number] = group
         values = "  ".join(f"{name} {head.distances[1].tv:.3f}" for name, head in group.heads.items())
         context.say(f"  {len(found)}/{len(jobs)} {jobs[number][0]}  plain {group.plain.tv:.3f}  {values}")
@@ -143,19 +142,6 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
     for number, job in enumerate(jobs):  # in the order of the list, whoever finished first
         results.setdefault(job[0], []).append(found[number])
     return results
-
-
-def _work(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, Group]]:
-    """(number, result) of every job as it ends, in this process or in several of one thread each."""
-    if workers == 1:
-        for number, job in enumerate(jobs):
-            yield number, run_group(*job)
-        return
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, fresh, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        numbers = {pool.submit(run_group, *job): number for number, job in enumerate(jobs)}
-        for future in as_completed(numbers):
-            yield numbers[future], future.result()
 
 
 # ---- what is read off ----------------------------------------------------------------------------------------------
