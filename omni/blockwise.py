@@ -24,10 +24,10 @@ from torch import Tensor
 
 from omni.heads.joint import Draft
 from omni.joint import CacheCall
-from omni.layout import Span, TokenSpan
+from omni.layout import TokenSpan
 from omni.nn.cache import KVCache
 from omni.pick import pick
-from omni.prefill import append_all
+from omni.prefill import append_all, append_text
 from omni.reply import Drafted, Event
 from omni.samplers.token import token_law, token_noise
 from omni.samplers.verification import Verdict, block, coupled, rejection
@@ -71,13 +71,12 @@ def _read_drafts(
     engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int], wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
     """One pass over the last id and the draft of every talking row, written to the cache; logits (K + 1, V) of each."""
-    spans: list[list[Span]] = [[] for _ in rows]
+    ids: list[list[int]] = [[] for _ in rows]
     for row in talking:
-        ids = [last[row.number], *wanted[row.number][0]]
-        spans[row.number] = [TokenSpan(ids, [False] * len(ids))]
-    hidden, valid = append_all(engine.model, cache, spans, engine.control.pad)
+        ids[row.number] = [last[row.number], *wanted[row.number][0]]
+    hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
     for row in talking:
-        yield row, engine.model.token.read(hidden[row.number, : valid[row.number]])
+        yield row, engine.model.token.read(hidden[row.number, : len(ids[row.number])])
 
 
 def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> list[int]:
@@ -112,7 +111,7 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     for row in talking:
         if row.options.temperature:
             uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
-    call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device))
+    call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device), engine.step)
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
     if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q

@@ -6,15 +6,17 @@ Legend: R rows, T context positions, B blocks, K tokens of a block, n positions 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from omni.heads.joint import JointTokens, Lesson
-from omni.layout import Batch, Stream
+from omni.layout import Batch
 from omni.nn.adapter import Gated
 from omni.nn.cache import KVCache, Memory
+from omni.nn.step import TokenStep
 from omni.placeholders import Blocks, Starts, block_stream, choose_blocks
 from omni.rng import Key
 from omni.terms import Terms
@@ -53,8 +55,7 @@ class BatchCall(_Reads):
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
         self.passes += 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            stream = block_stream(self.starts, inputs.shape[1], causal, clean)
-            found = _draft(self.model, inputs, stream, self.memory, clean, self.starts.per_row)
+            found = _draft(self.model, inputs, self.starts, self.memory, causal, clean)
             return torch.cat([self.start.unsqueeze(1).to(found.dtype), found], 1)
 
     def target(self) -> BatchCall:
@@ -63,17 +64,24 @@ class BatchCall(_Reads):
 
 class CacheCall(_Reads):
     """One block behind every row of a cache. `pending` (R,): ids that the cache does not hold yet; the block starts
-    after them, and they ride along as clean tokens, so that drafting needs no pass of its own for them."""
+    after them, and they ride along as clean tokens, so that drafting needs no pass of its own for them. `step`: makes
+    the passes that it serves."""
 
-    def __init__(self, model: Omni, cache: KVCache, pending: Tensor) -> None:
+    def __init__(self, model: Omni, cache: KVCache, pending: Tensor, step: TokenStep | None = None) -> None:
         self.model, self.pending, self.passes = model, pending, 0
-        rows = torch.arange(cache.rows, device=pending.device)
-        block = torch.tensor(cache.next_block, device=pending.device)
-        position = torch.tensor(cache.next_position, device=pending.device)
-        zeros = torch.zeros_like(rows)
-        self._starts = Starts(rows, zeros, zeros, block, position, 1)
-        self._memory = cache.memory()
+        self.cache, self._step = cache, step if step is not None and step.serves(cache) else None
         self._start: Tensor | None = None
+
+    @cached_property
+    def _behind(self) -> tuple[Starts, Memory]:
+        cache, device = self.cache, self.pending.device
+        rows = torch.arange(cache.rows, device=device)
+        block, position = (
+            torch.tensor(cache.next_block, device=device),
+            torch.tensor(cache.next_position, device=device),
+        )
+        zeros = torch.zeros_like(rows)
+        return Starts(rows, zeros, zeros, block, position, 1), cache.memory()
 
     @property
     def start(self) -> Tensor:
@@ -85,8 +93,12 @@ class CacheCall(_Reads):
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
         self.passes += 1
         inputs = torch.cat([self.embed(self.pending).unsqueeze(1).to(inputs.dtype), inputs], 1)
-        stream = block_stream(self._starts, inputs.shape[1], causal, 1 + clean)
-        found = _draft(self.model, inputs, stream, self._memory, 1 + clean, 1)
+        adapters = _head_of(self.model).adapters
+        if self._step is None or adapters is None:
+            found = _draft(self.model, inputs, *self._behind, causal, 1 + clean)
+        else:
+            tokens, placeholders = inputs[:, : 1 + clean], inputs[:, 1 + clean :]
+            found = self._step.draft(tokens, placeholders, self.cache, adapters.gated(None), causal)
         self._start = found[:, 0]
         return found
 
@@ -115,19 +127,34 @@ def teacher_laws(model: Omni, hidden: Tensor, starts: Starts, blocks: Blocks) ->
     return logits.double().log_softmax(-1)
 
 
-def _draft(model: Omni, inputs: Tensor, stream: Stream, memory: Memory, clean: int, per_row: int) -> Tensor:
-    """One pass over blocks (B, n, W) laid `per_row` to a row; (B, n, W)."""
-    B, n, W = inputs.shape
+def _draft(model: Omni, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int) -> Tensor:
+    """One pass over blocks (B, n, W), the first `clean` inputs of each clean tokens; (B, n, W).
+
+    Placeholders go through the last layers alone (JointConfig.depth), clean tokens through the others before."""
     joint = _head_of(model)
-    layers: list[Gated | None] = [None] * model.config.transformer.depth
-    if joint.adapters is not None and clean < n:
+    top = range(model.config.transformer.depth - joint.depth, model.config.transformer.depth)
+    if clean and top.start:
+        below = _layers(model, inputs[:, :clean], starts, memory, True, clean, range(top.start))
+        inputs = torch.cat([below, inputs[:, clean:].to(below.dtype)], 1)
+    return _layers(model, inputs, starts, memory, causal, clean, top)
+
+
+def _layers(
+    model: Omni, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int, layers: range
+) -> Tensor:
+    """Some layers of `_draft`."""
+    B, n, W = inputs.shape
+    per_row, adapters = starts.per_row, _head_of(model).adapters
+    gated: list[Gated | None] = [None] * len(layers)
+    if adapters is not None and clean < n:
         gate = None
         if clean:
             at = torch.arange(n, device=inputs.device) >= clean
             gate = at.to(inputs.dtype).repeat(per_row)[None, :, None]
-        layers = [*joint.adapters.gated(gate)]
+        gated = [*adapters.gated(gate)]
     h = inputs.reshape(B // per_row, per_row * n, W)
-    return model.transformer.draft(h, stream, memory, layers).reshape(B, n, W)
+    stream = block_stream(starts, n, causal, clean)
+    return model.transformer.draft(h, stream, memory, gated, layers).reshape(B, n, W)
 
 
 def _head_of(model: Omni) -> JointTokens:

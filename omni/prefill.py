@@ -67,6 +67,15 @@ def append_all(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad
     return hidden, valid
 
 
+def append_text(model: Omni, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
+    """Append text ids to every row; hidden states (R, N, W). By TokenStep where it serves and rows
+    are of equal length, else by `extend`."""
+    if step.serves(cache) and len({len(row) for row in ids}) == 1:
+        tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
+        return step.append(model.token.embed(tensor), cache)
+    return append_all(model, cache, [[TokenSpan(row, [False] * len(row))] if row else [] for row in ids], pad_id)[0]
+
+
 def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
     """The layout of one block per row, continuing each row of the cache."""
     R = cache.rows

@@ -249,8 +249,9 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> float:
             before, last = _split_at(plain, at)
             cache = model.transformer.new_cache(1, 8)
             append_spans(model, cache, [before], 0)
-            behind = CacheCall(model, cache, torch.tensor([last], device=device))(inputs[b : b + 1], causal)
-            worst = max(worst, float((behind[0] - found[b]).abs().max()))
+            for step in (None, TokenStep(model.transformer)):  # the general pass, and decoding's own
+                behind = CacheCall(model, cache, torch.tensor([last], device=device), step)(inputs[b : b + 1], causal)
+                worst = max(worst, float((behind[0] - found[b]).abs().max()))
     return worst
 
 

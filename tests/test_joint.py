@@ -11,6 +11,7 @@ from omni.joint import BatchCall, CacheCall
 from omni.layout import IGNORE, LatentSpan, Shape, TokenSpan, pack
 from omni.mask import dense, flex, oracle
 from omni.model import Omni
+from omni.nn.step import TokenStep
 from omni.placeholders import block_stream, choose_blocks
 from omni.prefill import append_spans
 from omni.rng import Key
@@ -31,12 +32,11 @@ class Probe(JointHead):
         raise NotImplementedError
 
 
-def joint_model(head: str = "probe", seed: int = 0, **options: object) -> Omni:
+def joint_model(head: str = "probe", seed: int = 0, depth: int | None = None, **options: object) -> Omni:
     """A small model with a joint-token head whose adapters are not at their zero start."""
     plain = small_model(seed)
-    config = plain.config.model_copy(
-        update={"joint": JointConfig(head=head, length=K, adapter_rank=2, options=options)}
-    )
+    joint = JointConfig(head=head, length=K, adapter_rank=2, depth=depth, options=options)
+    config = plain.config.model_copy(update={"joint": joint})
     model = Omni(config, Key(seed))
     model.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
@@ -103,9 +103,11 @@ def test_the_rule_of_blocks_in_words() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("clean", [0, 2])
-def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int) -> None:
-    """The contract for joint-token blocks: the same placeholders after the same text, packed or behind a cache."""
-    model = joint_model()
+@pytest.mark.parametrize("depth", [None, 1])
+def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int, depth: int | None) -> None:
+    """The contract for joint-token blocks: the same placeholders after the same text, packed or behind a cache, there
+    by the general pass or by that of decoding."""
+    model = joint_model(depth=depth)
     spans = [
         TokenSpan([5, 6], [False, True]),
         LatentSpan(Key(3).normal((2, CHANNELS)), (1, 1, 2), True),
@@ -126,11 +128,12 @@ def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int) 
             cache = model.transformer.new_cache(1, 8)
             head, tail = _cut(spans, i)
             append_spans(model, cache, [head], PAD)
-            behind = CacheCall(model, cache, torch.tensor([tail]))
-            other = behind(inputs[b : b + 1], causal, clean)
-            assert (other[0] - found[b]).abs().max() < 1e-5
-            assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
-            assert behind.passes == 1 and cache.lengths == [i]
+            for step in (None, TokenStep(model.transformer)):
+                behind = CacheCall(model, cache, torch.tensor([tail]), step)
+                other = behind(inputs[b : b + 1], causal, clean)
+                assert (other[0] - found[b]).abs().max() < 1e-5
+                assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
+                assert behind.passes == 1 and cache.lengths == [i]
             compared += 1
         assert compared >= 4
 
@@ -149,9 +152,10 @@ def _cut(spans: list, i: int) -> tuple[list, int]:
     raise AssertionError
 
 
-def test_clean_tokens_in_a_block_read_what_text_reads() -> None:
+@pytest.mark.parametrize("depth", [None, 1])
+def test_clean_tokens_in_a_block_read_what_text_reads(depth: int | None) -> None:
     """The continuation by clean ids inside a block = the context stream, adapters or not."""
-    model = joint_model()
+    model = joint_model(depth=depth)
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
     [batch], _ = pack([[TokenSpan(ids, [True] * 8)]], [Shape(1, 8, 0)], channels=CHANNELS, pad_id=PAD)
     with torch.inference_mode():
@@ -186,6 +190,21 @@ def test_adapters_act_on_placeholders_alone() -> None:
         assert torch.equal(first[:, :2], second[:, :2]) and not torch.equal(first[:, 2], second[:, 2])
 
 
+def test_placeholders_go_through_the_last_layers_alone() -> None:
+    model, batch = joint_model(depth=1), random_batch(Key(1))
+    assert model.joint is not None and model.joint.adapters is not None and len(model.joint.adapters.layers) == 1
+    starts, _ = choose_blocks(batch, K, N, Key(0))
+    inputs = Key(2).normal((len(starts.at), 2, 32))
+    with torch.inference_mode():
+        hidden, memory = model.context(batch)
+        before = BatchCall(model, starts, hidden, memory)(inputs)
+        for parameter in model.transformer.blocks[0].parameters():
+            parameter.zero_()
+        assert torch.equal(before, BatchCall(model, starts, hidden, memory)(inputs))
+    with pytest.raises(ValueError, match="joint.depth = 3 is more layers than the 2"):
+        joint_model(depth=3)
+
+
 def test_a_model_without_a_head_says_so() -> None:
     model = small_model()
     batch = random_batch(Key(1))
@@ -194,9 +213,10 @@ def test_a_model_without_a_head_says_so() -> None:
         BatchCall(model, starts, *model.context(batch))(torch.zeros(len(starts.at), 1, 32))
 
 
-def test_the_users_contract_covers_blocks() -> None:
+@pytest.mark.parametrize("depth", [None, 1])
+def test_the_users_contract_covers_blocks(depth: int | None) -> None:
     from omni.verify import verify
 
-    checks = verify(joint_model())
+    checks = verify(joint_model(depth=depth))
     assert len(checks) == 10 and "joint-token" in checks[-1].name
     assert all(check.holds for check in checks), checks

@@ -1,4 +1,4 @@
-"""The one-token step: eager and compiled, against Transformer.extend; and what the compiled one refuses."""
+"""The step of a few tokens: eager and compiled, against Transformer.extend; and what the compiled one refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omni.model import Omni
 from omni.nn import compiled_step
 from omni.nn.compiled_step import COMPILERS, CompiledStep, load_library
 from omni.nn.step import TokenStep
-from omni.prefill import append_ids
+from omni.prefill import append_ids, append_text
 from omni.rng import Key
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
@@ -55,6 +55,26 @@ def test_step_equals_extend(shape: str, rows: int) -> None:
     model = small_model(**SHAPES[shape])
     step, extend = steps(model, TokenStep, Extend)
     assert relative(decode(model, step, rows), decode(model, extend, rows)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_many_tokens_at_once_equal_extend(shape: str, rows: int) -> None:
+    """Ids by pieces of 1 to 5, in a cache that must grow, also after a part of it was forgotten."""
+    model = small_model(**SHAPES[shape])
+    found = []
+    for step in steps(model, TokenStep, Extend):
+        cache, hidden = model.transformer.new_cache(rows, 4), []
+        with torch.inference_mode():
+            for n in (3, 1, 5, 2, 4):
+                ids = [[Key(n).fold(r, k).integer() % VOCABULARY for k in range(n)] for r in range(rows)]
+                hidden.append(append_text(model, cache, ids, step, 0))
+                assert hidden[-1].shape == (rows, n, model.config.transformer.width)
+                for r in range(rows):
+                    cache.truncate(r, *(f[r] - n // 2 for f in (cache.lengths, cache.next_position, cache.next_block)))
+        assert cache.lengths == [9] * rows
+        found.append(torch.cat(hidden, 1))
+    assert relative(*found) < 1e-5
 
 
 @needs_compiler

@@ -78,20 +78,16 @@ def toy_call(model: Omni, prefix: Tensor, num_tokens: int) -> BatchCall:
 def train(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teacher | None = None) -> dict[str, list[float]]:
     """Both stages. Returns the losses of every step, by name. Depends on the key alone. teacher: what heads learn the
     intervals of noise from, given (prefix, block) -> (B, K, V) log-laws; None is the model's own autoregression."""
-    losses: dict[str, list[float]] = {}
     joint = [p for name, p in model.named_parameters() if name.startswith("joint.")]
     rest = [p for name, p in model.named_parameters() if not name.startswith(("joint.", "flow."))]
-    _stage(
-        model, rest, budget.backbone_steps, budget, _backbone_loss(model, draw, budget, key.fold("backbone")), losses
-    )
+    losses = optimise(rest, budget.backbone_steps, budget, _backbone_loss(model, draw, budget, key.fold("backbone")))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in joint:
         parameter.requires_grad_(True)
     if joint:
-        _stage(
-            model, joint, budget.head_steps, budget, _head_loss(model, draw, budget, key.fold("head"), teacher), losses
-        )
+        loss = _head_loss(model, draw, budget, key.fold("head"), teacher)
+        losses |= optimise(joint, budget.head_steps, budget, loss)
     return losses
 
 
@@ -125,9 +121,9 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
     return loss
 
 
-def _stage(
-    model: Omni, parameters: list[Tensor], steps: int, budget: Budget, loss: Loss, losses: dict[str, list[float]]
-) -> None:
+def optimise(parameters: list[Tensor], steps: int, budget: Budget, loss: Loss) -> dict[str, list[float]]:
+    """`steps` steps on the sum of what `loss` (of step and progress) gives by name; its values, of every step."""
+    losses: dict[str, list[float]] = {}
     optimiser = torch.optim.AdamW(parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
         rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -140,6 +136,7 @@ def _stage(
         optimiser.zero_grad()
         for name, value in found.items():
             losses.setdefault(name, []).append(float(value.detach()))
+    return losses
 
 
 def head_of(model: Omni) -> JointHead:

@@ -55,7 +55,7 @@ class Gated:
 
 
 class Adapters(nn.Module):
-    """One LayerAdapter for every layer of a transformer."""
+    """One LayerAdapter for every layer that placeholders go through."""
 
     def __init__(self, depth: int, sizes: Sequence[tuple[int, int]], rank: int) -> None:
         super().__init__()

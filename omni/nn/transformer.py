@@ -338,21 +338,31 @@ class Transformer(nn.Module):
             h_RSW = block(h_RSW, rotary, attention, True, (base, item))
         return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
 
-    def draft(self, h_RSW: Tensor, stream: Stream, memory: Memory, adapters: Sequence[Gated | None]) -> Tensor:
+    def draft(
+        self,
+        h_RSW: Tensor,
+        stream: Stream,
+        memory: Memory,
+        adapters: Sequence[Gated | None],
+        layers: range | None = None,
+    ) -> Tensor:
         """Blocks of tokens in the refine stream: like `refine`, but with the weights of text, the final norm of the
         context stream and no modulation; instead the adapter of each layer. h_RSW: placeholders, or clean tokens that
-        stand before them in their block. Returns normalised hidden states (R, S, W). Writes nothing.
+        stand before them in their block. layers: only these (None: all). Returns hidden states (R, S, W), normalised
+        after the last layer of the transformer. Writes nothing.
         """
+        layers = range(self.c.depth) if layers is None else layers
         backend = self._block_backend(stream.position.device)
-        mask = memory.mask(stream)
+        mask, past_of = memory.mask(stream), memory.layers
         h_RSW, rotary = self._enter(h_RSW, stream.position)
-        for block, past, adapter in zip(self.blocks, memory.layers, adapters, strict=True):
+        for index, adapter in zip(layers, adapters, strict=True):
+            past = past_of[index]
 
             def attention(q: Tensor, k: Tensor, v: Tensor, past: Pair = past) -> Tensor:
                 return attend(q, *join(past, (k, v), None), mask, backend)
 
-            h_RSW, _, _ = block(h_RSW, rotary, attention, False, None, adapter)
-        return self.norm(h_RSW)
+            h_RSW, _, _ = self.blocks[index](h_RSW, rotary, attention, False, None, adapter)
+        return self.norm(h_RSW) if layers.stop == self.c.depth else h_RSW
 
     def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask | None) -> Dual:
         """Attention with its tangent, as `tangents` names it."""

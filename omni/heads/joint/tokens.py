@@ -18,11 +18,13 @@ class JointConfig(Frozen):
     """head: a name of JOINT_HEADS, with its options. length: K, the most tokens that one pass draws.
 
     adapter_rank: of the placeholders' adapters; 0: none, and placeholders go through the weights of text.
+    depth: layers that placeholders go through, the last ones of the transformer; None: all. Fewer make a draft cheaper.
     """
 
     head: str = "push_forward"
     length: int = Field(default=8, ge=1, le=64)
     adapter_rank: int = Field(default=32, ge=0)
+    depth: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -30,6 +32,12 @@ class JointTokens(nn.Module):
     def __init__(self, c: JointConfig, transformer: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
         self.c = c
+        self.depth = c.depth or transformer.depth
+        if self.depth > transformer.depth:
+            raise ValueError(
+                f"joint.depth = {self.depth} is more layers than the {transformer.depth} of the transformer; "
+                "take fewer, or leave it out for all"
+            )
         self.head = build_head(c.head, c.options, c.length, vocab_size, transformer.width)
         self.adapters: Adapters | None = None
         if c.adapter_rank and self.head.layout != "none":
@@ -40,7 +48,7 @@ class JointTokens(nn.Module):
                 (t.width, 2 * t.hidden),
                 (t.hidden, t.width),
             )
-            self.adapters = Adapters(t.depth, sizes, c.adapter_rank)
+            self.adapters = Adapters(self.depth, sizes, c.adapter_rank)
 
     def initialise(self, key: Key) -> None:
         """Adapters as they start; the head's own weights as `JointHead.initialise` says."""
