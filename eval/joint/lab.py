@@ -23,7 +23,7 @@ from eval.joint.distances import Distances, of_samples, of_support
 from eval.joint.joints import Table, build_joint
 from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.config import Frozen
-from omni.heads.joint import JointConfig, build_head
+from omni.heads.joint import JOINT_HEADS, JointConfig, build_head
 from omni.joint import teacher_laws
 from omni.model import Omni
 from omni.rng import Key
@@ -36,7 +36,8 @@ class HeadLine(Frozen):
 
     joints: those it is trained on; none is all. teacher: whose laws the noise of data is read off, the backbone's own
     ("plain") or the joint's ("exact"), which leaves out what the backbone has not learned. head_steps, rate: if not the
-    run's. passes: numbers of passes, besides one, that it is asked to draw in, on blocks that they divide.
+    run's. passes: numbers of passes, besides one, that it is asked to draw in, on blocks for
+    which it can.
     """
 
     head: str
@@ -49,7 +50,8 @@ class HeadLine(Frozen):
 
     def numbers(self, length: int) -> list[int]:
         """Of passes for blocks of `length` tokens, ascending; 1 is among them."""
-        return sorted({1, *(n for n in self.passes if n > 0 and length % n == 0)})
+        head = JOINT_HEADS.get(self.head)
+        return sorted({1, *(n for n in self.passes if head.can_pass(n, length))})
 
 
 class LabOptions(Frozen):

@@ -13,11 +13,14 @@ head's laws fall short of plain decoding's, summed over a block.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 
 from eval.jobs import work
@@ -31,16 +34,21 @@ from eval.joint.text import (
     run_line,
     train_backbone,
 )
-from eval.requests import RequestOptions, atlas_of, requests
+from eval.requests import atlas_of, requests
 from eval.task import Context, Curve, Measure, Outcome, TaskOptions, percentage, task
 from omni.config import nearest
 from omni.document import Document
 from omni.document import Text as TextSegment
 from omni.emoji_world import EmojiWorld
 from omni.emoji_world.documents import prompt_of
+from omni.engine import Engine
 from omni.heads.joint import build_head
-from omni.reply import GenerationOptions, Reply
+from omni.prefill import append_spans
+from omni.reply import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelta
+from omni.text.compose import compose
 
+KINDS = ("draw", "name", "scene", "edit", "open", "story", "text", "chat")
+HEADER = {"image": 3, "video": 4}  # tokens that announce a block: its kind and its size
 MIXTURE = {"draw": 0.1, "name": 0.1, "story": 0.3, "text": 0.4, "chat": 0.1}
 LAWS = ("rejection", "block")
 
@@ -207,77 +215,94 @@ def _conditions(text: Text, options: JointTextOptions) -> str:
 # ---- a model's own text in blocks ----------------------------------------------------------------------------------
 
 
-class BlockOptions(RequestOptions):
-    """requests: answers of words alone, which are timed; `stories` are told besides, with pictures of one step, for
-    what stands of their drafts. repeats: alternating runs of each way, of which the medians count. batch: replies made
-    together. tokens_per_pass: None is the model's own."""
+class BlockOptions(TaskOptions):
+    """requests: how many, over all kinds of documents. repeats: alternating runs of each way, of which the medians
+    count. tokens_per_pass: None is the model's own. compile: text steps of plain decoding as native code."""
 
     requests: int = Field(default=48, ge=1)
-    stories: int = Field(default=12, ge=0)
-    batch: int = Field(default=1, ge=1)
-    repeats: int = Field(default=5, ge=1)
+    repeats: int = Field(default=3, ge=1)
     temperature: float = Field(default=0.0, ge=0)
-    max_tokens: int = Field(default=64, ge=2)
     tokens_per_pass: int | None = Field(default=None, ge=2)
     verify: str = "coupled"
     adaptive: bool = False
+    compile: bool = False
 
 
-@task("text_blocks", BlockOptions, rows=("accepted", "emitted", "identical", "speedup", "tokens_per_second"))
+@task("text_blocks", BlockOptions, rows=("accepted", "emitted", "identical", "speedup", "speedup_whole", "drafted"))
 def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     """Text of heldout answers drafted in blocks, beside plain cached decoding of the same replies in the same run."""
-    words = [prompt_of(d) for d in requests(context, {"name": 2, "text": 3, "chat": 1}, options.requests, _wordy)]
-    stories = [prompt_of(d) for d in requests(context, {"story": 1}, options.stories)]
+    engine = Engine(context.model, compile=options.compile)
+    prompts = [prompt_of(document) for document in requests(context, dict.fromkeys(KINDS, 1.0), options.requests)]
     own = {"verify": options.verify, "adaptive": options.adaptive, "tokens_per_pass": options.tokens_per_pass}
-    ways = {"prompt": {"tokens_per_pass": 1, "max_tokens": 1}, "plain": {"tokens_per_pass": 1}, "blocks": own}
-    common = {"temperature": options.temperature, "max_tokens": options.max_tokens, "steps": 1}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found: dict[str, list[Reply]] = {}
+    ways = {"plain": {"tokens_per_pass": 1}, "blocks": own}
+    seconds: dict[str, list[float]] = {name: [] for name in ("prompt", *ways)}
+    found: dict[str, list[Told]] = {}
     for _ in range(options.repeats):
+        seconds["prompt"].append(sum(_read_prompt(engine, prompt) for prompt in prompts))
         for name, way in ways.items():
-            found[name], spent = _answer(context, words, options.batch, {**common, "max_images": 0, **way})
-            seconds[name].append(spent)
-    told = {name: _answer(context, stories, options.batch, {**common, **ways[name]})[0] for name in ("plain", "blocks")}
-    plain, blocks = found["plain"] + told["plain"], found["blocks"] + told["blocks"]
-    rounds = [one for reply in blocks for one in reply.drafts]
-    kept = sum(k for _, k in rounds) / len(rounds)
-    number = sum(_num_tokens(context, reply) for reply in found["plain"])
-    timed = sum(len(reply.drafts) for reply in found["blocks"])
+            how = {"temperature": options.temperature, "max_tokens": 96, "steps": 1, **way}
+            found[name] = [_tell(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
+            seconds[name].append(sum(told.seconds for told in found[name]))
+    rounds = [one for told in found["blocks"] for one in told.rounds]
+    number = sum(told.num_tokens for told in found["plain"])
     spent = {name: statistics.median(values) for name, values in seconds.items()}
-    spent = {name: spent[name] - spent["prompt"] for name in ("plain", "blocks")}
+    same = [a.text == b.text for a, b in zip(found["plain"], found["blocks"], strict=True)]
     measures = [
-        Measure("accepted", kept, "tokens/pass"),
-        Measure("emitted", number / timed, "tokens/round"),
-        Measure("identical", percentage([a.text == b.text for a, b in zip(plain, blocks, strict=True)]), "%"),
-        Measure("speedup", spent["plain"] / spent["blocks"], "x"),
-        Measure("tokens_per_second", number / spent["blocks"], "tokens/s"),
+        Measure("accepted", sum(kept for _, kept in rounds) / len(rounds), "tokens/pass"),
+        Measure("drafted", sum(drafted for drafted, _ in rounds) / len(rounds), "tokens/pass"),
+        Measure("emitted", number / len(rounds), "tokens/round"),
+        Measure("identical", percentage(same), "%"),
+        Measure("speedup", (spent["plain"] - spent["prompt"]) / (spent["blocks"] - spent["prompt"]), "x"),
+        Measure("speedup_whole", spent["plain"] / spent["blocks"], "x"),
     ]
     note = (
-        f"{len(words)} answers of {number} tokens are timed, less their prompts and first tokens; medians of "
-        f"{options.repeats} alternating runs, batch {options.batch}; {len(rounds)} rounds (one drafting and one "
-        f"verifying pass) in these and {len(stories)} stories; {options.verify}, temperature {options.temperature:g}"
+        f"{len(prompts)} answers of all kinds, {number} tokens (text, the headers of pictures, ends of turns), "
+        f"{len(rounds)} rounds of one drafting and one verifying pass; {options.verify}, temperature "
+        f"{options.temperature:g}; one reply at a time, time between pictures alone; medians of {options.repeats} "
+        "alternating runs; speedup leaves out the pass over the prompt, speedup_whole does not"
     )
     return Outcome(measures, notes=[note])
 
 
-def _wordy(meta: Mapping[str, Any]) -> bool:
-    """Whether the answer is words alone."""
-    return bool(meta["answer"]) and not meta["scenes"]
+@dataclass(frozen=True)
+class Told:
+    """A reply: its words, the shapes of its pictures and what ended it, as one string; (drafted, kept) of its rounds;
+    tokens that were chosen; seconds spent on anything but pictures."""
+
+    text: str
+    rounds: list[tuple[int, int]]
+    num_tokens: int
+    seconds: float
 
 
-def _num_tokens(context: Context, reply: Reply) -> int:
-    """With the one that ends the turn."""
-    return len(context.model.tokenizer.encode(reply.text)) + 1
+def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Told:
+    text, rounds, number, seconds, start = "", [], 0, 0.0, time.perf_counter()
+    for event in engine.stream(prompt, seed=seed, **how):
+        now = time.perf_counter()
+        if not isinstance(event, (BlockStep, BlockDone)):
+            seconds += now - start
+        start = now
+        match event:
+            case TextDelta():
+                text += event.text
+            case BlockStart():
+                text += f"<{event.kind} {event.grid}>"
+                number += HEADER[event.kind]
+            case Drafted():
+                rounds.append((event.drafted, event.kept))
+            case Stop():
+                text += f"<{event.reason}>"
+                number += event.reason == "end"
+    words = re.split(r"<(?:image|video)[^>]*>|<(?:end|stop|length)>", text)
+    number += sum(len(engine.tokenizer.encode(part)) for part in words)
+    return Told(text, rounds, number, seconds)
 
 
-def _answer(
-    context: Context, prompts: Sequence[Document], batch: int, how: Mapping[str, Any]
-) -> tuple[list[Reply], float]:
-    """The replies, and the seconds that they took."""
-    found: list[Reply] = []
+@torch.inference_mode()
+def _read_prompt(engine: Engine, prompt: Document) -> float:
+    """Seconds of the pass over a prompt, which both ways of decoding make."""
     start = time.perf_counter()
-    for at in range(0, len(prompts), batch):
-        part = prompts[at : at + batch]
-        options = GenerationOptions(**how)
-        found += context.model.generate_batch(part, options, seeds=range(at, at + len(part)))
-    return found, time.perf_counter() - start
+    spans = compose(prompt, engine.tokenizer, engine.model.encode_media, True)
+    hidden = append_spans(engine.model, engine.model.transformer.new_cache(1, 256), [spans], engine.control.pad)
+    engine.model.token.read(hidden)
+    return time.perf_counter() - start

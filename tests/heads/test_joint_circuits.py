@@ -288,7 +288,7 @@ def test_states_start_apart_and_near_the_model_itself(name: str) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     head, call = circuit("hmm", 3), tiny_call(2)
-    with pytest.raises(ValueError, match="passes = 2"):
+    with pytest.raises(ValueError, match="passes = 2 for"):
         head.sample(call, uniforms(2, 3, Key(0)), Key(0), passes=2)
     with pytest.raises(ValueError, match="1 to 3 tokens a block, not 4"):
         head.sample(call, uniforms(2, 4, Key(0)), Key(0))

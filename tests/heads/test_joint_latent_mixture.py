@@ -140,7 +140,7 @@ def test_given_lambda_the_laws_are_those_of_the_draw() -> None:
     assert again.log_q is not None and not torch.equal(again.log_q, first.log_q)
     short = head.sample(call, u[:, :2], Key(1))
     assert torch.equal(short.ids, first.ids[:, :2]), "fewer tokens are the first of a whole block"
-    with pytest.raises(ValueError, match="2 passes do not divide"):
+    with pytest.raises(ValueError, match="passes = 2 for 3 tokens: this head takes a divisor"):
         head.sample(call, u, Key(1), 2)
     with pytest.raises(ValueError, match="1 to 3 tokens"):
         head.sample(call, uniforms(50, 4, Key(0)), Key(1))

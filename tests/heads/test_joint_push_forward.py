@@ -311,7 +311,7 @@ def test_bad_requests_say_what_to_do() -> None:
     call = OracleCall(_joint(6, 2), torch.zeros(0), 1)
     with pytest.raises(ValueError, match="1 to 4 tokens"):
         head.sample(call, uniforms(1, 5, Key(0)), Key(0))
-    with pytest.raises(ValueError, match="3 passes do not divide"):
+    with pytest.raises(ValueError, match="passes = 3 for 4 tokens: this head takes a divisor"):
         head.sample(call, uniforms(1, 4, Key(0)), Key(0), 3)
     for options in (
         {"mode": "categorical", "first": "decode"},

@@ -109,7 +109,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class LogProb:
-    """(B,) log-probability of whole blocks under the one-pass law, in nats. kind "bound": a lower bound."""
+    """(B,) log-probability of whole blocks in nats, under the one-pass law unless the head says of which. kind "bound":
+    a lower bound."""
 
     value: Tensor
     kind: Literal["exact", "bound"]
@@ -131,6 +132,7 @@ class JointHead(nn.Module, ABC):
 
     layout: see the head of this file. exact: `log_prob` is exact. universal: any joint, capacity permitting.
     needs_teacher: `loss` reads Lesson.teacher. order: whether positions depend left to right or in any order.
+    passes: how many passes `sample` can make over n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass law, so that rejection and block verification hold.
     """
 
@@ -139,6 +141,7 @@ class JointHead(nn.Module, ABC):
     universal: ClassVar[bool] = False
     needs_teacher: bool = False
     conditional: ClassVar[bool] = False
+    passes: ClassVar[Literal["one", "divisors", "tokens", "any"]] = "one"
     order: ClassVar[Literal["left_to_right", "any"]] = "left_to_right"
     Config: ClassVar[type[Frozen]] = Frozen
 
@@ -170,6 +173,27 @@ class JointHead(nn.Module, ABC):
         if not 1 <= num <= self.length:
             raise ValueError(f"this head has 1 to {self.length} tokens a block, not {num}; ask for no more")
         return num
+
+    @classmethod
+    def can_pass(cls, passes: int, num: int) -> bool:
+        """Whether `sample` can draw `num` tokens in so many passes."""
+        match cls.passes:
+            case "one":
+                return passes == 1
+            case "divisors":
+                return passes >= 1 and num % passes == 0
+            case "tokens":
+                return 1 <= passes <= num
+        return passes >= 1
+
+    def check_passes(self, passes: int, num: int) -> None:
+        """ValueError if `can_pass` says no."""
+        if not self.can_pass(passes, num):
+            known = {
+                "one": "1, for it draws all of its tokens from one pass", "divisors": f"a divisor of {num}",
+                "tokens": f"1 to {num}, one token or more in each", "any": "1 or more",
+            }  # fmt: skip
+            raise ValueError(f"passes = {passes} for {num} tokens: this head takes {known[type(self).passes]}")
 
     @abstractmethod
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:

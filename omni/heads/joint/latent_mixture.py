@@ -36,7 +36,7 @@ class LatentMixtureConfig(Frozen):
 
 @JOINT_HEADS.register("latent_mixture")
 class LatentMixture(JointHead):
-    layout, universal, order = "block", True, "any"
+    layout, universal, passes, order = "block", True, "divisors", "any"
     Config = LatentMixtureConfig
     config: LatentMixtureConfig
 
@@ -72,8 +72,7 @@ class LatentMixture(JointHead):
         """See the contract. Lambda is keyed, and independent of the uniforms: given it, `log_q` is what the ids were
         drawn from. `passes` must divide K: so many calls with a lambda each, of which K / passes tokens are kept."""
         B, K = len(uniforms), self.fits(uniforms)
-        if passes < 1 or K % passes:
-            raise ValueError(f"{passes} passes do not divide a block of {K} tokens; take a divisor of {K}")
+        self.check_passes(passes, K)
         ids, laws, n = torch.zeros(B, 0, dtype=torch.int64, device=uniforms.device), [], K // passes
         for step in range(passes):
             latent = key.fold("latent", step).uniform((B,), torch.float64).to(uniforms.device)

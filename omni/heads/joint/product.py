@@ -43,9 +43,9 @@ class Product(JointHead):
         return call.read(h.unsqueeze(1) + nn.functional.silu(moved)).double().log_softmax(-1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        if passes != 1:
-            raise ValueError(f"passes = {passes}: a product head draws all of its tokens from one; take passes = 1")
-        laws = self.laws(call)[:, : self.fits(uniforms)]
+        num = self.fits(uniforms)
+        self.check_passes(passes, num)
+        laws = self.laws(call)[:, :num]
         return Draft(pick(laws, uniforms), laws)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:

@@ -79,7 +79,7 @@ class PushForwardConfig(Frozen):
 
 @JOINT_HEADS.register("push_forward")
 class PushForward(JointHead):
-    layout, universal, needs_teacher = "causal", True, True
+    layout, universal, needs_teacher, passes = "causal", True, True, "divisors"
     Config = PushForwardConfig
     config: PushForwardConfig
 
@@ -126,8 +126,7 @@ class PushForward(JointHead):
         """See the contract. `passes` must divide K: that many calls of K / passes tokens; K of them are plain decoding.
         The noise is `uniforms` itself, or keyed where the kind is richer (see Noise.prior)."""
         K = self.fits(uniforms)
-        if passes < 1 or K % passes:
-            raise ValueError(f"{passes} passes do not divide a block of {K} tokens; take a divisor of {K}")
+        self.check_passes(passes, K)
         noise = self.noise.prior(uniforms, key)
         return self.compose(call, noise, [K // passes] * passes, self.config.mode, self.config.first)
 

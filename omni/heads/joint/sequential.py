@@ -75,9 +75,8 @@ class Sequential(JointHead):
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """Token k is pick(q(. | x_<k), u_k). Fewer uniforms than K draw the first tokens alone."""
-        if passes != 1:
-            raise ValueError(f"passes = {passes}: this head draws all of its tokens from one pass; take passes = 1")
         num = self.fits(uniforms)
+        self.check_passes(passes, num)
         ids, log_q = self.run(call, num, lambda k, law: pick(law, uniforms[:, k]))
         return Draft(ids, log_q, num)
 

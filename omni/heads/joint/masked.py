@@ -1,0 +1,183 @@
+"""The masked-block head: K placeholders that see one another, some of them shown a token, the others asked for theirs.
+
+    q_k(. | c, x_S)     for every k outside of the shown set S, from one pass
+
+(absorbing diffusion inside a block: MDLM, arXiv 2406.07524, MD4, arXiv 2406.04329; with clean text before the block,
+BD3-LM, arXiv 2503.09573). A shown token enters as its embedding and a learned vector, a masked one as another vector;
+nothing is cached. Tokens revealed by one pass are independent of one another, so one pass (S empty) is a product, N
+passes cost at best the total correlation of every set given those before it, and only K passes are any joint: the head
+is not universal. Which tokens a pass reveals is in masked_sampling.
+
+Training. The evidence bound of absorbing diffusion is the same for every schedule: with m masked tokens of n,
+
+    -log q(x) <= sum over m = 1 .. n of (1 / m) E_M sum over k in M of -log q_k(x_k | x without M),    |M| = m uniform
+
+equal to the mean over all orders of revealing tokens one by one. A step draws one m for every block, from the law P of
+the schedule, and weighs its masked tokens by 1 / (m P(m)); given the time of the diffusion m is binomial, and taking
+the mean over that time leaves less variance. A block that ends after n < K tokens masks some of those n: placeholders
+past its end stay masked and are not counted, as are those past a shorter draft. Masked there means not known, not that
+nothing follows.
+
+Legend: B blocks, K tokens, n <= K of them, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import combinations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.masked_sampling import Schedule, Unmasking, draw_in_passes
+from omni.heads.joint.noise_kinds import draws_of
+from omni.pick import pick
+from omni.placeholders import Blocks
+from omni.rng import Key
+from omni.terms import Terms
+
+
+class MaskedConfig(Unmasking):
+    """schedule: of training too. num_samples: sets of m masked tokens, for every m, of a block's likelihood."""
+
+    num_samples: int = Field(default=32, ge=1)
+
+
+@JOINT_HEADS.register("masked")
+class Masked(JointHead):
+    layout, conditional, passes, order = "block", True, "tokens", "any"
+    Config = MaskedConfig
+    config: MaskedConfig
+
+    def __init__(self, config: MaskedConfig, length: int, vocab_size: int, width: int) -> None:
+        super().__init__(config, length, vocab_size, width)
+        self.mask = nn.Parameter(torch.zeros(width))
+        self.shown = nn.Parameter(torch.zeros(width))
+        self.decoder = nn.Parameter(torch.zeros(width, width))
+
+    def initialise(self, key: Key) -> None:
+        """The matrix before the read-out at zero, the mask an embedding of deviation one: all of a block may be masks,
+        and norms have no slope worth having at zero."""
+        super().initialise(key)
+        nn.init.zeros_(self.decoder)
+        self.mask.data.copy_(key.fold("mask").normal((self.width,)))
+
+    def logits(self, call: JointCall, ids: Tensor, shown: Tensor) -> Tensor:
+        """(B, n, V) of every token, given those of ids (B, n) where `shown` (B, n). One pass, of K placeholders."""
+        rest = self.length - ids.shape[1]
+        ids, known = nn.functional.pad(ids, (0, rest)), nn.functional.pad(shown, (0, rest))
+        tokens = call.embed(torch.where(known, ids, 0))
+        inputs = torch.where(known.unsqueeze(-1), tokens + self.shown.to(tokens.dtype), self.mask.to(tokens.dtype))
+        hidden = call(inputs, causal=False)[:, 1 : 1 + shown.shape[1]]
+        return call.read(hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype)))
+
+    def laws(self, call: JointCall, ids: Tensor, shown: Tensor) -> Tensor:
+        """(B, n, V) float64 log q_k(. | c, x_S), S where `shown` (B, n). One pass."""
+        return self.logits(call, ids, shown).double().log_softmax(-1)
+
+    # ---- the contract ---------------------------------------------------------------------------------------------
+
+    def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
+        """See the contract. Any number of passes from 1 to n; token k is pick(its law, u_k) when it is revealed. One
+        pass has exact laws; more have none from left to right, and `log_q` is None. `key` orders the tokens."""
+        num = self.fits(uniforms)
+        self.check_passes(passes, num)
+        if passes == 1:
+            laws = self.conditionals(call, torch.zeros_like(uniforms, dtype=torch.int64))
+            return Draft(pick(laws, uniforms), laws)
+        return Draft(draw_in_passes(partial(self.laws, call), uniforms, key, passes, self.config))
+
+    def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        """Of one pass, which depend on no token."""
+        self.fits(ids)
+        return self.laws(call, ids, torch.zeros_like(ids, dtype=torch.bool))
+
+    @torch.no_grad()
+    def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
+        """The evidence bound of ids (B, n): below the log-probability of revealing them one by one in a random order
+        (n passes, "ancestral"), in the mean over `key`; NOT of the one-pass law, whose exact value `conditionals` has.
+
+        Every number m of masked tokens is enumerated. For each, all sets of m tokens are taken if there are at most
+        num_samples of them (of 32, as it stands: all for n <= 6), so that the bound is exact, else num_samples keyed
+        ones. As many passes as sets.
+        """
+        num, total = self.fits(ids), torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        for m in range(1, num + 1):
+            scores = []
+            for masked in sets_of(len(ids), num, m, self.config.num_samples, key):
+                masked = masked.to(ids.device)
+                laws = self.laws(call, ids, ~masked)
+                found = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+                scores.append(torch.where(masked, found, 0.0).sum(-1) / m)
+            total += torch.stack(scores).mean(0)
+        return LogProb(total, "bound")
+
+    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+        """The evidence bound of the valid prefix, in nats per token, with one set of masked tokens a block."""
+        blocks = lesson.blocks
+        masked, weights = draw_masks(blocks, self.config.schedule, lesson.key)
+        logits = self.logits(call, blocks.ids, blocks.valid & ~masked)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        miss = nn.functional.cross_entropy(logits.flatten(0, 1), blocks.ids.flatten(), reduction="none")
+        miss = torch.where(masked, miss.view_as(blocks.ids), 0.0)
+        return {"masked": Terms((miss.sum(-1) * weights.to(miss.dtype)).sum(), blocks.count)}
+
+
+# ---- which tokens are masked ---------------------------------------------------------------------------------------
+
+
+@cache
+def number_law(num: int, schedule: Schedule) -> Tensor:
+    """(num,) float64: P(m) for m = 1 .. num masked tokens. At a time u ~ U[0, 1] each is masked with probability u
+    ("linear") or cos(pi u / 2) ("cosine"); the binomial is averaged over u, without the cases in which none is."""
+    if schedule == "linear":
+        return torch.full((num,), 1 / num, dtype=torch.float64)
+    share = torch.cos((torch.arange(1024, dtype=torch.float64) + 0.5) / 1024 * (math.pi / 2)).unsqueeze(-1)
+    m = torch.arange(1, num + 1, dtype=torch.float64)
+    choose = torch.tensor([math.comb(num, int(k)) for k in m], dtype=torch.float64)
+    mass = (choose * share**m * (1 - share) ** (num - m)).sum(0)
+    return mass / mass.sum()
+
+
+def draw_masks(blocks: Blocks, schedule: Schedule, key: Key) -> tuple[Tensor, Tensor]:
+    """Masked tokens (B, K) bool, among the valid ones, and weights (B,) float64 of the sums over them that make the
+    evidence bound. What is drawn for a block hangs on its name alone. A block without valid tokens has weight 0."""
+    valid = blocks.valid.cpu()
+    K, lengths = valid.shape[1], valid.sum(-1)
+    law = torch.stack([nn.functional.pad(number_law(n, schedule), (0, K - n)) for n in range(1, K + 1)])
+    law = law[(lengths - 1).clamp(min=0)]
+    u = spread_uniforms(blocks.names, key.fold("number"))
+    number = (law.cumsum(-1) <= u.unsqueeze(-1)).sum(-1) + 1
+    number = torch.minimum(number, lengths)
+    chosen = law.gather(-1, (number - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    weights = torch.where(lengths > 0, 1 / (number.clamp(min=1) * chosen), 0.0)
+    draws = draws_of(blocks.names, (K,), key.fold("set")).masked_fill(~valid, 2.0)
+    masked = valid & (draws.argsort(-1).argsort(-1) < number.unsqueeze(-1))
+    return masked.to(blocks.ids.device), weights.to(blocks.ids.device)
+
+
+STRIDES = (0x9E3779B97F4A7C15, 0x6A09E667F3BCC909, 0x93CD3A2C8198E269)  # 2^64 times irrational numbers, and odd
+
+
+def spread_uniforms(names: tuple[tuple[int, int, int], ...], key: Key) -> Tensor:
+    """(B,) float64, uniform on [0, 1) over keys and spread over the names of a step: one keyed number for the step and
+    a multiple of the golden section for every name, modulo 1. Documents numbered one after another come out evenly, as
+    if stratified; any others no worse than independent draws. Each hangs on its own name alone."""
+    start = key.integer() << 1
+    turns = [start + sum(s * part for s, part in zip(STRIDES, name, strict=True)) for name in names]
+    return torch.tensor([((turn % 2**64) >> 11) / 2**53 for turn in turns], dtype=torch.float64)
+
+
+def sets_of(rows: int, num: int, m: int, most: int, key: Key) -> Iterator[Tensor]:
+    """Sets (rows, num) bool of m masked tokens: all of them, the same for every row, or `most` keyed ones."""
+    if math.comb(num, m) <= most:
+        for chosen in combinations(range(num), m):
+            yield torch.zeros(rows, num, dtype=torch.bool).index_fill_(1, torch.tensor(chosen), True)
+    else:
+        for n in range(most):
+            draws = key.fold("set", m, n).uniform((rows, num), torch.float64)
+            yield draws.argsort(-1).argsort(-1) < m

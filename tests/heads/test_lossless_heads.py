@@ -1,0 +1,175 @@
+"""Every head behind every verification that it allows: the output has plain decoding's law, by simulation.
+
+Three tokens over three ids from a random model, in rounds: rows that have said the same so far share their passes, and
+plain decoding's laws come from a table of all strings. `slow`: 200,000 draws, as the promise says; by default a tenth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from eval.joint.toy import head_of, toy_batch, toy_call, toy_model
+from omni.heads.joint import JOINT_HEADS, JointConfig
+from omni.joint import teacher_laws
+from omni.model import Omni
+from omni.rng import Key
+from omni.samplers.token import token_law
+from omni.samplers.verification import block, coupled, rejection
+
+V, K, LENGTH = 3, 2, 3  # ids (and BOS, which nobody may say), drafted tokens, tokens of a reply
+HEADS = {
+    "product": ("product", {}),
+    "cp": ("cp", {"num_states": 3}),
+    "hmm": ("hmm", {"num_states": 3}),
+    "tree": ("tree", {"num_states": 3}),
+    "sequential": ("sequential", {}),
+    "latent_mixture": ("latent_mixture", {}),
+    "push_forward": ("push_forward", {}),
+    "push_forward, categorical": ("push_forward", {"mode": "categorical"}),
+    "push_forward, gumbel": ("push_forward", {"noise": "gumbel", "mode": "categorical"}),
+    "masked": ("masked", {}),
+    "simplex": ("simplex", {}),
+}
+WITHOUT_LAWS = ("push_forward", "simplex")  # of these, drafts can be verified by common noise alone
+
+
+def random_model(name: str) -> Omni:
+    """Every weight of the head drawn, those too that would start at zero."""
+    head, options = HEADS[name]
+    joint = JointConfig(head=head, length=K, adapter_rank=2, options=options)
+    model = toy_model(joint, V, Key(0), width=16, depth=1)
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if part.startswith("joint."):
+                parameter.copy_(Key(1).fold(part).normal(tuple(parameter.shape)) / math.sqrt(parameter.shape[-1]))
+        model.token.embedding.weight.mul_(2)
+    return model.eval()
+
+
+@torch.inference_mode()
+def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ...], Tensor]:
+    """log P(. | x) (V + 1,) of plain decoding after every string that a round can look at."""
+    found = {}
+    n = LENGTH + K
+    ids = torch.tensor(list(itertools.product(range(V), repeat=n)))
+    batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, V)
+    laws = teacher_laws(model, model.context(batch)[0], starts, blocks)
+    laws[..., V] = -torch.inf
+    for row, law in zip(ids.tolist(), token_law(laws, temperature, top_p), strict=True):
+        for k in range(n):
+            found[tuple(row[:k])] = law[k]
+    return found
+
+
+@torch.inference_mode()
+def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: int) -> Tensor:
+    """(num,) int64: the number of the string that each of `num` replies says."""
+    counts = torch.zeros(V**LENGTH, dtype=torch.int64)
+    waiting = {(): num}
+    while waiting:
+        said, rows = waiting.popitem()
+        key = Key(2).fold(kind, *said)
+        prefix = torch.tensor(said, dtype=torch.int64).expand(rows, -1)
+        noise = key.fold("noise").uniform((rows, K + 1), torch.float64)
+        draft = head_of(model).sample(toy_call(model, prefix, K), noise[:, :K], key.fold("draft"))
+        ids = draft.ids.clamp(max=V - 1) if kind == "coupled" else draft.ids
+        table = torch.stack([laws[(*said, *x)] for k in range(K + 1) for x in _strings(k)])
+        first = torch.tensor([sum((V + 1) ** j for j in range(k)) for k in range(K + 1)])
+        code = torch.stack([torch.zeros(rows, dtype=torch.int64), *_codes(ids)], 1)
+        log_p = table[first + code]
+        if kind == "coupled":
+            verdict = coupled(ids, log_p, noise)
+        else:
+            assert draft.log_q is not None
+            coins, fresh = (key.fold(n).uniform((rows, K + 1), torch.float64) for n in ("coins", "rest"))
+            judge = {"rejection": rejection, "block": block}[kind]
+            verdict = judge(ids, draft.log_q, log_p, coins[:, :K], fresh)
+        for n in range(K + 1):
+            mine = verdict.ids[verdict.kept == n, : n + 1]
+            for x, count in zip(*torch.unique(mine, dim=0, return_counts=True), strict=True):
+                whole = (*said, *x.tolist())
+                if len(whole) >= LENGTH:
+                    counts[sum(i * V**j for j, i in enumerate(whole[:LENGTH]))] += int(count)
+                else:
+                    waiting[whole] = waiting.get(whole, 0) + int(count)
+    return counts
+
+
+def _strings(length: int) -> list[tuple[int, ...]]:
+    """Over V + 1 ids; one that says BOS stands for any other, as nobody reaches what comes after it."""
+    every = itertools.product(range(V + 1), repeat=length)
+    return [tuple(min(i, V - 1) for i in x) for x in every]
+
+
+def _codes(ids: Tensor) -> list[Tensor]:
+    found, code = [], torch.zeros(len(ids), dtype=torch.int64)
+    for k in range(ids.shape[1]):
+        code = code * (V + 1) + ids[:, k]
+        found.append(code)
+    return found
+
+
+def exact(laws: dict[tuple[int, ...], Tensor]) -> Tensor:
+    out = torch.zeros(V**LENGTH, dtype=torch.float64)
+    for x in itertools.product(range(V), repeat=LENGTH):
+        value = sum(float(laws[x[:k]][x[k]]) for k in range(LENGTH))
+        out[sum(i * V**j for j, i in enumerate(x))] = math.exp(value)
+    return out
+
+
+CASES = [
+    (name, kind)
+    for name in HEADS
+    for kind in (("coupled",) if name in WITHOUT_LAWS else ("coupled", "rejection", "block"))
+]
+
+
+@pytest.mark.parametrize(
+    ("num", "setting"),
+    [
+        (20_000, (0.7, 0.9)),
+        pytest.param(200_000, (0.7, 0.9), marks=pytest.mark.slow),
+        pytest.param(200_000, (1.0, 1.0), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_lossless(name: str, kind: str, num: int, setting: tuple[float, float]) -> None:
+    """At this temperature and top-p, of the target."""
+    model = random_model(name)
+    laws = laws_of(model, *setting)
+    p = exact(laws)
+    assert abs(float(p.sum()) - 1) < 1e-9
+    found = replies(model, kind, laws, num).double() / num
+    # Of num exact draws the total variation is about half of the sum of sqrt(2 p (1 - p) / (pi num)).
+    expected = float((2 * p * (1 - p) / (math.pi * num)).sqrt().sum()) / 2
+    assert float((found - p).abs().sum()) / 2 < 2 * expected
+
+
+@pytest.mark.parametrize("name", ["product", "masked"])
+def test_the_control_is_found_out(name: str) -> None:
+    """Drafts that nobody verifies have another law."""
+    model = random_model(name)
+    laws = laws_of(model, 1.0, 1.0)
+    num, key = 20_000, Key(3)
+    draft = head_of(model).sample(
+        toy_call(model, torch.zeros(num, 0, dtype=torch.int64), K), key.uniform((num, K), torch.float64), key
+    )
+    pairs = torch.bincount(draft.ids.clamp(max=V - 1) @ torch.tensor([1, V]), minlength=V * V).double() / num
+    assert float((pairs - _pairs(laws)).abs().sum()) / 2 > 0.05
+
+
+def _pairs(laws: dict[tuple[int, ...], Tensor]) -> Tensor:
+    out = torch.zeros(V * V, dtype=torch.float64)
+    for a, b in itertools.product(range(V), repeat=2):
+        out[a + V * b] = math.exp(float(laws[()][a] + laws[(a,)][b]))
+    return out
+
+
+def test_every_head_is_here() -> None:
+    ours = {name for name in JOINT_HEADS.names() if JOINT_HEADS.get(name).__module__.startswith("omni.")}
+    assert {head for head, _ in HEADS.values()} == ours

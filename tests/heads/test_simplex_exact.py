@@ -1,0 +1,204 @@
+"""The flow map on the simplex against an exact one, integrated finely.
+
+The exact map of a known joint: the posterior of a string given x_t is by Bayes' rule, the diagonal D(x, t, t) its
+marginals, and the path dx/dt = (x - c D) / t. In y = x / t and a = c (1 - t) / t that is dy/da = D, which is
+integrated by Runge and Kutta's rule in float64.
+
+Legend: B blocks, K tokens, V ids, N strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eval.joint.toy import uniforms
+from omni.heads.joint import Lesson, build_head
+from omni.heads.joint.simplex import Clock, Simplex, decoding_error
+from omni.heads.joint.simplex_loss import graded, semigroup_law, set_task
+from omni.placeholders import Blocks
+from omni.rng import Key
+
+K, V = 2, 3
+STRINGS = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+POINTS = torch.nn.functional.one_hot(STRINGS, V).double()  # (N, K, V)
+LAW = torch.tensor([0.3, 0.02, 0.08, 0.0, 0.25, 0.1, 0.15, 0.0, 0.1], dtype=torch.float64)
+Map = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# ---- the exact map of LAW ------------------------------------------------------------------------------------------
+
+
+def posterior(x: Tensor, t: float, scale: float) -> Tensor:
+    """(B, K, V): marginals of the posterior over strings, each judged by the density of x (B, K, V) around it."""
+    distance = (x.unsqueeze(1) - scale * (1 - t) * POINTS).pow(2).sum((-1, -2))
+    weights = (LAW.log() - distance / (2 * t * t)).softmax(-1)
+    return (weights @ POINTS.flatten(1)).view_as(x)
+
+
+def carried(x: Tensor, t: float, s: float, scale: float, steps: int) -> Tensor:
+    """x at t, carried to s > 0 along the exact path."""
+    start, end = scale * (1 - t) / t, scale * (1 - s) / s
+    y, h = x / t, (end - start) / steps
+
+    def rate(y: Tensor, a: float) -> Tensor:
+        at = scale / (scale + a)
+        return posterior(y * at, at, scale)
+
+    for n in range(steps):
+        a = start + n * h
+        k1 = rate(y, a)
+        k2 = rate(y + h / 2 * k1, a + h / 2)
+        k3 = rate(y + h / 2 * k2, a + h / 2)
+        k4 = rate(y + h * k3, a + h)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return y * s
+
+
+def exact_endpoint(scale: float, steps: int = 2000) -> Map:
+    """D(x, t, s) of the exact map, for times that are the same in all blocks; s = 0 is carried to a = 40, where every
+    law is one-hot to 1e-12 but for paths that start on a border."""
+
+    def endpoint(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        at, to = float(t[0]), float(s[0])
+        if at == to:
+            return posterior(x, at, scale)
+        if to == 0:
+            end = scale / (scale + 40)
+            return posterior(carried(x, at, end, scale, steps), end, scale)
+        return (carried(x, at, to, scale, steps) - to / at * x) / (scale * (1 - to / at))
+
+    return endpoint
+
+
+class Said(Simplex):
+    """A head whose network is a given D."""
+
+    said: Map
+
+    def log_endpoint(self, call, x: Tensor, t: Tensor, s: Tensor) -> Tensor:  # noqa: ANN001
+        return self.said(x, t, s).clamp(min=1e-300).log()
+
+
+def told(said: Map | None = None, **options: object) -> Said:
+    head = build_head("simplex", options, K, V, 4)
+    head.__class__ = Said
+    assert isinstance(head, Said)
+    head.said = said or exact_endpoint(head.scale)
+    return head
+
+
+def distance(ids: Tensor) -> float:
+    frequency = torch.bincount(ids @ torch.tensor([V, 1]), minlength=V**K).double() / len(ids)
+    return float((frequency - LAW).abs().sum() / 2)
+
+
+NOWHERE = None  # a call that is never asked
+
+
+@torch.no_grad()
+def test_euler_of_the_exact_diagonal_draws_the_joint() -> None:
+    """20,000 exact draws are .006 off on average; that 64 Euler steps are off by .01 at most is our allowance."""
+    u = uniforms(20000, K, Key(0))
+    found = {}
+    for steps in (1, 2, 64):
+        draft = told(sampler="euler").sample(NOWHERE, u, Key(1), steps)
+        assert draft.log_q is None and draft.ids.shape == (20000, K)
+        found[steps] = distance(draft.ids)
+    assert found[64] < 0.016 < 0.06 < found[2] < found[1], found
+
+
+@torch.no_grad()
+def test_the_exact_map_draws_the_joint_in_any_number_of_jumps() -> None:
+    """And the very strings of a fine Euler, but for those near a border."""
+    u = uniforms(2000, K, Key(0))
+    said = exact_endpoint(told().scale, steps=100)
+    once = told(said).sample(NOWHERE, u, Key(1), 1).ids
+    assert distance(once) < 0.035  # .020 on average for exact draws
+    assert (told(said).sample(NOWHERE, u, Key(1), 3).ids == once).all(-1).float().mean() > 0.999
+    fine = told(sampler="euler").sample(NOWHERE, u, Key(1), 200).ids
+    assert (fine == once).all(-1).float().mean() > 0.98
+    other = told(said).sample(NOWHERE, u, Key(2), 1).ids
+    assert (other == once).all(-1).float().mean() < 0.6
+
+
+@torch.no_grad()
+def test_scale_moves_the_clock_and_nothing_else() -> None:
+    """In the clock of decoding errors, steps are the same in a for every scale, and so are the strings."""
+    u = uniforms(1000, K, Key(0))
+    first, second = (told(sampler="euler", scale=c).sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0))
+    assert torch.equal(first, second)
+    uniform = [told(sampler="euler", scale=c, clock="uniform").sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0)]
+    assert not torch.equal(*uniform)
+
+
+@torch.no_grad()
+def test_two_jumps_of_the_exact_map_make_its_one() -> None:
+    """Each jump is integrated by itself, in as many steps as its error of about 1e-11 takes."""
+    scale, B = 1.5, 20
+    head = told(exact_endpoint(scale, steps=1000), scale=scale)
+    for t, m, s in ((0.9, 0.35, 0.3), (0.95, 0.6, 0.3)):
+        noise = Key(0).fold(str(t)).normal((B, K, V), torch.float64)
+        ids = STRINGS[torch.multinomial(LAW, B, True, generator=Key(1).generator())]
+        x = (1 - t) * scale * torch.nn.functional.one_hot(ids, V) + t * noise
+        times = [torch.full((B,), value, dtype=torch.float64) for value in (t, m, s)]
+        law = semigroup_law(head, NOWHERE, x, *times)
+        expected, first = head.said(x, times[0], times[2]), head.said(x, times[0], times[1])
+        rough = exact_endpoint(scale, steps=750)(x, times[0], times[2])
+        assert (expected - rough).abs().max() < 1e-10
+        assert (law - expected).abs().max() < 1e-10
+        assert expected.min() > -1e-12 and (expected.sum(-1) - 1).abs().max() < 1e-12, "a law again"
+        a, b, c = (1 - t, 1 - m, 1 - s)  # as arXiv 2604.09784 and 2602.16813 count time: 0 is noise
+        share = (b - a) * (1 - c) / ((c - a) * (1 - b))
+        landing = carried(x, t, m, scale, 1000)
+        convex = share * first + (1 - share) * head.said(landing, times[1], times[2])
+        assert (law - convex).abs().max() < 1e-10
+        assert (expected - first).abs().max() > 0.01, "the two jumps are different laws"
+    end = torch.zeros(B, dtype=torch.float64)
+    law = semigroup_law(head, NOWHERE, x, times[0], times[1], end)
+    assert (law - head.said(x, times[0], end)).abs().max() < 1e-9, "at s = 0 the first law has no share"
+    near = head.said(x, times[0], times[0] - 1e-6)
+    assert (near - posterior(x, float(times[0][0]), scale)).abs().max() < 1e-4, "the diagonal is the limit"
+
+
+@torch.no_grad()
+def test_the_loss_of_the_exact_diagonal_is_its_entropy_and_no_other_is_lower() -> None:
+    B = 4000
+    ids = STRINGS[torch.multinomial(LAW, B, True, generator=Key(1).generator())]
+    blocks = Blocks(ids, torch.ones_like(ids).bool(), tuple((n, 0, 0) for n in range(B)))
+    given = Lesson(blocks, torch.zeros(0), Key(0))
+
+    def each(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The posterior, for blocks whose times differ."""
+        return torch.cat([posterior(x[n : n + 1].double(), float(t[n]), head.scale) for n in range(len(x))])
+
+    head = told(semigroup_share=0.0)
+    head.said = each
+    task = set_task(head, NOWHERE, given)
+    right = graded(head, NOWHERE, task)["diagonal"]
+    laws = each(task.x, task.t, task.s)
+    entropy = -torch.special.xlogy(laws, laws).sum()
+    assert right.count == B * K
+    assert abs(float(right.sum) - float(entropy)) / (B * K) < 0.02, "calibrated: what the posterior says is how often"
+    for wrong in (lambda law: (law + 0.03) / 1.09, lambda law: law**1.3 / (law**1.3).sum(-1, keepdim=True)):
+        head.said = lambda x, t, s, wrong=wrong: wrong(laws)
+        assert graded(head, NOWHERE, task)["diagonal"].sum > right.sum
+
+
+def test_the_clock_is_linear_in_the_errors_of_argmax() -> None:
+    B, V, scale = 40000, 11, 2.0
+    clock = Clock("decoding", scale, V)
+    noise = Key(0).normal((B, V), torch.float64)
+    for u in (0.1, 0.35, 0.8, 1.0):
+        t = float(clock.time(torch.tensor([u], dtype=torch.float64)))
+        x = t * noise
+        x[:, 3] += (1 - t) * scale
+        wrong = float((x.argmax(-1) != 3).double().mean())
+        assert abs(wrong - u * (V - 1) / V) < 0.01
+    times = clock.time(torch.linspace(0, 1, 1000).double())
+    assert times[0] == 0 and times[-1] == 1 and (times.diff() > 0).all()
+    middle = decoding_error(torch.tensor([0.0, 30.0], dtype=torch.float64), 50000)
+    assert abs(float(middle[0]) - (1 - 1 / 50000)) < 1e-9 and float(middle[1]) < 1e-9
+    assert torch.equal(Clock("uniform", scale, V).time(times), times)
