@@ -1,10 +1,10 @@
 """Text in blocks: the joint-token head drafts K tokens in one pass, a second pass verifies them. Part of the engine.
 
-    round   cache | y            y: the last id of the row, said but not in the cache yet
-      draft   one pass over [y, K placeholders]: K ids; nothing is written
-      sweep   as often as asked: every id of the draft redrawn by one pass over [y, x_1 .. x_K], each with its own
+    round   cache | y            y: what the row has, but the cache not yet: its prompt, a picture, its last id
+      draft   one pass over [y, K placeholders]: K ids; y is written to the cache
+      sweep   as often as asked: every id of the draft redrawn by one pass over [x_1 .. x_K], each with its own
               noise (Jacobi iteration; arXiv 2305.10427). K sweeps, from any draft, are plain decoding
-      verify  one pass over [y, x_1 .. x_K], written to the cache: the law of every next id
+      verify  one pass over [x_1 .. x_K], written to the cache: the law of every next id
       emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
 
 A block ends where a picture begins or the turn ends, and no draft can make the header malformed: each id is judged
@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omni.drafting import CacheCall
 from omni.heads.joint import Draft
-from omni.joint import CacheCall
-from omni.layout import TokenSpan
+from omni.layout import Span, TokenSpan
 from omni.nn.cache import KVCache
 from omni.pick import pick
-from omni.prefill import append_all, append_text
+from omni.prefill import append_text
 from omni.reply import Drafted, Event
 from omni.samplers.token import token_law, token_noise
 from omni.samplers.verification import Verdict, block, coupled, rejection
@@ -41,12 +41,11 @@ Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, an
 
 def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
     """One round for the rows that talk in blocks; the other rows of the cache stand still."""
-    last = _settle(engine, talking, rows, cache)
-    draft = _draft(engine, talking, rows, cache, last)
+    draft, start = _draft(engine, talking, rows, cache)
     wanted: Wanted = {row.number: _usable(engine, row, draft.ids[row.number].tolist()) for row in talking}
     base = list(cache.lengths), list(cache.next_position), list(cache.next_block)
     for _ in range(talking[0].options.sweeps):
-        for row, logits in _read_drafts(engine, talking, rows, cache, last, wanted):
+        for row, logits in _read_drafts(engine, talking, rows, cache, start, wanted):
             wanted[row.number] = _usable(engine, row, _redraw(engine, row, wanted[row.number][0], logits))
             cache.truncate(row.number, *(field[row.number] for field in base))
     if talking[0].options.verify == "none":
@@ -54,29 +53,31 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
             ids = wanted[row.number][0]
             legal = _legal(engine, row, ids)
             said = yield from _emit(engine, row, legal, (len(ids), len(legal)))
-            row.pending = [TokenSpan([last[row.number], *said], [False] * (1 + len(said)))]
+            row.pending = [TokenSpan(said, [False] * len(said))]
         return
-    for row, logits in _read_drafts(engine, talking, rows, cache, last, wanted):
+    for row, logits in _read_drafts(engine, talking, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
         verdict = _judge(engine, row, draft, ids, logits)
         kept = int(verdict.kept[0])
         count = kept + 1 if whole or kept < len(ids) else kept
         said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), (len(ids), kept))
-        m = len(said)
+        m = len(said) - 1  # the last one goes in with the next draft
         cache.truncate(r, base[0][r] + m, base[1][r] + m, base[2][r] + m)
         row.pending = [TokenSpan([said[-1]], [False])]
 
 
 def _read_drafts(
-    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int], wanted: Wanted
+    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
-    """One pass over the last id and the draft of every talking row, written to the cache; logits (K + 1, V) of each."""
+    """One pass over the draft of every talking row, written to the cache; logits (K + 1, V) of each, those of the
+    hidden state `start` (R, W) before it first."""
     ids: list[list[int]] = [[] for _ in rows]
     for row in talking:
-        ids[row.number] = [last[row.number], *wanted[row.number][0]]
+        ids[row.number] = wanted[row.number][0]
     hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
+    hidden = torch.cat([start.unsqueeze(1), hidden], 1)
     for row in talking:
-        yield row, engine.model.token.read(hidden[row.number, : len(ids[row.number])])
+        yield row, engine.model.token.read(hidden[row.number, : len(ids[row.number]) + 1])
 
 
 def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> list[int]:
@@ -85,25 +86,15 @@ def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> lis
     return pick(laws, torch.tensor(_noise(row, len(ids)), dtype=torch.float64, device=laws.device)).tolist()
 
 
-def _settle(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> list[int]:
-    """Everything that the talking rows have said goes into the cache but for the last id of each; returns those."""
-    last, spans = [engine.control.pad] * len(rows), [[] for _ in rows]
-    for row in talking:
-        *head, tail = row.pending
-        assert isinstance(tail, TokenSpan) and tail.ids
-        last[row.number] = tail.ids[-1]
-        rest = [TokenSpan(tail.ids[:-1], tail.supervise[:-1])] if len(tail.ids) > 1 else []
-        spans[row.number] = [*head, *rest]
-    if any(spans):
-        append_all(engine.model, cache, spans, engine.control.pad)
-    return last
-
-
-def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, last: list[int]) -> Draft:
-    """What the head drafts for every row of the cache; of rows that do not talk it means nothing. The tokens' noise is
-    the row's own; what a head draws besides (the number of a latent mixture) hangs on the batch, so with such a head
-    "rejection" and "block" keep the law of a reply in another batch, not its very ids.
+def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
+    """What the head drafts for every row of the cache (of rows that do not talk it means nothing), and the hidden
+    states (R, W) before the drafts; all that the talking rows have goes into the cache. The tokens' noise is the row's
+    own; what a head draws besides (the number of a latent mixture) hangs on the batch, so with such a head "rejection"
+    and "block" keep the law of a reply in another batch, not its very ids.
     """
+    spans: list[list[Span]] = [[] for _ in rows]
+    for row in talking:
+        spans[row.number] = _merged(row.pending)
     joint = engine.model.joint
     assert joint is not None
     num = max(row.draft_length for row in talking)
@@ -111,17 +102,29 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     for row in talking:
         if row.options.temperature:
             uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
-    call = CacheCall(engine.model, cache, torch.tensor(last, device=engine.device), engine.step)
+    call = CacheCall(engine.model, cache, spans, engine.control.pad, engine.step)
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
     if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
-        return draft
+        return draft, call.start
     # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
     logits, ids = engine.model.token.read(call.start), draft.ids.clone()
     for row in talking:
         law = _laws(engine, row, (), logits[row.number : row.number + 1])[0]
         ids[row.number, 0] = pick(law, uniforms[row.number, 0].to(law.device))
-    return replace(draft, ids=ids)
+    return replace(draft, ids=ids), call.start
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """The same with neighbouring ids in one span."""
+    out: list[Span] = []
+    for span in spans:
+        before = out[-1] if out else None
+        if isinstance(span, TokenSpan) and isinstance(before, TokenSpan):
+            out[-1] = TokenSpan([*before.ids, *span.ids], [*before.supervise, *span.supervise])
+        else:
+            out.append(span)
+    return out
 
 
 def _noise(row: Row, num: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The backbone as a joint-token head sees it (heads.joint.base.JointCall): in training, and behind the engine's cache.
+"""The backbone as a joint-token head sees it (heads.joint.base.JointCall) in training; behind a cache: drafting.
 
 Legend: R rows, T context positions, B blocks, K tokens of a block, n positions of a pass, V vocabulary, W width.
 """
@@ -6,7 +6,6 @@ Legend: R rows, T context positions, B blocks, K tokens of a block, n positions 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor
 from omni.heads.joint import JointTokens, Lesson
 from omni.layout import Batch
 from omni.nn.adapter import Gated
-from omni.nn.cache import KVCache, Memory
-from omni.nn.step import TokenStep
+from omni.nn.cache import Memory
 from omni.placeholders import Blocks, Starts, block_stream, choose_blocks
 from omni.rng import Key
 from omni.terms import Terms
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
     from omni.model import Omni
 
 
-class _Reads:
-    """What both calls share."""
+class Reads:
+    """What all calls share."""
 
     model: Omni
 
@@ -38,7 +36,7 @@ class _Reads:
 
 
 @dataclass
-class BatchCall(_Reads):
+class BatchCall(Reads):
     """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
 
     model: Omni
@@ -55,62 +53,18 @@ class BatchCall(_Reads):
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
         self.passes += 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            found = _draft(self.model, inputs, self.starts, self.memory, causal, clean)
+            found = draft_pass(self.model, inputs, self.starts, self.memory, causal, clean)
             return torch.cat([self.start.unsqueeze(1).to(found.dtype), found], 1)
 
     def target(self) -> BatchCall:
         return BatchCall(self.model, self.starts, self.hidden.detach(), self.memory.detach(), frozen=True)
 
 
-class CacheCall(_Reads):
-    """One block behind every row of a cache. `pending` (R,): ids that the cache does not hold yet; the block starts
-    after them, and they ride along as clean tokens, so that drafting needs no pass of its own for them. `step`: makes
-    the passes that it serves."""
-
-    def __init__(self, model: Omni, cache: KVCache, pending: Tensor, step: TokenStep | None = None) -> None:
-        self.model, self.pending, self.passes = model, pending, 0
-        self.cache, self._step = cache, step if step is not None and step.serves(cache) else None
-        self._start: Tensor | None = None
-
-    @cached_property
-    def _behind(self) -> tuple[Starts, Memory]:
-        cache, device = self.cache, self.pending.device
-        rows = torch.arange(cache.rows, device=device)
-        block, position = (
-            torch.tensor(cache.next_block, device=device),
-            torch.tensor(cache.next_position, device=device),
-        )
-        zeros = torch.zeros_like(rows)
-        return Starts(rows, zeros, zeros, block, position, 1), cache.memory()
-
-    @property
-    def start(self) -> Tensor:
-        if self._start is None:
-            self(self.embed(self.pending).unsqueeze(1)[:, :0])
-        assert self._start is not None
-        return self._start
-
-    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
-        self.passes += 1
-        inputs = torch.cat([self.embed(self.pending).unsqueeze(1).to(inputs.dtype), inputs], 1)
-        adapters = _head_of(self.model).adapters
-        if self._step is None or adapters is None:
-            found = _draft(self.model, inputs, *self._behind, causal, 1 + clean)
-        else:
-            tokens, placeholders = inputs[:, : 1 + clean], inputs[:, 1 + clean :]
-            found = self._step.draft(tokens, placeholders, self.cache, adapters.gated(None), causal)
-        self._start = found[:, 0]
-        return found
-
-    def target(self) -> CacheCall:
-        return self
-
-
 def joint_loss(
     model: Omni, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key, progress: float = 1.0
 ) -> dict[str, Terms]:
     """The loss of the model's joint-token head on random blocks of a packed batch, by name."""
-    joint = _head_of(model)
+    joint = head_of(model)
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
     call = BatchCall(model, starts, hidden, memory)
     teacher = teacher_laws(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
@@ -127,11 +81,11 @@ def teacher_laws(model: Omni, hidden: Tensor, starts: Starts, blocks: Blocks) ->
     return logits.double().log_softmax(-1)
 
 
-def _draft(model: Omni, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int) -> Tensor:
+def draft_pass(model: Omni, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int) -> Tensor:
     """One pass over blocks (B, n, W), the first `clean` inputs of each clean tokens; (B, n, W).
 
     Placeholders go through the last layers alone (JointConfig.depth), clean tokens through the others before."""
-    joint = _head_of(model)
+    joint = head_of(model)
     top = range(model.config.transformer.depth - joint.depth, model.config.transformer.depth)
     if clean and top.start:
         below = _layers(model, inputs[:, :clean], starts, memory, True, clean, range(top.start))
@@ -142,9 +96,9 @@ def _draft(model: Omni, inputs: Tensor, starts: Starts, memory: Memory, causal: 
 def _layers(
     model: Omni, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int, layers: range
 ) -> Tensor:
-    """Some layers of `_draft`."""
+    """Some layers of `draft_pass`."""
     B, n, W = inputs.shape
-    per_row, adapters = starts.per_row, _head_of(model).adapters
+    per_row, adapters = starts.per_row, head_of(model).adapters
     gated: list[Gated | None] = [None] * len(layers)
     if adapters is not None and clean < n:
         gate = None
@@ -157,7 +111,7 @@ def _layers(
     return model.transformer.draft(h, stream, memory, gated, layers).reshape(B, n, W)
 
 
-def _head_of(model: Omni) -> JointTokens:
+def head_of(model: Omni) -> JointTokens:
     if model.joint is None:
         raise ValueError(
             'this model has no joint-token head; train one with heads.joint = {head = "push_forward"} and the '

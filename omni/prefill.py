@@ -6,14 +6,35 @@ Legend: R rows, N positions, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from omni.layout import Span, Stream, TokenSpan, grid_positions, lay_out
 from omni.model import Omni
+from omni.nn.adapter import Adapters, Gated
 from omni.nn.cache import KVCache
 from omni.nn.step import TokenStep
+from omni.nn.transformer import Tail
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Placeholders (R, n, W) of joint tokens behind what is appended, and what they add in the last layers."""
+
+    inputs: Tensor
+    adapters: Adapters | None
+    depth: int
+    causal: bool
+
+    def gated(self, num: int) -> list[Gated | None]:
+        """With nothing added at the `num` positions before them."""
+        if self.adapters is None:
+            return [None] * self.depth
+        gate = torch.ones(1, num + self.inputs.shape[1], 1, device=self.inputs.device)
+        gate[:, :num] = 0
+        return [*self.adapters.gated(gate)]
 
 
 def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
@@ -34,8 +55,11 @@ def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], p
     return hidden[torch.arange(len(valid), device=hidden.device), last]
 
 
-def append_all(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> tuple[Tensor, list[int]]:
-    """The same, with every position's hidden state (R, N, W), and how many of them each row has."""
+def append_all(
+    model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int, tail: Behind | None = None
+) -> tuple[Tensor, list[int]]:
+    """The same, with every position's hidden state (R, N, W), and how many of them each row has; with a tail, the
+    hidden states of its placeholders follow (R, N + n, W)."""
     device = model.token.embedding.weight.device
     laid = [
         lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
@@ -61,7 +85,12 @@ def append_all(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad
     has_latents = bool(is_latent.any())
     is_latent = is_latent.to(device)
     h = model.embed_context(ids.to(device), latents.to(device) if has_latents else None, is_latent)
-    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid)
+    behind = None
+    if tail is not None:
+        block_R = torch.tensor([one.next_block for one in laid], device=device)
+        position_R = torch.tensor([one.next_position for one in laid], device=device)
+        behind = Tail(tail.inputs, block_R, position_R, tail.gated(N), tail.causal)
+    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid, behind)
     for r, one in enumerate(laid):
         cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
     return hidden, valid

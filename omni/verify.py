@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.joint import BatchCall, CacheCall
+from omni.drafting import CacheCall
+from omni.joint import BatchCall
 from omni.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.model import Omni
 from omni.nn.step import TokenStep
@@ -247,11 +248,14 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> float:
             if at == 0 or starts.document[b] < 0:  # a cache holds something; a padded block is nowhere
                 continue
             before, last = _split_at(plain, at)
-            cache = model.transformer.new_cache(1, 8)
-            append_spans(model, cache, [before], 0)
+            last_alone = [TokenSpan([last], [False])]
             for step in (None, TokenStep(model.transformer)):  # the general pass, and decoding's own
-                behind = CacheCall(model, cache, torch.tensor([last], device=device), step)(inputs[b : b + 1], causal)
+                cache = model.transformer.new_cache(1, 8)
+                append_spans(model, cache, [before], 0)
+                behind = CacheCall(model, cache, [last_alone], 0, step)(inputs[b : b + 1], causal)
                 worst = max(worst, float((behind[0] - found[b]).abs().max()))
+            whole = CacheCall(model, model.transformer.new_cache(1, 8), [[*before, *last_alone]])
+            worst = max(worst, float((whole(inputs[b : b + 1], causal)[0] - found[b]).abs().max()))
     return worst
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 
+from omni.drafting import CacheCall
 from omni.heads.joint import JOINT_HEADS, After, JointConfig, JointHead
-from omni.joint import BatchCall, CacheCall
+from omni.joint import BatchCall
 from omni.layout import IGNORE, LatentSpan, Shape, TokenSpan, pack
 from omni.mask import dense, flex, oracle
 from omni.model import Omni
@@ -125,28 +126,30 @@ def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int, 
             i = int(starts.at[b])
             if starts.document[b] != 0 or i == 0:
                 continue
-            cache = model.transformer.new_cache(1, 8)
             head, tail = _cut(spans, i)
-            append_spans(model, cache, [head], PAD)
             for step in (None, TokenStep(model.transformer)):
-                behind = CacheCall(model, cache, torch.tensor([tail]), step)
-                other = behind(inputs[b : b + 1], causal, clean)
-                assert (other[0] - found[b]).abs().max() < 1e-5
-                assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
-                assert behind.passes == 1 and cache.lengths == [i]
+                for before, after in ((head, [tail]), ([], [*head, tail])):
+                    cache = model.transformer.new_cache(1, 8)
+                    if before:
+                        append_spans(model, cache, [before], PAD)
+                    behind = CacheCall(model, cache, [after], PAD, step)
+                    other = behind(inputs[b : b + 1], causal, clean)
+                    assert (other[0] - found[b]).abs().max() < 1e-5
+                    assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
+                    assert behind.passes == (2 if clean else 1) and cache.lengths == [i + 1]
             compared += 1
         assert compared >= 4
 
 
-def _cut(spans: list, i: int) -> tuple[list, int]:
-    """What stands before context position i, as spans, and the id at i."""
+def _cut(spans: list, i: int) -> tuple[list, TokenSpan]:
+    """What stands before context position i, as spans, and the id at i as one."""
     out, at = [], 0
     for span in spans:
         n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
         if isinstance(span, TokenSpan) and i < at + n:
             if i > at:
                 out.append(TokenSpan(span.ids[: i - at], [False] * (i - at)))
-            return out, span.ids[i - at]
+            return out, TokenSpan([span.ids[i - at]], [False])
         out.append(span)
         at += n
     raise AssertionError

@@ -19,7 +19,7 @@ LEVELS = {
     1: {"layout", "mask", "positions", "media", "checkpoint", "guidance", "placeholders", "pick", "terms"},
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers", "heads.joint"},
-    4: {"model", "joint", "reply", "prefill", "row", "refinement", "blockwise", "engine", "verify"},
+    4: {"model", "joint", "reply", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"},
     5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
@@ -39,7 +39,8 @@ PEERS = {
     *(("refinement", name) for name in ("engine", "row", "prefill", "reply")),
     ("row", "reply"),
     ("blockwise", "row"),
-    *(("blockwise", name) for name in ("engine", "joint", "prefill", "reply")),
+    *(("blockwise", name) for name in ("engine", "drafting", "prefill", "reply")),
+    *(("drafting", name) for name in ("joint", "model", "prefill")),
     ("engine", "reply"),
     ("engine", "prefill"),
     ("prefill", "model"),
@@ -47,6 +48,7 @@ PEERS = {
     ("verify", "prefill"),
     ("model", "engine"),
     ("verify", "joint"),
+    ("verify", "drafting"),
     ("verify", "model"),
     ("verify", "engine"),
     *((a, b) for level in (0, 5) for a in LEVELS[level] for b in LEVELS[level]),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from eval.joint.toy import head_of
+from omni.drafting import CacheCall
 from omni.heads.joint import Draft
-from omni.joint import CacheCall
+from omni.layout import TokenSpan
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.nn.step import TokenStep
@@ -90,14 +91,14 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         at = torch.tensor([min(len(row), run.num_tokens) for row in said])  # who is done goes on, uncounted
         own = noise[torch.arange(len(said))[:, None], at[:, None] + torch.arange(run.length + 1)]
         draws = key.fold("round", kind, number)
-        call = CacheCall(model, cache, last, step)
+        call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
         draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
         if kind in ("coupled", "greedy"):  # what plain decoding says first is in the same pass
             first = pick(token_law(model.token.read(call.start), temperature, top_p), own[:, 0])
             draft = replace(draft, ids=torch.cat([first[:, None], draft.ids[:, 1:]], 1))
-        base = cache.lengths, cache.next_position, cache.next_block
-        base = [list(field) for field in base]
-        hidden = append_text(model, cache, torch.cat([last[:, None], draft.ids], 1).tolist(), step, 0)
+        start = call.start.unsqueeze(1)
+        base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
+        hidden = torch.cat([start, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
         law = token_law(model.token.read(hidden), temperature, top_p)
         verdict = _judge(kind, draft, law, own, draws)
         counted = torch.tensor([len(row) < run.num_tokens for row in said])
@@ -105,7 +106,7 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         total += int(counted.sum())
         for r, kept in enumerate(verdict.kept.tolist()):
             said[r] += verdict.ids[r, : kept + 1].tolist()
-            cache.truncate(r, *(field[r] + kept + 1 for field in base))
+            cache.truncate(r, *(field[r] + kept for field in base))
         last = torch.tensor([row[-1] for row in said])
         number += 1
     seconds = time.perf_counter() - start

@@ -49,12 +49,11 @@ class TokenStep:
     def draft(
         self, tokens: Tensor, placeholders: Tensor, cache: KVCache, adapters: Sequence[Gated], causal: bool
     ) -> Tensor:
-        """One pass over clean tokens (R, c, W), c at least 1, and placeholders behind them (R, p, W), which go through
-        the last layers alone, one for each of `adapters` (without a gate); (R, c + p, W). The cache keeps its contents.
-        """
+        """Append tokens (R, c, W), c at least 1; placeholders (R, p, W) behind them read them in the same pass, through
+        the last layers alone, one for each of `adapters` (without a gate), and are not kept. (R, c + p, W)."""
         clean, num = tokens.shape[1], tokens.shape[1] + placeholders.shape[1]
-        at, first = cache.lengths[0], self.c.depth - len(adapters)
         cache.reserve(num)
+        at, first = self.enter(cache, clean), self.c.depth - len(adapters)
         cos, sin = self._rotary(cache.next_position, num, tokens)
         h, bias = tokens.flatten(0, 1), _staircase(clean, clean, at, True, tokens)
         for index in range(first):
@@ -63,6 +62,7 @@ class TokenStep:
         bias = _staircase(num, clean, at, causal, tokens)
         for index, adapter in enumerate(adapters, first):
             h = self._layer(index, h, cos, sin, cache, at, bias, (adapter, clean))
+        self.leave(cache, clean)
         return self._finish(h).view(-1, num, tokens.shape[2])
 
     def read(self, hidden: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ Legend: R rows, N positions (T context, S refine), W width, H query heads, G key
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -235,6 +236,46 @@ def _modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = Non
     return x if scale is None or shift is None else x * scale + shift
 
 
+@dataclass(frozen=True)
+class Tail:
+    """n placeholders behind what is appended to a cache: they read it in the same pass, and nothing of them is kept.
+
+    inputs (R, n, W), which go through the last layers alone, one for each of `adapters` (gated: zero at what is
+    appended). block, position (R,) int64: the number and the rotary coordinate that the first of them has.
+    """
+
+    inputs: Tensor
+    block: Tensor
+    position: Tensor
+    adapters: Sequence[Gated | None]
+    causal: bool
+
+    @property
+    def fields(self) -> Fields:
+        """(R, n) of them all: one copy of a block in the refine stream."""
+        block = self.block[:, None].expand(self.inputs.shape[:2])
+        step = torch.arange(block.shape[1], device=block.device).expand_as(block)
+        return Fields(
+            torch.zeros_like(block), block, torch.ones_like(block), step if self.causal else torch.zeros_like(block)
+        )
+
+    @property
+    def positions(self) -> Tensor:
+        step = torch.arange(self.inputs.shape[1], device=self.position.device)
+        return (self.position[:, None] + step).unsqueeze(-1).expand(-1, -1, 3)
+
+    def keys(self, cache: KVCache, num: int) -> Fields:
+        """Of every slot that is written by a pass over `num` appended positions and the tail."""
+        own, n = self.fields, self.inputs.shape[1]
+        known = cache.fields(cache.longest + num + n)
+        parts = [part.clone() for part in (known.document, known.block, known.copy, known.ranks)]
+        for r, length in enumerate(cache.lengths):
+            at = slice(length + num, length + num + n)
+            for part, value in zip(parts, (own.document, own.block, own.copy, own.ranks), strict=True):
+                part[r, at] = value[r]
+        return Fields(*parts)
+
+
 class Transformer(nn.Module):
     """See the head of this file. Hidden states in, hidden states out; heads embed and read."""
 
@@ -290,27 +331,39 @@ class Transformer(nn.Module):
         return self.norm(h_RTW), Memory(keys, values, stream.fields)
 
     def extend(
-        self, h_RNW: Tensor, block: Tensor, position: Tensor, is_latent: Tensor | bool, cache: KVCache, valid: list[int]
-    ) -> Tensor:
+        self, h_RNW: Tensor, block: Tensor, position: Tensor, is_latent: Tensor | bool, cache: KVCache,
+        valid: list[int], tail: Tail | None = None,
+    ) -> Tensor:  # fmt: skip
         """Append N positions to every row of the cache; of row r only the first `valid[r]` count, the rest is padding.
 
-        block: (R, N) int64. position: (R, N, 3). Returns normalised hidden states (R, N, W).
+        block: (R, N) int64. position: (R, N, 3). Returns normalised hidden states (R, N, W), with a tail of n
+        placeholders (R, N + n, W).
         """
         n = h_RNW.shape[1]
+        room = n if tail is None else n + tail.inputs.shape[1]
+        cache.reserve(room)
         cache.write_fields(block, valid)
         backend = self._block_backend(h_RNW.device)
+        fields = Fields(torch.zeros_like(block), block, torch.zeros_like(block))
         mask = None
         if not (n == 1 and cache.uniform):
-            fields = Fields(torch.zeros_like(block), block, torch.zeros_like(block))
             mask = AttentionMask(fields, cache.fields(cache.longest + n))
         h_RNW, rotary = self._enter(h_RNW, position)
         latent = is_latent if self.c.latent_weights == "separate" else False
         for index, layer in enumerate(self.blocks):
+            adapter = None
+            if tail is not None and index >= self.c.depth - len(tail.adapters):
+                if index == self.c.depth - len(tail.adapters):
+                    mask = AttentionMask(fields.then(tail.fields), tail.keys(cache, n))
+                    h_RNW = torch.cat([h_RNW, tail.inputs.to(h_RNW.dtype)], 1)
+                    _, rotary = self._enter(h_RNW, torch.cat([position, tail.positions], 1))
+                    latent = F.pad(latent, (0, room - n)) if isinstance(latent, Tensor) else latent
+                adapter = tail.adapters[index - self.c.depth]
 
-            def attention(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+            def attention(q: Tensor, k: Tensor, v: Tensor, index: int = index, mask: Any = mask) -> Tensor:
                 return attend(q, *cache.write(index, k, v), mask, backend)
 
-            h_RNW, _, _ = layer(h_RNW, rotary, attention, latent)
+            h_RNW, _, _ = layer(h_RNW, rotary, attention, latent, None, adapter)
         cache.advance(valid)
         return self.norm(h_RNW)
 

@@ -21,9 +21,9 @@ from tiny_call import (
 from torch import Tensor
 
 from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from omni.drafting import CacheCall
 from omni.heads.joint import JointConfig
 from omni.heads.joint.circuits import Circuit, Laws
-from omni.joint import CacheCall
 from omni.layout import TokenSpan
 from omni.prefill import append_spans
 from omni.rng import Key
@@ -319,7 +319,7 @@ def test_behind_a_real_model(name: str) -> None:
         assert call.passes == 0
         cache = model.transformer.new_cache(2, 8)
         append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
-        behind = CacheCall(model, cache, prefix[:, 1])
+        behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
         draft = head.sample(behind, uniforms(2, K, Key(1)), Key(0))
         assert behind.passes == 1 and draft.ids.shape == (2, K)
         assert (head.log_prob(behind, ids, Key(0)).value - beside).abs().max() < 1e-4

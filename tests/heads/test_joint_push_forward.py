@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from omni.drafting import CacheCall
 from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
 from omni.heads.joint.push_forward import PushForward
 from omni.heads.joint.push_forward_bound import block_bound
 from omni.heads.joint.push_forward_loss import graded, set_task
-from omni.joint import BatchCall, CacheCall, teacher_laws
+from omni.joint import BatchCall, teacher_laws
 from omni.layout import TokenSpan
 from omni.model import Omni
 from omni.pick import interval, pick
@@ -299,7 +300,7 @@ def test_a_draft_behind_a_cache_is_the_draft_beside_a_batch() -> None:
         for passes in (1, 2):
             cache = model.transformer.new_cache(1, 8)
             append_spans(model, cache, [[TokenSpan([5, 1], [False, False])]], 0)
-            behind = CacheCall(model, cache, torch.tensor([3]))
+            behind = CacheCall(model, cache, [[TokenSpan([3], [False])]])
             found = head.sample(behind, u, Key(1), passes)
             assert behind.passes == passes
             other = head.sample(toy_call(model, torch.tensor([[1, 3]]), 4), u, Key(1), passes)

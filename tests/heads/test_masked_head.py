@@ -18,10 +18,10 @@ from torch import Tensor
 from eval.joint.floors import random_step_floors, total_correlation
 from eval.joint.joints import Table, build_joint
 from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from omni.drafting import CacheCall
 from omni.heads.joint import JointConfig, build_head
 from omni.heads.joint.masked import Masked, draw_masks, number_law, sets_of, spread_uniforms
 from omni.heads.joint.masked_sampling import reveal_sizes
-from omni.joint import CacheCall
 from omni.layout import TokenSpan
 from omni.placeholders import Blocks
 from omni.prefill import append_spans
@@ -213,7 +213,7 @@ def test_behind_a_cache_the_laws_are_those_beside_the_batch() -> None:
         beside = head.laws(toy_call(model, prefix, n), ids, shown)
         cache = model.transformer.new_cache(2, 8)
         append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
-        behind = CacheCall(model, cache, prefix[:, 1])
+        behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
         assert (head.laws(behind, ids, shown) - beside).abs().max() < 1e-9
         assert (beside - head.laws(toy_call(model, prefix, n), ids, ~shown)).abs().max() > 1e-2
         for passes in (1, 2, 3):
