@@ -96,9 +96,9 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         if kind in ("coupled", "greedy"):  # what plain decoding says first is in the same pass
             first = pick(token_law(model.token.read(call.start), temperature, top_p), own[:, 0])
             draft = replace(draft, ids=torch.cat([first[:, None], draft.ids[:, 1:]], 1))
-        start = call.start.unsqueeze(1)
+        first_hidden = call.start.unsqueeze(1)
         base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
-        hidden = torch.cat([start, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
+        hidden = torch.cat([first_hidden, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
         law = token_law(model.token.read(hidden), temperature, top_p)
         verdict = _judge(kind, draft, law, own, draws)
         counted = torch.tensor([len(row) < run.num_tokens for row in said])
