@@ -16,7 +16,7 @@ from omni.model import Omni
 from omni.nn.adapter import Adapters, Gated
 from omni.nn.cache import KVCache
 from omni.nn.step import TokenStep
-from omni.nn.transformer import Tail
+from omni.nn.tail import Tail
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ Legend: R rows, N positions (T context, S refine), W width, H query heads, G key
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,6 +32,7 @@ from omni.nn.adapter import Gated
 from omni.nn.attention import AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.cache import KVCache, Memory, Pair, join
 from omni.nn.jvp_attention import attend_with_tangent
+from omni.nn.tail import Tail
 from omni.nn.tangent import Dual, add, lift, linear, product, rms_norm, silu
 from omni.positions import rotary_table, rotate
 
@@ -234,46 +234,6 @@ class Block(nn.Module):
 
 def _modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     return x if scale is None or shift is None else x * scale + shift
-
-
-@dataclass(frozen=True)
-class Tail:
-    """n placeholders behind what is appended to a cache: they read it in the same pass, and nothing of them is kept.
-
-    inputs (R, n, W), which go through the last layers alone, one for each of `adapters` (gated: zero at what is
-    appended). block, position (R,) int64: the number and the rotary coordinate that the first of them has.
-    """
-
-    inputs: Tensor
-    block: Tensor
-    position: Tensor
-    adapters: Sequence[Gated | None]
-    causal: bool
-
-    @property
-    def fields(self) -> Fields:
-        """(R, n) of them all: one copy of a block in the refine stream."""
-        block = self.block[:, None].expand(self.inputs.shape[:2])
-        step = torch.arange(block.shape[1], device=block.device).expand_as(block)
-        return Fields(
-            torch.zeros_like(block), block, torch.ones_like(block), step if self.causal else torch.zeros_like(block)
-        )
-
-    @property
-    def positions(self) -> Tensor:
-        step = torch.arange(self.inputs.shape[1], device=self.position.device)
-        return (self.position[:, None] + step).unsqueeze(-1).expand(-1, -1, 3)
-
-    def keys(self, cache: KVCache, num: int) -> Fields:
-        """Of every slot that is written by a pass over `num` appended positions and the tail."""
-        own, n = self.fields, self.inputs.shape[1]
-        known = cache.fields(cache.longest + num + n)
-        parts = [part.clone() for part in (known.document, known.block, known.copy, known.ranks)]
-        for r, length in enumerate(cache.lengths):
-            at = slice(length + num, length + num + n)
-            for part, value in zip(parts, (own.document, own.block, own.copy, own.ranks), strict=True):
-                part[r, at] = value[r]
-        return Fields(*parts)
 
 
 class Transformer(nn.Module):
