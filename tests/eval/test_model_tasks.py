@@ -12,6 +12,7 @@ from eval.suite import load_tasks
 from eval.task import TASKS, Context
 from omni.codecs import PixelCodec, PixelConfig
 from omni.heads import FlowHeadConfig
+from omni.heads.joint import JointConfig
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
@@ -25,7 +26,10 @@ def context(judge: Judge) -> Context:
     """An untrained model with 4 x 4 latents of exact pixels for a picture of 64 x 64."""
     tokenizer = BPETokenizer.train(["emoji"], 256)
     transformer = TransformerConfig(width=32, depth=2, num_heads=2, num_kv_heads=1, head_dim=16)
-    config = OmniConfig(transformer=transformer, flow=FlowHeadConfig(channels=768), vocab_size=tokenizer.vocab_size)
+    config = OmniConfig(
+        transformer=transformer, flow=FlowHeadConfig(channels=768), vocab_size=tokenizer.vocab_size,
+        joint=JointConfig(head="product", length=4),
+    )  # fmt: skip
     model = Omni(config, Key(0)).eval()
     model.tokenizer, model.codec = tokenizer, PixelCodec(PixelConfig(patch=16))
     context = Context(shared={"atlas": judge.atlas, "judge": judge})
@@ -47,6 +51,14 @@ def test_open_and_when_to_draw_run(context: Context) -> None:
     values = run(context, "open", requests=2, draws=3, steps=1)
     assert values["right_and_sharp"] == 0 and values["coverage"] == 0
     assert 0 <= run(context, "when_to_draw", requests=4, steps=1)["right"] <= 100
+
+
+def test_blocks_of_text_are_those_of_plain_decoding(context: Context) -> None:
+    """The first token of a draft is plain decoding's own; of an untrained head hardly any other stands."""
+    values = run(context, "text_blocks", requests=4, repeats=1)
+    assert values["identical"] == 100
+    assert 1 <= values["accepted"] <= values["drafted"] <= 4 and values["emitted"] >= 1
+    assert values["speedup"] > 0 and values["speedup_whole"] > 0
 
 
 def test_the_contract_holds(context: Context) -> None:
