@@ -6,6 +6,8 @@
               noise (Jacobi iteration; arXiv 2305.10427). K sweeps, from any draft, are plain decoding
       verify  one pass over [x_1 .. x_K], written to the cache: the law of every next id
       emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
+      again   what plain decoding made of the rest of a draft that fell is the next draft (as after a sweep): a round
+              without a drafting pass
 
 A block ends where a picture begins or the turn ends, and no draft can make the header malformed: each id is judged
 under the mask of its own phase, as in plain decoding. With verify = "coupled" the ids are those of plain decoding.
@@ -40,19 +42,24 @@ Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, an
 
 
 def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
-    """One round for the rows that talk in blocks; the other rows of the cache stand still."""
-    draft, start = _draft(engine, talking, rows, cache)
-    wanted: Wanted = {row.number: _usable(engine, row, draft.ids[row.number].tolist()) for row in talking}
-    base = list(cache.lengths), list(cache.next_position), list(cache.next_block)
-    for _ in range(talking[0].options.sweeps):
+    """One round for the rows that talk in blocks and agree in `Row.drafting`; the others of the cache stand still."""
+    again, options = bool(talking[0].leftover), talking[0].options
+    if again:
+        draft, start, proposals = None, None, {row.number: row.leftover for row in talking}
+    else:
+        draft, start = _draft(engine, talking, rows, cache)
+        proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
+    wanted: Wanted = {row.number: _usable(engine, row, proposals[row.number]) for row in talking}
+    base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
+    for _ in range(options.sweeps):
         for row, logits in _read_drafts(engine, talking, rows, cache, start, wanted):
             wanted[row.number] = _usable(engine, row, _redraw(engine, row, wanted[row.number][0], logits))
             cache.truncate(row.number, *(field[row.number] for field in base))
-    if talking[0].options.verify == "none":
+    if options.verify == "none":
         for row in talking:
             ids = wanted[row.number][0]
             legal = _legal(engine, row, ids)
-            said = yield from _emit(engine, row, legal, (len(ids), len(legal)))
+            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal)))
             row.pending = [TokenSpan(said, [False] * len(said))]
         return
     for row, logits in _read_drafts(engine, talking, rows, cache, start, wanted):
@@ -60,24 +67,32 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
         verdict = _judge(engine, row, draft, ids, logits)
         kept = int(verdict.kept[0])
         count = kept + 1 if whole or kept < len(ids) else kept
-        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), (len(ids), kept))
-        m = len(said) - 1  # the last one goes in with the next draft
-        cache.truncate(r, base[0][r] + m, base[1][r] + m, base[2][r] + m)
+        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), Drafted(len(ids), kept, again))
+        m = len(said) - 1 + again  # the last one goes in with the next pass; one of the last round went in with this
+        cache.truncate(r, *(field[r] + m for field in base))
         row.pending = [TokenSpan([said[-1]], [False])]
+        over = row.phase in ("block", "done") or bool(row.forced)
+        row.leftover = [] if over or not row.recycles else verdict.ids[0, count:].tolist()
 
 
 def _read_drafts(
-    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor, wanted: Wanted
+    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
     """One pass over the draft of every talking row, written to the cache; logits (K + 1, V) of each, those of the
-    hidden state `start` (R, W) before it first."""
+    hidden state `start` (R, W) before it first. Without a start, the last id of each row goes before its draft."""
     ids: list[list[int]] = [[] for _ in rows]
     for row in talking:
-        ids[row.number] = wanted[row.number][0]
+        ids[row.number] = [*_last(row), *wanted[row.number][0]] if start is None else wanted[row.number][0]
     hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
-    hidden = torch.cat([start.unsqueeze(1), hidden], 1)
+    hidden = hidden if start is None else torch.cat([start.unsqueeze(1), hidden], 1)
     for row in talking:
-        yield row, engine.model.token.read(hidden[row.number, : len(ids[row.number]) + 1])
+        yield row, engine.model.token.read(hidden[row.number, : len(wanted[row.number][0]) + 1])
+
+
+def _last(row: Row) -> list[int]:
+    [span] = row.pending
+    assert isinstance(span, TokenSpan) and len(span.ids) == 1
+    return span.ids
 
 
 def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> list[int]:
@@ -155,13 +170,13 @@ def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tenso
     return token_law(logits.float() + torch.stack(masks), temperature, row.options.top_p)
 
 
-def _judge(engine: Engine, row: Row, draft: Draft, ids: Sequence[int], logits: Tensor) -> Verdict:
+def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
     drafted = torch.tensor([list(ids)], device=logits.device)
     log_p = _laws(engine, row, ids, logits)[None]
     kind, K = row.options.verify, len(ids)
     if kind in ("coupled", "greedy"):
         return coupled(drafted, log_p, torch.tensor([_noise(row, K + 1)], dtype=torch.float64, device=logits.device))
-    if draft.log_q is None:
+    if draft is None or draft.log_q is None:
         raise ValueError(
             f"verify = {kind!r} needs the laws that the draft was drawn from, which this model's joint-token head does "
             "not have; take verify = 'coupled'"
@@ -183,10 +198,10 @@ def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: tuple[int, int]) -> Iterator:
+def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: Drafted) -> Iterator:
     """The row says ids until its state changes; yields events, returns those that were said."""
-    row.drafted(*trace)
-    yield row.number, Drafted(*trace)
+    row.note(trace)
+    yield row.number, trace
     said: list[int] = []
     for token in ids:
         said.append(token)

@@ -246,6 +246,9 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--verify", choices=verify, help="what becomes of drafts; none keeps them as they are (lossy)")
     sweeps = _number(whole, 0, 64, "0 takes drafts as the head makes them")
     sub.add_argument("--sweeps", type=sweeps, metavar="N", help="passes that redraw a draft before it is judged")
+    sub.add_argument(
+        "--recycle", action="store_true", default=None, help="judge the rest of a draft that fell before drafting again"
+    )
     sub.add_argument("--adaptive", action="store_true", default=None, help="drafts as long as the last ones stood")
     temperature = _number(real, 0, 100, "0 always takes the likeliest token")
     sub.add_argument("--temperature", type=temperature, metavar="T", help="of text; 0 is greedy")

@@ -31,6 +31,8 @@ class GenerationOptions(Frozen):
     (its law), "greedy" (coupled, temperature 0), or "none", which keeps drafts as they are: LOSSY.
     sweeps: passes that redraw a draft, each token with its own noise, before "coupled" judges it or "none" keeps it; as
     many as it has tokens make it what plain decoding says.
+    recycle: with "coupled" and "greedy", what plain decoding made of the rest of a draft that fell is judged before the
+    head drafts again: a cheaper round, that keeps less.
     adaptive: drafts as long as the last ones stood, at most tokens_per_pass.
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
     force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
@@ -48,6 +50,7 @@ class GenerationOptions(Frozen):
     tokens_per_pass: int | None = None
     verify: str | None = None
     sweeps: int = 0
+    recycle: bool = False
     adaptive: bool = False
     temperature: float | None = None
     top_p: float = 1.0
@@ -204,10 +207,12 @@ class Stop:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One round of text in blocks: how many tokens were drafted, and how many of them were kept."""
+    """One round of text in blocks: how many tokens were drafted, and how many of them were kept. again: not by the
+    head, but by plain decoding from a draft of the head that fell."""
 
     drafted: int
     kept: int
+    again: bool = False
 
 
 Event = TextDelta | Drafted | BlockStart | BlockStep | BlockDone | Stop
@@ -220,7 +225,7 @@ class Reply:
     parts: list[Part]
     document: Document
     stop_reason: StopReason
-    drafts: tuple[tuple[int, int], ...] = ()  # (tokens drafted, tokens kept) of each round of text in blocks
+    drafts: tuple[Drafted, ...] = ()  # of each round of text in blocks
 
     @property
     def text(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni.document import Segment
 from omni.layout import Span
-from omni.reply import GenerationOptions, Part, StopReason
+from omni.reply import Drafted, GenerationOptions, Part, StopReason
 from omni.rng import Key
 from omni.text.tokenizer import TextStream
 
@@ -47,7 +47,8 @@ class Row:
     pending: list[Span] = field(default_factory=list)  # what comes next in the cache
     media: Media | None = None
     parts: list[Part] = field(default_factory=list)
-    drafts: list[tuple[int, int]] = field(default_factory=list)  # (tokens drafted, tokens kept) of each round
+    drafts: list[Drafted] = field(default_factory=list)  # of each round of text in blocks
+    leftover: list[int] = field(default_factory=list)  # the next draft, if the last one fell
     room: int | None = None  # tokens of the next draft, where that is adapted
     reason: StopReason = "end"
 
@@ -56,9 +57,14 @@ class Row:
         return Key(self.options.seed)
 
     @property
-    def drafting(self) -> tuple[str | None, int]:
+    def drafting(self) -> tuple[str | None, int, bool]:
         """Rows that agree in this can share a round of drafting."""
-        return self.options.verify, self.options.sweeps
+        return self.options.verify, self.options.sweeps, bool(self.leftover)
+
+    @property
+    def recycles(self) -> bool:
+        """Whether the rest of a draft that fell may be the next one: only common noise can judge it."""
+        return self.options.recycle and not self.options.sweeps and self.options.verify in ("coupled", "greedy")
 
     @property
     def draft_length(self) -> int:
@@ -66,8 +72,10 @@ class Row:
         budget = self.options.tokens_per_pass or 1
         return budget if self.room is None else min(self.room, budget)
 
-    def drafted(self, drafted: int, kept: int) -> None:
-        """Note a round; with `adaptive`, the next draft is twice as long if all was kept, else two past what was."""
-        self.drafts.append((drafted, kept))
-        if self.options.adaptive:
-            self.room = max(2 * drafted, 2) if kept == drafted else kept + 2
+    def note(self, drafted: Drafted) -> None:
+        """A round has been. With `adaptive`, the next draft of the head is twice as long if all of its last one was
+        kept, else two past what was."""
+        self.drafts.append(drafted)
+        if self.options.adaptive and not drafted.again:
+            whole = drafted.kept == drafted.drafted
+            self.room = max(2 * drafted.drafted, 2) if whole else drafted.kept + 2

@@ -225,6 +225,7 @@ class BlockOptions(TaskOptions):
     tokens_per_pass: int | None = Field(default=None, ge=2)
     verify: str = "coupled"
     adaptive: bool = False
+    recycle: bool = False
     compile: bool = False
 
 
@@ -233,7 +234,7 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     """Text of heldout answers drafted in blocks, beside plain cached decoding of the same replies in the same run."""
     engine = Engine(context.model, compile=options.compile)
     prompts = [prompt_of(document) for document in requests(context, dict.fromkeys(KINDS, 1.0), options.requests)]
-    own = {"verify": options.verify, "adaptive": options.adaptive, "tokens_per_pass": options.tokens_per_pass}
+    own = {name: getattr(options, name) for name in ("verify", "adaptive", "recycle", "tokens_per_pass")}
     ways = {"plain": {"tokens_per_pass": 1}, "blocks": own}
     seconds: dict[str, list[float]] = {name: [] for name in ("prompt", *ways)}
     found: dict[str, list[Told]] = {}
@@ -244,20 +245,22 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
             found[name] = [_tell(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
             seconds[name].append(sum(told.seconds for told in found[name]))
     rounds = [one for told in found["blocks"] for one in told.rounds]
+    fresh = [one for one in rounds if not one.again]
     number = sum(told.num_tokens for told in found["plain"])
     spent = {name: statistics.median(values) for name, values in seconds.items()}
     same = [a.text == b.text for a, b in zip(found["plain"], found["blocks"], strict=True)]
     measures = [
-        Measure("accepted", sum(kept for _, kept in rounds) / len(rounds), "tokens/pass"),
-        Measure("drafted", sum(drafted for drafted, _ in rounds) / len(rounds), "tokens/pass"),
-        Measure("emitted", number / len(rounds), "tokens/round"),
+        Measure("accepted", sum(one.kept for one in fresh) / len(fresh), "tokens/pass"),
+        Measure("drafted", sum(one.drafted for one in fresh) / len(fresh), "tokens/pass"),
+        Measure("emitted", number / (len(rounds) + len(fresh)), "tokens/pass"),
         Measure("identical", percentage(same), "%"),
         Measure("speedup", (spent["plain"] - spent["prompt"]) / (spent["blocks"] - spent["prompt"]), "x"),
         Measure("speedup_whole", spent["plain"] / spent["blocks"], "x"),
     ]
     note = (
         f"{len(prompts)} answers of all kinds, {number} tokens (text, the headers of pictures, ends of turns), "
-        f"{len(rounds)} rounds of one drafting and one verifying pass; {options.verify}, temperature "
+        f"{len(fresh)} drafts of the head, {len(rounds)} verifying passes (emitted: tokens by passes of both kinds); "
+        f"{options.verify}, temperature "
         f"{options.temperature:g}; one reply at a time, time between pictures alone; medians of {options.repeats} "
         "alternating runs; speedup leaves out the pass over the prompt, speedup_whole does not"
     )
@@ -266,17 +269,18 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
 
 @dataclass(frozen=True)
 class Told:
-    """A reply: its words, the shapes of its pictures and what ended it, as one string; (drafted, kept) of its rounds;
-    tokens that were chosen; seconds spent on anything but pictures."""
+    """A reply: its words, the shapes of its pictures and what ended it, as one string; its rounds; tokens that were
+    chosen; seconds spent on anything but pictures."""
 
     text: str
-    rounds: list[tuple[int, int]]
+    rounds: list[Drafted]
     num_tokens: int
     seconds: float
 
 
 def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Told:
-    text, rounds, number, seconds, start = "", [], 0, 0.0, time.perf_counter()
+    rounds: list[Drafted] = []
+    text, number, seconds, start = "", 0, 0.0, time.perf_counter()
     for event in engine.stream(prompt, seed=seed, **how):
         now = time.perf_counter()
         if not isinstance(event, (BlockStep, BlockDone)):
@@ -289,7 +293,7 @@ def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -
                 text += f"<{event.kind} {event.grid}>"
                 number += HEADER[event.kind]
             case Drafted():
-                rounds.append((event.drafted, event.kept))
+                rounds.append(event)
             case Stop():
                 text += f"<{event.reason}>"
                 number += event.reason == "end"
