@@ -102,6 +102,10 @@ class Outcome:
     curves: Sequence[Curve] = ()
     notes: Sequence[str] = ()
 
+    def value(self, name: str) -> float:
+        """Of the measure of that name."""
+        return {measure.name: measure.value for measure in self.measures}[name]
+
 
 @dataclass(frozen=True)
 class Context:

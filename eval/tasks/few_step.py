@@ -129,7 +129,7 @@ def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -
         values["coverage"] = rows["coverage"]
     if options.scenes:
         scenes = RequestOptions(requests=options.scenes, kinds=KINDS, **common)
-        values["scenes"] = exact_scenes(context, scenes, {"scene": 1.0}, ()).measures[0].value
+        values["scenes"] = exact_scenes(context, scenes, {"scene": 1.0}, ()).value("right")
     values["seconds"] = seconds_a_picture(context, options, common)
     return values, list(outcome.panels[:6])
 

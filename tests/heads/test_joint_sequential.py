@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from real_model import check_behind_a_real_model
 from tiny_call import (
     VOCABULARY,
     WIDTH,
@@ -19,12 +20,8 @@ from tiny_call import (
 )
 from torch import Tensor
 
-from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
-from omni.drafting import CacheCall
-from omni.heads.joint import JointConfig
+from eval.joint.toy import uniforms
 from omni.heads.joint.sequential import Sequential
-from omni.layout import TokenSpan
-from omni.prefill import append_spans
 from omni.rng import Key
 
 
@@ -152,26 +149,4 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_behind_a_real_model() -> None:
-    """One pass behind a cache, the same law as beside the batch, and training moves the head alone."""
-    K, V = 3, 4
-    model = toy_model(JointConfig(head="sequential", length=K), V, Key(0), width=16, depth=1)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    prefix = torch.tensor([[1, 2], [3, 0]])
-
-    def draw(key: Key, rows: int) -> tuple[Tensor, Tensor]:
-        return torch.randint(0, V, (rows, 2), generator=key.generator()), torch.tensor([[1, 3, 0]]).expand(rows, K)
-
-    losses = train(model, draw, Budget(0, 20, rows=16, rate=1e-2), Key(0))["sequential"]
-    assert losses[-1] < losses[0]
-    assert all(n.startswith("joint.") or torch.equal(p, before[n]) for n, p in model.named_parameters())
-    head, model = head_of(model), model.eval()
-    with torch.inference_mode():
-        call, ids = toy_call(model, prefix, K), torch.tensor([[0, 1, 2], [3, 4, 1]])
-        beside = head.log_prob(call, ids, Key(0)).value
-        assert call.passes == 0
-        cache = model.transformer.new_cache(2, 8)
-        append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
-        behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
-        draft = head.sample(behind, uniforms(2, K, Key(1)), Key(0))
-        assert behind.passes == 1 and draft.ids.shape == (2, K)
-        assert (head.log_prob(behind, ids, Key(0)).value - beside).abs().max() < 1e-4
+    check_behind_a_real_model("sequential", "sequential", {})

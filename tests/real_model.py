@@ -1,0 +1,43 @@
+"""A head on the toy transformer: what every head without placeholders must show beside a batch and behind a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from omni.drafting import CacheCall
+from omni.heads.joint import JointConfig, JointHead
+from omni.layout import TokenSpan
+from omni.prefill import append_spans
+from omni.rng import Key
+
+K, V = 3, 4
+
+
+def check_behind_a_real_model(name: str, loss: str, options: dict[str, Any]) -> JointHead:
+    """One pass behind a cache, the same law as beside the batch, and training moves the head alone."""
+    model = toy_model(JointConfig(head=name, length=K, options=options), V, Key(0), width=16, depth=1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    prefix = torch.tensor([[1, 2], [3, 0]])
+
+    def draw(key: Key, rows: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(0, V, (rows, 2), generator=key.generator()), torch.tensor([[1, 3, 0]]).expand(rows, K)
+
+    losses = train(model, draw, Budget(0, 20, rows=16, rate=1e-2), Key(0))[loss]
+    assert losses[-1] < losses[0]
+    assert all(n.startswith("joint.") or torch.equal(p, before[n]) for n, p in model.named_parameters())
+    head, model = head_of(model), model.eval()
+    with torch.inference_mode():
+        call, ids = toy_call(model, prefix, K), torch.tensor([[0, 1, 2], [3, 4, 1]])
+        beside = head.log_prob(call, ids, Key(0)).value
+        assert call.passes == 0
+        cache = model.transformer.new_cache(2, 8)
+        append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
+        behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
+        draft = head.sample(behind, uniforms(2, K, Key(1)), Key(0))
+        assert behind.passes == 1 and draft.ids.shape == (2, K)
+        assert (head.log_prob(behind, ids, Key(0)).value - beside).abs().max() < 1e-4
+    return head
