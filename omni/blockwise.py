@@ -72,21 +72,29 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
         cache.truncate(r, *(field[r] + m for field in base))
         row.pending = [TokenSpan([said[-1]], [False])]
         over = row.phase in ("block", "done") or bool(row.forced)
-        row.leftover = [] if over or not row.recycles else verdict.ids[0, count:].tolist()
+        row.leftover = [] if over or not row.recycles else verdict.ids[0, count : len(ids) + whole].tolist()
 
 
 def _read_drafts(
     engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
-    """One pass over the draft of every talking row, written to the cache; logits (K + 1, V) of each, those of the
-    hidden state `start` (R, W) before it first. Without a start, the last id of each row goes before its draft."""
+    """One pass over the draft of every talking row, written to the cache; logits of each, those of the hidden state
+    `start` (R, W) before it first. Without a start, the last id of each row goes before its draft. An id that nothing
+    may follow is not read (so there may be no pass at all): logits (K, V) then, else (K + 1, V)."""
     ids: list[list[int]] = [[] for _ in rows]
     for row in talking:
-        ids[row.number] = [*_last(row), *wanted[row.number][0]] if start is None else wanted[row.number][0]
-    hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
-    hidden = hidden if start is None else torch.cat([start.unsqueeze(1), hidden], 1)
+        draft, whole = wanted[row.number]
+        read = draft if whole else draft[:-1]
+        ids[row.number] = [*_last(row), *read] if start is None else read
+    if any(ids):
+        hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
+        hidden = hidden if start is None else torch.cat([start.unsqueeze(1), hidden], 1)
+    else:
+        assert start is not None
+        hidden = start.unsqueeze(1)
     for row in talking:
-        yield row, engine.model.token.read(hidden[row.number, : len(wanted[row.number][0]) + 1])
+        draft, whole = wanted[row.number]
+        yield row, engine.model.token.read(hidden[row.number, : len(draft) + whole])
 
 
 def _last(row: Row) -> list[int]:
@@ -97,7 +105,7 @@ def _last(row: Row) -> list[int]:
 
 def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> list[int]:
     """Every id of a draft as plain decoding would say it if those before it were right."""
-    laws = _laws(engine, row, ids, logits)[:-1]
+    laws = _laws(engine, row, ids, logits)[: len(ids)]
     return pick(laws, torch.tensor(_noise(row, len(ids)), dtype=torch.float64, device=laws.device)).tolist()
 
 
@@ -159,9 +167,10 @@ def _usable(engine: Engine, row: Row, ids: Sequence[int]) -> tuple[list[int], bo
 
 
 def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
-    """(K + 1, V) float64: the law of every next id, each under the mask of its phase."""
+    """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
+    phase."""
     masks, phase = [], row.phase
-    for token in (*ids, None):
+    for token in (*ids, None)[: len(logits)]:
         masks.append(engine.mask_of(row, phase))
         if token is not None and engine.following(row, phase, token) not in ("block", "done"):
             phase = engine.following(row, phase, token)
@@ -172,7 +181,8 @@ def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tenso
 
 def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
     drafted = torch.tensor([list(ids)], device=logits.device)
-    log_p = _laws(engine, row, ids, logits)[None]
+    log_p = _laws(engine, row, ids, logits)
+    log_p = torch.cat([log_p, log_p[-1:]])[None, : len(ids) + 1]  # what would follow an id that nothing may: not used
     kind, K = row.options.verify, len(ids)
     if kind in ("coupled", "greedy"):
         return coupled(drafted, log_p, torch.tensor([_noise(row, K + 1)], dtype=torch.float64, device=logits.device))
