@@ -112,7 +112,8 @@ class Engine:
         """With the model's own defaults filled in. Raises ValueError naming an impossible value."""
         joint = self.model.config.joint
         length = 1 if joint is None else joint.length
-        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": length, **self.model.defaults})
+        usual = 1 if isinstance(self.step, CompiledStep) else length  # native steps of one token are the faster way
+        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **self.model.defaults})
         if (out.tokens_per_pass or 1) > length:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head draws {length}"
             raise ValueError(f"tokens_per_pass = {out.tokens_per_pass} is too many: {why}; take at most {length}")

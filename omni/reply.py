@@ -26,7 +26,8 @@ class GenerationOptions(Frozen):
     grid: where the jumps end: a name of omni.samplers.GRIDS, or the times themselves, from at most 1 (noise) to 0, in
     which case they say how many steps there are. start_time: the first time, 1 is noise. shift: time-grid warp.
     guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance).
-    tokens_per_pass: how many tokens a pass may draft, with a model that has a joint-token head; 1 is plain decoding.
+    tokens_per_pass: how many tokens a pass may draft, with a model that has a joint-token head (its default is all that
+    the head draws, but in an Engine with compile=True); 1 is plain decoding.
     verify: what becomes of a draft: "coupled" (exactly what plain decoding says with this seed), "rejection", "block"
     (its law), "greedy" (coupled, temperature 0), or "none", which keeps drafts as they are: LOSSY.
     sweeps: passes that redraw a draft, each token with its own noise, before "coupled" judges it or "none" keeps it; as
