@@ -42,6 +42,8 @@ SIZES = [
 class Listener(JointHead):
     """Says what its teacher's laws name; learns nothing, but keeps what it was taught."""
 
+    passes = "divisors"
+
     layout, needs_teacher = "causal", True
     heard: list[torch.Tensor] = []
 
