@@ -42,9 +42,7 @@ SIZES = [
 class Listener(JointHead):
     """Says what its teacher's laws name; learns nothing, but keeps what it was taught."""
 
-    passes = "divisors"
-
-    layout, needs_teacher = "causal", True
+    layout, needs_teacher, passes = "causal", True, "divisors"
     heard: list[torch.Tensor] = []
 
     def __init__(self, config: object, length: int, vocab_size: int, width: int) -> None:
