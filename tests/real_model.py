@@ -1,4 +1,4 @@
-"""A head on the toy transformer: what every head without placeholders must show beside a batch and behind a cache."""
+"""A head on the toy transformer: one whose laws are far from uniform, and what heads without placeholders must show."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.drafting import CacheCall
 from omni.heads.joint import JointConfig, JointHead
 from omni.layout import TokenSpan
+from omni.model import Omni
 from omni.prefill import append_spans
 from omni.rng import Key
 
@@ -41,3 +42,15 @@ def check_behind_a_real_model(name: str, loss: str, options: dict[str, Any]) -> 
         assert behind.passes == 1 and draft.ids.shape == (2, K)
         assert (head.log_prob(behind, ids, Key(0)).value - beside).abs().max() < 1e-4
     return head
+
+
+def alive_model(name: str, length: int, vocab_size: int, token_scale: float, scale: float, **options: Any) -> Omni:
+    """Width 16, float64, laws far from uniform: weights that start at zero are drawn with deviation `scale`."""
+    config = JointConfig(head=name, length=length, adapter_rank=2, options=options)
+    model = toy_model(config, vocab_size, Key(0), width=16, depth=1).double().eval()
+    with torch.no_grad():
+        model.token.embedding.weight.mul_(token_scale)
+        for part, parameter in model.named_parameters():
+            if ".up." in part or "decoder" in part or "placeholder" in part:
+                parameter.copy_(Key(0).fold("alive", part).normal(tuple(parameter.shape), torch.float64) * scale)
+    return model

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eval.joint.distances import Distances, of_samples, of_support
 from eval.joint.joints import Table, build_joint
-from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from eval.joint.toy import Budget, beside, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.config import Frozen
 from omni.heads.joint import JOINT_HEADS, JointConfig, build_head
 from omni.joint import teacher_laws
@@ -124,9 +124,7 @@ def run_group(joint_name: str, lines: Mapping[str, HeadLine], options: LabOption
         config = JointConfig(
             head=line.head, length=joint.length, adapter_rank=options.adapter_rank, options=line.options
         )
-        model = toy_model(config, joint.vocab_size, key.fold("model"), options.width, options.depth)
-        left = model.load_state_dict(backbone.state_dict(), strict=False)
-        assert all(name.startswith("joint.") for name in left.missing_keys), left
+        model = beside(backbone, config, key.fold("model"))
         found[name] = _train_and_measure(model, joint, line, options, key.fold("head", name))
     return Group(plain_distances(backbone.eval(), joint), found)
 

@@ -9,7 +9,7 @@ Legend: R rows, T bytes of a window, N blocks of a row, B = R N blocks, K bytes 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from pydantic import Field
 from torch import Tensor
 
 from eval.joint.decode import Pace, Rounds, decode_plain, decode_rounds
-from eval.joint.toy import Budget, head_of, optimise, toy_batch, toy_call, toy_model
+from eval.joint.toy import Budget, beside, head_of, optimise, toy_batch, toy_call, toy_model
 from omni.config import Frozen
 from omni.heads.joint import JointConfig, JointHead, build_head
 from omni.joint import BatchCall, joint_loss, teacher_laws
 from omni.layout import Batch
 from omni.model import Omni
-from omni.placeholders import choose_blocks
+from omni.placeholders import Blocks, choose_blocks
 from omni.rng import Key
 
 BYTES = 256
@@ -119,9 +119,7 @@ def train_backbone(text: Text, run: TextOptions, key: Key) -> Omni:
 def train_head(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: Key) -> Omni:
     """A model with the backbone's weights and a trained head. Depends on what is given alone."""
     config = JointConfig(head=line.head, length=run.length, adapter_rank=run.adapter_rank, options=line.options)
-    model = toy_model(config, BYTES, key.fold("model"), run.width, run.depth)
-    left = model.load_state_dict(backbone.state_dict(), strict=False)
-    assert all(name.startswith("joint.") for name in left.missing_keys), left
+    model = beside(backbone, config, key.fold("model"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("joint."))
 
@@ -243,43 +241,44 @@ def _own_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
 @torch.inference_mode()
 def held_out(model: Omni, text: Text, run: TextOptions, key: Key) -> Scores:
     """The head's likelihood of whole blocks of held-out windows."""
-    head, per_row = head_of(model), run.blocks
+    head = head_of(model)
     total = torch.zeros(run.length, dtype=torch.float64)
     number, value, kind = 0, 0.0, None
-    for calls, ids, whole, own in _scored(model, text, run, key, per_row):
+    for call, blocks, own in _held_out_blocks(model, text, run, key):
+        whole = blocks.valid.all(1)
         number += int(whole.sum())
-        if type(head).conditional:
-            laws = head.conditionals(calls, ids).double().gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            total -= laws[whole].sum(0)
+        if head.conditional:
+            total -= _of_ids(head.conditionals(call, blocks.ids), blocks.ids)[whole].sum(0)
         if _has_likelihood(head):
-            found = head.log_prob(calls, ids, own)
+            found = head.log_prob(call, blocks.ids, own)
             value, kind = value - float(found.value[whole].sum()), found.kind
-    positions = tuple((total / number).tolist()) if type(head).conditional else None
+    positions = tuple((total / number).tolist()) if head.conditional else None
     return Scores(value / number / run.length if kind else float("nan"), positions, kind)
 
 
 @torch.inference_mode()
 def _plain_scores(model: Omni, text: Text, run: TextOptions, key: Key) -> Scores:
     total, number = torch.zeros(run.length, dtype=torch.float64), 0
-    for batch, own in _held_out_batches(text, run, key):
-        starts, blocks = choose_blocks(batch, run.length, run.blocks, own)
-        laws = teacher_laws(model, model.context(batch)[0], starts, blocks)
+    for call, blocks, _ in _held_out_blocks(model, text, run, key):
         whole = blocks.valid.all(1)
-        total -= laws.gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)[whole].sum(0)
+        laws = teacher_laws(model, call.hidden, call.starts, blocks)
+        total -= _of_ids(laws, blocks.ids)[whole].sum(0)
         number += int(whole.sum())
     return Scores(float(total.sum()) / number / run.length, tuple((total / number).tolist()), "exact")
 
 
-def _scored(model: Omni, text: Text, run: TextOptions, key: Key, per_row: int):  # noqa: ANN202
-    for batch, own in _held_out_batches(text, run, key):
-        starts, blocks = choose_blocks(batch, run.length, per_row, own)
-        yield BatchCall(model, starts, *model.context(batch)), blocks.ids, blocks.valid.all(1), own
-
-
-def _held_out_batches(text: Text, run: TextOptions, key: Key):  # noqa: ANN202
+def _held_out_blocks(model: Omni, text: Text, run: TextOptions, key: Key) -> Iterator[tuple[BatchCall, Blocks, Key]]:
+    """Blocks of held-out windows, the same for every head, and a key for each batch of them."""
     own = key.fold("scored")
     for at, part in enumerate(windows(text.test, run.scored, run.window, own).split(run.rows)):
-        yield _batch(part), own.fold("chunk", at)
+        batch, chunk = _batch(part), own.fold("chunk", at)
+        starts, blocks = choose_blocks(batch, run.length, run.blocks, chunk)
+        yield BatchCall(model, starts, *model.context(batch)), blocks, chunk
+
+
+def _of_ids(laws: Tensor, ids: Tensor) -> Tensor:
+    """(B, K) float64 of laws (B, K, V): what they say of ids (B, K)."""
+    return laws.double().gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def _has_likelihood(head: JointHead) -> bool:

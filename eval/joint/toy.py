@@ -46,6 +46,14 @@ def toy_model(joint: JointConfig | None, vocab_size: int, key: Key, width: int =
     return Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=vocab_size + 1, joint=joint), key)
 
 
+def beside(backbone: Omni, joint: JointConfig, key: Key) -> Omni:
+    """A new model of the backbone's weights, with a joint-token head drawn by `key`."""
+    model = Omni(backbone.config.model_copy(update={"joint": joint}), key)
+    left = model.load_state_dict(backbone.state_dict(), strict=False)
+    assert all(name.startswith("joint.") for name in left.missing_keys), left
+    return model
+
+
 def toy_batch(prefix: Tensor, block: Tensor, bos: int) -> tuple[Batch, Starts, Blocks]:
     """One document a row; the whole block supervised, the prefix not."""
     B, K = block.shape

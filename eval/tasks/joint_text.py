@@ -217,7 +217,7 @@ def _conditions(text: Text, options: JointTextOptions) -> str:
 
 class BlockOptions(TaskOptions):
     """requests: how many, over all kinds of documents. repeats: alternating runs of each way, of which the medians
-    count. tokens_per_pass: None is the model's own. compile: text steps of plain decoding as native code."""
+    count. tokens_per_pass: None is all that the head draws. compile: text steps of plain decoding as native code."""
 
     requests: int = Field(default=48, ge=1)
     repeats: int = Field(default=3, ge=1)
@@ -232,9 +232,12 @@ class BlockOptions(TaskOptions):
 @task("text_blocks", BlockOptions, rows=("accepted", "emitted", "identical", "speedup", "speedup_whole", "drafted"))
 def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     """Text of heldout answers drafted in blocks, beside plain cached decoding of the same replies in the same run."""
+    if context.model.joint is None:
+        raise ValueError("text_blocks needs a model with a joint-token head; train one with emoji_joint.toml")
     engine = Engine(context.model, compile=options.compile)
     prompts = [prompt_of(document) for document in requests(context, dict.fromkeys(KINDS, 1.0), options.requests)]
-    own = {name: getattr(options, name) for name in ("verify", "adaptive", "recycle", "tokens_per_pass")}
+    own = {name: getattr(options, name) for name in ("verify", "adaptive", "recycle")}
+    own["tokens_per_pass"] = options.tokens_per_pass or context.model.joint.head.length
     ways = {"plain": {"tokens_per_pass": 1}, "blocks": own}
     seconds: dict[str, list[float]] = {name: [] for name in ("prompt", *ways)}
     found: dict[str, list[Told]] = {}

@@ -23,16 +23,11 @@ from eval.joint.floors import (
     subset_entropies,
     total_correlation,
 )
-from eval.joint.joints import Table, build_joint, table
+from eval.joint.joints import Table, table
+from eval.joint.lab import known_table
 from omni.rng import Key
 
 LN2 = math.log(2)
-
-
-def known(name: str) -> Table:
-    joint = build_joint(name)
-    assert isinstance(joint, Table)
-    return joint
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------
@@ -58,7 +53,7 @@ def known(name: str) -> Table:
     ],
 )
 def test_floors_of_products(name: str, correlation: float, marginals: float, least: float, accepted: float) -> None:
-    joint = known(name)
+    joint = known_table(name)
     assert total_correlation(joint) == pytest.approx(correlation, abs=6e-4)
     assert marginals_tv(joint) == pytest.approx(marginals, abs=6e-4)
     assert accepted_by_marginals(joint) == pytest.approx(accepted, abs=6e-4)
@@ -70,8 +65,8 @@ def test_least_products_in_closed_form() -> None:
     for n in (4, 9):
         joint = table("matching", torch.arange(n).unsqueeze(1).expand(-1, 2), n)
         assert least_product_tv(joint, Key(1), restarts=32) == pytest.approx(1 - n**-0.5, abs=1e-4)
-    assert least_product_tv(known("poker_s5"), Key(1)) == pytest.approx(2 * math.sqrt(0.4) - 0.8, abs=5e-4)
-    assert least_product_tv(known("poker_s6"), Key(1)) == pytest.approx(2 / math.sqrt(3) - 2 / 3, abs=5e-4)
+    assert least_product_tv(known_table("poker_s5"), Key(1)) == pytest.approx(2 * math.sqrt(0.4) - 0.8, abs=5e-4)
+    assert least_product_tv(known_table("poker_s6"), Key(1)) == pytest.approx(2 / math.sqrt(3) - 2 / 3, abs=5e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -87,7 +82,7 @@ def test_least_product_of_a_random_joint_beside_a_fine_grid(seed: int) -> None:
 
 
 def test_the_product_of_marginals_has_least_divergence_and_not_least_distance() -> None:
-    joint = known("poker_s6_dealt")
+    joint = known_table("poker_s6_dealt")
     marginals = joint.marginals()
     product_law = marginals[0][:, None] * marginals[1]
     found = of_law(joint, product_law)
@@ -101,7 +96,7 @@ def test_the_product_of_marginals_has_least_divergence_and_not_least_distance() 
 
 
 def test_floors_of_products_are_keyed() -> None:
-    joint = known("permutation3")
+    joint = known_table("permutation3")
     assert least_product_tv(joint, Key(5), 2, 3) == least_product_tv(joint, Key(5), 2, 3)
 
 
@@ -120,7 +115,7 @@ def slow_accepted(joint: Table) -> float:
 
 @pytest.mark.parametrize("name", ["sticky3", "permutation3", "group_words4"])
 def test_accepted_tokens_by_enumeration(name: str) -> None:
-    assert accepted_by_marginals(known(name)) == pytest.approx(slow_accepted(known(name)), abs=1e-9)
+    assert accepted_by_marginals(known_table(name)) == pytest.approx(slow_accepted(known_table(name)), abs=1e-9)
 
 
 # ---- several steps -------------------------------------------------------------------------------------------------
@@ -139,7 +134,7 @@ def test_accepted_tokens_by_enumeration(name: str) -> None:
     ],
 )
 def test_floors_of_several_steps(name: str, best: list[float], random: list[float]) -> None:
-    joint = known(name)
+    joint = known_table(name)
     assert best_step_floors(joint)[: len(best)] == pytest.approx(best, abs=6e-4)
     assert random_step_floors(joint)[: len(random)] == pytest.approx(random, abs=6e-4)
     assert best_step_floors(joint)[-1] == pytest.approx(0, abs=1e-9)
@@ -173,7 +168,7 @@ def _mass(joint: Table, places: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["permutation4", "group_words4", "very_sticky3", "poker_s6_dealt"])
 def test_steps_beside_all_ordered_partitions(name: str) -> None:
-    joint = known(name)
+    joint = known_table(name)
     found = [math.inf] * joint.length
     equal: dict[int, list[float]] = {}
     for sets in ordered_partitions(tuple(range(joint.length))):
@@ -188,7 +183,7 @@ def test_steps_beside_all_ordered_partitions(name: str) -> None:
 
 
 def test_entropies_of_subsets() -> None:
-    joint = known("permutation4")
+    joint = known_table("permutation4")
     H = subset_entropies(joint)
     assert H[0] == 0 and H[-1] == pytest.approx(joint.entropy())
     assert H[0b0101] == pytest.approx(math.log(12)) and H[0b1000] == pytest.approx(math.log(4))
@@ -196,7 +191,7 @@ def test_entropies_of_subsets() -> None:
 
 @pytest.mark.slow
 def test_floors_of_sudoku() -> None:
-    joint = known("sudoku")
+    joint = known_table("sudoku")
     assert total_correlation(joint) == pytest.approx(16.518, abs=6e-4)
     assert float(marginal_product(joint).sum()) == pytest.approx(6.7e-8, rel=0.01)
     assert best_step_floors(joint, 4) == pytest.approx([16.518, 1.269, 0.288, 0], abs=6e-4)
@@ -217,7 +212,7 @@ def test_floors_of_sudoku() -> None:
     ],
 )  # fmt: skip
 def test_best_mixtures(name: str, rank: int, kl: float) -> None:
-    joint = known(name)
+    joint = known_table(name)
     found = best_mixture(joint, rank, Key(0), restarts=24)
     assert found.kl == pytest.approx(kl, abs=1e-3)
     law = torch.einsum("r,ri,rj->ij", found.weights, found.factors[:, 0], found.factors[:, 1])
@@ -227,7 +222,9 @@ def test_best_mixtures(name: str, rank: int, kl: float) -> None:
 
 def test_a_mixture_of_one_is_the_product_of_marginals() -> None:
     for name in ("permutation3", "poker_s6_dealt"):
-        assert best_mixture(known(name), 1, Key(0), 2, 5).kl == pytest.approx(total_correlation(known(name)))
+        assert best_mixture(known_table(name), 1, Key(0), 2, 5).kl == pytest.approx(
+            total_correlation(known_table(name))
+        )
 
 
 @pytest.mark.parametrize(
@@ -239,19 +236,19 @@ def test_a_mixture_of_one_is_the_product_of_marginals() -> None:
     ],
 )  # fmt: skip
 def test_ranks(name: str, rank: int | None, cut: int) -> None:
-    assert cp_rank(known(name)) == rank and cut_rank(known(name)) == cut
+    assert cp_rank(known_table(name)) == rank and cut_rank(known_table(name)) == cut
 
 
 @pytest.mark.parametrize(("name", "states"), [("parity3", 4), ("parity8", 4), ("permutation5", 30), ("equal_pairs4", 4),
                                               ("word_problem4", 36), ("permutation3", 6), ("sudoku", 96)])  # fmt: skip
 def test_states_of_a_chain_whose_tokens_depend_on_the_state_alone(name: str, states: int) -> None:
-    assert emitting_states(known(name)) == (states, states)
+    assert emitting_states(known_table(name)) == (states, states)
 
 
 def test_enough_states_are_enough_and_fewer_are_not() -> None:
     """Three tokens: given the middle state they are independent, so that fewer states than products cannot do. And the
     chain of prefix classes and tokens, multiplied out, is the joint."""
-    joint = known("parity3")
+    joint = known_table("parity3")
     assert best_mixture(joint, 3, Key(0), restarts=48).kl > 0.1 > 1e-3 > best_mixture(joint, 4, Key(0), restarts=48).kl
     law = torch.zeros(2, 2, 2, dtype=torch.float64)
     states = list(product((0, 1), repeat=2))  # (parity before, token)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.joint.distances import of_law, of_samples, of_support, sample_floor
 from eval.joint.joints import JOINTS, SIZED_JOINTS, Joint, Table, bigram, build_joint, codes, sticky, table
+from eval.joint.lab import known_table
 from omni.pick import pick
 from omni.rng import Key
 
@@ -18,12 +19,6 @@ SMALL = (
     "poker_s4", "poker_s5", "poker_s6", "poker_s6_dealt", "equal_pairs3", "parity5", "permutation4", "sticky3",
     "word_problem3", "group_words4", "bigram2",
 )  # fmt: skip
-
-
-def known(name: str) -> Table:
-    joint = build_joint(name)
-    assert isinstance(joint, Table)
-    return joint
 
 
 # ---- what they are -------------------------------------------------------------------------------------------------
@@ -39,7 +34,7 @@ def known(name: str) -> Table:
     ],
 )  # fmt: skip
 def test_sizes_and_entropies(name: str, vocab_size: int, length: int, strings: int, entropy: float) -> None:
-    joint = known(name)
+    joint = known_table(name)
     assert (joint.vocab_size, joint.length, len(joint.p)) == (vocab_size, length, strings)
     assert joint.ids.dtype == torch.int64 and joint.p.dtype == torch.float64
     assert joint.entropy() == pytest.approx(entropy, abs=6e-4)
@@ -47,13 +42,13 @@ def test_sizes_and_entropies(name: str, vocab_size: int, length: int, strings: i
 
 
 def test_rules_of_the_strings() -> None:
-    hands = {" ".join(known("poker_s6").words[i] for i in row) for row in known("poker_s6").ids.tolist()}
+    hands = {" ".join(known_table("poker_s6").words[i] for i in row) for row in known_table("poker_s6").ids.tolist()}
     assert hands == {"high card", "one pair", "two pair", "full house", "straight flush", "royal flush"}
-    assert (known("parity6").ids.sum(-1) % 2 == 0).all() and len(known("parity6").p) == 32
-    assert all(sorted(row) == [0, 1, 2, 3] for row in known("permutation4").ids.tolist())
-    pairs = known("equal_pairs3").ids
+    assert (known_table("parity6").ids.sum(-1) % 2 == 0).all() and len(known_table("parity6").p) == 32
+    assert all(sorted(row) == [0, 1, 2, 3] for row in known_table("permutation4").ids.tolist())
+    pairs = known_table("equal_pairs3").ids
     assert (pairs[:, ::2] == pairs[:, 1::2]).all() and len(pairs) == 9
-    grids = known("sudoku").ids.view(-1, 4, 4)
+    grids = known_table("sudoku").ids.view(-1, 4, 4)
     boxes = grids.view(-1, 2, 2, 2, 2).transpose(2, 3).reshape(-1, 4, 4)
     for groups in (grids, grids.transpose(1, 2), boxes):
         assert (groups.sort(-1).values == torch.arange(4)).all()
@@ -64,7 +59,7 @@ def test_group_words_multiply_in_a_group_that_does_not_commute() -> None:
 
     elements = symmetric_group(3)
     assert any(compose(a, b) != compose(b, a) for a, b in product(elements, elements))
-    for row in known("word_problem4").ids.tolist():
+    for row in known_table("word_problem4").ids.tolist():
         whole = elements[0]
         for letter in row[:-1]:
             whole = compose(whole, elements[letter])
@@ -77,7 +72,7 @@ def test_group_words_multiply_in_a_group_that_does_not_commute() -> None:
             whole = compose(whole, letters[letter])
         if whole == (0, 1, 2):
             found.add(word)
-    assert {tuple(row) for row in known("group_words4").ids.tolist()} == found
+    assert {tuple(row) for row in known_table("group_words4").ids.tolist()} == found
 
 
 # ---- oracles and draws ---------------------------------------------------------------------------------------------
@@ -97,7 +92,7 @@ def slow_conditionals(joint: Table, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_conditionals_are_those_of_the_enumerated_law(name: str) -> None:
-    joint = known(name)
+    joint = known_table(name)
     ids = torch.cat([joint.ids[:12], torch.zeros(1, joint.length, dtype=torch.int64)])
     found = joint.conditionals(ids).exp()
     assert (found - slow_conditionals(joint, ids)).abs().max() < 1e-12
@@ -121,7 +116,7 @@ def test_draws_are_keyed_and_follow_the_law(name: str) -> None:
 
 def test_the_autoregressive_oracle_draws_the_joint() -> None:
     """Token by token with the oracle, from common noise: what plain decoding does once it has learned all."""
-    joint, num = known("permutation4"), 20_000
+    joint, num = known_table("permutation4"), 20_000
     u, ids = Key(3).uniform((num, 4), torch.float64), torch.zeros(num, 4, dtype=torch.int64)
     for k in range(4):
         ids[:, k] = pick(joint.conditionals(ids)[:, k], u[:, k])
@@ -141,7 +136,7 @@ def test_a_chain_and_its_table_agree() -> None:
 
 
 def test_strings_outside_of_the_support() -> None:
-    joint = known("poker_s6")
+    joint = known_table("poker_s6")
     others = torch.tensor([[0, 3], [10, 1], [0, 10]])  # "high pair", and ids past the words
     assert joint.log_prob(others).tolist() == [-math.inf] * 3 and joint.find(others).tolist() == [-1] * 3
     with pytest.raises(ValueError, match="shorter block"):
@@ -179,7 +174,7 @@ def test_tables_merge_what_is_given_twice_and_drop_what_has_no_weight() -> None:
 
 
 def test_distances_of_a_law_are_their_definitions() -> None:
-    joint = known("permutation3")
+    joint = known_table("permutation3")
     q = Key(0).uniform((3, 3, 3), torch.float64)
     q /= q.sum()
     p, found = joint.full(), of_law(joint, q)
@@ -197,7 +192,7 @@ def test_distances_of_a_law_are_their_definitions() -> None:
 
 
 def test_distances_of_draws_by_hand() -> None:
-    joint = known("parity2")  # 00 and 11
+    joint = known_table("parity2")  # 00 and 11
     found = of_samples(joint, torch.tensor([[0, 0], [0, 0], [0, 0], [0, 1]]))
     assert (found.tv, found.valid, found.coverage) == (0.5, 0.75, 0.5)
     assert found.forward_kl == found.reverse_kl == math.inf
@@ -209,15 +204,15 @@ def test_distances_of_draws_by_hand() -> None:
 
 def test_the_distance_of_exact_draws_is_what_it_is_said_to_be() -> None:
     for name, num in (("permutation5", 2000), ("poker_s6_dealt", 300)):
-        joint = known(name)
+        joint = known_table(name)
         mean = sum(of_samples(joint, joint.draw(Key(n), num)).tv for n in range(100)) / 100
         assert sample_floor(joint, num) == pytest.approx(mean, rel=0.06)
-    assert sample_floor(known("permutation5"), 400_000) == pytest.approx(0.0069, abs=1e-4)
-    assert sample_floor(known("parity8"), 400_000) == pytest.approx(0.0071, abs=1e-4)
+    assert sample_floor(known_table("permutation5"), 400_000) == pytest.approx(0.0069, abs=1e-4)
+    assert sample_floor(known_table("parity8"), 400_000) == pytest.approx(0.0071, abs=1e-4)
 
 
 def test_laws_that_are_none_are_refused() -> None:
-    joint = known("parity2")
+    joint = known_table("parity2")
     with pytest.raises(ValueError, match="sum 1"):
         of_law(joint, torch.full((2, 2), 0.5))
     with pytest.raises(ValueError, match="log of a law"):

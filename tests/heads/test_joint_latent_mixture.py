@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from real_model import alive_model
 from torch import Tensor
 
 from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
@@ -26,13 +27,7 @@ K, V = 3, 3
 
 def tiny(**options: object) -> tuple[Omni, LatentMixture]:
     """Width 16, float64, laws far from uniform that change with lambda."""
-    config = JointConfig(head="latent_mixture", length=K, adapter_rank=2, options={"frequencies": 1, **options})
-    model = toy_model(config, V - 1, Key(0), width=16, depth=1).double().eval()
-    with torch.no_grad():
-        model.token.embedding.weight.mul_(10)
-        for name, parameter in model.named_parameters():
-            if ".up." in name or "decoder" in name or "placeholder" in name:
-                parameter.copy_(Key(0).fold("alive", name).normal(tuple(parameter.shape), torch.float64) * 0.5)
+    model = alive_model("latent_mixture", K, V - 1, 10, 0.5, **{"frequencies": 1, **options})
     head = head_of(model)
     assert isinstance(head, LatentMixture)
     return model, head

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from real_model import alive_model
 from torch import Tensor
 
 from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
@@ -37,13 +38,7 @@ V = 3
 
 def tiny(length: int = 3, **options: object) -> tuple[Omni, Simplex]:
     """Width 16, float64, laws far from uniform that change with the state and the times."""
-    config = JointConfig(head="simplex", length=length, adapter_rank=2, options=options)
-    model = toy_model(config, V - 1, Key(0), width=16, depth=1).double().eval()
-    with torch.no_grad():
-        model.token.embedding.weight.mul_(20)
-        for name, parameter in model.named_parameters():
-            if ".up." in name or "decoder" in name or "placeholder" in name:
-                parameter.copy_(Key(0).fold("alive", name).normal(tuple(parameter.shape), torch.float64) * 0.3)
+    model = alive_model("simplex", length, V - 1, 20, 0.3, **options)
     head = head_of(model)
     assert isinstance(head, Simplex)
     return model, head

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from omni.config import Frozen, Registry
+from omni.config import Frozen, Registry, build
 from omni.placeholders import Blocks
 from omni.rng import Key
 from omni.terms import Terms
@@ -210,7 +210,5 @@ class JointHead(nn.Module, ABC):
 
 def build_head(name: str, options: Mapping[str, Any], length: int, vocab_size: int, width: int) -> JointHead:
     """The head registered as `name`. ValueError with the nearest known name, or naming a wrong option."""
-    from omni.config import build
-
     kind = JOINT_HEADS.get(name)
     return kind(build(dict(options), kind.Config, f"joint.options ({name})"), length, vocab_size, width)
