@@ -6,13 +6,14 @@
               noise (Jacobi iteration; arXiv 2305.10427). K sweeps, from any draft, are plain decoding
       verify  one pass over [x_1 .. x_K], written to the cache: the law of every next id
       emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
-      again   what plain decoding made of the rest of a draft that fell is the next draft (as after a sweep): a round
-              without a drafting pass
+      on      a head that carries on drafts from the hidden state before the last id, which that pass made, and that
+              id: a round of one pass
+      again   what plain decoding made of the rest of a draft that fell is the next draft (as after a sweep): one pass
 
 A block ends where a picture begins or the turn ends, and no draft can make the header malformed: each id is judged
 under the mask of its own phase, as in plain decoding. With verify = "coupled" the ids are those of plain decoding.
 
-Legend: R rows, K drafted tokens, V vocabulary.
+Legend: R rows, K drafted tokens, V vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from omni.drafting import CacheCall
+from omni.drafting import CacheCall, StateCall
 from omni.heads.joint import Draft
 from omni.layout import Span, TokenSpan
 from omni.nn.cache import KVCache
@@ -43,44 +44,55 @@ Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, an
 
 def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
     """One round for the rows that talk in blocks and agree in `Row.drafting`; the others of the cache stand still."""
+    assert engine.model.joint is not None
+    carries_on = engine.model.joint.head.carries_on and engine.model.joint.head.length > 1
     again, options = bool(talking[0].leftover), talking[0].options
+    draft: Draft | None = None
+    start: Tensor | None = None
     if again:
-        draft, start, proposals = None, None, {row.number: row.leftover for row in talking}
+        proposals = {row.number: row.leftover for row in talking}
+    elif talking[0].state is not None:
+        draft = _carry_on(engine, talking, len(rows))
+        proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
     else:
         draft, start = _draft(engine, talking, rows, cache)
         proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
     wanted: Wanted = {row.number: _usable(engine, row, proposals[row.number]) for row in talking}
     base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
     for _ in range(options.sweeps):
-        for row, logits in _read_drafts(engine, talking, rows, cache, start, wanted):
-            wanted[row.number] = _usable(engine, row, _redraw(engine, row, wanted[row.number][0], logits))
+        for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
+            wanted[row.number] = _usable(engine, row, _redraw(engine, row, wanted[row.number][0], hidden))
             cache.truncate(row.number, *(field[row.number] for field in base))
     if options.verify == "none":
         for row in talking:
             ids = wanted[row.number][0]
             legal = _legal(engine, row, ids)
-            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal)))
+            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal), 1 + options.sweeps))
             row.pending = [TokenSpan(said, [False] * len(said))]
         return
-    for row, logits in _read_drafts(engine, talking, rows, cache, start, wanted):
+    unread = start is not None and not any(whole or len(ids) > 1 for ids, whole in wanted.values())
+    passes = (start is not None) + (0 if unread else options.sweeps + 1)
+    for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
-        verdict = _judge(engine, row, draft, ids, logits)
+        verdict = _judge(engine, row, draft, ids, engine.model.token.read(hidden))
         kept = int(verdict.kept[0])
         count = kept + 1 if whole or kept < len(ids) else kept
-        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), Drafted(len(ids), kept, again))
-        m = len(said) - 1 + again  # the last one goes in with the next pass; one of the last round went in with this
+        trace = Drafted(len(ids), kept, passes, again)
+        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), trace)
+        m = len(said) - (start is not None)  # the last one goes in with the next pass; one of the last round may be in
         cache.truncate(r, *(field[r] + m for field in base))
         row.pending = [TokenSpan([said[-1]], [False])]
         over = row.phase in ("block", "done") or bool(row.forced)
         row.leftover = [] if over or not row.recycles else verdict.ids[0, count : len(ids) + whole].tolist()
+        row.state = None if over or not carries_on else hidden[len(said) - 1]
 
 
 def _read_drafts(
     engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
-    """One pass over the draft of every talking row, written to the cache; logits of each, those of the hidden state
-    `start` (R, W) before it first. Without a start, the last id of each row goes before its draft. An id that nothing
-    may follow is not read (so there may be no pass at all): logits (K, V) then, else (K + 1, V)."""
+    """One pass over the draft of every talking row, written to the cache; the hidden states of each, `start` (R, W)
+    before it first. Without a start, the last id of each row goes before its draft. An id that nothing may follow is
+    not read (so there may be no pass at all): hidden states (K, W) then, else (K + 1, W)."""
     ids: list[list[int]] = [[] for _ in rows]
     for row in talking:
         draft, whole = wanted[row.number]
@@ -94,7 +106,7 @@ def _read_drafts(
         hidden = start.unsqueeze(1)
     for row in talking:
         draft, whole = wanted[row.number]
-        yield row, engine.model.token.read(hidden[row.number, : len(draft) + whole])
+        yield row, hidden[row.number, : len(draft) + whole]
 
 
 def _last(row: Row) -> list[int]:
@@ -103,9 +115,9 @@ def _last(row: Row) -> list[int]:
     return span.ids
 
 
-def _redraw(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> list[int]:
+def _redraw(engine: Engine, row: Row, ids: Sequence[int], hidden: Tensor) -> list[int]:
     """Every id of a draft as plain decoding would say it if those before it were right."""
-    laws = _laws(engine, row, ids, logits)[: len(ids)]
+    laws = _laws(engine, row, ids, engine.model.token.read(hidden))[: len(ids)]
     return pick(laws, torch.tensor(_noise(row, len(ids)), dtype=torch.float64, device=laws.device)).tolist()
 
 
@@ -136,6 +148,34 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
         law = _laws(engine, row, (), logits[row.number : row.number + 1])[0]
         ids[row.number, 0] = pick(law, uniforms[row.number, 0].to(law.device))
     return replace(draft, ids=ids), call.start
+
+
+def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
+    """What the head drafts after the last id of every talking row, from the hidden state before that id; as many rows
+    as the cache has, of which the others mean nothing. Drawn as plain decoding draws, at the row's temperature."""
+    joint, first = engine.model.joint, talking[0]
+    assert joint is not None and first.state is not None
+    num = min(max(row.draft_length for row in talking), joint.head.length - 1)
+    states, said = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
+    for row in talking:
+        states[row.number], said[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
+    wants_laws = first.options.verify in ("rejection", "block")
+    laws: list[Tensor] = []
+    noise = {row.number: _noise(row, num) for row in talking}
+
+    def choose(k: int, logits: Tensor) -> Tensor:
+        ids, law = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
+        for row in talking:
+            temperature = row.options.temperature or 0.0
+            if temperature or wants_laws:
+                own = law[row.number] = token_law(logits[row.number].float(), temperature, row.options.top_p)
+                ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
+        laws.append(law)
+        return ids
+
+    call = StateCall(engine.model, states)
+    ids = joint.head.carry_on(call, said.to(states.device), num, choose)
+    return Draft(ids, torch.stack(laws, 1) if wants_laws else None, num)
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

@@ -78,3 +78,17 @@ class CacheCall(Reads):
         last = torch.tensor([max(k - 1, 0) for k in valid], device=hidden.device)
         self._start = hidden[torch.arange(len(valid), device=hidden.device), last]
         return torch.cat([self._start.unsqueeze(1), hidden[:, hidden.shape[1] - n :]], 1)
+
+
+class StateCall(Reads):
+    """Hidden states (R, W) that an earlier pass has made, and no pass more."""
+
+    def __init__(self, model: Omni, start: Tensor) -> None:
+        self.model, self.start = model, start
+        self.passes = 0
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        raise ValueError("this head reads placeholders; it cannot go on from a hidden state alone")
+
+    def target(self) -> StateCall:
+        return self

@@ -208,11 +208,12 @@ class Stop:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One round of text in blocks: how many tokens were drafted, and how many of them were kept. again: not by the
-    head, but by plain decoding from a draft of the head that fell."""
+    """One round of text in blocks: how many tokens were drafted, how many of them were kept, and the passes through
+    the transformer that it took. again: drafted by plain decoding, from a draft of the head that fell."""
 
     drafted: int
     kept: int
+    passes: int
     again: bool = False
 
 

@@ -1,6 +1,6 @@
 """A row of the engine: one reply in the making. Plain state; what moves it is in the engine.
 
-Legend: N latents of a block, C channels.
+Legend: N latents of a block, C channels, W width.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Row:
     parts: list[Part] = field(default_factory=list)
     drafts: list[Drafted] = field(default_factory=list)  # of each round of text in blocks
     leftover: list[int] = field(default_factory=list)  # the next draft, if the last one fell
+    state: Tensor | None = None  # (W,): the hidden state before its last id, where the head can go on from there
     room: int | None = None  # tokens of the next draft, where that is adapted
     reason: StopReason = "end"
 
@@ -57,9 +58,9 @@ class Row:
         return Key(self.options.seed)
 
     @property
-    def drafting(self) -> tuple[str | None, int, bool]:
+    def drafting(self) -> tuple[str | None, int, bool, bool]:
         """Rows that agree in this can share a round of drafting."""
-        return self.options.verify, self.options.sweeps, bool(self.leftover)
+        return self.options.verify, self.options.sweeps, bool(self.leftover), self.state is not None
 
     @property
     def recycles(self) -> bool:

@@ -14,6 +14,7 @@ import omni
 from omni.engine import Engine
 from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
 from omni.model import Omni
+from omni.nn.cache import KVCache
 from omni.pick import pick
 from omni.reply import Drafted, GenerationOptions, Reply
 from omni.rng import Key
@@ -63,7 +64,7 @@ def with_head(tiny_model, head: str) -> Omni:  # noqa: ANN001
     return model
 
 
-@pytest.fixture(params=["product", "roll_out"])
+@pytest.fixture(params=["product", "roll_out", "sequential"])
 def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:  # noqa: ANN001
     """Pictures are likely, and so is the end, as far as random weights decide anything."""
     engine = Engine(with_head(tiny_model, request.param))
@@ -97,7 +98,8 @@ def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: floa
         together = engine.generate("say", seed=seed, **common)
         assert same(plain, together)
         assert not plain.drafts and together.drafts
-        assert all(1 <= d.kept <= d.drafted <= K for d in together.drafts if not d.again)  # the first is always right
+        for d in together.drafts:  # the first token of a draft is always right, where a pass was made for it
+            assert (d.passes > 1) <= d.kept <= d.drafted <= K
 
 
 def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
@@ -149,6 +151,42 @@ def test_the_rest_of_a_draft_that_fell_is_judged_before_the_head_drafts_again(ti
         assert after.again == (left > 0) and (not after.again or after.drafted <= left)
 
 
+def four_ids_alone(engine: Engine) -> Engine:
+    """The first four ids are likely, and no others may come."""
+    with torch.no_grad():
+        engine.model.token.embedding.weight[:4] *= 20
+    for mask in engine.allowed.values():
+        mask[:] = -torch.inf
+        mask[:4] = 0
+    return engine
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: float) -> None:  # noqa: ANN001
+    """The strings of plain decoding, alone and in a batch; after the first round nothing is read twice."""
+    engine = four_ids_alone(Engine(with_head(tiny_model, "sequential")))
+    lengths: list[int] = []
+    append = engine.step.append
+
+    def counted(h: Tensor, cache: KVCache) -> Tensor:
+        lengths.append(h.shape[1])
+        return append(h, cache)
+
+    engine.step.append = counted  # type: ignore[method-assign]
+    options = GenerationOptions(temperature=temperature, max_tokens=40, max_images=0)
+    replies = [engine.generate("say", options.model_copy(update={"seed": seed})) for seed in range(8)]
+    rounds = [d for reply in replies for d in reply.drafts[1:]]
+    assert all(d.passes == 1 and d.drafted < K for d in rounds)
+    assert len(lengths) == len(replies) + len(rounds) and max(lengths) == K  # the last id and what was drafted after it
+    kept = sum(d.kept for d in rounds)
+    assert kept < sum(d.drafted for d in rounds) and (kept > 0 or not temperature)
+    plain = options.model_copy(update={"tokens_per_pass": 1})
+    for seed, reply in enumerate(replies):
+        assert reply.text == engine.generate("say", plain.model_copy(update={"seed": seed})).text
+    together = engine.generate_batch(["say"] * 8, options, seeds=range(8))
+    assert [(r.text, r.drafts) for r in together] == [(r.text, r.drafts) for r in replies]
+
+
 def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
     """The same strings; drafts that fall are short, drafts that stand grow to the budget."""
     common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 2}
@@ -197,16 +235,15 @@ def test_events_tell_what_was_kept(engine: Engine) -> None:
     assert [e for e in events if isinstance(e, Drafted)] == list(reply.drafts) != []
 
 
-@pytest.mark.parametrize("kind", ["rejection", "block", "none"])
-def test_the_law_behind_the_engine(tiny_model, kind: str) -> None:  # noqa: ANN001
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [("four_ids", "rejection"), ("four_ids", "block"), ("four_ids", "none")]
+    + [("sequential", "rejection"), ("sequential", "block")],
+)
+def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
     """Three tokens of four ids, 4,000 seeds: rejection and block have plain decoding's law, unverified drafts not."""
-    model = with_head(tiny_model, "four_ids")
-    with torch.no_grad():
-        model.token.embedding.weight[:4] *= 20
-    engine = Engine(model)
-    for mask in engine.allowed.values():
-        mask[:] = -torch.inf
-        mask[:4] = 0
+    model = with_head(tiny_model, head)
+    engine = four_ids_alone(Engine(model))
     laws = []
     for options in ({"tokens_per_pass": 1}, {"verify": kind}):
         one = GenerationOptions(temperature=1.0, max_tokens=3, **options)  # type: ignore[arg-type]

@@ -255,14 +255,14 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     measures = [
         Measure("accepted", sum(one.kept for one in fresh) / len(fresh), "tokens/pass"),
         Measure("drafted", sum(one.drafted for one in fresh) / len(fresh), "tokens/pass"),
-        Measure("emitted", number / (len(rounds) + len(fresh)), "tokens/pass"),
+        Measure("emitted", number / sum(one.passes for one in rounds), "tokens/pass"),
         Measure("identical", percentage(same), "%"),
         Measure("speedup", (spent["plain"] - spent["prompt"]) / (spent["blocks"] - spent["prompt"]), "x"),
         Measure("speedup_whole", spent["plain"] / spent["blocks"], "x"),
     ]
     note = (
         f"{len(prompts)} answers of all kinds, {number} tokens (text, the headers of pictures, ends of turns), "
-        f"{len(fresh)} drafts of the head, {len(rounds)} verifying passes (emitted: tokens by passes of both kinds); "
+        f"{len(fresh)} drafts of the head, {sum(one.passes for one in rounds)} passes (emitted: tokens by these); "
         f"{options.verify}, temperature "
         f"{options.temperature:g}; one reply at a time, time between pictures alone; medians of {options.repeats} "
         "alternating runs; speedup leaves out the pass over the prompt, speedup_whole does not"

@@ -121,6 +121,26 @@ def test_a_draw_is_a_function_of_the_uniforms() -> None:
     assert call.passes == 1
 
 
+def test_carrying_on_is_the_law_given_what_was_said() -> None:
+    K = 4
+    head, call = sequential(K), tiny_call(6)
+    ids = torch.randint(0, VOCABULARY, (6, K), generator=Key(4).generator())
+    expected = head.conditionals(call, ids)
+    for m in (1, 2, 3):
+        found: list[Tensor] = []
+
+        def choose(k: int, logits: Tensor, m: int = m, found: list[Tensor] = found) -> Tensor:
+            found.append(logits.log_softmax(-1))
+            return ids[:, m + k]
+
+        assert torch.equal(head.carry_on(call, ids[:, :m], K - m, choose), ids[:, m:])
+        assert torch.equal(torch.stack(found, 1), expected[:, m:])
+    assert call.passes == 1
+    for m, num in ((1, K), (2, 0)):
+        with pytest.raises(ValueError, match=f"not {num} after {m}"):
+            head.carry_on(call, ids[:, :m], num, lambda k, logits: logits.argmax(-1))
+
+
 def test_weights_are_keyed() -> None:
     one, again, other = (list(tiny_head("sequential", 3, seed, size=0.0).parameters()) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -31,6 +31,8 @@ from omni.rng import Key
 from omni.terms import Terms
 
 JOINT_HEADS: Registry = Registry("joint-token head")
+
+Choose = Callable[[int, Tensor], Tensor]  # the index of a token, and logits or a law (B, V) of it -> ids (B,)
 
 
 class JointCall(Protocol):
@@ -134,6 +136,7 @@ class JointHead(nn.Module, ABC):
     needs_teacher: `loss` reads Lesson.teacher. order: whether positions depend left to right or in any order.
     passes: how many passes `sample` can make over n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass law, so that rejection and block verification hold.
+    carries_on: `carry_on` drafts from a hidden state of text and what was said since, without a pass of the backbone.
     """
 
     layout: ClassVar[Literal["none", "causal", "block"]] = "none"
@@ -141,6 +144,7 @@ class JointHead(nn.Module, ABC):
     universal: ClassVar[bool] = False
     needs_teacher: bool = False
     conditional: ClassVar[bool] = False
+    carries_on: ClassVar[bool] = False
     passes: ClassVar[Literal["one", "divisors", "tokens", "any"]] = "one"
     order: ClassVar[Literal["left_to_right", "any"]] = "left_to_right"
     Config: ClassVar[type[Frozen]] = Frozen
@@ -166,6 +170,11 @@ class JointHead(nn.Module, ABC):
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n at
         most K: the noise of the tokens; `key` gives whatever else is drawn. As many blocks as the call has."""
+
+    def carry_on(self, call: JointCall, said: Tensor, num: int, choose: Choose) -> Tensor:
+        """`num` ids (B, num) after ids `said` (B, m) that followed call.start and that no pass has read, m + num at
+        most K. `choose` takes their index and logits (B, V) to ids (B,). Heads with `carries_on` alone."""
+        raise NotImplementedError(f"{type(self).__name__} drafts from a pass of the backbone alone")
 
     def fits(self, given: Tensor) -> int:
         """n of ids or uniforms (B, n). ValueError if that is not 1 to K."""
