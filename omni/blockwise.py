@@ -33,7 +33,7 @@ from omni.pick import pick
 from omni.prefill import append_text
 from omni.reply import Drafted, Event
 from omni.samplers.token import token_law, token_noise
-from omni.samplers.verification import Verdict, block, coupled, rejection
+from omni.samplers.verification import Verdict, agreed, block, rejection
 
 if TYPE_CHECKING:
     from omni.engine import Engine
@@ -61,7 +61,9 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
     base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
     for _ in range(options.sweeps):
         for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
-            wanted[row.number] = _usable(engine, row, _redraw(engine, row, wanted[row.number][0], hidden))
+            ids = wanted[row.number][0]
+            redrawn = _plain(engine, row, ids, engine.model.token.read(hidden))[: len(ids)]
+            wanted[row.number] = _usable(engine, row, redrawn.tolist())
             cache.truncate(row.number, *(field[row.number] for field in base))
     if options.verify == "none":
         for row in talking:
@@ -115,10 +117,13 @@ def _last(row: Row) -> list[int]:
     return span.ids
 
 
-def _redraw(engine: Engine, row: Row, ids: Sequence[int], hidden: Tensor) -> list[int]:
-    """Every id of a draft as plain decoding would say it if those before it were right."""
-    laws = _laws(engine, row, ids, engine.model.token.read(hidden))[: len(ids)]
-    return pick(laws, torch.tensor(_noise(row, len(ids)), dtype=torch.float64, device=laws.device)).tolist()
+def _plain(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """What plain decoding says in place of every id of a draft if those before it were right, and after it: as many ids
+    as there are logits (K, V) or (K + 1, V)."""
+    if not row.options.temperature:
+        return (logits.float() + _masks(engine, row, ids, len(logits))).argmax(-1)
+    laws = _laws(engine, row, ids, logits)
+    return pick(laws, laws.new_tensor(_noise(row, len(laws))))
 
 
 def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
@@ -145,8 +150,7 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
     logits, ids = engine.model.token.read(call.start), draft.ids.clone()
     for row in talking:
-        law = _laws(engine, row, (), logits[row.number : row.number + 1])[0]
-        ids[row.number, 0] = pick(law, uniforms[row.number, 0].to(law.device))
+        ids[row.number, 0] = _plain(engine, row, (), logits[row.number : row.number + 1])[0]
     return replace(draft, ids=ids), call.start
 
 
@@ -160,22 +164,26 @@ def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
     for row in talking:
         states[row.number], said[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
     wants_laws = first.options.verify in ("rejection", "block")
-    laws: list[Tensor] = []
     noise = {row.number: _noise(row, num) for row in talking}
 
-    def choose(k: int, logits: Tensor) -> Tensor:
+    def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, law = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
         for row in talking:
             temperature = row.options.temperature or 0.0
             if temperature or wants_laws:
                 own = law[row.number] = token_law(logits[row.number].float(), temperature, row.options.top_p)
                 ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
-        laws.append(law)
-        return ids
+        return ids, law
 
-    call = StateCall(engine.model, states)
-    ids = joint.head.carry_on(call, said.to(states.device), num, choose)
-    return Draft(ids, torch.stack(laws, 1) if wants_laws else None, num)
+    drafting = joint.head.carry_on(StateCall(engine.model, states), said.to(states.device))
+    chosen = [choose(0, next(drafting))]
+    while len(chosen) < num:
+        so_far = torch.stack([ids for ids, _ in chosen], 1)
+        if not any(_usable(engine, row, so_far[row.number].tolist())[1] for row in talking):
+            break
+        chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
+    ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
+    return Draft(ids, laws if wants_laws else None, len(chosen))
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
@@ -206,26 +214,29 @@ def _usable(engine: Engine, row: Row, ids: Sequence[int]) -> tuple[list[int], bo
     return ids, True
 
 
-def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
-    """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
-    phase."""
+def _masks(engine: Engine, row: Row, ids: Sequence[int], num: int) -> Tensor:
+    """(num, V) additive: which ids may come in place of every id of a draft, and after it."""
     masks, phase = [], row.phase
-    for token in (*ids, None)[: len(logits)]:
+    for token in (*ids, None)[:num]:
         masks.append(engine.mask_of(row, phase))
         if token is not None and engine.following(row, phase, token) not in ("block", "done"):
             phase = engine.following(row, phase, token)
+    return torch.stack(masks)
+
+
+def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
+    phase."""
     temperature = row.options.temperature
     assert temperature is not None
-    return token_law(logits.float() + torch.stack(masks), temperature, row.options.top_p)
+    return token_law(logits.float() + _masks(engine, row, ids, len(logits)), temperature, row.options.top_p)
 
 
 def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
-    drafted = torch.tensor([list(ids)], device=logits.device)
-    log_p = _laws(engine, row, ids, logits)
-    log_p = torch.cat([log_p, log_p[-1:]])[None, : len(ids) + 1]  # what would follow an id that nothing may: not used
-    kind, K = row.options.verify, len(ids)
+    drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.verify, len(ids)
     if kind in ("coupled", "greedy"):
-        return coupled(drafted, log_p, torch.tensor([_noise(row, K + 1)], dtype=torch.float64, device=logits.device))
+        return agreed(drafted, _after_all(_plain(engine, row, ids, logits), K)[None])
+    log_p = _after_all(_laws(engine, row, ids, logits), K)[None]
     if draft is None or draft.log_q is None:
         raise ValueError(
             f"verify = {kind!r} needs the laws that the draft was drawn from, which this model's joint-token head does "
@@ -236,6 +247,11 @@ def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], lo
     fresh = key.fold("rest").uniform((1, K + 1), torch.float64).to(logits.device)
     judge = rejection if kind == "rejection" else block
     return judge(drafted, draft.log_q[row.number : row.number + 1, :K], log_p, coins, fresh)
+
+
+def _after_all(each: Tensor, num: int) -> Tensor:
+    """With one more entry where an id that nothing may follow was not read; it is not used."""
+    return each if len(each) > num else torch.cat([each, each[-1:]])
 
 
 def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:

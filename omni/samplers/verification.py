@@ -39,8 +39,12 @@ class Verdict:
 
 def coupled(draft: Tensor, log_p: Tensor, uniforms: Tensor) -> Verdict:
     """draft (B, K); log_p (B, K + 1, V): laws after each prefix of the draft; uniforms (B, K + 1): the noise."""
-    found = pick(log_p, uniforms)
-    return Verdict(found, _leading(found[:, :-1] == draft))
+    return agreed(draft, pick(log_p, uniforms))
+
+
+def agreed(draft: Tensor, plain: Tensor) -> Verdict:
+    """The same, given what plain decoding says after each prefix of the draft: plain (B, K + 1)."""
+    return Verdict(plain, _leading(plain[:, :-1] == draft))
 
 
 def rejection(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: Tensor) -> Verdict:

@@ -127,18 +127,14 @@ def test_carrying_on_is_the_law_given_what_was_said() -> None:
     ids = torch.randint(0, VOCABULARY, (6, K), generator=Key(4).generator())
     expected = head.conditionals(call, ids)
     for m in (1, 2, 3):
-        found: list[Tensor] = []
-
-        def choose(k: int, logits: Tensor, m: int = m, found: list[Tensor] = found) -> Tensor:
-            found.append(logits.log_softmax(-1))
-            return ids[:, m + k]
-
-        assert torch.equal(head.carry_on(call, ids[:, :m], K - m, choose), ids[:, m:])
-        assert torch.equal(torch.stack(found, 1), expected[:, m:])
+        walk = head.carry_on(call, ids[:, :m])
+        found = [walk.send(ids[:, k - 1]) if k > m else next(walk) for k in range(m, K)]
+        assert torch.equal(torch.stack(found, 1).log_softmax(-1), expected[:, m:])
+        with pytest.raises(StopIteration):
+            walk.send(ids[:, -1])
     assert call.passes == 1
-    for m, num in ((1, K), (2, 0)):
-        with pytest.raises(ValueError, match=f"not {num} after {m}"):
-            head.carry_on(call, ids[:, :m], num, lambda k, logits: logits.argmax(-1))
+    with pytest.raises(ValueError, match="goes 4 tokens past a hidden state; 4 leave it none"):
+        head.carry_on(call, ids)
 
 
 def test_weights_are_keyed() -> None:

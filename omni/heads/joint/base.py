@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -31,8 +31,6 @@ from omni.rng import Key
 from omni.terms import Terms
 
 JOINT_HEADS: Registry = Registry("joint-token head")
-
-Choose = Callable[[int, Tensor], Tensor]  # the index of a token, and logits or a law (B, V) of it -> ids (B,)
 
 
 class JointCall(Protocol):
@@ -171,9 +169,9 @@ class JointHead(nn.Module, ABC):
         """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n at
         most K: the noise of the tokens; `key` gives whatever else is drawn. As many blocks as the call has."""
 
-    def carry_on(self, call: JointCall, said: Tensor, num: int, choose: Choose) -> Tensor:
-        """`num` ids (B, num) after ids `said` (B, m) that followed call.start and that no pass has read, m + num at
-        most K. `choose` takes their index and logits (B, V) to ids (B,). Heads with `carries_on` alone."""
+    def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
+        """Logits (B, V) of one id after another, at most K - m, behind ids `said` (B, m) that followed call.start and
+        that no pass has read; is sent the ids (B,) that were chosen. Heads with `carries_on` alone."""
         raise NotImplementedError(f"{type(self).__name__} drafts from a pass of the backbone alone")
 
     def fits(self, given: Tensor) -> int:

@@ -11,13 +11,15 @@ Legend: B blocks, K tokens, m <= K of them, V vocabulary, W width, M hidden widt
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.heads.joint.base import JOINT_HEADS, Choose, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
 from omni.nn.transformer import RMSNorm
 from omni.pick import pick
 from omni.rng import Key
@@ -58,40 +60,39 @@ class Sequential(JointHead):
         self.step = Step(width, config.expansion, config.norm_eps)
         self.norm = RMSNorm(width, config.norm_eps)
 
-    def run(self, call: JointCall, num: int, choose: Choose, said: Tensor | None = None) -> Tensor:
-        """`num` ids (B, num) after the ids `said` (B, m) that follow the start, each chosen from its logits."""
-        state, ids = call.start, [] if said is None else [*said.unbind(1)]
-        given = len(ids)
-        for k in range(given + num):
-            if k:
-                state = self.step(state, call.embed(ids[k - 1]).to(state.dtype))
-            if k >= given:
-                ids.append(choose(k - given, call.read(self.norm(state) if k else state)))
-        return torch.stack(ids[given:], 1)
+    def walk(self, call: JointCall, said: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
+        """Logits (B, V) of the next id, again and again, and is sent ids (B,); the first are `said` (B, m)."""
+        state = call.start
+        ids = iter(() if said is None else said.unbind(1))
+        for k in range(self.length):
+            last = next(ids, None)
+            if last is None:
+                last = yield call.read(self.norm(state) if k else state)
+            if k + 1 < self.length:
+                state = self.step(state, call.embed(last).to(state.dtype))
 
-    def laws(self, call: JointCall, num: int, choose: Choose) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V) float64, where `choose` takes k and such a law to ids (B,)."""
+    def run(self, call: JointCall, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """ids (B, num) and log q(. | x_<k) (B, num, V), where `choose` takes k and the law (B, V) to ids (B,)."""
+        ids: list[Tensor] = []
         found: list[Tensor] = []
-
-        def chosen(k: int, logits: Tensor) -> Tensor:
+        walk = self.walk(call)
+        for k in range(num):
+            logits = walk.send(ids[-1]) if k else next(walk)
             found.append(logits.double().log_softmax(-1))
-            return choose(k, found[k])
-
-        return self.run(call, num, chosen), torch.stack(found, 1)
+            ids.append(choose(k, found[k]))
+        return torch.stack(ids, 1), torch.stack(found, 1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """Token k is pick(q(. | x_<k), u_k). Fewer uniforms than K draw the first tokens alone."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
-        ids, log_q = self.laws(call, num, lambda k, law: pick(law, uniforms[:, k]))
+        ids, log_q = self.run(call, num, lambda k, law: pick(law, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
-    def carry_on(self, call: JointCall, said: Tensor, num: int, choose: Choose) -> Tensor:
-        if num < 1 or said.shape[1] + num > self.length:
-            raise ValueError(
-                f"this head goes {self.length} tokens past a hidden state, not {num} after {said.shape[1]}; take fewer"
-            )
-        return self.run(call, num, choose, said)
+    def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
+        if said.shape[1] >= self.length:
+            raise ValueError(f"this head goes {self.length} tokens past a hidden state; {said.shape[1]} leave it none")
+        return self.walk(call, said)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         """Of ids (B, m), m <= K: a shorter block has the exact marginal of its tokens."""
@@ -99,7 +100,7 @@ class Sequential(JointHead):
         return LogProb(found.sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.laws(call, self.fits(ids), lambda k, _: ids[:, k])[1]
+        return self.run(call, self.fits(ids), lambda k, _: ids[:, k])[1]
 
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
         """Cross-entropy of the valid prefix, in nats per token."""
