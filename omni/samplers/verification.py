@@ -3,7 +3,8 @@
 Lossless, that is, what is emitted has exactly the law of drawing token by token from p:
 
     coupled     y_k = pick(p_k, u_k) with the token's own noise, as long as the draft said the same: exact for
-                ANY draft, and for a given u the very ids of plain decoding. Greedy, where p_k is one id.
+                ANY draft, and for a given u the very ids of plain decoding. Greedy, where p_k is one id. A token
+                keeps its u in every round that comes to it: drafts may hang on the noise of later tokens.
     rejection   keep x_k with probability min(1, p_k(x_k) / q_k(x_k)); at the first refusal draw from the excess of p_k
                 over q_k                                          (arXiv 2211.17192, 2302.01318)
     block       the longest prefix by a joint test: never keeps fewer than rejection in expectation

@@ -68,14 +68,19 @@ def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ..
 
 @torch.inference_mode()
 def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: int) -> Tensor:
-    """(num,) int64: the number of the string that each of `num` replies says."""
+    """(V^LENGTH,) int64: how many of `num` replies say each string. With common noise a token has one number in all
+    rounds that come to it, as in the engine: tokens of a simplex hang on the noise of later ones too."""
     counts = torch.zeros(V**LENGTH, dtype=torch.int64)
-    waiting = {(): num}
+    own = Key(2).fold(kind, "own").uniform((num, LENGTH + K), torch.float64)
+    waiting = {(): torch.arange(num)}
     while waiting:
-        said, rows = waiting.popitem()
-        key = Key(2).fold(kind, *said)
+        said, members = waiting.popitem()
+        rows, key = len(members), Key(2).fold(kind, *said)
         prefix = torch.tensor(said, dtype=torch.int64).expand(rows, -1)
-        noise = key.fold("noise").uniform((rows, K + 1), torch.float64)
+        if kind == "coupled":
+            noise = own[members, len(said) : len(said) + K + 1]
+        else:
+            noise = key.fold("noise").uniform((rows, K + 1), torch.float64)
         draft = head_of(model).sample(toy_call(model, prefix, K), noise[:, :K], key.fold("draft"))
         ids = draft.ids.clamp(max=V - 1) if kind == "coupled" else draft.ids
         table = torch.stack([laws[(*said, *x)] for k in range(K + 1) for x in _strings(k)])
@@ -90,13 +95,14 @@ def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: in
             judge = {"rejection": rejection, "block": block}[kind]
             verdict = judge(ids, draft.log_q, log_p, coins[:, :K], fresh)
         for n in range(K + 1):
-            mine = verdict.ids[verdict.kept == n, : n + 1]
-            for x, count in zip(*torch.unique(mine, dim=0, return_counts=True), strict=True):
-                whole = (*said, *x.tolist())
+            here = verdict.kept == n
+            strings, index = torch.unique(verdict.ids[here, : n + 1], dim=0, return_inverse=True)
+            for number, x in enumerate(strings.tolist()):
+                whole, found = (*said, *x), members[here][index == number]
                 if len(whole) >= LENGTH:
-                    counts[sum(i * V**j for j, i in enumerate(whole[:LENGTH]))] += int(count)
+                    counts[sum(i * V**j for j, i in enumerate(whole[:LENGTH]))] += len(found)
                 else:
-                    waiting[whole] = waiting.get(whole, 0) + int(count)
+                    waiting[whole] = torch.cat([waiting.get(whole, found[:0]), found])
     return counts
 
 
