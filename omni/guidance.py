@@ -10,7 +10,8 @@ front of the picture that it is about to draw, and combines
 
     F = F_all + w_images (F_text - F_all) + w (F - F_text)        (InstructPix2Pix, arXiv 2211.09800, eq. 3)
 
-where F_text has the text dropped, F_all everything. w = w_images = 1 is no guidance and costs nothing.
+where F_text has the text dropped, F_all everything. w = w_images = 1 is no guidance and costs nothing;
+w_images = 1 alone needs no F_all.
 """
 
 from __future__ import annotations

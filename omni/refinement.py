@@ -67,11 +67,12 @@ def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> I
 
 
 def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
-    """F(x, t, s) of the group, with all guidance branches of all rows in one pass."""
+    """F(x, t, s) of the group, with all guidance branches of all rows in one pass; those of no weight are left out."""
     options = group[0].options
     w_text, w_image = options.guidance, options.image_guidance
     assert w_text is not None and w_image is not None
-    branches: list[Drop] = [] if w_text == w_image == 1 else ["text", "all"]
+    weights: dict[Drop, float] = {"text": w_image - w_text, "all": 1.0 - w_image}
+    branches: list[Drop] = [what for what, weight in weights.items() if weight]
     memory_cache = cache if len(group) == len(rows) and not branches else cache.fork([r.number for r in group])
     for what in branches:
         null = engine.model.transformer.new_cache(len(group), 64)
@@ -88,8 +89,8 @@ def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCac
             row.media.evaluations += K  # type: ignore[union-attr]
         if K == 1:
             return F
-        full, no_text, nothing = F.chunk(3)
-        return nothing + w_image * (no_text - nothing) + w_text * (full - no_text)
+        full, *reduced = F.chunk(K)
+        return sum((weights[what] * part for what, part in zip(branches, reduced, strict=True)), w_text * full)
 
     return call
 

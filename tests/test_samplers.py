@@ -385,7 +385,9 @@ def test_evaluations_are_counted_as_they_are_made(model: omni.Omni) -> None:
         for options, evaluations in (
             ({"steps": 4}, 4),
             ({"steps": 4, "sampler": "heun"}, 7),
-            ({"steps": 2, "guidance": 2.0}, 6),
+            ({"steps": 2, "guidance": 2.0}, 4),  # without pictures in the formula, two branches
+            ({"steps": 2, "guidance": 2.0, "image_guidance": 1.5}, 6),
+            ({"steps": 2, "guidance": 2.0, "image_guidance": 2.0}, 4),  # text and pictures are dropped together
             ({"grid": "midpoint", "sampler": "restart"}, 2),
         ):
             passes.clear()
