@@ -65,15 +65,15 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
             redrawn = _plain(engine, row, ids, engine.model.token.read(hidden))[: len(ids)]
             wanted[row.number] = _usable(engine, row, redrawn.tolist())
             cache.truncate(row.number, *(field[row.number] for field in base))
+    reads = options.sweeps + (options.verify != "none")
+    passes = (start is not None) + (reads if _is_read(start, wanted) else 0)
     if options.verify == "none":
         for row in talking:
             ids = wanted[row.number][0]
             legal = _legal(engine, row, ids)
-            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal), 1 + options.sweeps))
+            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal), passes))
             row.pending = [TokenSpan(said, [False] * len(said))]
         return
-    unread = start is not None and not any(whole or len(ids) > 1 for ids, whole in wanted.values())
-    passes = (start is not None) + (0 if unread else options.sweeps + 1)
     for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
         verdict = _judge(engine, row, draft, ids, engine.model.token.read(hidden))
@@ -100,7 +100,7 @@ def _read_drafts(
         draft, whole = wanted[row.number]
         read = draft if whole else draft[:-1]
         ids[row.number] = [*_last(row), *read] if start is None else read
-    if any(ids):
+    if _is_read(start, wanted):
         hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
         hidden = hidden if start is None else torch.cat([start.unsqueeze(1), hidden], 1)
     else:
@@ -109,6 +109,11 @@ def _read_drafts(
     for row in talking:
         draft, whole = wanted[row.number]
         yield row, hidden[row.number, : len(draft) + whole]
+
+
+def _is_read(start: Tensor | None, wanted: Wanted) -> bool:
+    """Whether anything of a round's drafts, or before them, needs a pass."""
+    return start is None or any(whole or len(ids) > 1 for ids, whole in wanted.values())
 
 
 def _last(row: Row) -> list[int]:
@@ -177,7 +182,7 @@ def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
 
     drafting = joint.head.carry_on(StateCall(engine.model, states), said.to(states.device))
     chosen = [choose(0, next(drafting))]
-    while len(chosen) < num:
+    while len(chosen) < num:  # until nothing may follow in any row
         so_far = torch.stack([ids for ids, _ in chosen], 1)
         if not any(_usable(engine, row, so_far[row.number].tolist())[1] for row in talking):
             break
