@@ -17,7 +17,7 @@ from omni.document import Document, Role, Video
 from omni.emoji_world.atlas import Atlas
 from omni.emoji_world.author import Author
 from omni.emoji_world.classes import CLASSES, FAMILY
-from omni.emoji_world.edits import draw_edit, request_for, spoken
+from omni.emoji_world.edits import caption, draw_edit, request_for, spoken
 from omni.emoji_world.objects import ROW_NAMES, SCENE_NAMES
 from omni.emoji_world.scene import (
     APART,
@@ -129,10 +129,11 @@ def draw_scene(author: Author) -> Extra:
 
 
 def edit_one(author: Author) -> Extra:
-    """The user's picture and an instruction; the answer is the changed picture."""
+    """The user's picture and an instruction; the answer says what it will show, and shows the changed picture."""
     kind, edit = draw_edit(author)
     author.give(edit.before)
     author.ask(edit.instruction)
+    author.say(caption(edit.after))
     author.show(edit.after)
     return {"kind": kind, **edit.extra}
 
@@ -217,6 +218,7 @@ def converse(author: Author) -> Extra:
         author.ask(request_for(author, edit.before))
         author.show(edit.before)
         author.ask(edit.instruction)
+        author.say(caption(edit.after))
         author.show(edit.after)
     elif kind == "series":
         names = author.draw.sample(SCENE_NAMES, 2)

@@ -15,6 +15,7 @@ from omni.emoji_world.author import Author
 from omni.emoji_world.objects import SCENE_NAMES
 from omni.emoji_world.scene import (
     BACKGROUNDS,
+    BIG,
     LEFT,
     PAIR_SLOTS,
     PLACES,
@@ -155,16 +156,41 @@ def draw_edit(author: Author) -> tuple[str, Edit]:
 
 def request_for(author: Author, scene: Scene) -> str:
     """What a user says to have a picture that some edit starts from."""
-    names, slots = scene.names, tuple((p.x, p.y) for p in scene.placements)
-    on = "" if scene.background == "white" else f" on {article_for(scene.background)} background"
-    if len(names) == 2:
-        relation = "left" if slots == (LEFT, RIGHT) else "above"
-        words = author.phrase(f"scene.{relation}", a=with_article(names[0]), b=with_article(names[1]))
-        return author.phrase("scene", scene=words + on)
-    if scene.placements[0].size < 60:
-        place = next(place for place, slot in PLACES.items() if slot == slots[0])
-        return author.phrase("scene", scene=f"{with_article(names[0], 'small')} at the {place}" + on)
-    return author.phrase("draw", a=with_article(spoken(names[0])) + on)
+    if len(scene.names) == 2:
+        a, b = map(with_article, scene.names)
+        return author.phrase("scene", scene=author.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _ground(scene))
+    words = _lone(scene) + _ground(scene)
+    is_big = scene.placements[0].size == BIG
+    return author.phrase("draw", a=words) if is_big else author.phrase("scene", scene=words)
+
+
+def caption(scene: Scene) -> str:
+    """What the assistant says before it shows an edited picture: all that is in it, so that the picture can be drawn
+    from these words too: "Here you are: a cat to the left of a dog on a pink background."
+    """
+    if len(scene.names) == 2:
+        a, b = map(with_article, scene.names)
+        words = f"{a} to the left of {b}" if _relation(scene) == "left" else f"{a} above {b}"
+    else:
+        words = _lone(scene)
+    return f"Here you are: {words}{_ground(scene)}."
+
+
+def _relation(scene: Scene) -> str:
+    return "left" if tuple((p.x, p.y) for p in scene.placements) == (LEFT, RIGHT) else "above"
+
+
+def _lone(scene: Scene) -> str:
+    """A lone object: "a cat", or "a small cat at the left"."""
+    (only,) = scene.placements
+    if only.size == BIG:
+        return with_article(spoken(only.name))
+    place = next(place for place, slot in PLACES.items() if slot == (only.x, only.y))
+    return f"{with_article(only.name, 'small')} at the {place}"
+
+
+def _ground(scene: Scene) -> str:
+    return "" if scene.background == "white" else f" on {article_for(scene.background)} background"
 
 
 def spoken(name: str) -> str:

@@ -129,6 +129,19 @@ def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
                 assert not document.images()
 
 
+def test_an_edit_says_what_it_will_show(atlas: Atlas) -> None:
+    """The words before an edited picture tell it whole: one caption, one scene."""
+    world = EmojiWorld(atlas, mixture={"edit": 1.0})
+    said: dict[str, Scene] = {}
+    for i in range(3000):
+        meta = world.document(i).meta
+        (after,) = map(Scene.from_json, meta["scenes"])
+        assert said.setdefault(meta["answer"], after) == after
+        assert all(name.replace(": ", " with ") in meta["answer"] for name in after.names)
+        assert after.background == "white" or f"{after.background} background." in meta["answer"]
+    assert len(said) > 2000
+
+
 def test_open_requests_vary_and_cover_their_class(atlas: Atlas) -> None:
     world = EmojiWorld(atlas, mixture={"open": 1.0})
     drawn: dict[str, set[str]] = {}
