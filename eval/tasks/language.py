@@ -1,4 +1,4 @@
-"""Tasks about words: naming a given picture, when to start a picture, questions that need none."""
+"""Tasks about words: naming or describing a given picture, when to start a picture, questions that need none."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from omni.document import Document, Role
 from omni.reply import Reply
 
 NAME_KINDS = ("plain", "tone", "language")
+DESCRIBE_KINDS = ("pair", "small", "big")
 TEXT_KINDS = ("is", "translate", "english", "member")
 
 
 @task("naming", RequestOptions, rows=("right", *NAME_KINDS))
 def naming(context: Context, options: RequestOptions) -> Outcome:
     """A given picture named, in English or in the language asked for: the reply is exactly the name."""
-    documents = requests(context, {"name": 1.0}, options.requests, of_kinds(options))
+    return exact_words(context, options, "name", NAME_KINDS)
+
+
+@task("describe", RequestOptions, rows=("right", *DESCRIBE_KINDS))
+def describe(context: Context, options: RequestOptions) -> Outcome:
+    """One or two given objects: what they are, where, on what background; the reply is exactly the caption."""
+    return exact_words(context, options, "describe", DESCRIBE_KINDS)
+
+
+def exact_words(context: Context, options: RequestOptions, kind: str, rows: Sequence[str]) -> Outcome:
+    """The share of replies that are exactly the expected words and nothing else; by kind."""
+    documents = requests(context, {kind: 1.0}, options.requests, of_kinds(options))
     answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
     right = [
         not reply.images and reply.text.strip() == document.meta["answer"]
         for document, reply in zip(documents, answers, strict=True)
     ]
-    return by_kind(documents, answers, right, NAME_KINDS, note)
+    return by_kind(documents, answers, right, rows, note)
 
 
 class WhenOptions(RequestOptions):

@@ -17,13 +17,14 @@ from omni.document import Document, Role, Video
 from omni.emoji_world.atlas import Atlas
 from omni.emoji_world.author import Author
 from omni.emoji_world.classes import CLASSES, FAMILY
-from omni.emoji_world.edits import caption, draw_edit, request_for, spoken
+from omni.emoji_world.edits import Edit, caption, draw_edit, request_for, spoken
 from omni.emoji_world.objects import ROW_NAMES, SCENE_NAMES
 from omni.emoji_world.scene import (
     APART,
     BACKGROUNDS,
     CENTRE,
     PAIR_SLOTS,
+    PLACES,
     SPLITS,
     Placement,
     Scene,
@@ -129,13 +130,36 @@ def draw_scene(author: Author) -> Extra:
 
 
 def edit_one(author: Author) -> Extra:
-    """The user's picture and an instruction; the answer says what it will show, and shows the changed picture."""
+    """The user's picture and an instruction; see `answer_edit`."""
     kind, edit = draw_edit(author)
     author.give(edit.before)
     author.ask(edit.instruction)
-    author.say(caption(edit.after))
-    author.show(edit.after)
+    answer_edit(author, edit)
     return {"kind": kind, **edit.extra}
+
+
+def answer_edit(author: Author, edit: Edit) -> None:
+    """What is there, then what will be, then the picture: each step reads the one before. To see, to rewrite words and
+    to draw from words are easier to learn, one by one, than to change a picture in one go."""
+    author.say(f"I see {caption(edit.before)}. Here you are: {caption(edit.after)}.")
+    author.show(edit.after)
+
+
+def describe(author: Author) -> Extra:
+    """A picture of one or two objects and "describe this": what they are, where they are, on what background."""
+    draw = author.draw
+    kind = draw.choices(("pair", "small", "big"), (6, 3, 1))[0]
+    background = draw_background(draw, 0.6)
+    if kind == "pair":
+        scene = small_objects(draw_names(draw, 2, author.split), draw.choice(PAIR_SLOTS), background)
+    elif kind == "small":
+        scene = single(draw.choice(SCENE_NAMES), background, draw.choice(list(PLACES.values())))
+    else:
+        scene = single(draw.choice(SCENE_NAMES), background)
+    author.give(scene)
+    author.ask(author.phrase("describe"))
+    author.say(f"{caption(scene)}.")
+    return {"kind": kind}
 
 
 def draw_open(author: Author) -> Extra:
@@ -218,8 +242,7 @@ def converse(author: Author) -> Extra:
         author.ask(request_for(author, edit.before))
         author.show(edit.before)
         author.ask(edit.instruction)
-        author.say(caption(edit.after))
-        author.show(edit.after)
+        answer_edit(author, edit)
     elif kind == "series":
         names = author.draw.sample(SCENE_NAMES, 2)
         author.ask(author.phrase("series", a=with_article(names[0]), b=with_article(names[1])))
@@ -233,13 +256,14 @@ def converse(author: Author) -> Extra:
 
 
 TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
-    "draw": (0.34, draw_one),
+    "draw": (0.32, draw_one),
     "name": (0.12, name_one),
     "scene": (0.17, draw_scene),
     "edit": (0.13, edit_one),
     "open": (0.07, draw_open),
+    "describe": (0.04, describe),
     "story": (0.05, tell_story),
-    "text": (0.08, talk),
+    "text": (0.06, talk),
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}

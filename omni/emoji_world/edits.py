@@ -165,15 +165,15 @@ def request_for(author: Author, scene: Scene) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """What the assistant says before it shows an edited picture: all that is in it, so that the picture can be drawn
-    from these words too: "Here you are: a cat to the left of a dog on a pink background."
+    """All that is in a scene of one or two objects, so that it can be drawn from these words: "a cat to the left of a
+    dog on a pink background".
     """
     if len(scene.names) == 2:
         a, b = map(with_article, scene.names)
         words = f"{a} to the left of {b}" if _relation(scene) == "left" else f"{a} above {b}"
     else:
         words = _lone(scene)
-    return f"Here you are: {words}{_ground(scene)}."
+    return words + _ground(scene)
 
 
 def _relation(scene: Scene) -> str:

@@ -198,6 +198,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             {n} {many}, nothing else
             a picture of {n} {many}
         """,
+        "describe": """
+            describe this
+            describe the picture
+            describe what you see
+            what is where in this picture?
+            describe this picture
+            say what is where
+            tell me what is where
+            describe it
+            say all that you see
+            please describe the picture
+        """,
         "edit.tone": """
             give it a {tone} skin tone
             make the skin tone {tone}

@@ -118,6 +118,8 @@ def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
                 assert meta["answer"] == atlas.name_in(meta["name"], meta["language"]) and not after
             case "edit":
                 assert len(after) == 1 and after[0] != Scene.from_json(meta["given"][0])
+            case "describe":
+                assert meta["given"] and not after
             case "open":
                 assert set(after[0].names) <= set(meta["members"])
             case "story":
@@ -130,15 +132,16 @@ def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
 
 
 def test_an_edit_says_what_it_will_show(atlas: Atlas) -> None:
-    """The words before an edited picture tell it whole: one caption, one scene."""
-    world = EmojiWorld(atlas, mixture={"edit": 1.0})
+    """The words before an edited picture tell it whole, as do those about a given one: one caption, one scene."""
+    world = EmojiWorld(atlas, mixture={"edit": 2.0, "describe": 1.0})
     said: dict[str, Scene] = {}
     for i in range(3000):
         meta = world.document(i).meta
-        (after,) = map(Scene.from_json, meta["scenes"])
-        assert said.setdefault(meta["answer"], after) == after
-        assert all(name.replace(": ", " with ") in meta["answer"] for name in after.names)
-        assert after.background == "white" or f"{after.background} background." in meta["answer"]
+        scene = Scene.from_json((meta["scenes"] or meta["given"])[0])
+        words = meta["answer"].split("Here you are: ")[-1]
+        assert said.setdefault(words, scene) == scene
+        assert all(name.replace(": ", " with ") in words for name in scene.names)
+        assert scene.background == "white" or words.endswith(f"{scene.background} background.")
     assert len(said) > 2000
 
 

@@ -93,12 +93,12 @@ def run(monkeypatch: pytest.MonkeyPatch, judge: Judge) -> Callable[..., dict[str
 SCENE_TASKS = ["scenes", "counts", "edits", "chat_edits"]
 
 
-@pytest.mark.parametrize("name", ["draw", *SCENE_TASKS, "naming", "when_to_draw", "questions"])
+@pytest.mark.parametrize("name", ["draw", *SCENE_TASKS, "naming", "describe", "when_to_draw", "questions"])
 def test_right_answers_score_100(run: Callable[..., dict[str, float]], name: str) -> None:
     assert set(run(name, right).values()) == {100.0}
 
 
-@pytest.mark.parametrize("name", ["draw", *SCENE_TASKS, "naming", "questions"])
+@pytest.mark.parametrize("name", ["draw", *SCENE_TASKS, "naming", "describe", "questions"])
 def test_answers_to_other_requests_score_almost_0(run: Callable[..., dict[str, float]], name: str) -> None:
     assert run(name, of_another)["right"] <= 10
 
@@ -113,7 +113,7 @@ def test_averaged_drawings_are_neither_clear_nor_sharp(run: Callable[..., dict[s
     assert values["clear"] <= 5 and values["sharp"] <= 5
 
 
-@pytest.mark.parametrize("name", ["draw", *SCENE_TASKS, "naming", "story", "open"])
+@pytest.mark.parametrize("name", ["draw", *SCENE_TASKS, "naming", "describe", "story", "open"])
 def test_no_answer_scores_0(run: Callable[..., dict[str, float]], name: str) -> None:
     values = run(name, nothing, **({"draws": 0} if name == "open" else {}))
     assert set(values.values()) == {0.0}

@@ -42,7 +42,7 @@ def run(context: Context, name: str, **options: Any) -> dict[str, float]:
     return {m.name: m.value for m in task.run(context, task.options(**options)).measures}
 
 
-@pytest.mark.parametrize("name", ["draw", "scenes", "edits", "chat_edits", "naming", "story", "questions"])
+@pytest.mark.parametrize("name", ["draw", "scenes", "edits", "chat_edits", "naming", "describe", "story", "questions"])
 def test_an_untrained_model_is_right_in_nothing(context: Context, name: str) -> None:
     assert run(context, name, requests=3, steps=1, batch=2)["right" if name != "story" else "in_place"] == 0
 
