@@ -130,7 +130,7 @@ def draw_scene(author: Author) -> Extra:
 
 
 def edit_one(author: Author) -> Extra:
-    """The user's picture and an instruction; see `answer_edit`."""
+    """The user's picture and an instruction; the answer says what is there and what will be, and shows it."""
     kind, edit = draw_edit(author)
     author.give(edit.before)
     author.ask(edit.instruction)
@@ -152,10 +152,9 @@ def describe(author: Author) -> Extra:
     background = draw_background(draw, 0.6)
     if kind == "pair":
         scene = small_objects(draw_names(draw, 2, author.split), draw.choice(PAIR_SLOTS), background)
-    elif kind == "small":
-        scene = single(draw.choice(SCENE_NAMES), background, draw.choice(list(PLACES.values())))
     else:
-        scene = single(draw.choice(SCENE_NAMES), background)
+        place = draw.choice(list(PLACES.values())) if kind == "small" else None
+        scene = single(draw.choice(SCENE_NAMES), background, place)
     author.give(scene)
     author.ask(author.phrase("describe"))
     author.say(f"{caption(scene)}.")

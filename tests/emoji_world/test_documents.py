@@ -11,6 +11,7 @@ import torch
 
 from omni.document import Document, Image, Role, Text, Video
 from omni.emoji_world import CLASSES, SCENE_NAMES, TASKS, Atlas, EmojiWorld, Scene, prompt_of, render, story_scene
+from omni.emoji_world.edits import caption, spoken
 from omni.emoji_world.phrases import TEMPLATES, is_heldout, numbers
 from omni.emoji_world.scene import scene_is_heldout, tone_is_heldout
 from omni.emoji_world.words import plural, with_article
@@ -138,9 +139,12 @@ def test_an_edit_says_what_it_will_show(atlas: Atlas) -> None:
     for i in range(3000):
         meta = world.document(i).meta
         scene = Scene.from_json((meta["scenes"] or meta["given"])[0])
-        words = meta["answer"].split("Here you are: ")[-1]
+        words = meta["answer"]
+        if meta["task"] == "edit":
+            seen, words = words.split(". Here you are: ")
+            assert seen == f"I see {caption(Scene.from_json(meta['given'][0]))}"
         assert said.setdefault(words, scene) == scene
-        assert all(name.replace(": ", " with ") in words for name in scene.names)
+        assert all(spoken(name) in words for name in scene.names)
         assert scene.background == "white" or words.endswith(f"{scene.background} background.")
     assert len(said) > 2000
 
