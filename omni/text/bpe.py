@@ -7,7 +7,7 @@ Loading refuses a file that has any of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Self
 
@@ -23,7 +23,7 @@ class BPETokenizer(Tokenizer):
     backend = "bpe"
     file_name = "tokenizer.json"
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    def __init__(self, library: tokenizers.Tokenizer, phrases: Sequence[str] = ()) -> None:
         self._library = library
         to_byte = {char: byte for byte, char in enumerate(_byte_characters())}
         tokens = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
@@ -33,7 +33,7 @@ class BPETokenizer(Tokenizer):
             id_bytes = [bytes([to_byte[char] for char in text]) for text, _ in tokens]
         except KeyError as error:
             raise ValueError(f"the vocabulary is not byte-level: it has the character {error}") from None
-        super().__init__(id_bytes)
+        super().__init__(id_bytes, phrases)
 
     @classmethod
     def train(cls, texts: Iterable[str], num_text: int) -> BPETokenizer:
@@ -60,12 +60,12 @@ class BPETokenizer(Tokenizer):
         return self._library.to_str(pretty=False).encode("utf-8")
 
     @classmethod
-    def _from_model_bytes(cls, data: bytes) -> Self:
+    def _from_model_bytes(cls, data: bytes, phrases: Sequence[str] = ()) -> Self:
         parts = json.loads(data)
         for part in ("added_tokens", "normalizer", "post_processor", "truncation", "padding"):
             if parts.get(part):
                 raise ValueError(f"{cls.file_name} has {part!r}, so text could change or become a control token")
-        return cls(tokenizers.Tokenizer.from_buffer(data))
+        return cls(tokenizers.Tokenizer.from_buffer(data), phrases)
 
 
 @cache

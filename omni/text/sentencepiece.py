@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 import sentencepiece
@@ -27,13 +27,13 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
     verbatim_pattern = re.compile("[\x00\u2581\ud800-\udfff]+")
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, phrases: Sequence[str] = ()) -> None:
         self._model = model
         try:
             self._library = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"{self.file_name} is no SentencePiece model: {error}") from None
-        super().__init__([self._piece_bytes(token, kind) for token, kind in enumerate(_piece_kinds(model))])
+        super().__init__([self._piece_bytes(token, kind) for token, kind in enumerate(_piece_kinds(model))], phrases)
 
     def _piece_bytes(self, token: int, kind: int) -> bytes:
         piece = self._library.id_to_piece(token)
@@ -83,8 +83,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model
 
     @classmethod
-    def _from_model_bytes(cls, data: bytes) -> Self:
-        return cls(data)
+    def _from_model_bytes(cls, data: bytes, phrases: Sequence[str] = ()) -> Self:
+        return cls(data, phrases)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,9 @@ stands for a fixed string of bytes; decoding joins those bytes. Text is UTF-8 in
 forbids, is written as its own three bytes (Python's "surrogatepass"): decode(encode(x)) == x for every Python str.
 Bytes that are no text (a model may produce any) decode to U+FFFD.
 
+Phrases (" hot beverage") are text ids of their own, after the library's: whoever knows what a corpus names can give
+each name one id, and so a vector that no other word shares. SuperBPE (arXiv 2503.13423) finds such ids by frequency.
+
 This file does not split or merge text: see bpe.py and sentencepiece.py. Nor does it lay out turns: see compose.py.
 """
 
@@ -86,8 +89,11 @@ class Tokenizer(ABC):
     file_name: ClassVar[str]
     verbatim_pattern: ClassVar[re.Pattern[str]] = re.compile("[\ud800-\udfff]+")
 
-    def __init__(self, id_bytes: Sequence[bytes]) -> None:
-        self._id_bytes = tuple(id_bytes)
+    def __init__(self, id_bytes: Sequence[bytes], phrases: Sequence[str] = ()) -> None:
+        self.phrases = _checked_phrases(phrases, self.verbatim_pattern)
+        self._phrase_ids = {phrase: len(id_bytes) + number for number, phrase in enumerate(self.phrases)}
+        self._phrase_pattern = _any_of(self.phrases)
+        self._id_bytes = (*id_bytes, *(phrase.encode("utf-8") for phrase in self.phrases))
         self.num_text = len(self._id_bytes)
         self.control = ControlTokens(self.num_text)
         self._byte_ids = self._find_byte_ids()
@@ -109,8 +115,19 @@ class Tokenizer(ABC):
         ids: list[int] = []
         start = 0
         for match in self.verbatim_pattern.finditer(text):
-            ids += self._split(text[start : match.start()])
+            ids += self._split_phrases(text[start : match.start()])
             ids += [self._byte_ids[byte] for byte in match.group().encode("utf-8", "surrogatepass")]
+            start = match.end()
+        return ids + self._split_phrases(text[start:])
+
+    def _split_phrases(self, text: str) -> list[int]:
+        """Ids of text without verbatim characters: one for each phrase, and the library's for what is between."""
+        if self._phrase_pattern is None:
+            return self._split(text)
+        ids: list[int] = []
+        start = 0
+        for match in self._phrase_pattern.finditer(text):
+            ids += [*self._split(text[start : match.start()]), self._phrase_ids[match.group()]]
             start = match.end()
         return ids + self._split(text[start:])
 
@@ -125,6 +142,10 @@ class Tokenizer(ABC):
             raise ValueError(f"id {token} is {what}, not text (0 to {self.num_text - 1}); decode text ids only")
         return self._id_bytes[token]
 
+    def byte_id(self, byte: int) -> int:
+        """The id that stands for one byte alone."""
+        return self._byte_ids[byte]
+
     def stream(self) -> TextStream:
         """A decoder that takes one id at a time."""
         return TextStream(self)
@@ -133,6 +154,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def train(cls, texts: Iterable[str], num_text: int) -> Tokenizer:
         """A tokenizer of exactly `num_text` text ids, learnt from `texts`. ValueError where the corpus is too poor."""
+
+    def with_phrases(self, phrases: Sequence[str]) -> Self:
+        """The same tokenizer with one id for each of `phrases`; the other text ids stay. It must have none yet.
+
+        A phrase counts where a word ends after it, a plural "s" aside, and, unless it starts with a space, where no word
+        and no space is before it; of several that fit, the longest does. Raises
+        ValueError for an empty phrase, one given twice, or one with characters that the library never sees.
+        """
+        if self.phrases:
+            raise ValueError(f"this tokenizer has {len(self.phrases)} phrases already; give them all at once")
+        return self._from_model_bytes(self._model_bytes(), phrases)
 
     @abstractmethod
     def _split(self, text: str) -> list[int]:
@@ -144,7 +176,7 @@ class Tokenizer(ABC):
 
     @classmethod
     @abstractmethod
-    def _from_model_bytes(cls, data: bytes) -> Self:
+    def _from_model_bytes(cls, data: bytes, phrases: Sequence[str] = ()) -> Self:
         """Inverse of _model_bytes; ValueError for a model that could match control spellings in text."""
 
     def save(self, directory: str | Path) -> None:
@@ -164,7 +196,7 @@ class Tokenizer(ABC):
             "num_text": self.num_text,
             "vocab_size": self.vocab_size,
             "control": list(CONTROL_NAMES),
-        }
+        } | ({"phrases": list(self.phrases)} if self.phrases else {})
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
@@ -180,7 +212,7 @@ class Tokenizer(ABC):
             raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; save the tokenizer again") from None
         if hashlib.blake2b(data, digest_size=16).hexdigest() != config["blake2b"]:
             raise ValueError(f"{str(path)!r} is damaged: its digest is not the one in {CONFIG_FILE}; restore the file")
-        tokenizer = cls._from_model_bytes(data)
+        tokenizer = cls._from_model_bytes(data, config.get("phrases", ()))
         if config["control"] != list(CONTROL_NAMES) or config["num_text"] != tokenizer.num_text:
             raise ValueError(f"{str(directory)!r} has another table of control tokens or text ids; train it again")
         return tokenizer
@@ -194,6 +226,27 @@ class Tokenizer(ABC):
         if missing:
             raise ValueError(f"the vocabulary lacks ids for {len(missing)} of the 256 bytes, such as {missing[0]:#04x}")
         return tuple(first[bytes([byte])] for byte in range(256))
+
+
+def _checked_phrases(phrases: object, verbatim: re.Pattern[str]) -> tuple[str, ...]:
+    if not isinstance(phrases, Sequence) or isinstance(phrases, str):
+        raise ValueError(f"phrases must be a list of texts, got {phrases!r:.80}")
+    seen: set[object] = set()
+    for phrase in phrases:
+        if not isinstance(phrase, str) or not phrase or verbatim.search(phrase) or phrase in seen:
+            raise ValueError(f"{phrase!r} cannot be a phrase: it is empty, given twice, or no plain text")
+        seen.add(phrase)
+    return tuple(phrases)
+
+
+def _any_of(phrases: Sequence[str]) -> re.Pattern[str] | None:
+    """Matches the longest phrase that fits. It ends where a word does, a plural s aside; it begins with its space, or
+    where neither a space nor a word is before it."""
+    if not phrases:
+        return None
+    longest_first = sorted(phrases, key=len, reverse=True)
+    either = "|".join(re.escape(p) if p[0].isspace() else rf"(?<![\w\s]){re.escape(p)}" for p in longest_first)
+    return re.compile(rf"(?:{either})(?=s?(?![^\W_]))")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -21,7 +21,8 @@ from omni.text.tokenizer import Tokenizer, load_backend
 
 
 class TokenizerRecipe(Frozen):
-    """backend: bpe or sentencepiece; vocab_size: number of text ids; num_texts: at most so many lines or documents."""
+    """backend: bpe or sentencepiece; vocab_size: number of text ids, not counting phrases; num_texts: at most so many
+    lines or documents; phrases: None, a text file of one phrase a line, or "emoji_world"."""
 
     backend: str
     vocab_size: int = Field(gt=0)
@@ -29,12 +30,15 @@ class TokenizerRecipe(Frozen):
     out: str
     num_texts: int = Field(20_000, gt=0)
     seed: int = 0
+    phrases: str | None = None
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> Tokenizer:
     """Train and save to recipe.out. Raises ValueError for an unknown backend, a missing or too small corpus."""
     backend = load_backend(recipe.backend)
     tokenizer = backend.train(read_corpus(recipe), recipe.vocab_size)
+    if recipe.phrases is not None:
+        tokenizer = tokenizer.with_phrases(read_phrases(recipe.phrases))
     tokenizer.save(recipe.out)
     return tokenizer
 
@@ -52,6 +56,22 @@ def read_corpus(recipe: TokenizerRecipe) -> Iterator[str]:
             if index == recipe.num_texts:
                 return
             yield line
+
+
+def read_phrases(source: str) -> list[str]:
+    """The phrases of a text file, one a line, or of the emoji world; each after a space, and at the start of a text."""
+    if source == "emoji_world":
+        from omni.emoji_world import Atlas
+        from omni.emoji_world.classes import CLASSES
+
+        names: Iterable[str] = (*CLASSES, *Atlas().names)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"phrases {source!r} is no file; give a text file's path, or emoji_world")
+        names = path.read_text(encoding="utf-8").splitlines()
+    names = [name.strip() for name in names if name.strip()]
+    return list(dict.fromkeys([*(f" {name}" for name in names), *names]))
 
 
 def _emoji_world_texts(recipe: TokenizerRecipe) -> Iterator[str]:

@@ -18,6 +18,12 @@ def corpus() -> list[str]:
     return CORPUS
 
 
-@pytest.fixture(scope="session", params=["bpe", "sentencepiece"])
+PHRASES = [" red apple", "red apple", " apple", " what is this", "<|image|>", " für été", "猫"]
+
+
+@pytest.fixture(scope="session", params=["bpe", "sentencepiece", "bpe with phrases", "sentencepiece with phrases"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return BPETokenizer.train(CORPUS, 340) if request.param == "bpe" else SentencePieceTokenizer.train(CORPUS, 340)
+    backend = BPETokenizer if request.param.startswith("bpe") else SentencePieceTokenizer
+    if request.param.endswith("phrases"):
+        return backend.train(CORPUS, 340 - len(PHRASES)).with_phrases(PHRASES)
+    return backend.train(CORPUS, 340)

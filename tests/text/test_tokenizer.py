@@ -116,6 +116,59 @@ def test_words_with_their_space_are_tokens() -> None:
     assert bpe.decode(bpe.encode("red apple")[-1:]) == " apple"
 
 
+@pytest.fixture(scope="module", params=[BPETokenizer, SentencePieceTokenizer])
+def with_names(request: pytest.FixtureRequest, corpus: list[str]) -> Tokenizer:
+    return request.param.train(corpus, 340).with_phrases([" red apple", " red", "red apple", " ant"])
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("draw a red apple", [" red apple"]),
+        ("two red apples, please", [" red apple"]),  # a plural keeps the word's id
+        ("a red appleseed, redder", [" red"]),  # a phrase ends where a word does
+        ("red apple", ["red apple"]),
+        ("'red apple'?", ["red apple"]),
+        ("infrared apple", []),  # a phrase without a space begins where no word is before it
+        (" antique ants", [" ant"]),
+        ("an  ant\ta red  apple", [" ant", " red"]),
+    ],
+)
+def test_phrases_are_one_id_each(with_names: Tokenizer, text: str, phrases: list[str]) -> None:
+    ids = with_names.encode(text)
+    first = with_names.num_text - len(with_names.phrases)
+    assert [with_names.decode([token]) for token in ids if token >= first] == phrases
+    assert with_names.decode(ids) == text
+
+
+def test_phrases_leave_other_ids(with_names: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
+    plain = type(with_names).train(corpus, 340)
+    assert plain.encode("the green cat") == with_names.encode("the green cat")
+    assert with_names.num_text == plain.num_text + 4 and with_names.control.pad == with_names.num_text
+    with_names.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.phrases == with_names.phrases and loaded.encode("a red ant") == with_names.encode("a red ant")
+
+
+@pytest.mark.parametrize("phrases", [[""], [" a", " b", " a"], ["\ud800"]])
+def test_what_is_no_phrase_is_refused(phrases: list[str], corpus: list[str]) -> None:
+    plain = BPETokenizer.train(corpus, 340)
+    with pytest.raises(ValueError, match="cannot be a phrase"):
+        plain.with_phrases(phrases)
+    with pytest.raises(ValueError, match="has 1 phrases already"):
+        plain.with_phrases([" a"]).with_phrases([" b"])
+
+
+def test_phrases_of_a_damaged_file_are_refused(with_names: Tokenizer, tmp_path: Path) -> None:
+    with_names.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for phrases in ("red", [" a", 3], [" red", " red"]):
+        path.write_text(json.dumps(config | {"phrases": phrases}))
+        with pytest.raises(ValueError, match="phrase"):
+            load_tokenizer(tmp_path)
+
+
 def test_control_table(tokenizer: Tokenizer) -> None:
     control = tokenizer.control
     table = tomllib.loads((DATA / "control_tokens.toml").read_text())
@@ -154,7 +207,7 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_same_corpus_same_file(tokenizer: Tokenizer, corpus: list[str]) -> None:
-    again = type(tokenizer).train(corpus, 340)  # type: ignore[attr-defined]
+    again = type(tokenizer).train(corpus, 340 - len(tokenizer.phrases))
     assert again.describe()["blake2b"] == tokenizer.describe()["blake2b"]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from omni.document import Document, Image, Role, Text, Video
+from omni.layout import lay_out
 from omni.media import save_png
 from omni.rng import Key
 from train.data import latents as latents_module
@@ -174,6 +175,27 @@ def test_documents_are_consumed_once_in_order(make_run: MakeRun) -> None:
     found = batches_of(make_run("drop.text=0", "drop.images=0", "drop.all=0"), 10)
     consumed = [index for documents, _, _ in found for index in documents]
     assert consumed == sorted(set(consumed)) and len(consumed) >= 0.9 * found[-1][1]
+
+
+@pytest.mark.parametrize("trim", [0.0, 1.0])
+def test_a_batch_ends_where_a_document_has_no_room(make_run: MakeRun, trim: float) -> None:
+    """Not where the loader stopped reading: with pictures left out of the context, more documents fit."""
+    run = make_run(f"batch.trim={trim}", "drop.text=0", "drop.images=0", "drop.all=0")
+    shapes = run.recipe.batch.shapes
+    cursor = 0
+    for _ in range(6):
+        packed = run.loader.next(cursor)
+        composed = run.loader._composed(packed.cursor)
+        assert not isinstance(composed, str)
+        one = lay_out(composed.spans, 0, trim_tail=trim == 1.0)
+        copies = run.recipe.batch.copies * sum(len(span.latents) for _, span, _ in one.blocks)
+        for batch, shape in zip(packed.batches, shapes, strict=True):
+            context = (batch.context.document >= 0).sum(1)
+            refine = (batch.refine.copy >= 0).sum(1)
+            fits = (context + len(one.ids) <= shape.budget) & (refine + copies <= shape.refine_budget)
+            rows_left = shape.rows - len(context)
+            assert not fits.any() and not rows_left
+        cursor = packed.cursor
 
 
 def test_drop_reduces_a_keyed_share(make_run: MakeRun) -> None:

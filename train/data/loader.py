@@ -17,7 +17,7 @@ from pydantic import Field
 from omni.config import Frozen
 from omni.document import Document, Image, Video
 from omni.guidance import drop, null_documents
-from omni.layout import Batch, LatentSpan, Shape, Span, lay_rows, pack
+from omni.layout import Batch, LatentSpan, Shape, Span, lay_out, lay_rows, pack
 from omni.rng import Key
 from train.data.latents import LatentMemo
 from train.data.source import CorruptRecord
@@ -122,6 +122,7 @@ class Loader:
         shape = self.shape
         composed: dict[int, Composed] = {}
         skipped: dict[int, str] = {}
+        trim: list[bool] = []
         index, num_context = cursor, 0
         while num_context <= shape.num_context:
             item = self._composed(index)
@@ -130,10 +131,10 @@ class Loader:
                 self._check_corrupt(index + 1 - cursor, len(skipped))
             else:
                 composed[index] = item
-                num_context += context_length(item.spans)
+                trim.append(self.key.fold("trim", index).python().random() < shape.trim)
+                num_context += len(lay_out(item.spans, self.pad_id, trim_tail=trim[-1]).ids)
             index += 1
         uids = list(composed)
-        trim = [self.key.fold("trim", uid).python().random() < shape.trim for uid in uids] if shape.trim else None
         batches, num_used = pack(
             [one.spans for one in composed.values()],
             [Shape(s.rows, s.budget, s.refine_budget) for s in shape.shapes],
