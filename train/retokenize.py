@@ -14,7 +14,7 @@ vector has to learn its own picture, from a few dozen visits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from omni.model import Omni, from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.tokenizer import decode_bytes
-
 
 CODE_DEVIATION = 0.08  # of a code's coordinates; a trained embedding's are about 0.09
 
@@ -43,11 +42,8 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
     result = Omni(config)
     own, saved = result.state_dict(), model.state_dict()
     for name, value in own.items():
-        source = saved[name]
-        if source.shape != value.shape:
-            assert len(source) == old.vocab_size and len(value) == len(rows), name
-            source = torch.stack([source[ids].mean(0) for ids in rows])
-        value.copy_(source)
+        of_ids = name.startswith("token.")
+        value.copy_(torch.stack([saved[name][ids].mean(0) for ids in rows]) if of_ids else saved[name])
     if pictures:
         codes = dict(zip(pictures, picture_codes(model, list(pictures.values())), strict=True))
         with torch.no_grad():
@@ -66,18 +62,13 @@ def picture_codes(model: Omni, pictures: Sequence[Tensor]) -> Tensor:
     components; fewer pictures than that have fewer.
     """
     assert model.codec is not None
-    latents = torch.cat([model.codec.encode(torch.stack(list(chunk))) for chunk in batched(pictures, 64)]).flatten(1)
+    latents = torch.cat([model.codec.encode(part) for part in torch.stack(list(pictures)).split(64)]).flatten(1)
     left, deviations, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
     width = model.config.transformer.width
     codes = left[:, :width] * deviations[:width].sqrt()
     basis, _ = torch.linalg.qr(Key(0).fold("picture_codes").normal((width, width)))
     codes = codes @ basis[: codes.shape[1]]
     return codes * (CODE_DEVIATION / codes.std())
-
-
-def batched(items: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def emoji_pictures() -> dict[str, Tensor]:

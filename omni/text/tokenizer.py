@@ -158,9 +158,9 @@ class Tokenizer(ABC):
     def with_phrases(self, phrases: Sequence[str]) -> Self:
         """The same tokenizer with one id for each of `phrases`; the other text ids stay. It must have none yet.
 
-        A phrase counts where a word ends after it, a plural "s" aside, and, unless it starts with a space, where no word
-        and no space is before it; of several that fit, the longest does. Raises
-        ValueError for an empty phrase, one given twice, or one with characters that the library never sees.
+        A phrase counts where a word ends after it, a plural "s" aside, and, unless it starts with a space, where no
+        word and no space is before it; of several that fit, the longest does. Raises ValueError for an empty phrase,
+        one given twice, or one with characters that the library never sees.
         """
         if self.phrases:
             raise ValueError(f"this tokenizer has {len(self.phrases)} phrases already; give them all at once")

@@ -293,3 +293,14 @@ def test_digests_are_the_recipes() -> None:
     bundled = DATA.parent / "omni" / "bundled" / "tokenizer"
     if bundled.is_dir():
         assert load_tokenizer(bundled).describe()["blake2b"] == table["emoji_bpe"]["blake2b"]
+
+
+def test_training_command_with_phrases(corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, names, out = tmp_path / "corpus.txt", tmp_path / "names.txt", tmp_path / "out"
+    file.write_text("\n".join(corpus), encoding="utf-8")
+    names.write_text("red apple\n\n green cat \nred apple\n", encoding="utf-8")
+    arguments = [str(DATA / "emoji_bpe.toml"), f"corpus={file}", f"out={out}", "vocab_size=310", f"phrases={names}"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert load_tokenizer(out).phrases == (" red apple", " green cat", "red apple", "green cat")
+    assert main([*arguments[:-1], f"phrases={tmp_path / 'none.txt'}"]) == 2
+    assert "emoji_world" in capsys.readouterr().err

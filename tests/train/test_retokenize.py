@@ -40,6 +40,15 @@ def test_vectors_follow_the_bytes_of_their_ids(model: Omni, named: Tokenizer) ->
             assert torch.equal(value, model.state_dict()[name]), name
 
 
+def test_as_many_ids_in_another_order(model: Omni, named: Tokenizer) -> None:
+    start = retokenize(model, named)
+    assert model.tokenizer is not None
+    other = model.tokenizer.with_phrases([" cat", " red apple", "red apple"])
+    before, after = start.token.embedding.weight, retokenize(start, other).token.embedding.weight
+    for phrase in named.phrases:
+        assert torch.equal(after[other.encode(phrase)], before[named.encode(phrase)])
+
+
 def test_a_text_without_phrases_is_read_as_before(model: Omni, named: Tokenizer) -> None:
     document = Document((Text("the green dog", Role.USER),))
 
