@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omni.model import Omni, from_pretrained
+from train.command import exit_code
 
 
 def average(models: Sequence[tuple[str, float]]) -> Omni:
@@ -33,7 +34,7 @@ def average(models: Sequence[tuple[str, float]]) -> Omni:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
+    def work() -> None:
         if len(arguments) < 3:
             raise ValueError("usage: python -m train.average OUT MODEL=SHARE MODEL=SHARE ...")
         models = []
@@ -43,10 +44,8 @@ def main(arguments: Sequence[str]) -> int:
                 raise ValueError(f"{text!r} is not of the form MODEL=SHARE, such as runs/a/model=0.7")
             models.append((path, float(share)))
         average(models).save_pretrained(Path(arguments[0]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omni.media import save_png
+from train.command import exit_code
 from train.track import read_metrics
 
 WIDTH, HEIGHT, MARGIN = 900, 260, 56
@@ -71,12 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         print(__doc__)
         return 2
-    try:
-        draw_curve(read_metrics(Path(arguments[0])), Path(arguments[1]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: draw_curve(read_metrics(Path(arguments[0])), Path(arguments[1])))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from omni.model import Omni, from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.tokenizer import decode_bytes
+from train.command import exit_code
 
 CODE_DEVIATION = 0.08  # of a code's coordinates; a trained embedding's are about 0.09
 
@@ -89,15 +90,13 @@ def _old_ids(old: Tokenizer, data: bytes) -> list[int]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
+    def work() -> None:
         if len(arguments) not in (3, 5) or arguments[3:] not in ([], ["--pictures", "emoji_world"]):
             raise ValueError("usage: python -m train.retokenize OUT MODEL TOKENIZER [--pictures emoji_world]")
         pictures = emoji_pictures() if arguments[3:] else None
         retokenize(from_pretrained(arguments[1]), load_tokenizer(arguments[2]), pictures).save_pretrained(arguments[0])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":
