@@ -32,7 +32,7 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
     """A new model like `model`, with the rows of its vocabulary made anew for `tokenizer`.
 
     pictures: uint8 (H, W, 3), all of one size, by name; the ids of a name, with or without a space before it, get its
-    code (see `picture_codes`) added.
+    code (see `picture_codes`) added. ValueError for a model without a tokenizer.
     """
     old = model.tokenizer
     if old is None:
@@ -57,10 +57,10 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
 
 
 def picture_codes(model: Omni, pictures: Sequence[Tensor]) -> Tensor:
-    """(N, width) codes of uint8 (H, W, 3) pictures: principal components of their latents, in a random basis.
+    """(N, width) float32 codes of N uint8 (H, W, 3) pictures: principal components of their latents, in a random basis.
 
     A component's deviation enters by its square root: small ones stay readable, large ones precise. At most `width`
-    components; fewer pictures than that have fewer.
+    components; fewer pictures than that have fewer. Coordinates have deviation CODE_DEVIATION.
     """
     assert model.codec is not None
     latents = torch.cat([model.codec.encode(part) for part in torch.stack(list(pictures)).split(64)]).flatten(1)

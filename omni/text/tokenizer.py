@@ -82,7 +82,8 @@ class ControlTokens:
 class Tokenizer(ABC):
     """Text to ids below `num_text` and back. Subclasses split text; the bytes of each id are theirs to tell once.
 
-    `verbatim_pattern`: characters that go to the library never, but as the ids of their bytes.
+    `verbatim_pattern`: characters that go to the library never, but as the ids of their bytes. `phrases`: what has one
+    id each, in the order of their ids, the last text ids (see `with_phrases`).
     """
 
     backend: ClassVar[str]
