@@ -145,6 +145,18 @@ def answer_edit(author: Author, edit: Edit) -> None:
     author.show(edit.after)
 
 
+REWRITTEN = {"swap": 4.0, "exchange": 2.0, "add": 3.0, "remove": 3.0, "recolour": 2.0}
+
+
+def rewrite(author: Author) -> Extra:
+    """An edit in words alone: what is there and an instruction; the answer says what will be there. It teaches the
+    second caption of an edit for a third of its positions."""
+    kind, edit = draw_edit(author, REWRITTEN)
+    author.ask(author.phrase("text.rewrite", a=caption(edit.before), edit=edit.instruction))
+    author.say(f"{caption(edit.after)}.")
+    return {"kind": kind, **edit.extra}
+
+
 def describe(author: Author) -> Extra:
     """A picture of one or two objects and "describe this": what they are, where they are, on what background."""
     draw = author.draw
@@ -263,6 +275,7 @@ TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
     "describe": (0.04, describe),
     "story": (0.05, tell_story),
     "text": (0.06, talk),
+    "rewrite": (0.03, rewrite),
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}

@@ -6,7 +6,7 @@ objects in the result (or, where an object goes away, in the source) is held out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,9 +148,12 @@ EDITS: dict[str, tuple[float, Callable[[Author], Edit]]] = {
 }
 
 
-def draw_edit(author: Author) -> tuple[str, Edit]:
+WEIGHTS = {kind: weight for kind, (weight, _) in EDITS.items()}
+
+
+def draw_edit(author: Author, weights: Mapping[str, float] = WEIGHTS) -> tuple[str, Edit]:
     """A kind of edit and an edit of that kind."""
-    kind = author.draw.choices(list(EDITS), [weight for weight, _ in EDITS.values()])[0]
+    kind = author.draw.choices(list(weights), list(weights.values()))[0]
     return kind, EDITS[kind][1](author)
 
 

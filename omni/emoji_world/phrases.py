@@ -355,6 +355,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             say the name of {b}
             just tell me the name of {b}
         """,
+        "text.rewrite": """
+            in words: {a}. {edit}
+            only in words: {a}. {edit}
+            do not draw: {a}. {edit}
+            just say it: there is {a}. {edit}
+            just in words: there is {a}. {edit}
+        """,
         "text.hello": """
             hello
             hi

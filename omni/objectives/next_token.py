@@ -1,10 +1,11 @@
-"""Next token: cross-entropy at the supervised positions of the context stream."""
+"""Next token: cross-entropy at the supervised positions of the context stream, and the z-loss that keeps logits small."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, Objective, Terms
@@ -12,7 +13,13 @@ from omni.objectives.base import OBJECTIVES, Objective, Terms
 
 @OBJECTIVES.register("next_token")
 class NextToken(Objective):
-    """Sum of -log p(next id), count = number of supervised ids."""
+    """Sum of -log p(next id) + z_loss log(Z)^2, count = number of supervised ids; Z is the sum of exponentiated logits.
+
+    z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5). It pulls Z to 1, so that logits do not drift to where float32
+    rounds them; at its minimum p is what it would be without.
+    """
+
+    z_loss: float = Field(default=0.0, ge=0)
 
     @property
     def kind(self) -> Literal["token", "flow"]:
@@ -20,5 +27,8 @@ class NextToken(Objective):
 
     def loss(self, logits_NV: Tensor, target_N: Tensor) -> Terms:
         """logits (N, V) of the supervised positions, target (N,) int64."""
-        total = F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+        logits_NV = logits_NV.float()
+        total = F.cross_entropy(logits_NV, target_N, reduction="sum")
+        if self.z_loss:
+            total = total + self.z_loss * logits_NV.logsumexp(-1).square().sum()
         return Terms(total, float(target_N.numel()), self.weight)
