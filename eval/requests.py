@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from eval.metrics.emoji_judge import Judge, Reading, calibrate
 from eval.task import Context, Panel, TaskOptions
@@ -20,6 +20,7 @@ from omni.document import Document, Text
 from omni.emoji_world import SIDE, Atlas, EmojiWorld, Scene
 from omni.emoji_world.documents import prompt_of
 from omni.reply import GenerationOptions, Reply
+from omni.samplers import SAMPLERS
 
 MAX_DOCUMENTS_PER_REQUEST = 1000
 
@@ -36,6 +37,13 @@ class RequestOptions(TaskOptions):
     sampler: str | None = None
     batch: int = Field(default=32, ge=1)
     kinds: tuple[str, ...] = ()
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str | None) -> str | None:
+        if name is not None:
+            SAMPLERS.get(name)
+        return name
 
 
 def atlas_of(context: Context) -> Atlas:
@@ -110,6 +118,13 @@ def expected_scenes(document: Document) -> list[Scene]:
     return scenes[len(scenes) - number :]
 
 
+def scene_before(document: Document) -> Scene | None:
+    """The picture that the last answer starts from: the one drawn before it, else the user's."""
+    drawn = document.meta["scenes"][: -len(expected_scenes(document))]
+    earlier = [*document.meta["given"], *drawn]
+    return Scene.from_json(earlier[-1]) if earlier else None
+
+
 def spoken_request(document: Document) -> str:
     """What the user said, with a mark for each picture of the prompt."""
     parts = [s.text if isinstance(s, Text) else "[picture]" for s in prompt_of(document).segments]
@@ -117,14 +132,18 @@ def spoken_request(document: Document) -> str:
 
 
 def read_pictures(
-    judge: Judge, pictures: Sequence[torch.Tensor | None], scenes: Sequence[Scene]
+    judge: Judge,
+    pictures: Sequence[torch.Tensor | None],
+    scenes: Sequence[Scene],
+    before: Sequence[Scene | None] | None = None,
 ) -> list[Reading | None]:
-    """`Judge.shows` where there is a picture, None elsewhere."""
+    """`Judge.shows` where there is a picture, None elsewhere. before: what an edit starts from."""
     rows = [i for i, picture in enumerate(pictures) if picture is not None]
     out: list[Reading | None] = [None] * len(pictures)
     if rows:
         stacked = torch.stack([p for p in pictures if p is not None])
-        for i, reading in zip(rows, judge.shows(stacked, [scenes[i] for i in rows]), strict=True):
+        earlier = [before[i] for i in rows] if before else None
+        for i, reading in zip(rows, judge.shows(stacked, [scenes[i] for i in rows], earlier), strict=True):
             out[i] = reading
     return out
 

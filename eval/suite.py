@@ -32,7 +32,8 @@ import torch
 from pydantic import Field, create_model, field_validator
 
 from eval.report import html_report
-from eval.task import TASKS, Bar, Context, Outcome, TaskOptions
+from eval.task import TASKS, Bar, Context, Measure, Outcome, TaskOptions
+from omni.command import exit_code
 from omni.config import Frozen, load_toml, nearest
 
 COLUMNS = ("name", "value", "unit", "bar", "holds", "command")
@@ -128,11 +129,10 @@ def run_suite(suite: SuiteBase, path: str | Path, overrides: Sequence[str], cont
         given = tuple(m.name for m in outcome.measures)
         known = task.rows_of(options)
         assert set(given) <= set(known) and len(given) == len(set(given)), (name, given, known)
-        missing = [row for row in options.bars if row not in given]
-        if missing:
-            raise ValueError(f"task {name!r} gave no row {missing[0]!r} under these options, yet it has a bar; drop it")
+        absent = [Measure(row, math.nan, "") for row in options.bars if row not in given]  # such a bar does not hold
         command = row_command(path, overrides, name)
-        rows = [_row(name, m.name, m.value, m.unit, options.bars.get(m.name), command) for m in outcome.measures]
+        measures = [*outcome.measures, *absent]
+        rows = [_row(name, m.name, m.value, m.unit, options.bars.get(m.name), command) for m in measures]
         yield TaskResult(name, rows, outcome, seconds)
 
 
@@ -217,10 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no suite given; try `python -m eval eval/suites/emoji_world.toml`", file=sys.stderr)
         return 2
     try:
-        return _run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(lambda: _run(args))
     except KeyboardInterrupt:
         return 130
     except Exception:

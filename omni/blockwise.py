@@ -204,7 +204,10 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 
 
 def _noise(row: Row, num: int) -> list[float]:
-    """The noise of the row's next tokens, the same that plain decoding has for them."""
+    """The noise of the row's next tokens, the same that plain decoding has for them. Of "block", whose verdict hangs on
+    tokens that it then throws away, every round has its own: theirs is no longer uniform once the verdict is known."""
+    if row.options.verify == "block":
+        return [token_noise(row.key.fold("block token", row.num_tokens, k)) for k in range(num)]
     return [token_noise(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
 
 

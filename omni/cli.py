@@ -238,6 +238,10 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--image-guidance", type=guidance, metavar="W", help="how strongly they follow earlier pictures; 1 is off"
     )
+    told = _number(real, 1e-3, 100, "1 is a network trained without guidance in it")
+    sub.add_argument(
+        "--told-guidance", type=told, metavar="W", help="the guidance that a network trained with it inside is told"
+    )
     together = _number(whole, 1, 64, "1 is plain decoding")
     sub.add_argument(
         "--tokens-per-pass", type=together, metavar="K", help="text tokens drafted in one pass, by a model that can"

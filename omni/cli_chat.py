@@ -7,6 +7,7 @@ with exit code 2; at a terminal they are said and the conversation goes on.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 from omni import media
 from omni.cli_generate import fit_picture, load_model, options_of, protocol_of, record, show
-from omni.config import nearest
+from omni.config import build, nearest
 from omni.document import Document, Image, Segment, Text
 from omni.engine import Engine
 from omni.reply import GenerationOptions
@@ -127,7 +128,7 @@ class Chat:
         self.num_replies += 1
 
     def _attach(self, words: list[str]) -> None:
-        path = _one(words, "/image FILE")
+        path = os.path.expanduser(_one(words, "/image FILE"))
         self.attached += (Image(fit_picture(self.engine.model, media.load_image(path))),)
         height, width = self.attached[-1].pixels.shape[:2]
         self.printer.line(f"attached {path}, {height}x{width}; it goes with the next message")
@@ -138,13 +139,13 @@ class Chat:
             value = parse(word)
         except ValueError:
             raise ValueError(f"/{name} {word}: give a number") from None
-        options = self.options.model_copy(update={name: value})
-        self.engine.resolve(type(options).model_validate(options.model_dump()))
+        options = build({**self.options.model_dump(), name: value}, GenerationOptions, f"/{name} {word}")
+        self.engine.resolve(options)
         self.options = options
         self.printer.line(f"{name} = {value}")
 
     def _save(self, words: list[str]) -> None:
-        folder = Path(_one(words, "/save DIR"))
+        folder = Path(os.path.expanduser(_one(words, "/save DIR")))
         if not self.history:
             raise ValueError("nothing to save yet; say something first")
         check_folder(folder, overwrite=False, name="/save")

@@ -175,6 +175,8 @@ def show(events: Iterable[Event], printer: Printer | None) -> Answer:
                 if printer:
                     printer.text(text)
             case BlockStart(kind=kind):
+                if printer:
+                    printer.fresh_line()  # the progress line wipes what it is on
                 progress.start(f"drawing {'a clip' if kind == 'video' else 'a picture'}")
             case BlockStep(step=step, steps=steps):
                 progress.step(step, steps)

@@ -14,7 +14,7 @@ Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ from omni.text.chat import messages_to_document
 from omni.text.compose import compose
 
 
+def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
+    """`options` with single ones changed, all of them checked."""
+    return build({**(options.model_dump() if options else {}), **changes}, GenerationOptions, "options")
+
+
 class Engine:
     """Generation with one model. Stateless between calls.
 
@@ -73,11 +78,11 @@ class Engine:
 
     def generate(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Reply:
         """The whole reply to a string, chat messages or a Document."""
-        return self.generate_batch([prompt], options or build(changes, GenerationOptions, "options"))[0]
+        return self.generate_batch([prompt], changed(options, changes))[0]
 
     def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
         """The events of one reply, in order, as they happen. The last one is Stop."""
-        rows = self._rows([prompt], options or build(changes, GenerationOptions, "options"), None)
+        rows = self._rows([prompt], changed(options, changes), None)
         for _, event in self._run(rows):
             yield event
 
@@ -127,6 +132,10 @@ class Engine:
             if row.options.image_size is not None:
                 self._grid_of(row.options.image_size)  # refuse an impossible size before any work
             if row.options.force_image:
+                if self.model.codec is None:
+                    raise ValueError("force_image: this model has no codec, so it draws no pictures; leave it out")
+                if row.options.max_images < 1:
+                    raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
                 row.forced = [self.control.image]
             prompt = Document(tuple(row.segments))
             row.pending = compose(prompt, self.tokenizer, self.model.encode_media, True)
@@ -226,7 +235,7 @@ class Engine:
                 yield from self._close_text(row)
                 row.media = Media("image" if token == c.image else "video", row.num_media)
                 row.phase = "rows" if token == c.image else "chunks"
-                if row.options.image_size is not None:
+                if token == c.image and row.options.image_size is not None:
                     height, width = self._grid_of(row.options.image_size)
                     row.forced += [c.size(height), c.size(width)]
             return

@@ -92,7 +92,10 @@ class FlowCall:
     def _dual(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
         """F and its derivative, as the model takes derivatives."""
         c = self.model.config.transformer
-        return differentiate(self, point, direction, "central" if c.tangents == "central" else form, c.tangent_step)
+        if c.tangents != "central":
+            return differentiate(self, point, direction, form)
+        with torch.autocast(point[0].device.type, enabled=False):  # half-precision differences are rounding
+            return differentiate(self, point, direction, "central", c.tangent_step)
 
     @cached_property
     def _target(self) -> FlowCall:
@@ -325,7 +328,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     if (folder / "tokenizer").is_dir():
         model.tokenizer = load_tokenizer(folder / "tokenizer")
     if (folder / "codec").is_dir():
-        model.codec = load_codec(folder / "codec")
+        model.codec = load_codec(folder / "codec").to(device)
     if (folder / "generation.json").is_file():
         model.defaults = json.loads((folder / "generation.json").read_text())
     return model.to(device, dtype).eval()

@@ -31,7 +31,8 @@ def groups(engine: Engine, rows: list[Row]) -> list[list[Row]]:
     for row in rows:
         assert row.media is not None
         o = row.options
-        at = (engine.grid(row.media), tuple(o.times()), o.guidance, o.image_guidance, o.sampler, o.gamma)
+        guidance = (o.guidance, o.image_guidance, o.told_guidance)
+        at = (engine.grid(row.media), tuple(o.times()), guidance, o.sampler, o.gamma)
         groups.setdefault(at, []).append(row)
     return list(groups.values())
 
@@ -81,10 +82,13 @@ def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCac
     memory = memory_cache.memory(room=grid[0] * grid[1] * grid[2])
     stream = refine_stream(memory_cache, grid, engine.device)
     B, K = memory_cache.rows, len(branches) + 1
+    assert options.told_guidance is not None
+    beta = torch.ones(B, device=engine.device, dtype=torch.float32)
+    beta[: len(group)] = 1 / options.told_guidance  # reduced histories were trained at 1
 
     def call(x: Tensor, t: float, s: float) -> Tensor:
         ones = torch.ones(B, device=x.device, dtype=torch.float32)
-        F = engine.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, ones, stream, None, memory)
+        F = engine.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, beta, stream, None, memory)
         for row in group:
             row.media.evaluations += K  # type: ignore[union-attr]
         if K == 1:

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from pydantic import field_validator
 from torch import Tensor
 
-from omni.config import Frozen, build
+from omni.config import Frozen, build, nearest
 from omni.document import Document
 from omni.samplers import SAMPLERS, knobs, num_steps, time_grid
 from omni.samplers.verification import VERIFICATIONS
@@ -26,6 +26,8 @@ class GenerationOptions(Frozen):
     grid: where the jumps end: a name of omni.samplers.GRIDS, or the times themselves, from at most 1 (noise) to 0, in
     which case they say how many steps there are. start_time: the first time, 1 is noise. shift: time-grid warp.
     guidance / image_guidance: weights of text and pictures, 1 is none (see omni.guidance).
+    told_guidance: the weight that a network trained with guidance in it is told (its input is 1 / told_guidance), so
+    that a guided step is one evaluation; 1 is for a network trained without.
     tokens_per_pass: how many tokens a pass may draft, with a model that has a joint-token head (its default is all that
     the head draws, but in an Engine with compile=True); 1 is plain decoding.
     verify: what becomes of a draft: "coupled" (exactly what plain decoding says with this seed), "rejection", "block"
@@ -42,6 +44,7 @@ class GenerationOptions(Frozen):
     steps: int | None = None
     guidance: float | None = None
     image_guidance: float | None = None
+    told_guidance: float | None = None
     shift: float | None = None
     sampler: str | None = None
     gamma: float | None = None
@@ -84,10 +87,15 @@ class GenerationOptions(Frozen):
         return grid
 
     def resolved(self, defaults: dict[str, Any]) -> GenerationOptions:
-        """With the defaults filled in. Raises ValueError naming an impossible value."""
+        """With the defaults filled in. Raises ValueError naming an impossible value, or one without effect."""
+        known = {n for n, f in type(self).model_fields.items() if f.default is None} | {"picture_size"}
+        for key in sorted(defaults.keys() - known):
+            way_out = nearest(key, known) or "; give it with each request"
+            raise ValueError(f"{key!r} is no default of a model's generation.json{way_out}")
         base = {
-            "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "shift": 1.0, "sampler": "euler", "grid": "uniform",
-            "temperature": 0.0, "tokens_per_pass": 1, "verify": "coupled", **defaults,
+            "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "told_guidance": 1.0, "shift": 1.0,
+            "sampler": "euler", "grid": "uniform", "temperature": 0.0, "tokens_per_pass": 1, "verify": "coupled",
+            **defaults,
         }  # fmt: skip
         if self.grid is not None:  # another grid than the model's: what goes with the model's stays behind
             base.pop("start_time", None)
@@ -106,6 +114,10 @@ class GenerationOptions(Frozen):
             raise ValueError(f"gamma = {out.gamma} means nothing to the sampler {out.sampler!r}; take sampler 'gamma'")
         if out.gamma is not None and not 0 <= out.gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {out.gamma}; 0 adds no noise, 1 is restart")
+        if out.told_guidance is not None and not out.told_guidance > 0:
+            raise ValueError(
+                f"told_guidance must be above 0, got {out.told_guidance}; 1 is a network trained without it"
+            )
         if out.tokens_per_pass is not None and out.tokens_per_pass < 1:
             raise ValueError(f"tokens_per_pass must be at least 1, got {out.tokens_per_pass}; 1 is plain decoding")
         if out.sweeps < 0:
@@ -120,6 +132,16 @@ class GenerationOptions(Frozen):
             raise ValueError(f"temperature must not be negative, got {out.temperature}; 0 is greedy")
         if not 0 < out.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {out.top_p}; 1 keeps every token")
+        if out.top_p < 1 and out.temperature == 0:
+            raise ValueError(f"top_p = {out.top_p} has no effect at temperature 0; give a temperature too, such as 1")
+        for name, plain in (("verify", "coupled"), ("recycle", False), ("adaptive", False)):
+            value = getattr(out, name)
+            if value != plain and out.tokens_per_pass == 1:
+                raise ValueError(f"{name} = {value!r} has no effect on one token a pass; take tokens_per_pass above 1")
+        if out.recycle and (out.sweeps or out.verify not in ("coupled", "greedy")):
+            raise ValueError(
+                f"recycle has no effect with verify = {out.verify!r}, sweeps = {out.sweeps}; take 'coupled', no sweeps"
+            )
         if out.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {out.max_tokens}")
         return out.model_copy(update={"gamma": 0.5}) if takes_gamma and out.gamma is None else out

@@ -37,6 +37,12 @@ def check_folder(folder: Path, overwrite: bool, name: str = "--out") -> None:
 
     An empty folder may. With `overwrite` so may one that holds a reply or conversation of ours and nothing else.
     """
+    if folder.name in ("", ".."):
+        inside = str(folder / "reply")
+        raise ValueError(f"{name} {str(folder)!r} cannot appear as a whole; name a folder in it, such as {inside!r}")
+    blocked = [str(path) for path in folder.parents if path.exists() and not path.is_dir()]
+    if blocked:
+        raise ValueError(f"{name} {str(folder)!r}: {blocked[0]!r} is a file; name another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{name} {str(folder)!r} is a file; name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import omni
+from omni.blockwise import _noise
 from omni.engine import Engine
 from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
 from omni.model import Omni
@@ -92,7 +93,13 @@ def _gap(x: int, y: int) -> int:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: float) -> None:
-    common = {"temperature": temperature, "top_p": 0.9, "max_tokens": 24, "max_images": 2, "steps": 1}
+    common = {
+        "temperature": temperature,
+        "top_p": 0.9 if temperature else 1.0,
+        "max_tokens": 24,
+        "max_images": 2,
+        "steps": 1,
+    }
     for seed in range(6):
         plain = engine.generate("say", seed=seed, tokens_per_pass=1, **common)
         together = engine.generate("say", seed=seed, **common)
@@ -235,6 +242,16 @@ def test_events_tell_what_was_kept(engine: Engine) -> None:
     assert [e for e in events if isinstance(e, Drafted)] == list(reply.drafts) != []
 
 
+def test_block_verification_drafts_every_round_anew(tiny_model) -> None:  # noqa: ANN001
+    """Its verdict hangs on tokens that fall: their noise is used up. Rejection's does not, and common noise is kept."""
+    engine = Engine(with_head(tiny_model, "product"))
+    for kind in ("block", "rejection", "coupled"):
+        [row] = engine._rows(["say"], GenerationOptions(verify=kind, temperature=1.0), None)
+        first = _noise(row, 4)
+        row.num_tokens += 1
+        assert bool(set(first) & set(_noise(row, 4))) == (kind != "block")
+
+
 @pytest.mark.parametrize(
     ("head", "kind"),
     [("four_ids", "rejection"), ("four_ids", "block"), ("four_ids", "none")]
@@ -267,6 +284,8 @@ def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  #
         ({"sweeps": -1}, "sweeps must not be negative, got -1"),
         ({"sweeps": 1, "verify": "block"}, "verify = 'block' needs the law of a draft, which sweeps change"),
         ({"sweeps": 1, "tokens_per_pass": 1}, "sweeps = 1 has no effect on one token a pass"),
+        ({"verify": "none", "tokens_per_pass": 1}, "verify = 'none' has no effect on one token a pass"),
+        ({"recycle": True, "verify": "block"}, "recycle has no effect with verify = 'block'"),
         ({"verify": "greedy", "temperature": 0.5}, "verify = 'greedy' has no meaning at temperature 0.5"),
     ],
 )

@@ -169,6 +169,36 @@ def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.M
     assert json.loads((at / "r/reply.json").read_text())["request"][0]["content"][0]["text"] == "draw a cat\n"
 
 
+def test_an_impossible_folder_is_refused_before_the_work(
+    fake: Any, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.setattr(cli_generate, "load_model", lambda path: pytest.fail("loaded the model"))
+    (at / "f").write_text("mine")
+    for folder, message in ((".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'")):
+        assert main(["generate", "x", "--out", folder]) == 2
+        assert message in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_does_not_wipe_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both streams on one screen: before the progress line clears its line, the text's line must be finished."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    events = scripted(1)(None, None, SimpleNamespace(steps=1, seed=0))
+    cli_generate.show(events, cli_generate.Printer(screen, "none"))
+    written = screen.getvalue()
+    assert "drawing a picture: 1/1" in written
+    assert written[: written.index("\r")].endswith("\n")
+
+
 def test_overwrite_replaces_a_reply_and_nothing_else(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "one", "--out", "r"]) == 0
     before = (at / "r/manifest.json").read_bytes()
@@ -343,6 +373,20 @@ def test_a_pipe_that_closes_is_silent(tiny_model: Path, at: Path) -> None:
 def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     return main(["chat", *argv])
+
+
+def test_chat_knows_the_home_folder(fake: Any, at: Path) -> None:
+    (at / "home").mkdir()
+    media.save_png(RED, at / "home/red.png")
+    fake.setenv("HOME", str(at / "home"))
+    assert chat("/image ~/red.png\nhello\n/save ~/talk\n", fake) == 0
+    assert (at / "home/talk/chat.json").is_file() and not (at / "~").exists()
+
+
+def test_chat_says_a_bad_number_in_a_line(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat("/guidance nan\n", fake) == 2
+    said = capsys.readouterr().err
+    assert "/guidance nan" in said and "pydantic" not in said and len(said.splitlines()) == 1
 
 
 def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import omni
+from omni.codecs.pixels import PixelCodec
 from omni.document import Document, Image, Role, Text
 from omni.engine import Engine
 from omni.guidance import drop, reduce
@@ -72,6 +73,63 @@ def test_a_clip_is_a_row_of_chunks(model: omni.Omni) -> None:
     reply = force(model, script).generate("move", steps=2)
     [clip] = reply.parts
     assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
+
+
+def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
+    c = Engine(model).control
+    script = [c.video, c.size(3), c.size(1), c.size(2), c.end]
+    [clip] = force(model, script).generate("move", steps=2, image_size=(8, 8)).parts
+    assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
+
+
+def test_a_forced_picture_needs_a_codec(tiny_model) -> None:  # noqa: ANN001
+    bare = omni.from_pretrained(tiny_model)
+    bare.codec = None
+    with pytest.raises(ValueError, match="no codec"):
+        bare.generate("draw", force_image=True)
+
+
+def test_the_codec_goes_where_the_model_goes(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    seen: list[str] = []
+    monkeypatch.setattr(PixelCodec, "to", lambda self, device: seen.append(str(device)) or self)
+    omni.from_pretrained(tiny_model, device="meta")
+    assert seen == ["meta"]
+
+
+def test_changes_count_beside_options(model: omni.Omni) -> None:
+    one = GenerationOptions(steps=1, force_image=True, image_size=(8, 8), max_tokens=1, max_images=1)
+    both = [Engine(model).generate("x", one, seed=3), Engine(model).generate("x", one.model_copy(update={"seed": 3}))]
+    assert both[0].images[0].tobytes() == both[1].images[0].tobytes()
+    assert both[0].images[0].tobytes() != Engine(model).generate("x", one).images[0].tobytes()
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        Engine(model).generate("x", one, stpes=4)
+
+
+def test_defaults_of_a_model_are_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'stpes' is no default .*did you mean 'steps'"):
+        GenerationOptions().resolved({"stpes": 4})
+    with pytest.raises(ValueError, match="give it with each request"):
+        GenerationOptions().resolved({"max_tokens": 4})
+
+
+def test_resolved_options_can_be_given_again(model: omni.Omni) -> None:
+    resolved = Engine(model).resolve(GenerationOptions(steps=2))
+    assert Engine(model).resolve(resolved) == resolved
+
+
+def test_a_network_trained_with_guidance_is_told_it(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[float]] = []
+    velocity = model.velocity
+
+    def listening(x, t, s, beta, *rest):  # noqa: ANN001, ANN002, ANN202
+        told.append(beta.tolist())
+        return velocity(x, t, s, beta, *rest)
+
+    monkeypatch.setattr(model, "velocity", listening)
+    plain = {"force_image": True, "image_size": (8, 8), "steps": 1, "max_tokens": 1, "max_images": 1}
+    for told_guidance, guidance in ((None, 1.0), (2.0, 1.0), (2.0, 3.0)):
+        model.generate("draw", guidance=guidance, told_guidance=told_guidance, **plain)
+    assert told == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
 
 
 def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
@@ -218,6 +276,10 @@ def test_draws_follow_temperature_and_top_p() -> None:
         ({"top_p": 0.0}, "top_p must be in"),
         ({"image_size": (7, 8)}, "7 x 8"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"top_p": 0.9}, "no effect at temperature 0"),
+        ({"told_guidance": 0.0}, "told_guidance must be above 0"),
+        ({"adaptive": True}, "adaptive = True has no effect on one token a pass"),
+        ({"force_image": True, "max_images": 0}, "max_images of at least 1, got 0"),
     ],
 )
 def test_impossible_options_are_named(model: omni.Omni, changes: dict, message: str) -> None:

@@ -114,6 +114,13 @@ def test_cache_fork_is_independent_and_truncate_forgets() -> None:
     assert both.rows == 5 and both.lengths == [3, 2, 2, 2, 6]
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [(256, 150), (150, 256), (512, 400), (8, 8)])
+def test_caches_of_any_capacity_stack(mine: int, theirs: int) -> None:
+    """The guidance branch of a long conversation has a cache of another size than the conversation's."""
+    both = KVCache(1, 1, 1, mine, 2).stack(KVCache(1, 2, 1, theirs, 2))
+    assert both.rows == 3 and both.capacity == max(mine, theirs) and bool((both.document == -2).all())
+
+
 def test_saved_model_loads_strictly_and_verifies_every_byte(tiny_model, tmp_path) -> None:  # noqa: ANN001
     import json
     import shutil

@@ -87,6 +87,16 @@ def test_central_differences_in_float32_and_with_another_step() -> None:
     assert far(found, wanted) > 5e-2  # a step of 0.3 is no derivative
 
 
+def test_central_differences_hold_under_autocast() -> None:
+    batch = batch_of(torch.float32)
+    point, direction = points(batch)
+    wanted = call_of(small_model(), batch).derivative(*point, *direction)
+    call = call_of(small_model(tangents="central"), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found in (call.derivative(*point, *direction), call.with_derivative(*point, *direction)[1]):
+            assert far(found.float(), wanted) < 0.05  # differences of bfloat16 values are 0.3 away
+
+
 def losses(call: FlowCall, point: Point, direction: Point, form: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
     """A loss of F and its derivative, unlike for every element."""
     value, rate = form(call, point, direction)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from omni.command import exit_code, fail
 from omni.config import load_toml
 from omni.nn.precision import fast_bf16
 from train import loop
@@ -36,7 +37,7 @@ from train.signals import EXIT_STOPPED, StopRequest
 from train.state import saved_steps
 from train.track import Tracker
 
-EXIT_MISTAKE, EXIT_NOT_FINITE, EXIT_CORRUPT = 2, 3, 4
+EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,21 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     out = options.out or Path("runs") / options.recipe.stem
     try:
-        if _kind(options.recipe) == "codec":
-            return _train_codec(options, out)
-        recipe = load_toml(options.recipe, options.overrides, Recipe)
-        torch.set_num_threads(recipe.threads)
-        if options.publish:
-            return publish_state(recipe, out, options.publish)
-        return dry_run(recipe, out) if options.dry_run else train_model(recipe, out, options.resume)
-    except (ValueError, ImportError) as error:
-        return _fail(error, EXIT_MISTAKE)
+        return exit_code(lambda: _run(options, out))
     except TooManyNonFinite as error:
-        return _fail(error, EXIT_NOT_FINITE)
+        return fail(error, EXIT_NOT_FINITE)
     except TooManyCorrupt as error:
-        return _fail(error, EXIT_CORRUPT)
-    except OSError as error:
-        return _fail(error, EXIT_MISTAKE)
+        return fail(error, EXIT_CORRUPT)
+
+
+def _run(options: argparse.Namespace, out: Path) -> int:
+    if _kind(options.recipe) == "codec":
+        return _train_codec(options, out)
+    recipe = load_toml(options.recipe, options.overrides, Recipe)
+    torch.set_num_threads(recipe.threads)
+    if options.publish:
+        return publish_state(recipe, out, options.publish)
+    return dry_run(recipe, out) if options.dry_run else train_model(recipe, out, options.resume)
 
 
 def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
@@ -174,11 +175,6 @@ def _train_codec(options: argparse.Namespace, out: Path) -> int:
     torch.set_num_threads(1)
     print(json.dumps(codec_loop.train(recipe, out)))
     return 0
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

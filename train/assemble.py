@@ -7,6 +7,7 @@ end: the finished run to a model directory.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,14 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
     model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     if recipe.init_from is not None:
-        load_initial_weights(model, recipe.init_from, recipe.init_partial)
+        left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
+        if left:
+            begin = (
+                f"init_from {str(recipe.init_from)!r}: {len(left)} weights begin as initialised, such as {left[0]!r}"
+            )
+            print(begin, file=sys.stderr)
+        if not recipe.init_partial:
+            check_same_parts(recipe.init_from, tokenizer, codec)
     if recipe.train_only:
         freeze_all_but(model, recipe.train_only)
     if recipe.compile:
@@ -135,6 +143,8 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     left = sorted(own.keys() - usable.keys())
     odd = left + sorted(saved.keys() - usable.keys())
+    if not usable:
+        raise ValueError(f"init_from {str(directory)!r} shares no weight with this model; use the same sizes")
     if odd and not partial_allowed:
         raise ValueError(
             f"init_from {str(directory)!r} does not fit this model in {odd[0]!r} ({len(odd)} names); "
@@ -142,6 +152,17 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
         )
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
     return left
+
+
+def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:
+    """ValueError where the weights of a model directory were trained with another tokenizer or codec."""
+    words, pictures = directory / "tokenizer", directory / "codec"
+    if words.is_dir() and digest(load_tokenizer(words).describe()) != digest(tokenizer.describe()):
+        raise ValueError(
+            f"init_from {str(directory)!r} has another tokenizer; use tokenizer={words}, or init_partial=true"
+        )
+    if pictures.is_dir() and _codec_fingerprint(load_codec(pictures)) != _codec_fingerprint(codec):
+        raise ValueError(f"init_from {str(directory)!r} has another codec; use codec={pictures}, or init_partial=true")
 
 
 def build_mixture(recipe: Recipe, key: Key) -> Mixture:
@@ -162,7 +183,7 @@ def build_objectives(recipe: Recipe) -> list[Objective]:
 def publish_model(run: Run, directory: Path) -> Path:
     """Publish the averaged weights, in bf16, with tokenizer, codec and configuration; replaces an older one."""
     with run.ema.applied():
-        run.model.save_pretrained(directory, torch.bfloat16)
+        run.model.save_pretrained(directory, torch.bfloat16, replace=True)
     return directory
 
 

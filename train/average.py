@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni.command import exit_code
 from omni.model import Omni, from_pretrained
-from train.command import exit_code
 
 
 def average(models: Sequence[tuple[str, float]]) -> Omni:

@@ -9,11 +9,10 @@ last in memory. Does not train the transformer (loop.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,10 +25,11 @@ from torch import Tensor, nn
 from omni.checkpoint import save_tensors
 from omni.codecs import AutoencoderCodec, codecs, load_codec, psnr
 from omni.codecs.autoencoders import to_pictures, to_pixels
-from omni.config import Frozen, build, canonical_json, load_toml
+from omni.config import Frozen, canonical_json
 from omni.emoji_world import Atlas, random_scene, render
 from omni.nn.precision import fast_bf16
 from omni.rng import Key
+from train.muon import Muon
 
 STATE_FILE = "state.safetensors"
 
@@ -88,7 +88,7 @@ class SceneSource:
 
 
 class Optimiser:
-    """torch.optim.Muon on convolution kernels, each seen as an (outputs, inputs x window) matrix; AdamW on the rest.
+    """Muon on convolution kernels, each seen as an (outputs, inputs x window) matrix; AdamW on the rest.
 
     The matrices are views of the channels-last kernels, so Muon updates them in place.
     """
@@ -98,8 +98,7 @@ class Optimiser:
         self.kernels = [p for p in trained if p.ndim == 4]
         self.others = [p for p in trained if p.ndim != 4]
         self.matrices = [_matrix(p.detach()) for p in self.kernels]
-        decay = recipe.weight_decay
-        self.muon = torch.optim.Muon(self.matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(self.matrices, recipe.learning_rate, recipe.weight_decay)
         self.adam = torch.optim.AdamW(self.others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(self, learning_rate: float) -> None:
@@ -338,24 +337,3 @@ def train(recipe: CodecRecipe, out: Path) -> dict[str, float]:
     run.sample_sheet()
     run.publish(out / "codec")
     return final
-
-
-def run(recipe: Mapping[str, Any], out_dir: str | Path, source: str = "recipe") -> dict[str, float]:
-    """Entry for `python -m train`: a recipe as nested mappings and the output directory."""
-    torch.set_num_threads(1)
-    return train(build(recipe, CodecRecipe, source), Path(out_dir))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a picture codec.")
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--out", help="output directory (default: runs/ and the recipe's name)")
-    options = parser.parse_args(arguments)
-    recipe = load_toml(options.recipe, options.overrides, CodecRecipe)
-    torch.set_num_threads(1)
-    train(recipe, Path(options.out or Path("runs") / Path(options.recipe).stem))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omni.command import exit_code
 from omni.media import save_png
-from train.command import exit_code
 from train.track import read_metrics
 
 WIDTH, HEIGHT, MARGIN = 900, 260, 56

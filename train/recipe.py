@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+import torch
+from pydantic import Field, field_validator, model_validator
 
 from omni.config import Frozen
 from omni.nn.precision import fast_bf16
 from omni.nn.transformer import TransformerConfig
+from omni.reply import GenerationOptions
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
@@ -81,6 +83,34 @@ class Recipe(Frozen):
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     generation: dict[str, Any] = Field({}, description="default generation options stored with the model")
     report: ReportConfig = ReportConfig()
+
+    @field_validator("generation")
+    @classmethod
+    def _can_be_generated(cls, given: dict[str, Any]) -> dict[str, Any]:
+        GenerationOptions().resolved({"tokens_per_pass": 1, **given})
+        return given
+
+    @field_validator("heads")
+    @classmethod
+    def _not_decided_elsewhere(cls, given: dict[str, Any]) -> dict[str, Any]:
+        flow = given.get("flow", {})
+        if not isinstance(flow, dict):
+            raise ValueError(f"flow must be a table, got {flow!r}")
+        for name in ("transformer", "vocab_size"):
+            if name in given:
+                raise ValueError(f"{name!r} has no effect here: [model] and the tokenizer decide it; leave it out")
+        if "channels" in flow:
+            raise ValueError("'flow.channels' has no effect here: the codec decides it; leave it out")
+        return given
+
+    @field_validator("device")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"{str(error).splitlines()[0]}; use cpu") from None
+        return name
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

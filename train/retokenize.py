@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from omni.command import exit_code
 from omni.model import Omni, from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.tokenizer import decode_bytes
-from train.command import exit_code
 
 CODE_DEVIATION = 0.08  # of a code's coordinates; a trained embedding's are about 0.09
 

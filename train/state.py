@@ -53,7 +53,10 @@ def save(
     keep: int,
     target: Target | None = None,
 ) -> Path:
-    """Publish the state as folder/step-XXXXXXXX and remove all but the newest `keep`. `identity`: see load_newest."""
+    """Publish the state as folder/step-XXXXXXXX and remove older ones until `keep` are left.
+
+    identity: see `load`.
+    """
     scalars = {"progress": asdict(progress), "ema_updates": ema.num_updates, "identity": dict(identity)}
     directory = checkpoint.publish(
         folder / f"step-{progress.step:08d}",
@@ -67,7 +70,8 @@ def save(
         info={"kind": "training state", "step": progress.step, "torch": torch.__version__},
         replace=True,
     )
-    for _, old in saved_steps(folder)[:-keep]:
+    older = [old for step, old in saved_steps(folder) if step < progress.step]  # a later one is damaged: see `newest`
+    for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return directory
 

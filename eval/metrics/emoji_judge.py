@@ -31,7 +31,9 @@ from omni.rng import Key
 
 EMPTY = ""  # the name of a slot that shows nothing but background
 MAX_RATIO = 0.8  # the nearest name's distance over the second's; 1.0 for the mean of two emoji
-MAX_OUTSIDE = 20.0  # root mean square outside the slots; one stray 30-pixel emoji gives 40 and more
+MAX_OUTSIDE = (
+    20.0  # root mean square outside the slots; a stray 30-pixel emoji gives 40 and more, a pale one on gray down to 8
+)
 MAX_SHARP = 18.0  # 1 % of the means of two members of a class are clear and as near as this to a render (tests/eval)
 CALIBRATION_FACTOR = 1.25
 
@@ -167,9 +169,13 @@ class Judge:
 
         return self._grouped([tuple(s) for s in slots], read_group)
 
-    def shows(self, pictures: torch.Tensor, scenes: Sequence[Scene]) -> list[Reading]:
+    def shows(
+        self, pictures: torch.Tensor, scenes: Sequence[Scene], before: Sequence[Scene | None] | None = None
+    ) -> list[Reading]:
         """What each picture shows in the slots of its expected scene: compare the reading's scene with it.
 
+        before: the picture that an edit starts from. Its slots are read too, where they lie apart from the others: what
+        should be gone from them may be too pale for `MAX_OUTSIDE`.
         The names in question: all of the vocabulary and all skin tones for a big emoji; for small ones the names that
         scenes are made of.
         """
@@ -179,8 +185,9 @@ class Judge:
                 return (*self.atlas.names, *self.atlas.tones)
             return SCENE_NAMES
 
+        earlier = before or [None] * len(scenes)
         return self._grouped(
-            [(slots_of(scene), pool(scene)) for scene in scenes],
+            [(_slots_to_read(scene, old), pool(scene)) for scene, old in zip(scenes, earlier, strict=True)],
             lambda key, rows: self.read(pictures[rows], [key[0]] * len(rows), key[1]),
         )
 
@@ -225,6 +232,16 @@ def picture_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 def slots_of(*scenes: Scene) -> tuple[Slot, ...]:
     """Every slot that any of the scenes uses, once, in order."""
     return tuple(dict.fromkeys((p.x, p.y, p.size) for scene in scenes for p in scene.placements))
+
+
+def _slots_to_read(scene: Scene, before: Scene | None) -> tuple[Slot, ...]:
+    wanted = slots_of(scene)
+    old = () if before is None else slots_of(before)
+    return (*wanted, *(slot for slot in old if all(_apart(slot, other) for other in wanted)))
+
+
+def _apart(first: Slot, second: Slot) -> bool:
+    return any(a + first[2] <= b or b + second[2] <= a for a, b in zip(first[:2], second[:2], strict=True))
 
 
 def small_layouts(number: int) -> list[tuple[Slot, ...]]:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from eval.requests import RequestOptions, of_kinds, panel, replies, requests
 from eval.task import Context, Measure, Outcome, percentage, task
 from omni.document import Document, Role
+from omni.emoji_world.documents import REWRITTEN
 from omni.reply import Reply
 
 NAME_KINDS = ("plain", "tone", "language")
 DESCRIBE_KINDS = ("pair", "small", "big")
+REWRITE_KINDS = tuple(REWRITTEN)
 TEXT_KINDS = ("is", "translate", "english", "member")
 
 
@@ -24,6 +26,12 @@ def naming(context: Context, options: RequestOptions) -> Outcome:
 def describe(context: Context, options: RequestOptions) -> Outcome:
     """One or two given objects: what they are, where, on what background; the reply is exactly the caption."""
     return exact_words(context, options, "describe", DESCRIBE_KINDS)
+
+
+@task("rewriting", RequestOptions, rows=("right", *REWRITE_KINDS))
+def rewriting(context: Context, options: RequestOptions) -> Outcome:
+    """A scene in words and an edit of it: the reply is exactly the caption of what will be there, and no picture."""
+    return exact_words(context, options, "rewrite", REWRITE_KINDS)
 
 
 def exact_words(context: Context, options: RequestOptions, kind: str, rows: Sequence[str]) -> Outcome:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from eval.metrics.emoji_judge import Judge, Reading, picture_distance, slots_of, small_layouts
 from eval.requests import RequestOptions, atlas_of, judge_of, of_kinds, panel, picture_list, replies, requests
 from eval.task import Context, Curve, Measure, Outcome, percentage, task
+from omni.config import nearest
 from omni.document import Document
-from omni.emoji_world import SCENE_NAMES, render
+from omni.emoji_world import CLASSES, SCENE_NAMES, render
 from omni.emoji_world.scene import single
 
 BIG_SLOT = slots_of(single("cat"))
@@ -22,6 +23,14 @@ class OpenOptions(RequestOptions):
 
     draws: int = Field(default=500, ge=0)
     coverage_class: str = "animal"
+
+    @field_validator("coverage_class")
+    @classmethod
+    def _known_class(cls, name: str) -> str:
+        if name not in CLASSES:
+            way_out = nearest(name, CLASSES) or "; the classes are those of omni/emoji_world/classes.py"
+            raise ValueError(f"unknown class {name!r}{way_out}")
+        return name
 
 
 def read_open(judge: Judge, picture: torch.Tensor, meta: dict[str, Any]) -> tuple[bool, bool, Reading]:

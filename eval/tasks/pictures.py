@@ -21,6 +21,7 @@ from eval.requests import (
     read_pictures,
     replies,
     requests,
+    scene_before,
 )
 from eval.task import Context, Measure, Outcome, percentage, task
 from omni.emoji_world import render
@@ -72,7 +73,8 @@ def exact_scenes(
     scenes = [expected_scenes(document)[-1] for document in documents]
     answers, note = replies(context, documents, options, max_images=2)
     last = [picture_list(reply)[-1] if reply.images else None for reply in answers]
-    readings = read_pictures(judge_of(context), last, scenes)
+    before = [scene_before(document) for document in documents]
+    readings = read_pictures(judge_of(context), last, scenes, before)
     right = [r is not None and r.clear and r.scene == s for r, s in zip(readings, scenes, strict=True)]
     objects = [r is not None and r.scene.placements == s.placements for r, s in zip(readings, scenes, strict=True)]
     measures = [Measure("right", percentage(right), "%"), Measure("objects", percentage(objects), "%")]

@@ -146,6 +146,10 @@ class AutoencoderCodec(Codec):
         """What the decoder receives of raw latents: here, themselves. A quantiser overrides this."""
         return latents
 
+    def received(self, latents: Tensor) -> Tensor:
+        """What the decoder is given of raw latents that a model drew: here, themselves; of a quantiser, its codes."""
+        return latents
+
     def decode_pictures(self, latents: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> float32 (B, 3, H, W), about [-1, 1]; differentiable."""
         with self.autocast():
@@ -160,12 +164,14 @@ class AutoencoderCodec(Codec):
         return (latents * self.deviation + self.mean).permute(0, 3, 1, 2)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        parts = [self.transmit(self.encode_pictures(to_pictures(part))) for part in pixels.split(BATCH)]
-        return self.normalised(torch.cat(parts))
+        here = self.mean.device  # media come from anywhere, and latents go back there
+        parts = [self.transmit(self.encode_pictures(to_pictures(part.to(here)))) for part in pixels.split(BATCH)]
+        return self.normalised(torch.cat(parts)).to(pixels.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raw = self.denormalised(latents)
-        return torch.cat([to_pixels(self.decode_pictures(part)) for part in raw.split(BATCH)])
+        raw = self.denormalised(latents.to(self.mean.device))
+        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(BATCH)]
+        return torch.cat(parts).to(latents.device)
 
     @torch.no_grad()
     def normalise_over(self, batches: Iterable[Tensor]) -> None:

@@ -21,7 +21,6 @@ from omni.codecs.autoencoders import (
     build_autoencoder,
     decoded_pictures,
     encoded_latents,
-    to_pixels,
 )
 from omni.codecs.codec import codecs
 
@@ -136,5 +135,5 @@ class FsqCodec(AutoencoderCodec):
         """Inverse of `tokens`: normalised latents."""
         return self.normalised(self.quantiser.codes(tokens))
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return to_pixels(self.decode_pictures(self.quantiser.snap(self.denormalised(latents))))
+    def received(self, latents: Tensor) -> Tensor:
+        return self.quantiser.snap(latents)

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FONT_FILES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")
-WAY_OUT = "install one (`apt install fonts-noto-color-emoji`) or name it with --font FILE"
+WAY_OUT = (
+    "install one (`apt install fonts-noto-color-emoji`) or name a font file (a suite: font=FILE; a recipe: "
+    "data.0.options.font=FILE)"
+)
 
 
 def font_folders() -> tuple[Path, ...]:

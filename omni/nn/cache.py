@@ -95,14 +95,8 @@ class KVCache:
     def reserve(self, extra: int) -> None:
         """Make room for `extra` more positions in every row, doubling the capacity when it must grow."""
         need = self.longest + extra
-        if need <= self.capacity:
-            return
-        grow = max(need, 2 * self.capacity) - self.capacity
-        pad_kv = (0, 0, 0, grow)
-        self.k = torch.nn.functional.pad(self.k, pad_kv)
-        self.v = torch.nn.functional.pad(self.v, pad_kv)
-        self.block = torch.nn.functional.pad(self.block, (0, grow))
-        self.document = torch.nn.functional.pad(self.document, (0, grow), value=EMPTY)
+        if need > self.capacity:
+            self._widen(max(need, 2 * self.capacity))
 
     def write_fields(self, block: Tensor, valid: list[int]) -> None:
         """Announce N new positions per row: `block` (R, N) int64; the first `valid[r]` count. Call `advance` after."""
@@ -175,5 +169,8 @@ class KVCache:
         return out
 
     def _widen(self, capacity: int) -> None:
-        if capacity > self.capacity:
-            self.reserve(capacity - self.longest)
+        """To exactly `capacity` positions, which are at least as many as there are."""
+        more = (0, capacity - self.capacity)
+        self.k, self.v = (torch.nn.functional.pad(store, (0, 0, *more)) for store in (self.k, self.v))
+        self.block = torch.nn.functional.pad(self.block, more)
+        self.document = torch.nn.functional.pad(self.document, more, value=EMPTY)

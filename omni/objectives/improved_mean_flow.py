@@ -11,8 +11,11 @@ that is architecture, not objective.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
@@ -27,7 +30,7 @@ class ImprovedMeanFlow(GuidedObjective):
     """Times as in MeanFlow; `diagonal`: share of items at s = t. velocity_weight: a above.
 
     power, offset: the adaptive weight's p and c (of the mean square). guidance: off by default; the paper draws
-    w ~ w^-power on [1, 8] with mix "inverse": guidance = {max_scale = 8}.
+    w ~ w^-power on [1, 8] with mix "inverse", which is the default of `mix` here: guidance = {max_scale = 8}.
     """
 
     time: TimeDistribution = TimeDistribution(mean=-0.4)
@@ -37,6 +40,11 @@ class ImprovedMeanFlow(GuidedObjective):
     power: float = Field(default=1.0, ge=0)
     offset: float = Field(default=0.01, gt=0)
     guidance: TargetGuidance = TargetGuidance(mix="inverse")
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _mix_of_the_paper(cls, value: Any) -> Any:
+        return {"mix": "inverse", **value} if isinstance(value, Mapping) else value
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
         return PairDistribution(time=self.time, end=self.end, diagonal=self.diagonal).draw(items.names, key)

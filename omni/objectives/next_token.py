@@ -1,4 +1,4 @@
-"""Next token: cross-entropy at the supervised positions of the context stream, and the z-loss that keeps logits small."""
+"""Next token: cross-entropy at the supervised positions of the context stream, and a z-loss that keeps logits small."""
 
 from __future__ import annotations
 

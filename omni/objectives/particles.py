@@ -63,7 +63,8 @@ def group_items(items: Items, num: int, how: Grouping, *, apart: bool = False) -
     dropped = [False] * len(items) if items.is_null is None or not apart else items.is_null.tolist()
     found: dict[tuple[int, float, bool], list[int]] = {}
     for n, kind in enumerate(zip(index, items.counts.tolist(), dropped, strict=True)):
-        found.setdefault(kind, []).append(n)
+        if kind[1]:  # an item without latents, a block that is not there, is in no group and has no loss
+            found.setdefault(kind, []).append(n)
     kinds: dict[tuple[int, float, bool], list[list[int]]] = {}
     for (_, size, is_null), members in found.items():
         kinds.setdefault((len(members), size, is_null), []).append(members)

@@ -35,7 +35,8 @@ class TargetGuidance(Frozen):
 
     scale: w, 1 is none. max_scale: where given, w is drawn from [scale, max_scale] with density w^-power (improved
     MeanFlow: 1, 8 and power 1). mix: k above; "inverse" is 1 - 1/w. averaged: the velocities in it come from
-    `FlowCall.target()` instead of the present weights. MeanFlow's best run: scale 2.5, mix 0.92, interval [0.3, 0.8].
+    `FlowCall.target()`, an average of decay `average_decay`, instead of the present weights.
+    MeanFlow's best run: scale 2.5, mix 0.92, interval [0.3, 0.8].
     """
 
     scale: float = Field(default=1.0, ge=1)
@@ -45,6 +46,7 @@ class TargetGuidance(Frozen):
     low: float = Field(default=0.0, ge=0, le=1)
     high: float = Field(default=1.0, ge=0, le=1)
     averaged: bool = False
+    average_decay: float = Field(default=0.99, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> TargetGuidance:
@@ -106,6 +108,11 @@ class GuidedObjective(FlowObjective, ABC):
     @property
     def needs_null(self) -> bool:
         return not self.guidance.is_off
+
+    @property
+    def target_decay(self) -> float | None:
+        """Of the average that the trainer keeps for `guidance.averaged`; else None."""
+        return self.guidance.average_decay if self.guidance.averaged and not self.guidance.is_off else None
 
     def draw(self, items: Items, key: Key) -> GuidedDraw:
         return GuidedDraw(**vars(super().draw(items, key)), scale=self.guidance.draw(items, key))

@@ -33,6 +33,7 @@ from omni.document import Document, Image, Role, Segment, Text, Video
 
 Message = Mapping[str, Any]
 LoadImage = Callable[[Any], torch.Tensor]
+LoadVideo = Callable[..., tuple[torch.Tensor, float]]
 
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -44,12 +45,14 @@ def messages_to_document(
     messages: str | Sequence[Message],
     load_image: LoadImage = media.load_image,
     *,
+    load_video: LoadVideo = media.load_video,
     supervise: bool = False,
     allow_paths: bool = True,
 ) -> Document:
     """The Document of chat messages; a str stands for one message of the user.
 
-    `load_image` turns a path, encoded bytes or a PIL picture into uint8 (H, W, 3). `supervise` marks the assistant's
+    `load_image` turns a path, encoded bytes or a PIL picture into uint8 (H, W, 3); `load_video(path or bytes, fps=)` a
+    clip into uint8 (T, H, W, 3) and its frames per second. `supervise` marks the assistant's
     segments for the training loss. With `allow_paths=False` (for messages from strangers) only data: URLs, base64 and
     objects are taken, never a path. Raises ValueError naming the message and value for anything unusable.
     """
@@ -59,7 +62,7 @@ def messages_to_document(
         raise ValueError(f"messages must be a str or a list of messages, got {type(messages).__name__}")
     if not messages:
         raise ValueError("messages is empty; give at least one, such as {'role': 'user', 'content': 'draw a cat'}")
-    reader = _PartReader(load_image, allow_paths)
+    reader = _PartReader(load_image, load_video, allow_paths)
     segments: list[Segment] = []
     for index, message in enumerate(messages):
         try:
@@ -115,8 +118,8 @@ def _read_message(message: Message, reader: _PartReader, supervise: bool) -> lis
 class _PartReader:
     """Reads one content part to a segment."""
 
-    def __init__(self, load_image: LoadImage, allow_paths: bool) -> None:
-        self._load_image = load_image
+    def __init__(self, load_image: LoadImage, load_video: LoadVideo, allow_paths: bool) -> None:
+        self._load_image, self._load_video = load_image, load_video
         self._allow_paths = allow_paths
 
     def read(self, part: Any, role: Role, supervise: bool) -> Segment:
@@ -158,7 +161,7 @@ class _PartReader:
             if len(shapes) != 1:
                 raise ValueError(f"a video's frames need one common shape, got {shapes or 'no frame'}")
             return torch.stack(frames), float(fps or 8.0)
-        return media.load_video(self._resolve(value, "video", media.MAX_CLIP_BYTES), fps=fps)
+        return self._load_video(self._resolve(value, "video", media.MAX_CLIP_BYTES), fps=fps)
 
     def _resolve(self, value: Any, kind: str, max_bytes: int) -> Any:
         """A data: URL or base64 to bytes, a file: URL to its path; other things as they are; ValueError for http."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from omni.command import exit_code
 from omni.config import Frozen, load_toml
 from omni.document import Text
 from omni.text.tokenizer import Tokenizer, load_backend
@@ -89,22 +90,21 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    started = time.perf_counter()
-    try:
+
+    def work() -> None:
+        started = time.perf_counter()
         recipe = load_toml(arguments[0], arguments[1:], TokenizerRecipe)
         tokenizer = train_tokenizer(recipe)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds = time.perf_counter() - started
-    num_bytes = num_ids = 0
-    for text, _ in zip(read_corpus(recipe), range(1_000), strict=False):
-        num_bytes += len(text.encode())
-        num_ids += len(tokenizer.encode(text))
-    print(f"{recipe.out}: {recipe.backend}, {tokenizer.num_text} text ids + {len(tokenizer.control)} control ids,")
-    print(f"{num_bytes / max(num_ids, 1):.2f} bytes per id on the first 1,000 texts, {seconds:.1f} s")
-    print(f"model file blake2b {tokenizer.describe()['blake2b']}")
-    return 0
+        seconds = time.perf_counter() - started
+        num_bytes = num_ids = 0
+        for text, _ in zip(read_corpus(recipe), range(1_000), strict=False):
+            num_bytes += len(text.encode())
+            num_ids += len(tokenizer.encode(text))
+        print(f"{recipe.out}: {recipe.backend}, {tokenizer.num_text} text ids + {len(tokenizer.control)} control ids,")
+        print(f"{num_bytes / max(num_ids, 1):.2f} bytes per id on the first 1,000 texts, {seconds:.1f} s")
+        print(f"model file blake2b {tokenizer.describe()['blake2b']}")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

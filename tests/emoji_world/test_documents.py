@@ -11,6 +11,7 @@ import torch
 
 from omni.document import Document, Image, Role, Text, Video
 from omni.emoji_world import CLASSES, SCENE_NAMES, TASKS, Atlas, EmojiWorld, Scene, prompt_of, render, story_scene
+from omni.emoji_world.documents import REWRITTEN
 from omni.emoji_world.edits import caption, spoken
 from omni.emoji_world.phrases import TEMPLATES, is_heldout, numbers
 from omni.emoji_world.scene import scene_is_heldout, tone_is_heldout
@@ -34,7 +35,10 @@ def pictures(document: Document, role: Role) -> list[torch.Tensor]:
 
 
 def scenes(document: Document) -> list[Scene]:
-    return [Scene.from_json(data) for data in (*document.meta["given"], *document.meta["scenes"])]
+    """All that are shown or told."""
+    meta = document.meta
+    told = [meta[key] for key in ("before", "after") if key in meta]
+    return [Scene.from_json(data) for data in (*meta["given"], *meta["scenes"], *told)]
 
 
 def test_document_is_a_pure_function_of_seed_split_and_index(atlas: Atlas) -> None:
@@ -130,6 +134,20 @@ def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
                     assert story_scene(hero, text) == scene
             case "text":
                 assert not document.images()
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_rewriting_is_an_edit_in_words(atlas: Atlas, split: str) -> None:
+    world, kinds = EmojiWorld(atlas, 5, split, mixture={"rewrite": 1.0}), set()
+    for i in range(300):
+        document = world.document(i)
+        before, after = scenes(document)
+        kinds.add(document.meta["kind"])
+        assert not document.images() and before != after
+        [asked, said] = [s.text for s in document.segments if isinstance(s, Text)]
+        assert caption(before)[1:] in asked and said == f"{caption(after)}."
+        assert split == "heldout" or not any(map(scene_is_heldout, (before, after)))
+    assert kinds == set(REWRITTEN)
 
 
 def test_an_edit_says_what_it_will_show(atlas: Atlas) -> None:

@@ -34,7 +34,7 @@ def atlas() -> Atlas:
 
 def test_missing_font_names_what_was_looked_for_and_the_way_out(tmp_path: Path) -> None:
     for call in (lambda: find_font(tmp_path / "none.ttf"), lambda: find_font(folders=(tmp_path,))):
-        with pytest.raises(ValueError, match=r"--font FILE") as caught:
+        with pytest.raises(ValueError, match=r"name a font file") as caught:
             call()
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     with pytest.raises(ValueError, match=r"NotoColorEmoji.*apt install"):
@@ -43,7 +43,7 @@ def test_missing_font_names_what_was_looked_for_and_the_way_out(tmp_path: Path) 
 
 def test_a_file_that_is_no_font(tmp_path: Path) -> None:
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
-    with pytest.raises(ValueError, match=r"broken\.ttf.*--font FILE"):
+    with pytest.raises(ValueError, match=r"broken\.ttf.*name a font file"):
         Atlas(tmp_path / "broken.ttf")
 
 

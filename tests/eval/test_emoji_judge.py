@@ -112,6 +112,19 @@ def test_an_object_too_many_or_missing_or_another_background_is_wrong(judge: Jud
     assert readings[3].scene == blue and readings[4].scene == missing
 
 
+def test_what_should_be_gone_is_seen_however_pale(judge: Judge) -> None:
+    """A cloud on gray is 8 from its background: only its slot tells that an edit left it there."""
+    before = small_objects(("cat", "cloud"), PAIR_SLOTS[0], "gray")
+    after = Scene("gray", before.placements[:1])
+    shown = pictures_of(judge, [before, after])
+    readings = judge.shows(shown, [after] * 2, [before] * 2)
+    assert [r.clear and r.scene == after for r in readings] == [False, True]
+    assert [r.clear and r.scene == after for r in judge.shows(shown, [after] * 2)] == [True, True]
+    moved = single("cat", "pink", PAIR_SLOTS[1][0])  # overlaps the slot it leaves: that one is not read
+    [reading] = judge.shows(pictures_of(judge, [moved]), [moved], [single("cat", "pink", CENTRE)])
+    assert reading.scene == moved
+
+
 def test_rows_of_three_are_read(judge: Judge) -> None:
     draw = Key(6).python()
     scenes = [row(draw.sample(ROW_NAMES, 3), draw.choice(list(BACKGROUNDS))) for _ in range(60)]

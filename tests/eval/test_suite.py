@@ -83,6 +83,23 @@ def test_nan_holds_no_bar_and_is_null(suite_file: str) -> None:
         TASKS._items.pop("nothing")
 
 
+def test_a_bar_on_a_row_that_did_not_come_does_not_hold(suite_file: str) -> None:
+    TASKS._items.pop("half", None)
+
+    @task("half", TaskOptions, rows=("right", "sometimes"))
+    def half(context: Context, options: TaskOptions) -> Outcome:
+        """Gives one of its two rows."""
+        return Outcome([Measure("right", 50.0, "%")])
+
+    try:
+        assert main([suite_file, "tasks=half", 'half.bars.sometimes=">= 0"', "--json", "half.json"]) == 1
+        rows = {row["name"]: row for row in json.loads(Path("half.json").read_text())}
+        assert rows["half.right"]["value"] == 50 and rows["half.right"]["holds"]
+        assert rows["half.sometimes"]["value"] is None and not rows["half.sometimes"]["holds"]
+    finally:
+        TASKS._items.pop("half")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

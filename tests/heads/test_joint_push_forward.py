@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
 from omni.heads.joint.push_forward import PushForward
 from omni.heads.joint.push_forward_bound import block_bound
-from omni.heads.joint.push_forward_loss import graded, set_task
+from omni.heads.joint.push_forward_loss import graded, semigroup_targets, set_task
 from omni.joint import BatchCall, teacher_laws
 from omni.layout import TokenSpan
 from omni.model import Omni
@@ -131,6 +132,25 @@ def test_losses_of_an_oracle_are_its_entropy_and_zero() -> None:
     call.target = lambda: wrong  # type: ignore[method-assign]
     terms = oracle_head(V, K).loss(call, Lesson(blocks, teacher, Key(0)))
     assert float(terms["semigroup"].sum.detach()) > 1.0
+
+
+def test_the_semigroup_is_cut_in_both_ways_under_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's key has no step in it: the documents of a batch say where its blocks are cut."""
+    V, K = 3, 4
+    head, call, seen = oracle_head(V, K), OracleCall(_joint(V, K), torch.zeros(0), 2), set()
+    compose = head.compose
+
+    def listening(*arguments: Any) -> Any:
+        seen.add(tuple(arguments[2]))
+        return compose(*arguments)
+
+    monkeypatch.setattr(head, "compose", listening)
+    ids = torch.zeros(2, K, dtype=torch.int64)
+    for step in range(16):
+        blocks = Blocks(ids, ids == 0, ((step, 0, 0), (step, 0, 1)))
+        noise = uniforms(2, K, Key(step)).unsqueeze(-1)
+        semigroup_targets(head, call, noise, Lesson(blocks, torch.zeros(0), Key(3)))
+    assert seen == {(1, 3), (2, 2)}
 
 
 # ---- the head on a small model -------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ..
 
 @torch.inference_mode()
 def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: int) -> Tensor:
-    """(V^LENGTH,) int64: how many of `num` replies say each string. With common noise a token has one number in all
-    rounds that come to it, as in the engine: tokens of a simplex hang on the noise of later ones too."""
+    """(V^LENGTH,) int64: how many of `num` replies say each string. Drafts as in the engine: a token has one number in
+    all rounds that come to it (tokens of a simplex hang on the noise of later ones too), but with "block"."""
     counts = torch.zeros(V**LENGTH, dtype=torch.int64)
     own = Key(2).fold(kind, "own").uniform((num, LENGTH + K), torch.float64)
     waiting = {(): torch.arange(num)}
@@ -77,7 +77,7 @@ def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: in
         said, members = waiting.popitem()
         rows, key = len(members), Key(2).fold(kind, *said)
         prefix = torch.tensor(said, dtype=torch.int64).expand(rows, -1)
-        if kind == "coupled":
+        if kind != "block":
             noise = own[members, len(said) : len(said) + K + 1]
         else:
             noise = key.fold("noise").uniform((rows, K + 1), torch.float64)

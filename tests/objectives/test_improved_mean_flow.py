@@ -70,6 +70,12 @@ def test_with_the_diagonal_right_it_is_mean_flow() -> None:
     assert abs(float(found - wanted)) < 1e-9
 
 
+def test_the_papers_mix_is_the_default_of_any_guidance() -> None:
+    for given, mix in (({"max_scale": 8.0}, "inverse"), ({"max_scale": 8.0, "mix": 0.0}, 0.0)):
+        assert ImprovedMeanFlow(guidance=given).guidance.mix == mix  # type: ignore[arg-type]
+    assert ImprovedMeanFlow(guidance=TargetGuidance(scale=2.0)).guidance.mix == 0.0  # made elsewhere, whole
+
+
 def test_at_s_equal_t_it_is_flow_matching_twice() -> None:
     items = gaussian_items(PLANE, num=8)
     draw = ImprovedMeanFlow(diagonal=1.0).draw(items, Key(0))

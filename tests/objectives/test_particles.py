@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from clouds import cloud
-from gaussian import PLANE, gaussian_items
+from gaussian import PLANE, GaussianCall, gaussian_items
 
+from omni.objectives import build_objective
 from omni.objectives.base import Items
 from omni.objectives.particles import gather, group_items
 from omni.objectives.times import BatchNames
@@ -67,6 +68,17 @@ def test_numbered_names_group_as_named_ones_do(copies: int, how: str) -> None:
     assert sorted(lists(items, 2, how)) == sorted(lists(named, 2, how))
     assert list(fast.names) == list(slow.names) or how == "mixed"
     assert len(fast.names) == len(slow.names) and torch.equal(fast.index, slow.index)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("drifting", {}), ("moment_matching", {"kernel": {"kind": "energy"}, "particles": 1})]
+)
+def test_items_without_latents_do_no_harm(name: str, options: dict) -> None:
+    """A block of tokens that is not there (heads.joint.simplex) is an item of no latents."""
+    items = Items(Key(0).normal((2, 2, 2), torch.float64), torch.tensor([[0, 0], [-1, -1]]), ((0, 0, 0), (-2, 1, 0)))
+    objective = build_objective(name, **options)
+    loss = objective.loss(GaussianCall(items, PLANE), objective.draw(items, Key(0)))
+    assert torch.isfinite(loss.sum) and loss.count == 2
 
 
 def test_gather_gives_each_particle_its_latents_in_order() -> None:

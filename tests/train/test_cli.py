@@ -35,6 +35,12 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
         ("model.num_heads=3", "num_kv_heads"),
         ("heads.samplr=euler", "samplr"),
         ("drop.text=0.9", "drop"),
+        ("generation.stpes=4", "did you mean 'steps'"),
+        ("generation.sampler=flowmap", "did you mean 'flow_map'"),
+        ("heads.vocab_size=9", "'vocab_size' has no effect here"),
+        ("heads.flow.channels=9", "'flow.channels' has no effect here"),
+        ("heads.flow=3", "flow must be a table"),
+        ("device=gpu", "use cpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -83,6 +89,34 @@ def test_the_smoke_recipe_learns_draws_and_publishes(tmp_path: Path) -> None:
     assert main([str(RECIPES / "smoke.toml"), "--out", str(out), "--publish", str(tmp_path / "again")]) == 0
     again = omni.from_pretrained(tmp_path / "again")
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_a_finished_run_goes_on_and_publishes_again(recipe_file: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main([str(recipe_file), "max_steps=1", *out]) == 0
+    before = (tmp_path / "out/model/manifest.json").read_bytes()
+    assert main([str(recipe_file), "max_steps=2", "--resume", *out]) == 0
+    assert (tmp_path / "out/model/manifest.json").read_bytes() != before
+
+
+def test_init_from_another_tokenizer_or_another_shape_is_said(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from omni.text.bpe import BPETokenizer
+    from train.assemble import assemble
+
+    BPETokenizer.train(["a cat and a cat and a cat"], 257).save(tmp_path / "one")
+    BPETokenizer.train(["the dog, the dog, the dog"], 257).save(tmp_path / "two")
+    first = [f"tokenizer={tmp_path / 'one'}", "max_steps=1", "--out", str(tmp_path / "first")]
+    assert main([str(recipe_file), *first]) == 0
+    init = f"init_from={tmp_path / 'first/model'}"
+    assert main([str(recipe_file), init, f"tokenizer={tmp_path / 'two'}"]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    same = [init, f"tokenizer={tmp_path / 'one'}"]
+    assemble(load_toml(recipe_file, same, Recipe), tmp_path / "second")
+    assert "as initialised" not in capsys.readouterr().err
+    assemble(load_toml(recipe_file, [*same, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "third")
+    assert "weights begin as initialised" in capsys.readouterr().err
 
 
 def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: Path) -> None:

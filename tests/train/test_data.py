@@ -13,7 +13,7 @@ import torch
 
 from omni.document import Document, Image, Role, Text, Video
 from omni.layout import lay_out
-from omni.media import save_png
+from omni.media import save_apng, save_png
 from omni.rng import Key
 from train.data import latents as latents_module
 from train.data import loader as loader_module
@@ -106,6 +106,32 @@ def test_pictures_outside_the_folder_are_refused(tmp_path: Path) -> None:
     source = build_source("llava", {"path": str(tmp_path / "in" / "l.json")}, Key(0), "t")
     with pytest.raises(CorruptRecord, match="outside"):
         source.document(0)
+
+
+def test_clips_too_are_read_beside_the_file_and_fitted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    frames = torch.stack([picture(n, 40) for n in range(4)])
+    for folder in (tmp_path, tmp_path / "in"):
+        save_apng(frames, folder / "clip.png")
+    for name, message in (("clip.png", ""), ("../clip.png", "outside"), (str(tmp_path / "clip.png"), "outside")):
+        content = [{"type": "video", "path": name}, {"type": "text", "text": "what?"}]
+        record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "noise"}]}
+        (tmp_path / "in" / "m.jsonl").write_text(json.dumps(record) + "\n")
+        source = build_source("messages", {"path": str(tmp_path / "in/m.jsonl"), "side": 32}, Key(0), "t")
+        if message:
+            with pytest.raises(CorruptRecord, match=message):
+                source.document(0)
+        else:
+            [clip, *_] = source.document(0).segments
+            assert isinstance(clip, Video) and clip.frames.shape == (4, 32, 32, 3)
+
+
+def test_other_words_are_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from omni.emoji_world import phrases
+
+    same = [build_source("emoji_world", {}, Key(5), "t").fingerprint() for _ in range(2)]
+    monkeypatch.setitem(phrases.TEMPLATES, "draw", tuple(t + " now" for t in phrases.TEMPLATES["draw"]))
+    assert same[0] == same[1] != build_source("emoji_world", {}, Key(5), "t").fingerprint()
 
 
 def test_finite_sources_visit_every_record_once_per_epoch(tmp_path: Path) -> None:
@@ -248,6 +274,25 @@ def test_a_corrupt_record_costs_one_record(make_run: MakeRun, tmp_path: Path) ->
     names = {reason.split(":")[0] for index, reason in skipped if index < 60}
     assert names == {"d.jsonl record 5", "d.jsonl record 21"}
     assert one.loader.counts["skipped"] == len(skipped)
+
+
+def test_a_picture_that_the_codec_cannot_take_costs_one_record(make_run: MakeRun, tmp_path: Path) -> None:
+    """One of no multiple of the stride, and a line damaged inside its compressed pixels, among twenty good ones."""
+    documents = [Document((Text("look", Role.USER), Image(picture(n), Role.ASSISTANT, True))) for n in range(20)]
+    odd = Document((Text("odd", Role.USER), Image(picture(0, 33), Role.ASSISTANT, True)))
+    lines = [document.to_json() for document in (*documents, odd)]
+    at = lines[7].index('"zlib"') + 40
+    lines[7] = lines[7][:at] + ("A" if lines[7][at] != "A" else "B") + lines[7][at + 1 :]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    run = make_run(f'data=[{{name="jsonl",options={{path="{tmp_path / "d.jsonl"}"}}}}]')
+    cursor, skipped = 0, {}
+    while cursor < 21:
+        packed = run.loader.next(cursor)
+        cursor = packed.cursor
+        skipped |= dict(packed.skipped)
+    assert len({why for why in skipped.values()}) == 2
+    assert any(why.startswith("unusable: ") for why in skipped.values())
+    assert any("record 8" in why for why in skipped.values())
 
 
 def test_mostly_corrupt_data_stop_the_run(make_run: MakeRun, tmp_path: Path) -> None:

@@ -40,6 +40,15 @@ def test_only_the_newest_are_kept(make_run: MakeRun) -> None:
     assert [step for step, _ in state.saved_steps(run.out / "state")] == [5, 9]
 
 
+def test_a_state_saved_after_a_damaged_later_one_is_kept(make_run: MakeRun) -> None:
+    run = make_run("report.keep=1")
+    save_steps(run, [4])
+    (run.out / "state" / "step-00000004" / "manifest.json").unlink()
+    save_steps(run, [2, 3])
+    assert state.newest(run.out / "state", lambda line: None).name == "step-00000003"
+    assert [step for step, _ in state.saved_steps(run.out / "state")] == [3, 4]
+
+
 def test_nothing_to_resume_is_said(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no intact training state"):
         loop.resume(make_run(out="empty"), print)

@@ -58,6 +58,12 @@ def test_none_is_kept_unless_asked_for(make_run: MakeRun) -> None:
     assert make_run(TVM, "objectives.2.options.target_decay=0").target is None
 
 
+def test_averaged_guidance_has_its_average(make_run: MakeRun) -> None:
+    guidance = "objectives.2.options.guidance={scale=2.0,averaged=true,average_decay=0.9}"  # of MeanFlow
+    assert make_run(guidance).target is not None
+    assert make_run(guidance.replace("averaged=true", "averaged=false")).target is None
+
+
 def test_two_decays_are_refused(make_run: MakeRun) -> None:
     both = ("objectives.1.name=shortcut", TVM)
     with pytest.raises(ValueError, match=r"different target_decay.*0\.999.*0\.99"):

@@ -5,6 +5,8 @@ Clips: frames uint8 (T, S, S, 3); a sprite crosses a plain background, so that t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,9 @@ from pydantic import Field
 from omni.config import Frozen
 from omni.document import Document, Role, Text, Video
 from omni.rng import Key
-from train.data.source import SOURCES, Source
+from train.data.source import SOURCES, Source, file_fingerprint
+
+NUM_FINGERPRINTED = 256
 
 
 class EmojiWorldOptions(Frozen):
@@ -42,9 +46,13 @@ class EmojiWorldSource(Source):
         return self.world.document(index)
 
     def fingerprint(self) -> str:
-        from train.data.source import file_fingerprint
-
-        return file_fingerprint(self._font_path)
+        """The font, and the first documents' words: other code or other word lists make other documents."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index in range(NUM_FINGERPRINTED):
+            document = self.world.document(index)
+            words = [segment.text for segment in document.segments if isinstance(segment, Text)]
+            digest.update(json.dumps([words, dict(document.meta)], sort_keys=True).encode())
+        return f"{file_fingerprint(self._font_path)}:{digest.hexdigest()}"
 
 
 CLIP_NAMES = (

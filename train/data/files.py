@@ -1,7 +1,8 @@
 """Finite sources read from text files: Document lines, chat messages, LLaVA conversations.
 
-Every picture goes through omni.media (bounded, safe). `side` crops the middle square and resizes it, because a codec
-wants sides that are multiples of its stride. Paths in records are relative to the data file and stay in its folder.
+Every picture and clip goes through omni.media (bounded, safe). `side` crops the middle square and resizes it, because a
+codec wants sides that are multiples of its stride. Paths in records are relative to the data file and stay in its
+folder.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from pydantic import Field
 
 from omni.config import Frozen
-from omni.document import Document, Image, Role, Segment, Text
-from omni.media import load_image
+from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.media import load_image, load_video
 from omni.rng import Key
 from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
 
@@ -77,12 +78,18 @@ class MessageLines(_LineSource):
 
         record = json.loads(self.line(position))
         messages = record["messages"] if isinstance(record, dict) else record
-        return messages_to_document(messages, self._load, supervise=True)
+        return messages_to_document(messages, self._load, load_video=self._load_clip, supervise=True)
 
     def _load(self, source: Any, **limits: Any) -> torch.Tensor:
         if isinstance(source, str | Path):
             return load_picture(self.path.parent, str(source), self.options.side)
         return fit_square(load_image(source, **limits), self.options.side)
+
+    def _load_clip(self, source: Any, **limits: Any) -> tuple[torch.Tensor, float]:
+        if isinstance(source, str | Path):
+            source = inside(self.path.parent, str(source), "clip")
+        frames, fps = load_video(source, **limits)
+        return fit_frames(frames, self.options.side), fps
 
 
 @SOURCES.register("llava")
@@ -133,10 +140,15 @@ class LlavaConversations(FiniteSource):
 
 def load_picture(folder: Path, name: str, side: int | None) -> torch.Tensor:
     """uint8 (H, W, 3) of the picture `name` inside `folder`. ValueError when the name leaves the folder."""
+    return fit_square(load_image(inside(folder, name, "picture")), side)
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """The file `name` in `folder`. ValueError when the name leaves the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"picture {name!r} lies outside {str(folder)!r}; keep pictures beside the data file")
-    return fit_square(load_image(path), side)
+        raise ValueError(f"{what} {name!r} lies outside {str(folder)!r}; keep {what}s beside the data file")
+    return path
 
 
 def fit_square(pixels_HWC: torch.Tensor, side: int | None) -> torch.Tensor:
@@ -153,9 +165,19 @@ def fit_square(pixels_HWC: torch.Tensor, side: int | None) -> torch.Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(side, side, 3)
 
 
+def fit_frames(frames_THWC: torch.Tensor, side: int | None) -> torch.Tensor:
+    """`fit_square` of each frame."""
+    return torch.stack([fit_square(frame, side) for frame in frames_THWC])
+
+
 def _fit_document(document: Document, side: int | None) -> Document:
-    fitted = [
-        dataclasses.replace(s, pixels=fit_square(s.pixels, side)) if isinstance(s, Image) else s
-        for s in document.segments
-    ]
-    return Document(tuple(fitted), document.meta)
+    def fitted(segment: Segment) -> Segment:
+        match segment:
+            case Image():
+                return dataclasses.replace(segment, pixels=fit_square(segment.pixels, side))
+            case Video():
+                return dataclasses.replace(segment, frames=fit_frames(segment.frames, side))
+            case _:
+                return segment
+
+    return Document(tuple(map(fitted, document.segments)), document.meta)

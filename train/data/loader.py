@@ -128,7 +128,7 @@ class Loader:
             item = self._composed(index)
             if isinstance(item, str):
                 skipped[index] = item
-                self._check_corrupt(index + 1 - cursor, len(skipped))
+                self._check_corrupt(index + 1 - cursor, len(skipped), item)
             else:
                 composed[index] = item
                 trim.append(self.key.fold("trim", index).python().random() < shape.trim)
@@ -178,13 +178,27 @@ class Loader:
             except CorruptRecord as error:
                 self._window[index] = str(error)
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
-        encoded = iter(self.memo.encode([segment for group in media.values() for segment in group]))
+        encoded = self._encode(media)
         for index, document in read.items():
-            latents = [next(encoded) for _ in media[index]]
-            spans = self.compose(document, _hand_out(latents))
-            self._window[index] = self._too_long(spans) or Composed(
-                spans, self._nulls(document, latents), "dropped" in document.meta
-            )
+            latents = encoded[index]
+            try:
+                self._window[index] = latents if isinstance(latents, str) else self._made(document, latents)
+            except ValueError as error:
+                self._window[index] = _unusable(error)
+
+    def _encode(self, media: dict[int, list[Image | Video]]) -> dict[int, list[list[torch.Tensor]] | str]:
+        """By index: the latents of its media, all through the codec together; or why the codec takes none of them."""
+        try:
+            encoded = iter(self.memo.encode([segment for group in media.values() for segment in group]))
+        except ValueError as error:
+            if len(media) == 1:
+                return dict.fromkeys(media, _unusable(error))
+            return {index: self._encode({index: group})[index] for index, group in media.items()}
+        return {index: [next(encoded) for _ in group] for index, group in media.items()}
+
+    def _made(self, document: Document, latents: list[list[torch.Tensor]]) -> Composed | str:
+        spans = self.compose(document, _hand_out(latents))
+        return self._too_long(spans) or Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
     def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:
         """One null document per supervised picture or clip; `latents` are those of all its media, in order."""
@@ -215,16 +229,21 @@ class Loader:
             draw -= share
         return document
 
-    def _check_corrupt(self, num_seen: int, num_skipped: int) -> None:
+    def _check_corrupt(self, num_seen: int, num_skipped: int, last: str) -> None:
         skipped = self.counts["skipped"] + num_skipped
         seen = self.counts["documents"] + self.counts["skipped"] + num_seen
         if skipped >= 20 and skipped > MAX_CORRUPT_SHARE * seen:
-            raise TooManyCorrupt(f"{skipped} of {seen} documents could not be used (corrupt or longer than budget)")
+            raise TooManyCorrupt(f"{skipped} of {seen} documents could not be used; the last: {last}")
 
 
 def context_length(spans: Sequence[Span]) -> int:
     """Context positions of a document: its ids and its latents."""
     return sum(s.latents.shape[0] if isinstance(s, LatentSpan) else len(s.ids) for s in spans)
+
+
+def _unusable(error: ValueError) -> str:
+    """Such as a picture's size that the codec or a block's header cannot take."""
+    return f"unusable: {error}"
 
 
 def _hand_out(latents: list[list[torch.Tensor]]) -> EncodeMedia:

@@ -47,7 +47,7 @@ class FiniteSource(Source):
 
     @abstractmethod
     def record(self, position: int) -> Document:
-        """The document at `position` < num_records. Any ValueError becomes a CorruptRecord that names the record."""
+        """The document at `position` < num_records. Whatever it raises becomes a CorruptRecord with its name."""
 
     @abstractmethod
     def record_name(self, position: int) -> str:
@@ -58,7 +58,9 @@ class FiniteSource(Source):
         position = self._order(epoch)[offset]
         try:
             return self.record(position)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except ImportError:
+            raise  # an extra is missing: no fault of the record
+        except Exception as error:  # what parsers raise on damaged records is no closed list
             raise CorruptRecord(f"{self.record_name(position)}: {type(error).__name__}: {error}") from error
 
     def _order(self, epoch: int) -> list[int]:

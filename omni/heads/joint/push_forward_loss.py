@@ -6,8 +6,8 @@
                  it, one after the other; zero where K tokens at once are what two shorter calls say
 
 One pass with a graph carries all three: a block has either the noise of its data or fresh noise. The semigroup's calls
-are cut after the first token (which is then plain decoding's) or in the middle, by a coin per step, and the first token
-of each is plain decoding's; progressive distillation of such maps is in arXiv 2606.10820.
+are cut after the first token (which is then plain decoding's) or in the middle, by a coin per batch, and the first
+token of each is plain decoding's; progressive distillation of such maps is in arXiv 2606.10820.
 
 Legend: B blocks, K tokens, S numbers of a token's noise, V vocabulary, W width.
 """
@@ -75,7 +75,8 @@ def set_task(head: PushForward, call: JointCall, lesson: Lesson) -> Task:
 def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, lesson: Lesson) -> Tensor:
     """Ids (B, K) that two calls of the target say for noise (B, K, S)."""
     K = noise.shape[1]
-    cut = K // 2 if lesson.key.fold("cut").python().random() < 0.5 else 1
+    newest = max(lesson.blocks.names)  # the lesson's key is that of the run: it has no step in it
+    cut = K // 2 if lesson.key.fold("cut", *newest).python().random() < 0.5 else 1
     cuts = [cut, K - cut] if 0 < cut < K else [K]
     return head.compose(call.target(), noise, cuts, "decode", "pick").ids
 
