@@ -173,6 +173,12 @@ def lay_out(
     return out
 
 
+def context_length(spans: Sequence[Span], trim_tail: bool = False) -> int:
+    """How many context positions `lay_out` makes of a document, without laying it out."""
+    last = _last_supervised(spans) if trim_tail else None
+    return sum(len(span.ids) if isinstance(span, TokenSpan) else len(span.latents) for span in spans[:last])
+
+
 def _last_supervised(spans: Sequence[Span]) -> int | None:
     """Index of the last latent span, if it is supervised and no supervised latents follow."""
     indices = [i for i, s in enumerate(spans) if isinstance(s, LatentSpan)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layouts import CHANNELS, PAD, random_spans, small_model
 
-from omni.layout import IGNORE, LatentSpan, Shape, TokenSpan, lay_out, pack
+from omni.layout import IGNORE, LatentSpan, Shape, TokenSpan, context_length, lay_out, pack
 from omni.mask import Fields, dense, flex, oracle
 from omni.objectives import build_objective
 from omni.positions import rotary_table
@@ -137,6 +137,13 @@ def test_targets_are_the_next_supervised_ids() -> None:
     ]
     [batch], _ = pack([spans], [Shape(1, 5, 0)], channels=4, pad_id=PAD)
     assert batch.target[0].tolist() == [IGNORE, 3, IGNORE, 4, IGNORE]
+
+
+def test_context_length_is_that_of_the_layout() -> None:
+    for n in range(50):
+        spans = random_spans(Key(n).fold("length"), 3)
+        for trim in (False, True):
+            assert context_length(spans, trim) == len(lay_out(spans, PAD, trim_tail=trim).ids)
 
 
 def test_trim_tail_leaves_the_last_block_out_of_the_context_only() -> None:

@@ -52,6 +52,33 @@ def test_commands_are_right(command: str) -> None:
         assert words == ["pytest"]
 
 
+def test_the_training_sequence_makes_what_it_takes() -> None:
+    """Each command of "Train your own" finds the models, tokenizers and codecs that earlier ones have made."""
+    made: set[str] = set()
+    sequence = re.search(r"```bash\n(.*?)```", README.partition("## Train your own")[2], re.DOTALL)
+    assert sequence
+    for line in sequence[1].splitlines():
+        words = shlex.split(line)
+        if words[0] == "omni":
+            assert words[words.index("--model") + 1] in made
+            continue
+        module, arguments = words[2], words[3:]
+        changes = dict(word.split("=", 1) for word in arguments if "=" in word and "/" in word.split("=", 1)[1])
+        if module == "train.average":
+            assert {word.rpartition("=")[0] for word in arguments[1:]} <= made, line
+            made.add(arguments[0])
+        elif module == "train.retokenize":
+            assert set(arguments[1:3]) <= made, line
+            made.add(arguments[0])
+        else:
+            recipe = {**tomllib.loads((ROOT / arguments[0]).read_text()), **changes}
+            taken = {recipe[name] for name in ("init_from", "tokenizer", "codec") if isinstance(recipe.get(name), str)}
+            assert taken <= made, (line, taken - made)
+            out = recipe["out"] if module == "omni.text.train" else f"runs/{Path(arguments[0]).stem}"
+            made.add(out if module == "omni.text.train" else f"{out}/{'codec' if 'kind' in recipe else 'model'}")
+    assert made
+
+
 def test_ci_reads_two_commands() -> None:
     """.ci/run takes both from the README by these marks."""
     for name in ("one", "two"):

@@ -37,7 +37,8 @@ class TerminalVelocity(FlowObjective):
     """`time`: of s'. `pair`: of (t, s). `target_decay`: of the target's average; None or 0: the present weights.
 
     guidance_scale: w of every item; or guidance_range (low, high): beta uniform in [1 / high, 1 / low]. Items whose
-    condition was dropped have w = 1. detach_tangent: no gradient through dF/ds, cheaper and biased. scaled: see above.
+    condition was dropped have w = 1. detach_tangent: no gradient through dF/ds, cheaper and biased. scaled: see above;
+    the engine's jumps do not multiply F by w, so it is for study, with a call of one's own.
     The defaults are the published values, but for guidance, which is off (published: w of 1.75 to 2.5; beta in [0, 1],
     that is w without bound, is not offered).
     """

@@ -17,7 +17,7 @@ from pydantic import Field
 from omni.config import Frozen
 from omni.document import Document, Image, Video
 from omni.guidance import drop, null_documents
-from omni.layout import Batch, LatentSpan, Shape, Span, lay_out, lay_rows, pack
+from omni.layout import Batch, LatentSpan, Shape, Span, context_length, lay_rows, pack
 from omni.rng import Key
 from train.data.latents import LatentMemo
 from train.data.source import CorruptRecord
@@ -132,7 +132,7 @@ class Loader:
             else:
                 composed[index] = item
                 trim.append(self.key.fold("trim", index).python().random() < shape.trim)
-                num_context += len(lay_out(item.spans, self.pad_id, trim_tail=trim[-1]).ids)
+                num_context += context_length(item.spans, trim[-1])
             index += 1
         uids = list(composed)
         batches, num_used = pack(
@@ -234,11 +234,6 @@ class Loader:
         seen = self.counts["documents"] + self.counts["skipped"] + num_seen
         if skipped >= 20 and skipped > MAX_CORRUPT_SHARE * seen:
             raise TooManyCorrupt(f"{skipped} of {seen} documents could not be used; the last: {last}")
-
-
-def context_length(spans: Sequence[Span]) -> int:
-    """Context positions of a document: its ids and its latents."""
-    return sum(s.latents.shape[0] if isinstance(s, LatentSpan) else len(s.ids) for s in spans)
 
 
 def _unusable(error: ValueError) -> str:
