@@ -78,7 +78,8 @@ def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace
 
 @torch.inference_mode()
 def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: Key) -> Rounds:
-    """In blocks, verified by `kind`: "coupled", "greedy" (coupled at temperature 0), "rejection" or "block"."""
+    """In blocks, verified by `kind`: "coupled", "greedy" (coupled at temperature 0; drafts of noise 1/2 are the
+    medians of a head's laws, as in the engine), "rejection" or "block"."""
     greedy = kind == "greedy"
     noise = torch.full_like(_noise(contexts, run, key), 0.5) if greedy else _noise(contexts, run, key)
     temperature, top_p = (0.0, 1.0) if greedy else (run.temperature, run.top_p)
@@ -91,6 +92,8 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         at = torch.tensor([min(len(row), run.num_tokens) for row in said])  # who is done goes on, uncounted
         own = noise[torch.arange(len(said))[:, None], at[:, None] + torch.arange(run.length + 1)]
         draws = key.fold("round", kind, number)
+        if kind == "block":  # its verdict hangs on drafts that it then throws away: their noise is used up
+            own = draws.fold("tokens").uniform(tuple(own.shape), torch.float64)
         call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
         draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
         if kind in ("coupled", "greedy"):  # what plain decoding says first is in the same pass

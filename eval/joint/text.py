@@ -154,11 +154,12 @@ class Scores:
 @dataclass(frozen=True)
 class TextResult:
     """rounds: by verification. free: nats per byte, under plain decoding's laws, of unverified blocks by number of
-    passes. seconds: processor time of training."""
+    passes. plain_pace: tokens per second of plain decoding in the same process. seconds: processor time of training."""
 
     scores: Scores
     rounds: Mapping[str, Rounds]
     free: Mapping[int, float]
+    plain_pace: float
     seconds: float
 
 
@@ -184,6 +185,7 @@ def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: 
     model = train_head(backbone, line, text, run, key.fold("train"))
     seconds = time.process_time() - start
     contexts, noise = contexts_of(text, run, key), key.fold("decode")
+    plain_pace = decode_plain(model, contexts, run, noise).tokens_per_second
     rounds = {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("coupled", "greedy")}
     own = head_of(model)
     if line.law_options is not None:
@@ -192,7 +194,7 @@ def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: 
         rounds |= {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("rejection", "block")}
     _put_head(model, own)
     free = {n: free_nats(model, contexts, n, run.length, key.fold("free")) for n in sorted({1, *line.passes})}
-    return TextResult(held_out(model, text, run, key), rounds, free, seconds)
+    return TextResult(held_out(model, text, run, key), rounds, free, plain_pace, seconds)
 
 
 def _same_weights(head: JointHead, name: str, options: dict[str, Any]) -> JointHead:

@@ -12,7 +12,8 @@ from eval.metrics.emoji_judge import MAX_SHARP, calibrate
 from eval.requests import atlas_of
 from eval.task import Context, Measure, Outcome, Panel, TaskOptions, task
 from omni.codecs import Codec, FsqCodec, load_codec, psnr
-from omni.emoji_world import random_scene, render
+from omni.emoji_world import Atlas, Scene, random_scene, render
+from omni.emoji_world.scene import scene_is_heldout, tone_is_heldout
 
 MAX_PSNR = 100.0  # stands for equal pictures, whose PSNR is infinite
 
@@ -33,23 +34,35 @@ def reconstruct(codec: Codec, pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat([codec.decode(codec.encode(chunk)) for chunk in pictures.split(64)])
 
 
-@task("codec", CodecOptions, rows=("psnr", "psnr_pooled", "psnr_worst_5", "psnr_fsq", "fsq_price", "sharp_threshold"))
+ROWS = ("psnr", "psnr_unseen", "psnr_pooled", "psnr_worst_5", "psnr_fsq", "fsq_price", "sharp_threshold")
+
+
+def is_unseen(scene: Scene, atlas: Atlas) -> bool:
+    """Whether training never draws the scene: a held-out pair or skin tone. One emoji alone is in both splits."""
+    return scene_is_heldout(scene) or any(name in atlas.tones and tone_is_heldout(name) for name in scene.names)
+
+
+@task("codec", CodecOptions, rows=ROWS)
 def codec_quality(context: Context, options: CodecOptions) -> Outcome:
     """PSNR of held-out scenes through the codec, and through the same encoder quantised at equal sequence length."""
     atlas, key = atlas_of(context), context.key("codec")
     codec = context.model.codec if options.codec is None else load_codec(options.codec)
-    true = torch.stack([render(random_scene(key.fold(i), atlas, "heldout"), atlas) for i in range(options.pictures)])
+    scenes = [random_scene(key.fold(i), atlas, "heldout") for i in range(options.pictures)]
+    true = torch.stack([render(scene, atlas) for scene in scenes])
+    unseen = torch.tensor([is_unseen(scene, atlas) for scene in scenes])
     back = reconstruct(codec, true)
     values = psnr(true, back).clamp_max(MAX_PSNR)
     pooled = 10 * math.log10(255.0**2 / max(float((true.float() - back.float()).square().mean()), 1e-6))
     rows, columns = codec.grid(*true.shape[1:3])
     notes = [
         f"{codec.spec.name}: {rows} x {columns} positions, {codec.spec.channels} channels; {len(true)} held-out scenes",
-        "psnr: mean over pictures; psnr_pooled: of the mean squared error; psnr_worst_5: 5th percentile of pictures",
+        f"psnr: mean over pictures; psnr_unseen: over the {int(unseen.sum())} that training cannot have drawn; "
+        "psnr_pooled: of the mean squared error; psnr_worst_5: 5th percentile of pictures",
     ]
     sharp = max(calibrate(lambda x: reconstruct(codec, x), atlas, key).values())
     measures = [
         Measure("psnr", float(values.mean()), "dB"),
+        Measure("psnr_unseen", float(values[unseen].mean()), "dB"),
         Measure("psnr_pooled", pooled, "dB"),
         Measure("psnr_worst_5", float(values.quantile(0.05)), "dB"),
         Measure("sharp_threshold", sharp, f"of {MAX_SHARP:g} levels at most"),

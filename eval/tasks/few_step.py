@@ -10,6 +10,7 @@ picture over this one's.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +31,8 @@ KINDS = ("left", "right", "above", "below", "row")
 
 
 class Line(Frozen):
-    """model: a directory; None is the suite's. steps: evaluations per picture. sampler, guidance: None: the model's."""
+    """model: a directory; None is the suite's. steps: jumps per picture, each two evaluations with guidance. sampler,
+    guidance: None: the model's."""
 
     model: str | None = None
     steps: tuple[int, ...] = (1, 2, 4, 8, 32)
@@ -42,7 +44,7 @@ class FewStepOptions(RequestOptions):
     """requests: open requests; scenes: requests for scenes; draws: of one class, for coverage; 0 leaves either out.
 
     reference: the line, and the number of steps, that the others are compared with. timed: pictures timed per row,
-    alone, one after another, the median taken.
+    alone, each of them by all rows in turn, the median taken.
     """
 
     requests: int = Field(default=300, ge=1)
@@ -80,13 +82,19 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
     found: dict[tuple[str, int], dict[str, float]] = {}
     panels: list[Panel] = []
     judge_of(context)  # calibrated once, on the suite's own model, and shared
+    contexts = {
+        name: context if line.model is None else replace(context, model_path=line.model)
+        for name, line in options.lines.items()
+    }
     for name, line in options.lines.items():
-        here = context if line.model is None else replace(context, model_path=line.model)
         for n in line.steps:
-            values, shown = measure(here, options, line, n)
+            values, shown = measure(contexts[name], options, line, n)
             found[name, n] = values
             panels += [replace(panel, note=f"{name}, {n} steps: {panel.note}") for panel in shown]
             context.say(f"  {name} {n}: " + "  ".join(f"{what} {value:.3g}" for what, value in values.items()))
+    evaluations: dict[tuple[str, int], int] = {}
+    for which, (seconds, spent) in seconds_a_picture(contexts, options).items():
+        found[which]["seconds"], evaluations[which] = seconds, spent
     if options.reference is not None:
         base = found[options.reference]
         for values in found.values():
@@ -103,8 +111,8 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
     ]
     curves = [
         Curve(f"{what} against {x}", x, "%", {
-            name: sorted((float(n) if x == "evaluations" else found[name, n]["seconds"], found[name, n][what])
-                         for n in line.steps)
+            name: sorted((float(evaluations[name, n]) if x == "evaluations" else found[name, n]["seconds"],
+                          found[name, n][what]) for n in line.steps)
             for name, line in options.lines.items()
         })
         for what in whats if what in ("open", "coverage", "scenes")
@@ -130,23 +138,30 @@ def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -
     if options.scenes:
         scenes = RequestOptions(requests=options.scenes, kinds=KINDS, **common)
         values["scenes"] = exact_scenes(context, scenes, {"scene": 1.0}, ()).value("right")
-    values["seconds"] = seconds_a_picture(context, options, common)
     return values, list(outcome.panels[:6])
 
 
-def seconds_a_picture(context: Context, options: FewStepOptions, common: Mapping[str, Any]) -> float:
-    """Median wall time from the start of a picture's block to its pixels, one reply at a time."""
-    settings = GenerationOptions(
-        steps=common["steps"], guidance=common["guidance"], sampler=common["sampler"], max_images=1, force_image=True
-    )
-    prompts = [prompt_of(d) for d in requests(context, {"open": 1.0}, options.timed + 1)]
-    engine, times = Engine(context.model), []
-    for prompt in prompts:
-        begin = end = float("nan")
-        for event in engine.stream(prompt, settings):
-            if isinstance(event, BlockStart):
-                begin = time.perf_counter()
-            elif isinstance(event, BlockDone):
-                end = time.perf_counter()
-        times.append(end - begin)
-    return sorted(times[1:])[len(times[1:]) // 2]  # the first pays for what is made once
+def seconds_a_picture(
+    contexts: Mapping[str, Context], options: FewStepOptions
+) -> dict[tuple[str, int], tuple[float, int]]:
+    """By line and steps: the median wall time from the start of a picture's block to its pixels, one reply at a time,
+    and its evaluations. Picture by picture over all rows in turn: what disturbs the machine disturbs all of them."""
+    engines = {name: Engine(context.model) for name, context in contexts.items()}
+    asked = requests(next(iter(contexts.values())), {"open": 1.0}, options.timed + 1)
+    times: dict[tuple[str, int], list[float]] = {}
+    spent: dict[tuple[str, int], int] = {}
+    for number, prompt in enumerate(map(prompt_of, asked)):
+        for name, line in options.lines.items():
+            for n in line.steps:
+                settings = GenerationOptions(
+                    steps=n, guidance=line.guidance, sampler=line.sampler, max_images=1, force_image=True
+                )
+                begin = end = float("nan")
+                for event in engines[name].stream(prompt, settings):
+                    if isinstance(event, BlockStart):
+                        begin = time.perf_counter()
+                    elif isinstance(event, BlockDone):
+                        end, spent[name, n] = time.perf_counter(), event.part.evaluations
+                if number:  # the first pays for what is made once
+                    times.setdefault((name, n), []).append(end - begin)
+    return {which: (statistics.median(values), spent[which]) for which, values in times.items()}

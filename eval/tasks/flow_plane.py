@@ -172,14 +172,14 @@ def verdicts(results: Results, options: PlaneOptions) -> Iterator[Measure]:
     """The counts and ratios that bars stand on; those whose methods were not run are left out."""
     data_sets, few = options.data_sets, options.fewest
     if options.reference in options.chosen:
-        counts = []
+        trained = [name for name, method in options.chosen.items() if method.trained_as is None]
+        within: dict[str, set[str]] = {}
         for data_set in data_sets:
             limit = options.within * mean_at(results[data_set, options.reference], max(options.run.evaluations))
-            trained = [name for name, method in options.chosen.items() if method.trained_as is None]
-            counts.append(sum(mean_at(results[data_set, name], few) <= limit for name in trained))
-        yield Measure("objectives_within", min(counts), "objectives")
-        for data_set, count in zip(data_sets, counts, strict=True):
-            yield Measure(f"objectives_within_{data_set}", count, "objectives")
+            within[data_set] = {name for name in trained if mean_at(results[data_set, name], few) <= limit}
+        yield Measure("objectives_within", len(set.intersection(*within.values())), "objectives")
+        for data_set, names in within.items():
+            yield Measure(f"objectives_within_{data_set}", len(names), "objectives")
     if options.many in options.chosen:
         ratios = []
         for data_set in data_sets:

@@ -52,6 +52,8 @@ def draw_one(author: Author) -> Extra:
     background = "white"
     if chance < 0.05:
         kind, name = "small", draw.choice(SCENE_NAMES)
+        while f"small {name}" in author.atlas.names:  # a "small airplane" is an emoji of its own
+            name = draw.choice(SCENE_NAMES)
         words = with_article(name, "small")
     elif chance < 0.12:
         kind, name = "tone", draw.choice(tones_of(author.atlas.tones, author.split))

@@ -15,7 +15,7 @@ LANGUAGE_NAMES = {
     "tr": "Turkish",
 }
 
-_LINKS = (" with ", " in ", " of ", " on ", " for ", " holding ", ":")
+_LINKS = (" with ", " in ", " of ", " on ", " for ", " holding ", " lifting ", ":")
 _NOT_PLURAL = frozenset(
     listed(
         """
@@ -33,7 +33,10 @@ _MASS = frozenset(
     )
 )
 _PLURAL_WORDS = frozenset({"men", "women", "people"})
-_IRREGULAR = {"mouse": "mice", "wolf": "wolves", "fish": "fish", "child": "children", "ewe": "ewes", "man": "men"}
+_IRREGULAR = {
+    "mouse": "mice", "wolf": "wolves", "fish": "fish", "child": "children", "ewe": "ewes", "man": "men",
+    "goose": "geese", "tomato": "tomatoes", "snowman": "snowmen",
+}  # fmt: skip
 
 
 def head_word(name: str) -> str:
@@ -46,7 +49,7 @@ def head_word(name: str) -> str:
 def is_countable(name: str) -> bool:
     """Whether "a NAME" and "two NAMEs" are English."""
     head = head_word(name)
-    if head in _MASS or head in _PLURAL_WORDS:
+    if head in _MASS or head in _PLURAL_WORDS or name.split()[0] in _PLURAL_WORDS:
         return False
     return head in _NOT_PLURAL or head.endswith("ss") or not head.endswith("s")
 
@@ -61,7 +64,8 @@ def with_article(name: str, adjective: str = "") -> str:
 
 def article_for(name: str) -> str:
     """ "orange" -> "an orange"."""
-    vowel = name[0] in "aeiou" and not name.startswith(("uni", "one-", "ewe"))
+    vowel = name[0] in "aeiou" and not name.startswith(("uni", "one-", "ewe", "eu"))
+    vowel = vowel or name.startswith(("hour", "x-", "sos ", "ng "))
     return f"{'an' if vowel else 'a'} {name}"
 
 

@@ -111,6 +111,8 @@ def test_a_request_does_not_have_two_meanings(corpora: dict[str, list[Document]]
     assert all("{a}" not in template for template in TEMPLATES["open"])
     assert not {f"any {noun}" for noun in CLASSES} & set(atlas.names)
     assert not {f"some {noun}" for noun in CLASSES} & set(atlas.names)
+    ambiguous = EmojiWorld(atlas, 0, mixture={"draw": 1.0}).document(7403).meta  # it drew an airplane, small
+    assert f"small {ambiguous['name']}" not in atlas.names
 
 
 def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
@@ -208,6 +210,12 @@ def test_moving_emoji(atlas: Atlas) -> None:
         ("strawberry", "a strawberry", "strawberries"),
         ("unicorn", "a unicorn", "unicorns"),
         ("bus", "a bus", "buses"),
+        ("goose", "a goose", "geese"),
+        ("tomato", "a tomato", "tomatoes"),
+        ("snowman", "a snowman", "snowmen"),
+        ("hourglass done", "an hourglass done", "hourglass dones"),
+        ("euro banknote", "a euro banknote", "euro banknotes"),
+        ("men wrestling", "men wrestling", "men wrestling"),
     ],
 )
 def test_articles_and_plurals(name: str, one: str, many: str) -> None:

@@ -38,3 +38,5 @@ def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
     assert values["m_3_speedup"] == 1.0 and 0 < values["m_1_seconds"] < values["m_3_seconds"]
     assert values["m_3_open_share"] == 100.0 or math.isnan(values["m_3_open_share"])
     assert len(outcome.panels) == 4
+    cost = next(curve for curve in outcome.curves if curve.title == "open against evaluations")
+    assert [x for x, _ in cost.lines["m"]] == [2.0, 6.0]  # the model's own guidance: two evaluations a step

@@ -14,9 +14,10 @@ from torch import Tensor
 from eval.plots import cloud
 from eval.suite import load_suite, load_tasks, main
 from eval.tasks.flow_closed_forms import LAWS
-from eval.tasks.flow_plane import plane_rows
+from eval.tasks.flow_plane import plane_rows, verdicts
 from eval.toy.data import DATA_SETS, PlaneItems, plane_items, sliced_wasserstein
 from eval.toy.network import Count, PlaneCall, PlaneNetwork
+from eval.toy.run import Run
 from omni.objectives import OBJECTIVES, FlowObjective
 from omni.objectives.times import BatchNames, stratified_I, uniform_I
 from omni.rng import Key
@@ -155,6 +156,22 @@ def test_closed_forms_hold_and_would_fail(tmp_path: Path, monkeypatch: pytest.Mo
     assert max(right["law_restart"], right["law_gamma"]) < 0.03
     off_path = "flow_closed_forms.methods.consistency_ect.on_path={}"
     assert rows("flow_closed_forms.particles=32", off_path)["largest_residual"] > 1e-8
+
+
+def test_the_count_is_of_objectives_that_are_near_on_every_data_set() -> None:
+    options = load_suite(SUITE, ['flow_plane.only=["flow_matching","shortcut","mean_flow"]'])
+    plane = options.flow_plane  # type: ignore[attr-defined]
+    first, second = plane.data_sets
+
+    def run(one: float, many: float) -> list[Run]:
+        return [Run({n: one if n == 1 else many for n in plane.run.evaluations}, torch.zeros(1, 2), 1, Count(), 1.0)]
+
+    results = {(d, "flow_matching"): run(0.9, 0.1) for d in (first, second)}
+    results |= {(first, "shortcut"): run(0.14, 0.1), (second, "shortcut"): run(0.2, 0.1)}
+    results |= {(first, "mean_flow"): run(0.2, 0.1), (second, "mean_flow"): run(0.14, 0.1)}
+    values = {measure.name: measure.value for measure in verdicts(results, plane)}
+    assert values["objectives_within"] == 0
+    assert values[f"objectives_within_{first}"] == values[f"objectives_within_{second}"] == 1
 
 
 def test_a_tiny_run_of_the_plane_gives_all_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

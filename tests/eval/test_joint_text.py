@@ -21,7 +21,10 @@ from eval.joint.text import (
     train_head,
     windows,
 )
+from eval.joint.toy import head_of
 from eval.suite import load_suite, main
+from eval.task import Context
+from eval.tasks.joint_text import _text
 from omni.rng import Key
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +39,9 @@ SIZES = [f"joint_text.run.{name}={getattr(SMALL, name)}" for name in (
 WORDS = "".join(
     f"the {a} {b}s the {c}\n" for a in ("cat", "dog", "owl") for b in ("see", "want") for c in ("sun", "sea")
 )
-OTHERS = "".join(sorted(WORDS.splitlines(True), key=lambda line: line[::-1]))
+OTHERS = "".join(
+    f"the {a} {b}s a {c}\n" for a in ("cat", "dog", "owl") for b in ("see", "want") for c in ("sun", "sea")
+)
 TEXT = Text.of(WORDS, OTHERS)
 
 
@@ -62,6 +67,26 @@ def test_coupled_rounds_say_what_plain_decoding_says(backbone, head: str) -> Non
     assert torch.equal(plain.ids, rounds.ids)
     assert len(rounds.positions) == 4 and rounds.positions[0] == 1 and 1 <= rounds.kept <= 4
     assert list(rounds.positions) == sorted(rounds.positions, reverse=True)
+
+
+def test_no_line_is_in_both_texts() -> None:
+    suite = load_suite(str(ROOT / "eval/suites/joint_tokens.toml"), ["joint_text.documents=300"])
+    text = _text(Context(), suite.joint_text)  # type: ignore[attr-defined]
+    train, test = (bytes(part.tolist()).decode().splitlines() for part in (text.train, text.test))
+    assert len(test) > 100 and not set(train) & set(test)
+
+
+def test_block_verification_drafts_every_round_anew(backbone, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    model = train_head(backbone, TextLine(head="product"), TEXT, SMALL, Key(2))
+    head, seen = head_of(model), []
+    sample = head.sample
+    monkeypatch.setattr(
+        head, "sample", lambda call, u, key: seen.append(set(u.flatten().tolist())) or sample(call, u, key)
+    )
+    for kind in ("block", "rejection"):
+        seen.clear()
+        decode_rounds(model, contexts_of(TEXT, SMALL, Key(3)), kind, SMALL, Key(4))
+        assert bool(seen[0] & seen[1]) == (kind == "rejection")
 
 
 def test_likelihoods_are_of_the_blocks(backbone) -> None:  # noqa: ANN001
