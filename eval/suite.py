@@ -35,6 +35,7 @@ from eval.report import html_report
 from eval.task import TASKS, Bar, Context, Measure, Outcome, TaskOptions
 from omni.command import exit_code
 from omni.config import Frozen, load_toml, nearest
+from omni.nn.precision import require_device
 
 COLUMNS = ("name", "value", "unit", "bar", "holds", "command")
 DEFAULT_HTML_FOLDER = Path("runs/eval")
@@ -50,6 +51,12 @@ class SuiteBase(Frozen):
     font: str | None = None  # a colour-emoji font file; none finds the installed one
     seed: int = 0
     threads: int = Field(default=1, ge=1)
+    device: str = "cpu"  # of the model; what compares speeds is on the CPU
+
+    @field_validator("device")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        return require_device(name)
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -228,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     suite = load_suite(suite_path(args.suite), args.overrides)
     torch.set_num_threads(suite.threads)
-    context = Context(suite.model, suite.font, suite.seed, say=lambda text: print(text, flush=True))
+    context = Context(suite.model, suite.font, suite.seed, lambda text: print(text, flush=True), device=suite.device)
     results = []
     for result in run_suite(suite, args.suite, args.overrides, context):
         results.append(result)

@@ -116,13 +116,14 @@ class Context:
     seed: int = 0
     say: Callable[[str], None] = print
     shared: dict[str, Any] = field(default_factory=dict)  # what one task built and another can use: atlas, judge
+    device: str = "cpu"
 
     @cached_property
     def model(self) -> Any:
         """The model of the suite, in evaluation mode (`omni.from_pretrained`)."""
         import omni
 
-        return omni.from_pretrained(self.model_path)
+        return omni.from_pretrained(self.model_path, device=self.device)
 
     def key(self, *parts: int | str) -> Key:
         return Key(self.seed).fold("eval", *parts)

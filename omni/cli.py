@@ -194,6 +194,7 @@ def _add_verify(commands: Any) -> None:
         description="Run the equality contract on a model: cached = uncached = training forward. Exits 1 if not.",
     )
     sub.add_argument("model", nargs="?", metavar="MODEL", help="a model directory (default: the bundled model)")
+    _add_device(sub)
     sub.add_argument("--json", action="store_true", help="print the rows as JSON")
     sub.set_defaults(run="omni.cli_verify:run")
 
@@ -205,8 +206,13 @@ def _add_doctor(commands: Any) -> None:
     sub.set_defaults(run="omni.cli_doctor:run")
 
 
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="cpu", metavar="NAME", help="what computes: cpu (default), cuda, cuda:1")
+
+
 def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="DIR", help="a model directory (default: the bundled model)")
+    _add_device(sub)
     sub.add_argument("--compile", action="store_true", help="text several times faster; needs a C++ compiler")
 
 

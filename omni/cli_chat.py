@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     printer = Printer(protocol=protocol_of(arguments))
     interactive = sys.stdin.isatty()
-    engine = Engine(load_model(arguments.model), compile=arguments.compile)
+    engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
     if interactive:
         _enable_line_editing()
         printer.line("Ask for text and pictures. /help lists the commands, /quit ends.")

@@ -73,7 +73,8 @@ def _machine() -> Iterator[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     from omni.nn.attention import choose_backend
 
-    yield Finding("attention", f"{choose_backend(None, device)} on {device}")
+    backends = f"{choose_backend(None, device)}; to train: {choose_backend(None, device, training=True)}"
+    yield Finding("attention", f"{backends} ({device})")
     yield Finding("terminal", f"pictures as {detect(sys.stdout)}")
 
 

@@ -24,6 +24,7 @@ from omni.config import build
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
 from omni.model import BUNDLED, from_pretrained
+from omni.nn.precision import require_device
 from omni.reply import BlockDone, BlockStart, BlockStep, Event, GenerationOptions, ImagePart, Stop, TextDelta
 from omni.reply_files import check_folder, default_folder, write_reply
 from omni.terminal import Printer, Protocol, detect
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     prompt = read_prompt(arguments.prompt)
     pictures = [media.load_image(path) for path in arguments.image]
-    engine = Engine(load_model(arguments.model), compile=arguments.compile)
+    engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
     attached = [Image(fit_picture(engine.model, pixels)) for pixels in pictures]
     request = Document((*attached, Text(prompt)))
     started = time.perf_counter()
@@ -104,10 +105,11 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
     return "none" if arguments.no_show else detect(sys.stdout, force=arguments.show)
 
 
-def load_model(path: str | None) -> Any:
+def load_model(path: str | None, device: str = "cpu") -> Any:
     """The model at `path`, or the bundled one. Whatever is wrong with its files is a DamagedError (exit code 4)."""
+    require_device(device)
     try:
-        return from_pretrained(path)
+        return from_pretrained(path, device=device)
     except DamagedError:
         raise
     except (ValueError, OSError) as error:

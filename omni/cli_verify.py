@@ -12,7 +12,7 @@ from omni.verify import verify
 
 def run(arguments: argparse.Namespace) -> int:
     """The command."""
-    checks = verify(load_model(arguments.model))
+    checks = verify(load_model(arguments.model, arguments.device))
     if arguments.json:
         rows = [{"name": c.name, "value": c.value, "bar": c.bar, "holds": c.holds} for c in checks]
         print(json.dumps(rows, indent=1))

@@ -28,6 +28,7 @@ from omni.heads.joint import JointConfig, JointTokens
 from omni.joint import joint_loss
 from omni.layout import IGNORE, Batch, Span, Stream
 from omni.nn.cache import Memory
+from omni.nn.precision import require_device
 from omni.nn.tangent import Dual, Form, differentiate, lift
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import FlowObjective, Objective, Terms
@@ -311,7 +312,8 @@ class Omni(nn.Module):
 def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
     """Load a model directory (the bundled model by default). Every byte is checked against the manifest first.
 
-    Raises ValueError naming the file if it is missing or damaged, or if a weight is missing, unknown or misshapen.
+    Raises ValueError naming the file if it is missing or damaged, or if a weight is missing, unknown or misshapen, and
+    for a device that is not here.
     """
     from omni.codecs import load_codec
     from omni.text import load_tokenizer
@@ -321,6 +323,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         raise ValueError(
             f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
         )
+    require_device(device)
     verify(folder)
     config = load_json(folder / "config.json", OmniConfig)
     model = Omni(config)

@@ -66,7 +66,7 @@ def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No model: the engine plays a script."""
     model = SimpleNamespace(defaults={}, codec=PixelCodec(PixelConfig(patch=4)), config=SimpleNamespace(max_grid=8))
     for module in (cli_generate, cli_chat):
-        monkeypatch.setattr(module, "load_model", lambda path: model)
+        monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
         parts = {"__init__": _init, "stream": scripted(), "resolve": lambda self, options: options.resolved({})}
         monkeypatch.setattr(module, "Engine", type("FakeEngine", (), parts))
     return monkeypatch
@@ -172,7 +172,7 @@ def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.M
 def test_an_impossible_folder_is_refused_before_the_work(
     fake: Any, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.setattr(cli_generate, "load_model", lambda path: pytest.fail("loaded the model"))
+    fake.setattr(cli_generate, "load_model", lambda *arguments: pytest.fail("loaded the model"))
     (at / "f").write_text("mine")
     for folder, message in ((".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'")):
         assert main(["generate", "x", "--out", folder]) == 2

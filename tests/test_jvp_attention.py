@@ -372,7 +372,7 @@ def test_triton_on_a_gpu(case: str) -> None:
     """The same bounds with the built-in tiles, on the machine that they are for."""
     drawn, mask, dtype = triton_cases()[case]
     if isinstance(mask, AttentionMask):
-        sides = ([x.cuda() for x in vars(fields).values()] for fields in (mask.queries, mask.keys))
+        sides = ([x if x is None else x.cuda() for x in vars(fields).values()] for fields in (mask.queries, mask.keys))
         mask = AttentionMask(*(Fields(*side) for side in sides))
     elif mask is not None:
         mask = mask.cuda()

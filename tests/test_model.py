@@ -8,6 +8,7 @@ from layouts import VOCABULARY, random_batch, small_model
 
 import omni
 from omni.layout import Stream
+from omni.nn.attention import choose_backend
 from omni.nn.cache import KVCache
 from omni.objectives import build_objective
 from omni.rng import Key
@@ -47,6 +48,30 @@ def everything(model: omni.Omni, batch) -> tuple[torch.Tensor, torch.Tensor]:  #
     t = torch.full((batch.num_items,), 0.7)
     flow = model.velocity(batch.refine_latents, t, 0.2 * t, torch.ones_like(t), batch.refine, batch.item, memory)
     return hidden[batch.context.document >= 0], flow[batch.item >= 0]
+
+
+@pytest.mark.parametrize(
+    ("device", "training", "backend"),
+    [("cpu", True, "math"), ("cpu", False, "sdpa"), ("cuda", True, "flex"), ("cuda", False, "sdpa")],
+)
+def test_the_backend_follows_the_device_and_the_use(device: str, training: bool, backend: str) -> None:
+    assert choose_backend(None, device, training) == backend
+
+
+def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's autocast computes these in float32, whatever comes in (its list is longer than the CPU's)."""
+    norm, rsqrt = torch.nn.functional.rms_norm, torch.Tensor.rsqrt
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *arguments: norm(*arguments).float())
+    monkeypatch.setattr(torch.Tensor, "rsqrt", lambda x: rsqrt(x).float())
+    block = small_model().transformer.blocks[0].bfloat16()
+    width = block.text.qkv.in_features
+    assert {x.dtype for x in block.text.heads(torch.ones(1, 4, width, dtype=torch.bfloat16))} == {torch.bfloat16}
+    assert block.normalise(torch.ones(2, 6, width, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_device_that_is_not_here_is_named(tiny_model) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="device 'gpu' is not here: .*use cpu"):
+        omni.from_pretrained(tiny_model, device="gpu")
 
 
 def test_unknown_or_impossible_backend_is_refused() -> None:

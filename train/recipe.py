@@ -10,11 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from omni.config import Frozen
-from omni.nn.precision import fast_bf16
+from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from omni.reply import GenerationOptions
 from train.data.loader import BatchConfig, DropConfig
@@ -22,7 +21,11 @@ from train.optim import OptimiserConfig
 
 FREE = {
     *("max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"),
-    *("compile", "threads"),  # the same sums in another order: a resume may change them, the last bits then differ
+    *(
+        "compile",
+        "threads",
+        "device",
+    ),  # the same sums in another order: a resume may change them, and last bits
 }
 
 
@@ -106,11 +109,7 @@ class Recipe(Frozen):
     @field_validator("device")
     @classmethod
     def _is_there(cls, name: str) -> str:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"{str(error).splitlines()[0]}; use cpu") from None
-        return name
+        return require_device(name)
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -2,8 +2,9 @@
 
     math    explicit softmax; the only one that carries tangents (`attend_dual`); the default for training on the CPU,
             where it made a whole training step 1.4 times faster than SDPA on rows of 64 to 400 positions
-    sdpa    torch's scaled_dot_product_attention with the dense mask; the default for inference on the CPU
-    flex    FlexAttention with a block mask; the default on CUDA (its backward exists on CUDA only)
+    sdpa    torch's scaled_dot_product_attention with the dense mask; the default for inference, whose lengths change
+            with every reply (compiled flex would be compiled again and again)
+    flex    FlexAttention with a block mask; the default for training on CUDA (its backward exists there only)
     flash   the flash-attn package (varlen), CUDA, for a context stream of plain text only
 
 Legend: R rows, H query heads, G key heads (H a multiple of G), Q queries, K keys, D head width.
@@ -59,6 +60,13 @@ class AttentionMask:
             self._lowered[name] = make()
         return self._lowered[name]
 
+    def prepare(self, backend: str, dtype: torch.dtype) -> None:
+        """Lower it now, before the layers: inside compiled ones the first would be traced apart from the others."""
+        if backend == "flex":
+            self.block_mask()
+        elif backend in ("math", "sdpa"):
+            self.additive(dtype)
+
     def block_mask(self) -> object:
         if "flex" not in self._lowered:
             self._lowered["flex"] = flex(self.queries, self.keys)
@@ -76,7 +84,7 @@ def choose_backend(name: str | None, device_type: str, training: bool = False) -
                 "attention backend 'flash' needs CUDA and flash-attn: pip install 'omni-flow[gpu]', or use 'sdpa'"
             )
         return name
-    chosen = "flex" if device_type == "cuda" else "math" if training else "sdpa"
+    chosen = ("flex" if device_type == "cuda" else "math") if training else "sdpa"
     _log.info("attention backend: %s (device %s, %s)", chosen, device_type, "training" if training else "inference")
     return chosen
 
@@ -156,7 +164,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor
         raise ValueError("FlexAttention has no backward on the CPU; use attention backend 'sdpa' there")
     function = _compiled_flex() if q.device.type == "cuda" else flex_attention
     block_mask = None if mask is None else mask.block_mask()
-    return function(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[return-value]
+    # Its decoding kernel, which short queries would take, has no tiles for some groups of heads (torch <= 2.13).
+    kernel = {"FORCE_USE_FLEX_ATTENTION": True} if q.device.type == "cuda" else None
+    gqa = q.shape[1] != k.shape[1]
+    return function(q, k, v, block_mask=block_mask, enable_gqa=gqa, kernel_options=kernel)  # type: ignore[return-value]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:

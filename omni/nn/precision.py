@@ -1,5 +1,5 @@
-"""Which low precision a device computes fast. A wrong guess is costly: where a CPU lacks bfloat16 instructions, its
-bfloat16 products are about a hundred times slower than float32 ones."""
+"""Which devices there are, and which low precision one computes fast. A wrong guess is costly: where a CPU lacks
+bfloat16 instructions, its bfloat16 products are about a hundred times slower than float32 ones."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def fast_bf16(device: torch.device | str = "cpu") -> bool:
     if kind == "cpu":
         return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return True
+
+
+def require_device(name: str) -> str:
+    """`name`, if torch can compute on it here. ValueError otherwise."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here: {str(error).splitlines()[0]}; use cpu") from None
+    return name

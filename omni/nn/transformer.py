@@ -79,7 +79,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        # CUDA's autocast makes it float32 (torch 2.12 on): queries and keys would no longer be of the values' dtype.
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
 
     def dual(self, x: Dual) -> Dual:
         return rms_norm(x, self.weight.to(x.value.dtype), self.eps)
@@ -212,7 +213,7 @@ class Block(nn.Module):
         power = vectors_I6W.pow(2).mean(-1, keepdim=True)
         v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
         v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
-        return v.flatten(1)
+        return v.flatten(1).to(vectors_I6W.dtype)  # CUDA's autocast takes powers in float32
 
     def _route(
         self, function: Callable, x: Tensor, latent: Tensor | bool, modulation: tuple[Tensor | None, ...]
@@ -277,6 +278,7 @@ class Transformer(nn.Module):
         backend = self.backend(h_RTW.device)
         mask = AttentionMask(stream.fields, stream.fields)
         h_RTW, rotary = self._enter(h_RTW, stream.position)
+        mask.prepare(backend, h_RTW.dtype)
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
@@ -340,6 +342,8 @@ class Transformer(nn.Module):
         backend = self._block_backend(stream.position.device)
         mask = None if memory.uniform and item is None else memory.mask(stream)
         h_RSW, rotary = self._enter(h_RSW, stream.position)
+        if mask is not None and not isinstance(h_RSW, Dual):
+            mask.prepare(backend, h_RSW.dtype)
         base = lift(lambda c: self.modulation(F.silu(c)).unflatten(-1, (6, -1)), condition_IW)
         for block, past, room in zip(self.blocks, memory.layers, memory.room or [None] * self.c.depth, strict=True):
 
@@ -368,6 +372,7 @@ class Transformer(nn.Module):
         backend = self._block_backend(stream.position.device)
         mask, past_of = memory.mask(stream), memory.layers
         h_RSW, rotary = self._enter(h_RSW, stream.position)
+        mask.prepare(backend, h_RSW.dtype)
         for index, adapter in zip(layers, adapters, strict=True):
             past = past_of[index]
 

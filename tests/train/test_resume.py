@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from train import loop
+from train import loop, state
 from train.__main__ import main
 from train.loop import Run
 from train.track import Tracker, read_metrics
@@ -85,6 +85,14 @@ def test_resume_with_a_target_network(make_run: MakeRun, tmp_path: Path) -> None
             files[0].read_bytes() == files[1].read_bytes(),
         ]
         assert exact == [not forgets] * 3
+
+
+def test_a_state_of_another_device_is_taken(make_run: MakeRun) -> None:
+    """What a GPU has trained can be gone on with, or published, where there is none."""
+    run = make_run()
+    identity = {**run.identity, "recipe": {**run.identity["recipe"], "device": "cuda"}}
+    state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
+    loop.resume(make_run(), print)
 
 
 def test_the_comparison_can_fail(make_run: MakeRun, tmp_path: Path) -> None:
