@@ -277,7 +277,7 @@ TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
     "describe": (0.04, describe),
     "story": (0.05, tell_story),
     "text": (0.06, talk),
-    "rewrite": (0.0, rewrite),  # none, so that the documents by default stay those of the bundled tokenizer's corpus
+    "rewrite": (0.0, rewrite),  # by name alone: a lesson for edits rather than something users ask
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}
