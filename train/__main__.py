@@ -100,7 +100,7 @@ def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
     if directory.exists():
         raise ValueError(f"{str(directory)!r} exists already; choose another directory to publish to")
     run = assemble(recipe, out)
-    loop.resume(run, lambda line: print(line, file=sys.stderr))
+    loop.resume(run, lambda line: print(line, file=sys.stderr), any_data=True)
     print(publish_model(run, directory))
     return 0
 

@@ -122,10 +122,14 @@ def save(run: Run) -> Path:
     return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, run.target)
 
 
-def resume(run: Run, say: Callable[[str], None]) -> None:
-    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits."""
+def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None:
+    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits.
+
+    any_data: data may be other than the state's, which is well to publish it, and not to go on.
+    """
     directory = state.newest(run.out / "state", say)
-    run.progress = state.load(directory, run.model, run.ema, run.optimiser, run.identity, run.target)
+    identity = {name: part for name, part in run.identity.items() if not (any_data and name == "data")}
+    run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
     say(f"resumed {directory} at step {run.progress.step}, document {run.progress.cursor}")

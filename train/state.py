@@ -106,13 +106,14 @@ def load(
 ) -> Progress:
     """Restore model, averages, optimiser and target network in place, bit for bit, and return the progress.
 
-    Raises ValueError when `identity` (JSON of everything that decides the run: recipe, data) differs from the saved
-    one, naming the first key that does, or when names or shapes of tensors differ.
+    Raises ValueError when `identity` (JSON of everything that decides the run: recipe, data; a part that is left out is
+    not compared) differs from the saved one, naming the first key that does, or when names or shapes of tensors differ.
     """
     scalars = json.loads(checkpoint.read_bytes(directory / SCALARS))
     saved = scalars["identity"]
     if isinstance(saved.get("recipe"), dict):  # what is free now need not have been free when the state was saved
         saved["recipe"] = {key: value for key, value in saved["recipe"].items() if key not in FREE}
+    saved = {name: part for name, part in saved.items() if name in identity}
     different = _first_difference(saved, json.loads(json.dumps(dict(identity))))
     if different:
         raise ValueError(f"{directory} was trained with another recipe or other data: {different}; use a new --out")

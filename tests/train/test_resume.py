@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from omni.checkpoint import publish
 from train import loop, state
 from train.__main__ import main
 from train.loop import Run
@@ -93,6 +94,19 @@ def test_a_state_of_another_device_is_taken(make_run: MakeRun) -> None:
     identity = {**run.identity, "recipe": {**run.identity["recipe"], "device": "cuda"}}
     state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
     loop.resume(make_run(), print)
+
+
+def test_a_state_of_other_data_can_be_published_and_not_resumed(recipe_file: Path, tmp_path: Path) -> None:
+    """A change of the corpus's code must not lock finished weights up."""
+    out = ["--out", str(tmp_path / "out")]
+    assert main([str(recipe_file), "max_steps=1", *out]) == 0
+    directory = tmp_path / "out/state/step-00000001"
+    scalars = json.loads((directory / "state.json").read_text())
+    scalars["identity"]["data"] = ["another"]
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix == ".safetensors"}
+    publish(directory, {**files, "state.json": json.dumps(scalars)}, replace=True)
+    assert main([str(recipe_file), "max_steps=2", "--resume", *out]) == 2
+    assert main([str(recipe_file), "--publish", str(tmp_path / "model"), *out]) == 0
 
 
 def test_the_comparison_can_fail(make_run: MakeRun, tmp_path: Path) -> None:
