@@ -48,6 +48,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             {a}
             make {a}
             please make an image of {a}
+            would you draw {a}?
+            can you make {a}?
+            will you draw {a} for me?
+            could you sketch {a}?
+            can you sketch {a} for me?
+            would you show me {a}?
+            could you show {a}?
+            can you create {a}?
+            would you make me {a}?
+            would you sketch {a} for me?
         """,
         "background": """
             {request} on {on} background
@@ -223,6 +233,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             change the {x} into {b}
             turn the {x} into {b}
             change the {x} to {b}
+            make the {x} {b}
+            let the {x} become {b}
+            please replace the {x} with {b}
+            put {b} in place of the {x}
+            please swap the {x} for {b}
         """,
         "edit.move": """
             move the {x} to the {place}
@@ -230,6 +245,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             place the {x} at the {place}
             shift the {x} to the {place}
             put the {x} to the {place}
+            bring the {x} to the {place}
+            please move the {x} to the {place}
+            now the {x} at the {place}
+            have the {x} at the {place}
+            please put the {x} at the {place}
         """,
         "edit.exchange": """
             swap their places
@@ -244,6 +264,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             also draw {b} {side} the {x}
             now add {b} {side} it
             also put {b} {side} the {x}
+            please add {b} {side} the {x}
+            draw {b} {side} the {x}, too
+            place {b} {side} the {x}
+            {b} {side} the {x}, too
+            please put {b} {side} the {x}
         """,
         "edit.remove": """
             remove the {x}
@@ -251,6 +276,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
             delete the {x}
             take away the {x}
             please take the {x} away
+            please remove the {x}
+            now without the {x}
+            drop the {x}
+            erase the {x}
+            please delete the {x}
         """,
         "edit.recolour": """
             make the background {c}

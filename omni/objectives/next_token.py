@@ -1,4 +1,4 @@
-"""Next token: cross-entropy at the supervised positions of the context stream, and a z-loss that keeps logits small."""
+"""Next token: cross-entropy at the supervised positions of the context stream, and a z-loss for the logits' level."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from omni.objectives.base import OBJECTIVES, Objective, Terms
 class NextToken(Objective):
     """Sum of -log p(next id) + z_loss log(Z)^2, count = number of supervised ids; Z is the sum of exponentiated logits.
 
-    z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5). It pulls Z to 1, so that logits do not drift to where float32
-    rounds them; at its minimum p is what it would be without.
+    z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5). It pulls Z to 1, so that the level of the logits, which the
+    cross-entropy leaves free, does not drift; at its minimum p is what it would be without. Likely ids then have logits
+    near 0 and the many unlikely ones far below.
     """
 
     z_loss: float = Field(default=0.0, ge=0)
