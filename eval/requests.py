@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from eval.metrics.emoji_judge import Judge, Reading, calibrate
 from eval.task import Context, Panel, TaskOptions
@@ -20,7 +20,7 @@ from omni.document import Document, Text
 from omni.emoji_world import SIDE, Atlas, EmojiWorld, Scene
 from omni.emoji_world.documents import prompt_of
 from omni.reply import GenerationOptions, Reply
-from omni.samplers import SAMPLERS
+from omni.samplers import SamplerName
 
 MAX_DOCUMENTS_PER_REQUEST = 1000
 
@@ -34,16 +34,9 @@ class RequestOptions(TaskOptions):
     requests: int = Field(default=300, ge=1)
     steps: int = Field(default=8, ge=1)
     guidance: float | None = None
-    sampler: str | None = None
+    sampler: SamplerName | None = None
     batch: int = Field(default=32, ge=1)
     kinds: tuple[str, ...] = ()
-
-    @field_validator("sampler")
-    @classmethod
-    def _known_sampler(cls, name: str | None) -> str | None:
-        if name is not None:
-            SAMPLERS.get(name)
-        return name
 
 
 def atlas_of(context: Context) -> Atlas:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omni.config import Frozen, build, nearest
 from omni.document import Document
-from omni.samplers import SAMPLERS, knobs, num_steps, time_grid
+from omni.samplers import SamplerName, knobs, num_steps, time_grid
 from omni.samplers.verification import VERIFICATIONS
 
 
@@ -46,7 +46,7 @@ class GenerationOptions(Frozen):
     image_guidance: float | None = None
     told_guidance: float | None = None
     shift: float | None = None
-    sampler: str | None = None
+    sampler: SamplerName | None = None
     gamma: float | None = None
     grid: str | tuple[float, ...] | None = None
     start_time: float | None = None
@@ -63,13 +63,6 @@ class GenerationOptions(Frozen):
     stop: tuple[str, ...] = ()
     force_image: bool = False
     image_size: tuple[int, int] | None = None
-
-    @field_validator("sampler")
-    @classmethod
-    def _known_sampler(cls, name: str | None) -> str | None:
-        if name is not None:
-            SAMPLERS.get(name)
-        return name
 
     @field_validator("verify")
     @classmethod

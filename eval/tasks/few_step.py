@@ -26,6 +26,7 @@ from omni.config import Frozen
 from omni.emoji_world.documents import prompt_of
 from omni.engine import Engine
 from omni.reply import BlockDone, BlockStart, GenerationOptions
+from omni.samplers import SamplerName
 
 KINDS = ("left", "right", "above", "below", "row")
 
@@ -36,7 +37,7 @@ class Line(Frozen):
 
     model: str | None = None
     steps: tuple[int, ...] = (1, 2, 4, 8, 32)
-    sampler: str | None = None
+    sampler: SamplerName | None = None
     guidance: float | None = None
 
 
