@@ -198,7 +198,10 @@ class Omni(nn.Module):
                 )
                 items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
-                call = FlowCall(self, batch, memory, beta, averages)
+                mine = (
+                    averages if getattr(objective, "target_decay", None) else None
+                )  # another's average is not its own
+                call = FlowCall(self, batch, memory, beta, mine)
                 terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
             elif isinstance(objective, FlowObjective):
                 terms[name] = Terms(hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)

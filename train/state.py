@@ -146,7 +146,7 @@ def _restore_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> Non
 
 def _first_difference(saved: Any, own: Any, path: str = "") -> str:
     if isinstance(saved, dict) and isinstance(own, dict):
-        for key in sorted(saved.keys() | own.keys()):
+        for key in sorted(saved.keys() | own.keys(), key=lambda key: (key != "recipe", key)):  # it tells most
             found = _first_difference(saved.get(key), own.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found

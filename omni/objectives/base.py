@@ -197,12 +197,6 @@ def jump(call: FlowCall, x: Tensor, t: Tensor, s: Tensor, items: Items) -> Tenso
     return x + items.expand(s - t) * call(x, t, s)
 
 
-def target_of(call: FlowCall, decay: float | None) -> FlowCall:
-    """What an objective of this `target_decay` reads, without a graph: None or 0 is the present weights, even where the
-    trainer keeps an average for another objective. Under no_grad."""
-    return call.target() if decay else call
-
-
 def squared_error(prediction: Tensor, target: Tensor, items: Items, weight: float) -> Terms:
     """Sum over latents of the channel-mean squared error, in float32 or better; the count is the number of latents."""
     error = channel_error(prediction, target)

@@ -21,17 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import (
-    OBJECTIVES,
-    Draw,
-    FlowCall,
-    FlowObjective,
-    Items,
-    Terms,
-    channel_error,
-    jump,
-    target_of,
-)
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error, jump
 from omni.objectives.times import TimeDistribution, karras_times, uniform_I
 from omni.objectives.weighting import Distance, distance
 from omni.rng import Key
@@ -80,10 +70,9 @@ class ConsistencyTrajectory(FlowObjective):
     def loss(self, call: FlowCall, draw: TrajectoryDraw) -> Terms:
         items, s, zero = draw.items, draw.s, torch.zeros_like(draw.s)
         landing = jump(call, draw.x, draw.t, s, items)
-        averages = call.target(graph=True) if self.target_decay else call
-        estimate = landing - items.expand(s) * InputGradient.apply(averages, landing, s, zero)
+        estimate = landing - items.expand(s) * InputGradient.apply(call.target(graph=True), landing, s, zero)
         with torch.no_grad():
-            target = target_of(call, self.target_decay)
+            target = call.target()
             goal = jump(target, jump(target, draw.x_u, draw.u, s, items), s, zero, items)
         loss = distance(items.mean(channel_error(estimate, goal)), self.distance, self.huber_c)
         if self.velocity_weight > 0:

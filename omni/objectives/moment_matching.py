@@ -34,7 +34,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, Items, Terms, target_of
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, Items, Terms
 from omni.objectives.kernels import Kernel, squared_discrepancy
 from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, land, wide
 from omni.objectives.weighting import elbo_sigmoid
@@ -117,7 +117,7 @@ class MomentMatching(ParticleObjective):
         """(y_t, y_r, scale of the kernel): (G, M, D) with a graph, (G, M, D) without, (G,); by kind of group."""
         t, s, items = draw.t, draw.s, draw.items
         with torch.no_grad():
-            y_r = land(target_of(call, self.target_decay), draw.x_r, draw.r, s, items)
+            y_r = land(call if self.target_decay is None else call.target(), draw.x_r, draw.r, s, items)
         y_t, scale = land(call, draw.x, t, s, items), self.kernel_scale(t, s)
         for members in draw.groups.members:
             yield gather(items, y_t, members).flatten(2), gather(items, y_r, members).flatten(2), scale[members[:, 0]]

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error, target_of
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
 from omni.objectives.target_guidance import guided_velocity
 from omni.objectives.times import TimeDistribution, uniform_I
 from omni.rng import Key
@@ -68,9 +68,7 @@ class Shortcut(FlowObjective):
         if self.bootstrap > 0:
             jumps = draw.items.expand(draw.t - draw.s) > 0
             with torch.no_grad():
-                target = torch.where(
-                    jumps, self._two_halves(target_of(call, self.target_decay), draw).to(target.dtype), target
-                )
+                target = torch.where(jumps, self._two_halves(call.target(), draw).to(target.dtype), target)
         return squared_error(call(draw.x, draw.t, draw.s), target, draw.items, self.weight)
 
     def _two_halves(self, network: FlowCall, draw: Draw) -> Tensor:

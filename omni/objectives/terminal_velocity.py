@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error, target_of
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
 from omni.objectives.times import PairDistribution, TimeDistribution, stratified_I
 from omni.rng import Key
 
@@ -99,8 +99,7 @@ class TerminalVelocity(FlowObjective):
         factor = expand(1 / draw.beta) if self.scaled else 1.0
         gap = expand(s - t)
         landing = (x + gap * factor * flow).detach()
-        with torch.no_grad():
-            target = factor * target_of(call, self.target_decay)(landing, s, s)
+        target = factor * call.target()(landing, s, s).detach()
         return draw.items.mean(channel_error(factor * (flow + gap * rate), target))
 
     def flow_error(self, call: FlowCall, draw: TerminalDraw) -> Tensor:
@@ -109,6 +108,5 @@ class TerminalVelocity(FlowObjective):
         w = draw.items.expand(1 / draw.beta)
         target = v
         if self.needs_null:
-            with torch.no_grad():
-                target = w * v + (1 - w) * target_of(call, self.target_decay).null()(x, t, t)
+            target = (w * v + (1 - w) * call.target().null()(x, t, t)).detach()
         return draw.items.mean(channel_error((w if self.scaled else 1.0) * call(x, t, t), target))

@@ -9,7 +9,6 @@ import torch
 from gaussian import LINE, PLANE, Gaussian, GaussianCall, gaussian_items
 from small_network import gradient_error, network_call
 
-from omni.objectives import build_objective
 from omni.objectives.base import Draw
 from omni.objectives.flow_matching import FlowMatching
 from omni.objectives.shortcut import Shortcut
@@ -118,17 +117,3 @@ def test_the_target_has_the_averaged_weights() -> None:
     draw = at(Shortcut().draw(items, Key(0)), 1.0, 0.5)
     a, b = (float(Shortcut().loss(c, draw).sum.detach()) for c in (call, other))
     assert abs(a - b) > 1e-3 and Shortcut().target_decay == 0.999
-
-
-@pytest.mark.parametrize("name", ["shortcut", "terminal_velocity", "consistency_trajectory", "moment_matching"])
-def test_an_average_kept_for_another_objective_is_not_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of target_decay None or 0 the present weights serve, whatever the trainer keeps."""
-    items = gaussian_items(PLANE, num=8)
-    call = GaussianCall(items, PLANE)
-    asked: list[object] = []
-    monkeypatch.setattr(GaussianCall, "target", lambda self, graph=False: asked.append(graph) or self)
-    for decay in (None, 0.0, 0.5):
-        asked.clear()
-        objective = build_objective(name, target_decay=decay)
-        objective.loss(call, objective.draw(items, Key(0)))  # type: ignore[attr-defined]
-        assert bool(asked) == bool(decay), decay

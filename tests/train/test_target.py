@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from omni.objectives import build_objective
+from omni.rng import Key
 from train import loop
 from train.loop import Run
 
@@ -56,6 +58,26 @@ def test_a_skipped_step_leaves_it(make_run: MakeRun, monkeypatch: pytest.MonkeyP
 def test_none_is_kept_unless_asked_for(make_run: MakeRun) -> None:
     assert make_run().target is None
     assert make_run(TVM, "objectives.2.options.target_decay=0").target is None
+
+
+@pytest.mark.parametrize("name", ["shortcut", "terminal_velocity", "consistency_trajectory", "moment_matching"])
+def test_an_average_kept_for_another_objective_is_not_read(make_run: MakeRun, name: str) -> None:
+    """Of target_decay None or 0 the present weights serve, whatever the trainer keeps."""
+    run = make_run(TVM)
+    assert run.target is not None
+    with torch.no_grad():
+        for parameter in run.target.model.parameters():
+            parameter.add_(0.05)
+    [batch, *_] = run.loader.next(0).batches
+    options = {"moment_matching": {"particles": 2, "groups": "copies"}, "shortcut": {"bootstrap": 1.0}}.get(name, {})
+    for decay, same in ((None, True), (0.0, True), (0.5, False)):
+        objective = build_objective(name, target_decay=decay, **options)
+        with torch.no_grad() if name != "consistency_trajectory" else torch.enable_grad():
+            losses = [
+                float(run.model.loss(batch, [objective], Key(1), averages)[type(objective).__name__].sum.detach())
+                for averages in (None, run.target.model)
+            ]
+        assert (losses[0] == losses[1]) == same, (decay, losses)
 
 
 def test_averaged_guidance_has_its_average(make_run: MakeRun) -> None:
