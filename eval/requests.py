@@ -28,7 +28,8 @@ MAX_DOCUMENTS_PER_REQUEST = 1000
 class RequestOptions(TaskOptions):
     """How many requests, and how they are answered. kinds: only documents of these kinds (empty: all).
 
-    steps: evaluations per picture. guidance, sampler: None is the model's own. batch: replies made together.
+    steps: jumps per picture, with guidance two evaluations each. guidance, sampler: None is the model's own. batch:
+    replies made together.
     """
 
     requests: int = Field(default=300, ge=1)

@@ -16,8 +16,9 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import omni
+from omni.command import MISTAKE, is_mistake, one_line
 
-USAGE, DAMAGED, INTERRUPTED, CLOSED_PIPE = 2, 4, 130, 141
+DAMAGED, INTERRUPTED, CLOSED_PIPE = 4, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,28 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("OMNI_DEBUG", "0") not in ("", "0"):
             raise
-        return _fail(_one_line(error), _exit_code(error))
+        return _fail(_told(error), _exit_code(error))
 
 
 def _exit_code(error: Exception) -> int:
     if any(base.__name__ == "DamagedError" for base in type(error).__mro__):  # by name: telling must not import torch
         return DAMAGED
-    return USAGE if _is_for_the_user(error) else 1
+    return MISTAKE if is_mistake(error) else 1
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """ValueError is our way of saying what is wrong with an input; so is an ImportError that names an extra."""
-    said = isinstance(error, ImportError) and error.name is None
-    return bool(str(error)) and (said or isinstance(error, ValueError | OSError))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return (
-        text if _is_for_the_user(error) else f"this is a bug: {type(error).__name__}: {text}; OMNI_DEBUG=1 shows where"
-    )
+def _told(error: Exception) -> str:
+    if is_mistake(error):
+        return one_line(error)
+    return f"this is a bug: {type(error).__name__}: {one_line(error)}; OMNI_DEBUG=1 shows where"
 
 
 def _fail(message: str, code: int) -> int:

@@ -8,22 +8,32 @@ from collections.abc import Callable
 MISTAKE = 2
 
 
+def is_mistake(error: Exception) -> bool:
+    """ValueError is our way of saying what is wrong with an input; so is an ImportError that names an extra (it has no
+    `name`), and what the system says of files. All else is a bug."""
+    said = isinstance(error, ImportError) and error.name is None
+    return bool(str(error)) and (said or isinstance(error, ValueError | OSError))
+
+
+def one_line(error: Exception) -> str:
+    """What the error says, without line breaks; of a file its name and the system's reason."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 def fail(error: Exception, code: int = MISTAKE) -> int:
     """Says in one line what was wrong; returns the exit code."""
-    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    print(f"error: {' '.join(said.split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return code
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Does the work: the int that it returns, else 0; or, after a line that says what was wrong with the input, 2.
-
-    An ImportError with a `name` is a bug and goes on; those that tell of a missing extra have none.
-    """
+    """Does the work: the int that it returns, else 0; after a mistake a line that says what was wrong, and 2."""
     try:
         found = work()
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, ImportError) and error.name is not None:
+    except Exception as error:
+        if not is_mistake(error):
             raise
         return fail(error)
     return found if isinstance(found, int) else 0

@@ -198,10 +198,9 @@ class Omni(nn.Module):
                 )
                 items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
-                mine = (
-                    averages if getattr(objective, "target_decay", None) else None
-                )  # another's average is not its own
-                call = FlowCall(self, batch, memory, beta, mine)
+                # Where it wants no average, one that is kept for another objective is not its own.
+                own = averages if getattr(objective, "target_decay", None) else None
+                call = FlowCall(self, batch, memory, beta, own)
                 terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
             elif isinstance(objective, FlowObjective):
                 terms[name] = Terms(hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)

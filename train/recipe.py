@@ -21,11 +21,8 @@ from train.optim import OptimiserConfig
 
 FREE = {
     *("max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"),
-    *(
-        "compile",
-        "threads",
-        "device",
-    ),  # the same sums in another order: a resume may change them, and last bits
+    # The same sums in another order: a resume may change these, and with them the last bits.
+    *("compile", "threads", "device"),
 }
 
 

@@ -161,7 +161,8 @@ class KVCache:
         theirs = other.fork(list(range(other.rows)))
         width = max(out.capacity, theirs.capacity)
         for part in (out, theirs):
-            part._widen(width)
+            if part.capacity < width:
+                part._widen(width)
         out.k, out.v = torch.cat([out.k, theirs.k], 1), torch.cat([out.v, theirs.v], 1)
         out.block, out.document = torch.cat([out.block, theirs.block]), torch.cat([out.document, theirs.document])
         for name in ("lengths", "next_position", "next_block"):
@@ -169,7 +170,7 @@ class KVCache:
         return out
 
     def _widen(self, capacity: int) -> None:
-        """To exactly `capacity` positions, which are at least as many as there are."""
+        """To exactly `capacity` positions, more than there are."""
         more = (0, capacity - self.capacity)
         self.k, self.v = (torch.nn.functional.pad(store, (0, 0, *more)) for store in (self.k, self.v))
         self.block = torch.nn.functional.pad(self.block, more)
