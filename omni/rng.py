@@ -7,10 +7,15 @@ the same draws in any process, at any world size, after any resume: nothing need
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass
 
 import torch
+
+# SplitMix64's odd constants as signed integers, which is what torch has.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,45 @@ class Key:
     def uniform(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Uniform draws in [0, 1) on the CPU."""
         return torch.rand(shape, generator=self.generator(), dtype=dtype)
+
+    def each(self, names: torch.Tensor) -> torch.Tensor:
+        """names int64 (N, K) -> int64 (N,): 64 bits for every name, a function of (key, name) alone.
+
+        Thousands of keys at once, on the names' device: what `fold(*name)` is for one. Feed them to `uniforms` and
+        `normals`.
+        """
+        bits = torch.full(names.shape[:1], self.integer(), dtype=torch.int64, device=names.device)
+        for column in names.unbind(1):
+            bits = _mixed(bits ^ _mixed(column + _GOLDEN))
+        return bits
+
+
+def uniforms(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tensor:
+    """Draw number `counter` of every key of `Key.each`, both broadcast: float64 in [0, 1), the same bits on any device.
+
+    The generator is SplitMix64 (Steele, Lea, Flood 2014), whose n-th output needs no other.
+    """
+    return _shifted(_mixed(keys + (counter + 1) * _GOLDEN), 11).to(torch.float64) * 2.0**-53
+
+
+def normals(keys: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+    """Two standard normal draws for each (key, counter), both int64, broadcast: float32 (..., 2).
+
+    Box and Muller's of two 32-bit uniforms, in float64. The last bit may differ between devices, as sines do.
+    """
+    bits = _mixed(keys + (counter + 1) * _GOLDEN)
+    radius = (-2 * torch.log((_shifted(bits, 32).to(torch.float64) + 0.5) * 2.0**-32)).sqrt()
+    angle = (bits & 0xFFFFFFFF).to(torch.float64) * (2 * math.pi * 2.0**-32)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).float()
+
+
+def _mixed(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's bijection of 64 bits; int64 products wrap around."""
+    z = (z ^ _shifted(z, 30)) * _MULTIPLIERS[0]
+    z = (z ^ _shifted(z, 27)) * _MULTIPLIERS[1]
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
+    """z >> by, filled with zeros (torch's own fills with the sign)."""
+    return (z >> by) & ((1 << (64 - by)) - 1)

@@ -109,9 +109,9 @@ def dry_run(recipe: Recipe, out: Path) -> int:
     """Two real steps, nothing written; prints what the run would be."""
     run = assemble(recipe, out)
     parameters = loop.num_parameters(run.model)
-    loop.train_step(run, run.loader.next(0))  # fills caches; the second step is the one that counts
+    loop.train_step(run, run.next())  # fills caches; the second step is the one that counts
     started = time.perf_counter()
-    packed = run.loader.next(run.progress.cursor)
+    packed = run.next()
     loaded = time.perf_counter()
     metrics = loop.train_step(run, packed)
     ended = time.perf_counter()

@@ -26,8 +26,9 @@ from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
+from train.data.lanes import Lanes
 from train.data.latents import LatentMemo
-from train.data.loader import Loader
+from train.data.loader import Encoder, Loader
 from train.data.mixture import Mixture
 from train.data.source import build_source
 from train.ema import Ema
@@ -45,18 +46,25 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
     model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
     mixture = build_mixture(recipe, key)
+
+    def load(encoder: Encoder, channels: int, stride: int = 1) -> Loader:
+        return Loader(
+            mixture.document,
+            partial(_compose, tokenizer),
+            encoder,
+            recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile}),
+            channels=channels,
+            pad_id=tokenizer.control.pad,
+            key=key.fold("loader"),
+            drop=recipe.drop,
+            null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
+            stride=stride,
+        )
+
+    def open_lanes(cursors: Sequence[int], step: int) -> Lanes:
+        return Lanes(lambda tickets, lanes: load(tickets, tickets.channels, lanes), codec, cursors, step, recipe.device)
+
     memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
-    loader = Loader(
-        mixture.document,
-        partial(_compose, tokenizer),
-        memo,
-        recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile}),
-        channels=codec.spec.channels,
-        pad_id=tokenizer.control.pad,
-        key=key.fold("loader"),
-        drop=recipe.drop,
-        null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
-    )
     identity = {
         "recipe": recipe.identity(),
         "data": mixture.fingerprint(),
@@ -67,13 +75,14 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         recipe=recipe,
         model=model,
         objectives=objectives,
-        loader=loader,
+        loader=load(memo, codec.spec.channels),
         optimiser=Optimiser(model.named_parameters(), recipe.optimiser),
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,
         identity=identity,
         target=build_target(model, objectives),
+        open_lanes=open_lanes if recipe.workers else None,
     )
 
 

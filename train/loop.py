@@ -17,6 +17,7 @@ from torch import nn
 
 from omni.rng import Key
 from train import state
+from train.data.lanes import Lanes
 from train.data.loader import Loader, Packed
 from train.ema import Ema
 from train.guard import Guard
@@ -41,6 +42,9 @@ class Run:
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
     target: Target | None = None
+    open_lanes: Callable[[Sequence[int], int], Lanes] | None = None  # (cursors, step): where the recipe has workers
+    lanes: Lanes | None = None
+    _ahead: Packed | None = None
 
     @property
     def key(self) -> Key:
@@ -48,6 +52,26 @@ class Run:
 
     def fraction(self) -> float:
         return self.recipe.fraction(self.progress.step, self.progress.seconds)
+
+    def next(self) -> Packed:
+        """What the next step trains on."""
+        if self.open_lanes is None:
+            return self.loader.next(self.progress.cursor)
+        packed, self._ahead = self._ahead or self._from_lanes(), None
+        self.loader.counts.update(documents=len(packed.documents), skipped=len(packed.skipped))
+        return packed
+
+    def look_ahead(self) -> None:
+        """Have the next step's pictures encoded while the device still works on this one. Only lanes can."""
+        if self.lanes is not None:
+            self._ahead = self._from_lanes()
+
+    def _from_lanes(self) -> Packed:
+        if self.lanes is None:
+            assert self.open_lanes is not None
+            self.progress.lanes = self.progress.lanes or list(range(self.recipe.workers))
+            self.lanes = self.open_lanes(self.progress.lanes, self.progress.step)
+        return self.lanes.next()
 
 
 def train_step(run: Run, packed: Packed) -> dict[str, Any]:
@@ -65,6 +89,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()
+    run.look_ahead()
     loss, grad_norm = float(total.detach()), run.optimiser.clip()
     rate = multiplier(recipe.optimiser, step, run.fraction())
     if run.guard.accepts(step, loss, grad_norm, packed.documents):
@@ -73,8 +98,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
         if run.target is not None:
             run.target.update()
     run.optimiser.zero_grad()
-    run.progress.step += 1
-    run.progress.cursor = packed.cursor
+    run.progress.advance(packed.cursor, packed.lane)
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
     positions = sum(batch.num_positions for batch in batches)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
@@ -93,7 +117,7 @@ def train(
     saved_at, skipped_before = -1, run.guard.num_skipped
     while run.fraction() < 1.0 and not stop_requested():
         started = time.perf_counter()
-        packed = run.loader.next(run.progress.cursor)
+        packed = run.next()
         loaded = time.perf_counter()
         metrics = train_step(run, packed)
         seconds = time.perf_counter() - started

@@ -33,7 +33,8 @@ TARGET = "target.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run is: `step` steps done, the next document `cursor`, wall-clock seconds over all its lives."""
+    """Where a run is: `step` steps done, the next document `cursor` (of each of the `lanes`, where several processes
+    load), wall-clock seconds over all its lives."""
 
     step: int = 0
     cursor: int = 0
@@ -41,6 +42,15 @@ class Progress:
     num_nonfinite: int = 0
     num_nonfinite_in_row: int = 0
     documents: dict[str, int] = field(default_factory=dict)
+    lanes: list[int] = field(default_factory=list)
+
+    def advance(self, cursor: int, lane: int | None) -> None:
+        """One step more; the next document is `cursor`."""
+        self.step += 1
+        if lane is None:
+            self.cursor = cursor
+        else:
+            self.lanes[lane] = cursor
 
 
 def save(

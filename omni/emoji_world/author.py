@@ -12,6 +12,7 @@ from typing import Any
 
 from omni.document import Document, Image, Role, Segment, Text
 from omni.emoji_world.atlas import Atlas
+from omni.emoji_world.foreign import with_foreign_words
 from omni.emoji_world.phrases import TEMPLATES, numbers
 from omni.emoji_world.scene import Scene, render, scene_is_heldout
 from omni.emoji_world.words import sentence
@@ -19,11 +20,12 @@ from omni.emoji_world.words import sentence
 
 @dataclass
 class Author:
-    """State of one document under construction."""
+    """State of one document under construction. foreign: the share of phrasings that get a foreign word."""
 
     draw: random.Random
     atlas: Atlas
     split: str
+    foreign: float = 0.0
     segments: list[Segment] = field(default_factory=list)
     phrasings: list[str] = field(default_factory=list)
     given: list[Scene] = field(default_factory=list)  # the user's pictures
@@ -34,7 +36,10 @@ class Author:
         """A template of the kind, allowed in this split, with its words filled in."""
         number = self.draw.choice(numbers(kind, self.split))
         self.phrasings.append(f"{kind}/{number}")
-        return TEMPLATES[kind][number].format(**words)
+        template = TEMPLATES[kind][number]
+        if self.foreign and self.draw.random() < self.foreign:
+            template = with_foreign_words(template, kind, self.draw)
+        return template.format(**words)
 
     def ask(self, text: str) -> None:
         """The user says it: sometimes with a capital, a full stop or an exclamation mark."""

@@ -288,11 +288,17 @@ class EmojiWorld:
     """The corpus. atlas: its names and pictures. mixture: weight of each task (default: TASKS); any positive sum.
 
     split: "train", or "heldout", whose phrasings, object pairs and (base, skin tone) combinations training never uses.
+    foreign: the share of phrasings that get a foreign word (see `foreign`).
     Raises ValueError on an unknown split or task, or on weights that are negative or all zero.
     """
 
     def __init__(
-        self, atlas: Atlas, seed: int = 0, split: str = "train", mixture: Mapping[str, float] | None = None
+        self,
+        atlas: Atlas,
+        seed: int = 0,
+        split: str = "train",
+        mixture: Mapping[str, float] | None = None,
+        foreign: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -305,14 +311,14 @@ class EmojiWorld:
                 raise ValueError(f"the weight of task {task!r} is {weight}; use zero or more")
         if not sum(weights.values()) > 0:
             raise ValueError(f"the emoji world's mixture {weights} has no positive weight; give some task one")
-        self.atlas, self.seed, self.split = atlas, seed, split
+        self.atlas, self.seed, self.split, self.foreign = atlas, seed, split, foreign
         self._tasks, self._weights = list(weights), list(weights.values())
 
     def document(self, index: int) -> Document:
         """The document of an index >= 0; a pure function of (seed, split, mixture, index)."""
         draw = Key(self.seed).fold("emoji_world", self.split, index).python()
         task = draw.choices(self._tasks, self._weights)[0]
-        author = Author(draw, self.atlas, self.split)
+        author = Author(draw, self.atlas, self.split, self.foreign)
         return author.finish(task, TASKS[task][1](author))
 
     def moving_emoji(self, index: int, num_frames: int = 8, side: int = 32) -> Document:

@@ -2,7 +2,7 @@
 
 One compiled function serves all layers (weights are its inputs); shapes are static, so batches must have fixed shapes.
 Compiling costs minutes on a small CPU and saves a fifth of each step there; the last bits of the losses change.
-Generation and evaluation keep the plain code. Needs a C++ compiler at run time.
+Modules in evaluation mode keep the plain code. Needs a C++ compiler at run time.
 """
 
 from __future__ import annotations
@@ -29,5 +29,5 @@ def compile_blocks(transformer: Transformer) -> None:
 
 
 def _forward(compiled: Any, block: Block, *arguments: Any, **options: Any) -> torch.Tensor:
-    function = compiled if block.training and torch.is_grad_enabled() else Block.layer
+    function = compiled if block.training else Block.layer
     return function(block, *arguments, **options)

@@ -31,25 +31,36 @@ class Tiling(NamedTuple):
     stages: int = 2
 
 
-# By head width and bytes of an element. In bf16, compiled for compute capability 9.0, they spill few registers or none
-# and need at most 134 KiB of shared memory. Not tuned by time: `python -m eval` has the task `jvp_attention` for that.
-TILINGS = {
-    (64, 2): Tiling(64, 32),
-    (128, 2): Tiling(64, 32, 8),
-    (64, 4): Tiling(32, 32, 8),
-    (128, 4): Tiling(32, 16, 8),
+class Tilings(NamedTuple):
+    """The tiles of the kernels. On Hopper four warps multiply 64 rows of the resident side (queries, or for grad_k and
+    grad_v keys) at a time: fewer rows go without its fast instruction, more warps than that compute the same twice."""
+
+    forward: Tiling
+    grad_q: Tiling
+    grad_k: Tiling
+    grad_v: Tiling
+
+
+# By head width and bytes of an element.
+HOPPER = {
+    (64, 2): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2)),
+    (128, 2): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(32, 128, 8, 2), Tiling(32, 128, 8, 2)),
+    (64, 4): Tilings(*[Tiling(32, 32, 8)] * 4),
+    (128, 4): Tilings(*[Tiling(32, 16, 8)] * 4),
 }
-# Where a block has less shared memory than that (such as compute capability 8.6 and 8.9): at most 70 KiB.
-LARGE_SHARED_MEMORY = 140 * 1024
-SMALL_TILINGS = {**TILINGS, (128, 2): Tiling(32, 32)}
+# Compute capability 8.0 (163 KiB of shared memory in a block), and what has less, such as 8.6 and 8.9 (99 KiB).
+AMPERE = HOPPER | {(64, 2): Tilings(*[Tiling(64, 32)] * 4), (128, 2): Tilings(*[Tiling(64, 32, 8)] * 4)}
+SMALL = AMPERE | {(128, 2): Tilings(*[Tiling(32, 32)] * 4)}
+ROW_SUMS = Tiling(32, 0)
+HOPPER_SHARED_MEMORY, AMPERE_SHARED_MEMORY = 227 * 1024, 140 * 1024
 
 
-def tiling(x: Tensor) -> Tiling:
+def tilings(x: Tensor) -> Tilings:
     """The tiles for heads like x's on its device."""
-    known = TILINGS
+    known = HOPPER
     if x.is_cuda:
         shared = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)
-        known = TILINGS if shared >= LARGE_SHARED_MEMORY else SMALL_TILINGS
+        known = HOPPER if shared >= HOPPER_SHARED_MEMORY else AMPERE if shared >= AMPERE_SHARED_MEMORY else SMALL
     return known[x.shape[3], x.element_size()]
 
 
@@ -79,46 +90,49 @@ def check(x: Inputs) -> None:
         raise ValueError("TRITON_INTERPRET was changed after Triton was loaded; set it before the program starts")
 
 
-class _Lists(NamedTuple):
-    """For each tile, the tiles of the other side with anything visible: count (R, n), numbers (R, n, m), int32."""
+class _Side:
+    """The visibility of the context's or the own keys: the mask, and for each tile a list of those it must meet."""
 
-    count: Tensor
-    numbers: Tensor
+    def __init__(self, seen: Visibility, known: Tilings, keys: slice) -> None:
+        self.seen, self.keys = seen, keys
+        self.fine = min(t.queries for t in known), min(t.keys for t in known)  # all tiles are multiples of these
 
-    @staticmethod
-    def of(occupied: Tensor) -> _Lists:
-        order = occupied.to(torch.uint8).argsort(dim=2, descending=True, stable=True)
-        return _Lists(occupied.sum(2, dtype=torch.int32).contiguous(), order.to(torch.int32).contiguous())
+    def mask(self) -> tuple[Any, ...]:
+        return self.seen.kept(("triton mask", self.keys.start, self.keys.stop), self._mask)
 
-    def arguments(self) -> tuple[Any, ...]:
-        return self.count, self.numbers, self.numbers.shape[1], self.numbers.shape[2]
-
-
-class _Side(NamedTuple):
-    """The visibility of the context's or the own keys: the mask, and lists by tile of queries and by tile of keys."""
-
-    mask: tuple[Any, ...]
-    by_query: _Lists
-    by_key: _Lists
-
-
-def _side(seen: Visibility, tile: Tiling, keys: slice) -> _Side:
-    def make() -> _Side:
-        occupied = seen.occupied(keys, tile.queries, tile.keys)
-        if seen.mask is None:
-            mask: tuple[Any, ...] = ()
-        elif isinstance(seen.mask, Tensor):
-            part = seen.mask[:, 0, :, keys]
+    def _mask(self) -> tuple[Any, ...]:
+        if self.seen.mask is None:
+            return ()
+        if isinstance(self.seen.mask, Tensor):
+            part = self.seen.mask[:, 0, :, self.keys]
             part = (part if part.stride(2) == 1 else part.contiguous()).view(torch.uint8)
-            mask = (part, part.stride(0), part.stride(1))
-        else:
-            both = seen.fields(slice(None), keys)
-            if any(fields.rank is not None for fields in both):
-                raise ValueError("Triton attention knows no order inside a copy; use tangents = 'streamed' for tokens")
-            mask = tuple(torch.stack([f.document, f.block, f.copy], 1).to(torch.int32) for f in both)
-        return _Side(mask, _Lists.of(occupied), _Lists.of(occupied.transpose(1, 2)))
+            return part, part.stride(0), part.stride(1)
+        queries, keys = self.seen.fields(slice(None), self.keys)
+        if queries.rank is not None or keys.rank is not None:
+            raise ValueError("Triton attention knows no order inside a copy; use tangents = 'streamed' for tokens")
+        # A key is seen by queries of its document whose limit is above its block, or which are of its copy.
+        limit, context, most = queries.block + (queries.copy == 0), keys.copy == 0, torch.iinfo(torch.int32)
+        block, copy = keys.block.masked_fill(~context, most.max), keys.copy.masked_fill(context, most.min)
+        parts = (queries.document, limit, queries.copy), (keys.document, block, copy)
+        return tuple(torch.stack(part, 1).to(torch.int32) for part in parts)
 
-    return seen.kept(("triton", keys.start, keys.stop, tile.queries, tile.keys), make)
+    def lists(self, queries: int, keys: int, by_query: bool) -> tuple[Any, ...]:
+        """For each tile of queries (or keys), how many of the other side's have anything visible, and which."""
+        if self.seen.mask is None:
+            return ()
+        name = ("triton lists", self.keys.start, self.keys.stop, queries, keys, by_query)
+        return self.seen.kept(name, lambda: self._lists(queries, keys, by_query))
+
+    def _lists(self, queries: int, keys: int, by_query: bool) -> tuple[Any, ...]:
+        q, k = self.fine
+        name = ("triton occupied", self.keys.start, self.keys.stop, q, k)
+        fine = self.seen.kept(name, lambda: self.seen.occupied(self.keys, q, k))
+        q, k = queries // q, keys // k
+        fine = torch.nn.functional.pad(fine, (0, -fine.shape[2] % k, 0, -fine.shape[1] % q))
+        occupied = fine.unflatten(2, (-1, k)).unflatten(1, (-1, q)).any(4).any(2)
+        occupied = occupied if by_query else occupied.transpose(1, 2)
+        order = occupied.to(torch.uint8).argsort(dim=2, descending=True, stable=True).to(torch.int32).contiguous()
+        return occupied.sum(2, dtype=torch.int32).contiguous(), order, order.shape[1], order.shape[2]
 
 
 class _Launch:
@@ -128,39 +142,57 @@ class _Launch:
         self.x = x = x.each(_dense)
         self.R, self.H, self.Q, self.D = x.q.shape
         self.G, self.S, self.T = x.k.shape[1], x.k.shape[2], seen.num_context
-        self.tiling = tiling(x.q)
-        self.own = _side(seen, self.tiling, slice(self.T, seen.num_keys))
-        self.context = _side(seen, self.tiling, slice(0, self.T)) if self.T else None
+        self.tilings = tilings(x.q)
+        self.own = _Side(seen, self.tilings, slice(self.T, seen.num_keys))
+        self.context = _Side(seen, self.tilings, slice(0, self.T)) if self.T else None
         self.mask = kernels.DENSE if isinstance(seen.mask, Tensor) else kernels.FIELDS if seen.mask else kernels.NO_MASK
         self.scales = (1 / math.sqrt(self.D), math.log2(math.e) / math.sqrt(self.D))
 
-    def run(self, kernel: Any, tiles: int, heads: int, *arguments: Any, **options: Any) -> None:
-        grid = (tiles, self.R * heads)
+    def run(self, kernel: Any, tiling: Tiling, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
         options |= {
-            "D": self.D, "BQ": self.tiling.queries, "DTYPE": kernels.element(self.x.q.dtype),
-            "EMULATE": kernels.interpreted,
-            "num_warps": self.tiling.warps, "num_stages": self.tiling.stages,
+            "D": self.D, "BQ": tiling.queries, "DTYPE": kernels.element(self.x.q.dtype),
+            "EMULATE": kernels.interpreted, "num_warps": tiling.warps, "num_stages": tiling.stages,
         }  # fmt: skip
         with torch.cuda.device(self.x.q.device) if self.x.q.is_cuda else contextlib.nullcontext():
             kernel[grid](*arguments, **options)
 
-    @property
-    def tiles_q(self) -> int:
-        return -(-self.Q // self.tiling.queries)
+    def options(self, tiling: Tiling, *num_keys: int) -> dict[str, Any]:
+        """How a kernel sees a mask, and whether whole tiles are all there is."""
+        even = self.Q % tiling.queries == 0 and all(n % tiling.keys == 0 for n in num_keys)
+        return {"MASK": self.mask, "EVEN": even, "BK": tiling.keys}
 
-    def tiles_k(self, num_keys: int) -> int:
-        return -(-num_keys // self.tiling.keys)
-
-    def options(self) -> dict[str, Any]:
-        return {"MASK": self.mask, "BK": self.tiling.keys}
-
-    def by_query(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arguments of a kernel whose queries are resident: keys and values, and what it must know of them."""
+    def by_query(self, kernel: Any, tiling: Tiling, *arguments: Any) -> None:
+        """Run a kernel whose queries are resident; `arguments` follow the inputs."""
         x, context = self.x, self.context or self.own
         far = (x.k, x.v) if x.k_context is None or x.v_context is None else (x.k_context, x.v_context)
-        keys = tuple(map(strided, (x.q, x.dq, x.k, x.dk, x.v, x.dv, *far)))
-        visible = (self.own.mask, context.mask, self.own.by_query.arguments(), context.by_query.arguments())
-        return keys, (*visible, self.Q, self.S, self.T, self.H, self.H // self.G, *self.scales)
+        inputs = map(strided, (x.q, x.dq, x.k, x.dk, x.v, x.dv, *far))
+        lists = (side.lists(tiling.queries, tiling.keys, True) for side in (self.own, context))
+        self.run(
+            kernel, tiling, (-(-self.Q // tiling.queries), self.R * self.H), *inputs, *arguments,
+            self.own.mask(), context.mask(), *lists, self.Q, self.S, self.T, self.H, self.H // self.G, *self.scales,
+            CONTEXT=self.context is not None, **self.options(tiling, self.S, self.T),
+        )  # fmt: skip
+
+    def by_key(
+        self, kernel: Any, tiling: Tiling, keys: tuple[Tensor | None, ...], *arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a kernel whose keys are resident, on own keys (k, dk, v, dv) or the context's (k, None, v, None)."""
+        k, dk, v, dv = keys
+        assert k is not None and v is not None
+        own = dk is not None and dv is not None
+        side, num_keys = self.own if own else self.context, k.shape[2]
+        out, dout = _like(k), _like(k) if own else None
+        if side is None:  # a context of no keys
+            return out, dout
+        tangents = (dk, dv) if dk is not None and dv is not None else (k, v)  # the context's are never read
+        inputs = map(strided, (self.x.q, self.x.dq, k, tangents[0], v, tangents[1]))
+        outputs = strided(out), strided(out if dout is None else dout)
+        self.run(
+            kernel, tiling, (-(-num_keys // tiling.keys), self.R * self.G), *inputs, *arguments, *outputs,
+            side.mask(), side.lists(tiling.queries, tiling.keys, False), self.Q, num_keys, self.G, *self.scales,
+            OWN=own, GROUP=self.H // self.G, **self.options(tiling, num_keys),
+        )  # fmt: skip
+        return out, dout
 
 
 def strided(x: Tensor) -> tuple[Any, ...]:
@@ -182,14 +214,10 @@ def _like(x: Tensor) -> Tensor:
 def forward(x: Inputs, seen: Visibility) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """(o, do), and what the backward needs: what rounding them to bf16 lost, log-sum-exp (base 2) and mu (float32)."""
     call = _Launch(x, seen)
-    keys, rest = call.by_query()
     o, do = _like(x.q), _like(x.q)
     low = (_like(x.q), _like(x.q)) if x.q.dtype == torch.bfloat16 else (None, None)
     lse, mu = (x.q.new_empty(x.q.shape[:3], dtype=torch.float32) for _ in range(2))
-    call.run(
-        kernels.forward, call.tiles_q, call.H, *keys, *_outputs((o, do), low), lse, mu, *rest,
-        CONTEXT=call.context is not None, **call.options(),
-    )  # fmt: skip
+    call.by_query(kernels.forward, call.tilings.forward, *_outputs((o, do), low), lse, mu)
     return (o, do), (*low, lse, mu)
 
 
@@ -212,54 +240,27 @@ def backward(
     Kernels whose results are not `needed` do not run.
     """
     call = _Launch(x, seen)
-    x = call.x
-    keys, rest = call.by_query()
+    x, known = call.x, call.tilings
     *low, lse, mu = kept
     cotangents = tuple(map(strided, (_dense(g), _dense(h))))
     s1, s2 = torch.empty_like(lse), torch.empty_like(lse)
-    rows = (*_outputs(outputs, tuple(low)), *cotangents, s1, s2, call.Q, call.H)
-    call.run(kernels.row_sums, call.tiles_q, call.H, *rows)
+    call.run(
+        kernels.row_sums, ROW_SUMS, (-(-call.Q // ROW_SUMS.queries), call.R * call.H),
+        *_outputs(outputs, tuple(low)), *cotangents, s1, s2, call.Q, call.H,
+    )  # fmt: skip
+    given = (*cotangents, lse, mu, s1, s2)
     need_q, need_k, need_v, need_dq, need_dk, need_dv, need_k_context, need_v_context = needed
     grads: list[Tensor | None] = [None] * 8
     if need_q or need_dq:
-        grads[0], grads[3] = _like(x.q), _like(x.q)
-        call.run(
-            kernels.grad_q, call.tiles_q, call.H, *keys, *cotangents, lse, mu, s1, s2,
-            strided(grads[0]), strided(grads[3]), *rest, CONTEXT=call.context is not None, **call.options(),
-        )  # fmt: skip
-    statistics = (lse, mu, s1, s2)
+        grads[0], grads[3] = out = _like(x.q), _like(x.q)
+        call.by_query(kernels.grad_q, known.grad_q, *given, *map(strided, out))
+    own, far = (x.k, x.dk, x.v, x.dv), (x.k_context, None, x.v_context, None)
     if need_k or need_dk:
-        grads[1], grads[4] = _by_key(call, kernels.grad_k, (x.k, x.dk, x.v, x.dv), cotangents, statistics)
+        grads[1], grads[4] = call.by_key(kernels.grad_k, known.grad_k, own, *given)
     if need_v or need_dv:
-        grads[2], grads[5] = _by_key(call, kernels.grad_v, (x.k, x.dk, x.v, x.dv), cotangents, statistics)
-    far = (x.k_context, None, x.v_context, None)
+        grads[2], grads[5] = call.by_key(kernels.grad_v, known.grad_v, own, *given)
     if need_k_context:
-        grads[6], _ = _by_key(call, kernels.grad_k, far, cotangents, statistics)
+        grads[6], _ = call.by_key(kernels.grad_k, known.grad_k, far, *given)
     if need_v_context:
-        grads[7], _ = _by_key(call, kernels.grad_v, far, cotangents, statistics)
+        grads[7], _ = call.by_key(kernels.grad_v, known.grad_v, far, *given)
     return grads
-
-
-def _by_key(
-    call: _Launch,
-    kernel: Any,
-    keys: tuple[Tensor | None, ...],
-    cotangents: tuple[Any, ...],
-    statistics: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None]:
-    """A kernel whose keys are resident, on own keys (k, dk, v, dv) or the context's (k, None, v, None)."""
-    k, dk, v, dv = keys
-    assert k is not None and v is not None
-    own = dk is not None and dv is not None
-    side = call.own if own else call.context
-    out, dout = _like(k), _like(k) if own else None
-    tangents = (dk, dv) if dk is not None and dv is not None else (k, v)  # the context's are never read
-    if side is None:  # a context of no keys
-        return out, dout
-    tensors = (call.x.q, call.x.dq, k, tangents[0], v, tangents[1])
-    call.run(
-        kernel, call.tiles_k(k.shape[2]), call.G, *map(strided, tensors), *cotangents, *statistics,
-        strided(out), strided(out if dout is None else dout), side.mask, side.by_key.arguments(),
-        call.Q, k.shape[2], call.G, call.H // call.G, *call.scales, OWN=own, **call.options(),
-    )  # fmt: skip
-    return out, dout

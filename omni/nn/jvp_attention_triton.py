@@ -7,8 +7,9 @@
               each once for own keys and once for the context, whose tangents are zero: half of the products are skipped
 
 No kernel keeps more than two wide accumulators, to spare registers; no atomics, so results repeat. A tile
-in which nothing is visible is in no list and costs nothing. Products take bf16 operands (float32: exact float32
-products, without tensor cores) and add up in float32.
+in which nothing is visible is in no list and costs nothing; where all see all there are no lists, and where the tiles
+divide the lengths (EVEN) no bounds. Products take bf16 operands (float32: exact float32 products, without tensor cores)
+and add up in float32.
 
 Triton is imported by `load`, never with this file: the functions below are plain until then. Triton's interpreter
 (TRITON_INTERPRET=1 before Triton's first import) runs them without a GPU; it multiplies the bit patterns of bf16 tiles
@@ -90,10 +91,13 @@ def _pointers(x, r, h, start, D: tl.constexpr, N: tl.constexpr):
 
 
 @_device
-def _read(x, r, h, start, length, D: tl.constexpr, N: tl.constexpr, EMULATE: tl.constexpr):
+def _read(x, r, h, start, length, D: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, EMULATE: tl.constexpr):
     """Positions start .. start + N of (r, h), (N, D); zeros past the length."""
-    inside = (start + tl.arange(0, N) < length)[:, None]
-    tile = tl.load(_pointers(x, r, h, start, D, N), mask=inside, other=0.0)
+    if EVEN:
+        tile = tl.load(_pointers(x, r, h, start, D, N))
+    else:
+        inside = (start + tl.arange(0, N) < length)[:, None]
+        tile = tl.load(_pointers(x, r, h, start, D, N), mask=inside, other=0.0)
     if EMULATE:
         tile = tile.to(tl.float32)
     return tile
@@ -122,9 +126,9 @@ def _read_exact(
     x, low, r, h, start, length,
     D: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    tile = _read(x, r, h, start, length, D, N, EMULATE).to(tl.float32)
+    tile = _read(x, r, h, start, length, D, N, False, EMULATE).to(tl.float32)
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        tile += _read(low, r, h, start, length, D, N, EMULATE).to(tl.float32)
+        tile += _read(low, r, h, start, length, D, N, False, EMULATE).to(tl.float32)
     return tile
 
 
@@ -136,37 +140,59 @@ def _per_query(x, head, at, num_q, other):
 
 @_device
 def _visible(mask, r, qi, ki, num_q, num_k, MASK: tl.constexpr):
-    """omni.mask.visible on a tile. Positions qi (BQ, 1) and ki (1, BK), or (1, BQ) and (BK, 1)."""
-    seen = (qi < num_q) & (ki < num_k)
+    """omni.mask.visible on a tile. Positions qi (BQ, 1) and ki (1, BK), or (1, BQ) and (BK, 1).
+
+    No key past the last is visible. Queries past the last may see: nothing of theirs is kept, or their weights are 0.
+    FIELDS: of a query its document, the block before which it reads context, its copy; of a key its document, its block
+    (of context; else never before any) and its copy (of context: no query's).
+    """
     if MASK == 1:
         q_fields, k_fields = mask[0] + r * 3 * num_q + qi, mask[1] + r * 3 * num_k + ki
         q_document = tl.load(q_fields, mask=qi < num_q, other=0)
-        q_block = tl.load(q_fields + num_q, mask=qi < num_q, other=0)
+        q_limit = tl.load(q_fields + num_q, mask=qi < num_q, other=0)
         q_copy = tl.load(q_fields + 2 * num_q, mask=qi < num_q, other=0)
-        k_document = tl.load(k_fields, mask=ki < num_k, other=0)
+        k_document = tl.load(k_fields, mask=ki < num_k, other=-0x80000000)
         k_block = tl.load(k_fields + num_k, mask=ki < num_k, other=0)
         k_copy = tl.load(k_fields + 2 * num_k, mask=ki < num_k, other=0)
-        of_context = (k_copy == 0) & ((k_block < q_block) | ((k_block == q_block) & (q_copy == 0)))
-        of_copy = (k_copy != 0) & (k_copy == q_copy)
-        seen = seen & (q_document == k_document) & (of_context | of_copy)
-    if MASK == 2:
+        seen = (q_document == k_document) & ((k_block < q_limit) | (k_copy == q_copy))
+    elif MASK == 2:
         at = mask[0] + r.to(tl.int64) * mask[1] + qi.to(tl.int64) * mask[2] + ki
-        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+        seen = tl.load(at, mask=(qi < num_q) & (ki < num_k), other=0) != 0
+    else:
+        seen = ki < num_k
     return seen
 
 
 @_device
 def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
-    """a b^T and its tangent da b^T + a db^T; A, B say which side has a tangent."""
-    bt = tl.trans(b)
-    s = tl.dot(a, bt, input_precision="ieee")
+    """The tangent da b^T + a db^T of a b^T; A, B say which side has one."""
     if A:
-        ds = tl.dot(da, bt, input_precision="ieee")
+        ds = tl.dot(da, tl.trans(b), input_precision="ieee")
         if B:
             ds = tl.dot(a, tl.trans(db), ds, input_precision="ieee")
     else:
         ds = tl.dot(a, tl.trans(db), input_precision="ieee")
-    return s, ds
+    return ds
+
+
+@_device
+def _count(tiles, r, tile, length, N: tl.constexpr, MASK: tl.constexpr):
+    """The number of tiles of N positions that a tile meets: all, or those in its list."""
+    if MASK == 0:
+        count = tl.cdiv(length, N)
+    else:
+        count = tl.load(tiles[0] + r * tiles[2] + tile)
+    return count
+
+
+@_device
+def _start(tiles, r, tile, i, N: tl.constexpr, MASK: tl.constexpr):
+    """The first position of the i-th tile that a tile meets."""
+    if MASK == 0:
+        start = i * N
+    else:
+        start = tl.load(tiles[1] + (r * tiles[2] + tile).to(tl.int64) * tiles[3] + i) * N
+    return start
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -175,39 +201,42 @@ def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
 @_device
 def _sweep(
     state, q, dq, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
-    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    OWN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add to the running sums of a tile of queries what the keys of one side give, as in nn.jvp_attention."""
     acc, acc_t, m, total, mu = state
     qi = (tile * BQ + tl.arange(0, BQ))[:, None]
-    row = r * tiles[2] + tile
-    for i in range(0, tl.load(tiles[0] + row)):
-        start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i) * BK
-        k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
+    for i in range(0, _count(tiles, r, tile, num_k, BK, MASK)):
+        start = _start(tiles, r, tile, i, BK, MASK)
+        k_tile = _read(k, r, g, start, num_k, D, BK, EVEN, EMULATE)
         dk_tile = k_tile
         if OWN:
-            dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
-        s, ds = _scores(q, dq, k_tile, dk_tile, True, OWN)
-        seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
-        s = tl.where(seen, s * scale2, -float("inf"))
-        ds = ds * scale
-        m_new = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
-        alpha = tl.exp2(m - base)
-        p = tl.exp2(s - base[:, None])
-        total = total * alpha + tl.sum(p, 1)
-        dmu = tl.sum(p * (ds - mu[:, None]), 1) / tl.where(total > 0, total, 1.0)
-        acc_t = (acc_t - acc * dmu[:, None]) * alpha[:, None]
-        acc = acc * alpha[:, None]
-        mu = mu + dmu
+            dk_tile = _read(dk, r, g, start, num_k, D, BK, EVEN, EMULATE)
+        s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        ds = _scores(q, dq, k_tile, dk_tile, True, OWN)
+        if MASK != 0 or not EVEN:
+            seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
+            s = tl.where(seen, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale2 - m_new[:, None])
         m = m_new
-        v_tile = _read(v, r, g, start, num_k, D, BK, EMULATE)
+        total = total * alpha + tl.sum(p, 1)
+        w = p * (ds * scale - mu[:, None])
+        if MASK == 0:
+            dmu = tl.sum(w, 1) / total
+        else:
+            dmu = tl.sum(w, 1) / tl.where(total > 0, total, 1.0)
+        mu = mu + dmu
+        acc = acc * alpha[:, None]
+        acc_t = acc_t * alpha[:, None] - acc * dmu[:, None]
+        v_tile = _read(v, r, g, start, num_k, D, BK, EVEN, EMULATE)
         weight = _operand(p, DTYPE, EMULATE)
         acc = tl.dot(weight, v_tile, acc, input_precision="ieee")
-        acc_t = tl.dot(_operand(p * (ds - mu[:, None]), DTYPE, EMULATE), v_tile, acc_t, input_precision="ieee")
+        acc_t = tl.dot(_operand(w - p * dmu[:, None], DTYPE, EMULATE), v_tile, acc_t, input_precision="ieee")
         if OWN:
-            dv_tile = _read(dv, r, g, start, num_k, D, BK, EMULATE)
+            dv_tile = _read(dv, r, g, start, num_k, D, BK, EVEN, EMULATE)
             acc_t = tl.dot(weight, dv_tile, acc_t, input_precision="ieee")
     return acc, acc_t, m, total, mu
 
@@ -216,23 +245,24 @@ def _sweep(
 def forward(
     q, dq, k, dk, v, dv, k_context, v_context, o, do, o_low, do_low, lse, mu, mask, mask_context, tiles, tiles_context,
     num_q, num_k, num_context, heads, group, scale, scale2,
-    CONTEXT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    CONTEXT: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     tile, r, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
     g, start = h // group, tile * BQ
-    q_tile = _read(q, r, h, start, num_q, D, BQ, EMULATE)
-    dq_tile = _read(dq, r, h, start, num_q, D, BQ, EMULATE)
+    q_tile = _read(q, r, h, start, num_q, D, BQ, EVEN, EMULATE)
+    dq_tile = _read(dq, r, h, start, num_q, D, BQ, EVEN, EMULATE)
     acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
-    m, total, mean = tl.zeros([BQ], tl.float32) - float("inf"), tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)
+    # The largest score so far; at first no score, yet finite: a query that has seen nothing has weights of 0.
+    m, total, mean = tl.zeros([BQ], tl.float32) - 1e30, tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)
     if CONTEXT:
         acc, acc_t, m, total, mean = _sweep(
             (acc, acc_t, m, total, mean), q_tile, dq_tile, k_context, k_context, v_context, v_context, mask_context,
-            tiles_context, r, g, tile, num_q, num_context, scale, scale2, False, MASK, D, BQ, BK, DTYPE, EMULATE,
+            tiles_context, r, g, tile, num_q, num_context, scale, scale2, False, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
         )  # fmt: skip
     acc, acc_t, m, total, mean = _sweep(
         (acc, acc_t, m, total, mean), q_tile, dq_tile, k, dk, v, dv, mask,
-        tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, D, BQ, BK, DTYPE, EMULATE,
+        tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
     )  # fmt: skip
     some = tl.where(total > 0, total, 1.0)
     _write_exact(o, o_low, r, h, start, num_q, acc / some[:, None], D, BQ, DTYPE, EMULATE)
@@ -255,8 +285,8 @@ def row_sums(
     start = tile * BQ
     o_tile = _read_exact(o, o_low, r, h, start, num_q, D, BQ, DTYPE, EMULATE)
     do_tile = _read_exact(do, do_low, r, h, start, num_q, D, BQ, DTYPE, EMULATE)
-    c = _read(cotangent, r, h, start, num_q, D, BQ, EMULATE).to(tl.float32)
-    dc = _read(dcotangent, r, h, start, num_q, D, BQ, EMULATE).to(tl.float32)
+    c = _read(cotangent, r, h, start, num_q, D, BQ, False, EMULATE).to(tl.float32)
+    dc = _read(dcotangent, r, h, start, num_q, D, BQ, False, EMULATE).to(tl.float32)
     at = start + tl.arange(0, BQ)
     statistics = tl.program_id(1).to(tl.int64) * num_q + at
     tl.store(s1 + statistics, tl.sum(dc * o_tile, 1), mask=at < num_q)
@@ -266,33 +296,32 @@ def row_sums(
 @_device
 def _sweep_q(
     acc, acc_t, q, dq, c, dc, lse, mu, s1, s2, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
-    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    OWN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     qi = (tile * BQ + tl.arange(0, BQ))[:, None]
-    row = r * tiles[2] + tile
-    for i in range(0, tl.load(tiles[0] + row)):
-        start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i) * BK
-        k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
-        v_tile = _read(v, r, g, start, num_k, D, BK, EMULATE)
-        dk_tile = k_tile
+    for i in range(0, _count(tiles, r, tile, num_k, BK, MASK)):
+        start = _start(tiles, r, tile, i, BK, MASK)
+        k_tile = _read(k, r, g, start, num_k, D, BK, EVEN, EMULATE)
+        v_tile = _read(v, r, g, start, num_k, D, BK, EVEN, EMULATE)
+        dk_tile, dv_tile = k_tile, v_tile
         if OWN:
-            dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
-        s, n = _scores(q, dq, k_tile, dk_tile, True, OWN)
-        seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
-        p = tl.where(seen, tl.exp2(s * scale2 - lse[:, None]), 0.0)
-        n = n * scale - mu[:, None]
-        vt = tl.trans(v_tile)
-        a = tl.dot(dc, vt, input_precision="ieee")
-        b = tl.dot(c, vt, input_precision="ieee")
+            dk_tile = _read(dk, r, g, start, num_k, D, BK, EVEN, EMULATE)
+            dv_tile = _read(dv, r, g, start, num_k, D, BK, EVEN, EMULATE)
+        s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        p = tl.exp2(s * scale2 - lse[:, None])
+        if MASK != 0 or not EVEN:
+            seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
+            p = tl.where(seen, p, 0.0)
+        a = tl.dot(dc, tl.trans(v_tile), input_precision="ieee") - s1[:, None]
+        d_ds = _operand(p * a, DTYPE, EMULATE)
+        n = _scores(q, dq, k_tile, dk_tile, True, OWN) * scale - mu[:, None]
+        b = tl.dot(c, tl.trans(v_tile), a * n - s2[:, None], input_precision="ieee")
         if OWN:
-            dv_tile = _read(dv, r, g, start, num_k, D, BK, EMULATE)
             b = tl.dot(dc, tl.trans(dv_tile), b, input_precision="ieee")
-        d_ds = p * (a - s1[:, None])
-        d_s = _operand(d_ds * n + p * (b - s2[:, None]), DTYPE, EMULATE)
-        d_ds = _operand(d_ds, DTYPE, EMULATE)
-        acc = tl.dot(d_s, k_tile, acc, input_precision="ieee")
+        d_s = _operand(p * b, DTYPE, EMULATE)
         acc_t = tl.dot(d_ds, k_tile, acc_t, input_precision="ieee")
+        acc = tl.dot(d_s, k_tile, acc, input_precision="ieee")
         if OWN:
             acc = tl.dot(d_ds, dk_tile, acc, input_precision="ieee")
     return acc, acc_t
@@ -302,15 +331,15 @@ def _sweep_q(
 def grad_q(
     q, dq, k, dk, v, dv, k_context, v_context, cotangent, dcotangent, lse, mu, s1, s2, out, dout,
     mask, mask_context, tiles, tiles_context, num_q, num_k, num_context, heads, group, scale, scale2,
-    CONTEXT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    CONTEXT: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     tile, r, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
     g, start = h // group, tile * BQ
-    q_tile = _read(q, r, h, start, num_q, D, BQ, EMULATE)
-    dq_tile = _read(dq, r, h, start, num_q, D, BQ, EMULATE)
-    c = _read(cotangent, r, h, start, num_q, D, BQ, EMULATE)
-    dc = _read(dcotangent, r, h, start, num_q, D, BQ, EMULATE)
+    q_tile = _read(q, r, h, start, num_q, D, BQ, EVEN, EMULATE)
+    dq_tile = _read(dq, r, h, start, num_q, D, BQ, EVEN, EMULATE)
+    c = _read(cotangent, r, h, start, num_q, D, BQ, EVEN, EMULATE)
+    dc = _read(dcotangent, r, h, start, num_q, D, BQ, EVEN, EMULATE)
     at = start + tl.arange(0, BQ)
     head = tl.program_id(1)
     lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
@@ -320,11 +349,11 @@ def grad_q(
         acc, acc_t = _sweep_q(
             acc, acc_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context, v_context,
             v_context, mask_context, tiles_context, r, g, tile, num_q, num_context, scale, scale2,
-            False, MASK, D, BQ, BK, DTYPE, EMULATE,
+            False, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
         )  # fmt: skip
     acc, acc_t = _sweep_q(
         acc, acc_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k, dk, v, dv,
-        mask, tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, D, BQ, BK, DTYPE, EMULATE,
+        mask, tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
     )  # fmt: skip
     _write(out, r, h, start, num_q, acc * scale, D, BQ, EMULATE)
     _write(dout, r, h, start, num_q, acc_t * scale, D, BQ, EMULATE)
@@ -333,50 +362,49 @@ def grad_q(
 @_device
 def grad_k(
     q, dq, k, dk, v, dv, cotangent, dcotangent, lse, mu, s1, s2, out, dout, mask, tiles,
-    num_q, num_k, key_heads, group, scale, scale2,
-    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+    num_q, num_k, key_heads, scale, scale2,
+    OWN: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Scores are transposed, (BK, BQ): they enter the last products from the left without a transposition."""
     tile, r, g = tl.program_id(0), tl.program_id(1) // key_heads, tl.program_id(1) % key_heads
     start = tile * BK
-    k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
-    v_tile = _read(v, r, g, start, num_k, D, BK, EMULATE)
+    k_tile = _read(k, r, g, start, num_k, D, BK, EVEN, EMULATE)
+    v_tile = _read(v, r, g, start, num_k, D, BK, EVEN, EMULATE)
     dk_tile, dv_tile = k_tile, v_tile
     if OWN:
-        dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
-        dv_tile = _read(dv, r, g, start, num_k, D, BK, EMULATE)
+        dk_tile = _read(dk, r, g, start, num_k, D, BK, EVEN, EMULATE)
+        dv_tile = _read(dv, r, g, start, num_k, D, BK, EVEN, EMULATE)
     acc, acc_t = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
     ki = (start + tl.arange(0, BK))[:, None]
-    row = r * tiles[2] + tile
-    num_tiles = tl.load(tiles[0] + row)
-    for i in range(0, num_tiles * group):
-        h = g * group + i // num_tiles
-        q_start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i % num_tiles) * BQ
-        at = q_start + tl.arange(0, BQ)
-        head = r * key_heads * group + h
-        lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
-        s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
-        q_tile = _read(q, r, h, q_start, num_q, D, BQ, EMULATE)
-        dq_tile = _read(dq, r, h, q_start, num_q, D, BQ, EMULATE)
-        s, n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True)
-        seen = _visible(mask, r, at[None, :], ki, num_q, num_k, MASK)
-        p = tl.where(seen, tl.exp2(s * scale2 - lse_tile[None, :]), 0.0)
-        n = n * scale - mu_tile[None, :]
-        c = _read(cotangent, r, h, q_start, num_q, D, BQ, EMULATE)
-        dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EMULATE)
-        dct = tl.trans(dc)
-        a = tl.dot(v_tile, dct, input_precision="ieee")
-        b = tl.dot(v_tile, tl.trans(c), input_precision="ieee")
-        if OWN:
-            b = tl.dot(dv_tile, dct, b, input_precision="ieee")
-        d_ds = p * (a - s1_tile[None, :])
-        d_s = _operand(d_ds * n + p * (b - s2_tile[None, :]), DTYPE, EMULATE)
-        d_ds = _operand(d_ds, DTYPE, EMULATE)
-        acc = tl.dot(d_s, q_tile, acc, input_precision="ieee")
-        acc = tl.dot(d_ds, dq_tile, acc, input_precision="ieee")
-        if OWN:
-            acc_t = tl.dot(d_ds, q_tile, acc_t, input_precision="ieee")
+    num_tiles = _count(tiles, r, tile, num_q, BQ, MASK)
+    for member in range(0, GROUP):
+        h = g * GROUP + member
+        head = r * key_heads * GROUP + h
+        for i in range(0, num_tiles):
+            q_start = _start(tiles, r, tile, i, BQ, MASK)
+            at = q_start + tl.arange(0, BQ)
+            q_tile = _read(q, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            dq_tile = _read(dq, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            c = _read(cotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
+            s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            p = tl.exp2(s * scale2 - lse_tile[None, :])
+            if MASK != 0:
+                p = tl.where(_visible(mask, r, at[None, :], ki, num_q, num_k, MASK), p, 0.0)
+            a = tl.dot(v_tile, tl.trans(dc), input_precision="ieee") - s1_tile[None, :]
+            d_ds = _operand(p * a, DTYPE, EMULATE)
+            n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True) * scale - mu_tile[None, :]
+            b = tl.dot(v_tile, tl.trans(c), a * n - s2_tile[None, :], input_precision="ieee")
+            if OWN:
+                b = tl.dot(dv_tile, tl.trans(dc), b, input_precision="ieee")
+            d_s = _operand(p * b, DTYPE, EMULATE)
+            if OWN:
+                acc_t = tl.dot(d_ds, q_tile, acc_t, input_precision="ieee")
+            acc = tl.dot(d_s, q_tile, acc, input_precision="ieee")
+            acc = tl.dot(d_ds, dq_tile, acc, input_precision="ieee")
     _write(out, r, g, start, num_k, acc * scale, D, BK, EMULATE)
     if OWN:
         _write(dout, r, g, start, num_k, acc_t * scale, D, BK, EMULATE)
@@ -385,39 +413,40 @@ def grad_k(
 @_device
 def grad_v(
     q, dq, k, dk, v, dv, cotangent, dcotangent, lse, mu, s1, s2, out, dout, mask, tiles,
-    num_q, num_k, key_heads, group, scale, scale2,
-    OWN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, EMULATE: tl.constexpr,
+    num_q, num_k, key_heads, scale, scale2,
+    OWN: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     tile, r, g = tl.program_id(0), tl.program_id(1) // key_heads, tl.program_id(1) % key_heads
     start = tile * BK
-    k_tile = _read(k, r, g, start, num_k, D, BK, EMULATE)
+    k_tile = _read(k, r, g, start, num_k, D, BK, EVEN, EMULATE)
     dk_tile = k_tile
     if OWN:
-        dk_tile = _read(dk, r, g, start, num_k, D, BK, EMULATE)
+        dk_tile = _read(dk, r, g, start, num_k, D, BK, EVEN, EMULATE)
     acc, acc_t = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
     ki = (start + tl.arange(0, BK))[:, None]
-    row = r * tiles[2] + tile
-    num_tiles = tl.load(tiles[0] + row)
-    for i in range(0, num_tiles * group):
-        h = g * group + i // num_tiles
-        q_start = tl.load(tiles[1] + row.to(tl.int64) * tiles[3] + i % num_tiles) * BQ
-        at = q_start + tl.arange(0, BQ)
-        head = r * key_heads * group + h
-        lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
-        q_tile = _read(q, r, h, q_start, num_q, D, BQ, EMULATE)
-        dq_tile = _read(dq, r, h, q_start, num_q, D, BQ, EMULATE)
-        s, n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True)
-        seen = _visible(mask, r, at[None, :], ki, num_q, num_k, MASK)
-        p = tl.where(seen, tl.exp2(s * scale2 - lse_tile[None, :]), 0.0)
-        n = n * scale - mu_tile[None, :]
-        c = _read(cotangent, r, h, q_start, num_q, D, BQ, EMULATE)
-        dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EMULATE)
-        weight = _operand(p, DTYPE, EMULATE)
-        acc = tl.dot(weight, c, acc, input_precision="ieee")
-        acc = tl.dot(_operand(p * n, DTYPE, EMULATE), dc, acc, input_precision="ieee")
-        if OWN:
-            acc_t = tl.dot(weight, dc, acc_t, input_precision="ieee")
+    num_tiles = _count(tiles, r, tile, num_q, BQ, MASK)
+    for member in range(0, GROUP):
+        h = g * GROUP + member
+        head = r * key_heads * GROUP + h
+        for i in range(0, num_tiles):
+            q_start = _start(tiles, r, tile, i, BQ, MASK)
+            at = q_start + tl.arange(0, BQ)
+            q_tile = _read(q, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            dq_tile = _read(dq, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            c = _read(cotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
+            lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            p = tl.exp2(s * scale2 - lse_tile[None, :])
+            if MASK != 0:
+                p = tl.where(_visible(mask, r, at[None, :], ki, num_q, num_k, MASK), p, 0.0)
+            n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True) * scale - mu_tile[None, :]
+            weight = _operand(p, DTYPE, EMULATE)
+            if OWN:
+                acc_t = tl.dot(weight, dc, acc_t, input_precision="ieee")
+            acc = tl.dot(weight, c, acc, input_precision="ieee")
+            acc = tl.dot(_operand(p * n, DTYPE, EMULATE), dc, acc, input_precision="ieee")
     _write(out, r, g, start, num_k, acc, D, BK, EMULATE)
     if OWN:
         _write(dout, r, g, start, num_k, acc_t, D, BK, EMULATE)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from omni.config import Frozen, Registry
-from omni.objectives.times import Name, TimeDistribution
-from omni.rng import Key
+from omni.objectives.times import Name, TimeDistribution, keys_I
+from omni.rng import Key, normals
 from omni.terms import Terms
 
 OBJECTIVES: Registry = Registry("objective")
@@ -113,14 +113,24 @@ class Items:
         return out
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
-        """(R, S, C) standard normal; the noise of an item depends on (key, document, block, copy) alone."""
-        counts = torch.bincount(self.item[self.mask].cpu(), minlength=len(self.names)).tolist()
-        channels = self.latents.shape[-1]
-        parts = [key.fold(purpose, *name).normal((n, channels)) for name, n in zip(self.names, counts, strict=True)]
-        out = torch.zeros(self.latents.shape, dtype=torch.float32)
-        if parts:
-            out[self.mask.cpu()] = torch.cat(parts)  # items stand in flat order (see layout.pack)
-        return out.to(self.latents.device, self.latents.dtype)
+        """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone."""
+        device, C = self.latents.device, self.latents.shape[-1]
+        if not len(self):
+            return torch.zeros_like(self.latents)
+        pairs = -(-C // 2)  # a draw makes two numbers
+        counter = self.offsets.unsqueeze(-1) * pairs + torch.arange(pairs, device=device)
+        keys = keys_I(self.names, key.fold(purpose), device)[self.item.clamp(min=0)]
+        drawn = normals(keys.unsqueeze(-1), counter).flatten(-2)[..., :C]
+        return torch.where(self.mask.unsqueeze(-1), drawn, 0).to(self.latents.dtype)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(R, S) int64: the place of each position inside its item, 0 on padding (an item's positions are in a row)."""
+        place = torch.arange(self.item.numel(), device=self.item.device).view_as(self.item)
+        index, far = self.item.clamp(min=0), self.item.numel()
+        first = torch.full((max(len(self), 1),), far, device=self.item.device)
+        first = first.scatter_reduce(0, index.flatten(), torch.where(self.mask, place, far).flatten(), "amin")
+        return torch.where(self.mask, place - first[index], 0)
 
     def times(self, *values_I: Tensor) -> tuple[Tensor, ...]:
         """Times as drawn (float64, CPU) -> on the latents' device, in float32 or better: never in half precision."""

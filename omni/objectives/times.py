@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.config import Frozen
-from omni.rng import Key
+from omni.rng import Key, uniforms
 
 Name = tuple[int, int, int]  # (document, block, copy)
 
@@ -24,7 +24,7 @@ Name = tuple[int, int, int]  # (document, block, copy)
 class BatchNames(Sequence[Name]):
     """Names (n // copies, 0, n % copies) of items that only ever stand in one batch, such as points of toy data.
 
-    What is drawn for them comes from one generator per (key, purpose), a hundred times faster than one per name; so it
+    What is drawn for them comes from one generator per (key, purpose), far faster than one per name; so it
     depends on the place in the batch and on `num`, and items that may be packed otherwise must not be named so.
     """
 
@@ -42,12 +42,16 @@ class BatchNames(Sequence[Name]):
         return (n % self.num // self.copies, 0, n % self.num % self.copies)
 
 
+def keys_I(names: Sequence[Name], key: Key, device: torch.device | str = "cpu") -> Tensor:
+    """int64 (I,): the key of every item, for omni.rng's `uniforms` and `normals`."""
+    return key.each(torch.tensor(list(names), dtype=torch.int64, device=device).reshape(-1, 3))
+
+
 def uniform_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
     """(I,) float64 in [0, 1), each a function of (key, purpose, name) alone."""
     if isinstance(names, BatchNames):
         return key.fold(purpose).uniform((len(names),), torch.float64)
-    draws = [key.fold(purpose, *name).python().random() for name in names]
-    return torch.tensor(draws, dtype=torch.float64)
+    return uniforms(keys_I(names, key.fold(purpose)))
 
 
 def stratified_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
@@ -55,9 +59,10 @@ def stratified_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
     if isinstance(names, BatchNames):
         n = torch.arange(len(names))
         return (uniform_I(names, key, purpose)[n - n % names.copies] + n % names.copies / names.copies) % 1.0
-    copies = 1 + max((copy for _, _, copy in names), default=0)
-    offsets = {at: key.fold(purpose, *at).python().random() for at in {name[:2] for name in names}}
-    return torch.tensor([(offsets[name[:2]] + name[2] / copies) % 1.0 for name in names], dtype=torch.float64)
+    copy = torch.tensor([copy for _, _, copy in names], dtype=torch.float64)
+    copies = 1 + int(copy.max()) if len(names) else 1
+    offsets = uniforms(keys_I([(document, block, 0) for document, block, _ in names], key.fold(purpose)))
+    return (offsets + copy / copies) % 1.0
 
 
 def karras_times(num: int, rho: float, sigma_min: float, sigma_max: float, data_std: float) -> Tensor:

@@ -242,12 +242,25 @@ def _checked_phrases(phrases: object, verbatim: re.Pattern[str]) -> tuple[str, .
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str] | None:
     """Matches the longest phrase that fits. It ends where a word does, a plural s aside; it begins with its space, or
-    where neither a space nor a word is before it."""
+    where neither a space nor a word is before it. None without phrases."""
     if not phrases:
         return None
-    longest_first = sorted(phrases, key=len, reverse=True)
-    either = "|".join(re.escape(p) if p[0].isspace() else rf"(?<![\w\s]){re.escape(p)}" for p in longest_first)
+    inside, alone = ([p for p in phrases if p[0].isspace() == spaced] for spaced in (True, False))
+    either = "|".join([*map(_tree, [inside] if inside else []), *(rf"(?<![\w\s]){_tree(alone)}" for _ in alone[:1])])
     return re.compile(rf"(?:{either})(?=s?(?![^\W_]))")
+
+
+def _tree(words: Sequence[str]) -> str:
+    """A pattern of any of the words, the longest first, that tells them apart letter by letter: thousands of words side
+    by side would each be tried at every place of a text."""
+    by_letter: dict[str, list[str]] = {}
+    for word in words:
+        if word:
+            by_letter.setdefault(word[0], []).append(word[1:])
+    branches = "|".join(re.escape(letter) + _tree(rest) for letter, rest in by_letter.items())
+    if not branches:
+        return ""
+    return f"(?:{branches})?" if "" in words else f"(?:{branches})" if len(by_letter) > 1 else branches
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

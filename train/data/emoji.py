@@ -25,6 +25,7 @@ class EmojiWorldOptions(Frozen):
     split: Literal["train", "heldout"] = "train"
     font: Path | None = None
     mixture: dict[str, float] | None = Field(None, description="task -> weight; the world's own when absent")
+    foreign: float = Field(0.0, ge=0, le=1, description="share of phrasings with a foreign word")
 
 
 @SOURCES.register("emoji_world")
@@ -39,7 +40,7 @@ class EmojiWorldSource(Source):
         super().__init__(options, key)
         atlas = Atlas(options.font)
         extra: dict[str, Any] = {} if options.mixture is None else {"mixture": options.mixture}
-        self.world = EmojiWorld(atlas, key.integer(), split=options.split, **extra)
+        self.world = EmojiWorld(atlas, key.integer(), split=options.split, foreign=options.foreign, **extra)
         self._font_path = atlas.font_path
 
     def document(self, index: int) -> Document:

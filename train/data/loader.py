@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -19,7 +20,6 @@ from omni.document import Document, Image, Video
 from omni.guidance import drop, null_documents
 from omni.layout import Batch, LatentSpan, Shape, Span, context_length, lay_rows, pack
 from omni.rng import Key
-from train.data.latents import LatentMemo
 from train.data.source import CorruptRecord
 
 LOOKAHEAD = 48
@@ -27,6 +27,12 @@ MAX_CORRUPT_SHARE = 0.05
 
 EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
 Compose = Callable[[Document, EncodeMedia], list[Span]]
+
+
+class Encoder(Protocol):
+    """A LatentMemo, or what stands for one."""
+
+    def encode(self, segments: Sequence[Image | Video]) -> list[list[torch.Tensor]]: ...
 
 
 class TooManyCorrupt(RuntimeError):
@@ -78,12 +84,14 @@ class Composed:
 
 @dataclass(frozen=True)
 class Packed:
-    """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it."""
+    """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it (of a
+    lane, see train.data.lanes)."""
 
     batches: list[Batch]
     documents: list[int]
     cursor: int
     skipped: list[tuple[int, str]] = field(default_factory=list)
+    lane: int | None = None
 
 
 class Loader:
@@ -92,17 +100,18 @@ class Loader:
     Args:
         document: index -> Document; pure. May raise CorruptRecord.
         compose: (document, encode_media) -> spans, with the tokenizer bound.
-        memo: the codec behind its memo.
+        memo: the codec behind its memo, or what stands for it in a lane.
         channels, pad_id: of the codec's latents; of the tokenizer.
         key: of everything drawn per document here (drop, trim).
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
+        stride: from one document to the next, for a loader that is one of several (see train.data.lanes).
     """
 
     def __init__(
         self,
         document: Callable[[int], Document],
         compose: Compose,
-        memo: LatentMemo,
+        memo: Encoder,
         shape: BatchConfig,
         *,
         channels: int,
@@ -110,7 +119,9 @@ class Loader:
         key: Key,
         drop: DropConfig | None = None,
         null_contexts: bool = False,
+        stride: int = 1,
     ) -> None:
+        self.stride = stride
         self.document, self.compose, self.memo, self.shape = document, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
         self.drop, self.null_contexts = drop or DropConfig(), null_contexts
@@ -128,12 +139,12 @@ class Loader:
             item = self._composed(index)
             if isinstance(item, str):
                 skipped[index] = item
-                self._check_corrupt(index + 1 - cursor, len(skipped), item)
+                self._check_corrupt((index - cursor) // self.stride + 1, len(skipped), item)
             else:
                 composed[index] = item
                 trim.append(self.key.fold("trim", index).python().random() < shape.trim)
                 num_context += context_length(item.spans, trim[-1])
-            index += 1
+            index += self.stride
         uids = list(composed)
         batches, num_used = pack(
             [one.spans for one in composed.values()],
@@ -172,7 +183,7 @@ class Loader:
     def _fill(self, start: int) -> None:
         """Read and compose LOOKAHEAD documents, with all their pictures through the codec together."""
         read: dict[int, Document] = {}
-        for index in range(start, start + LOOKAHEAD):
+        for index in range(start, start + LOOKAHEAD * self.stride, self.stride):
             try:
                 read[index] = self._with_drop(index, self.document(index))
             except CorruptRecord as error:

@@ -1,0 +1,106 @@
+"""CIFAR-10 as bytes on one device: read from parquet once, dealt out in keyed shuffles, flipped and cropped.
+
+Legend: N pictures, B pictures of a step, P side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eval.jobs import work
+from omni.media import load_image
+from omni.rng import Key
+
+if TYPE_CHECKING:
+    import numpy
+
+SIDE = 32
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """`pixels` uint8 (N, P, P, 3) and `labels` int64 (N,), on one device."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_pictures(path: Path, num: int | None, workers: int, device: str) -> Pictures:
+    """The first `num` rows (None: all) of a parquet file with the columns image (bytes, or {"bytes": ...}) and label.
+
+    Decoded by `workers` processes. Raises ValueError for a file, picture or label that is not of this kind.
+    """
+    encoded, labels = _read(path, num)
+    size = -(-len(encoded) // workers)
+    jobs = [(encoded[at : at + size],) for at in range(0, len(encoded), size)]
+    parts = dict(work(decode, jobs, min(workers, len(jobs))))
+    pixels = torch.cat([torch.from_numpy(parts[number]) for number in range(len(jobs))])
+    return Pictures(pixels.to(device), torch.tensor(labels, device=device))
+
+
+def _read(path: Path, num: int | None) -> tuple[list[bytes], list[int]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError("reading CIFAR-10 needs pyarrow: pip install 'omni-flow[data]'") from None
+    try:
+        table = parquet.read_table(path, columns=["image", "label"]).slice(0, num)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no parquet file with columns image and label: {error}") from None
+    cells, labels = table["image"].to_pylist(), table["label"].to_pylist()
+    encoded = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+    if not labels or not all(isinstance(label, int) and 0 <= label < NUM_CLASSES for label in labels):
+        raise ValueError(f"{str(path)!r} has no rows, or labels outside 0 to {NUM_CLASSES - 1}; is it CIFAR-10?")
+    return encoded, labels
+
+
+def decode(encoded: Sequence[bytes]) -> numpy.ndarray:
+    """Encoded pictures -> uint8 (N, P, P, 3). A function of its own module, so that other processes can import it."""
+    pictures = [load_image(data) for data in encoded]
+    wrong = next((tuple(picture.shape) for picture in pictures if picture.shape != (SIDE, SIDE, 3)), None)
+    if wrong is not None:
+        raise ValueError(f"a picture has the shape {wrong}, CIFAR-10's have {(SIDE, SIDE, 3)}")
+    return torch.stack(pictures).numpy()
+
+
+class Order:
+    """Which pictures a step takes: a fresh keyed shuffle for every epoch, the rest that fills no batch left out."""
+
+    def __init__(self, num: int, batch: int, key: Key, device: torch.device) -> None:
+        if batch > num:
+            raise ValueError(f"a batch of {batch} is more than the {num} pictures there are; make it smaller")
+        self.num, self.batch, self.key, self.device = num, batch, key, device
+        self._epoch, self._shuffled = -1, torch.empty(0)
+
+    def rows(self, step: int) -> Tensor:
+        """(B,) int64, on the device."""
+        epoch, place = divmod(step, self.num // self.batch)
+        if epoch != self._epoch:
+            shuffled = torch.randperm(self.num, generator=self.key.fold("epoch", epoch).generator())
+            self._epoch, self._shuffled = epoch, shuffled.to(self.device)
+        return self._shuffled[place * self.batch : (place + 1) * self.batch]
+
+
+def flipped(pixels_BPP3: Tensor, key: Key) -> Tensor:
+    """A keyed half of the pictures mirrored."""
+    flips = (key.fold("flip").uniform((len(pixels_BPP3),)) < 0.5).to(pixels_BPP3.device)
+    return torch.where(flips[:, None, None, None], pixels_BPP3.flip(2), pixels_BPP3)
+
+
+def cropped(pixels_BPP3: Tensor, key: Key, margin: int = 4) -> Tensor:
+    """Moved by up to `margin` pixels in each direction, what comes in repeating the edge."""
+    num, side = pixels_BPP3.shape[:2]
+    shift = key.fold("crop").uniform((2, num, 1)).mul(2 * margin + 1).floor().long().to(pixels_BPP3.device) - margin
+    place = (torch.arange(side, device=pixels_BPP3.device) + shift).clamp(0, side - 1)
+    picture = torch.arange(num, device=pixels_BPP3.device)[:, None, None]
+    return pixels_BPP3[picture, place[0][:, :, None], place[1][:, None, :]]

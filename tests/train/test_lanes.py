@@ -1,0 +1,103 @@
+"""Lanes: what several loading processes send, with latents put in here, is what one loader would have made."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni.layout import Batch
+from train import loop
+from train.data import lanes as lanes_module
+from train.data.lanes import Tickets
+from train.data.loader import TooManyCorrupt
+from train.data.source import CorruptRecord
+from train.loop import Run
+from train.track import Tracker, read_metrics
+
+MakeRun = Callable[..., Run]
+TIMES = {"seconds", "load_seconds"}
+
+
+def tensors(batch: Batch) -> Iterator[torch.Tensor]:
+    for stream in (batch.context, batch.refine):
+        yield from (stream.document, stream.block, stream.copy, stream.position)
+    yield from (batch.ids, batch.latents, batch.is_latent, batch.target, batch.refine_latents, batch.item)
+    yield batch.item_first
+    if batch.null is not None:
+        yield from tensors(batch.null)
+
+
+@pytest.mark.parametrize("with_nulls", [False, True])
+def test_lanes_send_what_one_loader_makes(make_run: MakeRun, with_nulls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and clips, in the context and to refine, and in null contexts; three steps of each of two lanes."""
+    monkeypatch.setattr(lanes_module, "ENCODE_BATCH", 3)  # several passes through the codec, the last one filled up
+    wanted = ["objectives.1.name=shortcut", "objectives.1.options.guidance_scale=2.0"] if with_nulls else []
+    run, plain = make_run("workers=2", *wanted), make_run(*wanted).loader
+    plain.stride = 2
+    cursors, total = [0, 1], 0
+    for step in range(6):
+        lane = step % 2
+        plain._window.clear()
+        one, other = run.next(), plain.next(cursors[lane])
+        assert (one.lane, one.documents, one.cursor) == (lane, other.documents, other.cursor)
+        assert all(document % 2 == lane for document in one.documents)
+        cursors[lane] = one.cursor
+        for a, b in zip(one.batches, other.batches, strict=True):
+            assert (a.item_names, a.documents, a.dropped) == (b.item_names, b.documents, b.dropped)
+            assert (a.null is not None) == (with_nulls and b.num_items > 0)
+            assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+            total += int((a.refine_latents != 0).sum()) + int((a.latents != 0).sum())
+    assert total > 10_000
+    assert run.loader.counts["documents"] > 0
+
+
+def go(run: Run, until: int) -> None:
+    tracker = Tracker(run.out, run.progress.step, stream=io.StringIO())
+    loop.train(run, tracker, lambda: run.progress.step >= until)
+    tracker.close()
+
+
+def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
+    """Also where the next step is not the first lane's."""
+    go(make_run("workers=3", out="straight"), 7)
+    for stop in (2, 4):
+        out = tmp_path / f"stop{stop}"
+        go(make_run("workers=3", out=out.name), stop)
+        run = make_run("workers=3", out=out.name)
+        loop.resume(run, lambda line: None)
+        assert run.progress.lanes and run.progress.cursor == 0
+        go(run, 7)
+        a, b = (read_metrics(path / "metrics.jsonl") for path in (out, tmp_path / "straight"))
+        assert [{k: v for k, v in row.items() if k not in TIMES} for row in a] == [
+            {k: v for k, v in row.items() if k not in TIMES} for row in b
+        ]
+        states = [path / "state" / "step-00000007" / "model.safetensors" for path in (out, tmp_path / "straight")]
+        assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:
+    run = make_run()
+    tickets = Tickets(run.model.codec)
+    loader = run.loader
+    loader.memo, loader.channels = tickets, tickets.channels
+    cursor, most = 0, 0
+    for _ in range(40):
+        cursor = tickets.collect(loader.next(cursor)).packed.cursor
+        most = max(most, len(tickets._media))
+    assert most < 200 < tickets._next
+
+
+def test_unreadable_documents_end_a_run_with_lanes_as_without(make_run: MakeRun) -> None:
+    run = make_run("workers=2")
+
+    def unreadable(index: int) -> None:
+        raise CorruptRecord(f"record {index} is broken")
+
+    for source in run.loader.document.__self__.sources:  # type: ignore[attr-defined]
+        source.document = unreadable
+    with pytest.raises(TooManyCorrupt, match=r"the last: record \d+ is broken"):
+        run.next()

@@ -1,0 +1,188 @@
+"""Lanes: several processes load, each its own share of the documents, so that a fast device does not wait for them.
+
+Lane l of L reads the documents l, l + L, l + 2 L, ... and makes every L-th step, from step l on. So the state of the
+data is one cursor per lane (`train.state.Progress.lanes`), and a resumed run goes on bit for bit.
+
+Loading processes have no device. Where a batch has latents they put tickets, (number of the picture, place in it), and
+send the pictures along; `Lanes` encodes those on the device of the training process and puts the latents in.
+
+Shapes: P pictures, N latents of one, C channels; R rows, L positions (context or refine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from omni.codecs import Codec
+from omni.document import Image, Video
+from omni.layout import Batch
+from train.data.loader import Loader, Packed, TooManyCorrupt
+
+ENCODE_BATCH = 256  # pictures of one pass through the codec; the last one is filled up
+PREFETCH = 2  # steps that every lane is ahead
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One step as a lane sends it: batches whose latents are rows of a table (R, L), which the codec makes of `media`,
+    uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the lane gave up."""
+
+    packed: Packed
+    media: tuple[Tensor, ...] = ()
+    error: str = ""
+
+
+class Tickets:
+    """Stands where a LatentMemo stands, in a lane: "encodes" media as tickets, float32 of two channels."""
+
+    channels = 2
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec  # asked for its shapes alone
+        self._media: dict[int, tuple[Tensor, int]] = {}  # pixels, number of latents
+        self._next = 0
+
+    def encode(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
+        """Blocks (t, h, w, 2) of each segment, in order. ValueError for a size that the codec cannot take."""
+        return [self._blocks(s.pixels if isinstance(s, Image) else s.frames) for s in segments]
+
+    def _blocks(self, pixels: Tensor) -> list[Tensor]:
+        of_clip = pixels.ndim == 4
+        count = self.codec.num_chunks(len(pixels)) if of_clip else 1
+        grid = (self.codec.spec.frames_per_chunk if of_clip else 1, *self.codec.grid(*pixels.shape[-3:-1]))
+        place = torch.arange(count * grid[0] * grid[1] * grid[2], dtype=torch.float32)
+        number, self._next = self._next, (self._next + 1) % (1 << 23)  # float32 holds every one exactly
+        self._media[number] = pixels, len(place)
+        return list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
+
+    def collect(self, packed: Packed) -> Sent:
+        """The step with the media that it needs; forgets them and all that were numbered before."""
+        places = [at for batch in packed.batches for part in (batch, batch.null) if part for at in _places(part)]
+        tickets = torch.cat([latents[where] for latents, where in places]).long()
+        numbers, which = tickets[:, 0].unique(return_inverse=True)
+        groups: dict[torch.Size, list[int]] = {}
+        for index, number in enumerate(numbers.tolist()):
+            groups.setdefault(self._media[number][0].shape, []).append(index)
+        first, total, media = torch.zeros_like(numbers), 0, []
+        for members in groups.values():
+            media.append(torch.stack([self._media[int(numbers[index])][0] for index in members]))
+            for index in members:
+                first[index] = total
+                total += self._media[int(numbers[index])][1]
+        rows = iter((first[which] + tickets[:, 1]).split([int(where.sum()) for _, where in places]))
+        batches = [_replaced(batch, lambda latents, where: _filled(where, next(rows))) for batch in packed.batches]
+        self._forget(set(numbers.tolist()))
+        return Sent(replace(packed, batches=batches), tuple(media))
+
+    def _forget(self, used: set[int]) -> None:
+        for number in list(self._media):
+            if not used:
+                return
+            used.discard(number)
+            del self._media[number]
+
+
+class Lane(IterableDataset):
+    """What a loading process runs: the steps of its lane, from `cursors` on, without end."""
+
+    def __init__(
+        self, loader: Callable[[Tickets, int], Loader], codec: Codec, cursors: Sequence[int], step: int
+    ) -> None:
+        self.loader, self.codec, self.cursors, self.step = loader, codec, tuple(cursors), step
+
+    def __iter__(self) -> Iterator[Sent]:
+        info = get_worker_info()
+        lane = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first process makes the first step
+        tickets = Tickets(self.codec)
+        loader, cursor = self.loader(tickets, len(self.cursors)), self.cursors[lane]
+        while True:
+            try:
+                packed = loader.next(cursor)
+            except TooManyCorrupt as error:
+                yield Sent(Packed([], [], cursor), error=str(error))
+                return
+            yield tickets.collect(replace(packed, lane=lane))
+            cursor = packed.cursor
+
+
+class Lanes:
+    """`next()` gives the steps of all lanes in turn, with latents, on `device`.
+
+    Args:
+        loader: (tickets, number of lanes) -> the loader of a lane.
+        cursors: the next document of every lane; at first 0, 1, 2, ... step: how many steps were made.
+    """
+
+    def __init__(
+        self,
+        loader: Callable[[Tickets, int], Loader],
+        codec: Codec,
+        cursors: Sequence[int],
+        step: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.codec, self.device = codec, torch.device(device)
+        processes: Any = DataLoader(
+            Lane(loader, codec, cursors, step),
+            batch_size=None,
+            num_workers=len(cursors),
+            prefetch_factor=PREFETCH,
+            multiprocessing_context="fork",  # a lane inherits sources, tokenizer and codec as they are
+            collate_fn=_same,
+        )
+        self._steps = iter(processes)
+
+    def next(self) -> Packed:
+        """The next step. Raises TooManyCorrupt as Loader.next does."""
+        sent = next(self._steps)
+        if sent.error:
+            raise TooManyCorrupt(sent.error)
+        table = torch.cat([self._encode(group) for group in sent.media]) if sent.media else None
+
+        def found(rows: Tensor, where: Tensor) -> Tensor:
+            where = where.to(self.device)
+            if table is None:
+                return torch.zeros(*rows.shape, self.codec.spec.channels, device=self.device)
+            return torch.where(where.unsqueeze(-1), table[rows.to(self.device)], 0.0)
+
+        return replace(sent.packed, batches=[_replaced(batch, found) for batch in sent.packed.batches])
+
+    def _encode(self, media: Tensor) -> Tensor:
+        """Media of one size -> their latents (P N, C), rounded to bfloat16 as LatentMemo rounds them."""
+        parts = []
+        if media.ndim == 5:
+            parts = [torch.stack(self.codec.encode_video(frames.to(self.device))) for frames in media]
+        else:
+            for pixels in media.split(ENCODE_BATCH):
+                filled = pixels.new_zeros(ENCODE_BATCH, *pixels.shape[1:])
+                filled[: len(pixels)] = pixels
+                parts.append(self.codec.encode(filled.to(self.device))[: len(pixels)])
+        return torch.cat([part.flatten(0, -2) for part in parts]).to(torch.bfloat16).float()
+
+
+def _places(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """(what stands for the latents, where they are), of the context and of the refine stream."""
+    return [(batch.latents, batch.is_latent), (batch.refine_latents, batch.item >= 0)]
+
+
+def _replaced(batch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Batch:
+    """The batch, and its null contexts, with each of `_places` changed, in that order."""
+    latents, refine = (change(*place) for place in _places(batch))
+    null = None if batch.null is None else _replaced(batch.null, change)
+    return replace(batch, latents=latents, refine_latents=refine, null=null)
+
+
+def _filled(where: Tensor, rows: Tensor) -> Tensor:
+    out = torch.zeros(where.shape, dtype=torch.int64)
+    out[where] = rows
+    return out
+
+
+def _same(sent: Sent) -> Sent:
+    return sent
