@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from omni.checkpoint import load_tensors, publish, verify
@@ -50,13 +51,15 @@ class OmniConfig(Frozen):
     """Everything that fixes the shapes of the weights. `vocab_size` counts text and control ids.
 
     `sampler` names the sampler that suits the flow head: "euler" after flow matching, "flow_map" after a two-time
-    objective. `max_grid` bounds the header the model may write, in latents. joint: a joint-token head, or None.
+    objective. `max_grid` bounds the header the model may write, in latents. logit_cap: see heads.token. joint: a
+    joint-token head, or None.
     """
 
     transformer: TransformerConfig = TransformerConfig()
     flow: FlowHeadConfig = FlowHeadConfig()
     vocab_size: int
     tied_embeddings: bool = True
+    logit_cap: float | None = Field(default=None, gt=0)
     sampler: str = "euler"
     max_grid: int = 8
     max_chunks: int = 8
@@ -155,7 +158,7 @@ class Omni(nn.Module):
         self.config = config
         width = config.transformer.width
         self.transformer = Transformer(config.transformer)
-        self.token = TokenHead(config.vocab_size, width, config.tied_embeddings)
+        self.token = TokenHead(config.vocab_size, width, config.tied_embeddings, config.logit_cap)
         self.flow = FlowHead(width, config.flow)
         self.joint = None if config.joint is None else JointTokens(config.joint, config.transformer, config.vocab_size)
         self.tokenizer: Tokenizer | None = None

@@ -333,6 +333,8 @@ def triton_cases() -> dict[str, tuple[list[Tensor], Mask, torch.dtype]]:
         "dense, wide, bfloat16": (draw(1, 2, 1, 33, 40, 128, bfloat16), random_dense(1, 33, 73), bfloat16),
         "all visible": (draw(1, 2, 1, 65, 17, 64, float32), None, float32),
         "one position": (draw(1, 1, 1, 1, 0, 64, float32), None, float32),
+        "whole tiles": (draw(1, 2, 1, 64, 64, 64, float32), None, float32),
+        "whole tiles, bfloat16": (draw(1, 1, 1, 64, 0, 128, bfloat16), None, bfloat16),
     }
 
 
@@ -386,8 +388,9 @@ def script() -> None:
     from omni.nn import jvp_attention_launch
 
     torch.set_num_threads(1)
-    tilings = jvp_attention_launch.TILINGS
-    tilings.update({key: jvp_attention_launch.Tiling(32, 16) for key in tilings})  # several tiles of few queries
+    tile = jvp_attention_launch.Tiling
+    small = jvp_attention_launch.Tilings(tile(32, 16), tile(32, 32), tile(16, 64), tile(32, 16))  # several tiles of few
+    jvp_attention_launch.tilings = lambda _: small
     cases = triton_cases()
     out: dict[str, Any] = {name: errors("triton", *case) for name, case in cases.items()}
     drawn, _, dtype = cases["dense, wide"]

@@ -1,1 +1,1 @@
-"""CIFAR-10 as a laboratory of flow-map objectives: its pictures, Omni over their patches, and a judge of what it draws."""
+"""CIFAR-10 as a laboratory of flow-map objectives: pictures, Omni over their patches, a judge of what is drawn."""

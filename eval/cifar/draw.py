@@ -8,7 +8,7 @@ Legend: M pictures to draw, R rows of a pass, N latents, C channels, P side in p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,28 +29,36 @@ if TYPE_CHECKING:
 SCALE, GAP, LABEL_WIDTH = 2, 2, 190
 
 
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """What all are drawn from and into: `blank`, R documents of one copy; `noise` (M, N, C) and `labels` (M,)."""
+
+    blank: Batch
+    patches: Patches
+    noise: Tensor
+    labels: Tensor
+
+
 @torch.no_grad()
-def draw_pictures(
-    model: Omni, method: Method, steps: int, blank: Batch, patches: Patches, noise_MNC: Tensor, labels_M: Tensor, key: Key
-) -> Tensor:
-    """uint8 (M, P, P, 3) by the method's sampler, a pass of `blank`'s R rows at a time. ValueError if not finite."""
-    rows, num, device = len(blank.ids), len(labels_M), labels_M.device
+def draw_pictures(model: Omni, method: Method, steps: int, canvas: Canvas, key: Key) -> Tensor:
+    """uint8 (M, P, P, 3) by the method's sampler, R rows a pass. ValueError if they are not finite."""
+    rows, num, device = len(canvas.blank.ids), len(canvas.labels), canvas.labels.device
     times, found = time_grid(steps, start=method.start_time), []
     for at in range(0, num, rows):
         where = torch.arange(at, at + rows, device=device) % num  # the last pass is as full as the others
-        start = times[0] * noise_MNC[where]  # at t < 1 pure noise is t eps
+        start = times[0] * canvas.noise[where]  # at t < 1 pure noise is t eps
 
         def renoise(jump: int, at: int = at, shape: tuple[int, ...] = tuple(start.shape)) -> Tensor:
             return key.fold("renoise", at, jump).normal(shape).to(device)
 
         with in_half_precision(device):
-            call = velocity_of(model, method, with_classes(blank, labels_M[where]))
+            call = velocity_of(model, method, with_classes(canvas.blank, canvas.labels[where]))
             *_, last = SAMPLERS.get(method.sampler)(call, start, times, renoise, **method.sampler_options)
         found.append(last.x[: num - at])
     latents = torch.cat(found)
     if not bool(latents.isfinite().all()):
         raise ValueError(f"what {steps} steps draw is not finite")
-    return patches.decode(latents)
+    return canvas.patches.decode(latents)
 
 
 def velocity_of(model: Omni, method: Method, batch: Batch) -> Callable[[Tensor, float, float], Tensor]:

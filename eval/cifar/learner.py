@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from eval.cifar.patches import VOCAB_SIZE, Patches, lay_pictures, with_classes, with_latents
 from eval.cifar.pictures import Order, Pictures, flipped
@@ -61,8 +61,13 @@ class Method(Frozen):
     @model_validator(mode="after")
     def _can_be_built(self) -> Method:
         self.build()
-        FlowHeadConfig(**self.head)
+        self.flow_head(1)
+        if "channels" in self.head:
+            raise ValueError("head takes no channels: they follow from the patches")
         return self
+
+    def flow_head(self, channels: int) -> FlowHeadConfig:
+        return FlowHeadConfig.model_validate(self.head | {"channels": channels})
 
     def build(self) -> FlowObjective:
         """ValueError for an unknown objective, a wrong option, and an objective on text."""
@@ -116,8 +121,7 @@ def build_model(options: TrainOptions, method: Method, channels: int, key: Key) 
         width=options.width, depth=options.depth, num_heads=heads, num_kv_heads=heads, head_dim=options.head_dim,
         attention=options.attention, tangents=options.tangents,
     )  # fmt: skip
-    flow = FlowHeadConfig(**method.head | {"channels": channels})
-    return Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=VOCAB_SIZE), key)
+    return Omni(OmniConfig(transformer=transformer, flow=method.flow_head(channels), vocab_size=VOCAB_SIZE), key)
 
 
 class Learner:
@@ -137,8 +141,9 @@ class Learner:
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.decay: float | None = getattr(self.objective, "target_decay", None)
         self.target = copy.deepcopy(self.average) if self.decay else None
-        if options.compile:
-            compile_blocks(self.model.transformer)
+        if options.compile:  # the average is only drawn from, which keeps the plain code
+            for module in filter(None, (self.model, self.target)):
+                compile_blocks(module.transformer)
         self.optimiser = torch.optim.AdamW(self.parameters, betas=options.betas, weight_decay=0.0, fused=True)
         self.nonfinite = torch.zeros((), device=self.device)
         self.nonfinite_seen = torch.zeros((), pin_memory=self.device.type == "cuda")  # of a step or two ago

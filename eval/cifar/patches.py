@@ -77,7 +77,7 @@ def with_classes(blank: Batch, labels_R: Tensor, dropped_R: Tensor | None = None
     ids, dropped = blank.ids.clone(), frozenset[int]()
     ids[:, CLASS_PLACE] = FIRST_CLASS + labels_R
     if dropped_R is not None:
-        ids[:, CLASS_PLACE].masked_fill_(dropped_R.to(ids.device), NO_CLASS)
+        ids[:, CLASS_PLACE].masked_fill_(dropped_R.to(ids.device, non_blocking=True), NO_CLASS)
         dropped = frozenset(dropped_R.nonzero().flatten().tolist())
     return replace(blank, ids=ids, dropped=dropped, null=blank)
 

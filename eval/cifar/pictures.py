@@ -35,17 +35,20 @@ class Pictures:
         return len(self.labels)
 
 
-def load_pictures(path: Path, num: int | None, workers: int, device: str) -> Pictures:
-    """The first `num` rows (None: all) of a parquet file with the columns image (bytes, or {"bytes": ...}) and label.
+def load_pictures(paths: Sequence[Path], num: int | None, workers: int, device: str) -> list[Pictures]:
+    """The first `num` rows (None: all) of parquet files with the columns image (bytes, or {"bytes": ...}) and label.
 
     Decoded by `workers` processes. Raises ValueError for a file, picture or label that is not of this kind.
     """
-    encoded, labels = _read(path, num)
+    tables = [_read(path, num) for path in paths]
+    encoded = [data for images, _ in tables for data in images]
     size = -(-len(encoded) // workers)
     jobs = [(encoded[at : at + size],) for at in range(0, len(encoded), size)]
-    parts = dict(work(decode, jobs, min(workers, len(jobs))))
+    parts = dict(work(decode, jobs, workers))
     pixels = torch.cat([torch.from_numpy(parts[number]) for number in range(len(jobs))])
-    return Pictures(pixels.to(device), torch.tensor(labels, device=device))
+    parted = pixels.split([len(labels) for _, labels in tables])
+    pairs = zip(parted, (labels for _, labels in tables), strict=True)
+    return [Pictures(part.to(device), torch.tensor(labels, device=device)) for part, labels in pairs]
 
 
 def _read(path: Path, num: int | None) -> tuple[list[bytes], list[int]]:
@@ -93,14 +96,15 @@ class Order:
 
 def flipped(pixels_BPP3: Tensor, key: Key) -> Tensor:
     """A keyed half of the pictures mirrored."""
-    flips = (key.fold("flip").uniform((len(pixels_BPP3),)) < 0.5).to(pixels_BPP3.device)
+    flips = (key.fold("flip").uniform((len(pixels_BPP3),)) < 0.5).to(pixels_BPP3.device, non_blocking=True)
     return torch.where(flips[:, None, None, None], pixels_BPP3.flip(2), pixels_BPP3)
 
 
 def cropped(pixels_BPP3: Tensor, key: Key, margin: int = 4) -> Tensor:
     """Moved by up to `margin` pixels in each direction, what comes in repeating the edge."""
     num, side = pixels_BPP3.shape[:2]
-    shift = key.fold("crop").uniform((2, num, 1)).mul(2 * margin + 1).floor().long().to(pixels_BPP3.device) - margin
-    place = (torch.arange(side, device=pixels_BPP3.device) + shift).clamp(0, side - 1)
+    shift = (key.fold("crop").uniform((2, num, 1)) * (2 * margin + 1)).floor().long() - margin
+    place = torch.arange(side, device=pixels_BPP3.device) + shift.to(pixels_BPP3.device, non_blocking=True)
+    down, across = place.clamp(0, side - 1)
     picture = torch.arange(num, device=pixels_BPP3.device)[:, None, None]
-    return pixels_BPP3[picture, place[0][:, :, None], place[1][:, None, :]]
+    return pixels_BPP3[picture, down[:, :, None], across[:, None, :]]

@@ -28,9 +28,15 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from eval.cifar.draw import draw_pictures, sheet
+from eval.cifar.draw import Canvas, draw_pictures, sheet
 from eval.cifar.judge import (
-    ClassifierOptions, Moments, accuracy, frechet_distance, load_features, moments, train_classifier,
+    ClassifierOptions,
+    Moments,
+    accuracy,
+    frechet_distance,
+    load_features,
+    moments,
+    train_classifier,
 )  # fmt: skip
 from eval.cifar.learner import REHEARSALS, Learner, Method, Trained, TrainOptions, train
 from eval.cifar.patches import Patches, lay_pictures
@@ -118,6 +124,11 @@ class Lab:
     blank: Batch
     labels: Tensor  # (num_samples,) int64: the classes in turn
 
+    def canvas(self, key: Key) -> Canvas:
+        """With the noise of a seed."""
+        noise = key.fold("start").normal((len(self.labels), *self.patches.shape)).to(self.labels.device)
+        return Canvas(self.blank, self.patches, noise, self.labels)
+
     def distance(self, pixels: Tensor) -> float:
         """Of uint8 pictures (N, P, P, 3) from the training pictures."""
         return frechet_distance(moments(self.features, pixels), self.wanted)
@@ -179,10 +190,8 @@ def float32_products(precision: str) -> Iterator[None]:
 def prepare(context: Context, options: Cifar10Options) -> tuple[Lab, list[Measure]]:
     """Read the data and make the judge. Returns its rows too."""
     device, folder, start = options.device or context.device, Path(options.data or ""), time.perf_counter()
-    train_set, test_set = (
-        load_pictures(folder / f"{part}.parquet", options.pictures, options.workers, device)
-        for part in ("train", "test")
-    )
+    paths = [folder / f"{part}.parquet" for part in ("train", "test")]
+    train_set, test_set = load_pictures(paths, options.pictures, options.workers, device)
     context.say(f"  {len(train_set)} + {len(test_set)} pictures in {time.perf_counter() - start:.1f} s")
     measures: list[Measure] = []
     if options.inception is None:
@@ -207,10 +216,10 @@ def run_all(context: Context, lab: Lab) -> Results:
     results, options = Results(), lab.options
     for seed in range(options.seeds):
         key = context.key("cifar10", seed)
-        noise = key.fold("start").normal((options.num_samples, *lab.patches.shape)).to(lab.labels.device)
+        canvas = lab.canvas(key)
         for name, method in options.chosen.items():
             try:
-                results.runs.setdefault(name, []).append(run_method(lab, method, noise, key.fold(name)))
+                results.runs.setdefault(name, []).append(run_method(lab, method, canvas, key.fold(name)))
             except Exception as error:  # whatever goes wrong in one method, the others are still worth running
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 results.failures.setdefault(name, []).append(reason)
@@ -221,7 +230,7 @@ def run_all(context: Context, lab: Lab) -> Results:
     return results
 
 
-def run_method(lab: Lab, method: Method, noise: Tensor, key: Key) -> Run:
+def run_method(lab: Lab, method: Method, canvas: Canvas, key: Key) -> Run:
     """Train and draw. Raises ValueError where too many steps were not finite."""
     options = lab.options
     learner = Learner(method, options.train, lab.pictures, lab.patches, key.fold("train"))
@@ -230,9 +239,7 @@ def run_method(lab: Lab, method: Method, noise: Tensor, key: Key) -> Run:
         raise ValueError(f"stopped after {trained.nonfinite} steps that were not finite, of {trained.steps}")
     distances, drawn = {}, {}
     for n in options.numbers(method):
-        pixels = draw_pictures(
-            trained.model, method, n, lab.blank, lab.patches, noise, lab.labels, key.fold("sample", n)
-        )
+        pixels = draw_pictures(trained.model, method, n, canvas, key.fold("sample", n))
         distances[n], drawn[n] = lab.distance(pixels), pixels[:NUM_CLASSES].cpu()
     return Run(distances, drawn, trained)
 
@@ -288,12 +295,13 @@ def say_rows(context: Context, measures: list[Measure]) -> None:
 
 def notes(lab: Lab, results: Results, device: torch.device) -> list[str]:
     options, own = lab.options, lab.options.train
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+    on_cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU thread(s)"
     sizes = [sum(p.numel() for p in run.trained.model.parameters()) for runs in results.runs.values() for run in runs]
     return [
         f"{machine}, torch {torch.__version__}; {options.seeds} seed(s); Omni of {own.depth} layers of {own.width}"
         f"{f', {max(sizes) / 1e6:.1f} M parameters' if sizes else ''}, {own.batch} noisy pictures a step, patches of "
-        f"{options.patch} pixels, {'bfloat16' if device.type == 'cuda' else 'float32'}"
+        f"{options.patch} pixels, {'bfloat16' if on_cuda else 'float32'}"
         f"{', compiled' if own.compile else ''}, tangents {own.tangents}; {options.num_samples} pictures drawn",
         f"{60 * options.minutes_per_objective:.1f} s of device time for each method; the clock starts after "
         f"{REHEARSALS} steps on the same shapes, in which everything is compiled and which are then undone (rehearsal)",
@@ -310,11 +318,10 @@ def curves(results: Results, floor: float, options: Cifar10Options) -> list[Curv
     }
     if not lines:
         return []
-    ends = [x for line in lines.values() for x, _ in line]
-    drawn = lines | {"test pictures": [(min(ends), floor), (max(ends), floor)]}
-    picture = log_charts({"CIFAR-10": drawn}, "evaluations of the network", "Frechet distance")
+    title = f"CIFAR-10 (test pictures: {floor:.3g})"
+    picture = log_charts({title: lines}, "evaluations of the network", "Frechet distance")
     save_png(picture, place(options, "cifar10.png"))
-    return [Curve("CIFAR-10", "evaluations", "Frechet distance", lines)]
+    return [Curve(title, "evaluations", "Frechet distance", lines)]
 
 
 def panels(results: Results, options: Cifar10Options) -> list[Panel]:

@@ -1,5 +1,8 @@
 """The token head: embedding of ids and next-token logits, with tied weights by default.
 
+With `logit_cap` c the logits are c tanh(x / c), as in Gemma 2 (arXiv 2408.00118, section 2): they stay inside (-c, c),
+where float32 has more digits, and the cross-entropy cannot drive the unlikely ones ever further down.
+
 Legend: R rows, N positions, W width, V vocabulary.
 """
 
@@ -12,8 +15,9 @@ from torch import Tensor, nn
 class TokenHead(nn.Module):
     """Ids (R, N) int64 -> hidden (R, N, W); hidden (..., W) -> logits (..., V)."""
 
-    def __init__(self, vocab_size: int, width: int, tied: bool = True) -> None:
+    def __init__(self, vocab_size: int, width: int, tied: bool = True, logit_cap: float | None = None) -> None:
         super().__init__()
+        self.logit_cap = logit_cap
         self.embedding = nn.Embedding(vocab_size, width)
         self.unembedding = None if tied else nn.Linear(width, vocab_size, bias=False)
 
@@ -26,4 +30,5 @@ class TokenHead(nn.Module):
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
 
     def read(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.output_weight)
+        logits = F.linear(hidden, self.output_weight)
+        return logits if self.logit_cap is None else self.logit_cap * (logits / self.logit_cap).tanh()

@@ -56,7 +56,7 @@ def load() -> None:
     import triton.language as tl
 
     module = globals()
-    module.update(triton=triton, tl=tl)
+    module.update(triton=triton, tl=tl, FLOAT32=tl.constexpr(os.environ.get("F32","tf32x3")))
     for name in _DEVICE_FUNCTIONS:
         module[name] = triton.jit(module[name])
     module["interpreted"] = interpreting()
@@ -167,11 +167,11 @@ def _visible(mask, r, qi, ki, num_q, num_k, MASK: tl.constexpr):
 def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
     """The tangent da b^T + a db^T of a b^T; A, B say which side has one."""
     if A:
-        ds = tl.dot(da, tl.trans(b), input_precision="ieee")
+        ds = tl.dot(da, tl.trans(b), input_precision=FLOAT32)
         if B:
-            ds = tl.dot(a, tl.trans(db), ds, input_precision="ieee")
+            ds = tl.dot(a, tl.trans(db), ds, input_precision=FLOAT32)
     else:
-        ds = tl.dot(a, tl.trans(db), input_precision="ieee")
+        ds = tl.dot(a, tl.trans(db), input_precision=FLOAT32)
     return ds
 
 
@@ -213,7 +213,7 @@ def _sweep(
         dk_tile = k_tile
         if OWN:
             dk_tile = _read(dk, r, g, start, num_k, D, BK, EVEN, EMULATE)
-        s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k_tile), input_precision=FLOAT32)
         ds = _scores(q, dq, k_tile, dk_tile, True, OWN)
         if MASK != 0 or not EVEN:
             seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
@@ -233,11 +233,11 @@ def _sweep(
         acc_t = acc_t * alpha[:, None] - acc * dmu[:, None]
         v_tile = _read(v, r, g, start, num_k, D, BK, EVEN, EMULATE)
         weight = _operand(p, DTYPE, EMULATE)
-        acc = tl.dot(weight, v_tile, acc, input_precision="ieee")
-        acc_t = tl.dot(_operand(w - p * dmu[:, None], DTYPE, EMULATE), v_tile, acc_t, input_precision="ieee")
+        acc = tl.dot(weight, v_tile, acc, input_precision=FLOAT32)
+        acc_t = tl.dot(_operand(w - p * dmu[:, None], DTYPE, EMULATE), v_tile, acc_t, input_precision=FLOAT32)
         if OWN:
             dv_tile = _read(dv, r, g, start, num_k, D, BK, EVEN, EMULATE)
-            acc_t = tl.dot(weight, dv_tile, acc_t, input_precision="ieee")
+            acc_t = tl.dot(weight, dv_tile, acc_t, input_precision=FLOAT32)
     return acc, acc_t, m, total, mu
 
 
@@ -308,22 +308,22 @@ def _sweep_q(
         if OWN:
             dk_tile = _read(dk, r, g, start, num_k, D, BK, EVEN, EMULATE)
             dv_tile = _read(dv, r, g, start, num_k, D, BK, EVEN, EMULATE)
-        s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k_tile), input_precision=FLOAT32)
         p = tl.exp2(s * scale2 - lse[:, None])
         if MASK != 0 or not EVEN:
             seen = _visible(mask, r, qi, (start + tl.arange(0, BK))[None, :], num_q, num_k, MASK)
             p = tl.where(seen, p, 0.0)
-        a = tl.dot(dc, tl.trans(v_tile), input_precision="ieee") - s1[:, None]
+        a = tl.dot(dc, tl.trans(v_tile), input_precision=FLOAT32) - s1[:, None]
         d_ds = _operand(p * a, DTYPE, EMULATE)
         n = _scores(q, dq, k_tile, dk_tile, True, OWN) * scale - mu[:, None]
-        b = tl.dot(c, tl.trans(v_tile), a * n - s2[:, None], input_precision="ieee")
+        b = tl.dot(c, tl.trans(v_tile), a * n - s2[:, None], input_precision=FLOAT32)
         if OWN:
-            b = tl.dot(dc, tl.trans(dv_tile), b, input_precision="ieee")
+            b = tl.dot(dc, tl.trans(dv_tile), b, input_precision=FLOAT32)
         d_s = _operand(p * b, DTYPE, EMULATE)
-        acc_t = tl.dot(d_ds, k_tile, acc_t, input_precision="ieee")
-        acc = tl.dot(d_s, k_tile, acc, input_precision="ieee")
+        acc_t = tl.dot(d_ds, k_tile, acc_t, input_precision=FLOAT32)
+        acc = tl.dot(d_s, k_tile, acc, input_precision=FLOAT32)
         if OWN:
-            acc = tl.dot(d_ds, dk_tile, acc, input_precision="ieee")
+            acc = tl.dot(d_ds, dk_tile, acc, input_precision=FLOAT32)
     return acc, acc_t
 
 
@@ -390,21 +390,21 @@ def grad_k(
             dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
             lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
             s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=FLOAT32)
             p = tl.exp2(s * scale2 - lse_tile[None, :])
             if MASK != 0:
                 p = tl.where(_visible(mask, r, at[None, :], ki, num_q, num_k, MASK), p, 0.0)
-            a = tl.dot(v_tile, tl.trans(dc), input_precision="ieee") - s1_tile[None, :]
+            a = tl.dot(v_tile, tl.trans(dc), input_precision=FLOAT32) - s1_tile[None, :]
             d_ds = _operand(p * a, DTYPE, EMULATE)
             n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True) * scale - mu_tile[None, :]
-            b = tl.dot(v_tile, tl.trans(c), a * n - s2_tile[None, :], input_precision="ieee")
+            b = tl.dot(v_tile, tl.trans(c), a * n - s2_tile[None, :], input_precision=FLOAT32)
             if OWN:
-                b = tl.dot(dv_tile, tl.trans(dc), b, input_precision="ieee")
+                b = tl.dot(dv_tile, tl.trans(dc), b, input_precision=FLOAT32)
             d_s = _operand(p * b, DTYPE, EMULATE)
             if OWN:
-                acc_t = tl.dot(d_ds, q_tile, acc_t, input_precision="ieee")
-            acc = tl.dot(d_s, q_tile, acc, input_precision="ieee")
-            acc = tl.dot(d_ds, dq_tile, acc, input_precision="ieee")
+                acc_t = tl.dot(d_ds, q_tile, acc_t, input_precision=FLOAT32)
+            acc = tl.dot(d_s, q_tile, acc, input_precision=FLOAT32)
+            acc = tl.dot(d_ds, dq_tile, acc, input_precision=FLOAT32)
     _write(out, r, g, start, num_k, acc * scale, D, BK, EMULATE)
     if OWN:
         _write(dout, r, g, start, num_k, acc_t * scale, D, BK, EMULATE)
@@ -437,16 +437,16 @@ def grad_v(
             c = _read(cotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
             dc = _read(dcotangent, r, h, q_start, num_q, D, BQ, EVEN, EMULATE)
             lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=FLOAT32)
             p = tl.exp2(s * scale2 - lse_tile[None, :])
             if MASK != 0:
                 p = tl.where(_visible(mask, r, at[None, :], ki, num_q, num_k, MASK), p, 0.0)
             n = _scores(k_tile, dk_tile, q_tile, dq_tile, OWN, True) * scale - mu_tile[None, :]
             weight = _operand(p, DTYPE, EMULATE)
             if OWN:
-                acc_t = tl.dot(weight, dc, acc_t, input_precision="ieee")
-            acc = tl.dot(weight, c, acc, input_precision="ieee")
-            acc = tl.dot(_operand(p * n, DTYPE, EMULATE), dc, acc, input_precision="ieee")
+                acc_t = tl.dot(weight, dc, acc_t, input_precision=FLOAT32)
+            acc = tl.dot(weight, c, acc, input_precision=FLOAT32)
+            acc = tl.dot(_operand(p * n, DTYPE, EMULATE), dc, acc, input_precision=FLOAT32)
     _write(out, r, g, start, num_k, acc, D, BK, EMULATE)
     if OWN:
         _write(dout, r, g, start, num_k, acc_t, D, BK, EMULATE)

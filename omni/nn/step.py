@@ -27,7 +27,7 @@ from omni.positions import rotary_table
 
 class TokenStep:
     """`step(h, cache)` appends one position to every row: h (R, W) -> normalised hidden states (R, W);
-    `read(hidden)` gives the logits (R, V) by `output_weight` (V, W), where there is one."""
+    `read(hidden)` gives the logits (R, V), before any cap, by `output_weight` (V, W), where there is one."""
 
     def __init__(self, transformer: Transformer, output_weight: Tensor | None = None) -> None:
         self.c = transformer.c

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from train.loop import Run
 from train.track import Tracker, read_metrics
 
 MakeRun = Callable[..., Run]
+ROOT = Path(__file__).parents[2]
 TIMES = {"seconds", "load_seconds"}
 
 
@@ -77,6 +80,18 @@ def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
         ]
         states = [path / "state" / "step-00000007" / "model.safetensors" for path in (out, tmp_path / "straight")]
         assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_lanes_end_with_a_killed_training_process(recipe_file: Path, tmp_path: Path) -> None:
+    """They hold its standard output: whoever reads that sees its end."""
+    out = str(tmp_path / "killed")
+    command = [sys.executable, "-m", "train", str(recipe_file), "workers=2", "max_steps=100000", "--out", out]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        while b"step 1/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:

@@ -11,6 +11,9 @@ Shapes: P pictures, N latents of one, C channels; R rows, L positions (context o
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +27,7 @@ from omni.document import Image, Video
 from omni.layout import Batch
 from train.data.loader import Loader, Packed, TooManyCorrupt
 
-ENCODE_BATCH = 256  # pictures of one pass through the codec; the last one is filled up
+ENCODE_BATCH = 1024  # pictures of one pass through the codec; the last one is filled up
 PREFETCH = 2  # steps that every lane is ahead
 
 
@@ -135,6 +138,7 @@ class Lanes:
             prefetch_factor=PREFETCH,
             multiprocessing_context="fork",  # a lane inherits sources, tokenizer and codec as they are
             collate_fn=_same,
+            worker_init_fn=_end_with_parent,
         )
         self._steps = iter(processes)
 
@@ -186,3 +190,15 @@ def _filled(where: Tensor, rows: Tensor) -> Tensor:
 
 def _same(sent: Sent) -> Sent:
     return sent
+
+
+def _end_with_parent(worker: int) -> None:
+    """A lane whose training process was killed would wait for ever to hand over its steps: it ends too."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
