@@ -1,8 +1,8 @@
 """What objectives with derivatives cost: a training step of each, relative to a flow-matching step on the same batch.
 
 A step is forward, backward, clip, AdamW and, where the objective has a target network, its update. Documents are some
-ids and a picture, everything supervised, with several noisy copies of each picture. Float32, without autocast; weights
-are random: cost does not depend on them. A ratio is the median over rounds of step / flow-matching step of that round.
+ids and a picture, everything supervised, with several noisy copies of each picture. Weights are random: cost does not
+depend on them. A ratio is the median over rounds of step / flow-matching step of that round.
 """
 
 from __future__ import annotations
@@ -45,12 +45,19 @@ class FlowCostOptions(TaskOptions):
     text: int = Field(default=24, ge=1)
     side: int = Field(default=4, ge=1)
     copies: int = Field(default=2, ge=1)
+    attention: str | None = Field(default=None, description="of what has no tangent; None: the device's own")
+    bf16: bool = Field(default=False, description="under bfloat16 autocast")
 
 
 def build_model(options: FlowCostOptions, key: Key) -> Omni:
     heads = options.width // 64
     transformer = TransformerConfig(
-        width=options.width, depth=options.depth, num_heads=heads, num_kv_heads=heads, head_dim=64
+        width=options.width,
+        depth=options.depth,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=64,
+        attention=options.attention,
     )
     flow = FlowHeadConfig(channels=options.channels)
     return Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=512), key).train()
@@ -73,14 +80,18 @@ def build_batch(options: FlowCostOptions, key: Key) -> Batch:
     return batch
 
 
-def train_step(model: Omni, batch: Batch, name: str, objective_options: dict, key: Key) -> Callable[[], None]:
+def train_step(
+    model: Omni, batch: Batch, name: str, objective_options: dict, key: Key, bf16: bool = False
+) -> Callable[[], None]:
+    device = batch.ids.device
     objective = build_objective(name, **objective_options)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     decay = getattr(objective, "target_decay", None)
     averages = copy.deepcopy(model).requires_grad_(False) if decay else None
 
     def step() -> None:
-        [term] = model.loss(batch, [objective], key, averages).values()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            [term] = model.loss(batch, [objective], key, averages).values()
         (term.sum / term.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -88,6 +99,8 @@ def train_step(model: Omni, batch: Batch, name: str, objective_options: dict, ke
         if averages is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(list(averages.parameters()), list(model.parameters()), 1.0 - decay)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     return step
 
@@ -97,9 +110,9 @@ def flow_cost(context: Context, options: FlowCostOptions) -> Outcome:
     """Cost of a training step relative to flow matching: MeanFlow, terminal velocity matching, with and without the
     gradient through its tangent."""
     key = context.key("flow_cost")
-    batch = build_batch(options, key.fold("batch"))
+    batch = build_batch(options, key.fold("batch")).to(context.device)
     runs = {
-        name: train_step(build_model(options, key), batch, objective, extra, key)
+        name: train_step(build_model(options, key).to(context.device), batch, objective, extra, key, options.bf16)
         for name, (objective, extra) in METHODS.items()
     }
     seconds = alternate(runs, options.repeats, warmup=2)
@@ -109,10 +122,12 @@ def flow_cost(context: Context, options: FlowCostOptions) -> Outcome:
     ]
     median = medians(seconds)
     measures.append(Measure(f"{BASE}_step", median[BASE] * 1e3, "ms"))
+    on_gpu = torch.device(context.device).type == "cuda"
+    where = torch.cuda.get_device_name(context.device) if on_gpu else f"{torch.get_num_threads()} thread(s), CPU"
     notes = [
-        f"{torch.get_num_threads()} thread(s), CPU, float32, {options.repeats} rounds; {options.documents} documents "
-        f"of {options.text} ids and {options.side**2} latents, {options.copies} copies; width {options.width}, depth "
-        f"{options.depth}",
+        f"{where}, {'bfloat16 autocast' if options.bf16 else 'float32'}, {options.repeats} rounds; {options.documents} "
+        f"documents of {options.text} ids and {options.side**2} latents, {options.copies} copies; width "
+        f"{options.width}, depth {options.depth}",
         "; ".join(f"{name} {m * 1e3:.0f} ms ({min(seconds[name]) * 1e3:.0f} at best)" for name, m in median.items()),
     ]
     return Outcome(measures, notes=notes)

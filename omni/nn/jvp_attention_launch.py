@@ -135,6 +135,11 @@ class _Side:
         return occupied.sum(2, dtype=torch.int32).contiguous(), order, order.shape[1], order.shape[2]
 
 
+def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Every launch goes through here, so that a measurement can look at it, compile it or time it by itself."""
+    kernel[grid](*arguments, **options)
+
+
 class _Launch:
     """What the kernels of one call share: inputs with a dense last axis, lists of tiles, compile-time options."""
 
@@ -154,7 +159,7 @@ class _Launch:
             "EMULATE": kernels.interpreted, "num_warps": tiling.warps, "num_stages": tiling.stages,
         }  # fmt: skip
         with torch.cuda.device(self.x.q.device) if self.x.q.is_cuda else contextlib.nullcontext():
-            kernel[grid](*arguments, **options)
+            start(kernel, grid, arguments, options)
 
     def options(self, tiling: Tiling, *num_keys: int) -> dict[str, Any]:
         """How a kernel sees a mask, and whether whole tiles are all there is."""

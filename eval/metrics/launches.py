@@ -1,0 +1,93 @@
+"""Launches of the Triton kernels of attention with its tangent: caught instead of run, compiled in threads, timed.
+
+    with caught() as launches:
+        attend_with_tangent(..., backend="triton")      # nothing runs: the results are not written
+    failures = compile_all(launches)
+    launches[0].run()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from omni.nn import jvp_attention_launch
+
+
+class Launch(NamedTuple):
+    """A kernel and all that it was to be started with."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """Queries, keys, warps, stages."""
+        return tuple(self.options.get(key, 0) for key in ("BQ", "BK", "num_warps", "num_stages"))  # type: ignore[return-value]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.options)
+
+    def compile(self) -> Any:
+        return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+
+
+@contextlib.contextmanager
+def caught(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
+    """Every launch meanwhile is put into the list that this gives; only the kernels of `also_run` run, too."""
+    launches: list[Launch] = []
+    real = jvp_attention_launch.start
+
+    def start(*given: Any) -> None:
+        launches.append(Launch(*given))
+        if launches[-1].name in also_run:
+            launches[-1].run()
+
+    jvp_attention_launch.start = start
+    try:
+        yield launches
+    finally:
+        jvp_attention_launch.start = real
+
+
+def compile_all(launches: Sequence[Launch]) -> dict[int, str]:
+    """Compile them side by side. The failures, by place in `launches`."""
+
+    def attempt(launch: Launch) -> str:
+        try:
+            launch.compile()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return ""
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return {n: failure for n, failure in enumerate(pool.map(attempt, launches)) if failure}
+
+
+def milliseconds(run: Callable[[], object], budget: float = 80.0, most: int = 20) -> float:
+    """The median on CUDA's clock, after two runs that are not counted: at most `most` runs, 3 at least, and about
+    `budget` milliseconds of them."""
+    times: list[float] = []
+    for number in range(most + 2):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        if number >= 2:
+            times.append(before.elapsed_time(after))
+        if len(times) >= 3 and sum(times) > budget:
+            break
+    return statistics.median(times)

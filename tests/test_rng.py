@@ -1,0 +1,69 @@
+"""Keys by the thousand: a draw is of its own name alone, whatever stands beside it, and distributed as it should be."""
+
+from __future__ import annotations
+
+import torch
+
+from omni.objectives.base import Items
+from omni.objectives.times import stratified_I, uniform_I
+from omni.rng import Key, _mixed, normals, uniforms
+
+NAMES = [(document, block, copy) for document in range(40) for block in (3, 9) for copy in range(2)]
+
+
+def test_it_is_splitmix64() -> None:
+    """The first outputs of the published generator from state 0."""
+    states = torch.arange(1, 4) * (0x9E3779B97F4A7C15 - (1 << 64))
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [int(z) % (1 << 64) for z in _mixed(states)] == published
+
+
+def test_keys_depend_on_the_name_and_the_path_alone() -> None:
+    names = torch.tensor(NAMES)
+    keys = Key(1).fold("noise").each(names)
+    assert len(set(keys.tolist())) == len(NAMES)
+    order = torch.randperm(len(NAMES), generator=Key(0).generator())
+    assert torch.equal(Key(1).fold("noise").each(names[order]), keys[order])
+    assert torch.equal(Key(1).fold("noise").each(names[5:6]), keys[5:6])
+    for other in (Key(2).fold("noise"), Key(1).fold("time"), Key(1).fold("noise", 0)):
+        assert not (other.each(names) == keys).any()
+    same = Key(1).fold("noise").each(names.flip(1)) == keys
+    assert torch.equal(same, names[:, 0] == names[:, 2])  # the columns are told apart
+
+
+def test_the_distributions() -> None:
+    keys = Key(3).each(torch.arange(3000).view(-1, 3))
+    u = uniforms(keys.unsqueeze(1), torch.arange(200))
+    z = normals(keys.unsqueeze(1), torch.arange(200)).double()
+    num = u.numel()
+    assert float(u.min()) >= 0 and float(u.max()) < 1
+    assert abs(float(u.mean()) - 0.5) < 4 * (1 / 12 / num) ** 0.5
+    ranks = u.flatten().sort().values
+    assert float((ranks - torch.arange(num) / num).abs().max()) < 2.0 / num**0.5  # Kolmogorov and Smirnov's distance
+    inside = torch.special.ndtr(z.flatten()).sort().values
+    assert float((inside - torch.arange(2 * num) / (2 * num)).abs().max()) < 2.0 / (2 * num) ** 0.5
+    columns = z.flatten(1)
+    correlation = columns[:, :50].T @ columns[:, 50:100] / len(columns)
+    assert float(correlation.abs().max()) < 5 / len(columns) ** 0.5
+    neighbours = (columns[1:] * columns[:-1]).mean()
+    assert abs(float(neighbours)) < 4 / columns.numel() ** 0.5
+
+
+def test_noise_of_an_item_does_not_depend_on_its_place_or_neighbours() -> None:
+    """Also of items of different sizes, an odd number of channels, and with padding between."""
+    item = torch.tensor([[0, 0, 0, -1, 1, 1], [2, 2, -1, -1, -1, -1]])
+    names = ((5, 1, 0), (5, 1, 1), (8, 2, 0))
+    noise = Items(torch.zeros(2, 6, 3), item, names).noise(Key(0))
+    assert (noise[item < 0] == 0).all() and (noise[item >= 0] != 0).all()
+    assert len(noise[item >= 0].unique()) == 7 * 3
+    alone = Items(torch.zeros(1, 2, 3), torch.tensor([[0, 0]]), names[2:]).noise(Key(0))
+    assert torch.equal(alone[0], noise[1, :2])
+    moved = Items(torch.zeros(1, 4, 3), torch.tensor([[-1, 0, 0, 0]]), names[:1]).noise(Key(0))
+    assert torch.equal(moved[0, 1:], noise[0, :3])
+
+
+def test_copies_are_spread_evenly() -> None:
+    u = stratified_I(NAMES, Key(0), "time").view(-1, 2)
+    assert torch.allclose((u[:, 1] - u[:, 0]) % 1.0, torch.full((len(u),), 0.5, dtype=torch.float64))
+    assert len(u[:, 0].unique()) == len(u)
+    assert not torch.equal(uniform_I(NAMES, Key(0), "time"), uniform_I(NAMES, Key(0), "level"))
