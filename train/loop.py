@@ -82,7 +82,8 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     """
     recipe, step = run.recipe, run.progress.step
     batches = [batch.to(recipe.device) for batch in packed.batches]
-    with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts):
+    # No casts are kept: one first made for a target without a graph would cut the graph of what comes after it.
+    with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts, cache_enabled=False):
         averages = None if run.target is None else run.target.model
         key, progress = run.key.fold("draws"), run.fraction()
         parts = [run.model.loss(batch, run.objectives, key, averages, progress) for batch in batches]

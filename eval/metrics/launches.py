@@ -1,9 +1,9 @@
 """Launches of the Triton kernels of attention with its tangent: caught instead of run, compiled in threads, timed.
 
-    with caught() as launches:
-        attend_with_tangent(..., backend="triton")      # nothing runs: the results are not written
-    failures = compile_all(launches)
-    launches[0].run()
+with caught() as launches:
+    attend_with_tangent(..., backend="triton")   # nothing runs: the results are not written
+failures = compile_all(launches)
+launches[0].run()
 """
 
 from __future__ import annotations
@@ -40,6 +40,19 @@ class Launch(NamedTuple):
     def run(self) -> None:
         self.kernel[self.grid](*self.arguments, **self.options)
 
+    @property
+    def compiled_for(self) -> tuple[Any, ...]:
+        """What Triton compiles a kernel anew for: options, dtypes, alignment of pointers, numbers 1 or 16 n."""
+
+        def of(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(of, x))
+            if isinstance(x, torch.Tensor):
+                return x.dtype, x.data_ptr() % 16 == 0
+            return (x == 1, x % 16 == 0) if isinstance(x, int) else type(x)
+
+        return self.name, of(self.arguments), tuple(self.options.items())
+
     def compile(self) -> Any:
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
 
@@ -62,8 +75,8 @@ def caught(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
         jvp_attention_launch.start = real
 
 
-def compile_all(launches: Sequence[Launch]) -> dict[int, str]:
-    """Compile them side by side. The failures, by place in `launches`."""
+def compile_all(launches: Sequence[Launch]) -> list[tuple[Launch, str]]:
+    """Compile them side by side, each kind once. What failed, and how."""
 
     def attempt(launch: Launch) -> str:
         try:
@@ -72,8 +85,9 @@ def compile_all(launches: Sequence[Launch]) -> dict[int, str]:
             return f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return ""
 
+    kinds = list({launch.compiled_for: launch for launch in launches}.values())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return {n: failure for n, failure in enumerate(pool.map(attempt, launches)) if failure}
+        return [(launch, said) for launch, said in zip(kinds, pool.map(attempt, kinds), strict=True) if said]
 
 
 def milliseconds(run: Callable[[], object], budget: float = 80.0, most: int = 20) -> float:

@@ -8,8 +8,8 @@
 
 No kernel keeps more than two wide accumulators, to spare registers; no atomics, so results repeat. A tile
 in which nothing is visible is in no list and costs nothing; where all see all there are no lists, and where the tiles
-divide the lengths (EVEN) no bounds. Products take bf16 operands (float32: exact float32 products, without tensor cores)
-and add up in float32.
+divide the lengths (EVEN) no bounds. Products take bf16 operands and add up in float32; float32 operands are
+split into three products of tf32 (FLOAT32), which keeps about 21 bits of each.
 
 Triton is imported by `load`, never with this file: the functions below are plain until then. Triton's interpreter
 (TRITON_INTERPRET=1 before Triton's first import) runs them without a GPU; it multiplies the bit patterns of bf16 tiles
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 NO_MASK, FIELDS, DENSE = 0, 1, 2  # how the kernels learn what is visible
 
+FLOAT32: Any = None  # the precision of products of float32, a constant of Triton's that `load` makes
 interpreted: bool = False  # whether `load` found Triton's interpreter switched on
 _DEVICE_FUNCTIONS: list[str] = []
 
@@ -56,7 +57,7 @@ def load() -> None:
     import triton.language as tl
 
     module = globals()
-    module.update(triton=triton, tl=tl, FLOAT32=tl.constexpr(os.environ.get("F32","tf32x3")))
+    module.update(triton=triton, tl=tl, FLOAT32=tl.constexpr("tf32x3"))
     for name in _DEVICE_FUNCTIONS:
         module[name] = triton.jit(module[name])
     module["interpreted"] = interpreting()
@@ -178,21 +179,13 @@ def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
 @_device
 def _count(tiles, r, tile, length, N: tl.constexpr, MASK: tl.constexpr):
     """The number of tiles of N positions that a tile meets: all, or those in its list."""
-    if MASK == 0:
-        count = tl.cdiv(length, N)
-    else:
-        count = tl.load(tiles[0] + r * tiles[2] + tile)
-    return count
+    return tl.cdiv(length, N) if MASK == 0 else tl.load(tiles[0] + r * tiles[2] + tile)
 
 
 @_device
 def _start(tiles, r, tile, i, N: tl.constexpr, MASK: tl.constexpr):
     """The first position of the i-th tile that a tile meets."""
-    if MASK == 0:
-        start = i * N
-    else:
-        start = tl.load(tiles[1] + (r * tiles[2] + tile).to(tl.int64) * tiles[3] + i) * N
-    return start
+    return i * N if MASK == 0 else tl.load(tiles[1] + (r * tiles[2] + tile).to(tl.int64) * tiles[3] + i) * N
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -224,10 +217,7 @@ def _sweep(
         m = m_new
         total = total * alpha + tl.sum(p, 1)
         w = p * (ds * scale - mu[:, None])
-        if MASK == 0:
-            dmu = tl.sum(w, 1) / total
-        else:
-            dmu = tl.sum(w, 1) / tl.where(total > 0, total, 1.0)
+        dmu = tl.sum(w, 1) / (total if MASK == 0 else tl.where(total > 0, total, 1.0))
         mu = mu + dmu
         acc = acc * alpha[:, None]
         acc_t = acc_t * alpha[:, None] - acc * dmu[:, None]
