@@ -64,7 +64,7 @@ OPTIONAL = {
     "triton": {"omni/nn/jvp_attention_triton.py"},
     "transformers": {"omni/hf.py", "eval/peers.py"},
     "transfusion_pytorch": {"eval/peers.py"},
-    "pyarrow": {"train/data/parquet.py"},
+    "pyarrow": {"train/data/parquet.py", "eval/cifar/pictures.py"},
     "tensorboard": {"train/track.py"},
 }
 

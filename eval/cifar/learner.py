@@ -1,9 +1,9 @@
 """One objective trained on CIFAR-10 for a number of seconds of device time.
 
-The network is Omni, its batch is laid out once; a step puts other classes and latents into it, all on the device. The
-host never waits within a step for what it does not need, and is at most one step ahead of the device: so its clock is
-the device's, to within a step. Compilation and the first steps stand outside of the time: the learner rehearses on the
-very same shapes, and is then put back to where it began.
+The network is Omni, its batch is laid out once; a step puts other classes and latents into it, all on the device. This
+file waits for nothing within a step (objectives do, where they read numbers back), but lets the host be at most one
+step ahead of the device: so its clock is the device's, to within a step. Compilation and the first steps stand outside
+of the time: the learner rehearses on the very same shapes, and is then put back to where it began.
 
 A step whose gradient is not finite changes nothing (the fused optimiser is told so on the device) and is counted; an
 objective with more than `nonfinite_steps` of them stops.
