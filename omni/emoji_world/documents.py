@@ -179,10 +179,7 @@ def draw_open(author: Author) -> Extra:
     """A request with many right answers: any member of a class, on any background, or anywhere."""
     draw, chance = author.draw, author.draw.random()
     if chance < 0.2:
-        name, slots = draw.choice(COUNTABLE), draw.choice(APART)
-        author.ask(author.phrase("open.anywhere", many=plural(name)))
-        author.show(small_objects((name, name), slots))
-        return {"kind": "anywhere", "class": name, "members": [name], "free": ["places"]}
+        return two_anywhere(author)
     noun = draw.choice(list(CLASSES))
     request, background = author.phrase("open", x=noun), "white"
     kind, free = "class", ["member"]
@@ -193,6 +190,14 @@ def draw_open(author: Author) -> Extra:
     author.ask(request)
     author.show(single(draw.choice(CLASSES[noun]), background))
     return {"kind": kind, "class": noun, "members": list(CLASSES[noun]), "free": free}
+
+
+def two_anywhere(author: Author) -> Extra:
+    """Two of a kind, at any two places that are apart: of open requests the one with the most right answers."""
+    name, slots = author.draw.choice(COUNTABLE), author.draw.choice(APART)
+    author.ask(author.phrase("open.anywhere", many=plural(name)))
+    author.show(small_objects((name, name), slots))
+    return {"kind": "anywhere", "class": name, "members": [name], "free": ["places"]}
 
 
 def tell_story(author: Author) -> Extra:
@@ -277,7 +282,8 @@ TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
     "describe": (0.04, describe),
     "story": (0.05, tell_story),
     "text": (0.06, talk),
-    "rewrite": (0.0, rewrite),  # by name alone: a lesson for edits rather than something users ask
+    "rewrite": (0.0, rewrite),  # by name alone: lessons for edits, and for open requests
+    "anywhere": (0.0, two_anywhere),
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}

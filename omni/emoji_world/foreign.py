@@ -2,12 +2,17 @@
 
 A request to draw with a verb that was never heard is still most likely a request to draw. So a template, never what is
 filled into it, may get a foreign word more, or one in place of its own: made-up ones, and adverbs and the like that
-change nothing. Which words decide what is asked (relations, edits, colours) is told by kind: those are never replaced.
+change nothing, and words of other templates, so that none of those tells a kind by itself ("side by side" is a row of
+three; "on the right side" is not). Which words decide what is asked (relations, edits, colours) is told by kind: those
+are never replaced.
 """
 
 from __future__ import annotations
 
 import random
+from functools import cache
+
+from omni.emoji_world.phrases import TEMPLATES, numbers
 
 ONSETS = "b br c ch d dr f fl g gr h j k l m n p pl qu r s sh sk st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo ou".split()
@@ -18,6 +23,10 @@ FILLERS = (
     " promptly quick quickly rather real really right simple simply so soon still sure surely then there today together"
     " truly very well"
 ).split()
+DECIDING = (
+    "above add alike anywhere background below bottom change delete drop emoji english exactly first instead left make"
+    " middle move nothing replace remove right rows shift swap switch take then turn under with without"
+).split()
 NEVER_REPLACED = (
     *("scene.", "edit.", "background", "open.background", "open.anywhere"),
     *("series", "text.rewrite", "video"),
@@ -25,10 +34,20 @@ NEVER_REPLACED = (
 MIN_WORDS = 3  # of its own, for one to be replaced: a greeting of one word would lose its sense
 
 
+@cache
+def borrowed_words() -> tuple[str, ...]:
+    """Words of four letters and more of the training templates in English, but those that decide what is asked."""
+    kinds = [k for k in TEMPLATES if not k.startswith(("name.", "edit.", "open.", "video"))]
+    texts = (TEMPLATES[k][n] for k in kinds for n in numbers(k, "train"))
+    words = {word for text in texts for word in text.split() if word.isalpha() and len(word) > 3}
+    return tuple(sorted(words.difference(DECIDING)))
+
+
 def foreign_word(draw: random.Random) -> str:
-    """A made-up word of one to three syllables, or a filler."""
-    if draw.random() < 0.4:
-        return draw.choice(FILLERS)
+    """A made-up word of one to three syllables, a filler, or one of another template."""
+    chance = draw.random()
+    if chance < 0.6:
+        return draw.choice(FILLERS if chance < 0.35 else borrowed_words())
     syllables = draw.choice((1, 2, 2, 3))
     return "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(syllables)) + draw.choice(CODAS)
 
