@@ -7,6 +7,7 @@ end: the finished run to a model directory.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 
 from omni.checkpoint import load_tensors, tensor_bytes, verify
 from omni.codecs import Codec, codecs, load_codec
-from omni.config import build, digest
+from omni.config import build, digest, load_json
 from omni.heads import FlowHeadConfig
 from omni.model import Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
@@ -38,6 +39,10 @@ from train.optim import Optimiser
 from train.recipe import Recipe
 from train.state import AVERAGES, WEIGHTS
 from train.target import build_target
+
+# Settings of a model that change none of its numbers, and those that are compared by themselves.
+WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
+WITHOUT_EFFECT |= {"joint", "vocab_size"}
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
@@ -121,6 +126,8 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
                 f"init_from {str(recipe.init_from)!r}: {len(left)} weights begin as initialised, such as {left[0]!r}"
             )
             print(begin, file=sys.stderr)
+        for difference in other_settings(recipe.init_from, model.config):
+            print(f"init_from {str(recipe.init_from)!r} had {difference}", file=sys.stderr)
         if not recipe.init_partial:
             check_same_parts(recipe.init_from, tokenizer, codec)
     if recipe.train_only:
@@ -161,6 +168,21 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
         )
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
     return left
+
+
+def other_settings(directory: Path, config: OmniConfig) -> list[str]:
+    """What `directory` says of its weights and this recipe says otherwise, where no shape would tell."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return []
+    theirs, ours = load_json(path, OmniConfig).model_dump(mode="json"), config.model_dump(mode="json")
+    pairs = [("", theirs, ours), *((f"{part}.", theirs[part], ours[part]) for part in ("transformer", "flow"))]
+    return [
+        f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
+        for prefix, a, b in pairs
+        for name in sorted(a.keys() - WITHOUT_EFFECT)
+        if a[name] != b[name]
+    ]
 
 
 def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:

@@ -2,8 +2,8 @@
 
     forward, backward      at 24 heads of 128 and length 8192 in bf16: value and tangent, and the gradient through both;
                            beside explicit attention with the same tangent, and torch's fast attention without any
-    forward_1024 ...       the same by length; `growth` is the peak of the longest over half of it at half its length,
-                           1 where memory is linear and 2 where it is quadratic
+    forward_1024 ...       the same by length, without context or copies; `growth` is the peak of the longest over half of
+                           it at half its length, 1 where memory is linear and 2 where it is quadratic
     float32, bfloat16      the largest errors over small shapes of every kind, against autograd in float64: outputs, and
                            gradients. Norm of the difference over norm of the exact result; `peak` takes its root mean
                            square over the largest magnitude of the exact result. Rounding to bf16 is 1.7e-3 of the norm
@@ -137,7 +137,8 @@ def _sweep(context: Context, options: JvpAttentionOptions, inputs: list[Tensor],
     """Time every kernel by itself under the tiles of SWEEP; the fastest come into the table of the kernels."""
     with caught(also_run=("forward", "row_sums")) as launches:
         gradients(inputs, mask, "triton", torch.bfloat16)
-    known = launch.HOPPER[128, 2]._asdict()
+    table = launch.BY_CAPABILITY.get(torch.cuda.get_device_capability(), launch.SMALL)
+    known = table[128, 2]._asdict()
     for name in SWEEP:
         best = float("inf")
         for candidate in _candidates([x for x in launches if x.name == name]):
@@ -149,8 +150,8 @@ def _sweep(context: Context, options: JvpAttentionOptions, inputs: list[Tensor],
             context.say(f"  {name} {candidate.tiles}: {took:.3f} ms")
             if took < best:
                 best, known[name] = took, launch.Tiling(*candidate.tiles)
-    launch.HOPPER[128, 2] = launch.Tilings(**known)
-    context.say(f"  fastest: {launch.HOPPER[128, 2]}")
+    table[128, 2] = launch.Tilings(**known)
+    context.say(f"  fastest: {table[128, 2]}")
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -208,7 +209,8 @@ def _errors(context: Context, runs: list[Case]) -> list[Measure]:
             found = gradients(case.inputs, case.mask, "triton", case.dtype)
         except Exception as error:
             context.say(f"  {case.name}: {type(error).__name__}: {error}".splitlines()[0][:300])
-            worst[name] = worst[f"{name}_gradient"] = float("nan")
+            for what in ("", "_gradient", "_peak"):
+                worst[name + what] = float("nan")
             continue
         wanted = gradients(case.inputs, case.mask, "math", torch.float64)
         pairs = [(a.double(), b) for a, b in zip(found, wanted, strict=True) if b.numel()]
@@ -283,7 +285,7 @@ def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list
     measures, peaks = [], {}
     plain = options.model_copy(update={"context": 0})
     for n in options.lengths:
-        ours = _measure(_inputs(key, plain, n, options.heads, options.key_heads), None, "triton", 3)
+        ours = _measure(_inputs(key, plain, n, options.heads, options.key_heads), None, "triton", options.repeats)
         peaks[n] = ours["peak"]
         context.say(
             f"  length {n}: {ours['forward']:.3f} ms forward, {ours['backward']:.3f} backward, {ours['peak']:.0f} MiB"

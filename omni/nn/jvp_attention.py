@@ -15,9 +15,10 @@ formed. With cotangents g of o and h of do, the gradients are
 
 Kept for the backward: the inputs, o, do, and per query the log-sum-exp and mu: memory grows with the length, not its
 square. In bf16 also what rounding took from o and do: where keys and values have a large common part, s1 and s2 from
-rounded outputs put 14% of error into dL/ddq (a test has the case; 0.17% with it). One pass over the keys keeps running
-sums; mu is the mean of dS so far, and whenever it moves by c, the sum of P N V moves by -c times the sum of P V: so N
-is centred from the first tile on, which operands in bf16 need.
+rounded outputs put 14% of error into dL/ddq (a test has the case; with it 0.17% in `streamed`, and 2% in `triton`,
+whose weights are bf16 too). One pass over the keys keeps running sums; mu is the mean of dS so far, and whenever it
+moves by c, the sum of P N V moves by -c times the sum of P V: so N is centred from the first tile on, which operands in
+bf16 need.
 
     math       explicit, in plain operations: memory is quadratic; under any transform and any order of derivatives; the
                oracle of the other two
@@ -25,7 +26,8 @@ is centred from the first tile on, which operands in bf16 need.
     triton     the same in Triton kernels, on CUDA: head widths 64 and 128, bfloat16 or float32
 
 Domain: bfloat16 or float32 (all but triton: float64 too), one dtype and one device for all; sums are float32 or better.
-Under autocast float32 inputs become its dtype, as torch's own attention does. Any lengths. Visibility: an AttentionMask
+Under autocast float32 inputs become its dtype, as torch's own attention does. Any lengths (triton: of one and more, and
+no masks with ranks). Visibility: an AttentionMask
 (only `math` lowers it to length x length), a dense bool mask, or None: all see all. A query that sees nothing gives
 zeros; tiles where nothing is visible are skipped. Refused with a ValueError: other dtypes and mixtures of them,
 tangents unlike their values, dropout (value and tangent would need one draw), and for streamed and triton: calls under
@@ -279,7 +281,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, module: ModuleType, seen: Visibility, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs, kept = module.forward(Inputs(*inputs), seen)
         ctx.module, ctx.seen = module, seen
-        ctx.save_for_backward(*inputs, *outputs, *kept)
+        mask = seen.mask if isinstance(seen.mask, Tensor) else None  # saved, so that a change in place is noticed
+        ctx.save_for_backward(mask, *inputs, *outputs, *kept)
         return outputs
 
     @staticmethod
@@ -288,7 +291,7 @@ class _Attention(torch.autograd.Function):
             raise ValueError(
                 "attention with a tangent was asked for a second derivative (create_graph=True); use backend 'math'"
             )
-        saved = ctx.saved_tensors
+        _, *saved = ctx.saved_tensors
         inputs, outputs, kept = Inputs(*saved[:8]), saved[8:10], saved[10:]
         needed: Sequence[bool] = ctx.needs_input_grad[2:]
         with torch.autocast(g.device.type, enabled=False):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HEAD_WIDTHS = (64, 128)
 MAX_PROGRAMS = 65535  # of rows and heads: the second axis of a CUDA grid
+LONGEST_TILE = 128
 
 
 class Tiling(NamedTuple):
@@ -75,6 +76,9 @@ def check(x: Inputs) -> None:
         raise ValueError(f"attention backend 'triton' takes bfloat16 or float32, got {x.q.dtype}; use 'streamed'")
     if 0 in (R, Q, S):
         raise ValueError(f"attention backend 'triton' got {R} rows of {Q} queries and {S} own keys; use 'streamed'")
+    far = max(tensor.stride(2) for tensor in x if tensor is not None)
+    if far * LONGEST_TILE >= 1 << 31:
+        raise ValueError(f"positions {far} numbers apart are too far for 32-bit offsets; make the inputs contiguous")
     if R * H > MAX_PROGRAMS:
         raise ValueError(f"{R} rows of {H} heads exceed {MAX_PROGRAMS} programs abreast; give fewer rows in a call")
     if kernels.interpreting():
