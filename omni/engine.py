@@ -340,7 +340,7 @@ class Engine:
             one[0].ids[0] for one in spans if len(one) == 1 and isinstance(one[0], TokenSpan) and len(one[0].ids) == 1
         ]
         if len(ids) == len(rows):  # the hot path of text decoding
-            return self.step.read(append_ids(self.model, cache, ids, self.step))
+            return self.model.token.cap(self.step.read(append_ids(self.model, cache, ids, self.step)))
         after = self.append(cache, spans)
         if len(new) == len(rows) or not len(logits):
             return after

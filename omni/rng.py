@@ -75,6 +75,7 @@ def uniforms(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tenso
 
     The generator is SplitMix64 (Steele, Lea, Flood 2014), whose n-th output needs no other.
     """
+    counter = torch.as_tensor(counter, device=keys.device)
     return _shifted(_mixed(keys + (counter + 1) * _GOLDEN), 11).to(torch.float64) * 2.0**-53
 
 

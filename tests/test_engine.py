@@ -67,6 +67,21 @@ def test_events_come_in_order_and_make_the_reply(model: omni.Omni) -> None:
     assert [s.role for s in reply.document.segments][1:] == [Role.ASSISTANT] * 3
 
 
+def test_logits_are_capped_wherever_they_are_read(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt, after one id alone (the hot path), and after a picture."""
+    monkeypatch.setattr(model.token, "logit_cap", 0.05)
+    engine = force(model, picture_script(Engine(model), 2, 2))
+    seen, choose = [], engine._choose
+
+    def watched(rows, logits):  # noqa: ANN001, ANN202
+        seen.append(float(logits.abs().max()))
+        return choose(rows, logits)
+
+    engine._choose = watched  # type: ignore[method-assign]
+    engine.generate("draw", steps=1, seed=1)
+    assert len(seen) > 6 and min(seen) > 0.01 and max(seen) <= 0.05
+
+
 def test_a_clip_is_a_row_of_chunks(model: omni.Omni) -> None:
     c = Engine(model).control
     script = [c.video, c.size(3), c.size(1), c.size(2), c.end]

@@ -33,6 +33,7 @@ def test_keys_depend_on_the_name_and_the_path_alone() -> None:
 
 def test_the_distributions() -> None:
     keys = Key(3).each(torch.arange(3000).view(-1, 3))
+    assert torch.equal(uniforms(keys, 7), uniforms(keys, torch.tensor(7)))
     u = uniforms(keys.unsqueeze(1), torch.arange(200))
     z = normals(keys.unsqueeze(1), torch.arange(200)).double()
     num = u.numel()

@@ -113,6 +113,7 @@ def dry_run(recipe: Recipe, out: Path) -> int:
     started = time.perf_counter()
     packed = run.next()
     loaded = time.perf_counter()
+    run.waited = 0.0
     metrics = loop.train_step(run, packed)
     ended = time.perf_counter()
     shapes = [f"{tuple(batch.ids.shape)} + {tuple(batch.item.shape)}" for batch in packed.batches]
@@ -124,7 +125,7 @@ def dry_run(recipe: Recipe, out: Path) -> int:
         "of them with Muon": f"{_muon_share(run):.0%}",
         "model file": f"{2 * parameters / 1e6:.1f} MB in bf16",
         "a batch": f"{len(packed.documents)} documents, {used} positions ({used / made:.0%} of {', '.join(shapes)})",
-        "a step": f"{ended - started:.2f} s, of which loading {loaded - started:.2f} s",
+        "a step": f"{ended - started:.2f} s, of which loading {loaded - started + run.waited:.2f} s",
         "steps in an hour": round(3600 / (ended - started)),
         "loss": {k: round(v, 4) for k, v in metrics.items() if k.startswith("loss")},
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
-from train.data.lanes import Lanes
+from train.data.lanes import Lanes, Tickets
 from train.data.latents import LatentMemo
 from train.data.loader import Encoder, Loader
 from train.data.mixture import Mixture
@@ -40,7 +40,9 @@ from train.recipe import Recipe
 from train.state import AVERAGES, WEIGHTS
 from train.target import build_target
 
-# Settings of a model that change none of its numbers, and those that are compared by themselves.
+DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator each, 2 is Key.each
+
+# Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size"}
 
@@ -66,12 +68,18 @@ def assemble(recipe: Recipe, out: Path) -> Run:
             stride=stride,
         )
 
-    def open_lanes(cursors: Sequence[int], step: int) -> Lanes:
-        return Lanes(lambda tickets, lanes: load(tickets, tickets.channels, lanes), codec, cursors, step, recipe.device)
+    def open_lanes(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> Lanes:
+        def of_lane(tickets: Tickets, lanes: int) -> Loader:
+            made = load(tickets, tickets.channels, lanes)
+            made.counts.update({name: count // lanes for name, count in counts.items()})
+            return made
+
+        return Lanes(of_lane, codec, cursors, step, recipe.device)
 
     memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
     identity = {
         "recipe": recipe.identity(),
+        "draws": DRAWS,
         "data": mixture.fingerprint(),
         "tokenizer": digest(tokenizer.describe()),
         "codec": _codec_fingerprint(codec),
@@ -127,7 +135,10 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
             )
             print(begin, file=sys.stderr)
         for difference in other_settings(recipe.init_from, model.config):
-            print(f"init_from {str(recipe.init_from)!r} had {difference}", file=sys.stderr)
+            said = f"init_from {str(recipe.init_from)!r} has {difference}"
+            if recipe.train_only:
+                raise ValueError(f"{said}; what is frozen cannot adapt: use the same")
+            print(said, file=sys.stderr)
         if not recipe.init_partial:
             check_same_parts(recipe.init_from, tokenizer, codec)
     if recipe.train_only:

@@ -21,8 +21,12 @@ def average(models: Sequence[tuple[str, float]]) -> Omni:
     total = sum(share for _, share in models)
     if len(models) < 2 or abs(total - 1) > 1e-6 or min(share for _, share in models) <= 0:
         raise ValueError(f"give at least two models with positive shares that add up to 1, got {list(models)}")
-    loaded = [(path, from_pretrained(path).state_dict(), share) for path, share in models]
+    members = [(path, from_pretrained(path), share) for path, share in models]
     result = from_pretrained(models[0][0])
+    for path, member, _ in members:
+        if (member.config.logit_cap, member.config.flow) != (result.config.logit_cap, result.config.flow):
+            raise ValueError(f"{path} has another logit_cap or flow head than {models[0][0]}; average like with like")
+    loaded = [(path, member.state_dict(), share) for path, member, share in members]
     own = result.state_dict()
     for path, weights, _ in loaded:
         odd = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights)

@@ -18,7 +18,7 @@ from torch import nn
 from omni.rng import Key
 from train import state
 from train.data.lanes import Lanes
-from train.data.loader import Loader, Packed
+from train.data.loader import Loader, Packed, TooManyCorrupt
 from train.ema import Ema
 from train.guard import Guard
 from train.optim import Optimiser, multiplier
@@ -42,9 +42,10 @@ class Run:
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
     target: Target | None = None
-    open_lanes: Callable[[Sequence[int], int], Lanes] | None = None  # (cursors, step): where the recipe has workers
+    open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
     lanes: Lanes | None = None
-    _ahead: Packed | None = None
+    waited: float = 0.0  # seconds for lanes, within steps
+    _ahead: Packed | TooManyCorrupt | None = None
 
     @property
     def key(self) -> Key:
@@ -58,19 +59,28 @@ class Run:
         if self.open_lanes is None:
             return self.loader.next(self.progress.cursor)
         packed, self._ahead = self._ahead or self._from_lanes(), None
+        if isinstance(packed, TooManyCorrupt):
+            raise packed
         self.loader.counts.update(documents=len(packed.documents), skipped=len(packed.skipped))
         return packed
 
     def look_ahead(self) -> None:
-        """Have the next step's pictures encoded while the device still works on this one. Only lanes can."""
-        if self.lanes is not None:
+        """Have the next step's pictures encoded while the device still works on this one. Only lanes can. What is
+        wrong with them is said when they are asked for: this step is none the worse."""
+        if self.lanes is None or self.progress.step + 1 >= self.recipe.max_steps:
+            return
+        start = time.perf_counter()
+        try:
             self._ahead = self._from_lanes()
+        except TooManyCorrupt as error:
+            self._ahead = error
+        self.waited += time.perf_counter() - start
 
     def _from_lanes(self) -> Packed:
         if self.lanes is None:
             assert self.open_lanes is not None
             self.progress.lanes = self.progress.lanes or list(range(self.recipe.workers))
-            self.lanes = self.open_lanes(self.progress.lanes, self.progress.step)
+            self.lanes = self.open_lanes(self.progress.lanes, self.progress.step, self.loader.counts)
         return self.lanes.next()
 
 
@@ -124,7 +134,8 @@ def train(
         seconds = time.perf_counter() - started
         run.progress.seconds += seconds
         step = run.progress.step
-        metrics |= {"seconds": seconds, "load_seconds": loaded - started, "cursor": packed.cursor}
+        waited, run.waited = run.waited, 0.0
+        metrics |= {"seconds": seconds, "load_seconds": loaded - started + waited, "cursor": packed.cursor}
         tracker.metrics(step - 1, metrics)
         _report_trouble(run, tracker, packed, skipped_before)
         skipped_before = run.guard.num_skipped
@@ -153,11 +164,12 @@ def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None
     any_data: data may be other than the state's, which is well to publish it, and not to go on.
     """
     directory = state.newest(run.out / "state", say)
-    identity = {name: part for name, part in run.identity.items() if not (any_data and name == "data")}
+    identity = {name: part for name, part in run.identity.items() if not (any_data and name in ("data", "draws"))}
     run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
-    say(f"resumed {directory} at step {run.progress.step}, document {run.progress.cursor}")
+    document = run.progress.cursor if not run.progress.lanes else run.progress.lanes
+    say(f"resumed {directory} at step {run.progress.step}, document {document}")
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -122,7 +122,8 @@ def load(
     scalars = json.loads(checkpoint.read_bytes(directory / SCALARS))
     saved = scalars["identity"]
     if isinstance(saved.get("recipe"), dict):  # what is free now need not have been free when the state was saved
-        saved["recipe"] = {key: value for key, value in saved["recipe"].items() if key not in FREE}
+        saved["recipe"] = {"workers": 0} | {k: v for k, v in saved["recipe"].items() if k not in FREE}
+    saved = {"draws": 1} | saved  # of states from before either was told
     saved = {name: part for name, part in saved.items() if name in identity}
     different = _first_difference(saved, json.loads(json.dumps(dict(identity))))
     if different:

@@ -90,7 +90,7 @@ def train_step(
     averages = copy.deepcopy(model).requires_grad_(False) if decay else None
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as in train.loop
             [term] = model.loss(batch, [objective], key, averages).values()
         (term.sum / term.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,8 +2,8 @@
 
     forward, backward      at 24 heads of 128 and length 8192 in bf16: value and tangent, and the gradient through both;
                            beside explicit attention with the same tangent, and torch's fast attention without any
-    forward_1024 ...       the same by length, without context or copies; `growth` is the peak of the longest over half of
-                           it at half its length, 1 where memory is linear and 2 where it is quadratic
+    forward_1024 ...       the same by length, without context or copies; `growth` is the peak of the longest over half
+                           of it at half its length, 1 where memory is linear and 2 where it is quadratic
     float32, bfloat16      the largest errors over small shapes of every kind, against autograd in float64: outputs, and
                            gradients. Norm of the difference over norm of the exact result; `peak` takes its root mean
                            square over the largest magnitude of the exact result. Rounding to bf16 is 1.7e-3 of the norm

@@ -18,14 +18,15 @@ ONSETS = "b br c ch d dr f fl g gr h j k l m n p pl qu r s sh sk st t tr v w z".
 VOWELS = "a e i o u ai ea oo ou".split()
 CODAS = ("", "", "b", "d", "g", "ck", "l", "m", "n", "nd", "p", "r", "rt", "s", "st", "t", "x")
 FILLERS = (
-    "again also another anyway certainly clearly cute directly even exactly first fine friendly gladly good hey"
+    "again also another anyway certainly clearly cute directly even fine friendly gladly good hey"
     " honestly indeed just kind kindly later likely lovely maybe nice nicely now often ok once only perhaps pretty"
-    " promptly quick quickly rather real really right simple simply so soon still sure surely then there today together"
+    " promptly quick quickly rather real really simple simply so soon still sure surely there today together"
     " truly very well"
 ).split()
 DECIDING = (
-    "above add alike anywhere background below bottom change delete drop emoji english exactly first instead left make"
-    " middle move nothing replace remove right rows shift swap switch take then turn under with without"
+    "above add alike anywhere background below bottom change delete describe draw drop emoji english exactly"
+    " first instead left make middle move name nothing replace remove right rows shift swap switch take then"
+    " translate turn under with without"
 ).split()
 NEVER_REPLACED = (
     *("scene.", "edit.", "background", "open.background", "open.anywhere"),
@@ -39,7 +40,7 @@ def borrowed_words() -> tuple[str, ...]:
     """Words of four letters and more of the training templates in English, but those that decide what is asked."""
     kinds = [k for k in TEMPLATES if not k.startswith(("name.", "edit.", "open.", "video"))]
     texts = (TEMPLATES[k][n] for k in kinds for n in numbers(k, "train"))
-    words = {word for text in texts for word in text.split() if word.isalpha() and len(word) > 3}
+    words = {word for text in texts for word in text.split() if word.isalpha() and word.islower() and len(word) > 3}
     return tuple(sorted(words.difference(DECIDING)))
 
 
@@ -55,9 +56,10 @@ def foreign_word(draw: random.Random) -> str:
 def with_foreign_words(template: str, kind: str, draw: random.Random) -> str:
     """The template of a kind with one word put in or, for half of those that allow it, replaced. Braces stay."""
     words = template.split(" ")
-    own = [i for i, word in enumerate(words) if word.isalpha()]
+    own = [i for i, word in enumerate(words) if word.isalpha() and word.lower() not in DECIDING]
     if len(own) >= MIN_WORDS and not kind.startswith(NEVER_REPLACED) and draw.random() < 0.5:
-        words[draw.choice(own)] = foreign_word(draw)
+        index = draw.choice(own)
+        words[index] = next(new for new in iter(lambda: foreign_word(draw), "") if new != words[index])
     else:
         words.insert(draw.randrange(len(words)), foreign_word(draw))  # not at the end: the last word has the "?"
     return " ".join(words)

@@ -30,5 +30,8 @@ class TokenHead(nn.Module):
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
 
     def read(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.output_weight)
-        return logits if self.logit_cap is None else self.logit_cap * (logits / self.logit_cap).tanh()
+        return self.cap(F.linear(hidden, self.output_weight))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """What `read` makes of plain products; in float32, where tanh does not round to 1."""
+        return logits if self.logit_cap is None else self.logit_cap * (logits.float() / self.logit_cap).tanh()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -115,6 +115,8 @@ class Items:
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone."""
         device, C = self.latents.device, self.latents.shape[-1]
+        if device.type == "mps":  # which has no float64
+            return replace(self, latents=self.latents.cpu(), item=self.item.cpu()).noise(key, purpose).to(device)
         if not len(self):
             return torch.zeros_like(self.latents)
         pairs = -(-C // 2)  # a draw makes two numbers

@@ -246,21 +246,28 @@ def _any_of(phrases: Sequence[str]) -> re.Pattern[str] | None:
     if not phrases:
         return None
     inside, alone = ([p for p in phrases if p[0].isspace() == spaced] for spaced in (True, False))
-    either = "|".join([*map(_tree, [inside] if inside else []), *(rf"(?<![\w\s]){_tree(alone)}" for _ in alone[:1])])
-    return re.compile(rf"(?:{either})(?=s?(?![^\W_]))")
+    try:
+        trees = ([_tree(inside)] if inside else []) + ([rf"(?<![\w\s]){_tree(alone)}"] if alone else [])
+        either = "|".join(trees)
+        return re.compile(rf"(?:{either})(?=s?(?![^\W_]))")
+    except RecursionError:
+        raise ValueError("these phrases are beginnings of one another too many times over; give fewer") from None
 
 
 def _tree(words: Sequence[str]) -> str:
     """A pattern of any of the words, the longest first, that tells them apart letter by letter: thousands of words side
     by side would each be tried at every place of a text."""
     by_letter: dict[str, list[str]] = {}
-    for word in words:
-        if word:
-            by_letter.setdefault(word[0], []).append(word[1:])
-    branches = "|".join(re.escape(letter) + _tree(rest) for letter, rest in by_letter.items())
-    if not branches:
+    for word in filter(None, words):
+        by_letter.setdefault(word[0], []).append(word)
+    parts = []
+    for some in by_letter.values():
+        common = os.path.commonprefix(some)
+        parts.append(re.escape(common) + _tree([word[len(common) :] for word in some]))
+    if not parts:
         return ""
-    return f"(?:{branches})?" if "" in words else f"(?:{branches})" if len(by_letter) > 1 else branches
+    branches = "|".join(parts)
+    return f"(?:{branches})?" if "" in words else f"(?:{branches})" if len(parts) > 1 else branches
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,7 @@ from omni.rng import Key
 from omni.text import load_tokenizer
 from omni.text.bpe import BPETokenizer
 from omni.text.sentencepiece import SentencePieceTokenizer
-from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, decode_bytes, load_backend
+from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _any_of, decode_bytes, load_backend
 from omni.text.train import main
 
 DATA = Path(__file__).parents[2] / "tokenizers_cfg"
@@ -148,6 +149,26 @@ def test_phrases_leave_other_ids(with_names: Tokenizer, corpus: list[str], tmp_p
     with_names.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.phrases == with_names.phrases and loaded.encode("a red ant") == with_names.encode("a red ant")
+
+
+def test_phrases_are_found_as_one_by_one() -> None:
+    """The tree of a thousand phrases against all of them side by side, the longest first; and one of any length."""
+    draw = random.Random(0)
+    letters = ["a", "b", "c", " ", "s", ".", "(", "é", "_"]
+    for _ in range(300):
+        phrases = list({"".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(draw.randint(1, 30))})
+        side_by_side = "|".join(
+            re.escape(p) if p[0].isspace() else rf"(?<![\w\s]){re.escape(p)}"
+            for p in sorted(phrases, key=len, reverse=True)
+        )
+        slow, fast = re.compile(rf"(?:{side_by_side})(?=s?(?![^\W_]))"), _any_of(phrases)
+        text = "".join(draw.choices(letters, k=200))
+        assert fast is not None
+        assert [m.span() for m in fast.finditer(text)] == [m.span() for m in slow.finditer(text)]
+    long = "ab" * 1000
+    assert _any_of([long, "a", "ab"]).fullmatch(long)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="beginnings of one another"):
+        _any_of(["a" * n for n in range(1, 2000)])
 
 
 @pytest.mark.parametrize("phrases", [[""], [" a", " b", " a"], ["\ud800"]])

@@ -118,8 +118,8 @@ def test_init_from_another_tokenizer_or_another_shape_is_said(
     assert "as initialised" not in said and "this recipe has" not in said
     assemble(load_toml(recipe_file, [*same, "heads.logit_cap=20.0", "model.rope_base=500.0"], Recipe), tmp_path / "x")
     said = capsys.readouterr().err
-    assert "had logit_cap = null, this recipe has 20.0" in said
-    assert "had transformer.rope_base = 10000.0, this recipe has 500.0" in said
+    assert "has logit_cap = null, this recipe has 20.0" in said
+    assert "has transformer.rope_base = 10000.0, this recipe has 500.0" in said
     assemble(load_toml(recipe_file, [*same, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "third")
     assert "weights begin as initialised" in capsys.readouterr().err
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -92,6 +94,59 @@ def test_lanes_end_with_a_killed_training_process(recipe_file: Path, tmp_path: P
             assert process.poll() is None
         process.kill()
         process.communicate(timeout=60)
+
+
+def test_a_signal_to_the_whole_group_saves_and_ends_in_order(recipe_file: Path, tmp_path: Path) -> None:
+    """As `timeout`, systemd and job queues send it: the lanes leave the answer to the training process."""
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "train", str(recipe_file), "workers=2", "max_steps=100000", "--out", str(out)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
+        while b"step 1/" not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said.decode()
+    assert b"saved at step" in said and b"Traceback" not in said
+    assert list((out / "state").glob("step-*/manifest.json"))
+
+
+def test_what_is_wrong_beyond_the_end_does_no_harm(make_run: MakeRun, tmp_path: Path) -> None:
+    """A lane that gives up is heard when its step is asked for: the step before is made and saved."""
+    run = make_run("workers=1", out="early")
+    whole = run.loader.document.__self__.sources  # type: ignore[attr-defined]
+    for source in whole:
+        source.document = _readable_until(40, source.document)
+    with pytest.raises(TooManyCorrupt):
+        go(run, 1000)
+    steps = run.progress.step
+    assert steps > 0 and run.loader.counts["documents"] <= 40
+    run = make_run("workers=1", f"max_steps={steps}", out="exact")
+    for source in run.loader.document.__self__.sources:  # type: ignore[attr-defined]
+        source.document = _readable_until(40, source.document)
+    go(run, 1000)
+    assert list((tmp_path / "exact" / "state").glob(f"step-{steps:08d}/manifest.json"))
+
+
+def _readable_until(end: int, document: Callable[[int], object]) -> Callable[[int], object]:
+    def read(index: int) -> object:
+        if index >= end:
+            raise CorruptRecord(f"record {index} is broken")
+        return document(index)
+
+    return read
+
+
+def test_a_mistake_in_a_lane_is_said_in_one_line(make_run: MakeRun) -> None:
+    run = make_run("workers=2")
+
+    def missing(index: int) -> None:
+        raise ValueError("the file x.jsonl is gone")
+
+    for source in run.loader.document.__self__.sources:  # type: ignore[attr-defined]
+        source.document = missing
+    with pytest.raises(ValueError, match="^the file x.jsonl is gone$"):
+        run.next()
 
 
 def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:

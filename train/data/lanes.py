@@ -3,6 +3,8 @@
 Lane l of L reads the documents l, l + L, l + 2 L, ... and makes every L-th step, from step l on. So the state of the
 data is one cursor per lane (`train.state.Progress.lanes`), and a resumed run goes on bit for bit.
 
+Steps wait in shared memory, a few for every lane (/dev/shm on Linux: a gigabyte for steps of thousands of documents).
+
 Loading processes have no device. Where a batch has latents they put tickets, (number of the picture, place in it), and
 send the pictures along; `Lanes` encodes those on the device of the training process and puts the latents in.
 
@@ -12,8 +14,9 @@ Shapes: P pictures, N latents of one, C channels; R rows, L positions (context o
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,22 +26,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.codecs import Codec
+from omni.command import is_mistake, one_line
 from omni.document import Image, Video
 from omni.layout import Batch
 from train.data.loader import Loader, Packed, TooManyCorrupt
 
-ENCODE_BATCH = 1024  # pictures of one pass through the codec; the last one is filled up
+ENCODE_BATCH = 64  # pictures of one pass through the codec; the last one is filled up
 PREFETCH = 2  # steps that every lane is ahead
 
 
 @dataclass(frozen=True)
 class Sent:
     """One step as a lane sends it: batches whose latents are rows of a table (R, L), which the codec makes of `media`,
-    uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the lane gave up."""
+    uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the lane gave up, where that is no bug."""
 
     packed: Packed
     media: tuple[Tensor, ...] = ()
-    error: str = ""
+    error: TooManyCorrupt | ValueError | None = None
 
 
 class Tickets:
@@ -107,8 +111,11 @@ class Lane(IterableDataset):
         while True:
             try:
                 packed = loader.next(cursor)
-            except TooManyCorrupt as error:
-                yield Sent(Packed([], [], cursor), error=str(error))
+            except Exception as error:
+                if not (isinstance(error, TooManyCorrupt) or is_mistake(error)):
+                    raise
+                said = error if isinstance(error, TooManyCorrupt) else ValueError(one_line(error))
+                yield Sent(Packed([], [], cursor), error=said)
                 return
             yield tickets.collect(replace(packed, lane=lane))
             cursor = packed.cursor
@@ -131,6 +138,7 @@ class Lanes:
         device: torch.device | str = "cpu",
     ) -> None:
         self.codec, self.device = codec, torch.device(device)
+        _allow_many_files()
         processes: Any = DataLoader(
             Lane(loader, codec, cursors, step),
             batch_size=None,
@@ -143,10 +151,10 @@ class Lanes:
         self._steps = iter(processes)
 
     def next(self) -> Packed:
-        """The next step. Raises TooManyCorrupt as Loader.next does."""
+        """The next step. Raises what Loader.next raises: TooManyCorrupt, or ValueError for a user's mistake."""
         sent = next(self._steps)
         if sent.error:
-            raise TooManyCorrupt(sent.error)
+            raise sent.error
         table = torch.cat([self._encode(group) for group in sent.media]) if sent.media else None
 
         def found(rows: Tensor, where: Tensor) -> Tensor:
@@ -188,6 +196,12 @@ def _filled(where: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+def _allow_many_files() -> None:
+    """Every tensor that waits is an open file here, and the usual limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _same(sent: Sent) -> Sent:
     return sent
 
@@ -195,10 +209,15 @@ def _same(sent: Sent) -> Sent:
 def _end_with_parent(worker: int) -> None:
     """A lane whose training process was killed would wait for ever to hand over its steps: it ends too."""
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
+        """A stop that is meant for the whole group is the training process's to answer; its own is obeyed."""
         while os.getppid() == parent:
-            time.sleep(1)
+            found = signal.sigtimedwait({signal.SIGTERM}, 1)
+            if found is not None and found.si_pid == parent:
+                os._exit(0)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
