@@ -69,7 +69,7 @@ def go(run: Run, until: int) -> None:
 def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
     """Also where the next step is not the first lane's."""
     go(make_run("workers=3", out="straight"), 7)
-    for stop in (2, 4):
+    for stop in (4,):
         out = tmp_path / f"stop{stop}"
         go(make_run("workers=3", out=out.name), stop)
         run = make_run("workers=3", out=out.name)
@@ -84,16 +84,13 @@ def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
         assert states[0].read_bytes() == states[1].read_bytes()
 
 
-def test_lanes_end_with_a_killed_training_process(recipe_file: Path, tmp_path: Path) -> None:
-    """They hold its standard output: whoever reads that sees its end."""
-    out = str(tmp_path / "killed")
-    command = [sys.executable, "-m", "train", str(recipe_file), "workers=2", "max_steps=100000", "--out", out]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdout is not None
-        while b"step 1/" not in process.stdout.readline():
-            assert process.poll() is None
-        process.kill()
-        process.communicate(timeout=60)
+def test_a_lane_ends_with_a_killed_training_process() -> None:
+    """It holds its standard output: whoever reads that sees its end, and not ten minutes later."""
+    code = (
+        "import os, time\nfrom train.data.lanes import _end_with_parent\n"
+        "if os.fork():\n    time.sleep(0.5)\n    os._exit(0)\n_end_with_parent(0)\ntime.sleep(600)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=True)
 
 
 def test_a_signal_to_the_whole_group_saves_and_ends_in_order(recipe_file: Path, tmp_path: Path) -> None:
@@ -120,7 +117,7 @@ def test_what_is_wrong_beyond_the_end_does_no_harm(make_run: MakeRun, tmp_path: 
     with pytest.raises(TooManyCorrupt):
         go(run, 1000)
     steps = run.progress.step
-    assert steps > 0 and run.loader.counts["documents"] <= 40
+    assert steps > 0 and run.loader.counts["documents"] <= 2 * 40  # of two sources
     run = make_run("workers=1", f"max_steps={steps}", out="exact")
     for source in run.loader.document.__self__.sources:  # type: ignore[attr-defined]
         source.document = _readable_until(40, source.document)
