@@ -59,7 +59,10 @@ def with_foreign_words(template: str, kind: str, draw: random.Random) -> str:
     own = [i for i, word in enumerate(words) if word.isalpha() and word.lower() not in DECIDING]
     if len(own) >= MIN_WORDS and not kind.startswith(NEVER_REPLACED) and draw.random() < 0.5:
         index = draw.choice(own)
-        words[index] = next(new for new in iter(lambda: foreign_word(draw), "") if new != words[index])
+        new = words[index]
+        while new == words[index]:
+            new = foreign_word(draw)
+        words[index] = new
     else:
         words.insert(draw.randrange(len(words)), foreign_word(draw))  # not at the end: the last word has the "?"
     return " ".join(words)

@@ -13,10 +13,11 @@ Shapes: P pictures, N latents of one, C channels; R rows, L positions (context o
 
 from __future__ import annotations
 
+import contextlib
 import os
-import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -198,8 +199,11 @@ def _filled(where: Tensor, rows: Tensor) -> Tensor:
 
 def _allow_many_files() -> None:
     """Every tensor that waits is an open file here, and the usual limit is 1,024."""
+    import resource  # lanes are forks, and so is this: not on Windows
+
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError, OSError):  # where the hard limit is infinite it cannot be asked for
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _same(sent: Sent) -> Sent:
@@ -210,11 +214,16 @@ def _end_with_parent(worker: int) -> None:
     """A lane whose training process was killed would wait for ever to hand over its steps: it ends too."""
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    can_tell = hasattr(signal, "sigtimedwait")  # who sent a signal; not on macOS
+    if can_tell:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         """A stop that is meant for the whole group is the training process's to answer; its own is obeyed."""
         while os.getppid() == parent:
+            if not can_tell:
+                time.sleep(1)
+                continue
             found = signal.sigtimedwait({signal.SIGTERM}, 1)
             if found is not None and found.si_pid == parent:
                 os._exit(0)
