@@ -28,13 +28,14 @@ MAX_DOCUMENTS_PER_REQUEST = 1000
 class RequestOptions(TaskOptions):
     """How many requests, and how they are answered. kinds: only documents of these kinds (empty: all).
 
-    steps: jumps per picture, with guidance two evaluations each. guidance, sampler: None is the model's own. batch:
-    replies made together.
+    steps: jumps per picture, with guidance two evaluations each. guidance, told_guidance, sampler: None is the model's
+    own. batch: replies made together.
     """
 
     requests: int = Field(default=300, ge=1)
     steps: int = Field(default=8, ge=1)
     guidance: float | None = None
+    told_guidance: float | None = None
     sampler: SamplerName | None = None
     batch: int = Field(default=32, ge=1)
     kinds: tuple[str, ...] = ()
@@ -81,7 +82,10 @@ def replies(
     context: Context, documents: Sequence[Document], options: RequestOptions, **generation: Any
 ) -> tuple[list[Reply], str]:
     """A reply to each document without its last assistant turn, seeded by its number; and a note on the time."""
-    settings = GenerationOptions(steps=options.steps, guidance=options.guidance, sampler=options.sampler, **generation)
+    settings = GenerationOptions(
+        steps=options.steps, guidance=options.guidance, told_guidance=options.told_guidance, sampler=options.sampler,
+        **generation,
+    )  # fmt: skip
     prompts = [prompt_of(document) for document in documents]
     start, answers = time.perf_counter(), []
     for first in range(0, len(prompts), options.batch):

@@ -335,7 +335,20 @@ def triton_cases() -> dict[str, tuple[list[Tensor], Mask, torch.dtype]]:
         "one position": (draw(1, 1, 1, 1, 0, 64, float32), None, float32),
         "whole tiles": (draw(1, 2, 1, 64, 64, 64, float32), None, float32),
         "whole tiles, bfloat16": (draw(1, 1, 1, 64, 0, 128, bfloat16), None, bfloat16),
+        "a large common part": (common_part(draw(1, 2, 1, 64, 0, 64, bfloat16)), None, float32),
+        "a large common part, bfloat16": (common_part(draw(1, 2, 1, 64, 0, 64, bfloat16)), None, bfloat16),
+        "the same beside a context, bfloat16": (common_part(draw(1, 2, 1, 33, 40, 64, bfloat16)), None, bfloat16),
     }
+
+
+def common_part(drawn: list[Tensor]) -> list[Tensor]:
+    """Four deviations, the same at all positions, added to keys, values and the tangents of keys; bf16 can hold it."""
+    drawn = list(drawn)
+    for same in ((1, 6), (2, 7), (4,)):  # the context's like the own
+        part = 4 * Key(9).fold("common", same[0]).normal((drawn[1].shape[-1],), torch.float64)
+        for n in same:
+            drawn[n] = (drawn[n] + part).bfloat16().double()
+    return drawn
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,25 @@ from omni.rng import Key
 from omni.verify import verify
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize("weights", ["shared", "separate", "refine"])
 def test_contract_cached_uncached_training(weights: str) -> None:
     checks = verify(small_model(latent_weights=weights))
     assert len(checks) == 9
     for check in checks:
         assert check.holds, check
+
+
+def test_a_generation_expert_serves_the_refine_stream_alone() -> None:
+    """Its weights change what is drawn; hidden states of the context, text and finished latents, keep every bit."""
+    model, batch = small_model(latent_weights="refine"), random_batch(Key(5).fold("expert"))
+    with torch.inference_mode():
+        before = everything(model, batch)
+        for name, parameter in model.named_parameters():
+            if ".latent." in name:
+                parameter.mul_(1.5)
+        after = everything(model, batch)
+    assert bool(batch.is_latent.any())
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1], atol=1e-3)
 
 
 def test_contract_fails_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

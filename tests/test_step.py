@@ -23,6 +23,7 @@ SHAPES = {
     "grouped heads": {},
     "odd sizes": {"width": 23, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "mlp_width": 37},
     "latent weights apart": {"latent_weights": "separate"},
+    "a generation expert": {"latent_weights": "refine"},
 }
 
 

@@ -58,7 +58,7 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize("weights", ["shared", "separate", "refine"])
 def test_three_forms_agree(weights: str) -> None:
     """In a packed batch of several documents and copies: carried = two-pass = whole-model jvp = central differences."""
     model, batch = small_model(dtype=torch.float64, attention="math", latent_weights=weights), batch_of()

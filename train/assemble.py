@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from train.state import AVERAGES, WEIGHTS
 from train.target import build_target
 
 DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator each, 2 is Key.each
+
+LATENT = ".latent."  # in the names of weights that latents have of their own (TransformerConfig.latent_weights)
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
@@ -149,24 +152,28 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
 
 
 def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
-    """Only weights whose names begin with one of `prefixes` get gradients. ValueError for a prefix that none has."""
+    """Only weights whose names begin with one of `prefixes` get gradients; "*" in one stands for any characters.
+    ValueError for a prefix that no name has."""
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
+        if not any(fnmatchcase(name, f"{prefix}*") for name in names):
             tops = sorted({name.split(".")[0] for name in names})
             raise ValueError(f"train_only = {prefix!r} is the beginning of no weight's name; names begin with {tops}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(prefixes)))
+        parameter.requires_grad_(any(fnmatchcase(name, f"{prefix}*") for prefix in prefixes))
 
 
 def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
     """Start from a model directory or from the averages of a saved state. Returns the names left as initialised.
 
-    Raises ValueError when a weight is missing, unknown or of another shape, unless `partial_allowed`.
+    Where this model has weights of their own for latents and the saved one has not, they begin as copies of those of
+    text: the same network, until it is trained. Raises ValueError when a weight is missing, unknown or of another shape, unless `partial_allowed`.
     """
     verify(directory)
     name = AVERAGES if (directory / AVERAGES).is_file() else WEIGHTS
     saved, own = load_tensors(directory / name), model.state_dict()
+    if not any(LATENT in name for name in saved):
+        saved |= {name: saved[source] for name in own if LATENT in name and (source := _of_text(name)) in saved}
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     left = sorted(own.keys() - usable.keys())
     odd = left + sorted(saved.keys() - usable.keys())
@@ -181,6 +188,10 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     return left
 
 
+def _of_text(name: str) -> str:
+    return name.replace(LATENT, ".text.")
+
+
 def other_settings(directory: Path, config: OmniConfig) -> list[str]:
     """What `directory` says of its weights and this recipe says otherwise, where no shape would tell."""
     path = directory / "config.json"
@@ -192,7 +203,7 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
         f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
         for prefix, a, b in pairs
         for name in sorted(a.keys() - WITHOUT_EFFECT)
-        if a[name] != b[name]
+        if a[name] != b[name] and (name, a[name]) != ("latent_weights", "shared")  # copied, or the names tell
     ]
 
 

@@ -33,12 +33,13 @@ KINDS = ("left", "right", "above", "below", "row")
 
 class Line(Frozen):
     """model: a directory; None is the suite's. steps: jumps per picture, each two evaluations with guidance. sampler,
-    guidance: None: the model's."""
+    guidance, told_guidance: None: the model's."""
 
     model: str | None = None
     steps: tuple[int, ...] = (1, 2, 4, 8, 32)
     sampler: SamplerName | None = None
     guidance: float | None = None
+    told_guidance: float | None = None
 
 
 class FewStepOptions(RequestOptions):
@@ -127,6 +128,7 @@ def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -
     common: dict[str, Any] = {
         "steps": steps,
         "guidance": line.guidance,
+        "told_guidance": line.told_guidance,
         "sampler": line.sampler,
         "batch": options.batch,
     }
@@ -155,8 +157,9 @@ def seconds_a_picture(
         for name, line in options.lines.items():
             for n in line.steps:
                 settings = GenerationOptions(
-                    steps=n, guidance=line.guidance, sampler=line.sampler, max_images=1, force_image=True
-                )
+                    steps=n, guidance=line.guidance, told_guidance=line.told_guidance, sampler=line.sampler,
+                    max_images=1, force_image=True,
+                )  # fmt: skip
                 begin = end = float("nan")
                 for event in engines[name].stream(prompt, settings):
                     if isinstance(event, BlockStart):

@@ -19,6 +19,7 @@ from eval.task import Context, Measure, Outcome, TaskOptions, task
 from omni.heads import FlowHeadConfig
 from omni.layout import Batch, LatentSpan, Shape, TokenSpan, pack
 from omni.model import Omni, OmniConfig
+from omni.nn.compiled import compile_blocks
 from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
 from omni.rng import Key
@@ -47,6 +48,7 @@ class FlowCostOptions(TaskOptions):
     copies: int = Field(default=2, ge=1)
     attention: str | None = Field(default=None, description="of what has no tangent; None: the device's own")
     bf16: bool = Field(default=False, description="under bfloat16 autocast")
+    compile: bool = Field(default=False, description="compile the layers, all methods alike")
 
 
 def build_model(options: FlowCostOptions, key: Key) -> Omni:
@@ -60,7 +62,10 @@ def build_model(options: FlowCostOptions, key: Key) -> Omni:
         attention=options.attention,
     )
     flow = FlowHeadConfig(channels=options.channels)
-    return Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=512), key).train()
+    model = Omni(OmniConfig(transformer=transformer, flow=flow, vocab_size=512), key).train()
+    if options.compile:
+        compile_blocks(model.transformer)
+    return model
 
 
 def build_batch(options: FlowCostOptions, key: Key) -> Batch:
@@ -127,7 +132,7 @@ def flow_cost(context: Context, options: FlowCostOptions) -> Outcome:
     notes = [
         f"{where}, {'bfloat16 autocast' if options.bf16 else 'float32'}, {options.repeats} rounds; {options.documents} "
         f"documents of {options.text} ids and {options.side**2} latents, {options.copies} copies; width "
-        f"{options.width}, depth {options.depth}",
+        f"{options.width}, depth {options.depth}{', compiled' if options.compile else ''}",
         "; ".join(f"{name} {m * 1e3:.0f} ms ({min(seconds[name]) * 1e3:.0f} at best)" for name, m in median.items()),
     ]
     return Outcome(measures, notes=notes)

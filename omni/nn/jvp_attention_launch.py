@@ -237,6 +237,15 @@ def _outputs(whole: tuple[Tensor, Tensor], low: tuple[Tensor | None, ...]) -> tu
     return tuple(map(strided, (*whole, *(a if b is None else b for a, b in zip(whole, low, strict=True)))))
 
 
+def _mean_keys(x: Inputs) -> Tensor:
+    """(R, G, 2, D) float32: the mean key of [context; own], and the mean of their tangents, the context's zero."""
+    total, tangent = (t.sum(2, dtype=torch.float32) for t in (x.k, x.dk))
+    number = x.k.shape[2]
+    if x.k_context is not None:
+        total, number = total + x.k_context.sum(2, dtype=torch.float32), number + x.k_context.shape[2]
+    return torch.stack([total, tangent], 2) / number
+
+
 def backward(
     x: Inputs,
     seen: Visibility,
@@ -264,7 +273,7 @@ def backward(
     grads: list[Tensor | None] = [None] * 8
     if need_q or need_dq:
         grads[0], grads[3] = out = _like(x.q), _like(x.q)
-        call.by_query(kernels.grad_q, known.grad_q, *given, *map(strided, out))
+        call.by_query(kernels.grad_q, known.grad_q, *given, _mean_keys(x), *map(strided, out))
     own, far = (x.k, x.dk, x.v, x.dv), (x.k_context, None, x.v_context, None)
     if need_k or need_dk:
         grads[1], grads[4] = call.by_key(kernels.grad_k, known.grad_k, own, *given)

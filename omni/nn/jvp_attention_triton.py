@@ -6,6 +6,10 @@
     grad_k    keys resident: gradients of k and dk;   grad_v: keys resident: gradients of v and dv
               each once for own keys and once for the context, whose tangents are zero: half of the products are skipped
 
+Weights are rounded to operands, and where keys or values have a large common part, what rounding adds to a sum of
+weights is multiplied by it. So the forward divides by the sum of the rounded weights, and takes from the tangent what
+its weights, whose sum is 0, add up to times the mean value; grad_q does the same with the mean keys (`means`).
+
 No kernel keeps more than two wide accumulators, to spare registers; no atomics, so results repeat. A tile
 in which nothing is visible is in no list and costs nothing; where all see all there are no lists, and where the tiles
 divide the lengths (EVEN) no bounds. Products take bf16 operands and add up in float32; float32 operands are
@@ -198,7 +202,7 @@ def _sweep(
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add to the running sums of a tile of queries what the keys of one side give, as in nn.jvp_attention."""
-    acc, acc_t, m, total, mu = state
+    acc, acc_t, m, total, mu, given, drift = state
     qi = (tile * BQ + tl.arange(0, BQ))[:, None]
     for i in range(0, _count(tiles, r, tile, num_k, BK, MASK)):
         start = _start(tiles, r, tile, i, BK, MASK)
@@ -219,16 +223,18 @@ def _sweep(
         w = p * (ds * scale - mu[:, None])
         dmu = tl.sum(w, 1) / (total if MASK == 0 else tl.where(total > 0, total, 1.0))
         mu = mu + dmu
-        acc = acc * alpha[:, None]
-        acc_t = acc_t * alpha[:, None] - acc * dmu[:, None]
+        acc, given = acc * alpha[:, None], given * alpha
+        acc_t, drift = acc_t * alpha[:, None] - acc * dmu[:, None], drift * alpha - given * dmu
         v_tile = _read(v, r, g, start, num_k, D, BK, EVEN, EMULATE)
-        weight = _operand(p, DTYPE, EMULATE)
+        weight, moved = _operand(p, DTYPE, EMULATE), _operand(w - p * dmu[:, None], DTYPE, EMULATE)
+        given += tl.sum(weight.to(tl.float32), 1)
+        drift += tl.sum(moved.to(tl.float32), 1)
         acc = tl.dot(weight, v_tile, acc, input_precision=FLOAT32)
-        acc_t = tl.dot(_operand(w - p * dmu[:, None], DTYPE, EMULATE), v_tile, acc_t, input_precision=FLOAT32)
+        acc_t = tl.dot(moved, v_tile, acc_t, input_precision=FLOAT32)
         if OWN:
             dv_tile = _read(dv, r, g, start, num_k, D, BK, EVEN, EMULATE)
             acc_t = tl.dot(weight, dv_tile, acc_t, input_precision=FLOAT32)
-    return acc, acc_t, m, total, mu
+    return acc, acc_t, m, total, mu, given, drift
 
 
 @_device
@@ -245,18 +251,22 @@ def forward(
     acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
     # The largest score so far; at first no score, yet finite: a query that has seen nothing has weights of 0.
     m, total, mean = tl.zeros([BQ], tl.float32) - 1e30, tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)
+    given, drift = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the weights as they were rounded
     if CONTEXT:
-        acc, acc_t, m, total, mean = _sweep(
-            (acc, acc_t, m, total, mean), q_tile, dq_tile, k_context, k_context, v_context, v_context, mask_context,
+        acc, acc_t, m, total, mean, given, drift = _sweep(
+            (acc, acc_t, m, total, mean, given, drift), q_tile, dq_tile, k_context, k_context, v_context, v_context, mask_context,
             tiles_context, r, g, tile, num_q, num_context, scale, scale2, False, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
         )  # fmt: skip
-    acc, acc_t, m, total, mean = _sweep(
-        (acc, acc_t, m, total, mean), q_tile, dq_tile, k, dk, v, dv, mask,
+    acc, acc_t, m, total, mean, given, drift = _sweep(
+        (acc, acc_t, m, total, mean, given, drift), q_tile, dq_tile, k, dk, v, dv, mask,
         tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
     )  # fmt: skip
     some = tl.where(total > 0, total, 1.0)
-    _write_exact(o, o_low, r, h, start, num_q, acc / some[:, None], D, BQ, DTYPE, EMULATE)
-    _write_exact(do, do_low, r, h, start, num_q, acc_t / some[:, None], D, BQ, DTYPE, EMULATE)
+    given = tl.where(given > 0, given, 1.0)
+    acc = acc / given[:, None]
+    _write_exact(o, o_low, r, h, start, num_q, acc, D, BQ, DTYPE, EMULATE)
+    acc_t = (acc_t - drift[:, None] * acc) / given[:, None]
+    _write_exact(do, do_low, r, h, start, num_q, acc_t, D, BQ, DTYPE, EMULATE)
     at = start + tl.arange(0, BQ)
     statistics = tl.program_id(1).to(tl.int64) * num_q + at
     tl.store(lse + statistics, tl.where(total > 0, m + tl.log2(some), float("inf")), mask=at < num_q)  # base 2
@@ -285,7 +295,7 @@ def row_sums(
 
 @_device
 def _sweep_q(
-    acc, acc_t, q, dq, c, dc, lse, mu, s1, s2, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
+    acc, acc_t, left, left_t, q, dq, c, dc, lse, mu, s1, s2, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
     OWN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -310,16 +320,18 @@ def _sweep_q(
         if OWN:
             b = tl.dot(dc, tl.trans(dv_tile), b, input_precision=FLOAT32)
         d_s = _operand(p * b, DTYPE, EMULATE)
+        left += tl.sum(d_s.to(tl.float32), 1)
+        left_t += tl.sum(d_ds.to(tl.float32), 1)
         acc_t = tl.dot(d_ds, k_tile, acc_t, input_precision=FLOAT32)
         acc = tl.dot(d_s, k_tile, acc, input_precision=FLOAT32)
         if OWN:
             acc = tl.dot(d_ds, dk_tile, acc, input_precision=FLOAT32)
-    return acc, acc_t
+    return acc, acc_t, left, left_t
 
 
 @_device
 def grad_q(
-    q, dq, k, dk, v, dv, k_context, v_context, cotangent, dcotangent, lse, mu, s1, s2, out, dout,
+    q, dq, k, dk, v, dv, k_context, v_context, cotangent, dcotangent, lse, mu, s1, s2, means, out, dout,
     mask, mask_context, tiles, tiles_context, num_q, num_k, num_context, heads, group, scale, scale2,
     CONTEXT: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
@@ -335,16 +347,21 @@ def grad_q(
     lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
     s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
     acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
+    left, left_t = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the rounded weights; exactly: 0
     if CONTEXT:
-        acc, acc_t = _sweep_q(
-            acc, acc_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context, v_context,
+        acc, acc_t, left, left_t = _sweep_q(
+            acc, acc_t, left, left_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context, v_context,
             v_context, mask_context, tiles_context, r, g, tile, num_q, num_context, scale, scale2,
             False, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
         )  # fmt: skip
-    acc, acc_t = _sweep_q(
-        acc, acc_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k, dk, v, dv,
+    acc, acc_t, left, left_t = _sweep_q(
+        acc, acc_t, left, left_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k, dk, v, dv,
         mask, tiles, r, g, tile, num_q, num_k, scale, scale2, True, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
     )  # fmt: skip
+    of_head = means + (r * (heads // group) + g).to(tl.int64) * 2 * D + tl.arange(0, D)
+    mean_k, mean_dk = tl.load(of_head)[None, :], tl.load(of_head + D)[None, :]
+    acc -= left[:, None] * mean_k + left_t[:, None] * mean_dk
+    acc_t -= left_t[:, None] * mean_k
     _write(out, r, h, start, num_q, acc * scale, D, BQ, EMULATE)
     _write(dout, r, h, start, num_q, acc_t * scale, D, BQ, EMULATE)
 

@@ -4,9 +4,10 @@
     refine(h, ..., memory)      modulated by a condition vector per copy; reads the memory and itself; writes nothing
     draft(h, ..., memory)       the same for blocks of tokens: not modulated, adapters instead
 
-All use one set of weights, or, with `latent_weights = "separate"`, latents have a set of their own in both streams
-(mixture of transformers, arXiv 2411.04996), which tokens never touch. With shared weights and no refine stream it is a
-plain decoder.
+All use one set of weights, or latents have a set of their own, which tokens never touch: in both streams with
+`latent_weights = "separate"` (mixture of transformers, arXiv 2411.04996); in the refine stream alone with "refine" (a
+generation expert: what is finished is read with the weights of text, and training the expert changes no context).
+With shared weights and no refine stream it is a plain decoder.
 
 RMSNorm, QK-norm, SwiGLU, grouped-query attention, rotary. Modulation follows adaLN with one shared projection and a
 table per layer (PixArt-alpha, arXiv 2310.00426); each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as
@@ -53,7 +54,7 @@ class TransformerConfig(Frozen):
     mlp_width: int | None = None
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
-    latent_weights: Literal["shared", "separate"] = "shared"
+    latent_weights: Literal["shared", "separate", "refine"] = "shared"
     modulation_eps: float = 1.0
     attention: str | None = None
     tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
@@ -126,7 +127,7 @@ class Block(nn.Module):
         super().__init__()
         self.c = c
         self.text = Layer(c)
-        self.latent = Layer(c) if c.latent_weights == "separate" else None
+        self.latent = Layer(c) if c.latent_weights != "shared" else None
         self.modulation_table = nn.Parameter(torch.zeros(6, c.width))
 
     def forward(

@@ -12,6 +12,7 @@ from omni.objectives import (  # noqa: F401  (registration)
     mean_flow,
     moment_matching,
     next_token,
+    progressive_distillation,
     shortcut,
     terminal_velocity,
 )

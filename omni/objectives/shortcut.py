@@ -6,7 +6,9 @@ target = v, at s = t           for the others (flow matching)
 
 The paper's network is told log2(1/d) and the finest step 1/M stands for the instantaneous velocity. Here that velocity
 is the diagonal, so the two halves of the finest jump, 2/M, are Euler steps along F(x, t, t). Only that level is guided
-(with the target network's own null velocity); the coarser ones inherit it, and the network is told nothing of it.
+(with the target network's own null velocity); the coarser ones inherit it. The paper's network is told nothing of it;
+with `tell_guidance` jumps are told beta = 1 / w, and the velocity stays plain at beta = 1, so that one network has both
+fields and a guided jump is one evaluation (guided distillation, arXiv 2210.03142, within one training).
 Every item passes through every evaluation, so the two of the target are not saved on flow-matching items.
 
 Legend: I items.
@@ -15,7 +17,7 @@ Legend: I items.
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
@@ -28,18 +30,32 @@ from omni.rng import Key
 class Shortcut(FlowObjective):
     """time: of the flow-matching items, and of both ends where not `dyadic` (then jumps have any length).
 
-    num_levels: log2 M. bootstrap: share of items that bootstrap. clip: bound of x' and of the target, for latents of
-    unit scale; None: none. guidance_scale: w of the finest level, 1 is none (the paper: 1.5). target_decay: of the
+    num_levels: log2 M. shares: how often each level is drawn, the longest jump first; None: equally often. bootstrap:
+    share of items that bootstrap. clip: bound of x' and of the target, for latents of unit scale; None: none.
+    guidance_scale: w of the finest level, 1 is none (the paper: 1.5). tell_guidance: see above. target_decay: of the
     average behind the target. The paper also found weight decay 0.1 needed for stability; that is the optimiser's.
     """
 
     time: TimeDistribution = TimeDistribution(kind="uniform")
     num_levels: int = Field(default=7, ge=1, le=20)
+    shares: tuple[float, ...] | None = None
     bootstrap: float = Field(default=0.125, ge=0, le=1)
     dyadic: bool = True
     clip: float | None = Field(default=4.0, gt=0)
     guidance_scale: float = Field(default=1.0, ge=1)
+    tell_guidance: bool = False
     target_decay: float | None = Field(default=0.999, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Shortcut:
+        if self.shares is not None:
+            if len(self.shares) != self.num_levels or min(self.shares) < 0 or sum(self.shares) == 0:
+                raise ValueError(f"shares must be {self.num_levels} weights, one a level, got {list(self.shares)}")
+            if not self.dyadic:
+                raise ValueError("shares has no effect with dyadic=false, whose jumps have any length; leave it out")
+        if self.tell_guidance and self.guidance_scale == 1:
+            raise ValueError("tell_guidance has nothing to tell at guidance_scale 1; raise it, or leave it out")
+        return self
 
     @property
     def needs_null(self) -> bool:
@@ -53,8 +69,8 @@ class Shortcut(FlowObjective):
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
         t = self.time.draw(items.names, key)
         if self.dyadic:
-            # M = 2^L; d = 2^-k with k in 0..L-1 equally likely, t uniform on the multiples of d
-            d = 0.5 ** (uniform_I(items.names, key, "level") * self.num_levels).floor()
+            # M = 2^L; d = 2^-k with k in 0..L-1, t uniform on the multiples of d
+            d = 0.5 ** self._level(uniform_I(items.names, key, "level"))
             start = d * (1 + (uniform_I(items.names, key, "start") / d).floor())
             end = start - d
         else:
@@ -63,13 +79,28 @@ class Shortcut(FlowObjective):
         jumps = uniform_I(items.names, key, "bootstrap") < self.bootstrap
         return torch.where(jumps, start, t), torch.where(jumps, end, t)
 
+    def _level(self, u_I: Tensor) -> Tensor:
+        """(I,) float64: k, from uniform numbers."""
+        if self.shares is None:
+            return (u_I * self.num_levels).floor()
+        edges = torch.tensor(self.shares, dtype=torch.float64, device=u_I.device).cumsum(0)
+        return torch.searchsorted(edges[:-1] / edges[-1], u_I, right=True).double()
+
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
         target = draw.v
         if self.bootstrap > 0:
             jumps = draw.items.expand(draw.t - draw.s) > 0
             with torch.no_grad():
                 target = torch.where(jumps, self._two_halves(call.target(), draw).to(target.dtype), target)
-        return squared_error(call(draw.x, draw.t, draw.s), target, draw.items, self.weight)
+        told = self._told(call, draw.items, draw.t > draw.s)
+        return squared_error(told(draw.x, draw.t, draw.s), target, draw.items, self.weight)
+
+    def _told(self, call: FlowCall, items: Items, where_I: Tensor) -> FlowCall:
+        """The call, told the guidance where it is in the field that is asked for."""
+        if not self.tell_guidance:
+            return call
+        guided = where_I if items.is_null is None else where_I & ~items.is_null
+        return call.guided(torch.where(guided, 1 / self.guidance_scale, 1.0))
 
     def _two_halves(self, network: FlowCall, draw: Draw) -> Tensor:
         t, s, items = draw.t, draw.s, draw.items
@@ -86,7 +117,7 @@ class Shortcut(FlowObjective):
     def _velocity(self, network: FlowCall, x: Tensor, t: Tensor, s: Tensor, finest: Tensor, items: Items) -> Tensor:
         """F (R, S, C), guided at the finest level where the item has its condition."""
         x = x.to(items.latents.dtype)
-        own = network(x, t, s)
+        own = self._told(network, items, ~finest)(x, t, s)
         if self.guidance_scale == 1:
             return own
         guided = guided_velocity(own, own, network.null()(x, t, s), self.guidance_scale)

@@ -101,6 +101,31 @@ def test_guidance_at_the_finest_level_only_and_never_where_the_condition_was_dro
     assert float((guided._two_halves(call, fine) - wanted).abs().max().detach()) < 1e-12
 
 
+def test_told_guidance_keeps_two_fields_apart() -> None:
+    """Jumps are told beta = 1 / w, in the loss and in the halves of coarse levels; velocities and dropped items 1."""
+    dropped = torch.tensor([False, True] * 4)
+    items = replace(gaussian_items(PLANE, num=8), is_null=dropped)
+    objective = Shortcut(clip=None, num_levels=3, guidance_scale=2.0, tell_guidance=True)
+    told, plain = torch.where(dropped, 1.0, 0.5).double(), torch.ones(8, dtype=torch.float64)
+    draw = objective.draw(items, Key(0))
+    for s, wanted in ((0.25, (plain, plain, told)), (0.0, (told, told, told)), (0.5, (plain, plain, plain))):
+        call = network_call(items)
+        objective.loss(call, at(draw, 0.5, s))
+        own = [beta for kind, _, _, beta in call.log if kind == "call"]
+        assert all(torch.equal(beta.double(), w) for beta, w in zip(own, wanted, strict=True)), s
+
+
+def test_shares_of_levels() -> None:
+    items = replace(gaussian_items(LINE, num=4000, size=1), names=BatchNames(4000))
+    draw = Shortcut(num_levels=3, shares=(1.0, 0.0, 3.0), bootstrap=1.0).draw(items, Key(0))
+    d = draw.t - draw.s
+    assert sorted(set(d.tolist())) == [0.25, 1.0] and abs(float((d == 1).double().mean()) - 0.25) < 0.02
+    with pytest.raises(ValueError, match="3 weights, one a level"):
+        Shortcut(num_levels=3, shares=(1.0, 1.0))
+    with pytest.raises(ValueError, match="nothing to tell"):
+        Shortcut(tell_guidance=True)
+
+
 def test_clip_bounds_the_midpoint_and_the_target() -> None:
     items = gaussian_items(LINE, num=8)
     draw = at(Shortcut().draw(items, Key(0)), 1.0, 0.5)

@@ -136,3 +136,22 @@ def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: 
     with pytest.raises(ValueError, match="init_partial"):
         assemble(load_toml(recipe_file, [*change, "model.depth=2"], Recipe), tmp_path / "fourth")
     assemble(load_toml(recipe_file, [*change, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "fifth")
+
+
+def test_a_generation_expert_starts_as_a_copy_and_trains_alone(recipe_file: Path, tmp_path: Path) -> None:
+    """Weights of their own begin as those of text, and `train_only` with "*" leaves every bit of the rest."""
+    from train.assemble import assemble
+
+    assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
+    expert = [f"init_from={tmp_path / 'first/model'}", "model.latent_weights=refine"]
+    only = 'train_only=["transformer.blocks.*.latent.", "flow.noisy"]'
+    run = assemble(load_toml(recipe_file, [*expert, only], Recipe), tmp_path / "second")
+    weights = run.model.state_dict()
+    theirs = {name: value for name, value in weights.items() if ".latent." in name}
+    assert theirs and all(torch.equal(v, weights[name.replace(".latent.", ".text.")]) for name, v in theirs.items())
+    learning = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    assert learning == {*theirs, "flow.noisy.weight", "flow.noisy.bias"}
+    with pytest.raises(ValueError, match="latent_weights"):
+        saved = tmp_path / "saved"
+        run.model.save_pretrained(saved)
+        assemble(load_toml(recipe_file, [f"init_from={saved}", only, "model.latent_weights=separate"], Recipe), saved)

@@ -1,0 +1,93 @@
+"""Progressive distillation (arXiv 2202.00512) with guidance in it (arXiv 2210.03142), in one training, along its own path.
+
+From the item's noise the target network walks to the data in `fine` equal steps, guided by w, and long jumps learn
+where it went: with x_i the states of that walk and k = fine / n,
+
+    F(x_i, t_i, t_{i+k}) = (x_i - x_{i+k}) / (t_i - t_{i+k})     for every n in `jumps` and each of its n jumps
+    F(x_t, t, t) = v                                             flow matching, `velocity_weight` times
+
+The loss is a mean over jumps, those of length 1/n with weight n: the longer a jump, the more of its error is what one
+pass cannot tell yet, and that would drown the rest. The paper halves the number of steps again and again, with a new
+teacher each time; here the teacher is the average of the present weights, and all lengths are learnt at once. Unlike a
+shortcut, whose x_t is between data and noise, a jump is learnt where a sampler goes: in the emoji world that was the
+difference between better and no better.
+
+Jumps are told beta = 1 / w; the walk and the velocity are at beta = 1, so that one network has both fields. Without the
+velocity nothing here reads data, and what the walk starts from is all that jumps can learn.
+
+Legend: I items.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
+from omni.objectives.target_guidance import guided_velocity
+
+
+@OBJECTIVES.register("progressive_distillation")
+class ProgressiveDistillation(FlowObjective):
+    """time: of the flow-matching term. fine: steps of the walk. walk: by jumps F(x, t, s), or Euler steps along the
+    velocity F(x, t, t). jumps: how many jumps from noise to data, each a divisor of `fine`. guidance_scale: w, 1 is
+    none. target_decay: of the average that walks. A step costs fine (with guidance twice) evaluations without a
+    gradient, and sum(jumps) and one with."""
+
+    fine: int = Field(default=8, ge=2)
+    walk: Literal["jump", "velocity"] = "jump"
+    jumps: tuple[int, ...] = (4, 2, 1)
+    guidance_scale: float = Field(default=1.0, ge=1)
+    velocity_weight: float = Field(default=1.0, ge=0)
+    target_decay: float | None = Field(default=0.999, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ProgressiveDistillation:
+        if not self.jumps or any(n < 1 or n >= self.fine or self.fine % n for n in self.jumps):
+            raise ValueError(f"jumps must be divisors of fine = {self.fine} below it, got {list(self.jumps)}")
+        return self
+
+    @property
+    def needs_null(self) -> bool:
+        return self.guidance_scale > 1
+
+    def loss(self, call: FlowCall, draw: Draw) -> Terms:
+        items, path = draw.items, self._path(call.target(), draw)
+        told, errors = self._told(call, items), []
+        for n in self.jumps:
+            for k in range(n):
+                x, end = (path[(k + ahead) * self.fine // n] for ahead in (0, 1))
+                found = told(x.to(items.latents.dtype), *self._times(draw, k, n))
+                errors.append(n * channel_error(found, (x - end) * n))
+        error = torch.stack(errors).sum(0) / sum(n * n for n in self.jumps)
+        if self.velocity_weight:
+            error = error + self.velocity_weight * channel_error(call(draw.x, draw.t, draw.t), draw.v)
+        return Terms((error * items.mask).sum(), float(items.mask.sum()), self.weight)
+
+    @torch.no_grad()
+    def _path(self, network: FlowCall, draw: Draw) -> list[Tensor]:
+        """The states (R, S, C) at t = 1, 1 - 1/fine, ..., 0, in float32 or better."""
+        items, w = draw.items, self.guidance_scale
+        path = [draw.noise.to(torch.promote_types(draw.noise.dtype, torch.float32))]
+        for k in range(self.fine):
+            t, s = self._times(draw, k, self.fine)
+            x, end = path[-1].to(items.latents.dtype), s if self.walk == "jump" else t
+            F = network(x, t, end)
+            if w > 1:
+                guided = guided_velocity(F, F, network.null()(x, t, end), w)
+                F = guided if items.is_null is None else torch.where(items.expand(~items.is_null) > 0, guided, F)
+            path.append(path[-1] - F.to(path[-1].dtype) / self.fine)
+        return path
+
+    def _times(self, draw: Draw, k: int, n: int) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,), of the k-th of n equal jumps."""
+        return torch.full_like(draw.t, 1 - k / n), torch.full_like(draw.t, 1 - (k + 1) / n)
+
+    def _told(self, call: FlowCall, items: Items) -> FlowCall:
+        if self.guidance_scale == 1:
+            return call
+        beta = torch.full((len(items),), 1 / self.guidance_scale, device=items.latents.device)
+        return call.guided(beta if items.is_null is None else torch.where(items.is_null, 1.0, beta))
