@@ -34,6 +34,7 @@ from train.data.loader import Encoder, Loader
 from train.data.mixture import Mixture
 from train.data.source import build_source
 from train.ema import Ema
+from train.expert import with_copies
 from train.guard import Guard
 from train.loop import Run
 from train.optim import Optimiser
@@ -42,8 +43,6 @@ from train.state import AVERAGES, WEIGHTS
 from train.target import build_target
 
 DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator each, 2 is Key.each
-
-LATENT = ".latent."  # in the names of weights that latents have of their own (TransformerConfig.latent_weights)
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
@@ -166,14 +165,12 @@ def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
 def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
     """Start from a model directory or from the averages of a saved state. Returns the names left as initialised.
 
-    Where this model has weights of their own for latents and the saved one has not, they begin as copies of those of
-    text: the same network, until it is trained. Raises ValueError when a weight is missing, unknown or of another shape, unless `partial_allowed`.
+    Weights of their own for latents that the saved one has not begin as copies (see train.expert). Raises ValueError when a weight is missing, unknown or of another shape, unless `partial_allowed`.
     """
     verify(directory)
     name = AVERAGES if (directory / AVERAGES).is_file() else WEIGHTS
     saved, own = load_tensors(directory / name), model.state_dict()
-    if not any(LATENT in name for name in saved):
-        saved |= {name: saved[source] for name in own if LATENT in name and (source := _of_text(name)) in saved}
+    saved = with_copies(saved, own)
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     left = sorted(own.keys() - usable.keys())
     odd = left + sorted(saved.keys() - usable.keys())
@@ -186,10 +183,6 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
         )
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
     return left
-
-
-def _of_text(name: str) -> str:
-    return name.replace(LATENT, ".text.")
 
 
 def other_settings(directory: Path, config: OmniConfig) -> list[str]:

@@ -2,7 +2,8 @@
 
     python -m train.average OUT MODEL=0.7 MODEL=0.3
 
-Configuration, tokenizer and codec are the first model's. Stages that follow one another forget a little of what came
+Configuration, tokenizer and codec are the first model's. One without weights of their own for latents counts with copies
+of those of text, as the others began (train.expert). Stages that follow one another forget a little of what came
 before; a mean with an earlier stage brings it back without a step of training.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from omni.command import exit_code
 from omni.model import Omni, from_pretrained
+from train.expert import with_copies
 
 
 def average(models: Sequence[tuple[str, float]]) -> Omni:
@@ -26,8 +28,11 @@ def average(models: Sequence[tuple[str, float]]) -> Omni:
     for path, member, _ in members:
         if (member.config.logit_cap, member.config.flow) != (result.config.logit_cap, result.config.flow):
             raise ValueError(f"{path} has another logit_cap or flow head than {models[0][0]}; average like with like")
-    loaded = [(path, member.state_dict(), share) for path, member, share in members]
+        kinds = [one.config.transformer.latent_weights for one in (member, result)]
+        if kinds[0] not in ("shared", kinds[1]):
+            raise ValueError(f"{path} has latent_weights = {kinds[0]!r} and {models[0][0]} {kinds[1]!r}; use the same")
     own = result.state_dict()
+    loaded = [(path, with_copies(member.state_dict(), own), share) for path, member, share in members]
     for path, weights, _ in loaded:
         odd = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights)
         odd += sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)

@@ -45,3 +45,22 @@ def test_another_shape_is_refused(two: tuple[str, str], tmp_path: Path, capsys: 
     Omni(odd.config.model_copy(update={"transformer": transformer}), Key(0)).save_pretrained(tmp_path / "odd")
     assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{tmp_path / 'odd'}=0.5"]) == 2
     assert "does not fit" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_one_without_an_expert_counts_with_copies(two: tuple[str, str], tmp_path: Path) -> None:
+    plain = omni.from_pretrained(two[0])
+
+    def with_weights_of_latents(kind: str) -> str:
+        transformer = plain.config.transformer.model_copy(update={"latent_weights": kind})
+        other = Omni(plain.config.model_copy(update={"transformer": transformer}), Key(6))
+        return str(other.save_pretrained(tmp_path / kind, torch.float32))
+
+    expert = with_weights_of_latents("refine")
+    mean, own, base = average([(expert, 0.5), (two[0], 0.5)]), omni.from_pretrained(expert), plain.state_dict()
+    for name, value in mean.state_dict().items():
+        half = (own.state_dict()[name] + base[name.replace(".latent.", ".text.")]) / 2
+        assert torch.allclose(value, half, atol=1e-6), name
+    with pytest.raises(ValueError, match="latent_weights = 'separate'"):
+        average([(expert, 0.5), (with_weights_of_latents("separate"), 0.5)])
+    with pytest.raises(ValueError, match="latent_weights = 'refine'"):
+        average([(two[0], 0.5), (expert, 0.5)])
