@@ -165,7 +165,8 @@ def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
 def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
     """Start from a model directory or from the averages of a saved state. Returns the names left as initialised.
 
-    Weights of their own for latents that the saved one has not begin as copies (see train.expert). Raises ValueError when a weight is missing, unknown or of another shape, unless `partial_allowed`.
+    Weights of their own for latents that the saved one has not begin as copies (see train.expert). Raises ValueError
+    when a weight is missing, unknown or of another shape, unless `partial_allowed`.
     """
     verify(directory)
     name = AVERAGES if (directory / AVERAGES).is_file() else WEIGHTS

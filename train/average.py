@@ -2,9 +2,9 @@
 
     python -m train.average OUT MODEL=0.7 MODEL=0.3
 
-Configuration, tokenizer and codec are the first model's. One without weights of their own for latents counts with copies
-of those of text, as the others began (train.expert). Stages that follow one another forget a little of what came
-before; a mean with an earlier stage brings it back without a step of training.
+Configuration, tokenizer and codec are the first model's. One without weights of their own for latents counts with
+copies of those of text, as the others began (train.expert). Stages that follow one another forget a little of what
+came before; a mean with an earlier stage brings it back without a step of training.
 """
 
 from __future__ import annotations

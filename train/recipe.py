@@ -71,7 +71,7 @@ class Recipe(Frozen):
     codec_precision: Literal["float32", "bfloat16"] = "float32"
     init_from: Path | None = Field(None, description="model directory or saved state whose weights to start from")
     init_partial: bool = Field(False, description="let init_from lack some weights, or have others")
-    train_only: tuple[str, ...] = Field((), description="train the weights whose names begin so (* is any text), freeze the rest")
+    train_only: tuple[str, ...] = Field((), description="only weights whose names begin so (* is any text)")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     max_nonfinite: int = Field(10, ge=1, description="non-finite steps in a row that stop the run")
     latent_memory_mb: int = Field(512, ge=1)

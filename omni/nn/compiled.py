@@ -1,8 +1,8 @@
 """torch.compile for training, applied from outside: the model's code knows nothing of it.
 
 One compiled function serves all layers (weights are its inputs), and another all layers with their tangents; shapes are
-static, so batches must have fixed shapes. Compiling costs minutes on a small CPU and saves a fifth of each
-step there; the last bits of the losses change. Modules in evaluation mode keep the plain code. Needs a C++ compiler at run time.
+static, so batches must have fixed shapes. Compiling costs minutes on a small CPU and saves a fifth of each step there;
+the last bits of the losses change. Modules in evaluation mode keep the plain code. Needs a C++ compiler at run time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from omni.nn.transformer import Block, Transformer
 
@@ -30,6 +31,6 @@ def compile_blocks(transformer: Transformer) -> None:
             setattr(block, plain.__name__, partial(_choose, compiled, plain, block))
 
 
-def _choose(compiled: Callable, plain: Callable, block: Block, *arguments: Any, **options: Any) -> Any:
+def _choose(compiled: Callable, plain: Callable, block: nn.Module, *arguments: Any, **options: Any) -> Any:
     function = compiled if block.training else plain
     return function(block, *arguments, **options)

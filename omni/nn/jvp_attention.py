@@ -16,9 +16,9 @@ formed. With cotangents g of o and h of do, the gradients are
 Kept for the backward: the inputs, o, do, and per query the log-sum-exp and mu: memory grows with the length, not its
 square. In bf16 also what rounding took from o and do: where keys and values have a large common part, s1 and s2 from
 rounded outputs put 14% of error into dL/ddq (a test has the case; with it 0.17% in `streamed`, and 0.23% in `triton`,
-whose weights are bf16 too, and which takes their rounding out of the sums). One pass over the keys keeps running sums; mu is the mean of dS so far, and whenever it
-moves by c, the sum of P N V moves by -c times the sum of P V: so N is centred from the first tile on, which operands in
-bf16 need.
+whose weights are bf16 too, and which takes their rounding out of the sums). One pass over the keys keeps running sums;
+mu is the mean of dS so far, and whenever it moves by c, the sum of P N V moves by -c times the sum of P V: so N is
+centred from the first tile on, which operands in bf16 need.
 
     math       explicit, in plain operations: memory is quadratic; under any transform and any order of derivatives; the
                oracle of the other two

@@ -254,8 +254,9 @@ def forward(
     given, drift = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the weights as they were rounded
     if CONTEXT:
         acc, acc_t, m, total, mean, given, drift = _sweep(
-            (acc, acc_t, m, total, mean, given, drift), q_tile, dq_tile, k_context, k_context, v_context, v_context, mask_context,
-            tiles_context, r, g, tile, num_q, num_context, scale, scale2, False, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
+            (acc, acc_t, m, total, mean, given, drift), q_tile, dq_tile, k_context, k_context, v_context, v_context,
+            mask_context, tiles_context, r, g, tile, num_q, num_context, scale, scale2, False, MASK, EVEN, D, BQ, BK,
+            DTYPE, EMULATE,
         )  # fmt: skip
     acc, acc_t, m, total, mean, given, drift = _sweep(
         (acc, acc_t, m, total, mean, given, drift), q_tile, dq_tile, k, dk, v, dv, mask,
@@ -295,7 +296,8 @@ def row_sums(
 
 @_device
 def _sweep_q(
-    acc, acc_t, left, left_t, q, dq, c, dc, lse, mu, s1, s2, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k, scale, scale2,
+    acc, acc_t, left, left_t, q, dq, c, dc, lse, mu, s1, s2, k, dk, v, dv, mask, tiles, r, g, tile, num_q, num_k,
+    scale, scale2,
     OWN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -350,8 +352,8 @@ def grad_q(
     left, left_t = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the rounded weights; exactly: 0
     if CONTEXT:
         acc, acc_t, left, left_t = _sweep_q(
-            acc, acc_t, left, left_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context, v_context,
-            v_context, mask_context, tiles_context, r, g, tile, num_q, num_context, scale, scale2,
+            acc, acc_t, left, left_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context,
+            v_context, v_context, mask_context, tiles_context, r, g, tile, num_q, num_context, scale, scale2,
             False, MASK, EVEN, D, BQ, BK, DTYPE, EMULATE,
         )  # fmt: skip
     acc, acc_t, left, left_t = _sweep_q(

@@ -1,4 +1,4 @@
-"""Progressive distillation (arXiv 2202.00512) with guidance in it (arXiv 2210.03142), in one training, along its own path.
+"""Progressive distillation (arXiv 2202.00512) guided (arXiv 2210.03142), in one training, along its own path.
 
 From the item's noise the target network walks to the data in `fine` equal steps, guided by w, and long jumps learn
 where it went: with x_i the states of that walk and k = fine / n,

@@ -1,4 +1,4 @@
-"""Progressive distillation: exact at the exact map, the walk and what is told, and what a walk of one network teaches."""
+"""Progressive distillation: exact at the exact map, the walk, what it teaches, and what is told of guidance."""
 
 from __future__ import annotations
 
