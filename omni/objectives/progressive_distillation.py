@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
-from omni.objectives.target_guidance import guided_velocity
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Terms, channel_error
+from omni.objectives.target_guidance import guided_velocity, tell
 
 
 @OBJECTIVES.register("progressive_distillation")
@@ -55,8 +55,8 @@ class ProgressiveDistillation(FlowObjective):
         return self.guidance_scale > 1
 
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
-        items, path = draw.items, self._path(call.target(), draw)
-        told, errors = self._told(call, items), []
+        items, w, path = draw.items, self.guidance_scale, self._path(call.target(), draw)
+        told, errors = call if w == 1 else tell(call, items, w), []
         for n in self.jumps:
             for k in range(n):
                 x, end = (path[(k + ahead) * self.fine // n] for ahead in (0, 1))
@@ -85,9 +85,3 @@ class ProgressiveDistillation(FlowObjective):
     def _times(self, draw: Draw, k: int, n: int) -> tuple[Tensor, Tensor]:
         """(t, s), each (I,), of the k-th of n equal jumps."""
         return torch.full_like(draw.t, 1 - k / n), torch.full_like(draw.t, 1 - (k + 1) / n)
-
-    def _told(self, call: FlowCall, items: Items) -> FlowCall:
-        if self.guidance_scale == 1:
-            return call
-        beta = torch.full((len(items),), 1 / self.guidance_scale, device=items.latents.device)
-        return call.guided(beta if items.is_null is None else torch.where(items.is_null, 1.0, beta))

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
-from omni.objectives.target_guidance import guided_velocity
+from omni.objectives.target_guidance import guided_velocity, tell
 from omni.objectives.times import TimeDistribution, uniform_I
 from omni.rng import Key
 
@@ -97,10 +97,7 @@ class Shortcut(FlowObjective):
 
     def _told(self, call: FlowCall, items: Items, where_I: Tensor) -> FlowCall:
         """The call, told the guidance where it is in the field that is asked for."""
-        if not self.tell_guidance:
-            return call
-        guided = where_I if items.is_null is None else where_I & ~items.is_null
-        return call.guided(torch.where(guided, 1 / self.guidance_scale, 1.0))
+        return tell(call, items, self.guidance_scale, where_I) if self.tell_guidance else call
 
     def _two_halves(self, network: FlowCall, draw: Draw) -> Tensor:
         t, s, items = draw.t, draw.s, draw.items

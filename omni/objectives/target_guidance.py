@@ -93,6 +93,13 @@ def guided_velocity(v: Tensor, own: Tensor, null: Tensor, w: Tensor | float, mix
     return w * (1 - mix) * v + (1 - w * (1 - mix) - mix) * null + mix * own
 
 
+def tell(call: FlowCall, items: Items, w: float, where_I: Tensor | None = None) -> FlowCall:
+    """The call, told beta = 1 / w for items that have their condition (of `where_I` alone), and 1 for the others."""
+    guided = torch.ones(len(items), dtype=torch.bool, device=items.latents.device) if where_I is None else where_I
+    guided = guided if items.is_null is None else guided & ~items.is_null
+    return call.guided(torch.where(guided, 1 / w, 1.0))
+
+
 @dataclass(frozen=True)
 class GuidedDraw(Draw):
     """`scale`: guidance w (I,) of each item, None without guidance."""
