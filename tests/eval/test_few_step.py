@@ -30,7 +30,12 @@ def test_a_reference_must_be_a_line_at_its_steps(reference: tuple[str, int]) -> 
 
 def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
     options = FewStepOptions(
-        requests=2, scenes=1, draws=0, timed=1, lines={"m": Line(steps=(1, 3))}, reference=("m", 3)
+        requests=2,
+        scenes=1,
+        draws=0,
+        timed=1,
+        lines={"m": Line(steps=(1, 3)), "outside": Line(steps=(2,), guidance=2.0, told_guidance=1.0)},
+        reference=("m", 3),
     )
     outcome = TASKS.get("few_step").run(Context(say=lambda _: None), options)
     values = {measure.name: measure.value for measure in outcome.measures}
@@ -38,6 +43,7 @@ def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
     assert values["m_3_speedup"] == 1.0 and values["m_1_seconds"] > 0 and values["m_3_seconds"] > 0
     assert values["m_1_speedup"] == values["m_3_seconds"] / values["m_1_seconds"]
     assert values["m_3_open_share"] == 100.0 or math.isnan(values["m_3_open_share"])
-    assert len(outcome.panels) == 4
+    assert len(outcome.panels) == 6
     cost = next(curve for curve in outcome.curves if curve.title == "open against evaluations")
-    assert [x for x, _ in cost.lines["m"]] == [2.0, 6.0]  # the model's own guidance: two evaluations a step
+    assert [x for x, _ in cost.lines["m"]] == [1.0, 3.0]  # the model's own guidance is in its weights
+    assert [x for x, _ in cost.lines["outside"]] == [4.0]  # else a step is two evaluations
