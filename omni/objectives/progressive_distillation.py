@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Terms, channel_error
-from omni.objectives.target_guidance import guided_velocity, tell
+from omni.objectives.target_guidance import guide, tell
 
 
 @OBJECTIVES.register("progressive_distillation")
@@ -77,8 +77,7 @@ class ProgressiveDistillation(FlowObjective):
             x, end = path[-1].to(items.latents.dtype), s if self.walk == "jump" else t
             F = network(x, t, end)
             if w > 1:
-                guided = guided_velocity(F, F, network.null()(x, t, end), w)
-                F = guided if items.is_null is None else torch.where(items.expand(~items.is_null) > 0, guided, F)
+                F = guide(F, network, x, t, end, w, items)
             path.append(path[-1] - F.to(path[-1].dtype) / self.fine)
         return path
 

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
-from omni.objectives.target_guidance import guided_velocity, tell
+from omni.objectives.target_guidance import guide, tell
 from omni.objectives.times import TimeDistribution, uniform_I
 from omni.rng import Key
 
@@ -115,8 +115,5 @@ class Shortcut(FlowObjective):
         """F (R, S, C), guided at the finest level where the item has its condition."""
         x = x.to(items.latents.dtype)
         own = self._told(network, items, ~finest)(x, t, s)
-        if self.guidance_scale == 1:
-            return own
-        guided = guided_velocity(own, own, network.null()(x, t, s), self.guidance_scale)
-        where = finest if items.is_null is None else finest & ~items.is_null
-        return torch.where(items.expand(where) > 0, guided.to(own.dtype), own)
+        w = self.guidance_scale
+        return own if w == 1 else guide(own, network, x, t, s, w, items, finest)

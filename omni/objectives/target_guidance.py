@@ -95,9 +95,22 @@ def guided_velocity(v: Tensor, own: Tensor, null: Tensor, w: Tensor | float, mix
 
 def tell(call: FlowCall, items: Items, w: float, where_I: Tensor | None = None) -> FlowCall:
     """The call, told beta = 1 / w for items that have their condition (of `where_I` alone), and 1 for the others."""
-    guided = torch.ones(len(items), dtype=torch.bool, device=items.latents.device) if where_I is None else where_I
-    guided = guided if items.is_null is None else guided & ~items.is_null
-    return call.guided(torch.where(guided, 1 / w, 1.0))
+    return call.guided(torch.where(_conditioned(items, where_I), 1 / w, 1.0))
+
+
+def guide(
+    own: Tensor, network: FlowCall, x: Tensor, t: Tensor, s: Tensor, w: float, items: Items,
+    where_I: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """w F + (1 - w) F_null (R, S, C) at (x, t, s) for the same items, and `own` = F for the others."""
+    guided = guided_velocity(own, own, network.null()(x, t, s), w)
+    return torch.where(items.expand(_conditioned(items, where_I)) > 0, guided.to(own.dtype), own)
+
+
+def _conditioned(items: Items, where_I: Tensor | None) -> Tensor:
+    """(I,) bool: the items that have their condition, of `where_I` alone where it is given."""
+    where = torch.ones(len(items), dtype=torch.bool, device=items.latents.device) if where_I is None else where_I
+    return where if items.is_null is None else where & ~items.is_null
 
 
 @dataclass(frozen=True)
