@@ -41,6 +41,11 @@ class Line(Frozen):
     guidance: float | None = None
     told_guidance: float | None = None
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What it says of how a picture is drawn, beside the number of steps."""
+        return self.model_dump(include={"sampler", "guidance", "told_guidance"})
+
 
 class FewStepOptions(RequestOptions):
     """requests: open requests; scenes: requests for scenes; draws: of one class, for coverage; 0 leaves either out.
@@ -125,13 +130,7 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
 
 def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -> tuple[dict[str, float], list[Panel]]:
     """The rows of one line at one number of steps, without their comparison; and a few pictures."""
-    common: dict[str, Any] = {
-        "steps": steps,
-        "guidance": line.guidance,
-        "told_guidance": line.told_guidance,
-        "sampler": line.sampler,
-        "batch": options.batch,
-    }
+    common = {"steps": steps, "batch": options.batch, **line.choices}
     asked = OpenOptions(requests=options.requests, draws=options.draws, **common)
     outcome = open_requests(context, asked)
     rows = {measure.name: measure.value for measure in outcome.measures}
@@ -156,10 +155,7 @@ def seconds_a_picture(
     for number, prompt in enumerate(map(prompt_of, asked)):
         for name, line in options.lines.items():
             for n in line.steps:
-                settings = GenerationOptions(
-                    steps=n, guidance=line.guidance, told_guidance=line.told_guidance, sampler=line.sampler,
-                    max_images=1, force_image=True,
-                )  # fmt: skip
+                settings = GenerationOptions(steps=n, max_images=1, force_image=True, **line.choices)
                 begin = end = float("nan")
                 for event in engines[name].stream(prompt, settings):
                     if isinstance(event, BlockStart):
