@@ -11,7 +11,7 @@ import base64
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -37,13 +37,26 @@ class Text:
             raise ValueError(f"Text.text must be a str, got {type(self.text).__name__}")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One of the equally good answers to a request: the `index`-th of `group`. The answers of all groups of a `family`
+    differ in like ways (see omni.coupling)."""
+
+    family: str
+    group: str
+    index: int
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
-    """One picture: `pixels` is uint8 (H, W, 3), RGB."""
+    """One picture: `pixels` is uint8 (H, W, 3), RGB. choices: which of many right answers it is, where known.
+    others: some more of those answers, which training may take in its place; nothing else reads them."""
 
     pixels: torch.Tensor
     role: Role = Role.USER
     supervise: bool = False
+    choices: tuple[Choice, ...] = ()
+    others: tuple[Image, ...] = ()
 
     def __post_init__(self) -> None:
         _check_media(self.pixels, 3, "Image.pixels", "(H, W, 3)")
@@ -125,7 +138,10 @@ def _segment_to_dict(segment: Segment) -> dict[str, Any]:
     if isinstance(segment, Text):
         return {"type": "text", "text": segment.text, **base}
     if isinstance(segment, Image):
-        return {"type": "image", **_pack_media(segment.pixels), **base}
+        more: dict[str, Any] = {"choices": [asdict(choice) for choice in segment.choices]} if segment.choices else {}
+        if segment.others:
+            more["others"] = [_segment_to_dict(other) for other in segment.others]
+        return {"type": "image", **_pack_media(segment.pixels), **more, **base}
     return {"type": "video", "fps": segment.fps, **_pack_media(segment.frames), **base}
 
 
@@ -135,7 +151,11 @@ def _segment_from_dict(data: dict[str, Any]) -> Segment:
         case "text":
             return Text(data["text"], role, supervise)
         case "image":
-            return Image(_unpack_media(data), role, supervise)
+            choices = tuple(Choice(**choice) for choice in data.get("choices", ()))
+            others = [_segment_from_dict(other) for other in data.get("others", ())]
+            return Image(
+                _unpack_media(data), role, supervise, choices, tuple(o for o in others if isinstance(o, Image))
+            )
         case "video":
             return Video(_unpack_media(data), float(data["fps"]), role, supervise)
     raise ValueError(f"unknown segment type {data['type']!r}; known: text, image, video")

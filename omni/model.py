@@ -199,7 +199,7 @@ class Omni(nn.Module):
                 is_null = torch.tensor(
                     [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
                 )
-                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress)
+                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress, batch.item_cells)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
                 # Where it wants no average, one that is kept for another objective is not its own.
                 own = averages if getattr(objective, "target_decay", None) else None
@@ -227,7 +227,7 @@ class Omni(nn.Module):
 
         Of x, t, s as `Dual`s it is F with its derivative, a Dual (see nn.tangent).
         """
-        condition = lift(lambda t, s: self.flow.condition(t, s, guidance), t, s)
+        condition = lift(lambda t, s, x: self.flow.condition(t, s, guidance, x, item), t, s, x)
         noisy = lift(lambda x, t: self.flow.embed(x, t, item), x, t)
         hidden = self.transformer.refine(noisy, stream, memory, condition, item)
         return lift(lambda h, condition, x, t: self.flow.read(h, condition, item, x, t), hidden, condition, x, t)
@@ -342,13 +342,16 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     return model.to(device, dtype).eval()
 
 
+NOTHING_AT_FIRST = ("flow.velocity", "flow.whole.down")
+
+
 @torch.no_grad()
 def initialise(model: Omni, key: Key) -> None:
     """Weights keyed by parameter name: adding a module or sharding the model changes no other weight.
 
     Matrices are normal with deviation 1/sqrt(fan in); residual outputs are scaled by 1/sqrt(2 depth); embeddings have
     deviation 0.02; the velocity read-out, biases and modulation start at zero, so that what the flow head reads, its G,
-    starts at 0 (see heads.flow).
+    starts at 0 (see heads.flow), and so does what a condition has of the whole item.
     """
     depth = model.config.transformer.depth
     if model.joint is not None:
@@ -358,7 +361,7 @@ def initialise(model: Omni, key: Key) -> None:
             continue
         if "norm" in name:
             parameter.fill_(1.0)
-        elif parameter.ndim < 2 or "modulation" in name or name.startswith("flow.velocity"):
+        elif parameter.ndim < 2 or "modulation" in name or name.startswith(NOTHING_AT_FIRST):
             parameter.zero_()
         else:
             std = 0.02 if "embedding" in name else 1 / math.sqrt(parameter.shape[1])

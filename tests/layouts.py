@@ -41,18 +41,22 @@ def random_batch(key: Key, num_documents: int = 4, copies: int = 2, rows: int = 
 
 
 def small_model(
-    seed: int = 0, dtype: torch.dtype = torch.float32, attention: str | None = None, **transformer: object
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    whole: bool = False,
+    **transformer: object,
 ) -> Omni:
     """A model whose every part is alive: modulation and read-out are not at their zero start."""
     sizes = {"width": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention": attention}
     config = OmniConfig(
         transformer=TransformerConfig(**{**sizes, **transformer}),  # type: ignore[arg-type]
-        flow=FlowHeadConfig(channels=CHANNELS, num_frequencies=4),
+        flow=FlowHeadConfig(channels=CHANNELS, num_frequencies=4, whole=whole),
         vocab_size=VOCABULARY + 9,
     )
     model = Omni(config, Key(seed))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "modulation" in name or "velocity" in name:
+            if "modulation" in name or "velocity" in name or "whole.down" in name:
                 parameter.copy_(Key(seed).fold("alive", name).normal(tuple(parameter.shape)) * 0.2)
     return model.to(dtype).eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omni.config import build
 from omni.heads import FlowHead, FlowHeadConfig
-from omni.heads.flow import Parametrisation, ScalarEmbedding, average_velocity
+from omni.heads.flow import Parametrisation, ScalarEmbedding, average_velocity, pooled
 from omni.model import FlowCall, Omni
 from omni.rng import Key
 
@@ -128,7 +128,7 @@ def test_velocity_is_what_it_was_bit_for_bit(dtype: torch.dtype) -> None:
     hidden, x = (Key(2).fold(n).normal((2, 6, w)).to(dtype) for n, w in (("hidden", 16), ("x", 4)))
     t = torch.tensor([1.0, 0.6, 0.2], dtype=torch.promote_types(dtype, torch.float32))
     item = torch.tensor([[0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1]])
-    condition = head.condition(t, 0.3 * t, torch.ones_like(t))
+    condition = head.condition(t, 0.3 * t, torch.ones_like(t), x, item)
     found = [head.embed(x, t, item), condition, head.read(hidden, condition, item, x, t)]
     wanted = before(head, hidden, x, t, 0.3 * t, torch.ones_like(t), item)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -258,7 +258,32 @@ def test_guidance_is_not_a_time() -> None:
     one, zero = torch.ones(1), torch.zeros(1)
     assert torch.equal(*(head.guidance(0.7 * one) for head in heads))
     assert not torch.equal(*(head.time(0.7 * one) for head in heads))
-    assert torch.equal(*(head.condition(zero, zero, one) for head in heads))
+    assert torch.equal(*(head.condition(zero, zero, one, torch.zeros(1, 2, 4), None) for head in heads))
+
+
+def test_the_whole_of_an_item_is_its_own_mean_wherever_it_stands() -> None:
+    x = Key(4).normal((2, 6, 3), torch.float64)
+    item = torch.tensor([[0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1]])
+    found = pooled(x, item, 3)
+    wanted = torch.stack([x[item == n].sum(0) / int((item == n).sum()) ** 0.5 for n in range(3)])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(pooled(x[:1, 2:4], None, 1), wanted[1:2])
+    noise = pooled(Key(5).normal((4000, 9, 2)), None, 4000)
+    torch.testing.assert_close(noise.std(0), torch.ones(2), atol=0.05, rtol=0)
+
+
+def test_a_model_with_the_whole_begins_as_one_without() -> None:
+    plain = modelled()
+    config = plain.config.model_copy(update={"flow": plain.config.flow.model_copy(update={"whole": True})})
+    model = Omni(config, Key(7)).double().eval()
+    left = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert left and all(name.startswith("flow.whole.") for name in left)
+    calls = [calling(one)[0] for one in (plain, model)]
+    x, t = calling(plain)[1], torch.full((calls[0].batch.num_items,), 0.7, dtype=torch.float64)
+    assert torch.equal(*(call(x, t, 0.3 * t) for call in calls))
+    with torch.no_grad():
+        model.flow.whole.down.weight.copy_(Key(1).normal((32, 32)))
+    assert not torch.equal(*(call(x, t, 0.3 * t) for call in calls))
 
 
 def test_configuration_is_checked() -> None:

@@ -16,18 +16,19 @@ TOPS = ("omni", "train", "eval")
 
 LEVELS = {
     0: {"config", "rng", "document", "command"},
-    1: {"layout", "mask", "positions", "media", "checkpoint", "guidance", "placeholders", "pick", "terms"},
+    1: {"layout", "mask", "positions", "media", "checkpoint", "coupling", "guidance", "placeholders", "pick", "terms"},
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers", "heads.joint"},
     4: {"model", "joint", "reply", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"},
     5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
-# Imports inside one level: the bottom is one currency; a layout has a mask, and placeholders; a head is made of layers;
+# Imports inside one level: the bottom is one currency; a layout has a mask, cells, placeholders; a head is of layers;
 # a joint-token head has its own loss and sampling, and may take them from objectives and samplers of flow maps;
 # a tokenizer trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
 PEERS = {
     ("layout", "mask"),
+    ("layout", "coupling"),
     ("placeholders", "layout"),
     ("heads", "nn"),
     *(("heads.joint", name) for name in ("heads", "nn", "objectives", "samplers")),

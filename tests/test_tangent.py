@@ -58,11 +58,14 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate", "refine"])
-def test_three_forms_agree(weights: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "of_whole"), [("shared", False), ("separate", False), ("refine", False), ("refine", True)]
+)
+def test_three_forms_agree(weights: str, of_whole: bool) -> None:
     """In a packed batch of several documents and copies: carried = two-pass = whole-model jvp = central differences."""
-    model, batch = small_model(dtype=torch.float64, attention="math", latent_weights=weights), batch_of()
-    central = small_model(dtype=torch.float64, attention="sdpa", latent_weights=weights, tangents="central")
+    settings = {"dtype": torch.float64, "latent_weights": weights, "whole": of_whole}
+    model, batch = small_model(attention="math", **settings), batch_of()
+    central = small_model(attention="sdpa", tangents="central", **settings)
     call, (point, direction) = call_of(model, batch), points(batch)
     value, rate = whole(call, point, direction)
     carried = call.with_derivative(*point, *direction)

@@ -28,6 +28,7 @@ from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
+from train.data.coupled import build_coupling
 from train.data.lanes import Lanes, Tickets
 from train.data.latents import LatentMemo
 from train.data.loader import Encoder, Loader
@@ -46,7 +47,7 @@ DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator ea
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
-WITHOUT_EFFECT |= {"joint", "vocab_size"}
+WITHOUT_EFFECT |= {"joint", "vocab_size", "whole"}
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
@@ -55,6 +56,10 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
     model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
     mixture = build_mixture(recipe, key)
+    memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
+    coupling = recipe.coupling and build_coupling(
+        mixture.sources, memo.encode, recipe.coupling, Key(0).fold("coupling")
+    )
 
     def load(encoder: Encoder, channels: int, stride: int = 1) -> Loader:
         return Loader(
@@ -67,6 +72,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
             key=key.fold("loader"),
             drop=recipe.drop,
             null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
+            coupling=coupling,
             stride=stride,
         )
 
@@ -78,7 +84,6 @@ def assemble(recipe: Recipe, out: Path) -> Run:
 
         return Lanes(of_lane, codec, cursors, step, recipe.device)
 
-    memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
     identity = {
         "recipe": recipe.identity(),
         "draws": DRAWS,

@@ -44,6 +44,8 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: what the network reads out, see the head of this file.
     scale_input: x is divided by n before it is embedded (EDM's c_in), so that its deviation is 1 at every t.
+    whole: the condition also has what an item is as a whole, the mean of its noisy latents. A choice that concerns all
+        of a picture then need not be agreed on between its positions (see omni.coupling).
     min_time: of "x" alone: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x and G still
         has a right value, x - min_time F, but is no longer the data. JiT's (arXiv 2511.13720).
     """
@@ -54,6 +56,7 @@ class FlowHeadConfig(Frozen):
     num_frequencies: int = 32
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
+    whole: bool = False
     min_time: float = Field(default=0.05, gt=0, le=1)
 
 
@@ -75,6 +78,31 @@ class ScalarEmbedding(nn.Module):
         return self.down(torch.nn.functional.silu(self.up(features)))
 
 
+class WholeEmbedding(nn.Module):
+    """(R, S, C) -> (I, W): the mean of an item's latents times the root of their number, which of noise has deviation 1
+    whatever the size of the item; then a two-layer MLP."""
+
+    def __init__(self, width: int, c: FlowHeadConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(c.channels, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
+        whole_IC = pooled(x_RSC, item, num_items).to(self.up.weight.dtype)
+        return self.down(torch.nn.functional.silu(self.up(whole_IC)))
+
+
+def pooled(x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
+    """(I, C), float32 or better: the sum over an item's positions over the root of their number; padding ignored."""
+    x = x_RSC.to(torch.promote_types(x_RSC.dtype, torch.float32))
+    if item is None:
+        return x.sum(1) / x.shape[1] ** 0.5
+    index = torch.where(item >= 0, item, num_items).flatten()
+    total = x.new_zeros(num_items + 1, x.shape[-1]).index_add(0, index, x.flatten(0, 1))
+    count = x.new_zeros(num_items + 1).index_add(0, index, x.new_ones(len(index)))
+    return (total / count.clamp(min=1).sqrt().unsqueeze(-1))[:num_items]
+
+
 class FlowHead(nn.Module):
     """Embeds clean latents for the context stream and noisy ones for the refine stream; reads velocities."""
 
@@ -86,6 +114,7 @@ class FlowHead(nn.Module):
         self.time = ScalarEmbedding(width, c, c.time_scale)
         self.gap = ScalarEmbedding(width, c, c.time_scale)
         self.guidance = ScalarEmbedding(width, c, 1.0)
+        self.whole = WholeEmbedding(width, c) if c.whole else None
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
 
@@ -99,9 +128,11 @@ class FlowHead(nn.Module):
             x_RSC = (x_RSC / _deviation(_at(t_I, item))).to(x_RSC.dtype)
         return self.noisy(x_RSC)
 
-    def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:
-        """(I, W) from the start and end times and the guidance input beta = 1 / w (1 is no guidance)."""
-        return self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
+    def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor, x_RSC: Tensor, item: Tensor | None) -> Tensor:
+        """(I, W) from the start and end times, the guidance input beta = 1 / w (1 is no guidance), and, with `whole`,
+        the noisy latents; `item` as in `read`."""
+        condition = self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
+        return condition if self.whole is None else condition + self.whole(x_RSC, item, len(t_I))
 
     def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None, x_RSC: Tensor, t_I: Tensor) -> Tensor:
         """F (R, S, C) of x at t; `item` (R, S) says which condition and time a position has (None: each row its own).

@@ -14,6 +14,7 @@ from omni.objectives import (  # noqa: F401  (registration)
     next_token,
     progressive_distillation,
     shortcut,
+    straight,
     terminal_velocity,
 )
 from omni.objectives.base import OBJECTIVES, FlowObjective, Objective, Terms, build_objective

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from omni.config import Frozen, Registry
+from omni.coupling import Cell, into_cells
 from omni.objectives.times import Name, TimeDistribution, keys_I
 from omni.rng import Key, normals
 from omni.terms import Terms
@@ -63,6 +64,7 @@ class Items:
     names: Sequence[Name]  # (document, block, copy) of each item
     is_null: Tensor | None = None  # (I,) bool: the items whose condition was dropped; None: of none
     progress: float = 1.0  # the share of training that is done, for schedules
+    cells: Sequence[Sequence[Cell]] = ()  # of the noise of each item (see omni.coupling); empty: of none
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,7 +115,8 @@ class Items:
         return out
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
-        """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone."""
+        """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone, and on
+        its cells. They move the noise that is paired with data: no other purpose's."""
         device, C = self.latents.device, self.latents.shape[-1]
         if device.type == "mps":  # which has no float64
             return replace(self, latents=self.latents.cpu(), item=self.item.cpu()).noise(key, purpose).to(device)
@@ -123,7 +126,13 @@ class Items:
         counter = self.offsets.unsqueeze(-1) * pairs + torch.arange(pairs, device=device)
         keys = keys_I(self.names, key.fold(purpose), device)[self.item.clamp(min=0)]
         drawn = normals(keys.unsqueeze(-1), counter).flatten(-2)[..., :C]
-        return torch.where(self.mask.unsqueeze(-1), drawn, 0).to(self.latents.dtype)
+        drawn = torch.where(self.mask.unsqueeze(-1), drawn, 0)
+        if purpose == "noise":
+            for number, cells in enumerate(self.cells):
+                if cells:
+                    where = self.item == number
+                    drawn[where] = into_cells(drawn[where], cells, key.fold("cell", *self.names[number]))
+        return drawn.to(self.latents.dtype)
 
     @cached_property
     def offsets(self) -> Tensor:

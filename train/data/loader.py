@@ -16,10 +16,12 @@ import torch
 from pydantic import Field
 
 from omni.config import Frozen
+from omni.coupling import Coupling
 from omni.document import Document, Image, Video
 from omni.guidance import drop, null_documents
 from omni.layout import Batch, LatentSpan, Shape, Span, context_length, lay_rows, pack
 from omni.rng import Key
+from train.data.coupled import with_answers
 from train.data.source import CorruptRecord
 
 LOOKAHEAD = 48
@@ -104,6 +106,7 @@ class Loader:
         channels, pad_id: of the codec's latents; of the tokenizer.
         key: of everything drawn per document here (drop, trim).
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
+        coupling: of the noise of pictures with choices, where training couples them.
         stride: from one document to the next, for a loader that is one of several (see train.data.lanes).
     """
 
@@ -119,12 +122,13 @@ class Loader:
         key: Key,
         drop: DropConfig | None = None,
         null_contexts: bool = False,
+        coupling: Coupling | None = None,
         stride: int = 1,
     ) -> None:
         self.stride = stride
         self.document, self.compose, self.memo, self.shape = document, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
-        self.drop, self.null_contexts = drop or DropConfig(), null_contexts
+        self.drop, self.null_contexts, self.coupling = drop or DropConfig(), null_contexts, coupling
         self.counts: Counter[str] = Counter(documents=0, skipped=0)
         self._window: dict[int, Composed | str] = {}
 
@@ -189,7 +193,8 @@ class Loader:
             except CorruptRecord as error:
                 self._window[index] = str(error)
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
-        encoded = self._encode(media)
+        others = {index: [o for s in found for o in self._others(s)] for index, found in media.items()}
+        encoded = self._encode({index: [*found, *others[index]] for index, found in media.items()})
         for index, document in read.items():
             latents = encoded[index]
             try:
@@ -207,8 +212,17 @@ class Loader:
             return {index: self._encode({index: group})[index] for index, group in media.items()}
         return {index: [next(encoded) for _ in group] for index, group in media.items()}
 
+    def _others(self, segment: Image | Video) -> tuple[Image, ...]:
+        """Right answers that copies after the first may be of."""
+        return segment.others[: self.shape.copies - 1] if isinstance(segment, Image) else ()
+
     def _made(self, document: Document, latents: list[list[torch.Tensor]]) -> Composed | str:
+        """latents: of its media, in order, and then of their others."""
+        media = [s for s in document.segments if isinstance(s, Image | Video)]
+        latents, others = latents[: len(media)], iter(latents[len(media) :])
         spans = self.compose(document, _hand_out(latents))
+        answers = [[(one, next(others)[0]) for one in self._others(segment)] for segment in media]
+        spans = with_answers(spans, media, answers, self.coupling)
         return self._too_long(spans) or Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
     def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:

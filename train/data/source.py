@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from omni.config import Frozen, Registry, build
-from omni.document import Document
+from omni.document import Document, Image
 from omni.rng import Key
 
 
@@ -34,6 +35,11 @@ class Source(ABC):
     @abstractmethod
     def document(self, index: int) -> Document:
         """The document at `index` >= 0. Raises CorruptRecord for a bad record."""
+
+    def answers(self) -> Mapping[str, Mapping[str, Sequence[Sequence[Image]]]]:
+        """What the `choices` of its pictures are among, for a coupling: family -> group -> for each answer, pictures
+        that have it. Empty where pictures have none."""
+        return {}
 
     def fingerprint(self) -> str:
         """Identifies the data behind the options; a run resumes only on the same."""

@@ -1,0 +1,70 @@
+"""Straight jumps: every jump along the line from noise to its data, at once.
+
+    F(x_t, t, s) = eps - x0        for the jumps of 1, 2, ... equal steps from noise to data
+
+This is the average velocity of the flow wherever lines do not cross, and then one step is as right as N. Lines of noise
+and data that are paired at random do cross: a single jump learns the mean of all data. It is for pairs of a coupling
+(omni.coupling; rectified flow's, arXiv 2209.03003), where the noise says which of the right answers it is. What a
+network has not learnt of that at t = 1 it sees clearer on the way: the jumps are then Euler steps of flow matching on
+the same pairs, right as N grows.
+
+One evaluation an item: with probability `velocity` an item trains F(x_t, t, t) instead, at a time of `time`. Jumps are
+told guidance 1 / w, as if they had been guided: coupled jumps are as sharp, and one network keeps both fields.
+
+Legend: I items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
+from omni.objectives.times import uniform_I
+from omni.rng import Key
+
+
+@dataclass(frozen=True)
+class StraightDraw(Draw):
+    """`beta` (I,): what an item's jump is told of guidance."""
+
+    beta: Tensor
+
+
+@OBJECTIVES.register("straight")
+class Straight(FlowObjective):
+    """jumps: how many equal jumps from noise to data, with `shares` of the items (equal ones where empty); a jump of
+    them is any of the n. velocity: share of items that train F(x_t, t, t). told_guidance: w, 1 is none."""
+
+    jumps: tuple[int, ...] = (1, 2, 4, 8)
+    shares: tuple[float, ...] = ()
+    velocity: float = Field(default=0.25, ge=0, le=1)
+    told_guidance: float = Field(default=1.0, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Straight:
+        if not self.jumps or min(self.jumps) < 1:
+            raise ValueError(f"jumps must be one or more counts of at least 1, got {list(self.jumps)}")
+        if self.shares and (len(self.shares) != len(self.jumps) or min(self.shares) < 0 or not sum(self.shares)):
+            raise ValueError(f"shares must be one for each of the {len(self.jumps)} jumps, got {list(self.shares)}")
+        return self
+
+    def draw(self, items: Items, key: Key) -> StraightDraw:
+        shares = torch.tensor(self.shares or [1.0] * len(self.jumps), dtype=torch.float64)
+        which = torch.searchsorted((shares / shares.sum()).cumsum(0), uniform_I(items.names, key, "jumps"), right=True)
+        count = torch.tensor(self.jumps, dtype=torch.float64)[which.clamp(max=len(self.jumps) - 1)]
+        number = (uniform_I(items.names, key, "which jump") * count).floor()
+        is_jump = uniform_I(items.names, key, "velocity") >= self.velocity
+        at = self.time.draw(items.names, key)
+        t, s = (torch.where(is_jump, 1 - (number + ahead) / count, at) for ahead in (0, 1))
+        [beta] = items.times(torch.where(is_jump, 1 / self.told_guidance, 1.0).to(torch.float64))
+        t, s = items.times(t, s)
+        noise = items.noise(key)
+        return StraightDraw(items.interpolate(noise, t), noise - items.latents, t, s, items, noise, beta)
+
+    def loss(self, call: FlowCall, draw: StraightDraw) -> Terms:  # type: ignore[override]
+        found = call.guided(draw.beta)(draw.x, draw.t, draw.s)
+        return squared_error(found, draw.v, draw.items, self.weight)

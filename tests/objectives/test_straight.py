@@ -1,0 +1,110 @@
+"""Straight jumps: where lines do not cross the loss is 0 at a map that one jump, and many, do right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gaussian import PLANE, gaussian_items
+from small_network import gradient_error, network_call
+
+from omni.coupling import Coupling
+from omni.document import Choice
+from omni.objectives.flow_matching import FlowMatching
+from omni.objectives.straight import Straight, StraightDraw
+from omni.rng import Key
+from omni.samplers import SAMPLERS, time_grid
+
+
+class Line:
+    """F of the lines from eps to a = M eps, as a function of x_t alone: x_t = ((1 - t) M + t) eps."""
+
+    def __init__(self, M: torch.Tensor) -> None:
+        self.M, self.eye = M, torch.eye(len(M)).double()
+
+    def guided(self, beta: torch.Tensor) -> Line:
+        return self
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        mixed = torch.stack([(1 - u) * self.M + u * self.eye for u in t])
+        noise = torch.linalg.solve(mixed, x[0].unsqueeze(-1)).squeeze(-1)
+        return (noise - noise @ self.M.T)[None]
+
+
+def coupled_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
+    """Items whose data is M times their noise, so that no lines cross."""
+    items = gaussian_items(PLANE, num=64, size=1)
+    items = replace(items, latents=items.noise(Key(2)) @ M.T)
+    return objective.draw(items, Key(2))
+
+
+def test_lines_that_do_not_cross_are_exact_in_any_number_of_steps() -> None:
+    M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
+    draw, line = coupled_draw(Straight(), M), Line(M)
+    assert float(Straight().loss(line, draw).sum) < 1e-20
+    assert float(Straight().loss(Line(M * 1.1), draw).sum) > 1e-2
+    for steps in (1, 2, 4, 8):
+
+        def velocity(x: torch.Tensor, t: float, s: float) -> torch.Tensor:
+            at = [torch.full((len(x),), time).double() for time in (t, s)]
+            return line(x[None], *at)[0]
+
+        states = list(SAMPLERS.get("flow_map")(velocity, draw.noise[0], time_grid(steps), lambda step: None))
+        assert float((states[-1].x - draw.noise[0] @ M.T).abs().max()) < 1e-10
+
+
+def test_times_are_those_of_whole_jumps_and_velocities_are_told_no_guidance() -> None:
+    items = gaussian_items(PLANE, num=400)
+    draw = Straight(jumps=(1, 4), shares=(3, 1), velocity=0.25, told_guidance=2.0).draw(items, Key(0))
+    is_velocity = draw.t == draw.s
+    assert 0.18 < float(is_velocity.float().mean()) < 0.32
+    assert torch.equal(draw.beta, torch.where(is_velocity, 1.0, 0.5).double())
+    length = (draw.t - draw.s)[~is_velocity]
+    assert set(length.tolist()) == {0.25, 1.0} and 0.68 < float((length == 1).float().mean()) < 0.82
+    quarters = draw.t[~is_velocity][length == 0.25]
+    assert set(quarters.tolist()) == {0.25, 0.5, 0.75, 1.0}
+    whole = Straight(jumps=(1,), velocity=0.0).draw(items, Key(0))
+    assert bool((whole.t == 1).all()) and bool((whole.s == 0).all()) and bool((whole.beta == 1).all())
+
+
+def test_velocities_alone_are_flow_matching() -> None:
+    items, call = gaussian_items(PLANE), network_call(gaussian_items(PLANE))
+    straight, flow = Straight(velocity=1.0), FlowMatching()
+    draw = straight.draw(items, Key(0))
+    assert torch.equal(draw.x, flow.draw(items, Key(0)).x)
+    found, wanted = (objective.loss(call, draw).sum for objective in (straight, flow))
+    assert abs(float((found - wanted).detach())) < 1e-12
+
+
+def test_noise_of_items_with_cells_is_in_them_and_that_of_others_as_it_was() -> None:
+    coupling = Coupling({"member": {"all": Key(9).normal((5, 4, 2))}}, 2, Key(0))
+    items = gaussian_items(PLANE, num=10, copies=2)  # 20 items of four latents of two channels
+    cells = [(coupling.cell(Choice("member", "all", n % 5)),) if n % 2 else () for n in range(20)]
+    coupled = replace(items, cells=cells)
+    plain, moved = items.flat(items.noise(Key(1))), items.flat(coupled.noise(Key(1)))
+    for number, cell in enumerate(cells):
+        if cell:
+            assert bool(cell[0].holds(cell[0].directions @ moved[number].flatten().float()))
+        else:
+            assert torch.equal(plain[number], moved[number])
+    assert torch.equal(coupled.noise(Key(1), "noise of positives"), items.noise(Key(1), "noise of positives"))
+    draw = Straight(jumps=(1,), velocity=0.0).draw(coupled, Key(1))
+    assert torch.equal(draw.x, coupled.noise(Key(1)))
+    few = replace(items, latents=items.latents[:, 40:], item=items.item[:, 40:] - 10, names=items.names[10:])
+    assert torch.equal(replace(few, cells=cells[10:]).noise(Key(1)), coupled.noise(Key(1))[:, 40:])
+
+
+def test_gradient_equals_central_differences() -> None:
+    items = gaussian_items(PLANE, num=6)
+    draw = Straight().draw(items, Key(1))
+    assert gradient_error(lambda call: Straight().loss(call, draw).sum, network_call(items)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [({"jumps": ()}, "one or more counts"), ({"jumps": (0,)}, "at least 1"), ({"shares": (1.0,)}, "each of the 4")],
+)
+def test_bad_jumps_are_named(options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Straight(**options)
