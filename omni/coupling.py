@@ -52,7 +52,7 @@ class Cell:
 
     def holds(self, code: Tensor) -> Tensor:
         """Whether codes (..., d) are in the cell: bool (...)."""
-        return (code @ self.points.T + self.potentials).argmax(-1) == self.index
+        return _winner(code, self.points, self.potentials) == self.index
 
     def draw(self, key: Key) -> Tensor:
         """A standard normal code (d,), given that it is in the cell."""
@@ -117,20 +117,28 @@ class Coupling:
 
     def cell(self, choice: Choice) -> Cell:
         """Raises ValueError for a group that the coupling was not made of, or an index beyond it."""
-        found = self._groups.get((choice.family, choice.group))
-        if found is None:
-            known = ", ".join(sorted(group for family, group in self._groups if family == choice.family))
-            raise ValueError(
-                f"no group {choice.group!r} of {choice.family!r} in the coupling; it has: {known or 'none'}"
-            )
+        found = self._group(choice.family, choice.group)
         if not 0 <= choice.index < len(found[1]):
             raise ValueError(f"answer {choice.index} of {choice.group!r}, which has {len(found[1])}")
         return Cell(*found, choice.index)
 
     def chosen(self, family: str, group: str, noise_BNC: Tensor) -> Tensor:
-        """(B,) int64: whose cell each noise is in. The other way to couple: noise first, then its answer."""
-        directions, points, found = self._groups[family, group]
-        return (noise_BNC.flatten(1).float() @ directions.T @ points.T + found).argmax(1)
+        """(B, N, C) -> (B,) int64: whose cell each noise is in. The other way to couple: noise first, then its answer.
+        ValueError as of `cell`."""
+        directions, points, found = self._group(family, group)
+        return _winner(noise_BNC.flatten(1).float() @ directions.T, points, found)
+
+    def _group(self, family: str, group: str) -> tuple[Tensor, Tensor, Tensor]:
+        found = self._groups.get((family, group))
+        if found is None:
+            known = ", ".join(sorted(name for kind, name in self._groups if kind == family))
+            raise ValueError(f"no group {group!r} of {family!r} in the coupling; it has: {known or 'none'}")
+        return found
+
+
+def _winner(code: Tensor, points: Tensor, potentials: Tensor) -> Tensor:
+    """Codes (..., d) -> (...) int64: the answer with the highest score."""
+    return (code @ points.T + potentials).argmax(-1)
 
 
 def potentials(points: Tensor, key: Key) -> Tensor:

@@ -113,6 +113,14 @@ def test_unknown_choices_are_named(choice: Choice, said: str) -> None:
         COUPLING.cell(choice)
 
 
+def test_noise_chooses_the_answer_whose_cell_it_is_in() -> None:
+    noise = Key(6).normal((50, *SIZE))
+    chosen = COUPLING.chosen("member", "fruit", noise)
+    assert torch.equal(masses(Choice("member", "fruit", 0), 7, noise.flatten(1)).argmax(0), chosen)
+    with pytest.raises(ValueError, match="no group 'frut'"):
+        COUPLING.chosen("member", "frut", noise)
+
+
 def test_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match="n at least 2"):
         Coupling({"a": {"b": torch.zeros(1, 4, 2)}}, 2, Key(0))
