@@ -87,14 +87,19 @@ def replies(
         **generation,
     )  # fmt: skip
     prompts = [prompt_of(document) for document in documents]
+    seeds = [reply_seed(context, number) for number in range(len(prompts))]
     start, answers = time.perf_counter(), []
     for first in range(0, len(prompts), options.batch):
-        chunk = prompts[first : first + options.batch]
-        seeds = [context.key("reply", first + i).integer() % 2**31 for i in range(len(chunk))]
-        answers += context.model.generate_batch(chunk, settings, seeds)
+        part = slice(first, first + options.batch)
+        answers += context.model.generate_batch(prompts[part], settings, seeds[part])
     seconds = time.perf_counter() - start
     note = f"{len(prompts)} requests, {options.steps} steps per picture, {seconds:.1f} s for the replies"
     return answers, note
+
+
+def reply_seed(context: Context, number: int) -> int:
+    """The seed of the reply to the `number`-th request of a task."""
+    return context.key("reply", number).integer() % 2**31
 
 
 def picture_list(reply: Reply) -> list[torch.Tensor | None]:

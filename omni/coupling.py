@@ -1,29 +1,29 @@
-"""Semidiscrete coupling: which noise belongs to which answer, where a request has many (arXiv 2509.25519).
+"""Coupling: which noise belongs to which answer, where a request has many.
 
 With noise and data paired at random, a map from noise to data learns its choice among many right answers last, and one
-pass draws their mean. A coupling gives the choice to the noise: the noise of n equally good answers is divided into n
-cells of equal mass, and an answer is only ever trained from noise in its own cell. All cells together are the standard
-normal noise that everybody draws, so nothing changes for a sampler.
+pass draws their mean. A coupling gives the choice to the noise: n equally good answers get n shares of it, of equal
+mass, and an answer is only ever trained from noise in its own share. (In semidiscrete flow matching, arXiv 2509.25519,
+the shares are cells of optimal transport.) All shares together are the standard normal noise that everybody draws, so
+nothing changes for a sampler.
 
-A cell is where a score is highest, with the code c = V x of the noise x:
+Here the shares are of numbers that the noise spells in signs. Along a direction of channels the mean of an item's noise
+is as often above zero as below; b directions are a number of b bits, every one as likely, and answer i of n has the
+numbers from 2^b i / n to 2^b (i + 1) / n. Noise enters a share by changes of sign and stays as large as it was. The
+flow head reads the same signs (heads.flow.ChoiceEmbedding): a map to separate answers jumps where two shares meet,
+which a smooth network learns slowly and rounds off, and a row of a table is another row at once.
 
-    cell_i = {x : i = argmax_j  c . p_j + g_j}            p_j = V (y_j - mean of the group), in units of its spread
+Numbers that begin alike should mean answers that are alike, for then what is learnt of one is of use for the others:
+answers are put in order by halves that differ most along the first principal direction of what answers differ in, the
+halves of halves along the second, and so on, with the same directions for all groups of a family. The orders are kept
+with the model (choices.json): a network that knows them cannot be trained on with others.
 
-With V the identity and g the dual potential this is the optimal transport of noise to the answers y. Here V are the
-first few principal directions of what answers differ in, shared by all groups of a family: which of a thousand numbers
-lean towards an answer a network is slow to find out, of twelve it is quick. And it reads best what is alike at all
-positions, a mean over them. The potential makes the masses equal.
+An answer may be several choices at once, as a member of a class on a background: each family has a number of its own.
 
-An answer may be several choices at once, as a member of a class on a background: one cell in each family. Families
-have directions of their own, at right angles, so that their choices are independent and noise enters one cell after
-the other.
-
-Legend: n answers of a group, D numbers in an answer (positions times channels), d directions.
+Legend: R rows, S positions, C channels, I items, n answers of a group, N positions of one, F families, b bits.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,156 +31,147 @@ import torch
 from torch import Tensor
 
 from omni.document import Choice
-from omni.rng import Key
 
-SAMPLES = 1 << 14  # of the code, at least, which the masses of cells are measured with
-STEPS = 200
-AT_ONCE = 1 << 20  # scores that a step of the ascent looks at
-NO_DIFFERENCE = 1e-3  # along the first direction, beside the largest difference of one number
-DRAWS = 64  # of the code for each answer of the group, until one is in the cell
+Orders = dict[str, dict[str, list[int]]]  # family -> group -> its answers in the order of their numbers
 
 
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """The noise of one answer: directions (d, D) orthonormal, points (n, d) and potentials (n,) of its group, its
-    index. float32, on the CPU."""
+@dataclass(frozen=True)
+class Share:
+    """The noise of the `place`-th of `count` answers, by the number of family `slot`."""
 
-    directions: Tensor
-    points: Tensor
-    potentials: Tensor
-    index: int
+    slot: int
+    place: int
+    count: int
 
-    def holds(self, code: Tensor) -> Tensor:
-        """Whether codes (..., d) are in the cell: bool (...)."""
-        return _winner(code, self.points, self.potentials) == self.index
-
-    def draw(self, key: Key) -> Tensor:
-        """A standard normal code (d,), given that it is in the cell."""
-        for attempt in range(1000):
-            codes = key.fold(attempt).normal((DRAWS * len(self.points), self.points.shape[1]))
-            inside = self.holds(codes).nonzero()
-            if len(inside):
-                return codes[inside[0, 0]]
-        raise RuntimeError(f"the cell of answer {self.index} of {len(self.points)} is empty: its potential is too low")
+    def numbers(self, bits: int) -> range:
+        """The answer's numbers. ValueError where there are fewer numbers than answers."""
+        if self.count > 1 << bits:
+            raise ValueError(f"{self.count} answers for {1 << bits} numbers; use more choice_bits in heads.flow")
+        first, end = (-(-(place << bits) // self.count) for place in (self.place, self.place + 1))
+        return range(first, end)
 
 
-def into_cells(noise_NC: Tensor, cells: Sequence[Cell], key: Key) -> Tensor:
-    """Standard normal noise (N, C), given that it is in all the cells; what it is across their directions stays.
+def pooled(x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
+    """(I, C), float32 or better: the sum over an item's positions over the root of their number, which of standard
+    noise has deviation 1. `item` (R, S) says whose a position is, -1 on padding; None: each row is one item."""
+    x = x_RSC.to(torch.promote_types(x_RSC.dtype, torch.float32))
+    if item is None:
+        return x.sum(1) / x.shape[1] ** 0.5
+    index = torch.where(item >= 0, item, num_items).flatten()
+    total = x.new_zeros(num_items + 1, x.shape[-1]).index_add(0, index, x.flatten(0, 1))
+    count = x.new_zeros(num_items + 1).index_add(0, index, x.new_ones(len(index)))
+    return (total / count.clamp(min=1).sqrt().unsqueeze(-1))[:num_items]
 
-    Of its dtype and on its device. ValueError where N C is not the size of the answers.
+
+def numbers(pooled_IC: Tensor, directions_FBC: Tensor) -> Tensor:
+    """(I, F) int64 in [0, 2^b): the signs along a family's directions, the first is the highest bit."""
+    F, b, C = directions_FBC.shape
+    code_IFB = (pooled_IC @ directions_FBC.to(pooled_IC.dtype).view(F * b, C).T).view(-1, F, b)
+    return ((code_IFB > 0).long() << _places(b, code_IFB.device)).sum(-1)
+
+
+def into_shares(noise_RSC: Tensor, item: Tensor, wanted_IF: Tensor, directions_FBC: Tensor) -> Tensor:
+    """Standard normal noise (R, S, C) whose items spell the wanted numbers (I, F); a negative number is any.
+
+    Standard normal still, if all numbers are wanted equally often. In the noise's dtype; padding stays as it is.
     """
-    moved = noise_NC.detach().to("cpu", torch.float32).flatten()
-    for number, cell in enumerate(cells):
-        if len(moved) != cell.directions.shape[1]:
-            raise ValueError(
-                f"noise of {len(moved)} numbers for answers of {cell.directions.shape[1]}: pictures with choices must "
-                "have the size of the answers that their source gives"
-            )
-        code = cell.directions @ moved
-        if not bool(cell.holds(code)):
-            moved = moved + (cell.draw(key.fold("code", number)) - code) @ cell.directions
-    return moved.view(noise_NC.shape).to(noise_NC)
+    F, b, C = directions_FBC.shape
+    whole_IC = pooled(noise_RSC, item, len(wanted_IF))
+    V = directions_FBC.to(whole_IC).view(F * b, C)
+    code_IFB = (whole_IC @ V.T).view(-1, F, b)
+    wanted = wanted_IF.to(code_IFB.device).unsqueeze(-1)
+    sign = 2 * (wanted.clamp(min=0) >> _places(b, code_IFB.device) & 1) - 1
+    change_IFB = torch.where(wanted >= 0, code_IFB.abs() * sign - code_IFB, 0)
+    dual = torch.linalg.solve(V @ V.T, V)  # V itself, but for what rounding to a model's precision has left crooked
+    count = torch.bincount(item[item >= 0], minlength=len(wanted_IF)).clamp(min=1).to(whole_IC).sqrt()
+    shift_IC = change_IFB.flatten(1) @ dual / count.unsqueeze(-1)
+    here = torch.where((item >= 0).unsqueeze(-1), shift_IC[item.clamp(min=0)], 0)
+    return (noise_RSC.to(here.dtype) + here).to(noise_RSC.dtype)
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(bits - 1, -1, -1, device=device)
 
 
 class Coupling:
-    """The cells of all groups: `cell(choice)` is that of one answer.
+    """The shares of all groups: `share(choice)` is that of one answer.
 
-    families: name of a family -> name of a group -> its answers (n, N, C), n >= 2; all of one N and C. dims: directions
-    of a family, at most. local: families whose directions may weigh every position by itself; those of others are one
-    vector of channels, the same at all positions. Raises ValueError where a group has fewer than two answers, sizes
-    differ, or answers do not.
+    families: name of a family -> name of a group -> its answers (n, N, C), all of one N and C. names: the families in
+    the order of their numbers. orders: of groups that a model knows already; those of others are made and added to
+    `orders`. Raises ValueError for a family without a number, sizes that differ, more answers than a number of `bits`
+    tells apart, and an order of another number of answers.
     """
 
     def __init__(
-        self, families: Mapping[str, Mapping[str, Tensor]], dims: int, key: Key, local: Sequence[str] = ()
+        self,
+        families: Mapping[str, Mapping[str, Tensor]],
+        names: Sequence[str],
+        bits: int,
+        orders: Orders | None = None,
     ) -> None:
-        self._groups: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
-        sizes = {tuple(answers.shape[1:]) for groups in families.values() for answers in groups.values()}
+        sizes = sorted({tuple(answers.shape[1:]) for groups in families.values() for answers in groups.values()})
         if len(sizes) > 1:
-            raise ValueError(f"answers of sizes {sorted(sizes)} in one coupling; give pictures of one size")
-        taken = torch.zeros(0, math.prod(next(iter(sizes), (0,))))
+            raise ValueError(f"answers of sizes {sizes} in one coupling; give pictures of one size")
+        self.orders: Orders = {family: dict(groups) for family, groups in (orders or {}).items()}
+        self._shares: dict[tuple[str, str], list[Share]] = {}
         for family, groups in families.items():
-            for group, answers in groups.items():
-                if answers.ndim != 3 or len(answers) < 2:
-                    shape = tuple(answers.shape)
-                    raise ValueError(f"group {group!r} of {family!r} has answers {shape}; give (n, N, C), n at least 2")
-            everywhere = family not in local
-            deviations = {group: _deviations(answers, everywhere, taken) for group, answers in groups.items()}
-            directions, spread = _principal(torch.cat(list(deviations.values())), dims)
-            if float(spread.max()) < NO_DIFFERENCE * max(float(answers.std(0).max()) for answers in groups.values()):
-                way_out = "; where they differ in places alone, make the family local" if everywhere else ""
-                raise ValueError(f"the answers of {family!r} do not differ{way_out}")
-            taken = torch.cat([taken, directions])
+            if family not in names:
+                known = ", ".join(names) or "none"
+                raise ValueError(f"family {family!r} has no number in heads.flow.choices, which has: {known}")
+            deviations = {group: (y - y.mean(0)).detach().cpu().float().flatten(1) for group, y in groups.items()}
+            principal = principal_directions(torch.cat(list(deviations.values())), bits)
+            known = self.orders.setdefault(family, {})
             for group, values in deviations.items():
-                points = values @ directions.T / spread
-                self._groups[family, group] = directions, points, potentials(points, key.fold(family, group))
+                order = known.setdefault(group, by_halves(values @ principal.T))
+                if sorted(order) != list(range(len(values))):
+                    raise ValueError(
+                        f"{group!r} of {family!r} has {len(values)} answers and the model knows an order of "
+                        f"{len(order)}; give the source that it was trained with, or the group another name"
+                    )
+                shares = [Share(names.index(family), order.index(i), len(order)) for i in range(len(order))]
+                shares[0].numbers(bits)
+                self._shares[family, group] = shares
 
-    def cell(self, choice: Choice) -> Cell:
+    def share(self, choice: Choice) -> Share:
         """Raises ValueError for a group that the coupling was not made of, or an index beyond it."""
-        found = self._group(choice.family, choice.group)
-        if not 0 <= choice.index < len(found[1]):
-            raise ValueError(f"answer {choice.index} of {choice.group!r}, which has {len(found[1])}")
-        return Cell(*found, choice.index)
-
-    def chosen(self, family: str, group: str, noise_BNC: Tensor) -> Tensor:
-        """(B, N, C) -> (B,) int64: whose cell each noise is in. The other way to couple: noise first, then its answer.
-        ValueError as of `cell`."""
-        directions, points, found = self._group(family, group)
-        return _winner(noise_BNC.flatten(1).float() @ directions.T, points, found)
-
-    def _group(self, family: str, group: str) -> tuple[Tensor, Tensor, Tensor]:
-        found = self._groups.get((family, group))
+        found = self._shares.get((choice.family, choice.group))
         if found is None:
-            known = ", ".join(sorted(name for kind, name in self._groups if kind == family))
-            raise ValueError(f"no group {group!r} of {family!r} in the coupling; it has: {known or 'none'}")
-        return found
+            known = ", ".join(sorted(name for kind, name in self._shares if kind == choice.family))
+            raise ValueError(
+                f"no group {choice.group!r} of {choice.family!r} in the coupling; it has: {known or 'none'}"
+            )
+        if not 0 <= choice.index < len(found):
+            raise ValueError(f"answer {choice.index} of {choice.group!r}, which has {len(found)}")
+        return found[choice.index]
 
 
-def _winner(code: Tensor, points: Tensor, potentials: Tensor) -> Tensor:
-    """Codes (..., d) -> (...) int64: the answer with the highest score."""
-    return (code @ points.T + potentials).argmax(-1)
+def quiet_directions(answers: Sequence[Tensor], num_families: int, bits: int) -> Tensor:
+    """(F, b, C) orthonormal: the directions along which the wholes of answers (n, N, C) are smallest, so that what is
+    left of the noise in x_t still spells its number; the quietest first. Rounded as weights in bfloat16."""
+    whole = torch.cat([pooled(y, None, len(y)) for y in answers]).to("cpu", torch.float64)
+    vectors = torch.linalg.eigh(whole.T @ whole / len(whole))[1].T[: num_families * bits]
+    if len(vectors) < num_families * bits:
+        raise ValueError(f"{num_families} numbers of {bits} bits want as many channels, latents have {whole.shape[1]}")
+    return vectors.unflatten(0, (bits, num_families)).transpose(0, 1).bfloat16().float().contiguous()
 
 
-def potentials(points: Tensor, key: Key) -> Tensor:
-    """g (n,) with which each cell of `points` (n, d) has mass 1 / n: to a tenth of that for dozens of
-    answers, to a half for hundreds in few directions.
-
-    Mirror ascent on the semidual of entropic transport (arXiv 2509.25519, section 3), on one sample of codes, for many
-    answers in parts; the mean of its second half.
-    """
-    n, d = points.shape
-    scores = key.normal((max(SAMPLES, 64 * n), d)) @ points.T
-    spread, found, mean = float(scores.std().clamp(min=1e-6)), torch.zeros(n), torch.zeros(n)
-    parts = scores.split(max(16, AT_ONCE // n))
-    for step in range(STEPS):
-        shares = torch.softmax((parts[step % len(parts)] + found) * (16 / spread), 1).mean(0)
-        found = found - spread / (4 + step / 4) * (shares * n).clamp(min=1e-2).log()
-        if 2 * step >= STEPS:
-            mean += found / (STEPS - STEPS // 2)
-    return mean - mean.mean()
+def principal_directions(deviations: Tensor, count: int) -> Tensor:
+    """(d, D) the first principal directions of deviations (n, D), d at most `count`."""
+    wide = len(deviations) < deviations.shape[1]
+    product = deviations @ deviations.T if wide else deviations.T @ deviations
+    vectors = torch.linalg.eigh(product.double() / len(deviations))[1].flip(1)[:, :count].T
+    return torch.nn.functional.normalize(vectors @ deviations.double(), dim=1).float() if wide else vectors.float()
 
 
-def _deviations(answers: Tensor, everywhere: bool, taken: Tensor) -> Tensor:
-    """(n, D) from the mean of the group: with `everywhere` that of all positions, and without what lies along
-    directions that are taken."""
-    values = answers.detach().to("cpu", torch.float32)
-    values = values - values.mean(0)
-    if everywhere:
-        values = values.mean(1, keepdim=True).expand_as(values)
-    values = values.flatten(1)
-    return values - values @ taken.T @ taken
+def by_halves(points_ND: Tensor) -> list[int]:
+    """The indices of points in an order whose halves differ along the first number, halves of these along the second,
+    and so on."""
 
+    def ordered(members: list[int], level: int) -> list[int]:
+        if len(members) < 2 or level == points_ND.shape[1]:
+            return members
+        members = sorted(members, key=lambda i: float(points_ND[i, level]))
+        half = len(members) // 2
+        return ordered(members[:half], level + 1) + ordered(members[half:], level + 1)
 
-def _principal(values: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """(d, D) orthonormal principal directions of the deviations, at most `dims`, without those along which nothing
-    differs; and the spread along each (d,), not below a third of the largest."""
-    wide = len(values) < values.shape[1]
-    product = values @ values.T if wide else values.T @ values
-    strength, vectors = torch.linalg.eigh(product.double() / len(values))
-    strength, vectors = strength.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    d = max(1, min(dims, int((strength > 1e-3 * strength[0]).sum())))
-    directions = vectors[:, :d].T
-    if wide:
-        directions = torch.nn.functional.normalize(directions @ values.double(), dim=1)
-    spread = strength[:d].float()
-    return directions.float().contiguous(), spread.clamp(min=float(spread[0]) / 3)
+    return ordered(list(range(len(points_ND))), 0)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.coupling import Cell
+from omni.coupling import Share
 from omni.mask import Fields
 
 IGNORE = -100  # target of a position that carries no next-token loss
@@ -42,14 +42,14 @@ class TokenSpan:
 
 @dataclass(frozen=True, eq=False)
 class LatentSpan:
-    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`. cells: of the
+    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`. shares: of the
     noise that it is trained from, where it is coupled. others: blocks of its grid that are as right; the noisy copies
     are of it and of them in turn."""
 
     latents: Tensor
     grid: tuple[int, int, int]
     supervise: bool = False
-    cells: tuple[Cell, ...] = ()
+    shares: tuple[Share, ...] = ()
     others: tuple[LatentSpan, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class Batch:
     item: Tensor  # (R, S) int64 in 0..num_items-1, or -1
     item_first: Tensor  # (num_items,) int64: flat index r*S+s of the first position of each item
     item_names: tuple[tuple[int, int, int], ...] = ()  # (document uid, block, copy) of each item: what keys its noise
-    item_cells: tuple[tuple[Cell, ...], ...] = ()  # of the noise of each item, empty where none of them is coupled
+    item_shares: tuple[tuple[Share, ...], ...] = ()  # of the noise of each item, empty where none of them is coupled
     documents: tuple[int, ...] = ()  # uids of the packed documents
     num_context: int = 0  # context positions that are not padding
     num_refine: int = 0
@@ -282,7 +282,7 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
     item = torch.full((R, S), -1, dtype=torch.int64)
     item_first: list[int] = []
     item_names: list[tuple[int, int, int]] = []
-    item_cells: list[tuple[Cell, ...]] = []
+    item_shares: list[tuple[Share, ...]] = []
     num_context = num_refine = 0
     for r, row in enumerate(filled):
         i = j = copy_id = 0
@@ -316,12 +316,12 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
                     item[r, at] = len(item_first)
                     item_first.append(r * S + j)
                     item_names.append((uid, block, c))
-                    item_cells.append(answer.cells)
+                    item_shares.append(answer.shares)
                     j += m
                     num_refine += m
     return Batch(
         ids, latents, is_latent, target, context, refine_latents, refine, item,
-        torch.tensor(item_first, dtype=torch.int64), tuple(item_names), tuple(item_cells) if any(item_cells) else (),
+        torch.tensor(item_first, dtype=torch.int64), tuple(item_names), tuple(item_shares) if any(item_shares) else (),
         tuple(uid for row in filled for uid, _ in row), num_context, num_refine,
     )  # fmt: skip
 

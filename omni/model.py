@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from omni.checkpoint import load_tensors, publish, verify
 from omni.config import Frozen, load_json
+from omni.coupling import Orders
 from omni.document import Document, Image, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
@@ -199,7 +200,9 @@ class Omni(nn.Module):
                 is_null = torch.tensor(
                     [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
                 )
-                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress, batch.item_cells)
+                choice, named = self.flow.choice, (batch.refine_latents, batch.item, batch.item_names)
+                directions = None if choice is None else choice.directions.view(choice.num, choice.bits, -1)
+                items = Items(*named, is_null, progress, batch.item_shares, directions)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
                 # Where it wants no average, one that is kept for another objective is not its own.
                 own = averages if getattr(objective, "target_decay", None) else None
@@ -299,12 +302,15 @@ class Omni(nn.Module):
         replace: bool = False,
         info: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Publish a directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json."""
+        """Publish a directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json, and
+        choices.json of a model whose noise chooses (see omni.coupling)."""
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
             "generation.json": json.dumps(dict(self.defaults), indent=2) + "\n",
             "model.safetensors": {n: v.detach().to("cpu", dtype).contiguous() for n, v in self.state_dict().items()},
         }
+        if self.flow.choice is not None and self.flow.choice.orders:
+            files["choices.json"] = json.dumps(self.flow.choice.orders) + "\n"
         if self.codec is not None:
             files |= {f"codec/{name}": content for name, content in self.codec.files().items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -312,6 +318,15 @@ class Omni(nn.Module):
                 self.tokenizer.save(folder)
                 files["tokenizer"] = Path(folder)
             return publish(directory, files, info=info, replace=replace)
+
+
+def read_orders(folder: Path) -> Orders:
+    """What a model directory says of the order of answers; empty where it says nothing. ValueError for other JSON."""
+    path = folder / "choices.json"
+    try:
+        return TypeAdapter(Orders).validate_json(path.read_bytes()) if path.is_file() else {}
+    except ValidationError as error:
+        raise ValueError(f"{path}: {error.errors()[0]['msg']}; it maps a family and a group to an order") from None
 
 
 def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
@@ -337,12 +352,14 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         model.tokenizer = load_tokenizer(folder / "tokenizer")
     if (folder / "codec").is_dir():
         model.codec = load_codec(folder / "codec").to(device)
+    if model.flow.choice is not None:
+        model.flow.choice.orders = read_orders(folder)
     if (folder / "generation.json").is_file():
         model.defaults = json.loads((folder / "generation.json").read_text())
     return model.to(device, dtype).eval()
 
 
-NOTHING_AT_FIRST = ("flow.velocity", "flow.whole.down")
+NOTHING_AT_FIRST = ("flow.velocity", "flow.choice")
 
 
 @torch.no_grad()
@@ -351,7 +368,7 @@ def initialise(model: Omni, key: Key) -> None:
 
     Matrices are normal with deviation 1/sqrt(fan in); residual outputs are scaled by 1/sqrt(2 depth); embeddings have
     deviation 0.02; the velocity read-out, biases and modulation start at zero, so that what the flow head reads, its G,
-    starts at 0 (see heads.flow), and so does what a condition has of the whole item.
+    starts at 0 (see heads.flow), and so do the tables of choices.
     """
     depth = model.config.transformer.depth
     if model.joint is not None:

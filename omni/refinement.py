@@ -17,6 +17,7 @@ from omni.layout import LatentSpan, Span, TokenSpan
 from omni.nn.cache import KVCache
 from omni.prefill import refine_stream
 from omni.reply import BlockStep, Event
+from omni.rng import Key
 from omni.row import Row
 from omni.samplers import SAMPLERS
 from omni.text.compose import compose
@@ -48,10 +49,11 @@ def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> I
     here = (engine.device, engine.model.token.embedding.weight.dtype)
 
     def noise(*jump: int) -> Tensor:
-        return torch.stack([
-            r.key.fold("block noise", r.media.index, len(r.media.finished), *jump).normal((count, channels))  # type: ignore[union-attr]
-            for r in group
-        ])  # fmt: skip
+        drawn = []
+        for r in group:
+            assert r.media is not None
+            drawn.append(block_noise(r.key, r.media.index, len(r.media.finished), (count, channels), *jump))
+        return torch.stack(drawn)
 
     # At a first time t < 1 pure noise is t eps: x_t = (1 - t) x0 + t eps without its data.
     x = (times[0] * noise()).to(*here)
@@ -65,6 +67,12 @@ def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> I
     for b, row in enumerate(group):
         assert row.media is not None
         row.media.finished.append(x[b].float())
+
+
+def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: int) -> Tensor:
+    """Standard normal (N, C): what a block of the reply's `index`-th picture or clip starts from; with `jump`, what a
+    sampler adds to it there."""
+    return key.fold("block noise", index, block, *jump).normal(size)
 
 
 def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202

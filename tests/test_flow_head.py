@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omni.config import build
 from omni.heads import FlowHead, FlowHeadConfig
-from omni.heads.flow import Parametrisation, ScalarEmbedding, average_velocity, pooled
+from omni.heads.flow import Parametrisation, ScalarEmbedding, average_velocity
 from omni.model import FlowCall, Omni
 from omni.rng import Key
 
@@ -261,29 +261,58 @@ def test_guidance_is_not_a_time() -> None:
     assert torch.equal(*(head.condition(zero, zero, one, torch.zeros(1, 2, 4), None) for head in heads))
 
 
-def test_the_whole_of_an_item_is_its_own_mean_wherever_it_stands() -> None:
-    x = Key(4).normal((2, 6, 3), torch.float64)
-    item = torch.tensor([[0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1]])
-    found = pooled(x, item, 3)
-    wanted = torch.stack([x[item == n].sum(0) / int((item == n).sum()) ** 0.5 for n in range(3)])
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(pooled(x[:1, 2:4], None, 1), wanted[1:2])
-    noise = pooled(Key(5).normal((4000, 9, 2)), None, 4000)
-    torch.testing.assert_close(noise.std(0), torch.ones(2), atol=0.05, rtol=0)
-
-
-def test_a_model_with_the_whole_begins_as_one_without() -> None:
+def with_choices() -> Omni:
+    """The model of `modelled`, and two numbers of five bits that nothing has been learnt of."""
     plain = modelled()
-    config = plain.config.model_copy(update={"flow": plain.config.flow.model_copy(update={"whole": True})})
-    model = Omni(config, Key(7)).double().eval()
+    channels = plain.config.flow.channels
+    flow = plain.config.flow.model_copy(update={"choices": ("a", "b"), "choice_bits": channels // 2})
+    model = Omni(plain.config.model_copy(update={"flow": flow}), Key(7)).double().eval()
     left = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert left and all(name.startswith("flow.whole.") for name in left)
+    assert left and all(name.startswith("flow.choice.") for name in left)
+    assert model.flow.choice is not None
+    bits = channels // 2 * 2
+    model.flow.choice.directions.copy_(torch.linalg.qr(Key(1).normal((channels, bits), torch.float64))[0].T)
+    return model
+
+
+def test_a_model_with_choices_begins_as_one_without() -> None:
+    plain, model = modelled(), with_choices()
     calls = [calling(one)[0] for one in (plain, model)]
     x, t = calling(plain)[1], torch.full((calls[0].batch.num_items,), 0.7, dtype=torch.float64)
     assert torch.equal(*(call(x, t, 0.3 * t) for call in calls))
     with torch.no_grad():
-        model.flow.whole.down.weight.copy_(Key(1).normal((32, 32)))
+        model.flow.choice.table[0].weight.copy_(Key(1).normal(tuple(model.flow.choice.table[0].weight.shape)))
     assert not torch.equal(*(call(x, t, 0.3 * t) for call in calls))
+
+
+def test_a_choice_is_the_sum_of_the_rows_of_its_beginnings() -> None:
+    config = FlowHeadConfig(channels=24, choices=("a", "b"), choice_bits=7)
+    head = FlowHead(8, config).choice
+    assert head is not None and head.lengths == [4, 6, 7]
+    head.directions.copy_(torch.linalg.qr(Key(1).normal((24, 14)))[0].T)
+    for number, table in enumerate(head.table):
+        table.weight.data.copy_(Key(number).normal(tuple(table.weight.shape)))
+    x = Key(5).normal((3, 4, 24))
+    found = head(x, None, 3)
+    code = x.sum(1) @ head.directions.T > 0
+    for row in range(3):
+        wanted = torch.zeros(8)
+        for family in range(2):
+            bits = "".join(str(int(bit)) for bit in code[row, 7 * family : 7 * family + 7])
+            for length, table in zip(head.lengths, head.table, strict=True):
+                wanted += table.weight[family * 2**length + int(bits[:length], 2)]
+        torch.testing.assert_close(found[row], wanted * 2 * 8**0.5)
+    item = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, -1]])
+    flat = torch.cat([x.flatten(0, 1), torch.ones(1, 24)])[None]
+    torch.testing.assert_close(head(flat, item, 3), found)
+
+
+def test_choices_before_directions_are_one_and_the_same() -> None:
+    head = FlowHead(8, FlowHeadConfig(channels=24, choices=("a",))).choice
+    assert head is not None
+    head.table[0].weight.data.normal_()
+    found = head(Key(5).normal((3, 4, 24)), None, 3)
+    assert torch.equal(found, found[:1].expand(3, -1))
 
 
 def test_configuration_is_checked() -> None:
@@ -291,6 +320,8 @@ def test_configuration_is_checked() -> None:
         ({"parametrisation": "edm"}, "parametrisation = 'edm'"),
         ({"time_scale": 0}, "time_scale = 0"),
         ({"min_time": 0.0}, "min_time = 0.0"),
+        ({"choices": ["a", "a"]}, "names a family twice"),
+        ({"channels": 12, "choices": ["a", "b"]}, "2 choices of 8 bits want as many channels, latents have 12"),
         ({"parametrization": "x"}, "did you mean 'parametrisation'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -59,11 +59,11 @@ def far(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("weights", "of_whole"), [("shared", False), ("separate", False), ("refine", False), ("refine", True)]
+    ("weights", "choices"), [("shared", False), ("separate", False), ("refine", False), ("refine", True)]
 )
-def test_three_forms_agree(weights: str, of_whole: bool) -> None:
+def test_three_forms_agree(weights: str, choices: bool) -> None:
     """In a packed batch of several documents and copies: carried = two-pass = whole-model jvp = central differences."""
-    settings = {"dtype": torch.float64, "latent_weights": weights, "whole": of_whole}
+    settings = {"dtype": torch.float64, "latent_weights": weights, "choices": choices}
     model, batch = small_model(attention="math", **settings), batch_of()
     central = small_model(attention="sdpa", tangents="central", **settings)
     call, (point, direction) = call_of(model, batch), points(batch)

@@ -21,7 +21,7 @@ from omni.checkpoint import load_tensors, tensor_bytes, verify
 from omni.codecs import Codec, codecs, load_codec
 from omni.config import build, digest, load_json
 from omni.heads import FlowHeadConfig
-from omni.model import Omni, OmniConfig
+from omni.model import Omni, OmniConfig, read_orders
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
 from omni.rng import Key
@@ -47,7 +47,7 @@ DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator ea
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
-WITHOUT_EFFECT |= {"joint", "vocab_size", "whole"}
+WITHOUT_EFFECT |= {"joint", "vocab_size"}
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
@@ -57,9 +57,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
     mixture = build_mixture(recipe, key)
     memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
-    coupling = recipe.coupling and build_coupling(
-        mixture.sources, memo.encode, recipe.coupling, Key(0).fold("coupling")
-    )
+    coupling = build_coupling(mixture.sources, memo.encode, model.flow.choice) if recipe.coupling else None
 
     def load(encoder: Encoder, channels: int, stride: int = 1) -> Loader:
         return Loader(
@@ -188,6 +186,8 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
             "use the same sizes, or init_partial=true"
         )
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
+    if model.flow.choice is not None and "flow.choice.directions" in usable:
+        model.flow.choice.orders = read_orders(directory)
     return left
 
 

@@ -16,7 +16,6 @@ from omni.config import Frozen
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from omni.reply import GenerationOptions
-from train.data.coupled import CouplingConfig
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
@@ -80,7 +79,7 @@ class Recipe(Frozen):
     heads: dict[str, Any] = Field({}, description="further fields of the model's config.json")
     batch: BatchConfig
     drop: DropConfig = DropConfig()
-    coupling: CouplingConfig | None = Field(None, description="pairs noise with the answers of its request; else none")
+    coupling: bool = Field(False, description="pairs noise with the answers of a request, for heads.flow.choices")
     optimiser: OptimiserConfig = OptimiserConfig()
     data: tuple[DataConfig, ...] = Field(min_length=1)
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)

@@ -53,6 +53,8 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
                 if code is not None:
                     result.token.embedding.weight[token] += code
     result.tokenizer, result.codec, result.defaults = tokenizer, model.codec, model.defaults
+    if result.flow.choice is not None and model.flow.choice is not None:
+        result.flow.choice.orders = model.flow.choice.orders
     return result
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from eval.toy.data import DATA_SETS, plane_items, sliced_wasserstein
 from eval.toy.network import Count, PlaneCall, PlaneNetwork
+from eval.toy.semidiscrete import Semidiscrete
 from omni.config import Frozen
-from omni.coupling import Coupling
 from omni.objectives import FlowObjective, build_objective
 from omni.rng import Key
 from omni.samplers import SAMPLERS, time_grid
@@ -32,7 +32,7 @@ class Method(Frozen):
     """One line of the comparison: an objective with its options, and how it is trained and drawn from.
 
     trained_as: take the weights of another line instead of training (another sampler on the same network).
-    coupled: train on so many points, each from noise of its own (omni.coupling); 0: on fresh points from any noise.
+    coupled: train on so many points, each from noise of its own (eval.toy.semidiscrete); 0: on fresh ones from any.
     evaluations: where only some of the run's numbers of evaluations make sense (a generator knows one), these.
     """
 
@@ -133,12 +133,12 @@ class Coupled:
     """The points that belong to the noise which an objective is about to draw from a key."""
 
     def __init__(self, answers_N2: Tensor, key: Key) -> None:
-        self.answers, points = answers_N2, answers_N2.unsqueeze(1)
-        self.coupling = Coupling({"point": {"all": points}}, 2, key.fold("coupling"))
+        self.answers = answers_N2
+        self.coupling = Semidiscrete(answers_N2, key.fold("coupling", "point", "all"))
 
     def __call__(self, key: Key, num: int) -> Tensor:
         noise = plane_items(torch.zeros(num, 2)).noise(key)[0]
-        return self.answers[self.coupling.chosen("point", "all", noise.unsqueeze(1))]
+        return self.answers[self.coupling.chosen(noise)]
 
 
 def schedule(fraction: float, warmup: float) -> float:

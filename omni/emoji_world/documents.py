@@ -178,13 +178,28 @@ def describe(author: Author) -> Extra:
 
 def draw_open(author: Author) -> Extra:
     """A request with many right answers: any member of a class, on any background, or anywhere."""
-    draw, chance = author.draw, author.draw.random()
+    chance = author.draw.random()
     if chance < 0.2:
         return two_anywhere(author)
-    noun = draw.choice(list(CLASSES))
+    return _any_member(author, author.draw.choice(list(CLASSES)), any_background=chance < 0.4)
+
+
+def any_background(author: Author) -> Extra:
+    """Any member of a class on any background: of open requests the one with two choices."""
+    return _any_member(author, author.draw.choice(list(CLASSES)), any_background=True)
+
+
+def any_of_many(author: Author) -> Extra:
+    """As the first two kinds of open requests, for large classes above all: weight by the square of the members."""
+    noun = author.draw.choices(list(CLASSES), [len(members) ** 2 for members in CLASSES.values()])[0]
+    return _any_member(author, noun, any_background=author.draw.random() < 0.3)
+
+
+def _any_member(author: Author, noun: str, any_background: bool) -> Extra:
+    draw = author.draw
     request, background = author.phrase("open", x=noun), "white"
     kind, free = "class", ["member"]
-    if chance < 0.4:
+    if any_background:
         kind, free, background = "background", ["member", "background"], draw.choice(list(BACKGROUNDS))
         mark = "?" if request.endswith("?") else ""
         request = author.phrase("open.background", request=request.removesuffix("?")) + mark
@@ -301,6 +316,8 @@ TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
     "text": (0.06, talk),
     "rewrite": (0.0, rewrite),  # by name alone: lessons for edits, and for open requests
     "anywhere": (0.0, two_anywhere),
+    "any_background": (0.0, any_background),
+    "any_of_many": (0.0, any_of_many),
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}

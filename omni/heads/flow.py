@@ -26,10 +26,11 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
+from omni.coupling import Orders, numbers, pooled
 from omni.nn.transformer import spread
 
 Parametrisation = Literal["velocity", "simple_edm", "x"]
@@ -44,8 +45,8 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: what the network reads out, see the head of this file.
     scale_input: x is divided by n before it is embedded (EDM's c_in), so that its deviation is 1 at every t.
-    whole: the condition also has what an item is as a whole, the mean of its noisy latents. A choice that concerns all
-        of a picture then need not be agreed on between its positions (see omni.coupling).
+    choices: families of choices that the noise spells the numbers of, and that the condition then knows (see
+        omni.coupling). choice_bits: of each number; 2^bits is at least how many right answers a request has.
     min_time: of "x" alone: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x and G still
         has a right value, x - min_time F, but is no longer the data. JiT's (arXiv 2511.13720).
     """
@@ -56,8 +57,18 @@ class FlowHeadConfig(Frozen):
     num_frequencies: int = 32
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
-    whole: bool = False
+    choices: tuple[str, ...] = ()
+    choice_bits: int = Field(default=8, ge=1, le=16)
     min_time: float = Field(default=0.05, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> FlowHeadConfig:
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"choices {list(self.choices)} names a family twice")
+        if len(self.choices) * self.choice_bits > self.channels:
+            said = f"{len(self.choices)} choices of {self.choice_bits} bits want as many channels"
+            raise ValueError(f"{said}, latents have {self.channels}; use fewer choice_bits")
+        return self
 
 
 class ScalarEmbedding(nn.Module):
@@ -78,29 +89,32 @@ class ScalarEmbedding(nn.Module):
         return self.down(torch.nn.functional.silu(self.up(features)))
 
 
-class WholeEmbedding(nn.Module):
-    """(R, S, C) -> (I, W): the mean of an item's latents times the root of their number, which of noise has deviation 1
-    whatever the size of the item; then a two-layer MLP."""
+class ChoiceEmbedding(nn.Module):
+    """(R, S, C) -> (I, W): the numbers that an item's noise spells, one for each family of choices (see omni.coupling).
+
+    A number is embedded by its first 4, 6, 8, ... bits, one table for each length: what is alike for all numbers that
+    begin alike is learnt from all of them. Tables start at zero. `directions` (F b, C), zero until a coupling chooses
+    them, are a part of the model: whoever draws a picture has to read the signs that it was trained with. So are the
+    `orders` of answers that a coupling has made; for training alone, but only with them can it go on.
+    """
+
+    directions: Tensor
 
     def __init__(self, width: int, c: FlowHeadConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(c.channels, width)
-        self.down = nn.Linear(width, width)
+        self.names, self.num, self.bits = c.choices, len(c.choices), c.choice_bits
+        self.lengths = sorted({*range(min(4, self.bits), self.bits, 2), self.bits})
+        self.table = nn.ModuleList(nn.Embedding(self.num << length, width) for length in self.lengths)
+        self.register_buffer("directions", torch.zeros(self.num * self.bits, c.channels))
+        self.orders: Orders = {}
+        self.scale = 2 * width**0.5  # a step of Adam moves a row as far as it would move a weighted sum of many
 
     def forward(self, x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
-        whole_IC = pooled(x_RSC, item, num_items).to(self.up.weight.dtype)
-        return self.down(torch.nn.functional.silu(self.up(whole_IC)))
-
-
-def pooled(x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
-    """(I, C), float32 or better: the sum over an item's positions over the root of their number; padding ignored."""
-    x = x_RSC.to(torch.promote_types(x_RSC.dtype, torch.float32))
-    if item is None:
-        return x.sum(1) / x.shape[1] ** 0.5
-    index = torch.where(item >= 0, item, num_items).flatten()
-    total = x.new_zeros(num_items + 1, x.shape[-1]).index_add(0, index, x.flatten(0, 1))
-    count = x.new_zeros(num_items + 1).index_add(0, index, x.new_ones(len(index)))
-    return (total / count.clamp(min=1).sqrt().unsqueeze(-1))[:num_items]
+        number_IF = numbers(pooled(x_RSC, item, num_items), self.directions.view(self.num, self.bits, -1))
+        slot_F = torch.arange(self.num, device=number_IF.device)
+        rows = [(slot_F << length) + (number_IF >> (self.bits - length)) for length in self.lengths]
+        found = [table(row_IF).sum(1) for table, row_IF in zip(self.table, rows, strict=True)]
+        return self.scale * sum(found[1:], found[0])
 
 
 class FlowHead(nn.Module):
@@ -114,7 +128,7 @@ class FlowHead(nn.Module):
         self.time = ScalarEmbedding(width, c, c.time_scale)
         self.gap = ScalarEmbedding(width, c, c.time_scale)
         self.guidance = ScalarEmbedding(width, c, 1.0)
-        self.whole = WholeEmbedding(width, c) if c.whole else None
+        self.choice = ChoiceEmbedding(width, c) if c.choices else None
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
 
@@ -129,10 +143,10 @@ class FlowHead(nn.Module):
         return self.noisy(x_RSC)
 
     def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor, x_RSC: Tensor, item: Tensor | None) -> Tensor:
-        """(I, W) from the start and end times, the guidance input beta = 1 / w (1 is no guidance), and, with `whole`,
-        the noisy latents; `item` as in `read`."""
+        """(I, W) from the start and end times, the guidance input beta = 1 / w (1 is no guidance), and, with `choices`,
+        the signs of the noisy latents; `item` as in `read`."""
         condition = self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
-        return condition if self.whole is None else condition + self.whole(x_RSC, item, len(t_I))
+        return condition if self.choice is None else condition + self.choice(x_RSC, item, len(t_I))
 
     def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None, x_RSC: Tensor, t_I: Tensor) -> Tensor:
         """F (R, S, C) of x at t; `item` (R, S) says which condition and time a position has (None: each row its own).

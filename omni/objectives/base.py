@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from omni.config import Frozen, Registry
-from omni.coupling import Cell, into_cells
-from omni.objectives.times import Name, TimeDistribution, keys_I
+from omni.coupling import Share, into_shares
+from omni.objectives.times import Name, TimeDistribution, keys_I, uniform_I
 from omni.rng import Key, normals
 from omni.terms import Terms
 
@@ -64,7 +64,8 @@ class Items:
     names: Sequence[Name]  # (document, block, copy) of each item
     is_null: Tensor | None = None  # (I,) bool: the items whose condition was dropped; None: of none
     progress: float = 1.0  # the share of training that is done, for schedules
-    cells: Sequence[Sequence[Cell]] = ()  # of the noise of each item (see omni.coupling); empty: of none
+    shares: Sequence[Sequence[Share]] = ()  # of the noise, for each item (see omni.coupling); empty: for none
+    directions: Tensor | None = None  # (F, b, C), which its numbers are read from
 
     def __len__(self) -> int:
         return len(self.names)
@@ -116,7 +117,7 @@ class Items:
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone, and on
-        its cells. They move the noise that is paired with data: no other purpose's."""
+        its shares. They move the noise that is paired with data: no other purpose's."""
         device, C = self.latents.device, self.latents.shape[-1]
         if device.type == "mps":  # which has no float64
             return replace(self, latents=self.latents.cpu(), item=self.item.cpu()).noise(key, purpose).to(device)
@@ -127,12 +128,20 @@ class Items:
         keys = keys_I(self.names, key.fold(purpose), device)[self.item.clamp(min=0)]
         drawn = normals(keys.unsqueeze(-1), counter).flatten(-2)[..., :C]
         drawn = torch.where(self.mask.unsqueeze(-1), drawn, 0)
-        if purpose == "noise":
-            for number, cells in enumerate(self.cells):
-                if cells:
-                    where = self.item == number
-                    drawn[where] = into_cells(drawn[where], cells, key.fold("cell", *self.names[number]))
+        if purpose == "noise" and any(self.shares):
+            drawn = into_shares(drawn, self.item, self._wanted(key), _given(self.directions))
         return drawn.to(self.latents.dtype)
+
+    def _wanted(self, key: Key) -> Tensor:
+        """(I, F) int64: a number of each share, drawn from all of it; -1 where an item has none."""
+        num, bits = _given(self.directions).shape[:2]
+        at = [uniform_I(self.names, key, f"number {slot}") for slot in range(num)]
+        wanted = torch.full((len(self), num), -1)
+        for item, shares in enumerate(self.shares):
+            for share in shares:
+                mine = share.numbers(bits)
+                wanted[item, share.slot] = mine[int(at[share.slot][item] * len(mine))]
+        return wanted
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -152,6 +161,12 @@ class Items:
         """x_t = (1 - t) x0 + t eps."""
         tt = self.expand(t)
         return (1 - tt) * self.latents + tt * noise
+
+
+def _given(directions: Tensor | None) -> Tensor:
+    if directions is None:
+        raise ValueError("items with shares of the noise, and a flow head without choices; name them in heads.flow")
+    return directions
 
 
 class Objective(Frozen, ABC):

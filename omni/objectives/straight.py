@@ -8,8 +8,14 @@ and data that are paired at random do cross: a single jump learns the mean of al
 network has not learnt of that at t = 1 it sees clearer on the way: the jumps are then Euler steps of flow matching on
 the same pairs, right as N grows.
 
+A jump may answer for the likeliest of several ends instead of their mean: of a loss that levels off for far misses,
+e / (e + offset)^power of an item's mean square (MeanFlow's adaptive weight, arXiv 2505.13447), the best answer to a
+noise that is read as one end with odds of 2 to 1 lies beside that end, where the square's lies a third of the way to
+the other. It is for pairs of a coupling alone: of pairs at random the likeliest end is no sample.
+
 One evaluation an item: with probability `velocity` an item trains F(x_t, t, t) instead, at a time of `time`. Jumps are
-told guidance 1 / w, as if they had been guided: coupled jumps are as sharp, and one network keeps both fields.
+told guidance 1 / w, as if they had been guided: coupled jumps are as sharp, and one network keeps both fields. A
+velocity is a mean: its loss is always the square.
 
 Legend: I items.
 """
@@ -22,8 +28,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
 from omni.objectives.times import uniform_I
+from omni.objectives.weighting import adaptive
 from omni.rng import Key
 
 
@@ -37,12 +44,16 @@ class StraightDraw(Draw):
 @OBJECTIVES.register("straight")
 class Straight(FlowObjective):
     """jumps: how many equal jumps from noise to data, with `shares` of the items (equal ones where empty); a jump of
-    them is any of the n. velocity: share of items that train F(x_t, t, t). told_guidance: w, 1 is none."""
+    them is any of the n. velocity: share of items that train F(x_t, t, t). told_guidance: w, 1 is none.
+
+    power, offset: of the jumps' weight (offset / (e + offset))^power; power 0 is the square."""
 
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     shares: tuple[float, ...] = ()
     velocity: float = Field(default=0.25, ge=0, le=1)
     told_guidance: float = Field(default=1.0, ge=1)
+    power: float = Field(default=0.0, ge=0)
+    offset: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Straight:
@@ -67,4 +78,6 @@ class Straight(FlowObjective):
 
     def loss(self, call: FlowCall, draw: StraightDraw) -> Terms:  # type: ignore[override]
         found = call.guided(draw.beta)(draw.x, draw.t, draw.s)
-        return squared_error(found, draw.v, draw.items, self.weight)
+        error = draw.items.mean(channel_error(found, draw.v))
+        near = adaptive(error, self.power, self.offset) * self.offset**self.power
+        return draw.items.terms(torch.where(draw.t == draw.s, error, near), self.weight)

@@ -9,10 +9,10 @@ import torch
 from gaussian import PLANE, gaussian_items
 from small_network import gradient_error, network_call
 
-from omni.coupling import Coupling
-from omni.document import Choice
+from omni.coupling import Share, numbers, pooled
 from omni.objectives.flow_matching import FlowMatching
 from omni.objectives.straight import Straight, StraightDraw
+from omni.objectives.weighting import adaptive
 from omni.rng import Key
 from omni.samplers import SAMPLERS, time_grid
 
@@ -77,22 +77,63 @@ def test_velocities_alone_are_flow_matching() -> None:
     assert abs(float((found - wanted).detach())) < 1e-12
 
 
-def test_noise_of_items_with_cells_is_in_them_and_that_of_others_as_it_was() -> None:
-    coupling = Coupling({"member": {"all": Key(9).normal((5, 4, 2))}}, 2, Key(0))
+def test_noise_of_items_with_shares_is_in_them_and_that_of_others_as_it_was() -> None:
+    directions = torch.eye(2).unsqueeze(1)  # two numbers of one bit
     items = gaussian_items(PLANE, num=10, copies=2)  # 20 items of four latents of two channels
-    cells = [(coupling.cell(Choice("member", "all", n % 5)),) if n % 2 else () for n in range(20)]
-    coupled = replace(items, cells=cells)
+    shares = [(Share(n % 3 // 2, n % 2, 2),) if n % 3 else () for n in range(20)]
+    coupled = replace(items, shares=shares, directions=directions)
     plain, moved = items.flat(items.noise(Key(1))), items.flat(coupled.noise(Key(1)))
-    for number, cell in enumerate(cells):
-        if cell:
-            assert bool(cell[0].holds(cell[0].directions @ moved[number].flatten().float()))
+    found = numbers(pooled(moved, None, 20), directions)
+    for number, mine in enumerate(shares):
+        if mine:
+            assert int(found[number, mine[0].slot]) == mine[0].place
         else:
             assert torch.equal(plain[number], moved[number])
     assert torch.equal(coupled.noise(Key(1), "noise of positives"), items.noise(Key(1), "noise of positives"))
     draw = Straight(jumps=(1,), velocity=0.0).draw(coupled, Key(1))
     assert torch.equal(draw.x, coupled.noise(Key(1)))
-    few = replace(items, latents=items.latents[:, 40:], item=items.item[:, 40:] - 10, names=items.names[10:])
-    assert torch.equal(replace(few, cells=cells[10:]).noise(Key(1)), coupled.noise(Key(1))[:, 40:])
+    few = replace(coupled, latents=items.latents[:, 40:], item=items.item[:, 40:] - 10, names=items.names[10:])
+    assert torch.equal(replace(few, shares=shares[10:]).noise(Key(1)), coupled.noise(Key(1))[:, 40:])
+    with pytest.raises(ValueError, match="a flow head without choices; name them in heads.flow"):
+        replace(items, shares=shares).noise(Key(1))
+
+
+def test_numbers_of_a_share_are_all_drawn() -> None:
+    items = gaussian_items(PLANE, num=400)
+    coupled = replace(items, shares=[(Share(0, 1, 3),)] * 400, directions=torch.eye(2).unsqueeze(0))
+    found = coupled._wanted(Key(0))
+    assert set(found.flatten().tolist()) == set(Share(0, 1, 3).numbers(2)) == {2}
+    wide = replace(items, shares=[(Share(0, 1, 2),)] * 400, directions=torch.eye(2).unsqueeze(0))._wanted(Key(0))
+    assert 150 < int((wide == 2).sum()) < 250 and set(wide.flatten().tolist()) == {2, 3}
+
+
+def test_a_far_miss_weighs_less_and_a_velocity_does_not() -> None:
+    """e (offset / (e + offset))^power of a jump, whose slope at an exact answer is the square's."""
+    M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
+    robust, plain = Straight(power=1.0, offset=0.1, velocity=0.0), Straight(velocity=0.0)
+    draw = coupled_draw(plain, M)
+    for scale, low, high in ((1.001, 0.99, 1.0), (3.0, 0.0, 0.3)):
+        call = Line(M * scale)
+        ratio = float(robust.loss(call, draw).sum / plain.loss(call, draw).sum)
+        assert low <= ratio <= high
+    items = gaussian_items(PLANE, num=6)
+    call = network_call(items)
+    velocity = robust.model_copy(update={"velocity": 1.0})
+    draw = velocity.draw(items, Key(0))
+    assert float(velocity.loss(call, draw).sum) == pytest.approx(float(FlowMatching().loss(call, draw).sum))
+
+
+def test_the_likeliest_of_two_ends_is_answered_for() -> None:
+    """Of ends 0 with odds 2 and 1 with odds 1: the square's best answer is a third, the levelled loss's lies near 0."""
+    x = torch.linspace(0, 1, 1001).double().requires_grad_()
+    best = []
+    for power in (0.0, 1.0):
+        slope = sum(
+            odds * torch.autograd.grad(adaptive((x - end) ** 2, power, 0.1).sum(), x)[0]
+            for odds, end in ((2, 0), (1, 1))
+        )
+        best.append(float(x.detach()[(slope > 0).nonzero()[0, 0]]))
+    assert best[0] == pytest.approx(1 / 3, abs=2e-3) and best[1] < 0.07
 
 
 def test_gradient_equals_central_differences() -> None:

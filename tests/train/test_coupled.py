@@ -3,54 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import omni
+from omni.coupling import numbers, pooled
 from omni.layout import LatentSpan
+from omni.model import read_orders
 from omni.rng import Key
 from train.loop import Run, train_step
 from train.recipe import Recipe
 
 MakeRun = Callable[..., Run]
 OPEN = ("data.0.options.mixture.open=1.0", "data.0.options.mixture.draw=1.0")
-COUPLED = (*OPEN, "coupling.dims=4", 'coupling.local=["places"]')
+FAMILIES = 'heads.flow.choices=["member","background","places"]'
+COUPLED = (*OPEN, "coupling=true", FAMILIES)
 STRAIGHT = ("objectives.1.name=straight", "objectives.1.options.velocity=0.0", "objectives.1.options.jumps=[1]")
 
 
-def cells_of(run: Run) -> list[tuple]:
+def shares_of(run: Run) -> list[tuple]:
     packed = run.next()
-    return [cells for batch in packed.batches for cells in batch.item_cells]
+    return [shares for batch in packed.batches for shares in batch.item_shares]
 
 
-def test_pictures_with_choices_have_cells_and_others_none(make_run: MakeRun) -> None:
-    assert not cells_of(make_run(*OPEN))
+def test_pictures_with_choices_have_shares_and_others_none(make_run: MakeRun) -> None:
+    assert not shares_of(make_run(*OPEN))
     run = make_run(*COUPLED)
     for batch in run.loader.next(0).batches:
-        assert len(batch.item_cells) in (0, batch.num_items)
-        for (uid, _, _), cells in zip(batch.item_names, batch.item_cells, strict=False):
+        assert len(batch.item_shares) in (0, batch.num_items)
+        for (uid, _, _), shares in zip(batch.item_names, batch.item_shares, strict=False):
             segments = run.loader.document(uid).images()
             [picture] = [s for s in segments if s.supervise] or [None]
-            assert len(cells) == (len(picture.choices) if picture else 0)
-            assert [cell.index for cell in cells] == ([c.index for c in picture.choices] if picture else [])
+            assert len(shares) == (len(picture.choices) if picture else 0)
+            assert list(shares) == ([run.loader.coupling.share(c) for c in picture.choices] if picture else [])
 
 
-def test_cells_are_of_the_latents_and_do_not_depend_on_the_seed(make_run: MakeRun) -> None:
-    one, two = (make_run(*COUPLED, f"seed={seed}", out=str(seed)).loader.coupling for seed in (3, 4))
-    for name, parts in one._groups.items():
-        assert all(torch.equal(a, b) for a, b in zip(parts, two._groups[name], strict=True))
+def test_shares_and_directions_are_of_the_latents_and_do_not_depend_on_the_seed(make_run: MakeRun) -> None:
+    runs = [make_run(*COUPLED, f"seed={seed}", out=str(seed)) for seed in (3, 4)]
+    one, two = (run.loader.coupling._shares for run in runs)
+    assert one == two and len(one) > 3
+    first, second = (run.model.flow.choice.directions for run in runs)
+    assert torch.equal(first, second) and bool(first.any(1).all())
 
 
-def test_lanes_send_the_same_cells(make_run: MakeRun) -> None:
+def test_directions_and_orders_once_chosen_are_kept(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(*COUPLED)
+    choice = run.model.flow.choice
+    choice.directions.copy_(torch.eye(choice.directions.shape[1])[: len(choice.directions)])
+    order = choice.orders["background"]["any"]
+    order.reverse()
+    run.model.save_pretrained(tmp_path / "model")
+    loaded = omni.from_pretrained(tmp_path / "model").flow.choice
+    again = make_run(*COUPLED, f"init_from={tmp_path / 'model'}", out="again").model.flow.choice
+    assert torch.equal(again.directions, choice.directions)
+    assert again.orders == loaded.orders == choice.orders and again.orders["background"]["any"] == order
+
+
+def test_orders_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    assert read_orders(tmp_path) == {}
+    (tmp_path / "choices.json").write_text('{"member": {"fruit": ["a"]}}')
+    with pytest.raises(ValueError, match="choices.json: .*valid integer.*it maps a family and a group to an order"):
+        read_orders(tmp_path)
+
+
+def test_lanes_send_the_same_shares(make_run: MakeRun) -> None:
     run, plain = make_run(*COUPLED, "workers=2"), make_run(*COUPLED).loader
     plain.stride = 2
-    other = [cells for batch in plain.next(0).batches for cells in batch.item_cells]
-    for a, b in zip(cells_of(run), other, strict=True):
-        assert [c.index for c in a] == [c.index for c in b]
-        assert all(torch.equal(x.directions, y.directions) for x, y in zip(a, b, strict=True))
+    found = shares_of(run)
+    assert found == [shares for batch in plain.next(0).batches for shares in batch.item_shares] and any(found)
 
 
-def test_a_step_trains_from_noise_in_the_cells(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_trains_from_noise_in_the_shares(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, seen = make_run(*COUPLED, *STRAIGHT), []
     objective = run.objectives[1]
     draw = type(objective).draw
@@ -62,20 +87,21 @@ def test_a_step_trains_from_noise_in_the_cells(make_run: MakeRun, monkeypatch: p
 
     monkeypatch.setattr(type(objective), "draw", spy)
     assert train_step(run, run.next())["loss"] > 0
-    inside = [
-        bool(cell.holds(cell.directions @ x[items.item == number].flatten()))
-        for items, x in seen
-        for number, cells in enumerate(items.cells)
-        for cell in cells
-    ]
+    choice, inside = run.model.flow.choice, []
+    for items, x in seen:
+        found = numbers(pooled(x, items.item, len(items)), choice.directions.view(choice.num, choice.bits, -1))
+        for item, shares in enumerate(items.shares):
+            inside += [int(found[item, share.slot]) in share.numbers(choice.bits) for share in shares]
     assert len(inside) > 3 and all(inside)
 
 
 def test_what_cannot_be_coupled_is_said(make_run: MakeRun) -> None:
-    with pytest.raises(ValueError, match="no family 'place'; the sources have"):
-        make_run(*OPEN, 'coupling.local=["place"]')
+    with pytest.raises(ValueError, match="'places' has no number in heads.flow.choices, which has: member, background"):
+        make_run(*OPEN, "coupling=true", 'heads.flow.choices=["member","background"]')
+    with pytest.raises(ValueError, match=r"name the families in the recipe, heads.flow = \{ choices = \['background'"):
+        make_run(*OPEN, "coupling=true")
     with pytest.raises(ValueError, match="no source of this recipe says what the right answers are"):
-        make_run("coupling.dims=4", "data.0.name=moving_emoji", "data.0.options={}")
+        make_run("coupling=true", FAMILIES, "data.0.name=moving_emoji", "data.0.options={}")
 
 
 def test_the_recipe_knows_its_coupling(make_run: MakeRun) -> None:
@@ -85,7 +111,7 @@ def test_the_recipe_knows_its_coupling(make_run: MakeRun) -> None:
     assert spans
 
 
-def test_copies_are_of_other_right_answers_with_cells_of_their_own(make_run: MakeRun) -> None:
+def test_copies_are_of_other_right_answers_with_shares_of_their_own(make_run: MakeRun) -> None:
     more = "data.0.options.alternatives=3"
     run, plain = make_run(*COUPLED, more, "batch.copies=3"), make_run(*COUPLED, "batch.copies=3")
     differing = same = 0
@@ -108,7 +134,7 @@ def test_copies_are_of_other_right_answers_with_cells_of_their_own(make_run: Mak
                 continue
             other = pictures[0].others[copy - 1]
             assert torch.equal(batch.refine_latents[mine], run.loader.memo.encode([other])[0][0].flatten(0, 2))
-            assert [cell.index for cell in batch.item_cells[number]] == [choice.index for choice in other.choices]
+            assert list(batch.item_shares[number]) == [run.loader.coupling.share(c) for c in other.choices]
             differing += 1
     assert differing > 3 and same > 3
 

@@ -1,4 +1,4 @@
-"""From a source's answers to the cells of its pictures' noise: see omni.coupling."""
+"""From a source's answers to the shares of its pictures' noise: see omni.coupling."""
 
 from __future__ import annotations
 
@@ -6,29 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from pydantic import Field
 
-from omni.config import Frozen
-from omni.coupling import Cell, Coupling
+from omni.coupling import Coupling, Share, quiet_directions
 from omni.document import Image, Video
+from omni.heads.flow import ChoiceEmbedding
 from omni.layout import LatentSpan, Span
-from omni.rng import Key
 from train.data.source import Source
 
 Encode = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
 
 
-class CouplingConfig(Frozen):
-    """dims: directions of a family of answers that its choices are read from; more tell answers apart better, fewer
-    are learnt sooner. local: families whose answers differ in where things are, not in what a picture is as a whole."""
-
-    dims: int = Field(12, ge=1)
-    local: tuple[str, ...] = ()
-
-
-def build_coupling(sources: Sequence[Source], encode: Encode, config: CouplingConfig, key: Key) -> Coupling:
-    """An answer is the mean latents of its pictures. ValueError where no source has answers, or two have other ones
-    under one name."""
+def build_coupling(sources: Sequence[Source], encode: Encode, choice: ChoiceEmbedding | None) -> Coupling:
+    """An answer is the mean latents of its pictures. A model whose directions are not chosen gets its own here.
+    ValueError where no source has answers, two have other ones under one name, or the model has no number for one."""
     families: dict[str, Mapping[str, torch.Tensor]] = {}
     for source in sources:
         for family, groups in source.answers().items():
@@ -43,9 +33,14 @@ def build_coupling(sources: Sequence[Source], encode: Encode, config: CouplingCo
             families[family] = found
     if not families:
         raise ValueError("coupling: no source of this recipe says what the right answers are (see Source.answers)")
-    if unknown := sorted(set(config.local) - set(families)):
-        raise ValueError(f"coupling.local: no family {unknown[0]!r}; the sources have {sorted(families)}")
-    return Coupling(families, config.dims, key, config.local)
+    if choice is None:
+        raise ValueError(f"coupling: name the families in the recipe, heads.flow = {{ choices = {sorted(families)} }}")
+    coupling = Coupling(families, choice.names, choice.bits, choice.orders)
+    choice.orders = coupling.orders
+    if not choice.directions.any():
+        answers = [one for groups in families.values() for one in groups.values()]
+        choice.directions.copy_(quiet_directions(answers, choice.num, choice.bits).flatten(0, 1))
+    return coupling
 
 
 def with_answers(
@@ -54,7 +49,7 @@ def with_answers(
     others: Sequence[Sequence[tuple[Image, torch.Tensor]]],
     coupling: Coupling | None,
 ) -> list[Span]:
-    """The spans of a document, its pictures with the cells of their choices, and with their other right answers.
+    """The spans of a document, its pictures with the shares of their choices, and with their other right answers.
 
     media: its pictures and clips, in order. others: of each, other answers with their latents (1, h, w, C).
     """
@@ -63,16 +58,19 @@ def with_answers(
     if any(isinstance(s, Video) for s in media):
         raise ValueError("a document with clips and with pictures that have choices; give it one of the two")
 
-    def cells(picture: Image) -> tuple[Cell, ...]:
-        return () if coupling is None else tuple(coupling.cell(choice) for choice in picture.choices)
+    def shares(picture: Image) -> tuple[Share, ...]:
+        return () if coupling is None else tuple(coupling.share(choice) for choice in picture.choices)
 
     waiting, out = iter(zip(media, others, strict=True)), []
     for span in spans:
         if isinstance(span, LatentSpan):
             picture, more = next(waiting)
             assert isinstance(picture, Image)
-            as_right = tuple(LatentSpan(z.flatten(0, 2), tuple(z.shape[:3]), True, cells(one)) for one, z in more)
-            span = replace(span, cells=cells(picture), others=as_right)
+            grids = [(z.shape[0], z.shape[1], z.shape[2]) for _, z in more]
+            as_right = tuple(
+                LatentSpan(z.flatten(0, 2), grid, True, shares(one)) for grid, (one, z) in zip(grids, more, strict=True)
+            )
+            span = replace(span, shares=shares(picture), others=as_right)
         out.append(span)
     return out
 
