@@ -8,9 +8,10 @@ nothing changes for a sampler.
 
 Here the shares are of numbers that the noise spells in signs. Along a direction of channels the mean of an item's noise
 is as often above zero as below; b directions are a number of b bits, every one as likely, and answer i of n has the
-numbers from 2^b i / n to 2^b (i + 1) / n. Noise enters a share by changes of sign and stays as large as it was. The
-flow head reads the same signs (heads.flow.ChoiceEmbedding): a map to separate answers jumps where two shares meet,
-which a smooth network learns slowly and rounds off, and a row of a table is another row at once.
+numbers from 2^b i / n to 2^b (i + 1) / n (equal shares but for one number: 7 and 8 of 256 where n is 34). Noise enters
+a share by changes of sign and stays as large as it was. The flow head reads the same signs
+(heads.flow.ChoiceEmbedding): a map to separate answers jumps where two shares meet, which a smooth network learns
+slowly and rounds off, and a row of a table is another row at once.
 
 Numbers that begin alike should mean answers that are alike, for then what is learnt of one is of use for the others:
 answers are put in order by halves that differ most along the first principal direction of what answers differ in, the
