@@ -52,6 +52,11 @@ class Share:
         return range(first, end)
 
 
+def place_of(number: int, count: int, bits: int) -> int:
+    """Whose share a number is in, of `count` answers: the inverse of `Share.numbers`."""
+    return number * count >> bits
+
+
 def pooled(x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
     """(I, C), float32 or better: the sum over an item's positions over the root of their number, which of standard
     noise has deviation 1. `item` (R, S) says whose a position is, -1 on padding; None: each row is one item."""

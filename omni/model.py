@@ -201,7 +201,7 @@ class Omni(nn.Module):
                     [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
                 )
                 choice, named = self.flow.choice, (batch.refine_latents, batch.item, batch.item_names)
-                directions = None if choice is None else choice.directions.view(choice.num, choice.bits, -1)
+                directions = None if choice is None else choice.directions_FBC
                 items = Items(*named, is_null, progress, batch.item_shares, directions)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
                 # Where it wants no average, one that is kept for another objective is not its own.

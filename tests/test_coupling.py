@@ -11,6 +11,7 @@ from omni.coupling import (
     by_halves,
     into_shares,
     numbers,
+    place_of,
     pooled,
     principal_directions,
     quiet_directions,
@@ -50,6 +51,7 @@ def test_shares_divide_the_numbers_evenly(count: int) -> None:
     shares = [Share(0, place, count).numbers(BITS) for place in range(count)]
     assert [number for share in shares for number in share] == list(range(32))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(place_of(number, count, BITS) == place for place, share in enumerate(shares) for number in share)
 
 
 def test_every_number_is_as_likely_and_says_the_signs() -> None:

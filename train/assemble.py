@@ -47,7 +47,9 @@ DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator ea
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
-WITHOUT_EFFECT |= {"joint", "vocab_size"}
+WITHOUT_EFFECT |= {"joint", "vocab_size", "choice_bits"}
+# What a setting says before it is taken up: the weights of the other are copies then, or add nothing.
+NOT_YET = {"latent_weights": "shared", "choices": []}
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
@@ -202,7 +204,7 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
         f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
         for prefix, a, b in pairs
         for name in sorted(a.keys() - WITHOUT_EFFECT)
-        if a[name] != b[name] and (name, a[name]) != ("latent_weights", "shared")  # copied, or the names tell
+        if a[name] != b[name] and not (name in NOT_YET and a[name] == NOT_YET[name])
     ]
 
 

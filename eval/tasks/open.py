@@ -22,7 +22,7 @@ from eval.requests import (
 )
 from eval.task import Context, Curve, Measure, Outcome, percentage, task
 from omni.config import nearest
-from omni.coupling import numbers, pooled
+from omni.coupling import place_of
 from omni.document import Document
 from omni.emoji_world import CLASSES, SCENE_NAMES, render
 from omni.emoji_world.scene import SIDE, single
@@ -75,13 +75,15 @@ def open_requests(context: Context, options: OpenOptions) -> Outcome:
     right, sharp, chosen, panels = [], [], [], []
     for number, (document, reply) in enumerate(zip(documents, answers, strict=True)):
         picture = next(iter(picture_list(reply)), None)
+        spelled = spelled_member(context, reply_seed(context, number), dict(document.meta))
         if picture is None:
             right.append(False)
             sharp.append(False)
+            if spelled is not None:
+                chosen.append(False)
             panels.append(panel(document, reply, [], "no picture", False))
             continue
         is_right, is_sharp, reading = read_open(judge, picture, dict(document.meta))
-        spelled = spelled_member(context, reply_seed(context, number), dict(document.meta))
         if spelled is not None:
             chosen.append(is_right and reading.scene.names[0] == spelled)
         right.append(is_right)
@@ -111,9 +113,8 @@ def spelled_member(context: Context, seed: int, meta: Mapping[str, Any]) -> str 
         return None
     rows, columns = codec.grid(SIDE, SIDE)
     noise = block_noise(Key(seed), 0, 0, (rows * columns, codec.spec.channels))
-    directions = choice.directions.view(choice.num, choice.bits, -1)
-    number = int(numbers(pooled(noise[None], None, 1), directions)[0, choice.names.index("member")])
-    return CLASSES[meta["class"]][order[number * len(order) >> choice.bits]]
+    number = int(choice.numbers(noise[None], None, 1)[0, choice.names.index("member")])
+    return CLASSES[meta["class"]][order[place_of(number, len(order), choice.bits)]]
 
 
 def _coverage(context: Context, options: OpenOptions, judge: Judge) -> tuple[list[Measure], Curve, list[str]]:

@@ -107,14 +107,24 @@ class ChoiceEmbedding(nn.Module):
         self.table = nn.ModuleList(nn.Embedding(self.num << length, width) for length in self.lengths)
         self.register_buffer("directions", torch.zeros(self.num * self.bits, c.channels))
         self.orders: Orders = {}
-        self.scale = 2 * width**0.5  # a step of Adam moves a row as far as it would move a weighted sum of many
+        self.scale = (
+            2 * width**0.5
+        )  # rows begin at zero, and few items train one: Adam's steps alone take them too slowly
 
     def forward(self, x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
-        number_IF = numbers(pooled(x_RSC, item, num_items), self.directions.view(self.num, self.bits, -1))
+        number_IF = self.numbers(x_RSC, item, num_items)
         slot_F = torch.arange(self.num, device=number_IF.device)
         rows = [(slot_F << length) + (number_IF >> (self.bits - length)) for length in self.lengths]
         found = [table(row_IF).sum(1) for table, row_IF in zip(self.table, rows, strict=True)]
         return self.scale * sum(found[1:], found[0])
+
+    @property
+    def directions_FBC(self) -> Tensor:
+        return self.directions.view(self.num, self.bits, -1)
+
+    def numbers(self, x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
+        """(I, F) int64 in [0, 2^b): what each item spells, one number for each of `names`; `item` as in `pooled`."""
+        return numbers(pooled(x_RSC, item, num_items), self.directions_FBC)
 
 
 class FlowHead(nn.Module):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import omni
-from omni.coupling import numbers, pooled
 from omni.layout import LatentSpan
 from omni.model import read_orders
 from omni.rng import Key
@@ -61,6 +60,19 @@ def test_directions_and_orders_once_chosen_are_kept(make_run: MakeRun, tmp_path:
     assert again.orders == loaded.orders == choice.orders and again.orders["background"]["any"] == order
 
 
+def test_a_model_without_choices_can_take_them_up_with_most_of_it_frozen(make_run: MakeRun, tmp_path: Path) -> None:
+    """As the bundled model did; other families than it knows are refused, where what is frozen cannot learn them."""
+    from_ = f"init_from={tmp_path / 'model'}"
+    some = ("init_partial=true", 'train_only=["flow.choice", "flow.noisy"]')
+    make_run(*OPEN).model.save_pretrained(tmp_path / "model")
+    run = make_run(*COUPLED, from_, *some, out="some")
+    assert train_step(run, run.next())["loss"] > 0
+    run.model.save_pretrained(tmp_path / "model", replace=True)
+    turned = 'heads.flow.choices=["places","background","member"]'
+    with pytest.raises(ValueError, match="flow.choices = .*, this recipe has .*; what is frozen cannot adapt"):
+        make_run(*OPEN, "coupling=true", turned, from_, *some, out="turned")
+
+
 def test_orders_that_cannot_be_read_are_said(tmp_path: Path) -> None:
     assert read_orders(tmp_path) == {}
     (tmp_path / "choices.json").write_text('{"member": {"fruit": ["a"]}}')
@@ -89,7 +101,7 @@ def test_a_step_trains_from_noise_in_the_shares(make_run: MakeRun, monkeypatch: 
     assert train_step(run, run.next())["loss"] > 0
     choice, inside = run.model.flow.choice, []
     for items, x in seen:
-        found = numbers(pooled(x, items.item, len(items)), choice.directions.view(choice.num, choice.bits, -1))
+        found = choice.numbers(x, items.item, len(items))
         for item, shares in enumerate(items.shares):
             inside += [int(found[item, share.slot]) in share.numbers(choice.bits) for share in shares]
     assert len(inside) > 3 and all(inside)
