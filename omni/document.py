@@ -8,14 +8,25 @@ is (T, H, W, 3). `supervise` says whether the training loss covers the segment.
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 import torch
+
+from omni.config import nearest
+
+# What one Document may hold when it is read from JSON or from chat messages.
+MAX_DOCUMENT_PIXELS = 200_000_000  # of all its pictures and frames
+MAX_DOCUMENT_FRAMES = 10_000  # pictures and frames of clips
+MAX_JSON_BYTES = 64 << 20
+MAX_JSON_VALUES = 2_000_000  # a value of JSON takes up to 100 bytes of memory
+MIN_FPS, MAX_FPS = 0.001, 1000.0
 
 
 class Role(StrEnum):
@@ -73,9 +84,35 @@ class Video:
 
     def __post_init__(self) -> None:
         _check_media(self.frames, 4, "Video.frames", "(T, H, W, 3)")
+        object.__setattr__(self, "fps", check_fps(self.fps, "Video.fps"))
 
 
 Segment = Text | Image | Video
+
+
+def check_fps(value: Any, name: str = "fps") -> float:
+    """Frames per second as a float. ValueError, naming `name`, for what is no number from MIN_FPS to MAX_FPS."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not MIN_FPS <= float(value) <= MAX_FPS:
+        raise ValueError(f"{name} must be a number above 0, got {value!r:.40}; give one from {MIN_FPS} to {MAX_FPS:g}")
+    return float(value)
+
+
+class Budget:
+    """What may still come into one document. `take` raises ValueError before the bound is passed."""
+
+    def __init__(self, max_pixels: int = MAX_DOCUMENT_PIXELS, max_frames: int = MAX_DOCUMENT_FRAMES) -> None:
+        self.max_pixels, self.max_frames = max_pixels, max_frames
+        self.pixels = self.frames = 0
+
+    def take(self, shape: Sequence[int]) -> None:
+        """Count a picture (H, W, 3) or a clip (T, H, W, 3)."""
+        frames = 1 if len(shape) == 3 else shape[0]
+        self.frames += frames
+        self.pixels += frames * shape[-3] * shape[-2]
+        if self.frames > self.max_frames:
+            raise ValueError(f"more than {self.max_frames} pictures and frames in one document; split it")
+        if self.pixels > self.max_pixels:
+            raise ValueError(f"more than {self.max_pixels} pixels in one document; give smaller or fewer pictures")
 
 
 def _check_media(value: torch.Tensor, ndim: int, name: str, shape: str) -> None:
@@ -112,10 +149,62 @@ class Document:
         return json.dumps({"segments": [_segment_to_dict(s) for s in self.segments], "meta": dict(self.meta)})
 
     @staticmethod
-    def from_json(text: str) -> Document:
-        """Inverse of `to_json`. Raises ValueError on an unknown segment type."""
-        data = json.loads(text)
-        return Document(tuple(_segment_from_dict(d) for d in data["segments"]), data.get("meta", {}))
+    def from_json(
+        text: str,
+        *,
+        max_pixels: int = MAX_DOCUMENT_PIXELS,
+        max_frames: int = MAX_DOCUMENT_FRAMES,
+        max_bytes: int = MAX_JSON_BYTES,
+    ) -> Document:
+        """Inverse of `to_json`. Raises ValueError, in one line, for anything else.
+
+        The text is not trusted: shapes are counted against `max_pixels` and `max_frames` (of all pictures and clips
+        together) before media are unpacked, and memory is taken as the bytes come.
+        """
+        data = _known(parse_json(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",))
+        segments, meta = data["segments"], data.get("meta", {})
+        if not isinstance(segments, list):
+            raise ValueError(f"segments of the Document must be a list, got {type(segments).__name__}")
+        if not isinstance(meta, dict):
+            raise ValueError(f"meta of the Document must be a mapping, got {type(meta).__name__}")
+        budget = Budget(max_pixels, max_frames)
+        read: list[Segment] = []
+        for index, segment in enumerate(segments):
+            try:
+                read.append(_segment_from_dict(segment, budget))
+            except RecursionError:
+                raise ValueError(f"segment {index}: others are nested too deeply; list them side by side") from None
+            except ValueError as error:
+                raise ValueError(f"segment {index}: {error}") from None
+        return Document(tuple(read), meta)
+
+
+def parse_json(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value of a JSON text, called `name` in errors. ValueError for what is no JSON, too large or too deep."""
+    if len(text) > max_bytes:
+        raise ValueError(f"{name} has more than {max_bytes} bytes of JSON; make it smaller or raise the bound")
+    if sum(map(text.count, "[{,")) > MAX_JSON_VALUES:
+        raise ValueError(f"{name} has more than {MAX_JSON_VALUES} JSON values; split it")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name} is JSON nested too deeply; make it flatter") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+
+
+def _known(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`data`, once it is a mapping with the keys `needed` and no others than these and `optional`."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} must be a mapping, got {type(data).__name__}")
+    for key in needed:
+        if key not in data:
+            raise ValueError(f"{name} has no key {key!r}; Document.to_json() writes one")
+    for key in data:
+        if key not in needed + optional:
+            hint = nearest(key, needed + optional) or f"; known: {', '.join(needed + optional)}"
+            raise ValueError(f"{name} has the unknown key {key!r:.80}{hint}")
+    return data
 
 
 def _pack_media(value: torch.Tensor) -> dict[str, Any]:
@@ -123,14 +212,37 @@ def _pack_media(value: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(value.shape), "zlib": base64.b64encode(raw).decode()}
 
 
-def _unpack_media(data: dict[str, Any]) -> torch.Tensor:
+def _unpack_media(data: Mapping[str, Any], ndim: int, budget: Budget) -> torch.Tensor:
+    shape, packed = data["shape"], data["zlib"]
+    good = isinstance(shape, list) and len(shape) == ndim and all(type(size) is int and size > 0 for size in shape)
+    if not good or shape[-1] != 3:
+        axes = "[height, width, 3]" if ndim == 3 else "[frames, height, width, 3]"
+        raise ValueError(f"shape must be {axes} of whole numbers above 0, got {shape!r:.80}")
+    budget.take(shape)
+    if not isinstance(packed, str):
+        raise ValueError(f"zlib must be a str of base64, got {type(packed).__name__}")
     num_bytes = 1
-    for size in data["shape"]:
-        num_bytes *= int(size)
-    raw = zlib.decompressobj().decompress(base64.b64decode(data["zlib"]), num_bytes + 1)  # bounded: no zip bombs
+    for size in shape:
+        num_bytes *= size
+    try:
+        raw = _inflate(base64.b64decode(packed, validate=True), num_bytes)
+    except (binascii.Error, zlib.error, ValueError) as error:
+        raise ValueError(f"zlib is no base64 of zlib data: {error}; write it with Document.to_json()") from None
     if len(raw) != num_bytes:
-        raise ValueError(f"media bytes do not match their shape {data['shape']}")
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(data["shape"])
+        raise ValueError(f"media bytes do not match their shape {shape}")
+    return torch.frombuffer(raw, dtype=torch.uint8).reshape(shape)
+
+
+def _inflate(data: bytes, num_bytes: int) -> bytearray:
+    """The decompressed bytes, at most one more than `num_bytes`, in pieces: a wrong claim takes no memory."""
+    inflater, out = zlib.decompressobj(), bytearray()
+    while len(out) <= num_bytes and not inflater.eof:
+        piece = inflater.decompress(data, min(num_bytes + 1 - len(out), 1 << 20))
+        if not piece:
+            break
+        out += piece
+        data = inflater.unconsumed_tail
+    return out
 
 
 def _segment_to_dict(segment: Segment) -> dict[str, Any]:
@@ -145,17 +257,46 @@ def _segment_to_dict(segment: Segment) -> dict[str, Any]:
     return {"type": "video", "fps": segment.fps, **_pack_media(segment.frames), **base}
 
 
-def _segment_from_dict(data: dict[str, Any]) -> Segment:
-    role, supervise = Role(data["role"]), bool(data["supervise"])
-    match data["type"]:
-        case "text":
-            return Text(data["text"], role, supervise)
-        case "image":
-            choices = tuple(Choice(**choice) for choice in data.get("choices", ()))
-            others = [_segment_from_dict(other) for other in data.get("others", ())]
-            return Image(
-                _unpack_media(data), role, supervise, choices, tuple(o for o in others if isinstance(o, Image))
-            )
-        case "video":
-            return Video(_unpack_media(data), float(data["fps"]), role, supervise)
-    raise ValueError(f"unknown segment type {data['type']!r}; known: text, image, video")
+_BASE = ("type", "role", "supervise")
+_KEYS = {"text": (*_BASE, "text"), "image": (*_BASE, "shape", "zlib"), "video": (*_BASE, "fps", "shape", "zlib")}
+
+
+def _segment_from_dict(data: Any, budget: Budget) -> Segment:
+    kind = data.get("type") if isinstance(data, dict) else None
+    if isinstance(data, dict) and (not isinstance(kind, str) or kind not in _KEYS):
+        raise ValueError(f"unknown segment type {kind!r:.80}; known: text, image, video")
+    data = _known(data, "it", _KEYS.get(kind or "", ()), ("choices", "others") if kind == "image" else ())
+    role, supervise = data["role"], data["supervise"]
+    if not isinstance(role, str) or role not in list(Role):
+        raise ValueError(f"unknown role {role!r:.80}{nearest(str(role), list(Role)) or '; known: ' + ', '.join(Role)}")
+    if not isinstance(supervise, bool):
+        raise ValueError(f"supervise must be true or false, got {supervise!r:.80}")
+    if kind == "text":
+        return Text(data["text"], Role(role), supervise)
+    if kind == "video":
+        fps = check_fps(data["fps"])
+        return Video(_unpack_media(data, 4, budget), fps, Role(role), supervise)
+    choices = tuple(_choice_from_dict(choice) for choice in _listed(data, "choices"))
+    others = tuple(_segment_from_dict(other, budget) for other in _listed(data, "others"))
+    pictures = tuple(other for other in others if isinstance(other, Image))
+    if len(pictures) != len(others):
+        raise ValueError("others of a picture must be pictures")
+    return Image(_unpack_media(data, 3, budget), Role(role), supervise, choices, pictures)
+
+
+def _listed(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list, got {type(value).__name__}")
+    return value
+
+
+def _choice_from_dict(data: Any) -> Choice:
+    choice = _known(data, "a choice", ("family", "group", "index"))
+    if (
+        not isinstance(choice["family"], str)
+        or not isinstance(choice["group"], str)
+        or type(choice["index"]) is not int
+    ):
+        raise ValueError(f"a choice has a family and a group (str) and an index (int), got {choice!r:.80}")
+    return Choice(**choice)

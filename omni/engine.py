@@ -60,14 +60,17 @@ class Engine:
 
     compile: text steps of a single row as native code, on the CPU (see nn.compiled_step): takes a second or two and a
     C++ compiler, and keeps a copy of the weights as they are now. ValueError when that cannot be.
+    allow_paths: whether chat messages may name files of this machine. A server, whose messages come from strangers,
+    gives False; see omni.text.chat.messages_to_document.
     """
 
-    def __init__(self, model: Omni, compile: bool = False) -> None:
+    def __init__(self, model: Omni, compile: bool = False, allow_paths: bool = True) -> None:
         if model.tokenizer is None:
             raise ValueError(
                 "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
             )
         self.model = model
+        self.allow_paths = allow_paths
         self.tokenizer = model.tokenizer
         self.control = model.tokenizer.control
         self.device = model.token.embedding.weight.device
@@ -104,7 +107,10 @@ class Engine:
             )
         rows = []
         for number, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
-            document = prompt if isinstance(prompt, Document) else messages_to_document(prompt)
+            if isinstance(prompt, Document):
+                document = prompt
+            else:
+                document = messages_to_document(prompt, allow_paths=self.allow_paths)
             if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
                 raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
             one = self.resolve(one)

@@ -59,7 +59,7 @@ CORE = {"torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "PIL", "
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
 OPTIONAL = {
     "diffusers": {"omni/codecs/autoencoders.py"},
-    "av": {"omni/media.py"},
+    "av": {"omni/media/video.py"},
     "emoji": {"omni/emoji_world/vocabulary.py"},
     "flash_attn": {"omni/nn/attention.py"},
     "triton": {"omni/nn/jvp_attention_triton.py"},

@@ -47,9 +47,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def test_bombs_are_refused_before_decoding(size: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(*size))
-    started = time.perf_counter()
+    started = time.process_time()
     message = error(path)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 2
     assert "bomb.png" in message and "max_pixels=50000000" in message
 
 
@@ -173,7 +173,7 @@ def test_animated_pictures(kind: str, tmp_path: Path) -> None:
         ({"max_seconds": 0.2}, "max_seconds=0.2"),
         ({"max_pixels": 16 * 16 * 4}, "16 x 16 pixels x 5 frames, above max_pixels=1024"),
         ({"max_bytes": 5}, "max_bytes=5"),
-        ({"fps": 0}, "fps must be above 0"),
+        ({"fps": 0}, "fps must be a number above 0, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             media.load_video(path, **bounds)  # type: ignore[arg-type]

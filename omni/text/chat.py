@@ -5,12 +5,15 @@ A message is {"role": "system" | "user" | "assistant", "content": a str or a lis
     {"type": "text" | "input_text" | "output_text", "text": str}                         OpenAI, Hugging Face
     {"type": "image_url", "image_url": {"url": data: URL or path} or str}                OpenAI chat
     {"type": "input_image", "image_url": str}                                           OpenAI Responses
-    {"type": "image", "image" | "url" | "path" | "base64": PIL picture, tensor, ...}     Hugging Face
+    {"type": "image", "image" | "url" | "path" | "base64": PIL picture, array, ...}      Hugging Face
     {"type": "video", "video" | "url" | "path" | "base64": path or frames, "fps": 8}     Hugging Face; also video_url
 
 The fps of frames is their rate; of a file, the rate to thin it out to. A plain str is one part of text; so is a str
 among the parts. The content of neighbouring messages of one role runs on without anything in between.
 Text stays text: no template is rendered. Nothing is fetched: http URLs are refused.
+
+Paths and file: URLs are read from the disk of this machine with the rights of this process, which is right for a user's
+own messages and wrong for messages from strangers: those are read with `allow_paths=False`.
 """
 
 from __future__ import annotations
@@ -18,18 +21,18 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import torch
-from PIL import Image as PILImage
 
 from omni import media
 from omni.config import nearest
-from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.document import Budget, Document, Image, Role, Segment, Text, Video, check_fps
 
 Message = Mapping[str, Any]
 LoadImage = Callable[[Any], torch.Tensor]
@@ -39,6 +42,15 @@ _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "a
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
 _VIDEO_TYPES = ("video", "video_url", "input_video")
+_NO_FRAMES = (str, bytes, bytearray, memoryview, os.PathLike, Mapping)
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")  # two letters at least: C: is a drive
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+# Of one call; media are bounded by omni.document.Budget beside these.
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000
+MAX_CHARACTERS = 10_000_000
+TIMEOUT_SECONDS = 120.0
 
 
 def messages_to_document(
@@ -51,10 +63,15 @@ def messages_to_document(
 ) -> Document:
     """The Document of chat messages; a str stands for one message of the user.
 
-    `load_image` turns a path, encoded bytes or a PIL picture into uint8 (H, W, 3); `load_video(path or bytes, fps=)` a
-    clip into uint8 (T, H, W, 3) and its frames per second. `supervise` marks the assistant's
-    segments for the training loss. With `allow_paths=False` (for messages from strangers) only data: URLs, base64 and
-    objects are taken, never a path. Raises ValueError naming the message and value for anything unusable.
+    `load_image` turns a path, encoded bytes, an array or a PIL picture into uint8 (H, W, 3); `load_video(path or bytes,
+    fps=, max_frames=, max_pixels=, timeout_seconds=)` a clip into uint8 (T, H, W, 3) and its frames per second.
+    `supervise` marks the assistant's segments for the training loss.
+
+    allow_paths: by default a path or a file: URL is read from this machine's disk. A server, whose messages come from
+        strangers, gives False (omni.Engine has the same argument): then only data: URLs, base64 and objects are taken.
+
+    Messages, parts, characters, bytes, pixels, frames and seconds are bounded, before the work is done where a header
+    or a length tells. Raises ValueError naming the message and value for anything unusable.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -62,6 +79,8 @@ def messages_to_document(
         raise ValueError(f"messages must be a str or a list of messages, got {type(messages).__name__}")
     if not messages:
         raise ValueError("messages is empty; give at least one, such as {'role': 'user', 'content': 'draw a cat'}")
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"{len(messages)} messages are more than {MAX_MESSAGES}; split the conversation")
     reader = _PartReader(load_image, load_video, allow_paths)
     segments: list[Segment] = []
     for index, message in enumerate(messages):
@@ -116,52 +135,83 @@ def _read_message(message: Message, reader: _PartReader, supervise: bool) -> lis
 
 
 class _PartReader:
-    """Reads one content part to a segment."""
+    """Reads one content part after the other to segments, and counts what they hold."""
 
     def __init__(self, load_image: LoadImage, load_video: LoadVideo, allow_paths: bool) -> None:
         self._load_image, self._load_video = load_image, load_video
         self._allow_paths = allow_paths
+        self._budget = Budget()
+        self._parts = self._characters = 0
+        self._end = time.monotonic() + TIMEOUT_SECONDS
 
     def read(self, part: Any, role: Role, supervise: bool) -> Segment:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS} parts; split the conversation")
         if isinstance(part, str):
-            return Text(part, role, supervise)
+            return self._text(part, role, supervise)
         if not isinstance(part, Mapping):
             raise ValueError(f"a content part is a mapping with a type, got {type(part).__name__} {part!r:.80}")
         kind = part.get("type")
         if kind in _TEXT_TYPES:
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"part of type {kind!r} needs a str under 'text', got {part.get('text')!r:.80}")
-            return Text(part["text"], role, supervise)
+            return self._text(part["text"], role, supervise)
         if kind in _IMAGE_TYPES:
-            value = _value(part, kind, ("image", "image_url", "url", "path", "base64"))
+            value = _value(part, kind, ("image", "image_url", "url", "path", "base64"), "picture", media.MAX_BYTES)
             return Image(self._image(value), role, supervise)
         if kind in _VIDEO_TYPES:
-            value = _value(part, kind, ("video", "video_url", "url", "path", "base64"))
+            value = _value(part, kind, ("video", "video_url", "url", "path", "base64"), "video", media.MAX_CLIP_BYTES)
             frames, fps = self._video(value, part.get("fps"))
             return Video(frames, fps, role, supervise)
         known = (*_TEXT_TYPES, *_IMAGE_TYPES, *_VIDEO_TYPES)
         hint = nearest(str(kind), known) or f"; known types: {', '.join(known)}"
-        raise ValueError(f"unknown part type {kind!r}{hint}")
+        raise ValueError(f"unknown part type {kind!r:.80}{hint}")
+
+    def _text(self, text: str, role: Role, supervise: bool) -> Text:
+        self._characters += len(text)
+        if self._characters > MAX_CHARACTERS:
+            raise ValueError(f"more than {MAX_CHARACTERS} characters of text; split the conversation")
+        return Text(text, role, supervise)
+
+    def _seconds_left(self) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise ValueError(f"reading the media takes longer than {TIMEOUT_SECONDS:g} seconds; send fewer or smaller")
+        return left
 
     def _image(self, value: Any) -> torch.Tensor:
-        if isinstance(value, torch.Tensor):
-            return value
-        if hasattr(value, "__array_interface__") and not isinstance(value, PILImage.Image):
-            value = PILImage.fromarray(value)
-        return self._load_image(self._resolve(value, "picture", media.MAX_BYTES))
+        self._seconds_left()
+        image = Image(self._load_image(self._resolve(value, "picture", media.MAX_BYTES)))
+        self._budget.take(image.pixels.shape)
+        return image.pixels
 
     def _video(self, value: Any, fps: Any) -> tuple[torch.Tensor, float]:
-        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0):
-            raise ValueError(f"fps must be a number above 0, got {fps!r}")
-        if isinstance(value, torch.Tensor):
-            return value, float(fps or 8.0)
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes | os.PathLike | Mapping):
-            frames = [self._image(frame) for frame in value]
-            shapes = sorted({tuple(frame.shape) for frame in frames})
-            if len(shapes) != 1:
-                raise ValueError(f"a video's frames need one common shape, got {shapes or 'no frame'}")
-            return torch.stack(frames), float(fps or 8.0)
-        return self._load_video(self._resolve(value, "video", media.MAX_CLIP_BYTES), fps=fps)
+        rate = None if fps is None else check_fps(fps)
+        if isinstance(value, Iterable) and not isinstance(value, _NO_FRAMES) and getattr(value, "ndim", 4):
+            return torch.stack(self._frames(value)), rate or 8.0
+        frames, own = self._load_video(
+            self._resolve(value, "video", media.MAX_CLIP_BYTES),
+            fps=rate,
+            max_frames=min(media.MAX_FRAMES, self._budget.max_frames - self._budget.frames),
+            max_pixels=min(media.MAX_CLIP_PIXELS, self._budget.max_pixels - self._budget.pixels),
+            timeout_seconds=min(60.0, self._seconds_left()),
+        )
+        self._budget.take(frames.shape)
+        return frames, own
+
+    def _frames(self, value: Iterable[Any]) -> list[torch.Tensor]:
+        frames: list[torch.Tensor] = []
+        for frame in value:
+            if len(frames) >= media.MAX_FRAMES:
+                raise ValueError(f"a video has more than {media.MAX_FRAMES} frames; give fewer")
+            frames.append(self._image(frame))
+            if frames[-1].shape != frames[0].shape:
+                shapes = f"{tuple(frames[0].shape)} and {tuple(frames[-1].shape)}"
+                raise ValueError(f"a video's frames need one common shape, got {shapes}")
+        if not frames:
+            raise ValueError("a video's frames need one common shape, got no frame")
+        return frames
 
     def _resolve(self, value: Any, kind: str, max_bytes: int) -> Any:
         """A data: URL or base64 to bytes, a file: URL to its path; other things as they are; ValueError for http."""
@@ -173,14 +223,15 @@ class _PartReader:
             raise ValueError(f"the {kind}'s address is empty; give a path or a data: URL")
         if value[:5].lower() == "data:":
             return _data_url(value, kind, max_bytes)
-        if value.startswith(("http://", "https://", "ftp://", "HTTP://", "HTTPS://")):
+        scheme = _SCHEME.match(value)
+        if scheme and scheme[1].lower() != "file":
             raise ValueError(f"{kind} {value!r:.100}: nothing is fetched from the network; download it first")
         if not self._allow_paths:
             raise ValueError(f"{kind} {value!r:.60}: paths are not allowed here; send a data: URL")
-        return url2pathname(urlsplit(value).path) if value.startswith("file://") else str(Path(value).expanduser())
+        return _path_of_url(value, kind) if value[:5].lower() == "file:" else os.path.expanduser(value)
 
 
-def _value(part: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> Any:
+def _value(part: Mapping[str, Any], kind: str, names: tuple[str, ...], what: str, max_bytes: int) -> Any:
     """The one media value of a part; {"url": ...} is unwrapped; bare base64 becomes bytes."""
     given = [name for name in names if part.get(name) is not None]
     if len(given) != 1:
@@ -188,28 +239,62 @@ def _value(part: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> Any:
     value = part[given[0]]
     if isinstance(value, Mapping):
         if value.get("url") is None:
-            raise ValueError(f"{given[0]!r} of a part needs a 'url', got the keys {sorted(map(str, value))}")
+            raise ValueError(f"{given[0]!r} of a part needs a 'url', got the keys {sorted(map(str, value))!s:.80}")
         value = value["url"]
     if given[0] == "base64" and isinstance(value, str) and value[:5].lower() != "data:":
-        return _base64(value, kind, media.MAX_CLIP_BYTES)
+        return _base64(value, what, max_bytes)
     return value
 
 
+def _path_of_url(url: str, kind: str) -> str:
+    """The path of a file: URL. ValueError for another machine's."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(
+            f"{kind} {url!r:.100} lies on the machine {parts.netloc!r:.60}; write file:///path for this one"
+        )
+    return url2pathname(parts.path)
+
+
 def _data_url(url: str, kind: str, max_bytes: int) -> bytes:
-    head, comma, body = url.partition(",")
-    if not comma:
+    comma = url.find(",")
+    if comma < 0:
         raise ValueError(f"{kind} {url!r:.40} is no data: URL (no comma); write data:image/png;base64,...")
-    if len(body) > 3 * max_bytes:
-        raise ValueError(f"the data: URL of a {kind} is longer than {max_bytes} bytes; make it smaller")
-    return _base64(body, kind, max_bytes) if head.lower().endswith(";base64") else unquote_to_bytes(body)
+    if url[:comma].lower().endswith(";base64"):
+        return _base64(url[comma + 1 :], kind, max_bytes)
+    return _unescape(url, comma + 1, kind, max_bytes)
 
 
 def _base64(text: str, kind: str, max_bytes: int) -> bytes:
-    if len(text) > 2 * max_bytes:
-        raise ValueError(f"the base64 of a {kind} is longer than {max_bytes} bytes; make it smaller")
-    plain = "".join(unquote_to_bytes(text).decode("ascii", "replace").split()) if "%" in text else "".join(text.split())
-    plain = plain.replace("-", "+").replace("_", "/").rstrip("=")
+    """Base64, also URL-safe, with white space, percent escapes and no padding."""
+    plain = _unescape(text, 0, kind, 2 * max_bytes)
+    plain = plain.translate(_URL_SAFE, b" \t\n\r\v\f").rstrip(b"=")
+    if len(plain) > max_bytes // 3 * 4 + 4:
+        raise _too_long(kind, max_bytes)
     try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"the base64 of a {kind} is malformed: {text[:30]!r}...; encode the file again") from None
+
+
+def _unescape(text: str, start: int, kind: str, max_bytes: int) -> bytes:
+    """The bytes of `text[start:]` without percent escapes, at most `max_bytes`.
+
+    In pieces, for unquote_to_bytes makes an object of every escape.
+    """
+    if len(text) - start > 3 * max_bytes:
+        raise _too_long(kind, max_bytes)
+    out = bytearray()
+    while start < len(text):
+        end = start + (1 << 16)
+        split = text.rfind("%", max(start + 1, end - 2), end)  # an escape is not cut in two
+        end = split if split > 0 else end
+        out += unquote_to_bytes(text[start:end].encode("utf-8", "replace"))
+        if len(out) > max_bytes:
+            raise _too_long(kind, max_bytes)
+        start = end
+    return bytes(out)
+
+
+def _too_long(kind: str, max_bytes: int) -> ValueError:
+    return ValueError(f"the data: URL or base64 of a {kind} is longer than {max_bytes} bytes; make it smaller")

@@ -137,8 +137,8 @@ ERRORS: list[tuple[Any, str]] = [
     (user({"type": "image", "url": "data:image/png;base64"}), "no comma"),
     (user({"type": "image", "url": "data:image/png;base64,@@@@"}), "base64 of a picture is malformed"),
     (user({"type": "image", "url": "data:image/png;base64,AAAA"}), "cannot read the picture's bytes"),
-    (user({"type": "image", "image": 3}), "a picture is a path, bytes or a PIL image, got int"),
-    (user({"type": "image", "image": torch.zeros(3, 4, 4)}), "Image.pixels must be a uint8 tensor"),
+    (user({"type": "image", "image": 3}), "a picture is a path, bytes, a PIL image or an array, got int"),
+    (user({"type": "image", "image": torch.zeros(3, 4, 4)}), r"can be \(H, W, C\) or \(C, H, W\); give it as uint8"),
     (user({"type": "video", "video": []}), "frames need one common shape"),
     (user({"type": "video", "video": PIXELS[None], "fps": 0}), "fps must be a number above 0, got 0"),
 ]

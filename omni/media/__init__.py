@@ -1,0 +1,33 @@
+"""Pictures and clips in and out of files and arrays: bounded, checked, and refused before anything large is decoded.
+
+Pixels are uint8 RGB tensors, (H, W, 3) or (T, H, W, 3), on the CPU. Unreadable, oversized or unsupported input is a
+one-line ValueError that names it. Files appear whole or not at all. Nothing is fetched from a network, and a file never
+makes another one be opened.
+
+    pixels.py     values of any mode and dtype to uint8 RGB: the one place that converts
+    pictures.py   files, bytes, PIL pictures and arrays to pixels; PNG out
+    clips.py      clips to frames; animated pictures in and out
+    video.py      MP4 and its like, through PyAV: pip install 'omni-flow[video]'
+    files.py      bounded reading, whole writing, the time limit
+"""
+
+from omni.media.clips import MAX_CLIP_BYTES, MAX_CLIP_PIXELS, MAX_FRAMES, load_video, save_apng, save_gif
+from omni.media.files import MAX_BYTES, MAX_PIXELS
+from omni.media.pictures import encode_png, load_image, save_png, to_pil
+from omni.media.video import save_video
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_CLIP_BYTES",
+    "MAX_CLIP_PIXELS",
+    "MAX_FRAMES",
+    "MAX_PIXELS",
+    "encode_png",
+    "load_image",
+    "load_video",
+    "save_apng",
+    "save_gif",
+    "save_png",
+    "save_video",
+    "to_pil",
+]

@@ -1,0 +1,189 @@
+"""Clips: a path or encoded bytes to frames, and frames to animated pictures. Video files are video.py's business.
+
+Legend: H, W pixels; T frames. Frames are counted twice: those that are kept, and those that are decoded on the way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni.document import check_fps
+from omni.media import files
+from omni.media.files import MAX_PIXELS, TIMEOUT_SECONDS, TimedBytes, TimeLimitError, check_pixels
+from omni.media.pictures import decode, open_header, to_pil
+from omni.media.pixels import check_tensor
+from omni.media.video import DEFAULT_FPS, TimedFrame, video_frames
+
+MAX_CLIP_PIXELS = 500_000_000  # of all the frames that are kept
+MAX_CLIP_BYTES = 512 << 20
+MAX_FRAMES = 1_000  # kept
+MAX_DECODED_FRAMES = 10_000
+MAX_DECODED_PIXELS = 4_000_000_000
+
+
+def load_video(
+    source: str | Path | bytes,
+    *,
+    fps: float | None = None,
+    max_frames: int = MAX_FRAMES,
+    max_seconds: float = 120.0,
+    max_pixels: int = MAX_CLIP_PIXELS,
+    max_bytes: int = MAX_CLIP_BYTES,
+    max_decoded_frames: int = MAX_DECODED_FRAMES,
+    max_decoded_pixels: int = MAX_DECODED_PIXELS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> tuple[torch.Tensor, float]:
+    """Decode a clip (a path or encoded bytes) to uint8 (T, H, W, 3) and its frames per second.
+
+    Frames come as a player shows them: turned and mirrored by the display matrix or the EXIF orientation, stretched to
+    square pixels, in the colours that the file names. A file that names none has those of BT.709 from 720 lines or
+    1280 columns on, else those of BT.601. A frame of an animated picture that stands for several times as long as the
+    shortest comes as often. `fps` drops frames down to at most that rate.
+
+    max_frames, max_pixels (T*H*W) and max_seconds bound what is kept; max_decoded_frames and max_decoded_pixels bound
+    what is decoded on the way, dropped frames too; timeout_seconds is the last resort. Beyond one of them ValueError,
+    raised before the rest is decoded, and before anything where the header says so. ImportError without PyAV, which
+    GIF, APNG and WebP do not need.
+    """
+    rate = None if fps is None else check_fps(fps)
+    data, name = files.read(source, max_bytes, "clip")
+    clock = TimedBytes(data, name, timeout_seconds)
+    animated = data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    shown = _animation_frames(clock, name) if animated else video_frames(clock, name, max_seconds)
+    walk = _Walk(name, max_seconds, max_decoded_frames, max_decoded_pixels)
+    frames: list[torch.Tensor] = []
+    starts: list[float] = []
+    cell = -1
+    try:
+        for frame in shown:
+            clock.check_time()
+            start = walk.step(frame)
+            if rate is not None:
+                if int(start * rate + 1e-3) <= cell:
+                    continue
+                cell = int(start * rate + 1e-3)
+            if len(frames) >= max_frames:
+                raise ValueError(f"{name} has more than max_frames={max_frames} frames; cut it, or give a lower fps")
+            check_pixels(frame.size, len(frames) + 1, name, max_pixels)
+            frames.append(frame.pixels())
+            starts.append(start)
+            if frames[-1].shape != frames[0].shape:
+                raise ValueError(f"{name} changes its size at frame {len(frames)}; encode it again at one size")
+    finally:
+        shown.close()
+    if not frames:
+        raise ValueError(f"{name} holds no video frame; give a file with a video stream")
+    times = _repeats(starts, walk.end) if animated else None
+    if times is not None:
+        check_pixels((frames[0].shape[1], frames[0].shape[0]), sum(times), name, max_pixels)
+        if sum(times) > max_frames:
+            raise ValueError(f"{name} lasts {sum(times)} frames, above max_frames={max_frames}; cut it or lower fps")
+        frames = [frame for frame, count in zip(frames, times, strict=True) for _ in range(count)]
+    span = starts[-1] - starts[0]
+    own = (sum(times[:-1]) if times else len(starts) - 1) / span if span > 0 else rate or DEFAULT_FPS
+    return torch.stack(frames), check_fps(own, f"{name}: its frames per second")
+
+
+class _Walk:
+    """Counts the decoded frames of a clip, whether they are kept or not."""
+
+    def __init__(self, name: str, max_seconds: float, max_frames: int, max_pixels: int) -> None:
+        self._name, self._max_seconds = name, max_seconds
+        self._max_frames, self._max_pixels = max_frames, max_pixels
+        self._frames = self._pixels = 0
+        self._first: float | None = None
+        self.end = 0.0  # of the last frame, from the start of the first
+
+    def step(self, frame: TimedFrame) -> float:
+        """The start of `frame`, in seconds from the first one. Raises ValueError beyond a bound."""
+        if self._first is None:
+            self._first = frame.start
+        start = frame.start - self._first
+        self.end = start + frame.duration
+        self._frames += 1
+        self._pixels += frame.size[0] * frame.size[1]
+        if start > self._max_seconds:
+            raise ValueError(
+                f"{self._name} is longer than max_seconds={self._max_seconds:g}; cut it or raise the bound"
+            )
+        if self._frames > self._max_frames:
+            bound = f"max_decoded_frames={self._max_frames}"
+        elif self._pixels > self._max_pixels:
+            bound = f"max_decoded_pixels={self._max_pixels}"
+        else:
+            return start
+        raise ValueError(f"{self._name} has more to decode than {bound}; cut it, make it smaller or raise the bound")
+
+
+def _repeats(starts: Sequence[float], end: float) -> list[int] | None:
+    """How often each frame comes at the rate of the shortest; None where the delays are no multiples of that one.
+
+    Writers of animated pictures store equal neighbours as one frame with a longer delay.
+    """
+    gaps = [after - before for before, after in itertools.pairwise(starts)]
+    if not gaps or min(gaps) <= 0:
+        return None
+    lengths = [gap / min(gaps) for gap in [*gaps, max(end - starts[-1], min(gaps))]]
+    times = [round(length) for length in lengths]
+    if any(count <= 3 and abs(length - count) > 0.15 for length, count in zip(lengths[:-1], times, strict=False)):
+        return None
+    return times
+
+
+# --------------------------------------------------------------------------------------------- animated pictures
+
+
+def _animation_frames(data: TimedBytes, name: str) -> Generator[TimedFrame]:
+    with open_header(data, name, MAX_PIXELS) as image:
+        # The number of frames of a GIF is known only after a walk through all of it.
+        frames = itertools.count() if image.format == "GIF" else range(getattr(image, "n_frames", 1))
+        shortest = 20 if image.format == "GIF" else 1  # browsers show what claims to be faster for 1/10 s
+        start = 0.0
+        for index in frames:
+            check_pixels(image.size, 1, name, MAX_PIXELS)
+            try:
+                image.seek(index)
+            except TimeLimitError:
+                raise
+            except EOFError:
+                if image.format == "GIF" and index:
+                    return
+                raise ValueError(f"cannot decode {name}: frame {index + 1} is missing; the file is cut off") from None
+            except Exception as error:  # Pillow's parsers raise anything on damaged files
+                why = files.reason(error)
+                raise ValueError(f"cannot decode {name}: {why}; the file is cut off or damaged") from None
+            delay = float(image.info.get("duration", 0))
+            duration = (delay if delay >= shortest else 100.0) / 1000
+            yield TimedFrame(start, duration, image.size, lambda: decode(image, name, MAX_PIXELS))
+            start += duration
+
+
+def save_gif(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
+    """Write uint8 (T, H, W, 3) as an endless GIF of at most 256 colours a frame; delays are whole 1/100 s.
+
+    Equal neighbours become one frame with a longer delay, which load_video undoes but where all frames are equal.
+    Raises ValueError for rates that the format does not have: above 50, or below 1/655.
+    """
+    delay = round(100 / check_fps(fps))
+    if not 2 <= delay <= 65_535 or fps > 50:
+        raise ValueError(f"a GIF shows from 1/655 to 50 frames per second, got fps={fps}; write an APNG or MP4")
+    _save_animation(frames, path, "GIF", duration=10 * delay)
+
+
+def save_apng(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
+    """Write uint8 (T, H, W, 3) as an endless animated PNG, without loss."""
+    # Pillow merges equal neighbours unless they differ in `blend`, which means nothing where nothing is transparent.
+    blend = [index % 2 for index in range(len(frames))]
+    _save_animation(frames, path, "PNG", duration=1000 / check_fps(fps), blend=blend)
+
+
+def _save_animation(frames: torch.Tensor, path: str | Path, kind: str, **options: Any) -> None:
+    check_tensor(frames, 4, "(T, H, W, 3)")
+    first, *rest = [to_pil(frame) for frame in frames]
+    options = {"save_all": True, "append_images": rest, "loop": 0, **options}
+    files.write_whole(path, lambda file: first.save(file, format=kind, **options))

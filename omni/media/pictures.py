@@ -1,0 +1,114 @@
+"""One picture: a path, encoded bytes, an array or a PIL picture to pixels, and pixels to PNG."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from omni.media import files
+from omni.media.files import MAX_BYTES, MAX_PIXELS, TIMEOUT_SECONDS, TimedBytes, TimeLimitError
+from omni.media.pixels import array_to_rgb, check_tensor, image_to_rgb, is_array, is_pil
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # no format that runs a program (EPS, PDF)
+_ORIENTATION = 0x0112  # the EXIF tag; its values and what makes each upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(
+    source: Any,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> torch.Tensor:
+    """Decode a picture (a path, encoded bytes, a PIL image, a numpy array or a tensor) to uint8 (H, W, 3).
+
+    The size is read from the header and refused before decoding. The EXIF orientation is applied, also of a PIL image
+    that carries one; an embedded colour profile is converted to sRGB; transparency is laid on white; of an animation
+    the first frame is taken. What other modes and dtypes become is in omni/media/pixels.py: in short, 16-bit values and
+    floats in [0, 1] are scaled to 8 bits, other integers and floats are refused. Raises ValueError.
+    """
+    if is_pil(source):
+        return decode(source, "the PIL picture", max_pixels)
+    if is_array(source):
+        return array_to_rgb(source, max_pixels)
+    data, name = files.read(source, max_bytes, "picture")
+    with open_header(TimedBytes(data, name, timeout_seconds), name, max_pixels) as image:
+        return decode(image, name, max_pixels)
+
+
+def open_header(data: TimedBytes, name: str, max_pixels: int) -> Image.Image:
+    """Read the header only."""
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of size: check_pixels decides, in one place
+            return Image.open(data, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large for max_pixels={max_pixels}: {error}; make it smaller first") from None
+    except TimeLimitError:
+        raise
+    except Exception as error:  # Pillow's parsers raise anything on damaged files
+        known = ", ".join(FORMATS)
+        reason = "unknown or damaged format" if isinstance(error, Image.UnidentifiedImageError) else files.reason(error)
+        raise ValueError(f"cannot read {name}: {reason}; give a whole file, one of {known}") from None
+
+
+def decode(image: Image.Image, name: str, max_pixels: int) -> torch.Tensor:
+    """The picture, or its current frame, upright."""
+    files.check_pixels(image.size, 1, name, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            upright = image if turn is None else image.transpose(turn)
+    except TimeLimitError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"cannot decode {name}: {files.reason(error)}; the file is cut off or damaged") from None
+    upright.format = image.format  # transpose() forgets it
+    return image_to_rgb(upright, name)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """1 to 8, or None; of EXIF data that cannot be read None, as viewers do."""
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except TimeLimitError:
+        raise
+    except Exception:  # as above
+        return None
+
+
+def to_pil(pixels: torch.Tensor) -> Image.Image:
+    """uint8 (H, W, 3) to a PIL picture."""
+    check_tensor(pixels, 3, "(H, W, 3)")
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels.cpu().contiguous().numpy().tobytes())
+
+
+def encode_png(pixels: torch.Tensor) -> bytes:
+    """uint8 (H, W, 3) to the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    to_pil(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(pixels: torch.Tensor | Image.Image, path: str | Path) -> None:
+    """Write a PNG; the file appears whole or not at all. Raises OSError where the folder cannot be written."""
+    picture = pixels if isinstance(pixels, Image.Image) else to_pil(pixels)
+    files.write_whole(path, lambda file: picture.save(file, format="PNG"))

@@ -1,0 +1,166 @@
+"""Values of any mode and dtype to uint8 RGB. This is the one place that converts; every door leads here.
+
+    uint8, 8-bit modes         as they are; palette, CMYK, YCbCr, LAB and a colour profile to sRGB
+    uint16, "I;16" and alike   by the range of the type: 65535 is white
+    bool, mode "1"             True is white
+    float, mode "F"            1 is white; every value must lie in [0, 1]
+    other integers, mode "I"   refused: their range says nothing of which value is white
+
+Arrays are (H, W), (H, W, C) or (C, H, W) with C 1 grey, 2 grey and alpha, 3 RGB or 4 RGBA; (H, W, 3) is Omni's own form
+and always read as such. Transparency is laid on white.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from omni.media.files import check_pixels
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is a tensor or an array of numbers."""
+    return isinstance(value, torch.Tensor) or hasattr(value, "__array_interface__") and not is_pil(value)
+
+
+def is_pil(value: Any) -> bool:
+    return isinstance(value, Image.Image)
+
+
+def check_tensor(pixels: torch.Tensor, ndim: int, shape: str) -> None:
+    """ValueError unless `pixels` is uint8 RGB, not empty, of `ndim` axes (`shape` in words)."""
+    good = isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == ndim
+    if not good or pixels.shape[-1] != 3 or pixels.numel() == 0:
+        got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(f"pixels must be a uint8 tensor {shape}, got {got}")
+
+
+# --------------------------------------------------------------------------------------------- arrays
+
+
+def array_to_rgb(value: Any, max_pixels: int) -> torch.Tensor:
+    """A tensor or array of one picture to uint8 (H, W, 3). Raises ValueError that names its dtype, shape or values."""
+    shape = tuple(value.shape)
+    name = f"the {str(value.dtype).removeprefix('torch.')} array {shape}"
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{name} is no picture; give one of shape (H, W, 3), (H, W, C), (C, H, W) or (H, W)")
+    channels_last = _channels_last(shape, name)
+    height, width = shape[:2] if channels_last else shape[1:]
+    check_pixels((width, height), 1, name, max_pixels)
+    if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and len(shape) == 3 and shape[-1] == 3:
+        return value.detach().cpu()
+    array = _to_8_bits(_to_numpy(value, name), name)
+    array = array if channels_last else np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return image_to_rgb(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+def _channels_last(shape: tuple[int, ...], name: str) -> bool:
+    """Whether the channels are the last axis, from the shape alone. ValueError where both or neither can be."""
+    if len(shape) == 2 or shape[-1] == 3:
+        return True
+    last, first = shape[-1] in (1, 2, 4), shape[0] in (1, 3, 4)
+    if last and first:
+        raise ValueError(f"{name} can be (H, W, C) or (C, H, W); give it as uint8 (H, W, 3)")
+    if not last and not first:
+        raise ValueError(f"{name} has no axis of 1 to 4 channels; give (H, W, 3), (H, W, C), (C, H, W) or (H, W)")
+    return last
+
+
+def _to_numpy(value: Any, name: str) -> np.ndarray:
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} holds no plain numbers ({error}); give uint8 (H, W, 3)") from None
+
+
+def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
+    """By the table at the head of this file."""
+    kind = array.dtype
+    if kind == np.uint8:
+        return array
+    if kind == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if kind.kind == "u" and kind.itemsize == 2:
+        quotient, rest = np.divmod(array.astype(np.uint16, copy=False), np.uint16(257))
+        return (quotient + (rest > 128)).astype(np.uint8)  # round(value * 255 / 65535)
+    if kind.kind == "f":
+        low, high = float(array.min()), float(array.max())  # NaN where one value is NaN
+        if not (low >= 0 and high <= 1):
+            why = f"values from {low:g} to {high:g}" if np.isfinite([low, high]).all() else "NaN or infinite values"
+            raise ValueError(f"{name} holds {why}; give floats in [0, 1], where 1 is white, or uint8")
+        scaled = array.astype(np.float32)
+        scaled *= 255
+        return np.rint(scaled, out=scaled).astype(np.uint8)
+    raise ValueError(f"{name} does not tell which value is white; give uint8, uint16, or floats in [0, 1]")
+
+
+# --------------------------------------------------------------------------------------------- PIL pictures
+
+
+def image_to_rgb(image: Image.Image, name: str) -> torch.Tensor:
+    """A loaded PIL picture of any mode to uint8 (H, W, 3), on white where it is transparent. Raises ValueError."""
+    try:
+        image = _to_srgb(_reduce(image, name))
+        if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} of mode {image.mode!r} cannot become RGB: {error}; convert it first") from None
+    width, height = image.size
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+
+
+def _reduce(image: Image.Image, name: str) -> Image.Image:
+    """Modes of more than 8 bits to grey of 8 bits, with alpha where the file names a transparent value."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "I":
+        # PNG and PPM of 16 bits come in mode I from some versions and files; from elsewhere the range is unknown.
+        if image.format not in ("PNG", "PPM") or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"{name} has 32-bit integers (mode 'I'), which do not tell which value is white; "
+                "convert it to 8 or 16 bits first"
+            )
+        values = values.astype(np.uint16)
+    clear = image.info.get("transparency")
+    grey = Image.fromarray(_to_8_bits(values, f"{name} of mode {image.mode!r}"))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The colours of an embedded ICC profile in sRGB; a profile that cannot be read is ignored, as viewers do."""
+    data = image.info.get("icc_profile")
+    if not data or image.mode not in ("RGB", "RGBA", "P", "PA", "L", "LA", "CMYK"):
+        return image
+    try:
+        from PIL import ImageCms
+    except ImportError:  # a build of Pillow without it
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        has_alpha = "A" in image.mode or "transparency" in image.info
+        whole = image.convert("RGBA") if has_alpha else image
+        base = whole.convert("L" if image.mode in ("L", "LA") else "RGB") if image.mode != "CMYK" else whole
+        out = ImageCms.profileToProfile(base, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert out is not None  # None only with inPlace
+        if has_alpha:
+            out.putalpha(whole.getchannel("A"))
+    except (OSError, TypeError, ValueError, ImageCms.PyCMSError):
+        return image
+    out.info.pop("transparency", None)
+    return out

@@ -1,0 +1,167 @@
+"""Video files through PyAV: frames as a player shows them, and H.264 in MP4. PyAV converts the colours.
+
+Legend: H, W pixels; T frames.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from omni.document import check_fps
+from omni.media import files
+from omni.media.files import MAX_PIXELS, TimedBytes, check_pixels
+from omni.media.pixels import check_tensor
+
+# Containers that hold their own data. Others (playlists, ffconcat) name further files, which would be opened.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,av1,ivf,flv,ogg,asf,mxf,"
+    "yuv4mpegpipe"
+)
+# Values of ITU-T H.273, which files carry, and the matrices of the same names in PyAV.
+_MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
+_BT709, _UNSPECIFIED, _LIMITED, _FULL = 1, 2, 1, 2
+
+
+DEFAULT_FPS = 8.0  # of what does not say
+
+
+@dataclass(frozen=True)
+class TimedFrame:
+    """A frame as it is shown: from `start`, for `duration` (seconds); its size (W, H); its pixels, (H, W, 3)."""
+
+    start: float
+    duration: float
+    size: tuple[int, int]
+    pixels: Callable[[], torch.Tensor]
+
+
+def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[TimedFrame]:
+    """The frames of the first video stream. ValueError where the header says more than `max_seconds`."""
+    av = _import_av()
+    limit = {"max_pixels": str(2 * MAX_PIXELS)}  # of a frame, with the decoder's own margins
+    try:
+        options = {"format_whitelist": FORMATS, **limit}
+        with av.open(data, mode="r", options=options, io_open=_open_no_other) as container:
+            stream = next((s for s in container.streams.video if not _is_cover(s)), None)
+            if stream is None:
+                return
+            check_pixels((stream.width, stream.height), 1, name, MAX_PIXELS)
+            seconds = _declared_seconds(stream)
+            if seconds > max_seconds:
+                raise ValueError(
+                    f"{name} says it is {seconds:g} seconds long, above max_seconds={max_seconds:g}; "
+                    "cut it or raise the bound"
+                )
+            stream.thread_count = 1
+            stream.codec_context.options = limit
+            aspect = stream.sample_aspect_ratio
+            step = 1 / float(stream.average_rate or DEFAULT_FPS)
+            for index, frame in enumerate(container.decode(stream)):
+                start = frame.time if frame.time is not None else index * step
+                size = _square_size(frame, aspect)
+                check_pixels(size, 1, name, MAX_PIXELS)
+                yield TimedFrame(start, step, size, lambda frame=frame, size=size: _pixels(frame, size))
+    except (av.error.FFmpegError, OSError, EOFError) as error:
+        raise ValueError(f"cannot decode {name}: {files.reason(error)}; the file is cut off or no clip") from None
+
+
+def _open_no_other(url: str, *rest: Any) -> Any:
+    raise OSError(f"{url!r:.100} is another file")
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a video stream is the picture on the cover of an audio file."""
+    return "attached_pic" in str(getattr(stream, "disposition", ""))
+
+
+def _declared_seconds(stream: Any) -> float:
+    return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+
+
+def _square_size(frame: Any, aspect: Fraction | None) -> tuple[int, int]:
+    """(W, H) with square pixels: the shorter side of a pixel is stretched, so that nothing is lost."""
+    if not aspect or aspect <= 0:
+        return frame.width, frame.height
+    if aspect >= 1:
+        return round(frame.width * aspect), frame.height
+    return frame.width, round(frame.height / aspect)
+
+
+def _pixels(frame: Any, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 (H, W, 3): colours as the frame says or as its size suggests, square pixels, upright."""
+    colours = {}
+    if not frame.format.is_rgb and len(frame.format.components) >= 3:
+        matrix = _MATRICES.get(frame.colorspace)
+        if matrix is None and frame.colorspace == _UNSPECIFIED:
+            matrix = "ITU709" if frame.height >= 720 or frame.width >= 1280 else "ITU601"
+        full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
+        colours = {"src_colorspace": matrix, "src_color_range": _FULL if full else _LIMITED}
+    resize = {"interpolation": "BICUBIC"} if size != (frame.width, frame.height) else {}
+    shown = frame.reformat(*size, format="rgb24", dst_colorspace="ITU601", dst_color_range=_FULL, **colours, **resize)
+    return torch.from_numpy(np.ascontiguousarray(_upright(shown.to_ndarray(), _display_matrix(frame))))
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """(a, b, c, d): the pixel at column p, row q is shown at column a*p + c*q, row b*p + d*q, up to scale and place."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
+            return a, b, c, d
+    return 1, 0, 0, 1
+
+
+def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """(H, W, 3) by a display matrix: the nearest of the eight ways to lay a picture on the screen."""
+    a, b, c, d = matrix
+    if a * d == b * c:  # singular, all zeros for example: players ignore it
+        return pixels
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
+    """Write uint8 (T, H, W, 3) as H.264 in MP4, in the colours of BT.709 and tagged so. Lossy.
+
+    Odd sides are kept by leaving colour at full resolution (4:4:4), which some players do not show. ImportError
+    without PyAV; ValueError for sizes that H.264 does not have.
+    """
+    check_tensor(frames, 4, "(T, H, W, 3)")
+    rate = Fraction(check_fps(fps)).limit_denominator(1001)
+    av = _import_av()
+    _, height, width, _ = frames.shape
+
+    def write(file: IO[bytes]) -> None:
+        with av.open(file, mode="w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
+            stream.width, stream.height = width, height
+            stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"  # 4:2:0 needs even sides
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED
+            colours = {"dst_colorspace": "ITU709", "dst_color_range": _LIMITED, "src_color_range": _FULL}
+            for pixels in frames.cpu().contiguous().numpy():
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                container.mux(stream.encode(frame.reformat(format=stream.pix_fmt, **colours)))
+            container.mux(stream.encode(None))
+
+    try:
+        files.write_whole(path, write)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"cannot write a clip of {width} x {height} pixels: {files.reason(error)}") from None
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ImportError("reading and writing video files needs PyAV: pip install 'omni-flow[video]'") from None
+    return av
