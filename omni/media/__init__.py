@@ -12,7 +12,7 @@ makes another one be opened.
 """
 
 from omni.media.clips import MAX_CLIP_BYTES, MAX_CLIP_PIXELS, MAX_FRAMES, load_video, save_apng, save_gif
-from omni.media.files import MAX_BYTES, MAX_PIXELS
+from omni.media.files import MAX_BYTES, MAX_PIXELS, TIMEOUT_SECONDS
 from omni.media.pictures import encode_png, load_image, save_png, to_pil
 from omni.media.video import save_video
 
@@ -22,6 +22,7 @@ __all__ = [
     "MAX_CLIP_PIXELS",
     "MAX_FRAMES",
     "MAX_PIXELS",
+    "TIMEOUT_SECONDS",
     "encode_png",
     "load_image",
     "load_video",

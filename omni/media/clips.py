@@ -23,7 +23,7 @@ MAX_CLIP_PIXELS = 500_000_000  # of all the frames that are kept
 MAX_CLIP_BYTES = 512 << 20
 MAX_FRAMES = 1_000  # kept
 MAX_DECODED_FRAMES = 10_000
-MAX_DECODED_PIXELS = 4_000_000_000
+MAX_DECODED_PIXELS = 2_000_000_000  # 16 seconds of work, or so
 
 
 def load_video(

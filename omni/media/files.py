@@ -16,7 +16,7 @@ from typing import IO, Any
 
 MAX_PIXELS = 50_000_000  # of one picture, and of one frame of a clip
 MAX_BYTES = 64 << 20  # of one encoded picture
-TIMEOUT_SECONDS = 60.0  # of decoding one picture or clip
+TIMEOUT_SECONDS = 30.0  # of decoding one picture or clip
 
 
 class TimeLimitError(ValueError):

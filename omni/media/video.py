@@ -54,7 +54,7 @@ def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[T
             if stream is None:
                 return
             check_pixels((stream.width, stream.height), 1, name, MAX_PIXELS)
-            seconds = _declared_seconds(stream)
+            seconds = _declared_seconds(stream, container)
             if seconds > max_seconds:
                 raise ValueError(
                     f"{name} says it is {seconds:g} seconds long, above max_seconds={max_seconds:g}; "
@@ -82,8 +82,11 @@ def _is_cover(stream: Any) -> bool:
     return "attached_pic" in str(getattr(stream, "disposition", ""))
 
 
-def _declared_seconds(stream: Any) -> float:
-    return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+def _declared_seconds(stream: Any, container: Any) -> float:
+    """What the header says, of the stream or else of the whole file (in microseconds); 0 where it says nothing."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6
 
 
 def _square_size(frame: Any, aspect: Fraction | None) -> tuple[int, int]:
@@ -156,7 +159,8 @@ def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None
     try:
         files.write_whole(path, write)
     except av.error.FFmpegError as error:
-        raise ValueError(f"cannot write a clip of {width} x {height} pixels: {files.reason(error)}") from None
+        why = files.reason(error)
+        raise ValueError(f"cannot write {width} x {height} pixels: {why}; H.264 takes sides up to 16,384") from None
 
 
 def _import_av() -> Any:

@@ -50,7 +50,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 MAX_CHARACTERS = 10_000_000
-TIMEOUT_SECONDS = 120.0
+MAX_SECONDS = 60.0
 
 
 def messages_to_document(
@@ -142,7 +142,7 @@ class _PartReader:
         self._allow_paths = allow_paths
         self._budget = Budget()
         self._parts = self._characters = 0
-        self._end = time.monotonic() + TIMEOUT_SECONDS
+        self._end = time.monotonic() + MAX_SECONDS
 
     def read(self, part: Any, role: Role, supervise: bool) -> Segment:
         self._parts += 1
@@ -177,7 +177,7 @@ class _PartReader:
     def _seconds_left(self) -> float:
         left = self._end - time.monotonic()
         if left <= 0:
-            raise ValueError(f"reading the media takes longer than {TIMEOUT_SECONDS:g} seconds; send fewer or smaller")
+            raise ValueError(f"reading the media takes longer than {MAX_SECONDS:g} seconds; send fewer or smaller")
         return left
 
     def _image(self, value: Any) -> torch.Tensor:
@@ -195,7 +195,7 @@ class _PartReader:
             fps=rate,
             max_frames=min(media.MAX_FRAMES, self._budget.max_frames - self._budget.frames),
             max_pixels=min(media.MAX_CLIP_PIXELS, self._budget.max_pixels - self._budget.pixels),
-            timeout_seconds=min(60.0, self._seconds_left()),
+            timeout_seconds=min(media.TIMEOUT_SECONDS, self._seconds_left()),
         )
         self._budget.take(frames.shape)
         return frames, own

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from omni.config import Frozen
-from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, Video, parse_json
 from omni.media import load_image, load_video
 from omni.rng import Key
 from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
@@ -37,11 +37,12 @@ class _LineSource(FiniteSource):
         self.path = require_file(options.path, "data file")
         self._offsets: list[int] = []
         with self.path.open("rb") as stream:
-            position = 0
-            for line in stream:
-                if line.strip():
-                    self._offsets.append(position)
-                position += len(line)
+            start = position = 0
+            while piece := stream.readline(1 << 20):  # in pieces, for a line may have any length
+                if piece.strip() and self._offsets[-1:] != [start]:
+                    self._offsets.append(start)
+                position += len(piece)
+                start = position if piece.endswith(b"\n") else start
         self.num_records = len(self._offsets)
         if not self.num_records:
             raise ValueError(f"{str(self.path)!r} has no records; give a file with one JSON object per line")
@@ -49,7 +50,10 @@ class _LineSource(FiniteSource):
     def line(self, position: int) -> str:
         with self.path.open("rb") as stream:
             stream.seek(self._offsets[position])
-            return stream.readline().decode("utf-8")
+            line = stream.readline(MAX_JSON_BYTES + 1)
+        if len(line) > MAX_JSON_BYTES:
+            raise ValueError(f"{self.record_name(position)} has more than {MAX_JSON_BYTES} bytes; split it")
+        return line.decode("utf-8")
 
     def record_name(self, position: int) -> str:
         return f"{self.path.name} record {position + 1}"
@@ -76,7 +80,7 @@ class MessageLines(_LineSource):
     def record(self, position: int) -> Document:
         from omni.text.chat import messages_to_document
 
-        record = json.loads(self.line(position))
+        record = parse_json(self.line(position), "the record")
         messages = record["messages"] if isinstance(record, dict) else record
         return messages_to_document(messages, self._load, load_video=self._load_clip, supervise=True)
 
@@ -106,7 +110,7 @@ class LlavaConversations(FiniteSource):
         self.path = require_file(options.path, "data file")
         try:
             self.records = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(self.path)!r} is not JSON: {error}") from None
         if not isinstance(self.records, list) or not self.records:
             raise ValueError(f"{str(self.path)!r} must be a JSON list of conversations")
