@@ -6,6 +6,7 @@ Legend: H, W pixels; T frames. Frames are counted twice: those that are kept, an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load_video(
     Frames come as a player shows them: turned and mirrored by the display matrix or the EXIF orientation, stretched to
     square pixels, in the colours that the file names. A file that names none has those of BT.709 from 720 lines or
     1280 columns on, else those of BT.601. A frame of an animated picture that stands for several times as long as the
-    shortest comes as often. `fps` drops frames down to at most that rate.
+    shortest comes as often. `fps` thins a faster clip to that rate: the frames that are shown at 0, 1/fps, 2/fps, ...
 
     max_frames, max_pixels (T*H*W) and max_seconds bound what is kept; max_decoded_frames and max_decoded_pixels bound
     what is decoded on the way, dropped frames too; timeout_seconds is the last resort. Beyond one of them ValueError,
@@ -58,80 +59,87 @@ def load_video(
     walk = _Walk(name, max_seconds, max_decoded_frames, max_decoded_pixels)
     frames: list[torch.Tensor] = []
     starts: list[float] = []
-    cell = -1
+    times: list[int] = []  # how often a frame comes at `rate`
     try:
         for frame in shown:
             clock.check_time()
-            start = walk.step(frame)
-            if rate is not None:
-                if int(start * rate + 1e-3) <= cell:
-                    continue
-                cell = int(start * rate + 1e-3)
+            walk.step(frame)
+            num = walk.samples(frame, rate) if rate is not None else 1
+            if not num:
+                continue
             if len(frames) >= max_frames:
                 raise ValueError(f"{name} has more than max_frames={max_frames} frames; cut it, or give a lower fps")
             check_pixels(frame.size, len(frames) + 1, name, max_pixels)
             frames.append(frame.pixels())
-            starts.append(start)
+            starts.append(walk.start)
+            times.append(num)
             if frames[-1].shape != frames[0].shape:
                 raise ValueError(f"{name} changes its size at frame {len(frames)}; encode it again at one size")
     finally:
         shown.close()
     if not frames:
         raise ValueError(f"{name} holds no video frame; give a file with a video stream")
-    times = _repeats(starts, walk.end) if animated else None
-    if times is not None:
-        check_pixels((frames[0].shape[1], frames[0].shape[0]), sum(times), name, max_pixels)
-        if sum(times) > max_frames:
-            raise ValueError(f"{name} lasts {sum(times)} frames, above max_frames={max_frames}; cut it or lower fps")
-        frames = [frame for frame, count in zip(frames, times, strict=True) for _ in range(count)]
+    own = _repeats(starts, walk.end) if animated else [1] * len(frames)
     span = starts[-1] - starts[0]
-    own = (sum(times[:-1]) if times else len(starts) - 1) / span if span > 0 else rate or DEFAULT_FPS
-    return torch.stack(frames), check_fps(own, f"{name}: its frames per second")
+    own_rate = sum(own[:-1]) / span if span > 0 else rate or DEFAULT_FPS
+    if rate is None or (walk.num_frames == len(frames) and own_rate <= rate * 1.001):
+        times, rate = own, check_fps(own_rate, f"{name}: its frames per second")
+    if sum(times) > max_frames:
+        raise ValueError(f"{name} lasts {sum(times)} frames, above max_frames={max_frames}; cut it, or lower fps")
+    check_pixels((frames[0].shape[1], frames[0].shape[0]), sum(times), name, max_pixels)
+    return torch.stack([frame for frame, num in zip(frames, times, strict=True) for _ in range(num)]), rate
 
 
 class _Walk:
-    """Counts the decoded frames of a clip, whether they are kept or not."""
+    """Follows the decoded frames of a clip, whether they are kept or not, and counts them."""
 
     def __init__(self, name: str, max_seconds: float, max_frames: int, max_pixels: int) -> None:
         self._name, self._max_seconds = name, max_seconds
         self._max_frames, self._max_pixels = max_frames, max_pixels
-        self._frames = self._pixels = 0
         self._first: float | None = None
-        self.end = 0.0  # of the last frame, from the start of the first
+        self._next_sample = 0
+        self.num_frames = self.num_pixels = 0
+        self.start = self.end = 0.0  # of the last frame, in seconds from the first one
 
-    def step(self, frame: TimedFrame) -> float:
-        """The start of `frame`, in seconds from the first one. Raises ValueError beyond a bound."""
+    def step(self, frame: TimedFrame) -> None:
+        """Count `frame`. Raises ValueError beyond a bound."""
         if self._first is None:
             self._first = frame.start
-        start = frame.start - self._first
-        self.end = start + frame.duration
-        self._frames += 1
-        self._pixels += frame.size[0] * frame.size[1]
-        if start > self._max_seconds:
-            raise ValueError(
-                f"{self._name} is longer than max_seconds={self._max_seconds:g}; cut it or raise the bound"
-            )
-        if self._frames > self._max_frames:
+        self.start = frame.start - self._first
+        self.end = self.start + frame.duration
+        self.num_frames += 1
+        self.num_pixels += frame.size[0] * frame.size[1]
+        if self.start > self._max_seconds:
+            bound = f"max_seconds={self._max_seconds:g}"
+            raise ValueError(f"{self._name} is longer than {bound}; cut it or raise the bound")
+        if self.num_frames > self._max_frames:
             bound = f"max_decoded_frames={self._max_frames}"
-        elif self._pixels > self._max_pixels:
+        elif self.num_pixels > self._max_pixels:
             bound = f"max_decoded_pixels={self._max_pixels}"
         else:
-            return start
+            return
         raise ValueError(f"{self._name} has more to decode than {bound}; cut it, make it smaller or raise the bound")
 
+    def samples(self, frame: TimedFrame, rate: float) -> int:
+        """At how many of the times 0, 1/rate, 2/rate, ... the last frame is shown."""
+        slack = min(1e-3, frame.duration * rate / 2)  # times in files are rounded
+        after = max(math.ceil(self.end * rate - slack), self._next_sample)
+        num, self._next_sample = after - self._next_sample, after
+        return num
 
-def _repeats(starts: Sequence[float], end: float) -> list[int] | None:
-    """How often each frame comes at the rate of the shortest; None where the delays are no multiples of that one.
+
+def _repeats(starts: Sequence[float], end: float) -> list[int]:
+    """How often each frame comes at the rate of the shortest; once where the delays are no multiples of that one.
 
     Writers of animated pictures store equal neighbours as one frame with a longer delay.
     """
     gaps = [after - before for before, after in itertools.pairwise(starts)]
     if not gaps or min(gaps) <= 0:
-        return None
+        return [1] * len(starts)
     lengths = [gap / min(gaps) for gap in [*gaps, max(end - starts[-1], min(gaps))]]
     times = [round(length) for length in lengths]
-    if any(count <= 3 and abs(length - count) > 0.15 for length, count in zip(lengths[:-1], times, strict=False)):
-        return None
+    if any(num <= 3 and abs(length - num) > 0.15 for length, num in zip(lengths[:-1], times, strict=False)):
+        return [1] * len(starts)
     return times
 
 

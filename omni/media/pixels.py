@@ -108,13 +108,14 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
 
 def image_to_rgb(image: Image.Image, name: str) -> torch.Tensor:
     """A loaded PIL picture of any mode to uint8 (H, W, 3), on white where it is transparent. Raises ValueError."""
+    image = _reduce(image, name)
     try:
-        image = _to_srgb(_reduce(image, name))
+        image = _to_srgb(image.convert("LA") if image.mode == "La" else image)
         if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} of mode {image.mode!r} cannot become RGB: {error}; convert it first") from None
     width, height = image.size
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3)

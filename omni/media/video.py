@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
@@ -62,13 +62,17 @@ def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[T
                 )
             stream.thread_count = 1
             stream.codec_context.options = limit
-            aspect = stream.sample_aspect_ratio
             step = 1 / float(stream.average_rate or DEFAULT_FPS)
+            before: TimedFrame | None = None
             for index, frame in enumerate(container.decode(stream)):
                 start = frame.time if frame.time is not None else index * step
-                size = _square_size(frame, aspect)
+                size = _square_size(frame, stream.sample_aspect_ratio)
                 check_pixels(size, 1, name, MAX_PIXELS)
-                yield TimedFrame(start, step, size, lambda frame=frame, size=size: _pixels(frame, size))
+                if before is not None:
+                    yield replace(before, duration=max(start - before.start, 0.0))
+                before = TimedFrame(start, step, size, lambda frame=frame, size=size: _pixels(frame, size))
+            if before is not None:
+                yield before
     except (av.error.FFmpegError, OSError, EOFError) as error:
         raise ValueError(f"cannot decode {name}: {files.reason(error)}; the file is cut off or no clip") from None
 
