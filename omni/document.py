@@ -267,8 +267,9 @@ def _segment_from_dict(data: Any, budget: Budget) -> Segment:
         raise ValueError(f"unknown segment type {kind!r:.80}; known: text, image, video")
     data = _known(data, "it", _KEYS.get(kind or "", ()), ("choices", "others") if kind == "image" else ())
     role, supervise = data["role"], data["supervise"]
-    if not isinstance(role, str) or role not in list(Role):
-        raise ValueError(f"unknown role {role!r:.80}{nearest(str(role), list(Role)) or '; known: ' + ', '.join(Role)}")
+    roles = [str(known) for known in Role]
+    if not isinstance(role, str) or role not in roles:
+        raise ValueError(f"unknown role {role!r:.80}{nearest(str(role), roles) or '; known: ' + ', '.join(roles)}")
     if not isinstance(supervise, bool):
         raise ValueError(f"supervise must be true or false, got {supervise!r:.80}")
     if kind == "text":

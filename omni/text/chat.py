@@ -50,6 +50,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 MAX_CHARACTERS = 10_000_000
+MAX_ESCAPES = 2_000_000  # of one data: URL; seconds of work
 MAX_SECONDS = 60.0
 
 
@@ -284,9 +285,11 @@ def _unescape(text: str, start: int, kind: str, max_bytes: int) -> bytes:
     """
     if len(text) - start > 3 * max_bytes:
         raise _too_long(kind, max_bytes)
+    if (num := text.count("%", start)) > MAX_ESCAPES:
+        raise ValueError(f"the address of a {kind} has {num} percent escapes, above {MAX_ESCAPES}; send plain base64")
     out = bytearray()
     while start < len(text):
-        end = start + (1 << 16)
+        end = start + (1 << 14)
         split = text.rfind("%", max(start + 1, end - 2), end)  # an escape is not cut in two
         end = split if split > 0 else end
         out += unquote_to_bytes(text[start:end].encode("utf-8", "replace"))

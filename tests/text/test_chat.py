@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import os
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import pytest
 import torch
 
 from omni import media
-from omni.document import Document, Image, Role, Text, Video
+from omni.document import Budget, Document, Image, Role, Text, Video
+from omni.text import chat
 from omni.text.chat import document_to_messages, messages_to_document
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(4, 6, 3)
@@ -151,11 +158,180 @@ def test_errors(messages: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_paths_can_be_forbidden(path: Path) -> None:
-    for value in (str(path), path, path.as_uri()):
-        with pytest.raises(ValueError, match="paths are not allowed here"):
-            messages_to_document(user({"type": "image", "image": value}), allow_paths=False)
-    assert len(messages_to_document(user({"type": "image", "url": URL}), allow_paths=False).segments) == 1
+FORBIDDEN = [
+    "a.png",
+    "./a.png",
+    "~/a.png",
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "FILE:///etc/passwd",
+    "file:/etc/passwd",
+    "file://localhost/etc/passwd",
+    "C:\\a.png",
+    Path("a.png"),
+]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_paths_can_be_forbidden(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
+    for value in (str(path), path, path.as_uri(), *FORBIDDEN):
+        for part in ({"type": kind, kind: value}, {"type": kind, "url": value}, {"type": kind, "path": value}):
+            with pytest.raises(ValueError, match="paths are not allowed here; send a data: URL"):
+                messages_to_document(user(part), allow_paths=False)
+    with pytest.raises(ValueError, match="paths are not allowed here"):
+        messages_to_document(user({"type": "video", "video": [str(path)]}), allow_paths=False)
+    taken = {"type": "image", "url": URL}, {"type": "image", "base64": BASE64}, {"type": "image", "image": PIXELS}
+    assert len(messages_to_document(user(*taken), allow_paths=False).segments) == 3
+
+
+def test_paths_of_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("HOME", str(path.parent))
+    (path.parent / "link.png").symlink_to(path)
+    (path.parent / "~odd.png").write_bytes(PNG)
+    at = path.as_uri()
+    urls = [at, at.replace("///", "//localhost/"), "FILE" + at[4:]]
+    for name in ("a picture.png", "~/a picture.png", "link.png", "~odd.png", *urls):
+        (segment,) = messages_to_document(user({"type": "image", "url": name})).segments
+        assert isinstance(segment, Image) and torch.equal(segment.pixels, PIXELS), name
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(10 << 30)  # takes no room on the disk
+    cases = {
+        "/dev/zero": "no regular file",
+        str(tmp_path / "link.png"): "no regular file",
+        str(tmp_path / "pipe.png"): "no regular file",
+        str(tmp_path / "round.png"): "symbolic links",
+        str(tmp_path): "Is a directory",
+        str(tmp_path / "none.png"): "No such file",
+        str(tmp_path / "large.png"): "is larger than max_bytes=",
+        "a\0b.png": "a path has no null character",
+        "file:///a%00b.png": "a path has no null character",
+        "x" * 10_000: "File name too long",
+        "file://other/a.png": "lies on the machine 'other'; write file:///path",
+        "ftp://other/a.png": "nothing is fetched",
+        "HTTPS://other/a.png": "nothing is fetched",
+        "s3://other/a.png": "nothing is fetched",
+    }
+    for kind in ("image", "video"):
+        for address, message in cases.items():
+            with pytest.raises(ValueError, match=message) as caught:
+                messages_to_document(user({"type": kind, "url": address}))
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_an_engine_takes_no_paths_when_told_so(tiny_model: Path, path: Path) -> None:
+    import omni
+
+    model = omni.from_pretrained(tiny_model)
+    (path.parent / "b.png").write_bytes(media.encode_png(PIXELS[:, :4].contiguous()))  # of a size that its codec takes
+    prompt = user({"type": "image", "path": str(path.parent / "b.png")}, "what?")
+    with pytest.raises(ValueError, match="message 0: picture .*: paths are not allowed here"):
+        omni.Engine(model, allow_paths=False).generate(prompt, max_tokens=1)
+    with pytest.raises(ValueError, match="paths are not allowed here"):
+        next(omni.Engine(model, allow_paths=False).stream(prompt, max_tokens=1))
+    assert omni.Engine(model).generate(prompt, max_tokens=1).parts is not None
+
+
+# --------------------------------------------------------------------------------------------- bounds
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_data_urls_take_the_memory_of_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Percent escapes took 80 times as much as the URL; white space in base64, 10 times."""
+    for url, num in (
+        ("data:,".ljust(60_000, "%"), 60_000),
+        ("data:," + "%41" * 60_000, 60_000),
+        ("data:image/png;base64," + "%41" * 60_000, 60_000),
+        ("data:image/png;base64," + "A\n" * 300_000, 600_000),
+    ):
+        part = {"type": "image", "url": url}
+
+        def read(part: Any = part) -> None:
+            with pytest.raises(ValueError, match="cannot read the picture's bytes: unknown or damaged format"):
+                messages_to_document(user(part), allow_paths=False)
+
+        assert peak_of(read) < 4 * num + 2_000_000
+    monkeypatch.setattr(chat, "MAX_ESCAPES", 99)
+    with pytest.raises(ValueError, match="picture has 100 percent escapes, above 99; send plain base64"):
+        messages_to_document(user({"type": "image", "url": "data:," + "%41" * 100}))
+
+
+def test_escapes_are_read_wherever_they_stand() -> None:
+    for shift in range(5):
+        text = "x" * shift + "%25%e4%" * 8_000 + "%4"
+        assert chat._data_url("data:," + text, "picture", 1 << 20) == unquote_to_bytes(text)
+    escaped = "data:image/png," + quote(PNG)
+    for url in (escaped, URL.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"), URL.replace("A", "A\r\n ")):
+        (segment,) = messages_to_document(user({"type": "image", "url": url})).segments
+        assert isinstance(segment, Image) and torch.equal(segment.pixels, PIXELS)
+
+
+def test_encoded_media_are_bounded_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MAX_BYTES", 100)
+    monkeypatch.setattr(media, "MAX_CLIP_BYTES", 200)
+    for kind, most in (("image", 100), ("video", 200)):
+        for field, value in (
+            ("url", "data:," + "a" * (most + 1)),
+            ("url", "data:," + "%41" * (most + 1)),
+            ("url", "data:;base64," + "A" * (most * 4 // 3 + 8)),
+            ("base64", "A" * (most * 4 // 3 + 8)),
+            ("base64", "A" * 100_000),
+        ):
+            with pytest.raises(ValueError, match="is longer than (100|200|400) bytes; make it smaller"):
+                messages_to_document(user({"type": kind, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "messages", "message"),
+    [
+        ("MAX_MESSAGES", 2, [{"role": "user", "content": "a"}] * 3, "3 messages are more than 2; split"),
+        ("MAX_PARTS", 4, [{"role": "user", "content": ["a", "b"]}] * 3, "message 2: more than 4 parts"),
+        ("MAX_CHARACTERS", 5, [{"role": "user", "content": "abc"}] * 2, "message 1: more than 5 characters"),
+        ("MAX_SECONDS", 0, user({"type": "image", "url": URL}), "message 0: reading the media takes longer than 0"),
+    ],
+)
+def test_requests_are_bounded(
+    name: str, value: Any, messages: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, name, value)
+    with pytest.raises(ValueError, match=message):
+        messages_to_document(messages)
+
+
+def test_media_are_bounded_over_the_whole_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.stack([PIXELS, PIXELS.flip(0)])
+    media.save_apng(frames, tmp_path / "a.png")
+    clip = {"type": "video", "path": str(tmp_path / "a.png")}
+    still = {"type": "video", "video": frames}
+    for parts, bounds, message in (
+        ([{"type": "image", "url": URL}] * 3, (50, 9), "message 0: more than 50 pixels in one document"),
+        ([{"type": "image", "url": URL}] * 3, (99, 2), "message 0: more than 2 pictures and frames"),
+        ([clip] * 2, (99, 3), "max_frames=1"),
+        ([clip] * 2, (90, 9), "max_pixels=42"),
+        ([still] * 2, (99, 3), "more than 3 pictures and frames"),
+    ):
+        monkeypatch.setattr(chat, "Budget", partial(Budget, *bounds))
+        with pytest.raises(ValueError, match=message):
+            messages_to_document(user(*parts))
+    monkeypatch.undo()
+    endless = {"type": "video", "video": itertools.repeat(PIXELS)}
+    with pytest.raises(ValueError, match="a video has more than 1000 frames"):
+        messages_to_document(user(endless))
 
 
 def test_exported_template_has_the_order_of_compose() -> None:
