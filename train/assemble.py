@@ -24,6 +24,7 @@ from omni.heads import FlowHeadConfig
 from omni.model import Omni, OmniConfig, read_orders
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
+from omni.preparation import target_size
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
@@ -58,12 +59,13 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
     model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
     mixture = build_mixture(recipe, key)
-    memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
+    memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
     coupling = build_coupling(mixture.sources, memo.encode, model.flow.choice) if recipe.coupling else None
 
     def load(encoder: Encoder, channels: int, stride: int = 1) -> Loader:
         return Loader(
             mixture.document,
+            model.prepare,
             partial(_compose, tokenizer),
             encoder,
             recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile}),
@@ -134,6 +136,9 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
     model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
+    model.preparation = recipe.preparation
+    if recipe.preparation.size is not None:
+        target_size(*recipe.preparation.size, recipe.preparation, model.limits)
     if recipe.init_from is not None:
         left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
         if left:

@@ -23,7 +23,8 @@ from omni.config import Frozen, build, nearest
 from omni.rng import Key
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-BATCH = 64  # pictures that pass the network together
+DECODE_BATCH = 64  # pictures that are decoded in one pass
+ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator
 
 
 class AutoencoderConfig(Frozen):
@@ -164,13 +165,19 @@ class AutoencoderCodec(Codec):
         return (latents * self.deviation + self.mean).permute(0, 3, 1, 2)
 
     def _encode(self, pixels: Tensor) -> Tensor:
+        """In passes of one shape for each size of picture: kernels differ from shape to shape, and so do last bits. On
+        a CPU a pass is one picture. An accelerator is only fast with more: there the last pass is filled up."""
         here = self.mean.device  # media come from anywhere, and latents go back there
-        parts = [self.transmit(self.encode_pictures(to_pictures(part.to(here)))) for part in pixels.split(BATCH)]
+        count = 1 if here.type == "cpu" else max(1, ENCODE_PIXELS // (pixels.shape[1] * pixels.shape[2]))
+        parts = []
+        for part in pixels.split(count):
+            filled = torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
+            parts.append(self.transmit(self.encode_pictures(to_pictures(filled.to(here))))[: len(part)])
         return self.normalised(torch.cat(parts)).to(pixels.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raw = self.denormalised(latents.to(self.mean.device))
-        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(BATCH)]
+        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(DECODE_BATCH)]
         return torch.cat(parts).to(latents.device)
 
     @torch.no_grad()
