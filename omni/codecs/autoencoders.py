@@ -165,10 +165,9 @@ class AutoencoderCodec(Codec):
         return (latents * self.deviation + self.mean).permute(0, 3, 1, 2)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """In passes of one shape for each size of picture: kernels differ from shape to shape, and so do last bits. On
-        a CPU a pass is one picture. An accelerator is only fast with more: there the last pass is filled up."""
+        """In passes of one shape for each size of picture: kernels differ from shape to shape, and so do last bits."""
         here = self.mean.device  # media come from anywhere, and latents go back there
-        count = 1 if here.type == "cpu" else max(1, ENCODE_PIXELS // (pixels.shape[1] * pixels.shape[2]))
+        count = pictures_per_pass(here.type, *pixels.shape[1:3])
         parts = []
         for part in pixels.split(count):
             filled = torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
@@ -293,6 +292,12 @@ def _rms_norm(layer: Any, hidden: Tensor) -> Tensor:
     normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, layer.eps)
     bias = getattr(layer, "bias", None)
     return normed if bias is None else normed + bias.to(hidden.dtype)
+
+
+def pictures_per_pass(device: str, height: int, width: int) -> int:
+    """Pictures of one size that are encoded together, the last pass filled up. A CPU takes one; an accelerator is only
+    fast with more."""
+    return 1 if device == "cpu" else max(1, ENCODE_PIXELS // (height * width))
 
 
 def spatial_stride(module: nn.Module) -> int:
