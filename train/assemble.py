@@ -24,7 +24,7 @@ from omni.heads import FlowHeadConfig
 from omni.model import Omni, OmniConfig, read_orders
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
-from omni.preparation import target_size
+from omni.preparation import Preparation, target_size
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
@@ -151,6 +151,8 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
             if recipe.train_only:
                 raise ValueError(f"{said}; what is frozen cannot adapt: use the same")
             print(said, file=sys.stderr)
+        if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
+            print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
         if not recipe.init_partial:
             check_same_parts(recipe.init_from, tokenizer, codec)
     if recipe.train_only:
@@ -211,6 +213,15 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
         for name in sorted(a.keys() - WITHOUT_EFFECT)
         if a[name] != b[name] and not (name in NOT_YET and a[name] == NOT_YET[name])
     ]
+
+
+def other_preparation(directory: Path, ours: Preparation) -> str | None:
+    """How `directory` prepares pictures and clips, where this recipe does otherwise."""
+    path = directory / "preparation.json"
+    if not path.is_file() or (theirs := load_json(path, Preparation)) == ours:
+        return None
+    a, b = (json.dumps(one.model_dump(mode="json", exclude_none=True)) for one in (theirs, ours))
+    return f"preparation = {a}, this recipe has {b}"
 
 
 def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:
