@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omni import media
-from omni.cli_generate import fit_picture, load_model, options_of, protocol_of, record, show
+from omni.cli_generate import attach, load_model, options_of, protocol_of, record, show
 from omni.config import build, nearest
 from omni.document import Document, Image, Segment, Text
 from omni.engine import Engine
@@ -129,7 +129,7 @@ class Chat:
 
     def _attach(self, words: list[str]) -> None:
         path = os.path.expanduser(_one(words, "/image FILE"))
-        self.attached += (Image(fit_picture(self.engine.model, media.load_image(path))),)
+        self.attached += (attach(self.engine.model, media.load_image(path)),)
         height, width = self.attached[-1].pixels.shape[:2]
         self.printer.line(f"attached {path}, {height}x{width}; it goes with the next message")
 

@@ -23,8 +23,9 @@ from omni.checkpoint import MANIFEST, DamagedError
 from omni.config import build
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
-from omni.model import BUNDLED, from_pretrained
+from omni.model import BUNDLED, Omni, from_pretrained
 from omni.nn.precision import require_device
+from omni.preparation import target_size
 from omni.reply import BlockDone, BlockStart, BlockStep, Event, GenerationOptions, ImagePart, Stop, TextDelta
 from omni.reply_files import check_folder, default_folder, write_reply
 from omni.terminal import Printer, Protocol, detect
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments.prompt)
     pictures = [media.load_image(path) for path in arguments.image]
     engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
-    attached = [Image(fit_picture(engine.model, pixels)) for pixels in pictures]
+    attached = [attach(engine.model, pixels) for pixels in pictures]
     request = Document((*attached, Text(prompt)))
     started = time.perf_counter()
     printer = Printer(protocol="none" if arguments.json else protocol_of(arguments))
@@ -116,26 +117,15 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
         raise DamagedError(str(error)) from error
 
 
-def fit_picture(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """`pixels` (H, W, 3) as the model can take them: resized, and said so, unless they fit already.
-
-    The size is the model's "picture_size" (generation.json: [height, width]), else the nearest it can encode.
-    """
-    codec, size = model.codec, model.defaults.get("picture_size")
-    if codec is None:
+def attach(model: Omni, pixels: torch.Tensor) -> Image:
+    """The picture as it is; if the model reads it in another size, a line says which. ValueError without a codec."""
+    if model.codec is None:
         raise ValueError("this model has no codec for pictures; leave --image out")
-    if size is None:
-        limit = model.config.max_grid
-        scale = min(
-            1.0, *(limit * step / side for side, step in zip(pixels.shape, codec.spec.stride[1:], strict=False))
-        )
-        grid = (round(side * scale / step) for side, step in zip(pixels.shape, codec.spec.stride[1:], strict=False))
-        size = [min(max(count, 1), limit) * step for count, step in zip(grid, codec.spec.stride[1:], strict=True)]
     height, width = pixels.shape[:2]
-    if [height, width] == list(size):
-        return pixels
-    print(f"a picture of {height}x{width} was resized to {size[0]}x{size[1]}", file=sys.stderr)
-    return codec.fit(pixels, (size[0], size[1]))
+    size = target_size(height, width, model.preparation, model.limits)
+    if size != (height, width):
+        print(f"a picture of {height}x{width} is resized to {size[0]}x{size[1]}", file=sys.stderr)
+    return Image(pixels)
 
 
 def record(engine: Engine, options: GenerationOptions, path: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from omni import media
 from omni.checkpoint import MANIFEST, DamagedError, verify
-from omni.cli_generate import fit_picture, load_model
+from omni.cli_generate import attach, load_model
 from omni.codecs import psnr
 from omni.document import Document, Text, Video
 from omni.layout import LatentSpan, Span
@@ -139,11 +139,11 @@ def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
     printer.picture(pixels)
     lines = [f"{path}: a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels"]
     model = load_model(model_path)
-    fitted, codec = fit_picture(model, pixels), model.codec
-    latents = codec.encode(fitted[None])
+    prepared, codec = model.prepare(attach(model, pixels)), model.codec
+    [[latents]] = codec.encode_media([prepared])
     back = codec.decode(latents)
     _, rows, columns, channels = latents.shape
-    decibels = float(psnr(fitted[None], back)[0])
+    decibels = float(psnr(prepared.pixels[None], back)[0])
     return [
         *lines,
         f"codec {codec.spec.name}: {rows} x {columns} = {rows * columns} latents of {channels} channels",

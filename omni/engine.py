@@ -97,7 +97,7 @@ class Engine:
         rows = self._rows(prompts, options or GenerationOptions(), seeds)
         for _ in self._run(rows):
             pass
-        return [Reply(row.parts, Document(tuple(row.segments)), row.reason, tuple(row.drafts)) for row in rows]
+        return [Reply(row.parts, row.document, row.reason, tuple(row.drafts)) for row in rows]
 
     def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[Row]:
         many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
@@ -116,7 +116,7 @@ class Engine:
             one = self.resolve(one)
             if seeds is not None:
                 one = one.model_copy(update={"seed": int(seeds[number])})
-            rows.append(Row(number, one, list(document.segments), self.tokenizer.stream()))
+            rows.append(Row(number, one, document.segments, self.tokenizer.stream()))
         return rows
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
@@ -143,8 +143,10 @@ class Engine:
                 if row.options.max_images < 1:
                     raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
                 row.forced = [self.control.image]
-            prompt = Document(tuple(row.segments))
-            row.pending = compose(prompt, self.tokenizer, self.model.encode_media, True)
+            row.segments = [self.model.prepare(segment) for segment in row.given]
+            media = [segment for segment in row.segments if not isinstance(segment, Text)]
+            row.latents = dict(zip(media, self.model.encode_media(media) if media else [], strict=True))
+            row.pending = compose(Document(tuple(row.segments)), self.tokenizer, row.encoded, True)
         cache = self.model.transformer.new_cache(len(rows), 256)
         logits = torch.empty(0)
         while any(row.phase != "done" for row in rows):
@@ -314,13 +316,15 @@ class Engine:
         part: ImagePart | VideoPart
         if media.kind == "image":
             pixels = codec.decode(blocks[0])[0].cpu()
-            row.segments.append(Image(pixels, Role.ASSISTANT))
+            segment: Image | Video = Image(pixels, Role.ASSISTANT)
             picture = PILImage.fromarray(pixels.numpy(), "RGB")
             part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index, media.evaluations)
         else:
             frames = codec.decode_video(blocks).cpu()
-            row.segments.append(Video(frames, role=Role.ASSISTANT))
+            segment = Video(frames, role=Role.ASSISTANT)
             part = VideoPart(frames, 8.0, o.steps, o.seed, media.index, media.evaluations)
+        row.segments.append(segment)
+        row.latents[segment] = blocks
         row.parts.append(part)
         row.num_media += 1
         row.phase, row.media = "text", None

@@ -1,4 +1,4 @@
-"""Omni: transformer + token head + flow head, with a tokenizer and a codec beside them.
+"""Omni: transformer + token head + flow head, with a tokenizer, a codec and a preparation beside them.
 
 `loss` is the training forward: one context pass, and one refine pass (or as many as an objective asks for) that reads
 its keys and values. `extend` and `velocity` are what the engine calls: the same modules, with a cache for memory.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from omni.checkpoint import load_tensors, publish, verify
 from omni.config import Frozen, load_json
 from omni.coupling import Orders
-from omni.document import Document, Image, Video
+from omni.document import Document, Image, Text, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
 from omni.joint import joint_loss
@@ -37,6 +37,7 @@ from omni.objectives import FlowObjective, Objective, Terms
 from omni.objectives.base import Items
 from omni.objectives.joint_tokens import JointTokenObjective
 from omni.objectives.next_token import NextToken
+from omni.preparation import AnySegment, Limits, Preparation, prepare, read_preparation
 from omni.rng import Key
 from omni.text.compose import compose
 
@@ -164,6 +165,7 @@ class Omni(nn.Module):
         self.joint = None if config.joint is None else JointTokens(config.joint, config.transformer, config.vocab_size)
         self.tokenizer: Tokenizer | None = None
         self.codec: Codec | None = None
+        self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
         initialise(self, key or Key(0))
 
@@ -254,29 +256,31 @@ class Omni(nn.Module):
     # ---- documents ------------------------------------------------------------------------------------------------
 
     def spans(self, document: Document, generation_prompt: bool = False) -> list[Span]:
-        """The document as token and latent spans, through the attached tokenizer and codec."""
+        """The document, its media prepared, as token and latent spans, through the attached tokenizer and codec."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer; set model.tokenizer or load it with omni.from_pretrained")
+        document = Document(tuple(self.prepare(s) for s in document.segments), document.meta)
         return compose(document, self.tokenizer, self.encode_media, generation_prompt)
 
-    def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk). Pictures of a size share a pass."""
+    def prepare(self, segment: AnySegment) -> AnySegment:
+        """The segment with pixels that the codec can encode and frames that fill chunks: see omni.preparation."""
+        return segment if isinstance(segment, Text) else prepare(segment, self.preparation, self.limits)
+
+    @property
+    def limits(self) -> Limits:
+        """What the codec and this model can take. ValueError for a model without a codec."""
         if self.codec is None:
             raise ValueError(
                 "this model has no codec for pictures; set model.codec or load it with omni.from_pretrained"
             )
-        out: list[list[Tensor]] = [[] for _ in segments]
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, segment in enumerate(segments):
-            if isinstance(segment, Image):
-                by_size.setdefault(tuple(segment.pixels.shape), []).append(index)
-            else:
-                out[index] = self.codec.encode_video(segment.frames)
-        for indices in by_size.values():
-            pixels = torch.stack([segments[i].pixels for i in indices])  # type: ignore[union-attr]
-            for i, latents in zip(indices, self.codec.encode(pixels), strict=True):
-                out[i] = [latents.unsqueeze(0)]
-        return out
+        spec = self.codec.spec
+        return Limits(spec.stride[1:], spec.media_frames_per_chunk, self.config.max_grid, self.config.max_chunks)
+
+    def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
+        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: they are prepared."""
+        limits = self.limits  # without a codec, an error
+        assert self.codec is not None
+        return self.codec.encode_media([prepare(segment, self.preparation, limits) for segment in segments])
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
@@ -302,10 +306,11 @@ class Omni(nn.Module):
         replace: bool = False,
         info: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Publish a directory: config.json, model.safetensors, generation.json, tokenizer/, codec/, manifest.json, and
-        choices.json of a model whose noise chooses (see omni.coupling)."""
+        """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
+        manifest.json, and choices.json of a model whose noise chooses (see omni.coupling)."""
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
+            "preparation.json": self.preparation.model_dump_json(indent=2, exclude_none=True) + "\n",
             "generation.json": json.dumps(dict(self.defaults), indent=2) + "\n",
             "model.safetensors": {n: v.detach().to("cpu", dtype).contiguous() for n, v in self.state_dict().items()},
         }
@@ -356,6 +361,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         model.flow.choice.orders = read_orders(folder)
     if (folder / "generation.json").is_file():
         model.defaults = json.loads((folder / "generation.json").read_text())
+    model.preparation, model.defaults = read_preparation(folder, model.defaults)
     return model.to(device, dtype).eval()
 
 

@@ -108,11 +108,12 @@ def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCac
 
 
 def null_spans(engine: Engine, row: Row, what: Drop) -> list[Span]:
-    """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training."""
+    """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training. Its media
+    have the latents that they have in the cache, whatever sizes the row drew them in."""
     media = row.media
     assert media is not None
     history = reduce(open_turn(row.segments, Role.ASSISTANT), what)
-    spans = compose(Document(history), engine.tokenizer, engine.model.encode_media)
+    spans = compose(Document(history), engine.tokenizer, row.encoded)
     last = spans[-1]
     assert isinstance(last, TokenSpan) and last.ids[-1] == engine.control.end
     c = engine.control

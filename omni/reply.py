@@ -81,7 +81,7 @@ class GenerationOptions(Frozen):
 
     def resolved(self, defaults: dict[str, Any]) -> GenerationOptions:
         """With the defaults filled in. Raises ValueError naming an impossible value, or one without effect."""
-        known = {n for n, f in type(self).model_fields.items() if f.default is None} | {"picture_size"}
+        known = {n for n, f in type(self).model_fields.items() if f.default is None}
         for key in sorted(defaults.keys() - known):
             way_out = nearest(key, known) or "; give it with each request"
             raise ValueError(f"{key!r} is no default of a model's generation.json{way_out}")

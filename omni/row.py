@@ -5,12 +5,13 @@ Legend: N latents of a block, C channels, W width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from omni.document import Segment
+from omni.document import Document, Image, Segment, Video
 from omni.layout import Span
 from omni.reply import Drafted, GenerationOptions, Part, StopReason
 from omni.rng import Key
@@ -36,8 +37,10 @@ class Media:
 class Row:
     number: int
     options: GenerationOptions
-    segments: list[Segment]  # prompt and finished segments of the reply
+    given: tuple[Segment, ...]  # the prompt
     stream: TextStream
+    segments: list[Segment] = field(default_factory=list)  # the prompt, prepared, and finished segments of the reply
+    latents: dict[Image | Video, list[Tensor]] = field(default_factory=dict)  # of the media among them: (t, h, w, C)
     phase: Phase = "text"
     text: str = ""  # the open text segment
     emitted: int = 0  # characters of it already sent
@@ -52,6 +55,15 @@ class Row:
     state: Tensor | None = None  # (W,): the hidden state before its last id, where the head can go on from there
     room: int | None = None  # tokens of the next draft, where that is adapted
     reason: StopReason = "end"
+
+    @property
+    def document(self) -> Document:
+        """The prompt as it was given, and the reply."""
+        return Document((*self.given, *self.segments[len(self.given) :]))
+
+    def encoded(self, media: Sequence[Image | Video]) -> list[list[Tensor]]:
+        """What stands in the cache for media of `segments`."""
+        return [self.latents[one] for one in media]
 
     @property
     def key(self) -> Key:

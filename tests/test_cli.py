@@ -26,6 +26,7 @@ from omni.cli import build_parser, main
 from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Text
 from omni.engine import Engine
+from omni.preparation import Limits, Preparation
 from omni.reply import BlockDone, BlockStart, BlockStep, ImagePart, Stop, TextDelta
 from omni.reply_files import default_folder, escape_markdown
 from omni.text.chat import messages_to_document
@@ -64,7 +65,9 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No model: the engine plays a script."""
-    model = SimpleNamespace(defaults={}, codec=PixelCodec(PixelConfig(patch=4)), config=SimpleNamespace(max_grid=8))
+    model = SimpleNamespace(
+        codec=PixelCodec(PixelConfig(patch=4)), preparation=Preparation(), limits=Limits((4, 4), 1, 8, 8)
+    )
     for module in (cli_generate, cli_chat):
         monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
         parts = {"__init__": _init, "stream": scripted(), "resolve": lambda self, options: options.resolved({})}
@@ -149,18 +152,18 @@ def test_an_attached_picture_is_kept_beside_the_reply(fake: Any, at: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("size", "fitted", "native"),
-    [((8, 12), (8, 12), None), ((9, 13), (8, 12), None), ((100, 300), (12, 32), None), ((1, 1), (4, 4), None),
-     ((100, 50), (16, 16), [16, 16]), ((16, 16), (16, 16), [16, 16])],
+    ("size", "read", "rule"),
+    [((8, 12), (8, 12), {}), ((9, 13), (8, 12), {}), ((100, 300), (12, 32), {"resize": "stride"}), ((1, 1), (4, 4), {}),
+     ((100, 50), (16, 16), {"resize": "letterbox", "size": (16, 16)})],
 )  # fmt: skip
-def test_pictures_are_fitted(size: Any, fitted: Any, native: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    defaults = {"picture_size": native} if native else {}
-    model = SimpleNamespace(
-        defaults=defaults, codec=PixelCodec(PixelConfig(patch=4)), config=SimpleNamespace(max_grid=8)
-    )
-    pixels = cli_generate.fit_picture(model, torch.full((*size, 3), 9, dtype=torch.uint8))
-    assert tuple(pixels.shape) == (*fitted, 3) and bool((pixels == 9).all())
-    assert ("resized" in capsys.readouterr().err) == (size != fitted)
+def test_a_picture_is_attached_as_it_is_and_its_size_said(size: Any, read: Any, rule: Any, fake: Any, at: Path) -> None:
+    pixels, said = torch.full((*size, 3), 9, dtype=torch.uint8), io.StringIO()
+    model = cli_generate.load_model(None)
+    fake.setattr(model, "preparation", Preparation(**rule))
+    fake.setattr(sys, "stderr", said)
+    assert cli_generate.attach(model, pixels).pixels is pixels
+    named = f"a picture of {size[0]}x{size[1]} is resized to {read[0]}x{read[1]}\n"
+    assert said.getvalue() == ("" if size == read else named)
 
 
 def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,8 @@ def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) ->
         trained = drop(Document((*history, target)), what)
         assert trained is not None
         spans = model.spans(trained)
-        row = Row(0, GenerationOptions(), list(history), engine.tokenizer.stream())
+        row = Row(0, GenerationOptions(), history, engine.tokenizer.stream(), list(history))
+        row.latents[history[1]] = model.encode_media([history[1]])[0]
         row.media = Media("image", 0, rows=2, columns=2)
         inferred = null_spans(engine, row, what)
         last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))

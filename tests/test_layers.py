@@ -16,7 +16,10 @@ TOPS = ("omni", "train", "eval")
 
 LEVELS = {
     0: {"config", "rng", "document", "command"},
-    1: {"layout", "mask", "positions", "media", "checkpoint", "coupling", "guidance", "placeholders", "pick", "terms"},
+    1: {
+        *("layout", "mask", "positions", "media", "preparation", "checkpoint"),
+        *("coupling", "guidance", "placeholders", "pick", "terms"),
+    },
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers", "heads.joint"},
     4: {"model", "joint", "reply", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"},

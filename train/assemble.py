@@ -24,6 +24,7 @@ from omni.heads import FlowHeadConfig
 from omni.model import Omni, OmniConfig, read_orders
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
+from omni.preparation import Preparation, target_size
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
@@ -58,12 +59,13 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
     model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
     mixture = build_mixture(recipe, key)
-    memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
+    memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
     coupling = build_coupling(mixture.sources, memo.encode, model.flow.choice) if recipe.coupling else None
 
     def load(encoder: Encoder, channels: int, stride: int = 1) -> Loader:
         return Loader(
             mixture.document,
+            model.prepare,
             partial(_compose, tokenizer),
             encoder,
             recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile}),
@@ -134,6 +136,9 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
     model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
+    model.preparation = recipe.preparation
+    if recipe.preparation.size is not None:
+        target_size(*recipe.preparation.size, recipe.preparation, model.limits)
     if recipe.init_from is not None:
         left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
         if left:
@@ -146,6 +151,8 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) ->
             if recipe.train_only:
                 raise ValueError(f"{said}; what is frozen cannot adapt: use the same")
             print(said, file=sys.stderr)
+        if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
+            print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
         if not recipe.init_partial:
             check_same_parts(recipe.init_from, tokenizer, codec)
     if recipe.train_only:
@@ -206,6 +213,15 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
         for name in sorted(a.keys() - WITHOUT_EFFECT)
         if a[name] != b[name] and not (name in NOT_YET and a[name] == NOT_YET[name])
     ]
+
+
+def other_preparation(directory: Path, ours: Preparation) -> str | None:
+    """How `directory` prepares pictures and clips, where this recipe does otherwise."""
+    path = directory / "preparation.json"
+    if not path.is_file() or (theirs := load_json(path, Preparation)) == ours:
+        return None
+    a, b = (json.dumps(one.model_dump(mode="json", exclude_none=True)) for one in (theirs, ours))
+    return f"preparation = {a}, this recipe has {b}"
 
 
 def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from omni.config import Frozen
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
+from omni.preparation import Preparation
 from omni.reply import GenerationOptions
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
@@ -79,6 +80,7 @@ class Recipe(Frozen):
     heads: dict[str, Any] = Field({}, description="further fields of the model's config.json")
     batch: BatchConfig
     drop: DropConfig = DropConfig()
+    preparation: Preparation = Field(Preparation(), description="of pictures and clips, stored with the model")
     coupling: bool = Field(False, description="pairs noise with the answers of a request, for heads.flow.choices")
     optimiser: OptimiserConfig = OptimiserConfig()
     data: tuple[DataConfig, ...] = Field(min_length=1)

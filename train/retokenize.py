@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omni.command import exit_code
+from omni.document import Image
 from omni.model import Omni, from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
@@ -52,7 +53,8 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
                 code = codes.get(decode_bytes(tokenizer.bytes_of(token)).removeprefix(" "))
                 if code is not None:
                     result.token.embedding.weight[token] += code
-    result.tokenizer, result.codec, result.defaults = tokenizer, model.codec, model.defaults
+    result.tokenizer, result.codec = tokenizer, model.codec
+    result.preparation, result.defaults = model.preparation, model.defaults
     if result.flow.choice is not None and model.flow.choice is not None:
         result.flow.choice.orders = model.flow.choice.orders
     return result
@@ -64,8 +66,7 @@ def picture_codes(model: Omni, pictures: Sequence[Tensor]) -> Tensor:
     A component's deviation enters by its square root: small ones stay readable, large ones precise. At most `width`
     components; fewer pictures than that have fewer. Coordinates have deviation CODE_DEVIATION.
     """
-    assert model.codec is not None
-    latents = torch.cat([model.codec.encode(part) for part in torch.stack(list(pictures)).split(64)]).flatten(1)
+    latents = torch.stack([block for [block] in model.encode_media([Image(pixels) for pixels in pictures])]).flatten(1)
     left, deviations, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
     width = model.config.transformer.width
     codes = left[:, :width] * deviations[:width].sqrt()

@@ -45,7 +45,6 @@ from omni.engine import Engine
 from omni.heads.joint import build_head
 from omni.prefill import append_spans
 from omni.reply import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelta
-from omni.text.compose import compose
 
 KINDS = ("draw", "name", "scene", "edit", "open", "story", "text", "chat")
 HEADER = {"image": 3, "video": 4}  # tokens that announce a block: its kind and its size
@@ -316,7 +315,7 @@ def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -
 def _read_prompt(engine: Engine, prompt: Document) -> float:
     """Seconds of the pass over a prompt, which both ways of decoding make."""
     start = time.perf_counter()
-    spans = compose(prompt, engine.tokenizer, engine.model.encode_media, True)
+    spans = engine.model.spans(prompt, generation_prompt=True)
     hidden = append_spans(engine.model, engine.model.transformer.new_cache(1, 256), [spans], engine.control.pad)
     engine.model.token.read(hidden)
     return time.perf_counter() - start

@@ -23,7 +23,8 @@ from omni.config import Frozen, build, nearest
 from omni.rng import Key
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-BATCH = 64  # pictures that pass the network together
+DECODE_BATCH = 64  # pictures that are decoded in one pass
+ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator
 
 
 class AutoencoderConfig(Frozen):
@@ -164,13 +165,18 @@ class AutoencoderCodec(Codec):
         return (latents * self.deviation + self.mean).permute(0, 3, 1, 2)
 
     def _encode(self, pixels: Tensor) -> Tensor:
+        """In passes of one shape for each size of picture: kernels differ from shape to shape, and so do last bits."""
         here = self.mean.device  # media come from anywhere, and latents go back there
-        parts = [self.transmit(self.encode_pictures(to_pictures(part.to(here)))) for part in pixels.split(BATCH)]
+        count = pictures_per_pass(here.type, *pixels.shape[1:3])
+        parts = []
+        for part in pixels.split(count):
+            filled = torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
+            parts.append(self.transmit(self.encode_pictures(to_pictures(filled.to(here))))[: len(part)])
         return self.normalised(torch.cat(parts)).to(pixels.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raw = self.denormalised(latents.to(self.mean.device))
-        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(BATCH)]
+        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(DECODE_BATCH)]
         return torch.cat(parts).to(latents.device)
 
     @torch.no_grad()
@@ -286,6 +292,12 @@ def _rms_norm(layer: Any, hidden: Tensor) -> Tensor:
     normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, layer.eps)
     bias = getattr(layer, "bias", None)
     return normed if bias is None else normed + bias.to(hidden.dtype)
+
+
+def pictures_per_pass(device: str, height: int, width: int) -> int:
+    """Pictures of one size that are encoded together, the last pass filled up. A CPU takes one; an accelerator is only
+    fast with more."""
+    return 1 if device == "cpu" else max(1, ENCODE_PIXELS // (height * width))
 
 
 def spatial_stride(module: nn.Module) -> int:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omni.checkpoint import load_tensors, publish, read_bytes
 from omni.config import Frozen, Registry
+from omni.document import Image, Video
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -56,42 +56,24 @@ class Codec(ABC):
         if height < 1 or width < 1 or height % rows or width % columns:
             raise ValueError(
                 f"a picture of {height} x {width} pixels is no multiple of the codec's stride {rows} x {columns}; "
-                "codec.fit(pixels) pads or resizes it"
+                "omni.preparation.prepare_picture makes it one"
             )
         grid = height // rows, width // columns
         if max(grid) > MAX_GRID:
             raise ValueError(
                 f"a picture of {height} x {width} pixels is too large: at most {MAX_GRID * rows} x "
-                f"{MAX_GRID * columns} with this codec; codec.fit(pixels, size=(height, width)) resizes it"
+                f"{MAX_GRID * columns} with this codec; omni.preparation.prepare_picture makes it smaller"
             )
         return grid
 
-    def fit(self, pixels: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Make media of any size encodable: uint8 (..., H, W, 3) -> uint8 (..., H', W', 3).
-
-        Without `size`, the right and lower edges are repeated up to the next multiple of the stride. With `size`
-        (height, width) the media are resized to fit inside it, keeping their proportions, and centred with repeated
-        edges. ValueError if the result would exceed the largest grid.
-        """
-        _check_pixels(pixels, "fit", minimum_ndim=3)
-        height, width = pixels.shape[-3:-1]
-        if size is None:
-            rows, columns = self.spec.stride[1:]
-            size = -(-height // rows) * rows, -(-width // columns) * columns
-            self.grid(*size)
-            return _pad(pixels, 0, size[0] - height, 0, size[1] - width)
-        self.grid(*size)
-        scale = min(size[0] / height, size[1] / width)
-        inner = max(1, min(size[0], round(height * scale))), max(1, min(size[1], round(width * scale)))
-        if inner != (height, width):
-            pixels = _resize(pixels, inner)
-        top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
-        return _pad(pixels, top, size[0] - inner[0] - top, left, size[1] - inner[1] - left)
-
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> float32 (B, h, w, C), normalised. ValueError on another type, shape or size."""
-        _check_pixels(pixels, "encode", ndim=4)
+        """uint8 (B, H, W, 3) -> float32 (B, h, w, C), normalised. ValueError on another type, shape or size.
+
+        The latents of a picture are the same bits whatever else is in the batch.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
         self.grid(*pixels.shape[1:3])
         return self._encode(pixels)
 
@@ -131,6 +113,22 @@ class Codec(ABC):
         if not chunks:
             raise ValueError("decode_video takes at least one chunk, got none")
         return torch.cat([self.decode(chunk) for chunk in chunks])
+
+    # -------------------------------------------------------------------------------------------- segments
+
+    def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
+        """Float32 blocks (t, h, w, C) of each segment: one of a picture, one per chunk of a clip. ValueError for a size
+        that is not prepared (see omni.preparation). Pictures of one size share passes."""
+        out = [[] if isinstance(s, Image) else self.encode_video(s.frames) for s in segments]
+        by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for index, segment in enumerate(segments):
+            if isinstance(segment, Image):
+                by_size.setdefault(segment.pixels.shape, []).append((index, segment.pixels))
+        for group in by_size.values():
+            latents = self.encode(torch.stack([pixels for _, pixels in group]))
+            for (index, _), one in zip(group, latents, strict=True):
+                out[index] = [one.unsqueeze(0)]
+        return out
 
     # ---------------------------------------------------------------------------------------------- files
 
@@ -204,24 +202,3 @@ def psnr(reference: Tensor, other: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of uint8 pictures (B, H, W, 3), in dB: float32 (B,). Equal pictures give infinity."""
     error = (reference.float() - other.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(255.0**2 / error)
-
-
-def _check_pixels(pixels: Tensor, verb: str, ndim: int = 0, minimum_ndim: int = 0) -> None:
-    right = pixels.dtype == torch.uint8 and pixels.ndim >= minimum_ndim and pixels.shape[-1:] == (3,)
-    if not right or (ndim and pixels.ndim != ndim):
-        wanted = "(B, H, W, 3)" if ndim else "(..., H, W, 3)"
-        raise ValueError(f"{verb} takes uint8 pixels {wanted}, got {pixels.dtype} {tuple(pixels.shape)}")
-
-
-def _pad(pixels: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """Repeat the edges of (..., H, W, 3)."""
-    rows = torch.arange(-top, pixels.shape[-3] + bottom, device=pixels.device).clamp(0, pixels.shape[-3] - 1)
-    columns = torch.arange(-left, pixels.shape[-2] + right, device=pixels.device).clamp(0, pixels.shape[-2] - 1)
-    return pixels.index_select(-3, rows).index_select(-2, columns)
-
-
-def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bilinear resize of uint8 (..., H, W, 3)."""
-    flat = pixels.reshape(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(flat, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).reshape(*pixels.shape[:-3], *size, 3)

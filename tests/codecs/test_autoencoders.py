@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from omni.codecs import AutoencoderCodec, FsqCodec, load_codec
-from omni.codecs.autoencoders import _rms_norm, to_pictures, use_fused_norms
+from omni.codecs import AutoencoderCodec, FsqCodec, autoencoders, load_codec
+from omni.codecs.autoencoders import _rms_norm, pictures_per_pass, to_pictures, use_fused_norms
 from omni.rng import Key
 from tests.codecs.test_codec import CONFIGS, TINY_DC, pictures
 
@@ -75,6 +75,21 @@ class TestAdapter:
         exact = codec.encode(pixels)
         codec.precision = "bfloat16"
         assert (codec.encode(pixels) - exact).abs().max() < 0.05 * (1 + exact.abs().max())
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_pass_has_one_shape_and_leaves_no_trace(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU each picture is a pass; elsewhere the last one is filled up. Alone or among others, equal bits."""
+    assert [pictures_per_pass(*x) for x in (("cpu", 64, 64), ("cuda", 64, 64), ("cuda", 1024, 768))] == [1, 64, 1]
+    monkeypatch.setattr(autoencoders, "pictures_per_pass", lambda device, height, width: count)
+    codec, passes = codec_of("AutoencoderDC"), []
+    network = codec.encode_pictures
+    codec.encode_pictures = lambda x: passes.append(len(x)) or network(x)  # type: ignore[method-assign]
+    pixels = (Key(0).uniform((6, 32, 32, 3)) * 255).byte()
+    together = codec.encode(pixels)
+    assert passes == [count] * -(-6 // count)
+    assert all(torch.equal(codec.encode(pixels[i : i + 1])[0], together[i]) for i in range(6))
+    assert codec.encode(pixels[:0]).shape == (0, *together.shape[1:])
 
 
 def test_weights_are_keyed_by_name() -> None:

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.skipif(not (BUNDLED / "manifest.json").is_file(), reaso
 
 
 @pytest.fixture(scope="module")
-def model() -> omni.Omni:
-    return omni.from_pretrained()
-
-
-@pytest.fixture(scope="module")
 def atlas() -> Atlas:
     return Atlas()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
         ("heads.flow.channels=9", "'flow.channels' has no effect here"),
         ("heads.flow=3", "flow must be a table"),
         ("device=gpu", "use cpu"),
+        ("preparation.resize=crop", "resize = 'crop' needs size = [height, width]"),
+        ('preparation={resize="crop", size=[60, 64]}', "a multiple of the codec's stride 16 x 16"),
+        ("preparation.side=64", "unknown key 'preparation.side'; did you mean 'size'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -116,10 +120,12 @@ def test_init_from_another_tokenizer_or_another_shape_is_said(
     assemble(load_toml(recipe_file, same, Recipe), tmp_path / "second")
     said = capsys.readouterr().err
     assert "as initialised" not in said and "this recipe has" not in said
-    assemble(load_toml(recipe_file, [*same, "heads.logit_cap=20.0", "model.rope_base=500.0"], Recipe), tmp_path / "x")
+    other = [*same, "heads.logit_cap=20.0", "model.rope_base=500.0", "preparation.tail=cut"]
+    assemble(load_toml(recipe_file, other, Recipe), tmp_path / "x")
     said = capsys.readouterr().err
     assert "has logit_cap = null, this recipe has 20.0" in said
     assert "has transformer.rope_base = 10000.0, this recipe has 500.0" in said
+    assert re.search('has preparation = {.*"tail": "repeat"}, this recipe has {.*"tail": "cut"}', said)
     assemble(load_toml(recipe_file, [*same, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "third")
     assert "weights begin as initialised" in capsys.readouterr().err
 

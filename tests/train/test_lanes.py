@@ -15,7 +15,6 @@ import torch
 
 from omni.layout import Batch
 from train import loop
-from train.data import lanes as lanes_module
 from train.data.lanes import Tickets
 from train.data.loader import TooManyCorrupt
 from train.data.source import CorruptRecord
@@ -37,9 +36,8 @@ def tensors(batch: Batch) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("with_nulls", [False, True])
-def test_lanes_send_what_one_loader_makes(make_run: MakeRun, with_nulls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_send_what_one_loader_makes(make_run: MakeRun, with_nulls: bool) -> None:
     """Pictures and clips, in the context and to refine, and in null contexts; three steps of each of two lanes."""
-    monkeypatch.setattr(lanes_module, "ENCODE_BATCH", 3)  # several passes through the codec, the last one filled up
     wanted = ["objectives.1.name=shortcut", "objectives.1.options.guidance_scale=2.0"] if with_nulls else []
     run, plain = make_run("workers=2", *wanted), make_run(*wanted).loader
     plain.stride = 2

@@ -1,22 +1,19 @@
 """Finite sources read from text files: Document lines, chat messages, LLaVA conversations.
 
-Every picture and clip goes through omni.media (bounded, safe). `side` crops the middle square and resizes it, because a
-codec wants sides that are multiples of its stride. Paths in records are relative to the data file and stay in its
-folder.
+Every picture and clip goes through omni.media (bounded, safe) and keeps its size; the recipe's [preparation] fits it to
+the codec. Paths in records are relative to the data file and stay in its folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from omni.config import Frozen
-from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, Video, parse_json
+from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, parse_json
 from omni.media import load_image, load_video
 from omni.rng import Key
 from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
@@ -24,7 +21,6 @@ from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_f
 
 class FileOptions(Frozen):
     path: Path
-    side: int | None = Field(None, ge=8, le=1024, description="pictures become side x side pixels; kept when absent")
 
 
 class _LineSource(FiniteSource):
@@ -67,7 +63,7 @@ class DocumentLines(_LineSource):
     """Omni's own Document JSON (Document.to_json), one per line."""
 
     def record(self, position: int) -> Document:
-        return _fit_document(Document.from_json(self.line(position)), self.options.side)
+        return Document.from_json(self.line(position))
 
 
 @SOURCES.register("messages")
@@ -86,14 +82,13 @@ class MessageLines(_LineSource):
 
     def _load(self, source: Any, **limits: Any) -> torch.Tensor:
         if isinstance(source, str | Path):
-            return load_picture(self.path.parent, str(source), self.options.side)
-        return fit_square(load_image(source, **limits), self.options.side)
+            return load_picture(self.path.parent, str(source))
+        return load_image(source, **limits)
 
     def _load_clip(self, source: Any, **limits: Any) -> tuple[torch.Tensor, float]:
         if isinstance(source, str | Path):
             source = inside(self.path.parent, str(source), "clip")
-        frames, fps = load_video(source, **limits)
-        return fit_frames(frames, self.options.side), fps
+        return load_video(source, **limits)
 
 
 @SOURCES.register("llava")
@@ -127,7 +122,7 @@ class LlavaConversations(FiniteSource):
                 if number:
                     if not waiting:
                         raise ValueError("more <image> marks than images")
-                    segments.append(Image(load_picture(self.path.parent, waiting.pop(0), self.options.side), role))
+                    segments.append(Image(load_picture(self.path.parent, waiting.pop(0)), role))
                 text = piece.strip("\n") if len(pieces) > 1 else piece
                 if text:
                     segments.append(Text(text, role, supervise=role is Role.ASSISTANT))
@@ -142,9 +137,9 @@ class LlavaConversations(FiniteSource):
         return file_fingerprint(self.path)
 
 
-def load_picture(folder: Path, name: str, side: int | None) -> torch.Tensor:
+def load_picture(folder: Path, name: str) -> torch.Tensor:
     """uint8 (H, W, 3) of the picture `name` inside `folder`. ValueError when the name leaves the folder."""
-    return fit_square(load_image(inside(folder, name, "picture")), side)
+    return load_image(inside(folder, name, "picture"))
 
 
 def inside(folder: Path, name: str, what: str) -> Path:
@@ -153,35 +148,3 @@ def inside(folder: Path, name: str, what: str) -> Path:
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{what} {name!r} lies outside {str(folder)!r}; keep {what}s beside the data file")
     return path
-
-
-def fit_square(pixels_HWC: torch.Tensor, side: int | None) -> torch.Tensor:
-    """The middle square, resized to side x side (Lanczos); unchanged when side is None or already right."""
-    height, width, _ = pixels_HWC.shape
-    if side is None or (height, width) == (side, side):
-        return pixels_HWC
-    from PIL import Image as PillowImage
-
-    edge = min(height, width)
-    top, left = (height - edge) // 2, (width - edge) // 2
-    square = pixels_HWC[top : top + edge, left : left + edge].contiguous()
-    picture = PillowImage.fromarray(square.numpy()).resize((side, side), PillowImage.Resampling.LANCZOS)
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(side, side, 3)
-
-
-def fit_frames(frames_THWC: torch.Tensor, side: int | None) -> torch.Tensor:
-    """`fit_square` of each frame."""
-    return torch.stack([fit_square(frame, side) for frame in frames_THWC])
-
-
-def _fit_document(document: Document, side: int | None) -> Document:
-    def fitted(segment: Segment) -> Segment:
-        match segment:
-            case Image():
-                return dataclasses.replace(segment, pixels=fit_square(segment.pixels, side))
-            case Video():
-                return dataclasses.replace(segment, frames=fit_frames(segment.frames, side))
-            case _:
-                return segment
-
-    return Document(tuple(map(fitted, document.segments)), document.meta)

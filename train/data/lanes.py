@@ -32,7 +32,6 @@ from omni.document import Image, Video
 from omni.layout import Batch
 from train.data.loader import Loader, Packed, TooManyCorrupt
 
-ENCODE_BATCH = 64  # pictures of one pass through the codec; the last one is filled up
 PREFETCH = 2  # steps that every lane is ahead
 
 
@@ -57,7 +56,7 @@ class Tickets:
         self._next = 0
 
     def encode(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """Blocks (t, h, w, 2) of each segment, in order. ValueError for a size that the codec cannot take."""
+        """Blocks (t, h, w, 2) of each prepared segment, in order."""
         return [self._blocks(s.pixels if isinstance(s, Image) else s.frames) for s in segments]
 
     def _blocks(self, pixels: Tensor) -> list[Tensor]:
@@ -167,16 +166,11 @@ class Lanes:
         return replace(sent.packed, batches=[_replaced(batch, found) for batch in sent.packed.batches])
 
     def _encode(self, media: Tensor) -> Tensor:
-        """Media of one size -> their latents (P N, C), rounded to bfloat16 as LatentMemo rounds them."""
-        parts = []
-        if media.ndim == 5:
-            parts = [torch.stack(self.codec.encode_video(frames.to(self.device))) for frames in media]
-        else:
-            for pixels in media.split(ENCODE_BATCH):
-                filled = pixels.new_zeros(ENCODE_BATCH, *pixels.shape[1:])
-                filled[: len(pixels)] = pixels
-                parts.append(self.codec.encode(filled.to(self.device))[: len(pixels)])
-        return torch.cat([part.flatten(0, -2) for part in parts]).to(torch.bfloat16).float()
+        """Media of one size -> their latents (P N, C)."""
+        media = media.to(self.device)
+        if media.ndim == 4:
+            return self.codec.encode(media).flatten(0, -2)
+        return torch.cat([block.flatten(0, -2) for frames in media for block in self.codec.encode_video(frames)])
 
 
 def _places(batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -1,33 +1,30 @@
 """Latents of media, remembered: every distinct picture goes through the codec once while it stays in memory.
 
-The memo is keyed by a digest of the pixels and holds bfloat16; a latent is rounded to bfloat16 on the first use too, so
-what the model sees never depends on whether it was remembered. Pictures of one size are encoded in batches of one fixed
-shape (short ones are filled up), so it does not depend on which pictures shared a batch either.
-Shapes: B batch, H W pixels, t h w latents, C channels.
+The memo is keyed by a digest of the pixels. A latent does not depend on whether it was remembered, nor on what
+was encoded beside it (Codec.encode).
+Shapes: t h w latents, C channels.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from omni.document import Image, Video
 
-ENCODE_BATCH = 16
-
 Latents = list[torch.Tensor]
 """One media segment: a list of (t, h, w, C) blocks; a picture has one block with t = 1."""
+Encode = Callable[[Sequence[Image | Video]], list[Latents]]
 
 
 class LatentMemo:
-    """Least-recently-used latents of pictures and clips, at most `max_bytes` of them."""
+    """Least-recently-used latents of pictures and clips, at most `max_bytes` of them. encode: Omni.encode_media."""
 
-    def __init__(self, codec: Any, max_bytes: int = 512 << 20, device: torch.device | str = "cpu") -> None:
-        self.codec, self.max_bytes, self.device = codec, max_bytes, device
+    def __init__(self, encode: Encode, max_bytes: int = 512 << 20) -> None:
+        self._encode, self.max_bytes = encode, max_bytes
         self.num_bytes = self.num_hits = self.num_misses = 0
         self._kept: OrderedDict[bytes, Latents] = OrderedDict()
 
@@ -38,32 +35,10 @@ class LatentMemo:
         missing = {key: s for key, s in zip(keys, segments, strict=True) if key not in found}
         self.num_misses += len(missing)
         self.num_hits += len(keys) - len(missing)
-        pictures = {key: s for key, s in missing.items() if isinstance(s, Image)}
-        found |= self._encode_pictures(pictures)
-        found |= {key: self._encode_video(s) for key, s in missing.items() if isinstance(s, Video)}
+        made = self._encode(list(missing.values()))
+        found |= {key: [block.clone() for block in one] for key, one in zip(missing, made, strict=True)}
         self._remember(keys, found)
-        return [[block.float() for block in found[key]] for key in keys]
-
-    @torch.no_grad()
-    def _encode_pictures(self, pictures: dict[bytes, Image]) -> dict[bytes, Latents]:
-        by_size: dict[tuple[int, ...], list[bytes]] = {}
-        for key, picture in pictures.items():
-            by_size.setdefault(tuple(picture.pixels.shape), []).append(key)
-        result: dict[bytes, Latents] = {}
-        for shape, keys in by_size.items():
-            for start in range(0, len(keys), ENCODE_BATCH):
-                part = keys[start : start + ENCODE_BATCH]
-                pixels_BHWC = torch.zeros((ENCODE_BATCH, *shape), dtype=torch.uint8)
-                for row, key in enumerate(part):
-                    pixels_BHWC[row] = pictures[key].pixels
-                latents_BhwC = self.codec.encode(pixels_BHWC.to(self.device)).to("cpu", torch.bfloat16)
-                result |= {key: [latents_BhwC[row : row + 1].clone()] for row, key in enumerate(part)}
-        return result
-
-    @torch.no_grad()
-    def _encode_video(self, video: Video) -> Latents:
-        blocks = self.codec.encode_video(video.frames.to(self.device))
-        return [block.to("cpu", torch.bfloat16).clone() for block in blocks]
+        return [found[key] for key in keys]
 
     def _remember(self, keys: Iterable[bytes], found: dict[bytes, Latents]) -> None:
         for key in keys:
@@ -77,9 +52,9 @@ class LatentMemo:
 
 
 def media_digest(segment: Image | Video) -> bytes:
-    """16 bytes that identify the shape and the pixels."""
-    values = segment.pixels if isinstance(segment, Image) else segment.frames
-    digest = hashlib.blake2b(repr(tuple(values.shape)).encode(), digest_size=16)
+    """16 bytes that identify the shape, the frame rate and the pixels."""
+    values, fps = (segment.pixels, None) if isinstance(segment, Image) else (segment.frames, segment.fps)
+    digest = hashlib.blake2b(repr((tuple(values.shape), fps)).encode(), digest_size=16)
     digest.update(memoryview(values.contiguous().numpy()).cast("B"))
     return digest.digest()
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from omni.config import Frozen
 from omni.coupling import Coupling
-from omni.document import Document, Image, Video
+from omni.document import Document, Image, Segment, Video
 from omni.guidance import drop, null_documents
 from omni.layout import Batch, LatentSpan, Shape, Span, context_length, lay_rows, pack
 from omni.rng import Key
@@ -101,6 +101,7 @@ class Loader:
 
     Args:
         document: index -> Document; pure. May raise CorruptRecord.
+        prepare: a segment -> the segment in a size that the codec can encode (Omni.prepare).
         compose: (document, encode_media) -> spans, with the tokenizer bound.
         memo: the codec behind its memo, or what stands for it in a lane.
         channels, pad_id: of the codec's latents; of the tokenizer.
@@ -113,6 +114,7 @@ class Loader:
     def __init__(
         self,
         document: Callable[[int], Document],
+        prepare: Callable[[Segment], Segment],
         compose: Compose,
         memo: Encoder,
         shape: BatchConfig,
@@ -126,7 +128,7 @@ class Loader:
         stride: int = 1,
     ) -> None:
         self.stride = stride
-        self.document, self.compose, self.memo, self.shape = document, compose, memo, shape
+        self.document, self.prepare, self.compose, self.memo, self.shape = document, prepare, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
         self.drop, self.null_contexts, self.coupling = drop or DropConfig(), null_contexts, coupling
         self.counts: Counter[str] = Counter(documents=0, skipped=0)
@@ -189,9 +191,11 @@ class Loader:
         read: dict[int, Document] = {}
         for index in range(start, start + LOOKAHEAD * self.stride, self.stride):
             try:
-                read[index] = self._with_drop(index, self.document(index))
+                read[index] = self._prepared(self._with_drop(index, self.document(index)))
             except CorruptRecord as error:
                 self._window[index] = str(error)
+            except ValueError as error:
+                self._window[index] = _unusable(error)
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
         others = {index: [o for s in found for o in self._others(s)] for index, found in media.items()}
         encoded = self._encode({index: [*found, *others[index]] for index, found in media.items()})
@@ -201,6 +205,9 @@ class Loader:
                 self._window[index] = latents if isinstance(latents, str) else self._made(document, latents)
             except ValueError as error:
                 self._window[index] = _unusable(error)
+
+    def _prepared(self, document: Document) -> Document:
+        return replace(document, segments=tuple(map(self.prepare, document.segments)))
 
     def _encode(self, media: dict[int, list[Image | Video]]) -> dict[int, list[list[torch.Tensor]] | str]:
         """By index: the latents of its media, all through the codec together; or why the codec takes none of them."""
@@ -262,7 +269,7 @@ class Loader:
 
 
 def _unusable(error: ValueError) -> str:
-    """Such as a picture's size that the codec or a block's header cannot take."""
+    """Such as a clip with too many chunks, or a block's size that a header cannot take."""
     return f"unusable: {error}"
 
 

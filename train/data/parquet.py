@@ -7,7 +7,7 @@ from typing import Literal
 from omni.document import Document, Image, Role, Text
 from omni.media import load_image
 from omni.rng import Key
-from train.data.files import FileOptions, fit_square
+from train.data.files import FileOptions
 from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
 
 
@@ -45,7 +45,7 @@ class CaptionedPictures(FiniteSource):
         data = data["bytes"] if isinstance(data, dict) else data
         if not isinstance(data, bytes) or not isinstance(caption, str):
             raise ValueError(f"{options.image} must be bytes and {options.caption} text")
-        pixels = fit_square(load_image(data), options.side)
+        pixels = load_image(data)
         draws = self.key.fold("task", position).python().random() < 0.5
         if options.task == "draw" or (options.task == "both" and draws):
             return Document((Text(caption, Role.USER), Image(pixels, Role.ASSISTANT, supervise=True)))
