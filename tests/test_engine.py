@@ -84,7 +84,7 @@ def test_logits_are_capped_wherever_they_are_read(model: omni.Omni, monkeypatch:
 
 def test_a_clip_is_a_row_of_chunks(model: omni.Omni) -> None:
     c = Engine(model).control
-    script = [c.video, c.size(3), c.size(1), c.size(2), c.end]
+    script = [c.video, c.size(3), c.size(24), c.size(1), c.size(2), c.end]
     reply = force(model, script).generate("move", steps=2)
     [clip] = reply.parts
     assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
@@ -92,7 +92,7 @@ def test_a_clip_is_a_row_of_chunks(model: omni.Omni) -> None:
 
 def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
     c = Engine(model).control
-    script = [c.video, c.size(3), c.size(1), c.size(2), c.end]
+    script = [c.video, c.size(3), c.size(24), c.size(1), c.size(2), c.end]
     [clip] = force(model, script).generate("move", steps=2, image_size=(8, 8)).parts
     assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
 

@@ -48,7 +48,7 @@ from omni.reply import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelt
 from omni.text.compose import compose
 
 KINDS = ("draw", "name", "scene", "edit", "open", "story", "text", "chat")
-HEADER = {"image": 3, "video": 4}  # tokens that announce a block: its kind and its size
+HEADER = {"image": 3, "video": 5}  # tokens that announce a block: its kind and its size
 MIXTURE = {"draw": 0.1, "name": 0.1, "story": 0.3, "text": 0.4, "chat": 0.1}
 LAWS = ("rejection", "block")
 
@@ -306,8 +306,8 @@ def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -
                 rounds.append(event)
             case Stop():
                 text += f"<{event.reason}>"
-                number += event.reason == "end"
-    words = re.split(r"<(?:image|video)[^>]*>|<(?:end|stop|length)>", text)
+                number += event.reason in ("end", "images")
+    words = re.split(r"<(?:image|video)[^>]*>|<(?:end|stop|length|images)>", text)
     number += sum(len(engine.tokenizer.encode(part)) for part in words)
     return Told(text, rounds, number, seconds)
 

@@ -2,27 +2,36 @@
 
     begin  { role  segments...  end }*  [assistant]
     image  ->  image size(h) size(w)              LatentSpan (1, h, w)                 media_end
-    video  ->  video size(chunks) size(h) size(w) LatentSpan (t, h, w) for each chunk  media_end
+    video  ->  video size(chunks) size(rate) size(h) size(w) LatentSpan (t, h, w) for each chunk  media_end
 
+rate: frames per second, rounded.
 Legend: t, h, w latents in time, rows, columns; C latent channels; N = t*h*w.
 Control tokens enter by id only. Layout, packing and masks are omni.layout's business.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
+from omni.context import require_room
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.layout import LatentSpan, Span, TokenSpan
-from omni.text.tokenizer import Tokenizer
+from omni.layout import LatentSpan, Span, TokenSpan, context_length
+from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
 EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
+MAX_UNCOUNTED = 200_000  # characters that are encoded, in a fraction of a second, to say how many positions they are
+LEAST_MEDIA = 5  # positions of the smallest picture: image, two sizes, one latent, media_end
 
 
 def compose(
-    document: Document, tokenizer: Tokenizer, encode_media: EncodeMedia, generation_prompt: bool = False
+    document: Document,
+    tokenizer: Tokenizer,
+    encode_media: EncodeMedia,
+    generation_prompt: bool = False,
+    max_context: int | None = None,
 ) -> list[Span]:
     """The spans of `document`, in order; neighbouring ids share one TokenSpan.
 
@@ -30,9 +39,11 @@ def compose(
     one with t = 1 for an image, one per chunk for a video. It is called once, with all of them, and not at all when
     there are none. With `generation_prompt` the spans end with the id that opens an assistant turn.
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
-    Raises ValueError for media with a side (or a chunk count) that has no size token, 1 to 64.
+    Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64; and
+    for a document of `max_context` positions or more, as far as that is known before its text and media are encoded.
     """
     media = [s for s in document.segments if not isinstance(s, Text)]
+    texts = iter(_encoded_texts(document, tokenizer, max_context))
     encoded = encode_media(media) if media else []
     if len(encoded) != len(media):
         raise ValueError(f"encode_media gave {len(encoded)} results for {len(media)} segments; give one for each")
@@ -44,24 +55,55 @@ def compose(
         writer.ids([control.role(role)], False)
         for segment in segments:
             if isinstance(segment, Text):
-                writer.ids(tokenizer.encode(segment.text), segment.supervise)
+                writer.ids(next(texts), segment.supervise)
             else:
                 _write_media(writer, tokenizer, segment, next(latents_of))
         writer.ids([control.end], any(s.supervise for s in segments))
     if generation_prompt:
         writer.ids([control.role(Role.ASSISTANT)], False)
-    return writer.finish()
+    spans = writer.finish()
+    if max_context is not None:
+        require_room(context_length(spans), max_context)
+    return spans
+
+
+def _encoded_texts(document: Document, tokenizer: Tokenizer, max_context: int | None) -> list[list[int]]:
+    """Ids of every text, in order. Much text that is too long by its characters alone is not encoded."""
+    texts = [s.text for s in document.segments if isinstance(s, Text)]
+    num_media = len(document.segments) - len(texts)
+    if max_context is not None and sum(map(len, texts)) > MAX_UNCOUNTED:
+        fewest = sum(math.ceil(len(text) / tokenizer.longest_id) for text in texts)
+        require_room(fewest + LEAST_MEDIA * num_media, max_context, "the prompt has at least")
+    encoded = [tokenizer.encode(text) for text in texts]
+    if max_context is not None and num_media:  # before the media are encoded
+        require_room(sum(map(len, encoded)) + LEAST_MEDIA * num_media, max_context, "the prompt has at least")
+    return encoded
+
+
+def frame_rate(fps: float) -> int:
+    """The frames per second that a clip's header names: `fps` rounded, 1 to 64. ValueError where there is none."""
+    if not 0.5 <= fps < MAX_SIZE + 0.5:
+        raise ValueError(
+            f"a clip of {fps:g} frames per second has no rate token (0.5 to {MAX_SIZE}); give it another fps, or fewer "
+            "frames"
+        )
+    return math.floor(fps + 0.5)
+
+
+def block_header(control: ControlTokens, rows: int, columns: int, clip: tuple[int, int] | None = None) -> list[int]:
+    """Ids before the latents of a picture, or of a clip of (chunks, frames per second). ValueError beyond 1 to 64."""
+    sides = [control.size(rows), control.size(columns)]
+    if clip is None:
+        return [control.image, *sides]
+    return [control.video, *(control.size(n) for n in clip), *sides]
 
 
 def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch.Tensor]) -> list[int]:
     """Ids before the latents of one image or video: what it is and its size. ValueError for sizes beyond 1 to 64."""
-    control = tokenizer.control
     t, h, w, _ = _check_latents(segment, latents)
+    clip = (len(latents), frame_rate(segment.fps)) if isinstance(segment, Video) else None
     try:
-        sides = [control.size(h), control.size(w)]
-        if isinstance(segment, Image):
-            return [control.image, *sides]
-        return [control.video, control.size(len(latents)), *sides]
+        return block_header(tokenizer.control, h, w, clip)
     except ValueError as error:
         kind = "picture" if isinstance(segment, Image) else f"video of {len(latents)} chunks of {t} frames"
         raise ValueError(f"a {kind} of {h} x {w} latents is too large: {error}") from None

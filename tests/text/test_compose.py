@@ -53,7 +53,7 @@ def test_every_kind_of_segment(tokenizer: Tokenizer) -> None:
     expected = ["begin", "system", "!", "end", "user", "?"]
     expected += ["image", "size_2", "size_4", "(1, 2, 4)", "media_end", "end"]
     expected += ["assistant", "#*", "image*", "size_2*", "size_4*", "(1, 2, 4)*", "media_end"]
-    expected += ["video*", "size_3*", "size_2*", "size_2*", *["(2, 2, 2)*"] * 3, "media_end", "end*"]
+    expected += ["video*", "size_3*", "size_8*", "size_2*", "size_2*", *["(2, 2, 2)*"] * 3, "media_end", "end*"]
     spans = compose(document, tokenizer, encode_media)
     assert flat(spans, tokenizer) == expected
     latents = next(s for s in spans if isinstance(s, LatentSpan)).latents
