@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -65,7 +64,7 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A clip: `frames` is uint8 (T, H, W, 3), RGB, at `fps` frames per second, a finite number above 0."""
+    """A clip: `frames` is uint8 (T, H, W, 3), RGB, at `fps` frames per second."""
 
     frames: torch.Tensor
     fps: float = 8.0
@@ -74,13 +73,6 @@ class Video:
 
     def __post_init__(self) -> None:
         _check_media(self.frames, 4, "Video.frames", "(T, H, W, 3)")
-        try:
-            fps = math.nan if isinstance(self.fps, bool | str | bytes) else float(self.fps)
-        except (TypeError, ValueError, OverflowError):
-            fps = math.nan
-        if not 0 < fps < math.inf:
-            raise ValueError(f"Video.fps must be a finite number above 0, got {self.fps!r:.80}; 8 is the usual rate")
-        object.__setattr__(self, "fps", fps)
 
 
 Segment = Text | Image | Video

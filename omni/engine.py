@@ -26,7 +26,7 @@ from omni.blockwise import speak
 from omni.config import build
 from omni.context import require_room, warn_if_nearly_full
 from omni.document import Document, Image, Role, Text, Video
-from omni.layout import LatentSpan, Span, TokenSpan, context_length
+from omni.layout import LatentSpan, Span, TokenSpan
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.nn.compiled_step import CompiledStep
@@ -49,8 +49,10 @@ from omni.reply import (
 from omni.row import Media, Phase, Row
 from omni.samplers.token import best_ids, draw_token
 from omni.text.chat import messages_to_document
-from omni.text.compose import LEAST_MEDIA, compose, frame_rate
+from omni.text.compose import compose, frame_rate, header_length, prompt_length
 from omni.text.tokenizer import MAX_SIZE
+
+LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its header, one latent, media_end
 
 
 def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
@@ -113,8 +115,7 @@ class Engine:
             one = self.resolve(one)
             if seeds is not None:
                 one = one.model_copy(update={"seed": int(seeds[number])})
-            limit = self.model.config.max_context
-            rows.append(Row(number, one, list(document.segments), self.tokenizer.stream(), limit))
+            rows.append(Row(number, one, list(document.segments), self.tokenizer.stream()))
         return rows
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
@@ -140,13 +141,13 @@ class Engine:
             if row.options.max_images < 1:
                 raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
             row.forced = [self.control.image]
-        prompt = Document(tuple(row.segments))
-        row.pending = compose(prompt, self.tokenizer, self.model.encode_media, True, row.capacity)
-        row.length = context_length(row.pending)
+        prompt, row.capacity = Document(tuple(row.segments)), self.model.config.max_context
+        row.length = prompt_length(prompt, self.tokenizer, self._num_latents, row.capacity)
         if row.forced:
-            own = LEAST_MEDIA if grid is None else LEAST_MEDIA - 1 + grid[0] * grid[1]
-            require_room(row.length + own, row.capacity, "the prompt and the picture that it forces have")
+            num = row.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
+            require_room(num, row.capacity, "the prompt and the picture that is forced have")
         row.warned = warn_if_nearly_full(row.length, row.capacity)
+        row.pending = compose(prompt, self.tokenizer, self.model.encode_media, True)
 
     @torch.inference_mode()
     def _run(self, rows: list[Row]) -> Iterator[tuple[int, Event]]:
@@ -317,6 +318,11 @@ class Engine:
         assert self.model.codec is not None
         t = 1 if media.kind == "image" else self.model.codec.spec.frames_per_chunk
         return (t, media.rows, media.columns)
+
+    def _num_latents(self, segment: Image | Video) -> int:
+        """Of media of the prompt, before they are encoded."""
+        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
+        return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.model.codec is None:

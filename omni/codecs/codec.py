@@ -141,6 +141,12 @@ class Codec(ABC):
             raise ValueError("decode_video takes at least one chunk, got none")
         return torch.cat([self.decode(chunk) for chunk in chunks])
 
+    def num_latents(self, shape: Sequence[int]) -> int:
+        """How many latents encoding media of a shape gives, (H, W, 3) or (T, H, W, 3). ValueError as `grid` and
+        `num_chunks` raise it."""
+        rows, columns = self.grid(*shape[-3:-1])
+        return rows * columns * (1 if len(shape) == 3 else self.num_chunks(shape[0]) * self.spec.frames_per_chunk)
+
     # ---------------------------------------------------------------------------------------------- files
 
     @abstractmethod

@@ -18,20 +18,16 @@ import torch
 
 from omni.context import require_room
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.layout import LatentSpan, Span, TokenSpan, context_length
+from omni.layout import LatentSpan, Span, TokenSpan
 from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
 EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
+NumLatents = Callable[[Image | Video], int]
 MAX_UNCOUNTED = 200_000  # characters that are encoded, in a fraction of a second, to say how many positions they are
-LEAST_MEDIA = 5  # positions of the smallest picture: image, two sizes, one latent, media_end
 
 
 def compose(
-    document: Document,
-    tokenizer: Tokenizer,
-    encode_media: EncodeMedia,
-    generation_prompt: bool = False,
-    max_context: int | None = None,
+    document: Document, tokenizer: Tokenizer, encode_media: EncodeMedia, generation_prompt: bool = False
 ) -> list[Span]:
     """The spans of `document`, in order; neighbouring ids share one TokenSpan.
 
@@ -39,11 +35,9 @@ def compose(
     one with t = 1 for an image, one per chunk for a video. It is called once, with all of them, and not at all when
     there are none. With `generation_prompt` the spans end with the id that opens an assistant turn.
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
-    Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64; and
-    for a document of `max_context` positions or more, as far as that is known before its text and media are encoded.
+    Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64.
     """
     media = [s for s in document.segments if not isinstance(s, Text)]
-    texts = iter(_encoded_texts(document, tokenizer, max_context))
     encoded = encode_media(media) if media else []
     if len(encoded) != len(media):
         raise ValueError(f"encode_media gave {len(encoded)} results for {len(media)} segments; give one for each")
@@ -55,29 +49,31 @@ def compose(
         writer.ids([control.role(role)], False)
         for segment in segments:
             if isinstance(segment, Text):
-                writer.ids(next(texts), segment.supervise)
+                writer.ids(tokenizer.encode(segment.text), segment.supervise)
             else:
                 _write_media(writer, tokenizer, segment, next(latents_of))
         writer.ids([control.end], any(s.supervise for s in segments))
     if generation_prompt:
         writer.ids([control.role(Role.ASSISTANT)], False)
-    spans = writer.finish()
-    if max_context is not None:
-        require_room(context_length(spans), max_context)
-    return spans
+    return writer.finish()
 
 
-def _encoded_texts(document: Document, tokenizer: Tokenizer, max_context: int | None) -> list[list[int]]:
-    """Ids of every text, in order. Much text that is too long by its characters alone is not encoded."""
+def prompt_length(document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int) -> int:
+    """How many context positions `compose` makes of a prompt, without encoding its media. ValueError unless they leave
+    room for a reply in `max_context`. num_latents: of one image or video, all its chunks together.
+
+    Text that is too long by its characters alone is not encoded to be counted.
+    """
     texts = [s.text for s in document.segments if isinstance(s, Text)]
-    num_media = len(document.segments) - len(texts)
-    if max_context is not None and sum(map(len, texts)) > MAX_UNCOUNTED:
+    media = [s for s in document.segments if not isinstance(s, Text)]
+    around = 2 + 2 * sum(1 for _ in document.turns())  # begin, the assistant's turn; role and end of each turn
+    around += sum(header_length(isinstance(s, Video)) + 1 + num_latents(s) for s in media)
+    if sum(map(len, texts)) > MAX_UNCOUNTED:
         fewest = sum(math.ceil(len(text) / tokenizer.longest_id) for text in texts)
-        require_room(fewest + LEAST_MEDIA * num_media, max_context, "the prompt has at least")
-    encoded = [tokenizer.encode(text) for text in texts]
-    if max_context is not None and num_media:  # before the media are encoded
-        require_room(sum(map(len, encoded)) + LEAST_MEDIA * num_media, max_context, "the prompt has at least")
-    return encoded
+        require_room(around + fewest, max_context, "the prompt has at least")
+    num = around + sum(len(tokenizer.encode(text)) for text in texts)
+    require_room(num, max_context)
+    return num
 
 
 def frame_rate(fps: float) -> int:
@@ -96,6 +92,11 @@ def block_header(control: ControlTokens, rows: int, columns: int, clip: tuple[in
     if clip is None:
         return [control.image, *sides]
     return [control.video, *(control.size(n) for n in clip), *sides]
+
+
+def header_length(is_clip: bool) -> int:
+    """How many ids `block_header` gives."""
+    return 5 if is_clip else 3
 
 
 def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch.Tensor]) -> list[int]:
