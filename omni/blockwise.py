@@ -33,7 +33,7 @@ from omni.nn.cache import KVCache
 from omni.pick import pick
 from omni.prefill import append_text
 from omni.reply import Drafted, Event
-from omni.samplers.token import best_ids, token_law, token_noise
+from omni.samplers.token import masked_scores, token_law, token_noise
 from omni.samplers.verification import Verdict, agreed, block, rejection
 
 if TYPE_CHECKING:
@@ -261,10 +261,9 @@ def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tenso
 
 
 def _scores(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (K, V) or (K + 1, V), each under the mask of its phase, and the best id of each. NotFiniteError as in
-    `best_ids`."""
-    scores = logits.float() + _masks(engine, row, ids, len(logits))
-    return scores, best_ids(scores, range(row.num_tokens, row.num_tokens + len(scores)))
+    """Logits (K, V) or (K + 1, V), each under the mask of its phase, and the best id of each; see `masked_scores`."""
+    numbers = range(row.num_tokens, row.num_tokens + len(logits))
+    return masked_scores(logits, _masks(engine, row, ids, len(logits)), numbers)
 
 
 def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:

@@ -47,7 +47,7 @@ from omni.reply import (
     VideoPart,
 )
 from omni.row import Media, Phase, Row
-from omni.samplers.token import best_ids, draw_token
+from omni.samplers.token import draw_token, masked_scores
 from omni.text.chat import messages_to_document
 from omni.text.compose import compose, frame_rate, header_length, prompt_length
 from omni.text.tokenizer import MAX_SIZE
@@ -222,8 +222,9 @@ class Engine:
         """One id per row: greedy, or drawn by the row's own key."""
         masks = [self.mask_of(r, r.phase) for r in rows]
         mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
-        scores = mine.float() + (masks[0] if len(masks) == 1 else torch.stack(masks))
-        greedy = best_ids(scores, [row.num_tokens for row in rows]).tolist()
+        mask = masks[0] if len(masks) == 1 else torch.stack(masks)
+        scores, best_ids = masked_scores(mine, mask, [row.num_tokens for row in rows])
+        greedy = best_ids.tolist()
         chosen = []
         for row, best, score in zip(rows, greedy, scores, strict=True):
             if not row.options.temperature:

@@ -13,6 +13,7 @@ from torch import Tensor
 import omni
 from omni.blockwise import _noise
 from omni.engine import Engine
+from omni.finite import NotFiniteError
 from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
 from omni.model import Omni
 from omni.nn.cache import KVCache
@@ -113,6 +114,62 @@ def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: floa
         assert not plain.drafts and together.drafts
         for d in together.drafts:  # the first token of a draft is always right, where a pass was made for it
             assert (d.passes > 1) <= d.kept <= d.drafted <= K
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, temperature: float) -> None:
+    """With lifted pictures every reply asks for one more than it may."""
+    engine.allowed["text"][engine.control.end] = -torch.inf
+    engine.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
+    for budget in (0, 1):
+        common = {"temperature": temperature, "max_tokens": 200, "max_images": budget, "steps": 1, "seed": 1}
+        plain = engine.generate("say", tokens_per_pass=1, **common)
+        assert same(plain, engine.generate("say", **common))
+        assert plain.stop_reason == "images" and len(plain.images) == budget
+
+
+@pytest.mark.filterwarnings("ignore::omni.context.ContextWarning")
+def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No draft reaches past it, and a picture that has no room is not begun."""
+    longest, write_fields, enter = [0], KVCache.write_fields, engine.step.enter
+
+    def written(cache: KVCache, block: Tensor, valid: list[int]) -> None:
+        longest.append(max(a + n for a, n in zip(cache.lengths, valid, strict=True)))
+        write_fields(cache, block, valid)
+
+    def entered(cache: KVCache, num: int = 1) -> int:
+        longest.append(cache.longest + num)
+        return enter(cache, num)
+
+    monkeypatch.setattr(KVCache, "write_fields", written)
+    engine.step.enter = entered  # type: ignore[method-assign]
+    engine.allowed["text"][engine.control.end] = -torch.inf
+    reasons = set()
+    for limit, seed in itertools.product((16, 30), range(2)):
+        engine.model.config = engine.model.config.model_copy(update={"max_context": limit})
+        common = {"temperature": 1.0, "steps": 1, "max_images": 1, "seed": seed}
+        plain = engine.generate("say", tokens_per_pass=1, **common)
+        longest[:] = [0]
+        assert same(plain, engine.generate("say", **common)) and max(longest) <= limit
+        reasons.add(plain.stop_reason)
+    assert "length" in reasons
+
+
+@pytest.mark.parametrize("verify", ["coupled", "rejection", "none"])
+@pytest.mark.parametrize("head", ["product", "sequential", "push_forward", "masked"])
+def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
+    """Also where verification would put the ids right: it is damage, and slow."""
+    engine = Engine(with_head(tiny_model, head))
+    text_alone(engine)
+    common = {"temperature": 1.0, "max_tokens": 8, "verify": verify}
+    if verify != "rejection" or head in ("product", "sequential"):
+        assert engine.generate("say", **common).stop_reason == "length"
+    assert engine.model.joint is not None
+    with torch.no_grad():
+        for parameter in engine.model.joint.parameters():
+            parameter.view(-1)[0] = math.nan
+    with pytest.raises(NotFiniteError, match="joint-token head's draft from token [1-4] of the reply on is not finite"):
+        engine.generate("say", **common)
 
 
 def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001

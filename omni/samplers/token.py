@@ -6,34 +6,39 @@ Legend: N scores, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from omni.finite import NotFiniteError
+from omni.finite import NotFiniteError, in_range, require_finite
 from omni.pick import pick
 from omni.rng import Key
 
 
-def best_ids(score_NV: Tensor, numbers: Iterable[int]) -> Tensor:
-    """(N,) int64: the (first) largest of each score. NotFiniteError unless that is a finite number, which it is not
-    where any score of the N is NaN or infinite, nor where every one is -inf; and where all are 0, which is what the
-    final norm makes of a hidden state too large for its square. numbers: of the N tokens in the reply, from 0, for the
-    error."""
-    top, ids = score_NV.max(-1)
-    for n, (value, number) in enumerate(zip(top.tolist(), numbers, strict=True)):
-        if value and math.isfinite(value):
-            continue
-        allowed = score_NV[n][score_NV[n].isfinite()]
-        if value == 0 and (len(allowed) < 2 or bool(allowed.any())):
-            continue
-        found = "all 0" if value == 0 else f"not finite (the largest is {value})"
-        raise NotFiniteError(
-            f"the logits of token {number + 1} of the reply are {found}: the model's weights are damaged, or too large "
-            "for its dtype; check its files with `omni verify`, or load it with dtype=torch.float32"
-        )
-    return ids
+def masked_scores(logits_NV: Tensor, mask: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The scores of N tokens, float32 (N, V) logits + mask, and the (first) best id of each, (N,) int64. mask: (V,) or
+    (N, V), 0 or -inf. numbers: of the tokens in the reply, from 0, for the error.
+
+    NotFiniteError where a logit is NaN or infinite, where the mask leaves no id, and where all logits are 0: the final
+    norm makes that of a hidden state whose square overflows.
+    """
+    scores = logits_NV.float() + mask
+    top, ids = scores.max(-1)
+    best = top.tolist()
+    if not in_range(logits_NV) or not all(value and math.isfinite(value) for value in best):
+        for logits_V, value, number in zip(logits_NV, best, numbers, strict=True):
+            _require_sound(logits_V, value, number)
+    return scores, ids
+
+
+def _require_sound(logits_V: Tensor, best: float, number: int) -> None:
+    what, way_out = f"the logits of token {number + 1} of the reply", "check the model's files with `omni verify`"
+    require_finite(logits_V, what, f"a weight is damaged, or too large for the model's dtype: {way_out}")
+    if not math.isfinite(best):
+        raise NotFiniteError(f"no id may be token {number + 1} of the reply: every one is masked; {way_out}")
+    if not logits_V.any():
+        raise NotFiniteError(f"{what} are all 0: a hidden state overflowed, so a weight is too large; {way_out}")
 
 
 def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
