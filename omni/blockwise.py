@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from omni.drafting import CacheCall, StateCall
+from omni.finite import NotFiniteError
 from omni.heads.joint import Draft
 from omni.layout import Span, TokenSpan
 from omni.nn.cache import KVCache
 from omni.pick import pick
 from omni.prefill import append_text
 from omni.reply import Drafted, Event
-from omni.samplers.token import token_law, token_noise
+from omni.samplers.token import masked_scores, token_law, token_noise
 from omni.samplers.verification import Verdict, agreed, block, rejection
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _plain(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tens
     """What plain decoding says in place of every id of a draft if those before it were right, and after it: as many ids
     as there are logits (K, V) or (K + 1, V)."""
     if not row.options.temperature:
-        return (logits.float() + _masks(engine, row, ids, len(logits))).argmax(-1)
+        return _scores(engine, row, ids, logits)[1]
     laws = _laws(engine, row, ids, logits)
     return pick(laws, laws.new_tensor(_noise(row, len(laws))))
 
@@ -150,6 +151,7 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     call = CacheCall(engine.model, cache, spans, engine.control.pad, engine.step)
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
+    _require_sound(talking, call, draft)
     if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft, call.start
     # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
@@ -180,7 +182,8 @@ def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
                 ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
         return ids, law
 
-    drafting = joint.head.carry_on(StateCall(engine.model, states), said.to(states.device))
+    call = StateCall(engine.model, states)
+    drafting = joint.head.carry_on(call, said.to(states.device))
     chosen = [choose(0, next(drafting))]
     while len(chosen) < num:  # until nothing may follow in any row
         so_far = torch.stack([ids for ids, _ in chosen], 1)
@@ -188,7 +191,24 @@ def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
             break
         chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
     ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
-    return Draft(ids, laws if wants_laws else None, len(chosen))
+    draft = Draft(ids, laws if wants_laws else None, len(chosen))
+    _require_sound(talking, call, draft)
+    return draft
+
+
+def _require_sound(talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
+    """NotFiniteError if the head drafted from logits, or by probabilities, that are not finite."""
+    wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
+    wrong = wrong if call.unsound is None else wrong | call.unsound
+    if draft.log_q is not None:
+        wrong = wrong | draft.log_q.gather(-1, draft.ids.unsqueeze(-1)).isnan().flatten(1).any(1)
+    found = wrong.tolist()
+    for row in talking:
+        if found[row.number]:
+            raise NotFiniteError(
+                f"the joint-token head's draft from token {row.num_tokens + 1} of the reply on is not finite: its "
+                "weights are damaged; check the model's files with `omni verify`, or take tokens_per_pass = 1"
+            )
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
@@ -237,7 +257,13 @@ def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tenso
     phase."""
     temperature = row.options.temperature
     assert temperature is not None
-    return token_law(logits.float() + _masks(engine, row, ids, len(logits)), temperature, row.options.top_p)
+    return token_law(_scores(engine, row, ids, logits)[0], temperature, row.options.top_p)
+
+
+def _scores(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (K, V) or (K + 1, V), each under the mask of its phase, and the best id of each; see `masked_scores`."""
+    numbers = range(row.num_tokens, row.num_tokens + len(logits))
+    return masked_scores(logits, _masks(engine, row, ids, len(logits)), numbers)
 
 
 def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:

@@ -121,7 +121,8 @@ class Chat:
         options = self.options.model_copy(update={"seed": self.options.seed + self.num_replies})
         answer = show(self.engine.stream(Document(request), options), self.printer)
         if not answer.segments:
-            self.printer.line("(the reply is empty)")
+            why = ": it asked for a picture beyond --max-images" if answer.stop_reason == "images" else ""
+            self.printer.line(f"(the reply is empty{why})")
         asked = ({},) * (len(request) - len(self.history))
         self.history, self.attached = (*request, *answer.segments), ()
         self.extras = (*self.extras, *asked, *answer.extras)

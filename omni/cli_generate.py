@@ -26,7 +26,17 @@ from omni.engine import Engine
 from omni.model import BUNDLED, Omni, from_pretrained
 from omni.nn.precision import require_device
 from omni.preparation import target_size
-from omni.reply import BlockDone, BlockStart, BlockStep, Event, GenerationOptions, ImagePart, Stop, TextDelta
+from omni.reply import (
+    BlockDone,
+    BlockStart,
+    BlockStep,
+    Event,
+    GenerationOptions,
+    ImagePart,
+    Stop,
+    StopReason,
+    TextDelta,
+)
 from omni.reply_files import check_folder, default_folder, write_reply
 from omni.terminal import Printer, Protocol, detect
 
@@ -75,7 +85,11 @@ def _write_numbered(exchange: Document, extras: list[dict[str, Any]], made_by: d
 def _say_done(answer: Answer, folder: Path, seconds: float) -> None:
     pictures = sum(not isinstance(segment, Text) for segment in answer.segments)
     files = f"{pictures} picture{'' if pictures == 1 else 's'}"
-    cut = "; cut off at --max-tokens" if answer.stop_reason == "length" else ""
+    reasons = {
+        "length": "; cut off at --max-tokens, or at the model's longest context",
+        "images": "; ended where the model asked for more pictures than --max-images",
+    }
+    cut = reasons.get(answer.stop_reason, "")
     print(f"wrote {folder / 'reply.md'}, reply.json and {files} ({seconds:.1f} s{cut})", file=sys.stderr)
 
 
@@ -145,7 +159,7 @@ class Answer:
 
     segments: list[Segment] = field(default_factory=list)
     extras: list[dict[str, Any]] = field(default_factory=list)
-    stop_reason: str = "end"
+    stop_reason: StopReason = "end"
 
     def add_text(self, text: str) -> None:
         last = self.segments[-1] if self.segments else None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 MISTAKE = 2
 
@@ -37,3 +40,18 @@ def exit_code(work: Callable[[], object]) -> int:
             raise
         return fail(error)
     return found if isinstance(found, int) else 0
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Within, each warning of Omni's own is one line on the error stream; those of other libraries stay as they are."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def in_a_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not category.__module__.startswith("omni."):
+                return show(message, category, *where, **more)
+            print(f"omni: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+        warnings.showwarning = in_a_line
+        yield

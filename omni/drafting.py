@@ -19,7 +19,19 @@ from omni.placeholders import Starts
 from omni.prefill import Behind, append_all
 
 
-class CacheCall(Reads):
+class DraftReads(Reads):
+    """What a head reads to draft, with a record of the rows (R,) whose logits were not finite."""
+
+    unsound: Tensor | None = None
+
+    def read(self, hidden: Tensor) -> Tensor:
+        logits = super().read(hidden)
+        wrong = ~logits.flatten(1).amax(1).isfinite()
+        self.unsound = wrong if self.unsound is None else self.unsound | wrong
+        return logits
+
+
+class CacheCall(DraftReads):
     """One block behind every row of a cache, after `spans` that the cache does not hold yet: the first pass appends
     them, and its placeholders read them at once, so that drafting needs no pass of its own for a prompt, a picture or
     the last token. Rows without spans stand still; what is drafted for them means nothing.
@@ -80,7 +92,7 @@ class CacheCall(Reads):
         return torch.cat([self._start.unsqueeze(1), hidden[:, hidden.shape[1] - n :]], 1)
 
 
-class StateCall(Reads):
+class StateCall(DraftReads):
     """Hidden states (R, W) that an earlier pass has made, and no pass more."""
 
     def __init__(self, model: Omni, start: Tensor) -> None:

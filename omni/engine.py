@@ -14,6 +14,7 @@ Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from omni.blockwise import speak
 from omni.config import build
+from omni.context import require_room, warn_if_nearly_full
 from omni.document import Document, Image, Role, Text, Video
 from omni.layout import LatentSpan, Span, TokenSpan
 from omni.model import Omni
@@ -45,9 +47,12 @@ from omni.reply import (
     VideoPart,
 )
 from omni.row import Media, Phase, Row
-from omni.samplers.token import draw_token
+from omni.samplers.token import draw_token, masked_scores
 from omni.text.chat import messages_to_document
-from omni.text.compose import compose
+from omni.text.compose import compose, frame_rate, header_length, prompt_length
+from omni.text.tokenizer import MAX_SIZE
+
+LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its header, one latent, media_end
 
 
 def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
@@ -75,7 +80,7 @@ class Engine:
         self.control = model.tokenizer.control
         self.device = model.token.embedding.weight.device
         self.step = (CompiledStep if compile else TokenStep)(model.transformer, model.token.output_weight)
-        self.allowed = {phase: self._allowed(phase) for phase in ("text", "text only", "chunks", "rows", "columns")}
+        self.allowed = {phase: self._allowed(phase) for phase in ("text", "chunks", "rate", "rows", "columns")}
 
     # ---- entrances ------------------------------------------------------------------------------------------------
 
@@ -132,21 +137,31 @@ class Engine:
 
     # ---- outer loop -----------------------------------------------------------------------------------------------
 
+    def _begin(self, row: Row) -> None:
+        """The prompt becomes what is pending. ValueError, before any pass, for what cannot be fulfilled."""
+        size = row.options.image_size
+        grid = None if size is None else self._grid_of(size)
+        if row.options.force_image:
+            if self.model.codec is None:
+                raise ValueError("force_image: this model has no codec, so it draws no pictures; leave it out")
+            if row.options.max_images < 1:
+                raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
+            row.forced = [self.control.image]
+        row.segments = [self.model.prepare(segment) for segment in row.given]
+        prompt, row.capacity = Document(tuple(row.segments)), self.model.config.max_context
+        row.length = prompt_length(prompt, self.tokenizer, self._num_latents, row.capacity)
+        if row.forced:
+            num = row.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
+            require_room(num, row.capacity, "the prompt and the picture that is forced have")
+        row.warned = warn_if_nearly_full(row.length, row.capacity)
+        media = [segment for segment in row.segments if not isinstance(segment, Text)]
+        row.latents = dict(zip(media, self.model.encode_media(media) if media else [], strict=True))
+        row.pending = compose(prompt, self.tokenizer, row.encoded, True)
+
     @torch.inference_mode()
     def _run(self, rows: list[Row]) -> Iterator[tuple[int, Event]]:
         for row in rows:
-            if row.options.image_size is not None:
-                self._grid_of(row.options.image_size)  # refuse an impossible size before any work
-            if row.options.force_image:
-                if self.model.codec is None:
-                    raise ValueError("force_image: this model has no codec, so it draws no pictures; leave it out")
-                if row.options.max_images < 1:
-                    raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
-                row.forced = [self.control.image]
-            row.segments = [self.model.prepare(segment) for segment in row.given]
-            media = [segment for segment in row.segments if not isinstance(segment, Text)]
-            row.latents = dict(zip(media, self.model.encode_media(media) if media else [], strict=True))
-            row.pending = compose(Document(tuple(row.segments)), self.tokenizer, row.encoded, True)
+            self._begin(row)
         cache = self.model.transformer.new_cache(len(rows), 256)
         logits = torch.empty(0)
         while any(row.phase != "done" for row in rows):
@@ -180,37 +195,45 @@ class Engine:
         """(V,) additive: which ids may come in a phase. This is what makes the header well formed."""
         c, config = self.control, self.model.config
         mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
-        if phase.startswith("text"):
+        if phase == "text":
             mask[: self.tokenizer.num_text] = 0
             mask[c.end] = 0
-            if phase == "text" and self.model.codec is not None:
+            if self.model.codec is not None:
                 mask[[c.image, c.video]] = 0
         else:
-            largest = config.max_chunks if phase == "chunks" else config.max_grid
+            largest = {"chunks": config.max_chunks, "rate": MAX_SIZE}.get(phase, config.max_grid)
             mask[[c.size(n) for n in range(1, largest + 1)]] = 0
         return mask
 
     def mask_of(self, row: Row, phase: Phase) -> Tensor:
         """(V,) additive: which ids may come next in a phase of this row."""
-        return self.allowed["text only" if phase == "text" and row.num_media >= row.options.max_images else phase]
+        mask, fps = self.allowed[phase], row.options.fps
+        if phase != "rate" or fps is None:
+            return mask
+        only = torch.full_like(mask, -torch.inf)
+        only[self.control.size(frame_rate(fps))] = 0
+        return only
 
     def following(self, row: Row, phase: Phase, token: int) -> Phase:
         """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
         c = self.control
         if phase == "text" and token in (c.image, c.video):
+            if row.num_media >= row.options.max_images:
+                return "done"
             forced = token == c.image and row.options.image_size is not None
             return "block" if forced else "rows" if token == c.image else "chunks"
         if phase == "text":
             return "done" if token == c.end else "text"
-        after: dict[Phase, Phase] = {"chunks": "rows", "rows": "columns", "columns": "block"}
+        after: dict[Phase, Phase] = {"chunks": "rate", "rate": "rows", "rows": "columns", "columns": "block"}
         return after.get(phase, phase)
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
         """One id per row: greedy, or drawn by the row's own key."""
         masks = [self.mask_of(r, r.phase) for r in rows]
         mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
-        scores = mine.float() + (masks[0] if len(masks) == 1 else torch.stack(masks))
-        greedy = scores.argmax(-1).tolist()
+        mask = masks[0] if len(masks) == 1 else torch.stack(masks)
+        scores, best_ids = masked_scores(mine, mask, [row.num_tokens for row in rows])
+        greedy = best_ids.tolist()
         chosen = []
         for row, best, score in zip(rows, greedy, scores, strict=True):
             if not row.options.temperature:
@@ -230,32 +253,45 @@ class Engine:
 
     def advance(self, row: Row, token: int) -> Iterator[Event]:
         """Move the row's state machine by one id."""
-        c = self.control
-        if row.phase == "text":
-            if token < self.tokenizer.num_text:
-                row.text += row.stream.push(token)
-                yield from self._emit(row)
-                if row.phase != "done" and row.num_tokens >= row.options.max_tokens:
-                    yield from self._finish(row, "length")
-            elif token == c.end:
-                yield from self._finish(row, "end")
-            else:
-                yield from self._close_text(row)
-                row.media = Media("image" if token == c.image else "video", row.num_media)
-                row.phase = "rows" if token == c.image else "chunks"
-                if token == c.image and row.options.image_size is not None:
-                    height, width = self._grid_of(row.options.image_size)
-                    row.forced += [c.size(height), c.size(width)]
-            return
+        row.length += 1
+        if row.phase != "text":
+            yield from self._advance_header(row, token)
+        elif token < self.tokenizer.num_text:
+            row.text += row.stream.push(token)
+            yield from self._emit(row)
+            if row.phase != "done" and (row.num_tokens >= row.options.max_tokens or row.length >= row.capacity):
+                yield from self._finish(row, "length")
+        elif token == self.control.end:
+            yield from self._finish(row, "end")
+        elif row.num_media >= row.options.max_images:
+            yield from self._finish(row, "images")
+        elif not row.has_room(LEAST_MEDIA):
+            yield from self._finish(row, "length")
+        else:
+            yield from self._close_text(row)
+            is_image = token == self.control.image
+            row.media = Media("image" if is_image else "video", row.num_media)
+            row.phase = "rows" if is_image else "chunks"
+            if is_image and row.options.image_size is not None:
+                row.forced += [self.control.size(n) for n in self._grid_of(row.options.image_size)]
+
+    def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
+        """The same by one size of a header. A picture or clip that has no room is not begun."""
         media, size = row.media, self.control.size_of(token)
         assert media is not None and size is not None
         if row.phase == "chunks":
-            media.chunks, row.phase = size, "rows"
+            media.chunks, row.phase = size, "rate"
+        elif row.phase == "rate":
+            media.rate, row.phase = size, "rows"
         elif row.phase == "rows":
             media.rows, row.phase = size, "columns"
         else:
             media.columns, row.phase = size, "block"
-            yield BlockStart(media.kind, media.index, self.grid(media))
+            grid = self.grid(media)
+            if row.has_room(media.chunks * math.prod(grid) + 1):
+                yield BlockStart(media.kind, media.index, grid)
+            else:
+                yield from self._finish(row, "length")
 
     def _emit(self, row: Row) -> Iterator[Event]:
         """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
@@ -284,6 +320,7 @@ class Engine:
         row.reason = reason
         yield from self._close_text(row)
         row.phase = "done"
+        row.warned = row.warned or warn_if_nearly_full(row.length, row.capacity)
 
     # ---- inner loop -----------------------------------------------------------------------------------------------
 
@@ -291,6 +328,11 @@ class Engine:
         assert self.model.codec is not None
         t = 1 if media.kind == "image" else self.model.codec.spec.frames_per_chunk
         return (t, media.rows, media.columns)
+
+    def _num_latents(self, segment: Image | Video) -> int:
+        """Of media of the prompt, before they are encoded."""
+        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
+        return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.model.codec is None:
@@ -307,9 +349,11 @@ class Engine:
         assert media is not None and codec is not None
         grid = self.grid(media)
         row.pending.append(LatentSpan(media.finished[-1], grid))
+        row.length += len(media.finished[-1])
         if len(media.finished) < media.chunks:
             return  # the next chunk of the clip comes in the next round
         row.pending.append(TokenSpan([self.control.media_end], [False]))
+        row.length += 1
         blocks = [z.reshape(*grid, -1) for z in media.finished]
         o = row.options
         assert o.steps is not None
@@ -321,8 +365,8 @@ class Engine:
             part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index, media.evaluations)
         else:
             frames = codec.decode_video(blocks).cpu()
-            segment = Video(frames, role=Role.ASSISTANT)
-            part = VideoPart(frames, 8.0, o.steps, o.seed, media.index, media.evaluations)
+            segment = Video(frames, o.fps or media.rate, Role.ASSISTANT)
+            part = VideoPart(frames, segment.fps, o.steps, o.seed, media.index, media.evaluations)
         row.segments.append(segment)
         row.latents[segment] = blocks
         row.parts.append(part)

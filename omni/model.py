@@ -53,8 +53,8 @@ class OmniConfig(Frozen):
     """Everything that fixes the shapes of the weights. `vocab_size` counts text and control ids.
 
     `sampler` names the sampler that suits the flow head: "euler" after flow matching, "flow_map" after a two-time
-    objective. `max_grid` bounds the header the model may write, in latents. logit_cap: see heads.token. joint: a
-    joint-token head, or None.
+    objective. `max_grid` bounds the header the model may write, in latents. `max_context`: positions of a prompt and
+    its reply together (see omni.context). logit_cap: see heads.token. joint: a joint-token head, or None.
     """
 
     transformer: TransformerConfig = TransformerConfig()
@@ -65,6 +65,7 @@ class OmniConfig(Frozen):
     sampler: str = "euler"
     max_grid: int = 8
     max_chunks: int = 8
+    max_context: int = Field(default=4096, ge=16, le=2**24)
     joint: JointConfig | None = None
 
 

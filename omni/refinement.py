@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omni.codecs.codec import MAX_LATENT
 from omni.document import Document, Role
+from omni.finite import in_range, require_finite
 from omni.guidance import Drop, open_turn, reduce
 from omni.layout import LatentSpan, Span, TokenSpan
 from omni.nn.cache import KVCache
@@ -20,7 +22,8 @@ from omni.reply import BlockStep, Event
 from omni.rng import Key
 from omni.row import Row
 from omni.samplers import SAMPLERS
-from omni.text.compose import compose
+from omni.samplers.schedule import State
+from omni.text.compose import block_header, compose
 
 if TYPE_CHECKING:
     from omni.engine import Engine
@@ -61,12 +64,24 @@ def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> I
     extra = {} if options.gamma is None else {"gamma": options.gamma}
     for state in SAMPLERS.get(options.sampler)(call, x, times, noise, **extra):
         x = state.x
+        if not in_range(x, MAX_LATENT):
+            _refuse(group, x, state)
         for b, row in enumerate(group):
             assert row.media is not None
             yield row.number, BlockStep(row.media.index, state.step, state.steps, x[b].float())
     for b, row in enumerate(group):
         assert row.media is not None
         row.media.finished.append(x[b].float())
+
+
+def _refuse(group: list[Row], x: Tensor, state: State) -> None:
+    """NotFiniteError for the first row of the group whose latents of x (B, N, C) are not finite, or no latents."""
+    for row, latents in zip(group, x, strict=True):
+        assert row.media is not None
+        kind = "picture" if row.media.kind == "image" else f"chunk {len(row.media.finished) + 1} of clip"
+        where = f"the latents of {kind} {row.media.index + 1}, after step {state.step} of {state.steps},"
+        way_out = "lower the guidance, or check the model's files with `omni verify`"
+        require_finite(latents, where, way_out, MAX_LATENT)
 
 
 def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: int) -> Tensor:
@@ -116,9 +131,7 @@ def null_spans(engine: Engine, row: Row, what: Drop) -> list[Span]:
     spans = compose(Document(history), engine.tokenizer, row.encoded)
     last = spans[-1]
     assert isinstance(last, TokenSpan) and last.ids[-1] == engine.control.end
-    c = engine.control
-    sizes = [c.size(media.rows), c.size(media.columns)]
-    header = [c.image, *sizes] if media.kind == "image" else [c.video, c.size(media.chunks), *sizes]
-    ids = [*last.ids[:-1], *header]
+    clip = None if media.kind == "image" else (media.chunks, media.rate)
+    ids = [*last.ids[:-1], *block_header(engine.control, media.rows, media.columns, clip)]
     grid = engine.grid(media)
     return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image as PILImage
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from omni.config import Frozen, build, nearest
@@ -39,6 +39,8 @@ class GenerationOptions(Frozen):
     adaptive: drafts as long as the last ones stood, at most tokens_per_pass.
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass. stop: strings that end the reply.
     force_image: the reply starts with a picture. image_size: (height, width) in pixels of every picture.
+    fps: frames per second of every clip; its header names them rounded.
+    max_images: pictures and clips of the reply; where the model asks for one more, the reply ends.
     """
 
     steps: int | None = None
@@ -63,6 +65,9 @@ class GenerationOptions(Frozen):
     stop: tuple[str, ...] = ()
     force_image: bool = False
     image_size: tuple[int, int] | None = None
+    fps: float | None = Field(
+        default=None, ge=0.5, lt=64.5, description="frames per second of every clip, instead of the model's choice"
+    )
 
     @field_validator("verify")
     @classmethod
@@ -172,7 +177,8 @@ class ImagePart:
 
 @dataclass(frozen=True, eq=False)
 class VideoPart:
-    """A drawn clip: frames uint8 (T, H, W, 3). steps: of each of its blocks; evaluations: of all of them."""
+    """A drawn clip: frames uint8 (T, H, W, 3) at `fps` a second, the request's or what the model wrote in its header.
+    steps: of each of its blocks; evaluations: of all of them."""
 
     frames: Tensor
     fps: float
@@ -183,7 +189,7 @@ class VideoPart:
 
 
 Part = TextPart | ImagePart | VideoPart
-StopReason = Literal["end", "stop", "length"]
+StopReason = Literal["end", "stop", "length", "images"]  # see Stop
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,9 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Stop:
+    """Why the reply is over: "end", the model ended it; "stop", a stop string; "length", max_tokens or the model's
+    longest context; "images", the model asked for a picture or clip beyond max_images."""
+
     reason: StopReason
 
 

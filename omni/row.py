@@ -5,6 +5,7 @@ Legend: N latents of a block, C channels, W width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +18,7 @@ from omni.reply import Drafted, GenerationOptions, Part, StopReason
 from omni.rng import Key
 from omni.text.tokenizer import TextStream
 
-Phase = Literal["text", "chunks", "rows", "columns", "block", "done"]
+Phase = Literal["text", "chunks", "rate", "rows", "columns", "block", "done"]
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Media:
     kind: Literal["image", "video"]
     index: int
     chunks: int = 1
+    rate: int = 0  # frames per second of a clip, as its header names them
     rows: int = 0
     columns: int = 0
     finished: list[Tensor] = field(default_factory=list)  # latents (N, C) of the finished blocks
@@ -41,6 +43,9 @@ class Row:
     stream: TextStream
     segments: list[Segment] = field(default_factory=list)  # the prompt, prepared, and finished segments of the reply
     latents: dict[Image | Video, list[Tensor]] = field(default_factory=dict)  # of the media among them: (t, h, w, C)
+    capacity: int = sys.maxsize  # positions that its context may have
+    length: int = 0  # positions that it has, those that are pending included
+    warned: bool = False  # that it is nearly full
     phase: Phase = "text"
     text: str = ""  # the open text segment
     emitted: int = 0  # characters of it already sent
@@ -82,8 +87,12 @@ class Row:
     @property
     def draft_length(self) -> int:
         """Tokens of the next draft, at most."""
-        budget = self.options.tokens_per_pass or 1
+        budget = min(self.options.tokens_per_pass or 1, self.capacity - self.length)
         return budget if self.room is None else min(self.room, budget)
+
+    def has_room(self, num: int) -> bool:
+        """Whether `num` more positions leave one for the end of the turn."""
+        return self.length + num < self.capacity
 
     def note(self, drafted: Drafted) -> None:
         """A round has been. With `adaptive`, the next draft of the head is twice as long if all of its last one was

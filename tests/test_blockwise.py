@@ -13,6 +13,7 @@ from torch import Tensor
 import omni
 from omni.blockwise import _noise
 from omni.engine import Engine
+from omni.finite import NotFiniteError
 from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
 from omni.model import Omni
 from omni.nn.cache import KVCache
@@ -74,10 +75,16 @@ def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:  # n
 
 
 def lift(engine: Engine) -> None:
-    for name in ("text", "text only"):
-        mask = engine.allowed[name]
-        mask[engine.control.end] += 2.0
-        mask[engine.control.image] += 4.0
+    mask = engine.allowed["text"]
+    mask[engine.control.end] += 2.0
+    mask[engine.control.image] += 4.0
+
+
+def text_alone(engine: Engine) -> Tensor:
+    """Neither the end nor a picture may come."""
+    c, mask = engine.control, engine.allowed["text"]
+    mask[[c.end, c.image, c.video]] = -torch.inf
+    return mask
 
 
 def same(a: Reply, b: Reply) -> bool:
@@ -109,11 +116,66 @@ def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: floa
             assert (d.passes > 1) <= d.kept <= d.drafted <= K
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, temperature: float) -> None:
+    """With lifted pictures every reply asks for one more than it may."""
+    engine.allowed["text"][engine.control.end] = -torch.inf
+    engine.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
+    for budget in (0, 1):
+        common = {"temperature": temperature, "max_tokens": 200, "max_images": budget, "steps": 1, "seed": 1}
+        plain = engine.generate("say", tokens_per_pass=1, **common)
+        assert same(plain, engine.generate("say", **common))
+        assert plain.stop_reason == "images" and len(plain.images) == budget
+
+
+@pytest.mark.filterwarnings("ignore::omni.context.ContextWarning")
+def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No draft reaches past it, and a picture that has no room is not begun."""
+    longest, write_fields, enter = [0], KVCache.write_fields, engine.step.enter
+
+    def written(cache: KVCache, block: Tensor, valid: list[int]) -> None:
+        longest.append(max(a + n for a, n in zip(cache.lengths, valid, strict=True)))
+        write_fields(cache, block, valid)
+
+    def entered(cache: KVCache, num: int = 1) -> int:
+        longest.append(cache.longest + num)
+        return enter(cache, num)
+
+    monkeypatch.setattr(KVCache, "write_fields", written)
+    engine.step.enter = entered  # type: ignore[method-assign]
+    engine.allowed["text"][engine.control.end] = -torch.inf
+    reasons = set()
+    for limit, seed in itertools.product((16, 30), range(2)):
+        engine.model.config = engine.model.config.model_copy(update={"max_context": limit})
+        common = {"temperature": 1.0, "steps": 1, "max_images": 1, "seed": seed}
+        plain = engine.generate("say", tokens_per_pass=1, **common)
+        longest[:] = [0]
+        assert same(plain, engine.generate("say", **common)) and max(longest) <= limit
+        reasons.add(plain.stop_reason)
+    assert "length" in reasons
+
+
+@pytest.mark.parametrize("verify", ["coupled", "rejection", "none"])
+@pytest.mark.parametrize("head", ["product", "sequential", "push_forward", "masked"])
+def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
+    """Also where verification would put the ids right: it is damage, and slow."""
+    engine = Engine(with_head(tiny_model, head))
+    text_alone(engine)
+    common = {"temperature": 1.0, "max_tokens": 8, "verify": verify}
+    if verify != "rejection" or head in ("product", "sequential"):
+        assert engine.generate("say", **common).stop_reason == "length"
+    assert engine.model.joint is not None
+    with torch.no_grad():
+        for parameter in engine.model.joint.parameters():
+            parameter.view(-1)[0] = math.nan
+    with pytest.raises(NotFiniteError, match="joint-token head's draft from token [1-4] of the reply on is not finite"):
+        engine.generate("say", **common)
+
+
 def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "roll_out"))
     assert engine.model.joint is not None
-    engine.allowed["text only"][engine.control.end] = -torch.inf
-    engine.model.joint.head.mask = engine.allowed["text only"]  # type: ignore[assignment]
+    engine.model.joint.head.mask = text_alone(engine)  # type: ignore[assignment]
     reply = engine.generate("say", temperature=1.0, max_tokens=40, seed=3, max_images=0)
     assert len(reply.drafts) == 8 and all(d.kept == d.drafted for d in reply.drafts)
 
@@ -135,7 +197,7 @@ def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa:
 
 def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "four_ids"))
-    engine.allowed["text only"][engine.control.end] = -torch.inf
+    text_alone(engine)
     kept = []
     for n in range(K + 1):
         reply = engine.generate("say", temperature=1.0, max_tokens=40, max_images=0, seed=1, sweeps=n)
@@ -147,7 +209,7 @@ def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
 def test_the_rest_of_a_draft_that_fell_is_judged_before_the_head_drafts_again(tiny_model) -> None:  # noqa: ANN001
     """The same strings in fewer drafts; each rest is what the round before left of its own draft."""
     engine = Engine(with_head(tiny_model, "four_ids"))
-    engine.allowed["text only"][engine.control.end] = -torch.inf
+    text_alone(engine)
     common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 4}
     anew, again = (engine.generate("say", recycle=recycle, **common) for recycle in (False, True))
     assert anew.text == again.text == engine.generate("say", tokens_per_pass=1, **common).text
@@ -199,9 +261,9 @@ def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
     common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 2}
     for head, longest in (("four_ids", 3), ("roll_out", K)):
         engine = Engine(with_head(tiny_model, head))
-        engine.allowed["text only"][engine.control.end] = -torch.inf
+        mask = text_alone(engine)
         if head == "roll_out":
-            engine.model.joint.head.mask = engine.allowed["text only"]  # type: ignore[union-attr, assignment]
+            engine.model.joint.head.mask = mask  # type: ignore[union-attr, assignment]
         plain, adapted = engine.generate("say", **common), engine.generate("say", adaptive=True, **common)
         assert plain.text == adapted.text
         lengths = [d.drafted for d in adapted.drafts if not d.again]
@@ -231,7 +293,7 @@ def test_a_draft_cannot_make_a_header_malformed(engine: Engine) -> None:
     """Unverified too: whatever is drafted, headers are of sizes and turns end properly."""
     for seed in range(6):
         reply = engine.generate("x", temperature=1.0, max_tokens=24, steps=1, max_images=2, seed=seed, verify="none")
-        assert reply.stop_reason in ("end", "length") and len(reply.images) <= 2
+        assert reply.stop_reason in ("end", "length", "images") and len(reply.images) <= 2
         largest = engine.model.config.max_grid * engine.model.codec.spec.stride[1]  # type: ignore[union-attr]
         assert all(max(image.size) <= largest for image in reply.images)
 

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from scripted import force, living
 
 import omni
 from omni.codecs.pixels import PixelCodec
-from omni.document import Document, Image, Role, Text
+from omni.document import Document, Image, Role, Text, Video
 from omni.engine import Engine
 from omni.guidance import drop, reduce
 from omni.layout import TokenSpan
 from omni.prefill import append_spans, refine_stream
 from omni.refinement import null_spans
-from omni.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta
+from omni.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta, VideoPart
 from omni.rng import Key
 from omni.samplers.token import draw_token
+from omni.text.compose import frame_rate
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> omni.Omni:  # noqa: ANN001
     """Random weights, every part alive."""
-    model = omni.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modulation" in name or "velocity" in name:
-                parameter.copy_(Key(0).fold(name).normal(tuple(parameter.shape)) * 0.2)
-    return model
-
-
-def force(model: omni.Omni, script: list[int]) -> Engine:
-    """An engine whose token choices follow a script (per row), so that structure can be tested on random weights."""
-    engine = Engine(model)
-    choose = engine._choose
-
-    def scripted(rows, logits):  # noqa: ANN001, ANN202
-        chosen = choose(rows, logits)
-        return [
-            script[r.num_tokens - 1] if r.num_tokens <= len(script) else c for r, c in zip(rows, chosen, strict=True)
-        ]
-
-    engine._choose = scripted  # type: ignore[method-assign]
-    return engine
+    return living(tiny_model)
 
 
 def picture_script(engine: Engine, h: int, w: int) -> list[int]:
@@ -82,19 +66,77 @@ def test_logits_are_capped_wherever_they_are_read(model: omni.Omni, monkeypatch:
     assert len(seen) > 6 and min(seen) > 0.01 and max(seen) <= 0.05
 
 
-def test_a_clip_is_a_row_of_chunks(model: omni.Omni) -> None:
-    c = Engine(model).control
-    script = [c.video, c.size(3), c.size(1), c.size(2), c.end]
-    reply = force(model, script).generate("move", steps=2)
+def clip_script(engine: Engine, chunks: int, rate: int) -> list[int]:
+    """A clip of chunks x 1 x 2 latents, and the end."""
+    c = engine.control
+    return [c.video, *map(c.size, (chunks, rate, 1, 2)), c.end]
+
+
+def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -> None:
+    """What comes back into the next prompt has the header that the model wrote."""
+    engine = Engine(model)
+    reply = force(model, clip_script(engine, 3, 24)).generate("move", steps=2)
     [clip] = reply.parts
-    assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
+    assert isinstance(clip, VideoPart) and clip.frames.shape == (3, 4, 8, 3) and clip.fps == 24
+    segment = reply.document.segments[-1]
+    assert isinstance(segment, Video) and segment.fps == 24 and torch.equal(segment.frames, clip.frames)
+    spans = model.spans(reply.document)
+    header = [token for span in spans if isinstance(span, TokenSpan) for token in span.ids if token in engine.control]
+    assert header[-8:-2] == [engine.control.assistant, *clip_script(engine, 3, 24)[:-1]]
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(24, 24), (23.976, 24), (0.5, 1), (64.4, 64)])
+def test_a_forced_frame_rate_arrives_in_the_clip(model: omni.Omni, fps: float, rate: int) -> None:
+    """The header's id is forced by its mask, whatever the logits are; the clip has the very number that was asked."""
+    engine = Engine(model)
+    engine.allowed = {  # a clip of one chunk, chosen by the model itself
+        name: torch.full_like(mask, -torch.inf).index_fill(0, torch.tensor(ids), 0)
+        for (name, mask), ids in zip(
+            engine.allowed.items(),
+            ([engine.control.video], [engine.control.size(1)], [*map(engine.control.size, range(1, 65))],
+             [engine.control.size(1)], [engine.control.size(1)]),
+            strict=True,
+        )
+    }  # fmt: skip
+    for temperature in (0.0, 1.0):
+        events = list(engine.stream("move", steps=1, fps=float(fps), max_images=1, temperature=temperature))
+        [clip] = [event.part for event in events if isinstance(event, BlockDone)]
+        assert isinstance(clip, VideoPart) and clip.fps == fps and frame_rate(clip.fps) == rate
+        assert events[-1] == Stop("images")
+
+
+@pytest.mark.parametrize("fps", [0.0, 0.49, 64.5, -8.0, float("nan"), float("inf")])
+def test_a_frame_rate_without_an_id_is_refused(model: omni.Omni, fps: float) -> None:
+    with pytest.raises(ValueError, match="fps"):
+        model.generate("move", fps=fps)
 
 
 def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
-    c = Engine(model).control
-    script = [c.video, c.size(3), c.size(1), c.size(2), c.end]
+    script = clip_script(Engine(model), 3, 8)
     [clip] = force(model, script).generate("move", steps=2, image_size=(8, 8)).parts
     assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
+
+
+def test_a_picture_beyond_the_budget_ends_the_reply(model: omni.Omni) -> None:
+    """In place of text for ever, which is what is left where pictures are wanted and forbidden."""
+    script = picture_script(Engine(model), 1, 1)[:-1]  # text, a picture, text
+    again = [*script, *script, *script]
+    reply = force(model, again).generate("three pictures", steps=1, max_images=1)
+    assert [type(part).__name__ for part in reply.parts] == ["TextPart", "ImagePart", "TextPart"]
+    assert reply.text == "hi okhi " and reply.stop_reason == "images"
+    none = force(model, again).generate("three pictures", max_images=0)
+    assert none.text == "hi " and none.stop_reason == "images" and not none.images
+    clip = force(model, clip_script(Engine(model), 1, 8)).generate("move", max_images=0)
+    assert clip.parts == [] and clip.stop_reason == "images"
+
+
+def test_text_does_not_depend_on_a_budget_of_pictures_that_it_does_not_ask_for(model: omni.Omni) -> None:
+    engine = Engine(model)
+    engine.allowed["text"][[engine.control.image, engine.control.video]] = -torch.inf
+    with_pictures, without = (
+        engine.generate("say", temperature=1.0, max_tokens=12, max_images=n, seed=3) for n in (16, 0)
+    )
+    assert with_pictures.text == without.text != "" and with_pictures.stop_reason == without.stop_reason
 
 
 def test_a_forced_picture_needs_a_codec(tiny_model) -> None:  # noqa: ANN001
@@ -237,17 +279,18 @@ def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) ->
     engine = Engine(model)
     pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
     history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
-    target = Image(pixels, Role.ASSISTANT, supervise=True)
     from omni.layout import LatentSpan
     from omni.row import Media, Row
 
-    for what in ("text", "images", "all"):
+    image, video = Image(pixels, Role.ASSISTANT, True), Video(pixels[None], 30.2, Role.ASSISTANT, True)
+    both = [(image, Media("image", 0, rows=2, columns=2)), (video, Media("video", 0, 1, 30, rows=2, columns=2))]
+    for what, (target, media) in itertools.product(("text", "images", "all"), both):
         trained = drop(Document((*history, target)), what)
         assert trained is not None
         spans = model.spans(trained)
         row = Row(0, GenerationOptions(), history, engine.tokenizer.stream(), list(history))
         row.latents[history[1]] = model.encode_media([history[1]])[0]
-        row.media = Media("image", 0, rows=2, columns=2)
+        row.media = media
         inferred = null_spans(engine, row, what)
         last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))
         flat = lambda group: [s.ids if not isinstance(s, LatentSpan) else s.grid for s in group]  # noqa: E731

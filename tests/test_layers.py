@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TOPS = ("omni", "train", "eval")
 
 LEVELS = {
-    0: {"config", "rng", "document", "command"},
+    0: {"config", "rng", "document", "command", "context", "finite"},
     1: {
         *("layout", "mask", "positions", "media", "preparation", "checkpoint"),
         *("coupling", "guidance", "placeholders", "pick", "terms"),

@@ -48,7 +48,7 @@ DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator ea
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
-WITHOUT_EFFECT |= {"joint", "vocab_size", "choice_bits"}
+WITHOUT_EFFECT |= {"joint", "vocab_size", "choice_bits", "max_context"}
 # What a setting says before it is taken up: the weights of the other are copies then, or add nothing.
 NOT_YET = {"latent_weights": "shared", "choices": []}
 

@@ -45,9 +45,9 @@ from omni.engine import Engine
 from omni.heads.joint import build_head
 from omni.prefill import append_spans
 from omni.reply import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelta
+from omni.text.compose import header_length
 
 KINDS = ("draw", "name", "scene", "edit", "open", "story", "text", "chat")
-HEADER = {"image": 3, "video": 4}  # tokens that announce a block: its kind and its size
 MIXTURE = {"draw": 0.1, "name": 0.1, "story": 0.3, "text": 0.4, "chat": 0.1}
 LAWS = ("rejection", "block")
 
@@ -300,13 +300,13 @@ def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -
                 text += event.text
             case BlockStart():
                 text += f"<{event.kind} {event.grid}>"
-                number += HEADER[event.kind]
+                number += header_length(event.kind == "video")
             case Drafted():
                 rounds.append(event)
             case Stop():
                 text += f"<{event.reason}>"
-                number += event.reason == "end"
-    words = re.split(r"<(?:image|video)[^>]*>|<(?:end|stop|length)>", text)
+                number += event.reason in ("end", "images")
+    words = re.split(r"<(?:image|video)[^>]*>|<(?:end|stop|length|images)>", text)
     number += sum(len(engine.tokenizer.encode(part)) for part in words)
     return Told(text, rounds, number, seconds)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.codecs.codec import CONFIG_FILE, Codec, CodecSpec, codecs
+from omni.codecs.codec import CONFIG_FILE, Codec, CodecSpec, codecs, to_bytes
 from omni.config import Frozen, build, nearest
 from omni.rng import Key
 
@@ -226,8 +226,8 @@ def to_pictures(pixels: Tensor) -> Tensor:
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded and clipped."""
-    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded and clipped. NotFiniteError for NaN and infinity."""
+    return to_bytes(pictures).permute(0, 2, 3, 1).contiguous()
 
 
 # -------------------------------------------------------------------------------------------------- diffusers

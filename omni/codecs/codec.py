@@ -19,10 +19,13 @@ from torch import Tensor
 from omni.checkpoint import load_tensors, publish, read_bytes
 from omni.config import Frozen, Registry
 from omni.document import Image, Video
+from omni.finite import require_finite
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MAX_GRID = 64  # latent rows or columns that the size header of a document can name
+MAX_LATENT = 1e4  # standard deviations: no picture has such a latent, and no sound model draws one
+UNSOUND = "its weights are damaged: restore its files, and check them with `omni verify`"
 
 
 class CodecSpec(Frozen):
@@ -68,21 +71,27 @@ class Codec(ABC):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> float32 (B, h, w, C), normalised. ValueError on another type, shape or size.
+        """uint8 (B, H, W, 3) -> float32 (B, h, w, C), normalised. ValueError on another type, shape or size;
+        NotFiniteError if the codec gives NaN or infinity.
 
         The latents of a picture are the same bits whatever else is in the batch.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
         self.grid(*pixels.shape[1:3])
-        return self._encode(pixels)
+        latents = self._encode(pixels)
+        require_finite(latents, f"the latents that codec {self.spec.name!r} makes", UNSOUND)
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised float (B, h, w, C) -> uint8 (B, H, W, 3). ValueError on another shape."""
+        """Normalised float (B, h, w, C) -> uint8 (B, H, W, 3). ValueError on another shape; NotFiniteError for latents
+        that are NaN, infinite or beyond MAX_LATENT, or if the codec makes such pixels of others."""
         if latents.ndim != 4 or latents.shape[-1] != self.spec.channels or not latents.is_floating_point():
             got = f"{latents.dtype} {tuple(latents.shape)}"
             raise ValueError(f"decode takes float latents (B, h, w, {self.spec.channels}), got {got}")
+        way_out = "those of pictures have mean 0 and deviation 1: give latents of this codec"
+        require_finite(latents, f"the latents given to codec {self.spec.name!r}", way_out, MAX_LATENT)
         return self._decode(latents.float())
 
     @abstractmethod
@@ -113,6 +122,12 @@ class Codec(ABC):
         if not chunks:
             raise ValueError("decode_video takes at least one chunk, got none")
         return torch.cat([self.decode(chunk) for chunk in chunks])
+
+    def num_latents(self, shape: Sequence[int]) -> int:
+        """How many latents encoding media of a shape gives, (H, W, 3) or (T, H, W, 3). ValueError as `grid` and
+        `num_chunks` raise it."""
+        rows, columns = self.grid(*shape[-3:-1])
+        return rows * columns * (1 if len(shape) == 3 else self.num_chunks(shape[0]) * self.spec.frames_per_chunk)
 
     # -------------------------------------------------------------------------------------------- segments
 
@@ -196,6 +211,12 @@ def _is_diffusers(path: Path) -> bool:
         return "_class_name" in json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Float pixels in [-1, 1], of any shape -> uint8, rounded and clipped. NotFiniteError for NaN and infinity."""
+    require_finite(pictures, "the pixels that the codec decodes", UNSOUND)
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def psnr(reference: Tensor, other: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import Field
 from torch import Tensor
 
-from omni.codecs.codec import Codec, CodecSpec, codecs
+from omni.codecs.codec import Codec, CodecSpec, codecs, to_bytes
 from omni.config import Frozen, build
 
 
@@ -59,5 +59,4 @@ class PixelCodec(Codec):
         batch, rows, columns, _ = latents.shape
         p = self.configuration.patch
         patches = latents.reshape(batch, rows, columns, p, p, 3).transpose(2, 3)
-        pixels = patches.reshape(batch, rows * p, columns * p, 3)
-        return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        return to_bytes(patches.reshape(batch, rows * p, columns * p, 3))

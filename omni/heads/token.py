@@ -8,6 +8,7 @@ Legend: R rows, N positions, W width, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,5 +34,9 @@ class TokenHead(nn.Module):
         return self.cap(F.linear(hidden, self.output_weight))
 
     def cap(self, logits: Tensor) -> Tensor:
-        """What `read` makes of plain products; in float32, where tanh does not round to 1."""
-        return logits if self.logit_cap is None else self.logit_cap * (logits.float() / self.logit_cap).tanh()
+        """What `read` makes of plain products; in float32, where tanh does not round to 1. Outside of training an
+        infinite product becomes NaN: its tanh is 1, which is a score like any other."""
+        if self.logit_cap is None:
+            return logits
+        capped = self.logit_cap * (logits.float() / self.logit_cap).tanh()
+        return capped if torch.is_grad_enabled() else torch.add(capped, logits, alpha=0)

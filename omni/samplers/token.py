@@ -1,15 +1,44 @@
 """Drawing one id from logits, by a key: temperature and nucleus (top-p, arXiv 1904.09751).
 
-Legend: V vocabulary.
+Legend: N scores, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from omni.finite import NotFiniteError, in_range, require_finite
 from omni.pick import pick
 from omni.rng import Key
+
+
+def masked_scores(logits_NV: Tensor, mask: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The scores of N tokens, float32 (N, V) logits + mask, and the (first) best id of each, (N,) int64. mask: (V,) or
+    (N, V), 0 or -inf. numbers: of the tokens in the reply, from 0, for the error.
+
+    NotFiniteError where a logit is NaN or infinite, where the mask leaves no id, and where all logits are 0: the final
+    norm makes that of a hidden state whose square overflows.
+    """
+    scores = logits_NV.float() + mask
+    top, ids = scores.max(-1)
+    best = top.tolist()
+    if not in_range(logits_NV) or not all(value and math.isfinite(value) for value in best):
+        for logits_V, value, number in zip(logits_NV, best, numbers, strict=True):
+            _require_sound(logits_V, value, number)
+    return scores, ids
+
+
+def _require_sound(logits_V: Tensor, best: float, number: int) -> None:
+    what, way_out = f"the logits of token {number + 1} of the reply", "check the model's files with `omni verify`"
+    require_finite(logits_V, what, f"a weight is damaged, or too large for the model's dtype: {way_out}")
+    if not math.isfinite(best):
+        raise NotFiniteError(f"no id may be token {number + 1} of the reply: every one is masked; {way_out}")
+    if not logits_V.any():
+        raise NotFiniteError(f"{what} are all 0: a hidden state overflowed, so a weight is too large; {way_out}")
 
 
 def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -18,7 +47,8 @@ def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     if temperature == 0:
         law = torch.full(score.shape, -torch.inf, dtype=torch.float64, device=score.device)
         return law.scatter_(-1, score.argmax(-1, keepdim=True), 0.0)
-    law = (score.double() / temperature).log_softmax(-1)
+    score = score.double()
+    law = ((score - score.amax(-1, keepdim=True)) / temperature).log_softmax(-1)  # the largest never overflows
     if top_p >= 1:
         return law
     values, order = law.exp().sort(dim=-1, descending=True, stable=True)

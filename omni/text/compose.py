@@ -2,23 +2,28 @@
 
     begin  { role  segments...  end }*  [assistant]
     image  ->  image size(h) size(w)              LatentSpan (1, h, w)                 media_end
-    video  ->  video size(chunks) size(h) size(w) LatentSpan (t, h, w) for each chunk  media_end
+    video  ->  video size(chunks) size(rate) size(h) size(w) LatentSpan (t, h, w) for each chunk  media_end
 
+rate: frames per second, rounded.
 Legend: t, h, w latents in time, rows, columns; C latent channels; N = t*h*w.
 Control tokens enter by id only. Layout, packing and masks are omni.layout's business.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
+from omni.context import require_room
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.layout import LatentSpan, Span, TokenSpan
-from omni.text.tokenizer import Tokenizer
+from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
 EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
+NumLatents = Callable[[Image | Video], int]
+MAX_UNCOUNTED = 200_000  # characters that are encoded, in a fraction of a second, to say how many positions they are
 
 
 def compose(
@@ -30,7 +35,7 @@ def compose(
     one with t = 1 for an image, one per chunk for a video. It is called once, with all of them, and not at all when
     there are none. With `generation_prompt` the spans end with the id that opens an assistant turn.
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
-    Raises ValueError for media with a side (or a chunk count) that has no size token, 1 to 64.
+    Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64.
     """
     media = [s for s in document.segments if not isinstance(s, Text)]
     encoded = encode_media(media) if media else []
@@ -53,15 +58,53 @@ def compose(
     return writer.finish()
 
 
+def prompt_length(document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int) -> int:
+    """How many context positions `compose` makes of a prompt, without encoding its media. ValueError unless they leave
+    room for a reply in `max_context`. num_latents: of one image or video, all its chunks together.
+
+    Text that is too long by its characters alone is not encoded to be counted.
+    """
+    texts = [s.text for s in document.segments if isinstance(s, Text)]
+    media = [s for s in document.segments if not isinstance(s, Text)]
+    around = 2 + 2 * sum(1 for _ in document.turns())  # begin, the assistant's turn; role and end of each turn
+    around += sum(header_length(isinstance(s, Video)) + 1 + num_latents(s) for s in media)
+    if sum(map(len, texts)) > MAX_UNCOUNTED:
+        fewest = sum(math.ceil(len(text) / tokenizer.longest_id) for text in texts)
+        require_room(around + fewest, max_context, "the prompt has at least")
+    num = around + sum(len(tokenizer.encode(text)) for text in texts)
+    require_room(num, max_context)
+    return num
+
+
+def frame_rate(fps: float) -> int:
+    """The frames per second that a clip's header names: `fps` rounded, 1 to 64. ValueError where there is none."""
+    if not 0.5 <= fps < MAX_SIZE + 0.5:
+        raise ValueError(
+            f"a clip of {fps:g} frames per second has no rate token (0.5 to {MAX_SIZE}); give it another fps, or fewer "
+            "frames"
+        )
+    return math.floor(fps + 0.5)
+
+
+def block_header(control: ControlTokens, rows: int, columns: int, clip: tuple[int, int] | None = None) -> list[int]:
+    """Ids before the latents of a picture, or of a clip of (chunks, frames per second). ValueError beyond 1 to 64."""
+    sides = [control.size(rows), control.size(columns)]
+    if clip is None:
+        return [control.image, *sides]
+    return [control.video, *(control.size(n) for n in clip), *sides]
+
+
+def header_length(is_clip: bool) -> int:
+    """How many ids `block_header` gives."""
+    return 5 if is_clip else 3
+
+
 def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch.Tensor]) -> list[int]:
     """Ids before the latents of one image or video: what it is and its size. ValueError for sizes beyond 1 to 64."""
-    control = tokenizer.control
     t, h, w, _ = _check_latents(segment, latents)
+    clip = (len(latents), frame_rate(segment.fps)) if isinstance(segment, Video) else None
     try:
-        sides = [control.size(h), control.size(w)]
-        if isinstance(segment, Image):
-            return [control.image, *sides]
-        return [control.video, control.size(len(latents)), *sides]
+        return block_header(tokenizer.control, h, w, clip)
     except ValueError as error:
         kind = "picture" if isinstance(segment, Image) else f"video of {len(latents)} chunks of {t} frames"
         raise ValueError(f"a {kind} of {h} x {w} latents is too large: {error}") from None

@@ -58,7 +58,7 @@ class ControlTokens:
         return isinstance(token, int) and self.first <= token < self.first + len(self)
 
     def size(self, n: int) -> int:
-        """Id of the size token for n latents (or chunks), 1 <= n <= MAX_SIZE; ValueError beyond."""
+        """Id of the size token for n latents (or chunks, or frames a second), 1 <= n <= MAX_SIZE; ValueError beyond."""
         if not 1 <= n <= MAX_SIZE:
             raise ValueError(f"a media side of {n} latents has no size token (1 to {MAX_SIZE}); resize or split it")
         return self._size_first + n
@@ -96,6 +96,7 @@ class Tokenizer(ABC):
         self._phrase_pattern = _any_of(self.phrases)
         self._id_bytes = (*id_bytes, *(phrase.encode("utf-8") for phrase in self.phrases))
         self.num_text = len(self._id_bytes)
+        self.longest_id = max(map(len, self._id_bytes))  # in bytes: text of n characters has at least n / this ids
         self.control = ControlTokens(self.num_text)
         self._byte_ids = self._find_byte_ids()
         if self.decode(self.encode(_PROBE)) != _PROBE:

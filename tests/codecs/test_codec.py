@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.codecs import MAX_GRID, AutoencoderCodec, Codec, PixelCodec, PixelConfig, codecs, load_codec, psnr
+from omni.finite import NotFiniteError
 from omni.rng import Key
 
 TINY_DC = {
@@ -91,6 +93,22 @@ class TestContract:
         with pytest.raises(ValueError, match=f"{side} x 8 pixels is too large.*smaller"):
             codec.encode(torch.zeros(1, side, 8, 3, dtype=torch.uint8))
 
+    def test_what_is_not_finite_is_an_error_and_not_black(self, name: str) -> None:
+        codec = make(name)
+        latents = codec.encode(pictures(2, 16, 16))
+        for wrong in (math.nan, math.inf, -math.inf, 1e30):
+            latents[1, 2, 3, 0] = wrong
+            with pytest.raises(NotFiniteError, match=f"latents given to codec {codec.spec.name!r} (are not|reach)"):
+                codec.decode(latents)
+            with pytest.raises(NotFiniteError, match="latents given"):
+                codec.decode_video(list(latents.split(1)))
+
+    def test_latents_are_counted_by_shape(self, name: str) -> None:
+        codec = make(name)
+        assert codec.num_latents((16, 24, 3)) == codec.encode(pictures(1, 16, 24))[0, ..., 0].numel()
+        chunks = codec.encode_video(pictures(3, 16, 24))
+        assert codec.num_latents((3, 16, 24, 3)) == sum(chunk[..., 0].numel() for chunk in chunks)
+
     def test_clips_frame_by_frame(self, name: str) -> None:
         codec = make(name)
         frames = pictures(3, 16, 16)
@@ -98,6 +116,20 @@ class TestContract:
         assert [tuple(chunk.shape) for chunk in chunks] == [(1, 4, 4, codec.spec.channels)] * 3
         assert codec.decode_video(chunks).shape == frames.shape
         torch.testing.assert_close(codec.encode_video(frames[:2])[1], chunks[1], atol=1e-5, rtol=1e-5)  # causal
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["autoencoder", "fsq"])
+def test_a_damaged_autoencoder_is_an_error_and_not_black(name: str, value: float) -> None:
+    for part, what in (("encoder", f"the latents that codec '{name}' makes"), ("decoder", "the pixels that the codec")):
+        codec = make(name)
+        assert isinstance(codec, AutoencoderCodec)
+        latents = codec.encode(pictures(1, 16, 16))
+        with torch.no_grad():
+            for parameter in getattr(codec.autoencoder(), part).parameters():
+                parameter.fill_(value)
+        with pytest.raises(NotFiniteError, match=f"{what}.* are not finite"):
+            codec.encode(pictures(1, 16, 16)) if part == "encoder" else codec.decode(latents)
 
 
 @given(

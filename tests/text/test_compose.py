@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from omni.document import Document, Image, Role, Text, Video
-from omni.layout import LatentSpan, Span, TokenSpan
-from omni.text.compose import compose
+from omni.layout import LatentSpan, Span, TokenSpan, context_length
+from omni.text.compose import compose, prompt_length
 from omni.text.tokenizer import Tokenizer
 
 A = Role.ASSISTANT
@@ -53,7 +55,7 @@ def test_every_kind_of_segment(tokenizer: Tokenizer) -> None:
     expected = ["begin", "system", "!", "end", "user", "?"]
     expected += ["image", "size_2", "size_4", "(1, 2, 4)", "media_end", "end"]
     expected += ["assistant", "#*", "image*", "size_2*", "size_4*", "(1, 2, 4)*", "media_end"]
-    expected += ["video*", "size_3*", "size_2*", "size_2*", *["(2, 2, 2)*"] * 3, "media_end", "end*"]
+    expected += ["video*", "size_3*", "size_8*", "size_2*", "size_2*", *["(2, 2, 2)*"] * 3, "media_end", "end*"]
     spans = compose(document, tokenizer, encode_media)
     assert flat(spans, tokenizer) == expected
     latents = next(s for s in spans if isinstance(s, LatentSpan)).latents
@@ -80,6 +82,43 @@ def test_spelled_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     assert isinstance(span, TokenSpan)
     assert tokenizer.decode(span.ids[2:-1]) == text
     assert sum(token >= tokenizer.num_text for token in span.ids) == 3
+
+
+def header_of(fps: float, tokenizer: Tokenizer) -> list[str]:
+    return flat(compose(Document((Video(FRAMES, fps),)), tokenizer, encode_media), tokenizer)[2:7]
+
+
+def test_clips_of_different_rates_have_different_ids(tokenizer: Tokenizer) -> None:
+    for fps, name in ((8, "size_8"), (24, "size_24"), (23.976, "size_24"), (0.5, "size_1"), (64.49, "size_64")):
+        assert header_of(fps, tokenizer) == ["video", "size_3", name, "size_2", "size_2"]
+
+
+@pytest.mark.parametrize("fps", [0.49, 64.5, 120])
+def test_a_rate_without_a_token_is_refused(tokenizer: Tokenizer, fps: float) -> None:
+    with pytest.raises(ValueError, match=f"a clip of {fps:g} frames per second has no rate token .0.5 to 64"):
+        header_of(fps, tokenizer)
+
+
+def test_a_prompt_is_counted_before_it_is_encoded(tokenizer: Tokenizer) -> None:
+    """The count is that of `compose`, for every kind of segment and turn."""
+
+    def latents(segment: Image | Video) -> int:
+        return sum(len(block.flatten()) // 3 for block in encode_media([segment])[0])
+
+    parts = (Text("!", Role.SYSTEM), Text("what?"), Image(PIXELS), Text("so", A), Video(FRAMES, 24, A), Text(""))
+    for count in range(1, len(parts) + 1):
+        document = Document(parts[:count])
+        spans = compose(document, tokenizer, encode_media, generation_prompt=True)
+        assert prompt_length(document, tokenizer, latents, 1000) == context_length(spans)
+        with pytest.raises(ValueError, match=rf"{context_length(spans)} positions.* longest context is 5, "):
+            prompt_length(document, tokenizer, latents, 5)
+
+
+def test_a_hundred_megabytes_are_refused_unread(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail("it was tokenized"))
+    fewest = math.ceil(10**8 / tokenizer.longest_id)
+    with pytest.raises(ValueError, match=f"at least {fewest + 4:,} positions"):
+        prompt_length(Document((Text("x" * 10**8),)), tokenizer, lambda segment: 0, 4096)
 
 
 @pytest.mark.parametrize("side", [65 * 8, 8 * 200])
