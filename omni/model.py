@@ -274,8 +274,11 @@ class Omni(nn.Module):
             raise ValueError(
                 "this model has no codec for pictures; set model.codec or load it with omni.from_pretrained"
             )
-        spec = self.codec.spec
-        return Limits(spec.stride[1:], spec.media_frames_per_chunk, self.config.max_grid, self.config.max_chunks)
+        from omni.codecs import MAX_GRID
+
+        spec, config = self.codec.spec, self.config
+        most = min(config.max_grid, MAX_GRID), min(config.max_chunks, MAX_GRID)
+        return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most)
 
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
         """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: they are prepared."""

@@ -187,37 +187,27 @@ class Loader:
         return self._window[index]
 
     def _fill(self, start: int) -> None:
-        """Read and compose LOOKAHEAD documents, with all their pictures through the codec together."""
+        """Read, prepare and compose LOOKAHEAD documents, with all their media through the codec together."""
         read: dict[int, Document] = {}
         for index in range(start, start + LOOKAHEAD * self.stride, self.stride):
             try:
-                read[index] = self._prepared(self._with_drop(index, self.document(index)))
+                document = self._with_drop(index, self.document(index))
             except CorruptRecord as error:
                 self._window[index] = str(error)
+                continue
+            try:
+                read[index] = replace(document, segments=tuple(map(self.prepare, document.segments)))
             except ValueError as error:
                 self._window[index] = _unusable(error)
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
-        others = {index: [o for s in found for o in self._others(s)] for index, found in media.items()}
-        encoded = self._encode({index: [*found, *others[index]] for index, found in media.items()})
+        media = {index: [*found, *(o for s in found for o in self._others(s))] for index, found in media.items()}
+        encoded = iter(self.memo.encode([segment for found in media.values() for segment in found]))
         for index, document in read.items():
-            latents = encoded[index]
+            latents = [next(encoded) for _ in media[index]]
             try:
-                self._window[index] = latents if isinstance(latents, str) else self._made(document, latents)
+                self._window[index] = self._made(document, latents)
             except ValueError as error:
                 self._window[index] = _unusable(error)
-
-    def _prepared(self, document: Document) -> Document:
-        return replace(document, segments=tuple(map(self.prepare, document.segments)))
-
-    def _encode(self, media: dict[int, list[Image | Video]]) -> dict[int, list[list[torch.Tensor]] | str]:
-        """By index: the latents of its media, all through the codec together; or why the codec takes none of them."""
-        try:
-            encoded = iter(self.memo.encode([segment for group in media.values() for segment in group]))
-        except ValueError as error:
-            if len(media) == 1:
-                return dict.fromkeys(media, _unusable(error))
-            return {index: self._encode({index: group})[index] for index, group in media.items()}
-        return {index: [next(encoded) for _ in group] for index, group in media.items()}
 
     def _others(self, segment: Image | Video) -> tuple[Image, ...]:
         """Right answers that copies after the first may be of."""
