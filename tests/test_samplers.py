@@ -12,7 +12,7 @@ from torch import Tensor
 
 import omni
 from omni.cli import parse
-from omni.cli_generate import options_of
+from omni.cli_options import options_of
 from omni.reply import BlockDone, GenerationOptions
 from omni.rng import Key
 from omni.samplers import GRIDS, SAMPLERS, Noise, State, Velocity, adds_noise, from_diffusers, knobs, time_grid

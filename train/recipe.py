@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from omni.config import Frozen
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
-from omni.reply import GenerationOptions
+from omni.options import GenerationOptions
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
@@ -89,7 +89,7 @@ class Recipe(Frozen):
     @field_validator("generation")
     @classmethod
     def _can_be_generated(cls, given: dict[str, Any]) -> dict[str, Any]:
-        GenerationOptions().resolved({"tokens_per_pass": 1, **given})
+        GenerationOptions().resolved({"tokens_per_pass": 1, **given}, "[generation]")
         return given
 
     @field_validator("heads")
