@@ -102,6 +102,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}; {_way_out(parser, arguments.command, unknown[0])}")
+    if arguments.command == "generate" and arguments.prompt is None:
+        raise ValueError('the prompt is missing; say what you want: omni generate "draw a red apple"')
     if arguments.command in ("generate", "chat"):
         arguments.options = options_of(arguments)
     return arguments
@@ -147,7 +149,9 @@ def _add_generate(commands: Any) -> None:
         description="Answer one prompt. The reply streams to the terminal and is written as a folder: reply.md, "
         "reply.json and the pictures. What is not given is the model's own choice.",
     )
-    sub.add_argument("prompt", help="what you want; - reads it from standard input; a prompt like -x comes after --")
+    sub.add_argument(
+        "prompt", nargs="?", help="what you want; - reads it from standard input; a prompt like -x comes after --"
+    )
     everyday = sub.add_argument_group("what is asked for")
     everyday.add_argument("--image", action="append", default=[], metavar="FILE", help="attach a picture (repeatable)")
     _add_system(everyday)

@@ -77,7 +77,8 @@ def parse(name: str, text: Any) -> Any:
         sides = _numbers(text.lower().split("x"), int)
         return tuple(sides) if sides else text
     if name == "grid":
-        return _numbers(text.split(",")) or text if "," in text else text
+        parts = text.split(",")
+        return (_numbers(parts) or parts) if len(parts) > 1 else text
     for kind in (int, float):
         if kind in kinds:
             return (_numbers([text], kind) or [text])[0]

@@ -207,7 +207,8 @@ def _wanted(item: ErrorDetails, field: FieldInfo) -> str | None:
         return "must be true or false"
     if not item["type"].startswith(_OF_NUMBERS) or not types_of & {int, float}:
         return None
-    what = "a number" if float in types_of else "a whole number"
+    finite = "a finite number" if item["type"] == "finite_number" else "a number"
+    what = finite if float in types_of else "a whole number"
     bounds = bounds_of(field)
     if field.is_required():
         return f"must be {what} {bounds}".rstrip()
