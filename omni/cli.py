@@ -110,7 +110,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _way_out(parser: argparse.ArgumentParser, command: str | None, unknown: str) -> str:
-    options = sorted({flag for sub in _subparsers(parser) for flag in sub._option_string_actions})
+    options = sorted({flag for sub in _subparsers(parser, command) for flag in sub._option_string_actions})
+    if unknown in options:
+        return "options come before --"
     near = difflib.get_close_matches(unknown.partition("=")[0], options, n=1)
     if near:
         return f"did you mean {near[0]}?"
@@ -121,9 +123,9 @@ def _way_out(parser: argparse.ArgumentParser, command: str | None, unknown: str)
     return f"see `omni {command} --help`" if command else "see `omni --help`"
 
 
-def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+def _subparsers(parser: argparse.ArgumentParser, command: str | None) -> list[argparse.ArgumentParser]:
     groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return [sub for group in groups for sub in group.choices.values()]
+    return [sub for group in groups for name, sub in group.choices.items() if command in (None, name)]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -74,10 +74,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "the input is nested too deeply; make it flatter"
     if is_out_of_memory(error):
-        return "out of memory: ask for less at once (pictures, their size, text), or take another --device"
+        return "out of memory: ask for less at once (text, pictures, their size), or take another device"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    line = " ".join(str(error).split())
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = " ".join(text.split())
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
 
 
