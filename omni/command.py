@@ -38,6 +38,8 @@ def check_place(path: Path, name: str, is_folder: bool = True) -> None:
     try:
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{name} {str(path)!r} is a {'file' if is_folder else 'folder'}; name a {kind}")
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{name} {str(path)!r} is a link to nothing; name another {kind}")
         blocked = [str(parent) for parent in path.parents if parent.exists() and not parent.is_dir()]
         if blocked:
             raise ValueError(f"{name} {str(path)!r}: {blocked[0]!r} is a file; name another {kind}")

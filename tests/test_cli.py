@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 
-from omni import cli_chat, cli_generate, media
+from omni import cli_chat, cli_generate, cli_inspect, media
 from omni.checkpoint import verify
 from omni.cli import build_parser, main
 from omni.codecs.pixels import PixelCodec, PixelConfig
@@ -170,14 +170,76 @@ def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.M
     assert json.loads((at / "r/reply.json").read_text())["request"][0]["content"][0]["text"] == "draw a cat\n"
 
 
+@pytest.mark.parametrize(
+    ("stdin", "named"),
+    [(None, "the prompt '' is empty"), (b"", "the prompt '' is empty"), (b"\x7fELF\xff\x00", "is not valid UTF-8"),
+     (b"x" * (cli_generate.MAX_PROMPT + 5), "the prompt is longer than 1048576 characters")],
+    ids=["closed", "empty", "binary", "long"],
+)  # fmt: skip
+def test_standard_input_that_is_no_prompt(stdin: bytes | None, named: str, fake: Any, at: Path, capsys: Any) -> None:
+    stream = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    fake.setattr(sys, "stdin", stream)
+    assert main(["generate", "-"]) == 2
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1 and contents(at) == set()
+
+
+def test_closed_standard_output_is_no_error(fake: Any, at: Path) -> None:
+    fake.setattr(sys, "stdout", None)
+    assert main(["generate", "a story", "--out", "r"]) == 0 and (at / "r/reply.md").is_file()
+
+
+def test_system_and_stop_reach_the_engine(fake: Any, at: Path) -> None:
+    seen: list[tuple[Document, Any]] = []
+
+    def stream(self: Any, document: Document, options: Any) -> Iterator[Any]:
+        seen.append((document, options))
+        return scripted(0)(self, document, options)
+
+    fake.setattr(cli_generate.Engine, "stream", stream)
+    assert main(["generate", "hi", "--system", "be brief", "--stop", "a", "--stop", "b c", "--out", "r"]) == 0
+    [(document, options)] = seen
+    assert document.segments == (Text("be brief", Role.SYSTEM), Text("hi")) and options.stop == ("a", "b c")
+    data = json.loads((at / "r/reply.json").read_text())
+    assert [message["role"] for message in data["request"]] == ["system", "user"]
+    assert data["options"]["stop"] == ["a", "b c"]
+
+
+def test_a_random_seed_is_recorded(fake: Any, at: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["generate", "hi", "--seed", "random", "--out", name]) == 0
+    first, second = (json.loads((at / name / "reply.json").read_text()) for name in ("a", "b"))
+    assert first["options"]["seed"] != second["options"]["seed"]
+    assert first["parts"][1]["seed"] == first["options"]["seed"]
+
+
 def test_an_impossible_folder_is_refused_before_the_work(
     fake: Any, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.setattr(cli_generate, "load_model", lambda *arguments: pytest.fail("loaded the model"))
     (at / "f").write_text("mine")
-    for folder, message in ((".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'")):
+    (at / "link").symlink_to("nowhere")
+    for folder, message in (
+        ("link", "'link' is a link to nothing"),
+        (".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'"), ("new/" + "a" * 300, "File name too long"),
+        ("a" * 250, "File name too long"), ("/proc/new/r", "cannot be written"),
+    ):  # fmt: skip
         assert main(["generate", "x", "--out", folder]) == 2
         assert message in capsys.readouterr().err
+    assert contents(at) == {"f", "link"}
+    (at / "omni-out").write_text("mine")
+    assert main(["generate", "x"]) == 2
+    assert "'omni-out' is a file" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_noticed_before_the_work(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    fake.setattr(cli_generate, "load_model", lambda *arguments: pytest.fail("loaded the model"))
+    fake.setattr(Path, "write_bytes", full)
+    assert main(["generate", "x", "--out", "r"]) == 2
+    assert "--out 'r' cannot be written: No space left on device" in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):
@@ -590,6 +652,53 @@ def test_inspect_other_folders(tiny_model: Path, fake: Any, at: Path, capsys: An
     assert "a tokenizer" in out and "a reply, every byte as published" in out
 
 
+def test_inspect_reads_what_omni_wrote(tiny_model: Path, fake: Any, at: Path, capsys: Any) -> None:
+    assert main(["generate", "a story", "--out", "r"]) == 0
+    assert chat("hello\n/save c\n", fake) == 0
+    capsys.readouterr()
+    for path, what in (("r/reply.json", "a reply of 6 segments"), ("c/chat.json", "a conversation of 6 segments")):
+        assert main(["inspect", path, "--model", str(tiny_model)]) == 0
+        out = capsys.readouterr().out
+        assert what in out and out.count("assistant: a picture") == 2 and out.count("1 x 2 x 2") == 2
+    (at / "r/image-2.png").unlink()
+    assert main(["inspect", "r/reply.json", "--model", str(tiny_model)]) == 2
+    assert "image-2.png" in capsys.readouterr().err
+
+
+def test_inspect_looks_at_a_bounded_part_of_a_large_folder(at: Path, capsys: Any) -> None:
+    (at / "large/a/b").mkdir(parents=True)
+    (at / "large/a/b/manifest.json").write_text("{}")
+    assert main(["inspect", "large"]) == 2
+    assert "did you mean 'large/a/b'?" in capsys.readouterr().err
+    (at / "large/a/loop").symlink_to(at / "large")
+    assert cli_inspect.published_below(at / "large", 100) == [at / "large/a/b"]
+    for number in range(50):
+        (at / f"large/{number}").mkdir()
+    assert cli_inspect.published_below(at / "large", 20) == []  # 50 entries come before it
+
+
+def test_doctor_draws_with_the_font_that_is_named(at: Path, capsys: Any) -> None:
+    media.save_png(RED, at / "apple.png")
+    (at / "empty.ttf").write_bytes(b"")
+    for name in ("apple.png", "empty.ttf"):
+        assert main(["doctor", "--font", name]) == 2
+        err = capsys.readouterr().err
+        assert f"'{name}' is not a font" in err and err.count("\n") == 1
+
+
+def test_doctor_wants_colours(at: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = iter(range(2, 99))
+
+    def grey(self: Any, character: str) -> PillowImage.Image:
+        return PillowImage.new("RGBA", (next(shapes), 4), (90, 90, 90, 255))
+
+    monkeypatch.setattr("omni.emoji_world.atlas.Glyphs._open", lambda self: None)
+    monkeypatch.setattr("omni.emoji_world.atlas.Glyphs.picture", grey)
+    (at / "grey.ttf").write_bytes(b"x")
+    assert main(["doctor", "--font", "grey.ttf"]) == 2
+    assert "has emoji without colours" in capsys.readouterr().err
+
+
 def test_doctor_names_what_is_missing(at: Path, capsys: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni.cli_doctor.BUNDLED", tiny_model)
     code = main(["doctor", "--json"])
@@ -621,6 +730,18 @@ def test_help_and_version_need_no_torch() -> None:
             [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent
         )
         assert done.returncode == 0 and done.stdout.endswith("0 False\n"), done.stderr
+
+
+def test_bare_omni_is_its_help(capsys: Any) -> None:
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: omni") and "generate" in out and err == ""
+
+
+def test_help_into_a_closed_pipe_is_silent() -> None:
+    command = f"{sys.executable} -m omni generate --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stderr == "" and done.returncode in (0, 141)
 
 
 def test_every_command_has_help() -> None:
