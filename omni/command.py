@@ -46,8 +46,8 @@ def check_place(path: Path, name: str, is_folder: bool = True) -> None:
         there = next(parent for parent in (*path.parents, Path()) if parent.is_dir())
         with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.tmp-") as probe:
             (Path(probe) / "probe").write_bytes(bytes(SPACE))
-            long = max(path.relative_to(there).parts, key=lambda part: len(os.fsencode(part)))
-            (Path(probe) / long).mkdir()
+            new = [part for part in path.relative_to(there).parts if part != ".."]
+            (Path(probe) / max(new, key=lambda part: len(os.fsencode(part)))).mkdir()
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{name} {str(path)!r:.300} cannot be written: {reason}; name another {kind}") from None
@@ -77,9 +77,9 @@ def one_line(error: BaseException) -> str:
         return "the input is nested too deeply; make it flatter"
     if is_out_of_memory(error):
         return "out of memory: ask for less at once (text, pictures, their size), or take another device"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     line = " ".join(text.split())
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
 
