@@ -33,7 +33,7 @@ from pydantic import Field, create_model, field_validator
 
 from eval.report import html_report
 from eval.task import TASKS, Bar, Context, Measure, Outcome, TaskOptions
-from omni.command import exit_code
+from omni.command import Parser, check_place, exit_code, fail
 from omni.config import Frozen, load_toml, nearest
 from omni.nn.precision import require_device
 
@@ -189,7 +189,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Run an evaluation suite.")
+    parser = Parser(prog="python -m eval", description="Run an evaluation suite.")
     parser.add_argument("suite", nargs="?", metavar="SUITE.toml", help="suite file, e.g. eval/suites/emoji_world.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tasks=draw draw.requests=32 model=DIR")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a JSON list")
@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser.parse_intermixed_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    except ValueError as error:
+        return fail(error)
     load_tasks()
     if args.list:
         print(list_tasks())
@@ -234,6 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     suite = load_suite(suite_path(args.suite), args.overrides)
+    html = args.html or DEFAULT_HTML_FOLDER / f"{Path(args.suite).stem}.html"
+    for name, place in (("--json", args.json), ("--html", html)):
+        if place:
+            check_place(Path(place), name, is_folder=False)
     torch.set_num_threads(suite.threads)
     context = Context(suite.model, suite.font, suite.seed, lambda text: print(text, flush=True), device=suite.device)
     results = []
@@ -247,7 +253,6 @@ def _run(args: argparse.Namespace) -> int:
             context.say(f"  {row.name} = {format_value(row.value)} {row.unit}{warning}")
     rows = [row for result in results for row in result.rows]
     print("\n" + format_table(rows))
-    html = args.html or DEFAULT_HTML_FOLDER / f"{Path(args.suite).stem}.html"
     if args.json:
         write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n")
     write_whole(html, html_report(suite.title, results, f"seed {suite.seed}, {suite.threads} thread(s)"))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from omni.document import Document, Image, Role, Text, Video
     from omni.engine import Engine
     from omni.model import Omni, from_pretrained
-    from omni.reply import GenerationOptions
+    from omni.options import GenerationOptions
+    from omni.reply import Reply
     from omni.rng import Key
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Image",
     "Key",
     "Omni",
+    "Reply",
     "Role",
     "Text",
     "Video",
@@ -36,10 +38,11 @@ __all__ = [
 _HOME = {
     "Document": "omni.document",
     "Engine": "omni.engine",
-    "GenerationOptions": "omni.reply",
+    "GenerationOptions": "omni.options",
     "Image": "omni.document",
     "Key": "omni.rng",
     "Omni": "omni.model",
+    "Reply": "omni.reply",
     "Role": "omni.document",
     "Text": "omni.document",
     "Video": "omni.document",

@@ -145,6 +145,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return body
 
 
+def manifest_digest(directory: str | Path) -> str:
+    """32 hex digits that name a published directory: the digest of its manifest, which holds those of its files."""
+    return hashlib.blake2b((Path(directory) / MANIFEST).read_bytes(), digest_size=16).hexdigest()
+
+
 def verify(directory: str | Path) -> dict[str, Any]:
     """Read every listed file and compare size and digest; returns the manifest. Raises DamagedError naming the file."""
     manifest = read_manifest(directory)

@@ -21,6 +21,7 @@ import torch
 
 import omni
 from omni.checkpoint import verify
+from omni.emoji_world.atlas import Glyphs
 from omni.emoji_world.font import find_font
 from omni.model import BUNDLED
 from omni.terminal import Printer, detect, table
@@ -42,7 +43,7 @@ class Finding:
 def run(arguments: argparse.Namespace) -> int:
     """The command."""
     if arguments.font is not None:
-        find_font(arguments.font)  # a font that was named must be there
+        Glyphs(find_font(arguments.font))  # a font that was named must be there, and be one
     findings = [*_versions(), *_machine(), *_extras(), *_font(arguments.font), *_model()]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
@@ -106,8 +107,9 @@ def _is_installed(package: str) -> bool:
 
 
 def _font(path: str | None) -> Iterator[Finding]:
+    """The font, after it has drawn two emoji in colour."""
     try:
-        yield Finding("emoji font", str(find_font(path)))
+        yield Finding("emoji font", str(Glyphs(path).path))
     except ValueError as error:
         yield Finding("emoji font", f"{error} (for training and evaluation)", "absent")
 

@@ -1,29 +1,26 @@
 """`omni generate`: one prompt in, an ordered reply of text and pictures out, on the screen and in a folder.
 
-`load_model`, `options_of`, `show` and `record` are shared with `omni chat`. The engine decides everything; this file
-passes its events on.
+`load_model`, `check_text`, `show` and `write_numbered` are shared with `omni chat`. The engine decides everything; this
+file passes its events on.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import omni
 from omni import media
-from omni.checkpoint import MANIFEST, DamagedError
-from omni.config import build
+from omni.checkpoint import DamagedError
+from omni.command import one_line
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
-from omni.model import BUNDLED, Omni, from_pretrained
+from omni.model import Omni, from_pretrained
 from omni.nn.precision import require_device
 from omni.preparation import target_size
 from omni.reply import (
@@ -31,16 +28,19 @@ from omni.reply import (
     BlockStart,
     BlockStep,
     Event,
-    GenerationOptions,
-    ImagePart,
+    Part,
+    Reply,
     Stop,
     StopReason,
     TextDelta,
-)
-from omni.reply_files import check_folder, default_folder, write_reply
+    TextPart,
+    segments_of,
+)  # fmt: skip
+from omni.reply_files import check_folder, default_folder
 from omni.terminal import Printer, Protocol, detect
 
 DEFAULT_BASE = Path("omni-out")
+MAX_PROMPT = 1 << 20  # characters; how much a model can read is in its config.json
 _CLEAR_LINE = "\r\x1b[K"
 
 
@@ -48,48 +48,46 @@ def run(arguments: argparse.Namespace) -> int:
     """The command. Everything that can be refused is refused before the model is loaded, and written at the end."""
     folder = Path(arguments.out) if arguments.out is not None else default_folder(DEFAULT_BASE)
     check_folder(folder, arguments.overwrite)
-    options = options_of(arguments)
     prompt = read_prompt(arguments.prompt)
+    system = system_of(arguments)
     pictures = [media.load_image(path) for path in arguments.image]
     engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
+    options = engine.resolve(arguments.options)
     attached = [attach(engine.model, pixels) for pixels in pictures]
-    request = Document((*attached, Text(prompt)))
+    request = Document((*system, *attached, Text(prompt)))
     started = time.perf_counter()
-    printer = Printer(protocol="none" if arguments.json else protocol_of(arguments))
-    answer = show(engine.stream(request, options), None if arguments.json else printer)
-    exchange = Document((*request.segments, *answer.segments))
-    made_by = {"stop_reason": answer.stop_reason, **record(engine, options, arguments.model)}
+    printer = None if arguments.json else Printer(protocol=protocol_of(arguments))
+    reply = show(engine.stream(request, options), printer, request, engine.record(options))
     if arguments.out is not None:
-        check_folder(folder, arguments.overwrite)  # again: the reply took a while
-        write_reply(folder, exchange, answer.extras, made_by, replace=folder.exists())
+        reply.save(folder, arguments.overwrite)
     else:
-        folder = _write_numbered(exchange, answer.extras, made_by)
+        folder = write_numbered(reply.save)
     if arguments.json:
         sys.stdout.write((folder / "reply.json").read_text(encoding="utf-8"))
         sys.stdout.flush()
-    _say_done(answer, folder, time.perf_counter() - started)
+    _report(reply, folder, time.perf_counter() - started)
     return 0
 
 
-def _write_numbered(exchange: Document, extras: list[dict[str, Any]], made_by: dict[str, Any]) -> Path:
-    """The next free number, also when another process takes the one that was free a moment ago."""
+def write_numbered(write: Callable[[Path], Path]) -> Path:
+    """`write` the next free number of omni-out, also when another process takes the one that was free a moment ago."""
     while True:
         folder = default_folder(DEFAULT_BASE)
         try:
-            return write_reply(folder, exchange, extras, made_by)
+            return write(folder)
         except (ValueError, OSError):
             if not folder.exists():
                 raise
 
 
-def _say_done(answer: Answer, folder: Path, seconds: float) -> None:
-    pictures = sum(not isinstance(segment, Text) for segment in answer.segments)
+def _report(reply: Reply, folder: Path, seconds: float) -> None:
+    pictures = sum(not isinstance(part, TextPart) for part in reply.parts)
     files = f"{pictures} picture{'' if pictures == 1 else 's'}"
     reasons = {
         "length": "; cut off at --max-tokens, or at the model's longest context",
         "images": "; ended where the model asked for more pictures than --max-images",
     }
-    cut = reasons.get(answer.stop_reason, "")
+    cut = reasons.get(reply.stop_reason, "")
     print(f"wrote {folder / 'reply.md'}, reply.json and {files} ({seconds:.1f} s{cut})", file=sys.stderr)
 
 
@@ -99,21 +97,28 @@ def _say_done(answer: Answer, folder: Path, seconds: float) -> None:
 def read_prompt(text: str) -> str:
     """The prompt, or standard input for "-". ValueError when it is empty or not text."""
     if text == "-":
-        text = sys.stdin.read()
+        text = sys.stdin.read(MAX_PROMPT + 1)
+    return check_text(text, "the prompt", 'say what you want: omni generate "draw a red apple"')
+
+
+def check_text(text: str, name: str, way_out: str) -> str:
+    """`text`. ValueError where it is empty, too long, or no text at all."""
     if not text.strip():
-        raise ValueError(f'the prompt {text!r} is empty; say what you want: omni generate "draw a red apple"')
+        raise ValueError(f"{name} {text!r:.60} is empty; {way_out}")
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"{name} is longer than {MAX_PROMPT} characters; make it shorter")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"the prompt {text!r:.60} is not valid UTF-8; check the terminal's encoding") from None
+        raise ValueError(f"{name} {text!r:.60} is not valid UTF-8; check its encoding") from None
     return text
 
 
-def options_of(arguments: argparse.Namespace) -> GenerationOptions:
-    """The options that were given; the rest keep their defaults."""
-    given = {name: getattr(arguments, name, None) for name in GenerationOptions.model_fields}
-    given["image_size"] = arguments.size
-    return build({n: value for n, value in given.items() if value is not None}, GenerationOptions, "command line")
+def system_of(arguments: argparse.Namespace) -> tuple[Text, ...]:
+    """The segment of --system, if it was given."""
+    if arguments.system is None:
+        return ()
+    return (Text(check_text(arguments.system, "--system", "leave it out"), Role.SYSTEM),)
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
@@ -122,13 +127,16 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
 
 def load_model(path: str | None, device: str = "cpu") -> Any:
     """The model at `path`, or the bundled one. Whatever is wrong with its files is a DamagedError (exit code 4)."""
-    require_device(device)
+    if require_device(device).startswith("meta"):
+        raise ValueError(f"device {device!r} computes nothing; use cpu")
     try:
         return from_pretrained(path, device=device)
     except DamagedError:
         raise
-    except (ValueError, OSError) as error:
-        raise DamagedError(str(error)) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedError(one_line(error)) from error
+    except (LookupError, TypeError, AttributeError) as error:  # a file of the right digest, made by something else
+        raise DamagedError(f"{path or 'the bundled model'}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def attach(model: Omni, pixels: torch.Tensor) -> Image:
@@ -142,42 +150,20 @@ def attach(model: Omni, pixels: torch.Tensor) -> Image:
     return Image(pixels)
 
 
-def record(engine: Engine, options: GenerationOptions, path: str | None) -> dict[str, Any]:
-    """What made a reply, as JSON values: the same command gives the same record, byte for byte."""
-    manifest = (BUNDLED if path is None else Path(path)) / MANIFEST
-    digest = hashlib.blake2b(manifest.read_bytes(), digest_size=16).hexdigest() if manifest.is_file() else None
-    return {
-        "options": engine.resolve(options).model_dump(mode="json"),
-        "model": {"path": path or "bundled", "digest": digest},
-        "versions": {"omni": omni.__version__, "torch": torch.__version__},
-    }
-
-
-@dataclass
-class Answer:
-    """A reply put together from its events: segments in order, and for each what is known of how it was made."""
-
-    segments: list[Segment] = field(default_factory=list)
-    extras: list[dict[str, Any]] = field(default_factory=list)
+def show(events: Iterable[Event], printer: Printer | None, request: Document, record: Mapping[str, Any]) -> Reply:
+    """Consume the events of the reply to `request`, print them as they come (unless `printer` is None), and return the
+    reply. record: what makes it, see Engine.record."""
+    parts: list[Part] = []
     stop_reason: StopReason = "end"
-
-    def add_text(self, text: str) -> None:
-        last = self.segments[-1] if self.segments else None
-        if isinstance(last, Text):
-            self.segments[-1] = Text(last.text + text, Role.ASSISTANT)
-        else:
-            self.segments.append(Text(text, Role.ASSISTANT))
-            self.extras.append({})
-
-
-def show(events: Iterable[Event], printer: Printer | None) -> Answer:
-    """Consume the events of one reply, print them as they come (unless `printer` is None), and return the reply."""
-    answer = Answer()
     progress = _Progress(enabled=printer is not None and sys.stderr.isatty())
     for event in events:
         match event:
             case TextDelta(text=text):
-                answer.add_text(text)
+                last = parts[-1] if parts else None
+                if isinstance(last, TextPart):
+                    parts[-1] = TextPart(last.text + text)
+                else:
+                    parts.append(TextPart(text))
                 if printer:
                     printer.text(text)
             case BlockStart(kind=kind):
@@ -188,23 +174,14 @@ def show(events: Iterable[Event], printer: Printer | None) -> Answer:
                 progress.step(step, steps)
             case BlockDone(part=part):
                 progress.clear()
-                _add_media(answer, part)
+                parts.append(part)
                 if printer:
-                    _print_media(printer, answer.segments[-1], part.index + 1)
+                    _print_media(printer, segments_of([part])[0], part.index + 1)
             case Stop(reason=reason):
-                answer.stop_reason = reason
+                stop_reason = reason
     if printer:
         printer.fresh_line()
-    return answer
-
-
-def _add_media(answer: Answer, part: Any) -> None:
-    if isinstance(part, ImagePart):
-        answer.segments.append(Image(media.load_image(part.image), Role.ASSISTANT))
-    else:
-        answer.segments.append(Video(part.frames, part.fps, Role.ASSISTANT))
-    made = {"steps": part.steps, "evaluations": part.evaluations, "seed": part.seed, "index": part.index}
-    answer.extras.append(made)
+    return Reply(parts, Document((*request.segments, *segments_of(parts))), stop_reason, record=record)
 
 
 def _print_media(printer: Printer, segment: Segment, number: int) -> None:

@@ -2,14 +2,18 @@
 
 Folders: a model, a training state, a codec, a tokenizer, a reply, or anything published with a manifest. Files:
 safetensors (names and shapes, from the header alone), a picture (size, latents, what the codec loses), a Document
-(JSON: every position of its packed layout). Damage is exit code 4; something unknown is exit code 2.
+(JSON: every position of its packed layout), and the reply.json and chat.json that Omni writes (the same). Damage is
+exit code 4; something unknown is exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,19 @@ from omni import media
 from omni.checkpoint import MANIFEST, DamagedError, verify
 from omni.cli_generate import attach, load_model
 from omni.codecs import psnr
+from omni.command import one_line
 from omni.document import Document, Text, Video
 from omni.layout import LatentSpan, Span
 from omni.model import BUNDLED, Omni
+from omni.reply_files import read_messages
 from omni.terminal import Printer, table
 from omni.text import load_tokenizer
+from omni.text.chat import messages_to_document
 from omni.text.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from omni.text.tokenizer import Tokenizer
 
 MAX_DOCUMENT_BYTES = 64 << 20
+MAX_ENTRIES = 2_000  # of a folder that is searched for something to suggest
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
@@ -50,8 +58,8 @@ def _folder(path: Path) -> list[str]:
     if not (path / MANIFEST).is_file():
         if (path / TOKENIZER_CONFIG).is_file():
             return [f"{path}: a tokenizer", *_tokenizer(path)]
-        states = sorted(path.glob("**/" + MANIFEST))
-        hint = f"; did you mean {str(states[-1].parent)!r}?" if states else ""
+        inside = published_below(path)
+        hint = f"; did you mean {str(inside[-1])!r}?" if inside else ""
         raise ValueError(f"{str(path)!r} holds no {MANIFEST} and no {TOKENIZER_CONFIG}{hint}")
     manifest = verify(path)
     lines = [f"{path}: {_kind(path, manifest)}, every byte as published", ""]
@@ -69,6 +77,23 @@ def _folder(path: Path) -> list[str]:
         if name.endswith(TOKENIZER_CONFIG):
             lines += ["", "tokenizer:", *_tokenizer((path / name).parent)]
     return lines
+
+
+def published_below(path: Path, max_entries: int = MAX_ENTRIES) -> list[Path]:
+    """Folders below `path` that hold a manifest, sorted. Looks at no more than `max_entries` files and folders, the
+    nearest first, and follows no links."""
+    found, waiting, seen = [], [path], 0
+    for folder in waiting:  # which grows on the way
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > max_entries:
+                    return sorted(found)
+                if entry.name == MANIFEST:
+                    found.append(folder)
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+    return sorted(found)
 
 
 def _kind(path: Path, manifest: Mapping[str, Any]) -> str:
@@ -124,6 +149,8 @@ def _tokenizer(path: Path) -> list[str]:
 
 
 def _file(path: Path, model: str | None, printer: Printer) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is neither a folder nor a regular file; give a file")
     if path.suffix == ".safetensors":
         rows = [(name, kind, f"{count:,}") for name, (kind, count) in _tensors(path).items()]
         return [f"{path}: {_weights(path)}", "", *table(("tensor", "type", "numbers"), rows)]
@@ -131,7 +158,9 @@ def _file(path: Path, model: str | None, printer: Printer) -> list[str]:
         return _picture(path, model, printer)
     if path.suffix == ".json":
         return _document(path, model)
-    raise ValueError(f"{str(path)!r} is no kind of file that is known: .safetensors, .json (Document) or a picture")
+    raise ValueError(
+        f"{str(path)!r} is no kind of file that is known: .safetensors, .json (a Document or a reply) or a picture"
+    )
 
 
 def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
@@ -153,29 +182,43 @@ def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
 
 
 def _document(path: Path, model_path: str | None) -> list[str]:
-    document = read_document(path)
+    document, what = read_document(path)
     model: Omni = load_model(model_path)
     spans = model.spans(document)
     assert model.tokenizer is not None
     rows = describe_layout(spans, model.tokenizer)
     heads = ("positions", "blocks", "rotary (time, row, column)", "what", "loss", "content")
-    lines = [f"{path}: a Document of {len(document.segments)} segments", ""]
+    lines = [f"{path}: {what} of {len(document.segments)} segments", ""]
     for segment in document.segments:
         media_name = "a clip" if isinstance(segment, Video) else "a picture"
-        what = repr(segment.text) if isinstance(segment, Text) else media_name
-        lines.append(f"  {segment.role}: {what}{' (supervised)' if segment.supervise else ''}")
+        content = repr(segment.text) if isinstance(segment, Text) else media_name
+        lines.append(f"  {segment.role}: {content}{' (supervised)' if segment.supervise else ''}")
     return [*lines, "", "packed, context stream:", *table(heads, rows)]
 
 
-def read_document(path: Path) -> Document:
-    """A Document from a JSON file. ValueError when the file is something else."""
+def read_document(path: Path) -> tuple[Document, str]:
+    """The Document of a JSON file, and what the file is: a Document, or a reply or conversation that Omni wrote, whose
+    pictures are beside it. ValueError when the file is something else."""
     if path.stat().st_size > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{str(path)!r} has more than {MAX_DOCUMENT_BYTES} bytes; give a smaller Document")
     try:
-        return Document.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
+        kind = next((name for key, name in KINDS.items() if key in data and "segments" not in data), None)
+        if kind is not None:
+            return messages_to_document(read_messages(path, data)), kind
+        return Document.from_json(text), "a Document"
+    except _NO_DOCUMENT as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(f"{str(path)!r} is no Document: {reason}; Document.to_json() writes one") from None
+
+
+KINDS = {"messages": "a conversation", "parts": "a reply"}
+_NO_DOCUMENT = (
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError, zlib.error),
+)  # what JSON of another shape makes of json, zlib, torch and ourselves
 
 
 def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import reprlib
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -29,6 +31,15 @@ class Frozen(BaseModel):
     """Base of every configuration: immutable, unknown keys refused, infinities and NaN refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def __init__(self, /, **data: Any) -> None:
+        """ValueError in one line, as `build` raises it."""
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ValueError(explain(error, type(self), type(self).__name__)) from None
+
+    __init__.__pydantic_base_init__ = True  # pyright: ignore  (validation of data does not come through here)
 
 
 # --------------------------------------------------------------------------------------------- reading
@@ -166,10 +177,57 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
         return f"{source}: unknown key {dotted!r}{hint or _known(siblings)}"
     if item["type"] == "missing":
         return f"{source}: key {dotted!r} is missing; set it"
-    message = item["msg"].removeprefix("Value error, ")
-    value = repr(item["input"])
-    value = value if len(value) <= 200 else value[:200] + "..."
-    return f"{source}: {dotted} = {value}: {message}" if keys else f"{source}: {message}"
+    field = _field_at(schema, keys)
+    message = (field and _wanted(item, field)) or item["msg"].removeprefix("Value error, ")
+    return f"{source}: {dotted} = {_short(item['input'])}: {message}" if keys else f"{source}: {message}"
+
+
+class _Short(reprlib.Repr):
+    """A repr of bounded length, in bounded time, of a value of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 200
+        self.maxtuple = self.maxlist = self.maxdict = 10
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 600 else f"a number of {x.bit_length()} bits"
+
+
+_short = _Short().repr
+
+_BOUNDS = {"ge": "at least {}", "gt": "greater than {}", "le": "at most {}", "lt": "less than {}"}
+_OF_NUMBERS = ("greater_than", "less_than", "int_", "float_", "finite_number")
+
+
+def _wanted(item: ErrorDetails, field: FieldInfo) -> str | None:
+    """What a value should have been, from the field itself, and a way out; None where pydantic's words have to do."""
+    types_of = set(typing.get_args(field.annotation)) | {field.annotation}
+    if item["type"].startswith("bool_"):
+        return "must be true or false"
+    if not item["type"].startswith(_OF_NUMBERS) or not types_of & {int, float}:
+        return None
+    finite = "a finite number" if item["type"] == "finite_number" else "a number"
+    what = finite if float in types_of else "a whole number"
+    bounds = bounds_of(field)
+    if field.is_required():
+        return f"must be {what} {bounds}".rstrip()
+    default = field.get_default(call_default_factory=True)
+    return f"must be {what} {bounds}".rstrip() + ("; or leave it out" if default is None else f"; {default} is usual")
+
+
+def bounds_of(field: FieldInfo) -> str:
+    """The bounds of a number, "from 1 to 1000" or "at least 1"; empty where it has none."""
+    pairs = ((name, getattr(one, name, None)) for one in field.metadata for name in _BOUNDS)
+    found = {name: bound for name, bound in pairs if bound is not None}
+    if found.keys() == {"ge", "le"}:
+        return f"from {_plain(found['ge'])} to {_plain(found['le'])}"
+    return " and ".join(text.format(_plain(found[name])) for name, text in _BOUNDS.items() if name in found)
+
+
+def _plain(bound: float) -> str:
+    """A bound as people write it: 1000, 0.001, 1e-06."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -194,6 +252,16 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _fields_at(schema: type[BaseModel], keys: _Keys) -> list[str]:
     """Field names allowed in the table at `keys`; list indices and union tags in `keys` are stepped over."""
+    return [name for model in _models_at(schema, keys) for name in model.model_fields]
+
+
+def _field_at(schema: type[BaseModel], keys: _Keys) -> FieldInfo | None:
+    """The field whose own value is at `keys`; None of an item of a list."""
+    models = _models_at(schema, keys[:-1])
+    return next((m.model_fields[str(keys[-1])] for m in models if keys and keys[-1] in m.model_fields), None)
+
+
+def _models_at(schema: type[BaseModel], keys: _Keys) -> list[type[BaseModel]]:
     models: list[type[BaseModel]] = [schema]
     for key in keys:
         below = [m.model_fields[key].annotation for m in models if isinstance(key, str) and key in m.model_fields]
@@ -202,7 +270,7 @@ def _fields_at(schema: type[BaseModel], keys: _Keys) -> list[str]:
         else:
             tagged = [m for m in models if isinstance(key, str) and _is_tag(m, key)]
             models = tagged or models
-    return [name for model in models for name in model.model_fields]
+    return models
 
 
 def _is_tag(model: type[BaseModel], tag: str) -> bool:

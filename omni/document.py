@@ -72,6 +72,10 @@ class Image:
     def __post_init__(self) -> None:
         _check_media(self.pixels, 3, "Image.pixels", "(H, W, 3)")
 
+    def __repr__(self) -> str:
+        height, width, _ = self.pixels.shape
+        return f"<{self.role} image {height}x{width}{' supervised' if self.supervise else ''}>"
+
 
 @dataclass(frozen=True, eq=False)
 class Video:
@@ -85,6 +89,11 @@ class Video:
     def __post_init__(self) -> None:
         _check_media(self.frames, 4, "Video.frames", "(T, H, W, 3)")
         object.__setattr__(self, "fps", check_fps(self.fps, "Video.fps"))
+
+    def __repr__(self) -> str:
+        frames, height, width, _ = self.frames.shape
+        supervised = " supervised" if self.supervise else ""
+        return f"<{self.role} clip of {frames} frames, {height}x{width}, {self.fps:g} fps{supervised}>"
 
 
 Segment = Text | Image | Video

@@ -22,6 +22,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+import omni
 from omni.blockwise import speak
 from omni.config import build
 from omni.context import require_room, warn_if_nearly_full
@@ -102,7 +103,7 @@ class Engine:
         rows = self._rows(prompts, options or GenerationOptions(), seeds)
         for _ in self._run(rows):
             pass
-        return [Reply(row.parts, row.document, row.reason, tuple(row.drafts)) for row in rows]
+        return [Reply(row.parts, row.document, row.reason, tuple(row.drafts), self.record(row.options)) for row in rows]
 
     def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[Row]:
         many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
@@ -118,9 +119,7 @@ class Engine:
                 document = messages_to_document(prompt, allow_paths=self.allow_paths)
             if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
                 raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
-            one = self.resolve(one)
-            if seeds is not None:
-                one = one.model_copy(update={"seed": int(seeds[number])})
+            one = self.resolve(one if seeds is None else changed(one, {"seed": seeds[number]}))
             rows.append(Row(number, one, document.segments, self.tokenizer.stream()))
         return rows
 
@@ -134,6 +133,14 @@ class Engine:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head draws {length}"
             raise ValueError(f"tokens_per_pass = {out.tokens_per_pass} is too many: {why}; take at most {length}")
         return out
+
+    def record(self, options: GenerationOptions) -> dict[str, Any]:
+        """What makes a reply with resolved options, as JSON values: the same request has the same record."""
+        return {
+            "options": options.model_dump(mode="json"),
+            "model": dict(self.model.origin),
+            "versions": {"omni": omni.__version__, "torch": torch.__version__},
+        }
 
     # ---- outer loop -----------------------------------------------------------------------------------------------
 
@@ -356,7 +363,7 @@ class Engine:
         row.length += 1
         blocks = [z.reshape(*grid, -1) for z in media.finished]
         o = row.options
-        assert o.steps is not None
+        assert o.steps is not None and o.seed is not None
         part: ImagePart | VideoPart
         if media.kind == "image":
             pixels = codec.decode(blocks[0])[0].cpu()

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from omni.checkpoint import load_tensors, publish, verify
+from omni.checkpoint import load_tensors, manifest_digest, publish, verify
 from omni.config import Frozen, load_json
 from omni.coupling import Orders
 from omni.document import Document, Image, Text, Video
@@ -37,6 +37,7 @@ from omni.objectives import FlowObjective, Objective, Terms
 from omni.objectives.base import Items
 from omni.objectives.joint_tokens import JointTokenObjective
 from omni.objectives.next_token import NextToken
+from omni.options import check_defaults
 from omni.preparation import AnySegment, Limits, Preparation, prepare, read_preparation
 from omni.rng import Key
 from omni.text.compose import compose
@@ -168,6 +169,7 @@ class Omni(nn.Module):
         self.codec: Codec | None = None
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
+        self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the directory that it is from
         initialise(self, key or Key(0))
 
     # ---- training forward -----------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ class Omni(nn.Module):
     # ---- generation -----------------------------------------------------------------------------------------------
 
     def generate(self, prompt: Any, **options: Any) -> Reply:
-        """An interleaved reply to a string, a list of chat messages or a Document. See `engine.GenerationOptions`."""
+        """An interleaved reply to a string, a list of chat messages or a Document. See `options.GenerationOptions`."""
         from omni.engine import Engine
 
         return Engine(self).generate(prompt, **options)
@@ -366,6 +368,8 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     if (folder / "generation.json").is_file():
         model.defaults = json.loads((folder / "generation.json").read_text())
     model.preparation, model.defaults = read_preparation(folder, model.defaults)
+    check_defaults(model.defaults, str(folder / "generation.json"))
+    model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
     return model.to(device, dtype).eval()
 
 

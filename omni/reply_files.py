@@ -6,20 +6,26 @@
     input-1.png ...           pictures of the user
     manifest.json             digests of the above
 
-The folder appears whole or not at all (`omni.checkpoint.publish`). Nothing here talks to a model.
+The folder appears whole or not at all (`omni.checkpoint.publish`). Segments as one Markdown text or HTML page with the
+pictures inside: `markdown`, `html_page`. Text from users and models is escaped everywhere. Nothing here talks to a
+model.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni import media
 from omni.checkpoint import MANIFEST, publish
-from omni.document import Document, Image, Role, Text, Video
+from omni.command import check_place
+from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.terminal import safe_text
 
 FORMAT = 1
@@ -32,28 +38,24 @@ def default_folder(base: Path) -> Path:
     return base / f"{max(taken, default=0) + 1:03d}"
 
 
-def check_folder(folder: Path, overwrite: bool, name: str = "--out") -> None:
-    """ValueError, before any work is done, when `folder` (given as option `name`) cannot become a reply's folder.
+def check_folder(folder: Path, overwrite: bool, name: str = "--out", way_out: str = "add --overwrite") -> None:
+    """ValueError, before any work is done, when `folder` (given as `name`) cannot become a reply's folder: it holds
+    something else, or cannot be written.
 
     An empty folder may. With `overwrite` so may one that holds a reply or conversation of ours and nothing else.
     """
     if folder.name in ("", ".."):
         inside = str(folder / "reply")
         raise ValueError(f"{name} {str(folder)!r} cannot appear as a whole; name a folder in it, such as {inside!r}")
-    blocked = [str(path) for path in folder.parents if path.exists() and not path.is_dir()]
-    if blocked:
-        raise ValueError(f"{name} {str(folder)!r}: {blocked[0]!r} is a file; name another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{name} {str(folder)!r} is a file; name a folder")
+    check_place(folder, name)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        way_out = " or add --overwrite" if name == "--out" else ""
-        raise ValueError(f"{name} {str(folder)!r} is not empty; name another folder{way_out}")
+        raise ValueError(f"{name} {str(folder)!r} is not empty; name another folder{way_out and f' or {way_out}'}")
     foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
     if foreign or not (folder / MANIFEST).is_file():
         what = f"{foreign[0]!r}, which no reply holds" if foreign else "no reply"
-        raise ValueError(f"--overwrite: {str(folder)!r} holds {what}; name another folder")
+        raise ValueError(f"{name} {str(folder)!r} holds {what}, and is not overwritten; name another folder")
 
 
 def _is_ours(path: Path) -> bool:
@@ -74,13 +76,13 @@ def write_reply(
 
     Args:
         folder: must not exist, unless `replace`.
-        document: the whole exchange; the reply is its trailing run of assistant segments.
+        document: the whole exchange; the reply is at its end.
         extras: for each segment of the reply, in order, what is known of it beyond its content (steps, seed, ...).
         record: JSON values for the top of reply.json: options, model, versions, stop_reason.
 
     Returns `folder`. Raises ValueError when it exists, OSError when it cannot be written.
     """
-    start = _reply_start(document)
+    start = len(document.segments) - len(extras)
     contents = _contents(document)
     reply = [{**content, **extra} for content, extra in zip(contents[start:], extras, strict=True)]
     request = _messages(document.segments[:start], contents[:start])
@@ -119,13 +121,6 @@ def _publish(
     return publish(folder, write, info={"kind": kind}, replace=replace)
 
 
-def _reply_start(document: Document) -> int:
-    start = len(document.segments)
-    while start and document.segments[start - 1].role is Role.ASSISTANT:
-        start -= 1
-    return start
-
-
 def _contents(document: Document) -> list[dict[str, Any]]:
     """Every segment as a content part; media name the file that will hold them."""
     contents: list[dict[str, Any]] = []
@@ -160,18 +155,108 @@ def _json(data: Mapping[str, Any]) -> bytes:
 
 
 def _markdown(document: Document, contents: Sequence[Mapping[str, Any]]) -> str:
-    """The user's words as quotations, the assistant's as text, pictures where they stand."""
+    return markdown(document.segments, [content.get("path", "") for content in contents])
+
+
+def markdown(segments: Sequence[Segment], addresses: Sequence[str] | None = None) -> str:
+    """The user's words as quotations, the assistant's as text, pictures where they stand: at `addresses` (one for each
+    segment, of which texts use none), or inside as data URLs."""
     blocks: list[str] = []
-    for segment, content in zip(document.segments, contents, strict=True):
+    counts: dict[str, int] = {}
+    for index, segment in enumerate(segments):
         if isinstance(segment, Text):
             block = escape_markdown(segment.text.strip())
         else:
-            block = f"![{Path(content['path']).stem.replace('-', ' ')}]({content['path']})"
+            address = addresses[index] if addresses else data_url(segment)
+            name = Path(address).stem.replace("-", " ") if addresses else _name(segment, counts)
+            block = f"![{name}]({address})"
         if segment.role is not Role.ASSISTANT:
             block = "\n".join(f"> {line}".rstrip() for line in block.split("\n"))
         if block:
             blocks.append(block)
     return "\n\n".join(blocks) + "\n"
+
+
+def html_fragment(segments: Sequence[Segment]) -> str:
+    """The segments as HTML to put into a page: text escaped, pictures inside as data URLs."""
+    blocks: list[str] = []
+    counts: dict[str, int] = {}
+    for segment in segments:
+        if isinstance(segment, Text):
+            text = html.escape(safe_text(segment.text.strip()))
+            blocks += [f'<p style="white-space: pre-wrap">{text}</p>'] if text else []
+            continue
+        height, width = (segment.pixels if isinstance(segment, Image) else segment.frames).shape[-3:-1]
+        shown = "display: block; max-width: 100%; height: auto; image-rendering: pixelated"
+        scale = max(1, 256 // max(height, width))  # small pictures would be stamps on today's screens
+        size = f'width="{scale * width}" height="{scale * height}"'
+        blocks.append(f'<img src="{data_url(segment)}" alt="{_name(segment, counts)}" {size} style="{shown}">')
+    return "<div>\n" + "\n".join(blocks) + "\n</div>\n"
+
+
+def html_page(segments: Sequence[Segment], title: str = "Omni") -> str:
+    """The segments as a page that stands alone. It runs no script and loads nothing."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    style = "body { font: 1.1rem/1.5 sans-serif; max-width: 40rem; margin: 2rem auto; padding: 0 1rem }"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f"{html_fragment(segments)}</body>\n</html>\n"
+    )
+
+
+def data_url(segment: Image | Video) -> str:
+    """A picture as PNG, a clip as animated PNG, in a data: URL."""
+    if isinstance(segment, Image):
+        data = media.encode_png(segment.pixels)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            media.save_apng(segment.frames, Path(folder) / "clip.png", segment.fps)
+            data = (Path(folder) / "clip.png").read_bytes()
+    return f"data:image/png;base64,{base64.standard_b64encode(data).decode()}"
+
+
+def _name(segment: Image | Video, counts: dict[str, int]) -> str:
+    kind = "image" if isinstance(segment, Image) else "clip"
+    counts[kind] = counts.get(kind, 0) + 1
+    return f"{kind} {counts[kind]}"
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_messages(path: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of `data`, which is the JSON of the reply.json or chat.json at `path`: the request and its reply, or
+    the whole conversation. Media have the paths of files beside `path`.
+
+    Raises ValueError for other JSON, and for a file that is not beside `path`.
+    """
+    if "messages" in data:
+        messages = data["messages"]
+    else:
+        messages = [*data.get("request", ()), {"role": "assistant", "content": data.get("parts")}]
+    found = []
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            break
+        found.append({"role": message.get("role"), "content": [_read_part(part, path.parent) for part in content]})
+    else:
+        if found:
+            return found
+    raise ValueError(f"{str(path)!r} is no reply and no conversation: its messages are not lists of parts")
+
+
+def _read_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    if part.get("type") == "text":
+        return {"type": "text", "text": part.get("text")}
+    name = part.get("path")
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise ValueError(f"{name!r} is no file of {str(folder)!r}; the files of a reply are beside its JSON")
+    clip = {"fps": part["fps"]} if "fps" in part else {}
+    return {"type": part.get("type"), "path": str(folder / name), **clip}
 
 
 def escape_markdown(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import secrets
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,11 @@ class Key:
         for column in names.unbind(1):
             bits = _mixed(bits ^ _mixed(column + _GOLDEN))
         return bits
+
+
+def fresh_seed() -> int:
+    """63 bits from the system's source of randomness: the seed of a request that gives none. Record it."""
+    return secrets.randbits(63)
 
 
 def uniforms(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tensor:

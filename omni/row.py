@@ -72,6 +72,7 @@ class Row:
 
     @property
     def key(self) -> Key:
+        assert self.options.seed is not None  # the options are resolved
         return Key(self.options.seed)
 
     @property

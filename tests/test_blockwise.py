@@ -340,11 +340,11 @@ def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  #
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1, got 0"),
+        ({"tokens_per_pass": 0}, "tokens_per_pass = 0: must be a whole number from 1 to 64"),
         ({"tokens_per_pass": 9}, "tokens_per_pass = 9 is too many: its joint-token head draws 4"),
         ({"verify": "coupeld"}, "unknown verification 'coupeld'"),
-        ({"sweeps": -1}, "sweeps must not be negative, got -1"),
-        ({"sweeps": 1, "verify": "block"}, "verify = 'block' needs the law of a draft, which sweeps change"),
+        ({"sweeps": -1}, "sweeps = -1: must be a whole number from 0 to 64"),
+        ({"sweeps": 1, "verify": "block"}, "verify = 'block' needs the distribution of a draft, which sweeps change"),
         ({"sweeps": 1, "tokens_per_pass": 1}, "sweeps = 1 has no effect on one token a pass"),
         ({"verify": "none", "tokens_per_pass": 1}, "verify = 'none' has no effect on one token a pass"),
         ({"recycle": True, "verify": "block"}, "recycle has no effect with verify = 'block'"),

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 
-from omni import cli_chat, cli_generate, media
+from omni import cli_chat, cli_generate, cli_inspect, media
 from omni.checkpoint import verify
 from omni.cli import build_parser, main
 from omni.codecs.pixels import PixelCodec, PixelConfig
@@ -71,6 +71,7 @@ def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for module in (cli_generate, cli_chat):
         monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
         parts = {"__init__": _init, "stream": scripted(), "resolve": lambda self, options: options.resolved({})}
+        parts["record"] = lambda self, options: {"options": options.model_dump(mode="json"), "model": {}}
         monkeypatch.setattr(module, "Engine", type("FakeEngine", (), parts))
     return monkeypatch
 
@@ -172,14 +173,76 @@ def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.M
     assert json.loads((at / "r/reply.json").read_text())["request"][0]["content"][0]["text"] == "draw a cat\n"
 
 
+@pytest.mark.parametrize(
+    ("stdin", "named"),
+    [(None, "the prompt '' is empty"), (b"", "the prompt '' is empty"), (b"\x7fELF\xff\x00", "is not valid UTF-8"),
+     (b"x" * (cli_generate.MAX_PROMPT + 5), "the prompt is longer than 1048576 characters")],
+    ids=["closed", "empty", "binary", "long"],
+)  # fmt: skip
+def test_standard_input_that_is_no_prompt(stdin: bytes | None, named: str, fake: Any, at: Path, capsys: Any) -> None:
+    stream = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    fake.setattr(sys, "stdin", stream)
+    assert main(["generate", "-"]) == 2
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1 and contents(at) == set()
+
+
+def test_closed_standard_output_is_no_error(fake: Any, at: Path) -> None:
+    fake.setattr(sys, "stdout", None)
+    assert main(["generate", "a story", "--out", "r"]) == 0 and (at / "r/reply.md").is_file()
+
+
+def test_system_and_stop_reach_the_engine(fake: Any, at: Path) -> None:
+    seen: list[tuple[Document, Any]] = []
+
+    def stream(self: Any, document: Document, options: Any) -> Iterator[Any]:
+        seen.append((document, options))
+        return scripted(0)(self, document, options)
+
+    fake.setattr(cli_generate.Engine, "stream", stream)
+    assert main(["generate", "hi", "--system", "be brief", "--stop", "a", "--stop", "b c", "--out", "r"]) == 0
+    [(document, options)] = seen
+    assert document.segments == (Text("be brief", Role.SYSTEM), Text("hi")) and options.stop == ("a", "b c")
+    data = json.loads((at / "r/reply.json").read_text())
+    assert [message["role"] for message in data["request"]] == ["system", "user"]
+    assert data["options"]["stop"] == ["a", "b c"]
+
+
+def test_a_random_seed_is_recorded(fake: Any, at: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["generate", "hi", "--seed", "random", "--out", name]) == 0
+    first, second = (json.loads((at / name / "reply.json").read_text()) for name in ("a", "b"))
+    assert first["options"]["seed"] != second["options"]["seed"]
+    assert first["parts"][1]["seed"] == first["options"]["seed"]
+
+
 def test_an_impossible_folder_is_refused_before_the_work(
     fake: Any, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.setattr(cli_generate, "load_model", lambda *arguments: pytest.fail("loaded the model"))
     (at / "f").write_text("mine")
-    for folder, message in ((".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'")):
+    (at / "link").symlink_to("nowhere")
+    for folder, message in (
+        ("link", "'link' is a link to nothing"),
+        (".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'"), ("new/" + "a" * 300, "File name too long"),
+        ("a" * 250, "File name too long"), ("/proc/new/r", "cannot be written"),
+    ):  # fmt: skip
         assert main(["generate", "x", "--out", folder]) == 2
         assert message in capsys.readouterr().err
+    assert contents(at) == {"f", "link"}
+    (at / "omni-out").write_text("mine")
+    assert main(["generate", "x"]) == 2
+    assert "'omni-out' is a file" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_noticed_before_the_work(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    fake.setattr(cli_generate, "load_model", lambda *arguments: pytest.fail("loaded the model"))
+    fake.setattr(Path, "write_bytes", full)
+    assert main(["generate", "x", "--out", "r"]) == 2
+    assert "--out 'r' cannot be written: No space left on device" in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):
@@ -196,7 +259,7 @@ def test_progress_does_not_wipe_the_text(monkeypatch: pytest.MonkeyPatch) -> Non
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     events = scripted(1)(None, None, SimpleNamespace(steps=1, seed=0))
-    cli_generate.show(events, cli_generate.Printer(screen, "none"))
+    cli_generate.show(events, cli_generate.Printer(screen, "none"), Document((Text("x"),)), {})
     written = screen.getvalue()
     assert "drawing a picture: 1/1" in written
     assert written[: written.index("\r")].endswith("\n")
@@ -265,14 +328,45 @@ def huge_png(path: Path) -> None:
 BAD = [
     (["generate", ""], 2, "empty"),
     (["generate", " \n"], 2, "empty"),
-    (["generate", "x", "--steps", "0"], 2, "'0'"),
-    (["generate", "x", "--steps", "many"], 2, "'many'"),
-    (["generate", "x", "--guidance", "nan"], 2, "'nan'"),
-    (["generate", "x", "--temperature", "-1"], 2, "'-1'"),
-    (["generate", "x", "--top-p", "0"], 2, "'0'"),
-    (["generate", "x", "--seed", "-3"], 2, "'-3'"),
-    (["generate", "x", "--size", "64"], 2, "'64'"),
-    (["generate", "x", "--size", "0x64"], 2, "'0x64'"),
+    (
+        ["generate", "x", "--steps", "0"],
+        2,
+        "--steps: steps = 0: must be a whole number from 1 to 1000; or leave it out",
+    ),
+    (["generate", "x", "--steps", "1000000000"], 2, "from 1 to 1000"),
+    (["generate", "x", "--steps", "many"], 2, "steps = 'many': must be a whole number from 1 to 1000"),
+    (["generate", "x", "--steps", "9" * 5000], 2, "must be a whole number from 1 to 1000"),
+    (["generate", "x", "--guidance", "nan"], 2, "guidance = nan: must be a finite number from 0 to 100"),
+    (["generate", "x", "--guidance", "1e38"], 2, "guidance = 1e+38"),
+    (["generate", "x", "--temperature", "-1"], 2, "temperature = -1.0: must be a number from 0 to 100"),
+    (["generate", "x", "--temperature", "1e-300"], 2, "must be 0 (greedy), or from 0.001 to 100"),
+    (["generate", "x", "--top-p", "0"], 2, "top_p = 0.0"),
+    (["generate", "x", "--seed", "-3"], 2, "seed = -3"),
+    (["generate", "x", "--seed", str(2**70)], 2, "from 0 to 9223372036854775807"),
+    (["generate", "x", "--max-tokens", "1000000000000"], 2, "from 1 to 1000000"),
+    (["generate", "x", "--max-images", "-1"], 2, "max_images = -1"),
+    (["generate", "x", "--stop", ""], 2, "an empty text would end every reply at once"),
+    (["generate", "x", *["--stop", "y"] * 17], 2, "has 17 texts; give at most 16"),
+    (["generate", "x", "--system", " "], 2, "--system ' ' is empty"),
+    (["generate", "x", "--size", "64"], 2, "--size: image_size"),
+    (["generate", "x", "--size", "0x64"], 2, "image_size = (0, 64): must be (height, width) in pixels"),
+    (["generate", "x", "--size", "9" * 5000 + "x8"], 2, "must be (height, width) in pixels"),
+    (["generate", "draw", "a", "cat"], 2, "put quotes around the prompt"),
+    (["generate", "-draw"], 2, "a prompt that begins with - comes after --"),
+    (["generate", "x", "--device", "mps"], 2, "device 'mps' is not here; use cpu"),
+    (["generate", "x", "--device", "cuda:9"], 2, "device 'cuda:9' is not here; use cpu"),
+    (["generate", "x", "--device", "nonsense"], 2, "device 'nonsense' is not here; use cpu"),
+    (["generate", "x", "--device", "meta"], 2, "device 'meta' computes nothing"),
+    (["generate", "x", "--device", ""], 2, "device '' is not here"),
+    (["generate", "x", "--out", "a" * 300], 2, "File name too long"),
+    (["generate", "x", "--out", "/proc/here"], 2, "'/proc/here' cannot be written"),
+    (["inspect", "deep.json"], 2, "deep.json' is no Document"),
+    (["inspect", "negative.json"], 2, "negative.json' is no Document"),
+    (["inspect", "huge.json"], 2, "huge.json' is no Document"),
+    (["inspect", "list.json"], 2, "list.json' is no Document"),
+    (["inspect", "outside.json"], 2, "beside its JSON"),
+    (["inspect", "pipe.json"], 2, "neither a folder nor a regular file"),
+    (["doctor", "--font", "red.png"], 2, "red.png' is not a font"),
     (["generate", "x", "--image", "none.png"], 2, "none.png"),
     (["generate", "x", "--image", "text.png"], 2, "text.png"),
     (["generate", "x", "--image", "huge.png"], 2, "huge.png"),
@@ -282,7 +376,6 @@ BAD = [
     (["generate", "x", "--stpes", "3"], 2, "did you mean --steps"),
     (["generate"], 2, "prompt"),
     (["genrate", "x"], 2, "genrate"),
-    ([], 2, "COMMAND"),
     (["generate", "x", "--model", "nowhere"], 4, "nowhere"),
     (["generate", "x", "--model", "folder"], 4, "folder"),
     (["chat", "--model", "nowhere"], 4, "nowhere"),
@@ -295,13 +388,22 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "code", "named"), BAD, ids=[" ".join(argv) or "nothing" for argv, _, _ in BAD])
+@pytest.mark.parametrize(("argv", "code", "named"), BAD, ids=[" ".join(argv)[:40] for argv, _, _ in BAD])
 def test_bad_input_is_one_line(argv: list[str], code: int, named: str, at: Path, capsys: Any) -> None:
     (at / "folder").mkdir()
     (at / "folder/something").write_text("mine")
     (at / "text.png").write_text("not a picture")
     (at / "text.txt").write_text("text")
     (at / "bad.json").write_text("{}")
+    (at / "deep.json").write_text("[" * 100_000)
+    (at / "list.json").write_text("[1]")
+    for name, shape in (("negative", [-1, 8, 3]), ("huge", [10**6, 10**6, 3])):
+        picture = {"type": "image", "role": "user", "supervise": False, "shape": shape, "zlib": "eJwDAAAAAAE="}
+        (at / f"{name}.json").write_text(json.dumps({"segments": [picture]}))
+    outside = {"format": 1, "request": [], "parts": [{"type": "image", "path": "../red.png"}]}
+    (at / "outside.json").write_text(json.dumps(outside))
+    os.mkfifo(at / "pipe.json")
+    media.save_png(RED, at / "red.png")
     huge_png(at / "huge.png")
     before = contents(at)
     assert main(argv) == code
@@ -389,7 +491,9 @@ def test_chat_knows_the_home_folder(fake: Any, at: Path) -> None:
 def test_chat_says_a_bad_number_in_a_line(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat("/guidance nan\n", fake) == 2
     said = capsys.readouterr().err
-    assert "/guidance nan" in said and "pydantic" not in said and len(said.splitlines()) == 1
+    assert said == (
+        "omni: error: line 1: /guidance: guidance = nan: must be a finite number from 0 to 100; or leave it out\n"
+    )
 
 
 def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:
@@ -405,7 +509,7 @@ def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:
     assert chat(lines, fake, "--seed", "5") == 0
     kinds = [[type(segment).__name__ for segment in document.segments] for document, _ in seen]
     assert kinds == [["Image", "Text"], ["Image", "Text", "Text", "Image", "Text", "Text"], ["Text"]]
-    assert [(options.seed, options.steps) for _, options in seen] == [(5, None), (6, 3), (5, 3)]
+    assert [(options.seed, options.steps) for _, options in seen] == [(5, 8), (6, 3), (5, 3)]
     verify(at / "c")
     data = json.loads((at / "c/chat.json").read_text())
     assert [message["role"] for message in data["messages"]] == ["user", "assistant"] * 2
@@ -422,33 +526,96 @@ def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize(
     ("line", "named"),
-    [("/image none.png", "none.png"), ("/steps 0", "0"), ("/steps", "N"), ("/stpes 3", "'/steps'"),
-     ("/save x", "nothing"), ("/image 'a", "quotation"), ("/guidance high", "high"), ("/seed 1.5", "1.5")],
+    [("/image none.png", "none.png"), ("/steps 0", "steps = 0: must be a whole number from 1 to 1000"),
+     ("/steps", "usage: /steps N"), ("/stpes 3", "did you mean '/steps'?"), ("/save x", "nothing to save"),
+     ("/image 'a", "quotation"), ("/guidance high", "guidance = 'high'"), ("/seed 1.5", "seed = '1.5'"),
+     ("/size 0x8", "image_size = (0, 8)"), ("/stop ''", "end every reply"), ("/force-image maybe", "true or false"),
+     ("caf\udce9", "not valid UTF-8"), ("x" * (cli_generate.MAX_PROMPT + 9), "longer than")],
+    ids=lambda text: text[:20],
 )  # fmt: skip
-def test_chat_from_a_pipe_ends_at_an_error(line: str, named: str, fake: Any, at: Path, capsys: Any) -> None:
-    assert chat(f"{line}\nhello\n", fake) == 2
+def test_chat_from_a_pipe_goes_on_after_an_error(line: str, named: str, fake: Any, at: Path, capsys: Any) -> None:
+    assert chat(f"{line}\nhello\n/save c\n", fake) == 2
     out, err = capsys.readouterr()
-    assert named in err and err.count("\n") == 1 and "Part" not in out and contents(at) == set()
+    assert err.startswith("omni: error: line 1: ") and named in err and err.count("\n") == 1
+    assert "The end." in out and contents(at) >= {"c", "c/chat.json"}
 
 
-def test_interactive_chat_goes_on_after_an_error(fake: Any, at: Path, capsys: Any) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+def test_chat_settings_are_the_flags(fake: Any, at: Path, capsys: Any) -> None:
+    seen: list[tuple[Document, Any]] = []
 
-    replies = iter(["/image none.png", "/help", "hello", KeyboardInterrupt()])
+    def stream(self: Any, document: Document, options: Any) -> Iterator[Any]:
+        seen.append((document, options))
+        return scripted(0)(self, document, options)
+
+    fake.setattr(cli_chat.Engine, "stream", stream)
+    lines = (
+        '/system be brief\n/stop "the end" cat\n/size 8x16\n/max-tokens 9\n/force-image on\none\n'
+        "/system\n/stop\n/size default\n/force-image off\n/seed random\ntwo\nthree\n/save c\n"
+    )
+    assert chat(lines, fake, "--max-images", "2") == 0
+    (first, options), (second, later), (_, last) = seen
+    assert first.segments[0] == Text("be brief", Role.SYSTEM) and len(first.segments) == 2
+    assert options.stop == ("the end", "cat") and options.image_size == (8, 16)
+    assert (options.max_tokens, options.force_image, options.max_images) == (9, True, 2)
+    assert [type(segment) for segment in second.segments] == [Text, Text, Text] and later.stop == ()
+    assert later.image_size is None and not later.force_image
+    assert later.seed != last.seed and later.seed > 1000
+    assert json.loads((at / "c/chat.json").read_text())["options"]["seed"] == last.seed
+
+
+def terminal(fake: Any, *replies: Any) -> int:
+    """A chat at a terminal, whose user types `replies`; an exception is one that `input` raises."""
+    waiting = iter(replies)
 
     def ask(_: str) -> str:
-        reply = next(replies)
+        reply = next(waiting)
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
     fake.setattr(sys, "stdin", Terminal())
     fake.setattr("builtins.input", ask)
-    assert main(["chat"]) == 0
-    out = capsys.readouterr().out
-    assert "error: cannot read picture 'none.png'" in out and "/save" in out and "The end." in out
+    return main(["chat"])
+
+
+def test_interactive_chat_goes_on_after_an_error(fake: Any, at: Path, capsys: Any) -> None:
+    assert terminal(fake, "/image none.png", "/help", "hello", EOFError()) == 0
+    out, err = capsys.readouterr()
+    assert "error: cannot read picture 'none.png'" in err and "/save" in out and "The end." in out
+
+
+def test_one_interrupt_at_an_idle_prompt_loses_nothing(fake: Any, at: Path, capsys: Any) -> None:
+    interrupt = KeyboardInterrupt()
+    assert terminal(fake, "one", interrupt, "two", interrupt, "/save c", "/quit") == 0
+    assert capsys.readouterr().out.count("Ctrl-C once more") == 2
+    data = json.loads((at / "c/chat.json").read_text())
+    assert [message["role"] for message in data["messages"]] == ["user", "assistant"] * 2
+    assert not (at / "omni-out").exists()  # it was saved already
+
+
+@pytest.mark.parametrize("end", [["/quit"], [EOFError()], [KeyboardInterrupt(), KeyboardInterrupt()]])
+def test_what_was_not_saved_is_saved_at_the_end(end: list[Any], fake: Any, at: Path, capsys: Any) -> None:
+    assert terminal(fake, "one", *end) == 0
+    verify(at / "omni-out/001")
+    assert (at / "omni-out/001/chat.json").is_file() and "omni-out/001" in capsys.readouterr().err
+
+
+def test_a_bug_does_not_lose_the_conversation(fake: Any, at: Path) -> None:
+    streams = iter([scripted(1), scripted(fail_after=0)])
+    fake.setattr(cli_chat.Engine, "stream", lambda self, *arguments: next(streams)(self, *arguments))
+    assert terminal(fake, "one", "two") == 1
+    assert len(json.loads((at / "omni-out/001/chat.json").read_text())["messages"]) == 2
+
+
+def test_out_of_memory_is_one_line_and_the_chat_goes_on(fake: Any, at: Path, capsys: Any) -> None:
+    def full(*_: Any) -> Iterator[Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 TiB")
+
+    streams = iter([full, scripted(0)])
+    fake.setattr(cli_chat.Engine, "stream", lambda self, *arguments: next(streams)(self, *arguments))
+    assert chat("one\ntwo\n", fake) == 2
+    out, err = capsys.readouterr()
+    assert "out of memory: ask for less" in err and err.count("\n") == 1 and "The end." in out
 
 
 # ------------------------------------------------------------------------------------------------ inspect, doctor
@@ -488,6 +655,53 @@ def test_inspect_other_folders(tiny_model: Path, fake: Any, at: Path, capsys: An
     assert "a tokenizer" in out and "a reply, every byte as published" in out
 
 
+def test_inspect_reads_what_omni_wrote(tiny_model: Path, fake: Any, at: Path, capsys: Any) -> None:
+    assert main(["generate", "a story", "--out", "r"]) == 0
+    assert chat("hello\n/save c\n", fake) == 0
+    capsys.readouterr()
+    for path, what in (("r/reply.json", "a reply of 6 segments"), ("c/chat.json", "a conversation of 6 segments")):
+        assert main(["inspect", path, "--model", str(tiny_model)]) == 0
+        out = capsys.readouterr().out
+        assert what in out and out.count("assistant: a picture") == 2 and out.count("1 x 2 x 2") == 2
+    (at / "r/image-2.png").unlink()
+    assert main(["inspect", "r/reply.json", "--model", str(tiny_model)]) == 2
+    assert "image-2.png" in capsys.readouterr().err
+
+
+def test_inspect_looks_at_a_bounded_part_of_a_large_folder(at: Path, capsys: Any) -> None:
+    (at / "large/a/b").mkdir(parents=True)
+    (at / "large/a/b/manifest.json").write_text("{}")
+    assert main(["inspect", "large"]) == 2
+    assert "did you mean 'large/a/b'?" in capsys.readouterr().err
+    (at / "large/a/loop").symlink_to(at / "large")
+    assert cli_inspect.published_below(at / "large", 100) == [at / "large/a/b"]
+    for number in range(50):
+        (at / f"large/{number}").mkdir()
+    assert cli_inspect.published_below(at / "large", 20) == []  # 50 entries come before it
+
+
+def test_doctor_draws_with_the_font_that_is_named(at: Path, capsys: Any) -> None:
+    media.save_png(RED, at / "apple.png")
+    (at / "empty.ttf").write_bytes(b"")
+    for name in ("apple.png", "empty.ttf"):
+        assert main(["doctor", "--font", name]) == 2
+        err = capsys.readouterr().err
+        assert f"'{name}' is not a font" in err and err.count("\n") == 1
+
+
+def test_doctor_wants_colours(at: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = iter(range(2, 99))
+
+    def grey(self: Any, character: str) -> PillowImage.Image:
+        return PillowImage.new("RGBA", (next(shapes), 4), (90, 90, 90, 255))
+
+    monkeypatch.setattr("omni.emoji_world.atlas.Glyphs._open", lambda self: None)
+    monkeypatch.setattr("omni.emoji_world.atlas.Glyphs.picture", grey)
+    (at / "grey.ttf").write_bytes(b"x")
+    assert main(["doctor", "--font", "grey.ttf"]) == 2
+    assert "has emoji without colours" in capsys.readouterr().err
+
+
 def test_doctor_names_what_is_missing(at: Path, capsys: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni.cli_doctor.BUNDLED", tiny_model)
     code = main(["doctor", "--json"])
@@ -519,6 +733,18 @@ def test_help_and_version_need_no_torch() -> None:
             [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent
         )
         assert done.returncode == 0 and done.stdout.endswith("0 False\n"), done.stderr
+
+
+def test_bare_omni_is_its_help(capsys: Any) -> None:
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: omni") and "generate" in out and err == ""
+
+
+def test_help_into_a_closed_pipe_is_silent() -> None:
+    command = f"{sys.executable} -m omni generate --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stderr == "" and done.returncode in (0, 141)
 
 
 def test_every_command_has_help() -> None:

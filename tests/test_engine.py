@@ -330,13 +330,13 @@ def test_draws_follow_temperature_and_top_p() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
-        ({"top_p": 0.0}, "top_p must be in"),
+        ({"steps": 0}, "steps = 0: must be a whole number from 1 to 1000"),
+        ({"temperature": -1.0}, "temperature = -1.0: must be a number from 0 to 100"),
+        ({"top_p": 0.0}, "top_p = 0.0: must be a number from 1e-06 to 1"),
         ({"image_size": (7, 8)}, "7 x 8"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens = 0: must be a whole number from 1 to 1000000"),
         ({"top_p": 0.9}, "no effect at temperature 0"),
-        ({"told_guidance": 0.0}, "told_guidance must be above 0"),
+        ({"told_guidance": 0.0}, "told_guidance = 0.0: must be a number from 0.001 to 100"),
         ({"adaptive": True}, "adaptive = True has no effect on one token a pass"),
         ({"force_image": True, "max_images": 0}, "max_images of at least 1, got 0"),
     ],

@@ -17,13 +17,16 @@ TOPS = ("omni", "train", "eval")
 LEVELS = {
     0: {"config", "rng", "document", "command", "context", "finite"},
     1: {
-        *("layout", "mask", "positions", "media", "preparation", "checkpoint"),
+        *("layout", "mask", "positions", "media", "preparation", "checkpoint", "terminal"),
         *("coupling", "guidance", "placeholders", "pick", "terms"),
     },
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers", "heads.joint"},
-    4: {"model", "joint", "reply", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"},
-    5: {"serve", "hf", "cli", "terminal", "reply_files", "doctor", "__init__", "__main__"},
+    4: {
+        *("model", "joint", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"),
+        *("options", "reply", "reply_files"),
+    },
+    5: {"serve", "hf", "cli", "doctor", "__init__", "__main__"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 # Imports inside one level: the bottom is one currency; a layout has a mask, cells, placeholders; a head is of layers;
@@ -46,6 +49,10 @@ PEERS = {
     *(("blockwise", name) for name in ("engine", "drafting", "prefill", "reply")),
     *(("drafting", name) for name in ("joint", "model", "prefill")),
     ("engine", "reply"),
+    ("engine", "options"),
+    ("model", "options"),
+    ("reply", "options"),
+    ("reply", "reply_files"),
     ("engine", "prefill"),
     ("prefill", "model"),
     ("model", "reply"),

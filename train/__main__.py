@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from omni.command import exit_code, fail
+from omni.command import Parser, exit_code, fail
 from omni.config import load_toml
 from omni.nn.precision import fast_bf16
 from train import loop
@@ -42,17 +42,20 @@ EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train a model or a codec from a recipe.")
+    parser = Parser(prog="python -m train", description="Train a model or a codec from a recipe.")
     parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value of the recipe")
     parser.add_argument("--out", type=Path, help="output directory (default: runs/ and the recipe's name)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest saved state")
     parser.add_argument("--dry-run", action="store_true", help="build everything and make two steps, save nothing")
     parser.add_argument("--publish", type=Path, metavar="DIR", help="make DIR from the newest saved state and stop")
-    options = parser.parse_intermixed_args(arguments)
-    out = options.out or Path("runs") / options.recipe.stem
+
+    def work() -> int:
+        options = parser.parse_intermixed_args(arguments)
+        return _run(options, options.out or Path("runs") / options.recipe.stem)
+
     try:
-        return exit_code(lambda: _run(options, out))
+        return exit_code(work)
     except TooManyNonFinite as error:
         return fail(error, EXIT_NOT_FINITE)
     except TooManyCorrupt as error:

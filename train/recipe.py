@@ -15,8 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from omni.config import Frozen
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
+from omni.options import GenerationOptions
 from omni.preparation import Preparation
-from omni.reply import GenerationOptions
 from train.data.loader import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
@@ -91,7 +91,7 @@ class Recipe(Frozen):
     @field_validator("generation")
     @classmethod
     def _can_be_generated(cls, given: dict[str, Any]) -> dict[str, Any]:
-        GenerationOptions().resolved({"tokens_per_pass": 1, **given})
+        GenerationOptions().resolved({"tokens_per_pass": 1, **given}, "[generation]")
         return given
 
     @field_validator("heads")

@@ -43,6 +43,8 @@ class Glyphs:
         smile, apple = self.picture("\U0001f600"), self.picture("\U0001f34e")
         if smile is None or apple is None or smile.tobytes() == apple.tobytes():
             raise ValueError(f"the font {str(self.path)!r} has no emoji pictures; {WAY_OUT}")
+        if not any(_in_colour(picture) for picture in (smile, apple)):
+            raise ValueError(f"the font {str(self.path)!r} has emoji without colours; {WAY_OUT}")
 
     def _open(self) -> ImageFont.FreeTypeFont:
         from PIL import ImageFont
@@ -72,6 +74,13 @@ class Glyphs:
         square = Image.new("RGBA", (side, side))
         square.paste(content, ((square.width - content.width) // 2, (square.height - content.height) // 2))
         return square
+
+
+def _in_colour(picture: PillowImage.Image) -> bool:
+    """Whether any visible pixel of an RGBA picture is not grey."""
+    pixels = np.asarray(picture).astype(np.int16)
+    colours = pixels[pixels[..., 3] > 0, :3]
+    return bool((colours.max(-1) - colours.min(-1) > 16).any()) if len(colours) else False
 
 
 class Atlas:

@@ -20,9 +20,15 @@ def fast_bf16(device: torch.device | str = "cpu") -> bool:
 
 
 def require_device(name: str) -> str:
-    """`name`, if torch can compute on it here. ValueError otherwise."""
+    """`name`, if torch can compute on it here. ValueError that names those which are here otherwise."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not here: {str(error).splitlines()[0]}; use cpu") from None
+    except Exception:  # torch raises anything, with pages of text
+        raise ValueError(f"device {name!r:.60} is not here; use {' or '.join(devices())}") from None
     return name
+
+
+def devices() -> list[str]:
+    """The devices that torch can compute on here."""
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found

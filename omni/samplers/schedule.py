@@ -132,4 +132,7 @@ def _checked(times: Sequence[float]) -> list[float]:
 
 
 def _name(grid: str | Sequence[float]) -> str:
-    return repr(grid) if isinstance(grid, str) else str([round(float(t), 6) for t in grid])
+    if isinstance(grid, str):
+        return repr(grid)
+    shown = [str(round(float(t), 6)) for t in grid]
+    return f"[{', '.join(shown if len(shown) <= 9 else [*shown[:6], '...', *shown[-2:]])}]"

@@ -9,7 +9,8 @@ A message is {"role": "system" | "user" | "assistant", "content": a str or a lis
     {"type": "video", "video" | "url" | "path" | "base64": path or frames, "fps": 8}     Hugging Face; also video_url
 
 The fps of frames is their rate; of a file, the rate to thin it out to. A plain str is one part of text; so is a str
-among the parts. The content of neighbouring messages of one role runs on without anything in between.
+among the parts. The parts of an earlier reply are parts too; `reply.message` is all of it, and may be empty. The
+content of neighbouring messages of one role runs on without anything in between.
 Text stays text: no template is rendered. Nothing is fetched: http URLs are refused.
 
 Paths and file: URLs are read from the disk of this machine with the rights of this process, which is right for a user's
@@ -125,14 +126,21 @@ def _read_message(message: Message, reader: _PartReader, supervise: bool) -> lis
     role = _ROLES[name]
     flag = supervise and role is Role.ASSISTANT
     content = message.get("content")
-    if isinstance(content, str | Mapping):
+    if isinstance(content, str | Mapping) or _is_part(content):
         content = [content]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ValueError(f"content of the {name} must be a str or a list of parts, got {type(content).__name__}")
     segments = [reader.read(part, role, flag) for part in content]
-    if not any(not isinstance(s, Text) or s.text.strip() for s in segments):
+    empty = not any(not isinstance(s, Text) or s.text.strip() for s in segments)
+    may_be = role is Role.ASSISTANT and not flag and not isinstance(message["content"], str)  # a reply without parts
+    if empty and not may_be:
         raise ValueError(f"the {name}'s content {message['content']!r:.80} is empty; write or attach something")
     return [s for s in segments if not isinstance(s, Text) or s.text]
+
+
+def _is_part(value: Any) -> bool:
+    """A part of a reply (omni.reply), which gives itself as a content part."""
+    return not isinstance(value, Mapping) and callable(getattr(value, "content", None))
 
 
 class _PartReader:
@@ -151,6 +159,8 @@ class _PartReader:
             raise ValueError(f"more than {MAX_PARTS} parts; split the conversation")
         if isinstance(part, str):
             return self._text(part, role, supervise)
+        if _is_part(part):
+            part = part.content()
         if not isinstance(part, Mapping):
             raise ValueError(f"a content part is a mapping with a type, got {type(part).__name__} {part!r:.80}")
         kind = part.get("type")
