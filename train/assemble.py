@@ -40,6 +40,7 @@ from train.guard import Guard
 from train.loop import Run
 from train.optim import Optimiser
 from train.recipe import Recipe
+from train.sampler import choose_sampler
 from train.state import AVERAGES, WEIGHTS
 from train.target import build_target
 
@@ -56,7 +57,8 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, one line, for anything the recipe names that does not exist or fit."""
     key = Key(recipe.seed)
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
-    model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
+    objectives = build_objectives(recipe)
+    model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives))
     mixture = build_mixture(recipe, key)
     memo = LatentMemo(codec, recipe.latent_memory_mb << 20, recipe.device)
     coupling = build_coupling(mixture.sources, memo.encode, model.flow.choice) if recipe.coupling else None
@@ -127,10 +129,10 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) -> Omni:
+def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
     fields = dict(recipe.heads)
     flow = {**fields.pop("flow", {}), "channels": codec.spec.channels}
-    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size}
+    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size, "sampler": sampler}
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
     model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation

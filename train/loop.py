@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from omni.rng import Key
+from omni.terms import Terms
 from train import state
 from train.data.lanes import Lanes
 from train.data.loader import Loader, Packed, TooManyCorrupt
@@ -111,6 +112,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     run.optimiser.zero_grad()
     run.progress.advance(packed.cursor, packed.lane)
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
+    values |= unweighted(parts)
     positions = sum(batch.num_positions for batch in batches)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
 
@@ -118,6 +120,17 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
 def mean_of(terms: Sequence[Any]) -> torch.Tensor:
     """Sum over sum of counts, in float32; 0 when there is nothing to count."""
     return torch.stack([term.sum.float() for term in terms]).sum() / max(sum(term.count for term in terms), 1.0)
+
+
+def unweighted(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the losses that have a raw sum (Terms.raw), by `unweighted/` and their name."""
+    found = {}
+    for name in parts[0]:
+        terms = [part[name] for part in parts]
+        if any(term.raw is not None for term in terms):
+            raws = [Terms(term.raw, term.count) for term in terms if term.raw is not None]
+            found[f"unweighted/{name}"] = float(mean_of(raws))
+    return found
 
 
 def train(
@@ -186,9 +199,18 @@ def _report_trouble(run: Run, tracker: Tracker, packed: Packed, skipped_before: 
         tracker.metrics(step, {"event": "not finite", "documents": packed.documents})
 
 
+def losses_of(metrics: Mapping[str, Any]) -> str:
+    """For the console: each loss, and in brackets without its weighting, where the two differ."""
+    found = []
+    for name in (key.removeprefix("loss/") for key in metrics if key.startswith("loss/")):
+        loss, raw = metrics[f"loss/{name}"], metrics.get(f"unweighted/{name}")
+        found.append(f"{name} {loss:.4f}" + (f" (unweighted {raw:.4f})" if raw not in (None, loss) else ""))
+    return "  ".join(found)
+
+
 def _line(run: Run, metrics: Mapping[str, Any]) -> str:
     recipe, progress = run.recipe, run.progress
-    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in metrics.items() if k.startswith("loss/"))
+    losses = losses_of(metrics)
     left = progress.seconds / max(run.fraction(), 1e-9) - progress.seconds
     return (
         f"step {progress.step}/{recipe.max_steps} {run.fraction():5.1%}  {losses}  grad {metrics['grad_norm']:.2f}  "
