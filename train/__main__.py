@@ -31,6 +31,7 @@ from train import loop
 from train.assemble import assemble, publish_model
 from train.data.loader import TooManyCorrupt
 from train.guard import TooManyNonFinite
+from train.lock import hold, refuse_many_processes
 from train.recipe import Recipe
 from train.sheet import draw_sheet
 from train.signals import EXIT_STOPPED, StopRequest
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, out: Path) -> int:
+    refuse_many_processes()
     if _kind(options.recipe) == "codec":
         return _train_codec(options, out)
     recipe = load_toml(options.recipe, options.overrides, Recipe)
@@ -71,12 +73,17 @@ def _run(options: argparse.Namespace, out: Path) -> int:
 
 def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
     """The whole run: build, restore, train, publish."""
-    if not resume and saved_steps(out / "state"):
-        raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
-    run = assemble(recipe, out)
-    if resume:
-        loop.resume(run, lambda line: print(line, file=sys.stderr))
-    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        if not resume and saved_steps(out / "state"):
+            raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
+        run = assemble(recipe, out)
+        if resume:
+            loop.resume(run, lambda line: print(line, file=sys.stderr))
+        return _train(run)
+
+
+def _train(run: loop.Run) -> int:
+    recipe, out = run.recipe, run.out
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
     tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
@@ -174,7 +181,8 @@ def _train_codec(options: argparse.Namespace, out: Path) -> int:
         raise ValueError("--dry-run and --publish are for models; try a codec recipe with steps=2 and another --out")
     recipe = load_toml(options.recipe, options.overrides, codec_loop.CodecRecipe)
     torch.set_num_threads(1)
-    print(json.dumps(codec_loop.train(recipe, out)))
+    with hold(out):
+        print(json.dumps(codec_loop.train(recipe, out)))
     return 0
 
 
