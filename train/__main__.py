@@ -29,7 +29,7 @@ from omni.config import load_toml
 from omni.nn.precision import fast_bf16
 from train import loop
 from train.assemble import assemble, publish_model
-from train.data.loader import TooManyCorrupt
+from train.data.batch import TooManyCorrupt
 from train.guard import TooManyNonFinite
 from train.lock import hold, refuse_many_processes
 from train.recipe import Recipe

@@ -1,13 +1,15 @@
 """The training loop. `train_step` is the whole of a step; everything around it counts, saves and reports.
 
 A step: pack -> bf16 autocast -> losses as (sum, count) -> backward -> clip -> guard -> optimiser -> average.
-Exit: the loop ends when the length of the run is reached, or when `stop_requested` says so (then it has saved).
+Exit: the loop ends when the length of the run is reached, or when `stop_requested` says so. It has saved then, and also
+where it ends with an error between two updates of the weights: unreadable data, too many non-finite steps.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from torch import nn
 from omni.rng import Key
 from omni.terms import Terms
 from train import state
+from train.data.batch import Packed
 from train.data.lanes import Lanes
-from train.data.loader import Loader, Packed, TooManyCorrupt
+from train.data.loader import PIECES, Loader
 from train.ema import Ema
 from train.guard import Guard
 from train.optim import Optimiser, multiplier
@@ -46,7 +49,8 @@ class Run:
     open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
     lanes: Lanes | None = None
     waited: float = 0.0  # seconds for lanes, within steps
-    _ahead: Packed | TooManyCorrupt | None = None
+    between_updates: bool = True  # weights, optimiser and averages are of one step, so that they can be saved
+    _ahead: Packed | Exception | None = None
 
     @property
     def key(self) -> Key:
@@ -60,9 +64,9 @@ class Run:
         if self.open_lanes is None:
             return self.loader.next(self.progress.cursor)
         packed, self._ahead = self._ahead or self._from_lanes(), None
-        if isinstance(packed, TooManyCorrupt):
+        if isinstance(packed, Exception):
             raise packed
-        self.loader.counts.update(documents=len(packed.documents), skipped=len(packed.skipped))
+        self.loader.counts.update(packed.counts)
         return packed
 
     def look_ahead(self) -> None:
@@ -73,7 +77,7 @@ class Run:
         start = time.perf_counter()
         try:
             self._ahead = self._from_lanes()
-        except TooManyCorrupt as error:
+        except Exception as error:
             self._ahead = error
         self.waited += time.perf_counter() - start
 
@@ -105,12 +109,14 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     loss, grad_norm = float(total.detach()), run.optimiser.clip()
     rate = multiplier(recipe.optimiser, step, run.fraction())
     if run.guard.accepts(step, loss, grad_norm, packed.documents):
+        run.between_updates = False
         run.optimiser.step(rate)
         run.ema.update()
         if run.target is not None:
             run.target.update()
     run.optimiser.zero_grad()
     run.progress.advance(packed.cursor, packed.lane)
+    run.between_updates = True
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
     values |= unweighted(parts)
     positions = sum(batch.num_positions for batch in batches)
@@ -138,34 +144,53 @@ def train(
 ) -> bool:
     """Train to the end of the recipe. Returns False when stopped early; the state is saved in both cases."""
     report = run.recipe.report
-    saved_at, skipped_before = -1, run.guard.num_skipped
-    while run.fraction() < 1.0 and not stop_requested():
-        started = time.perf_counter()
-        packed = run.next()
-        loaded = time.perf_counter()
-        metrics = train_step(run, packed)
-        seconds = time.perf_counter() - started
-        run.progress.seconds += seconds
-        step = run.progress.step
-        waited, run.waited = run.waited, 0.0
-        metrics |= {"seconds": seconds, "load_seconds": loaded - started + waited, "cursor": packed.cursor}
-        tracker.metrics(step - 1, metrics)
-        _report_trouble(run, tracker, packed, skipped_before)
-        skipped_before = run.guard.num_skipped
-        tracker.progress(_line(run, metrics), important=step % report.log_steps == 0 or step == 1)
-        if step % report.save_steps == 0:
-            save(run)
-            saved_at = step
-        if sheet is not None and report.sheet_steps and step % report.sheet_steps == 0:
-            sheet(run)
+    saved_at = -1
+    try:
+        while run.fraction() < 1.0 and not stop_requested():
+            _step(run, tracker)
+            step = run.progress.step
+            if step % report.save_steps == 0:
+                save(run)
+                saved_at = step
+            if sheet is not None and report.sheet_steps and step % report.sheet_steps == 0:
+                sheet(run)
+    except Exception:
+        if run.between_updates and saved_at != run.progress.step:
+            with suppress(OSError):  # a full disk, which may be what ended the run
+                save(run)
+                tracker.say(f"saved at step {run.progress.step}; continue with --resume")
+        raise
+    finally:
+        tracker.say(documents_of(run.loader.counts))
     if saved_at != run.progress.step:
         save(run)
     return run.fraction() >= 1.0
 
 
+def _step(run: Run, tracker: Tracker) -> None:
+    """One step, timed and reported."""
+    skipped_before, dropped_before = run.guard.num_skipped, run.loader.counts["dropped"]
+    started = time.perf_counter()
+    packed = run.next()
+    loaded = time.perf_counter()
+    metrics = train_step(run, packed)
+    seconds = time.perf_counter() - started
+    run.progress.seconds += seconds
+    step = run.progress.step
+    waited, run.waited = run.waited, 0.0
+    metrics |= {"seconds": seconds, "load_seconds": loaded - started + waited, "cursor": packed.cursor % PIECES}
+    tracker.metrics(step - 1, metrics)
+    _report_documents(tracker, step - 1, packed, dropped_before)
+    if run.guard.num_skipped > skipped_before:
+        tracker.say(f"step {step - 1} was not finite and is skipped; its documents are in metrics.jsonl")
+        tracker.metrics(step - 1, {"event": "not finite", "documents": packed.documents})
+    tracker.progress(_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
+
+
 def save(run: Run) -> Path:
     progress = run.progress
-    progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, run.guard.num_in_row
+    in_row = run.guard.num_in_row
+    progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, in_row % run.guard.limit
     progress.documents = dict(run.loader.counts)
     parts = run.model, run.ema, run.optimiser
     return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, run.target)
@@ -181,22 +206,34 @@ def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None
     run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
-    document = run.progress.cursor if not run.progress.lanes else run.progress.lanes
-    say(f"resumed {directory} at step {run.progress.step}, document {document}")
+    documents = ", ".join(str(cursor % PIECES) for cursor in run.progress.lanes or [run.progress.cursor])
+    say(f"resumed {directory} at step {run.progress.step}, document {documents}")
 
 
 def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _report_trouble(run: Run, tracker: Tracker, packed: Packed, skipped_before: int) -> None:
-    step = run.progress.step - 1
+def documents_of(counts: Mapping[str, int]) -> str:
+    """What became of the documents so far, in one line."""
+    found = f"{counts.get('documents', 0):,} documents trained on"
+    if counts.get("split"):
+        found += f", {counts['split']:,} of them split: {counts['pieces']:,} pieces in all"
+    if counts.get("dropped"):
+        found += f"; {counts['dropped']:,} dropped in part or whole, longer than a row"
+    return found + (f"; {counts['skipped']:,} skipped, unreadable" if counts.get("skipped") else "")
+
+
+def _report_documents(tracker: Tracker, step: int, packed: Packed, dropped_before: int) -> None:
+    """What was not trained on: each in metrics.jsonl; on the console what is corrupt, and once what is too long."""
     for index, reason in packed.skipped:
         tracker.say(f"document {index} skipped: {reason}")
         tracker.metrics(step, {"event": "document skipped", "document": index, "reason": reason})
-    if run.guard.num_skipped > skipped_before:
-        tracker.say(f"step {step} was not finite and is skipped; its documents are in metrics.jsonl")
-        tracker.metrics(step, {"event": "not finite", "documents": packed.documents})
+    for index, reason in packed.dropped:
+        tracker.metrics(step, {"event": "document dropped", "document": index, "reason": reason})
+    if packed.dropped and not dropped_before:
+        index, reason = packed.dropped[0]
+        tracker.say(f"document {index} dropped, in part or whole: {reason}; others are counted, see metrics.jsonl")
 
 
 def losses_of(metrics: Mapping[str, Any]) -> str:

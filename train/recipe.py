@@ -16,7 +16,7 @@ from omni.config import Frozen
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from omni.reply import GenerationOptions
-from train.data.loader import BatchConfig, DropConfig
+from train.data.batch import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
 FREE = {

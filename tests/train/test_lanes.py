@@ -16,8 +16,8 @@ import torch
 from omni.layout import Batch
 from train import loop
 from train.data import lanes as lanes_module
+from train.data.batch import TooManyCorrupt
 from train.data.lanes import Tickets
-from train.data.loader import TooManyCorrupt
 from train.data.source import CorruptRecord
 from train.loop import Run
 from train.track import Tracker, read_metrics
@@ -153,7 +153,7 @@ def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:
     loader.memo, loader.channels = tickets, tickets.channels
     cursor, most = 0, 0
     for _ in range(40):
-        cursor = tickets.collect(loader.next(cursor)).packed.cursor
+        cursor = tickets.collect(loader.next(cursor), loader.waiting()).packed.cursor
         most = max(most, len(tickets._media))
     assert most < 200 < tickets._next
 

@@ -164,7 +164,7 @@ def test_losses_are_divided_once_by_the_global_count() -> None:
 def test_packing_changes_neither_draws_nor_losses(make_run: MakeRun) -> None:
     """The same documents in short rows, in one long row, and in two batches: equal noise, equal losses."""
     run = make_run("autocast=none")
-    spans = [run.loader._composed(index).spans for index in range(6)]
+    spans = [run.loader._read(index).pieces[0].spans for index in range(6)]
     means = []
     for shapes in ([Shape(6, 256, 192)], [Shape(1, 2000, 2000)], [Shape(2, 128, 128), Shape(6, 256, 192)]):
         batches, used = pack(spans, shapes, channels=768, pad_id=run.loader.pad_id, copies=2)
