@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from omni.document import Document, Role, Segment, Text
+from omni.document import Document, Image, Role, Segment, Text, Video
 
 BEGIN, TURN = 1, 2  # ids of omni.text.compose: of a document; of a turn, its role and its end
 REQUEST_SHARE = 0.75  # of a row, at most, for head and request, where a text is cut inside: else rows repeat them alone
@@ -52,6 +52,7 @@ class Splitter:
 
     def __init__(self, measure: Measure, fits: Fits) -> None:
         self._measure, self._fits = measure, fits
+        self._known: dict[int, Size] = {}
 
     def split(self, document: Document) -> tuple[list[Piece], str]:
         """The pieces in order, and why something was left out: empty where nothing was."""
@@ -129,7 +130,7 @@ class Splitter:
 
     def _problem(self, segments: Sequence[Segment]) -> str:
         size = self.size(segments)
-        what = type(segments[-1]).__name__.lower()
+        what = {Text: "text", Image: "picture", Video: "clip"}[type(segments[-1])]
         return f"{what} that needs {size.context} context and {size.refine} refine positions with its request"
 
 
