@@ -20,6 +20,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -88,6 +89,8 @@ def _train(run: loop.Run) -> int:
     tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
     tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
     tracker.say(_precision(recipe))
+    for change in run.changes:
+        tracker.metrics(run.progress.step, {"event": "recipe changed", **asdict(change)})
     try:
         finished = loop.train(run, tracker, stop, _sheets(tracker))
         if finished:

@@ -87,7 +87,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         return Lanes(of_lane, codec, cursors, step, recipe.device)
 
     identity = {
-        "recipe": recipe.identity(),
+        "recipe": recipe.model_dump(mode="json"),
         "draws": DRAWS,
         "data": mixture.fingerprint(),
         "tokenizer": digest(tokenizer.describe()),

@@ -20,13 +20,13 @@ from torch import nn
 from omni.rng import Key
 from omni.terms import Terms
 from train import state
-from train.data.batch import Packed
+from train.data.batch import PIECES, Packed
 from train.data.lanes import Lanes
-from train.data.loader import PIECES, Loader
+from train.data.loader import Loader
 from train.ema import Ema
 from train.guard import Guard
-from train.optim import Optimiser, multiplier
-from train.recipe import Recipe
+from train.optim import Optimiser, OptimiserConfig, multiplier
+from train.recipe import Recipe, fraction_of
 from train.target import Target
 from train.track import Tracker
 
@@ -49,6 +49,7 @@ class Run:
     open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
     lanes: Lanes | None = None
     waited: float = 0.0  # seconds for lanes, within steps
+    changes: Sequence[state.Change] = ()  # of the recipe, since the state that was resumed
     between_updates: bool = True  # weights, optimiser and averages are of one step, so that they can be saved
     _ahead: Packed | Exception | None = None
 
@@ -197,17 +198,39 @@ def save(run: Run) -> Path:
 
 
 def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None:
-    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits.
+    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits. Says, and
+    keeps in run.changes, what the recipe has otherwise.
 
     any_data: data may be other than the state's, which is well to publish it, and not to go on.
     """
     directory = state.newest(run.out / "state", say)
     identity = {name: part for name, part in run.identity.items() if not (any_data and name in ("data", "draws"))}
+    run.changes = state.changes(directory, identity)
     run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
     documents = ", ".join(str(cursor % PIECES) for cursor in run.progress.lanes or [run.progress.cursor])
     say(f"resumed {directory} at step {run.progress.step}, document {documents}")
+    for change in run.changes:
+        say(f"changed: {change}")
+    if any(change.key.startswith(("optimiser.", "max_")) for change in run.changes):
+        _say_rates(run, state.saved_recipe(directory), say)
+    if run.progress.use_lanes(run.recipe.workers):
+        say("the documents are in another order from here: each loading process has its own share")
+
+
+def _say_rates(run: Run, saved: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Where the next step has another learning rate than by the saved recipe: a schedule may jump."""
+    step, seconds, recipe = run.progress.step, run.progress.seconds, run.recipe
+    config = OptimiserConfig.model_validate(saved["optimiser"])
+    fraction = fraction_of(saved.get("max_steps", recipe.max_steps), saved.get("max_minutes"), step, seconds)
+    was = config.rate * multiplier(config, step, fraction)
+    now = recipe.optimiser.rate * multiplier(recipe.optimiser, step, run.fraction())
+    if was != now:
+        say(
+            f"the learning rate of step {step} is {now:.3g}; by the saved recipe it was {was:.3g} "
+            "(optimiser.schedule_steps keeps a schedule when max_steps changes)"
+        )
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -19,8 +19,7 @@ from omni.rng import Key
 from train import loop
 from train.__main__ import EXIT_CORRUPT, main
 from train.data import loader as loader_module
-from train.data.batch import TooManyCorrupt
-from train.data.loader import PIECES
+from train.data.batch import PIECES, TooManyCorrupt
 from train.data.pieces import Size, Splitter, cut_before, longest
 from train.loop import Run
 from train.track import Tracker, read_metrics

@@ -10,6 +10,8 @@ from pydantic import Field
 from omni.config import Frozen
 from omni.layout import Batch, Span
 
+PIECES = 1 << 40  # piece p of document i has the uid i + p PIECES (see train.data.loader)
+
 
 class TooManyCorrupt(RuntimeError):
     """More than `batch.max_corrupt` of the documents could not be read."""

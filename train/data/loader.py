@@ -22,13 +22,12 @@ from omni.document import Document, Image, Segment, Text, Video
 from omni.guidance import drop, null_documents
 from omni.layout import Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_rows, pack
 from omni.rng import Key
-from train.data.batch import BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
+from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
 from train.data.coupled import with_answers
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
 from train.data.source import CorruptRecord
 
 LOOKAHEAD = 48
-PIECES = 1 << 40  # indices of documents are below it
 MAX_PASSED_OVER = 1000  # documents in a row, with none to train on
 
 EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
