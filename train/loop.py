@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omni.document import Document
 from omni.rng import Key
 from omni.terms import Terms
 from train import state
@@ -46,6 +47,8 @@ class Run:
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
     target: Target | None = None
+    validation: Callable[[Run], dict[str, float]] | None = None
+    held_out: Sequence[Document] = ()
     open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
     lanes: Lanes | None = None
     waited: float = 0.0  # seconds for lanes, within steps
@@ -180,6 +183,11 @@ def _step(run: Run, tracker: Tracker) -> None:
     step = run.progress.step
     waited, run.waited = run.waited, 0.0
     metrics |= {"seconds": seconds, "load_seconds": loaded - started + waited, "cursor": packed.cursor % PIECES}
+    plan = run.recipe.validation
+    if run.validation is not None and plan is not None and (step % plan.steps == 0 or run.fraction() >= 1.0):
+        found = run.validation(run)
+        metrics |= {f"validation/{name}": value for name, value in found.items()}
+        tracker.say(f"validation at step {step}, averaged weights: {losses_of(found)}")
     tracker.metrics(step - 1, metrics)
     _report_documents(tracker, step - 1, packed, dropped_before)
     if run.guard.num_skipped > skipped_before:
@@ -198,8 +206,8 @@ def save(run: Run) -> Path:
 
 
 def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None:
-    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits. Says, and
-    keeps in run.changes, what the recipe has otherwise.
+    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits. What the
+    recipe has otherwise is said, and kept in run.changes.
 
     any_data: data may be other than the state's, which is well to publish it, and not to go on.
     """
@@ -244,6 +252,8 @@ def documents_of(counts: Mapping[str, int]) -> str:
         found += f", {counts['split']:,} of them split: {counts['pieces']:,} pieces in all"
     if counts.get("dropped"):
         found += f"; {counts['dropped']:,} dropped in part or whole, longer than a row"
+    if counts.get("held_out"):
+        found += f"; {counts['held_out']:,} held out for validation"
     return found + (f"; {counts['skipped']:,} skipped, unreadable" if counts.get("skipped") else "")
 
 

@@ -1,8 +1,8 @@
 """Recipe: everything that decides a training run, as frozen, validated data. Read from TOML with key=value overrides.
 
 A resume takes the recipe of its state, where the keys in CHANGEABLE may be others: each change is said and recorded.
-Without a change it is exact. With `max_minutes` the learning rate follows the clock, so such a run is resumed faithfully
-but not bit for bit: exact resume needs the length in steps (`max_steps` alone).
+Without a change it is exact. With `max_minutes` the learning rate follows the clock, so such a run is resumed
+faithfully but not bit for bit: exact resume needs the length in steps (`max_steps` alone).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.optim import OptimiserConfig
 # objectives, averages) or which documents are behind them.
 CHANGEABLE = (
     *("max_steps", "max_minutes", "report.*", "generation*", "init_from", "init_partial", "latent_memory_mb"),
-    *("max_nonfinite", "batch.max_corrupt", "batch.min_corrupt", "workers"),
+    *("max_nonfinite", "validation.steps", "batch.max_corrupt", "batch.min_corrupt", "workers"),
     *("ema_decay", "optimiser.*rate", "optimiser.weight_decay", "optimiser.clip", "optimiser.warmup_steps"),
     *("optimiser.decay", "optimiser.decay_fraction", "optimiser.schedule_steps", "optimiser.min_factor"),
     # The same sums in another order, or rounded otherwise: they change the last bits.
@@ -45,6 +45,25 @@ class ObjectiveConfig(Frozen):
     name: str
     weight: float = Field(1.0, gt=0)
     options: dict[str, Any] = {}
+
+
+class ValidationConfig(Frozen):
+    """The loss on documents that training never sees (train.data.held_out), every `steps` steps and at the end.
+
+    share: of the records of each source, by a keyed hash of each; of a generated source, further documents. data: or
+    sources of their own. Training passes over every document that is kept out, also where it occurs again.
+    """
+
+    share: float | None = Field(None, gt=0, le=0.5)
+    data: tuple[DataConfig, ...] = ()
+    steps: int = Field(200, ge=1)
+    documents: int = Field(256, ge=1, le=100_000, description="at most, of all sources together")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ValidationConfig:
+        if (self.share is None) == (not self.data):
+            raise ValueError("give a share of the training data, or data of its own: share = 0.01, or data = [...]")
+        return self
 
 
 class ReportConfig(Frozen):
@@ -90,6 +109,7 @@ class Recipe(Frozen):
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     generation: dict[str, Any] = Field({}, description="default generation options stored with the model")
     report: ReportConfig = ReportConfig()
+    validation: ValidationConfig | None = None
 
     @field_validator("generation")
     @classmethod

@@ -217,7 +217,7 @@ def test_a_state_of_an_earlier_version_is_taken(make_run: MakeRun) -> None:
     assert not again.changes
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 3), (2, 3), (2, 0)])
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (2, 0)])
 def test_other_numbers_of_loading_processes_train_on_no_document_twice(
     make_run: MakeRun, before: int, after: int
 ) -> None:

@@ -71,7 +71,7 @@ class Read:
     `why` in words, also of what was left out where there are some."""
 
     pieces: tuple[Composed, ...] = ()
-    what: Literal["read", "skipped", "dropped"] = "read"
+    what: Literal["read", "skipped", "dropped", "held_out"] = "read"
     why: str = ""
 
 
@@ -79,7 +79,8 @@ class Read:
 class Packed:
     """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it (of a
     lane, see train.data.lanes). skipped: corrupt documents; dropped: what no row holds. counts: how many documents were
-    packed, skipped, dropped (in part or whole) and split, and into how many pieces; one that is split counts once."""
+    packed, skipped, dropped (in part or whole), held out and split, and into how many pieces; one that is split counts
+    once."""
 
     batches: list[Batch]
     documents: list[int]

@@ -19,7 +19,7 @@ from omni.config import Frozen
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.media import load_image, load_video
 from omni.rng import Key
-from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
+from train.data.source import SOURCES, FiniteSource, bytes_digest, file_fingerprint, require_file
 
 
 class FileOptions(Frozen):
@@ -50,6 +50,9 @@ class _LineSource(FiniteSource):
         with self.path.open("rb") as stream:
             stream.seek(self._offsets[position])
             return stream.readline().decode("utf-8")
+
+    def record_identity(self, position: int) -> str:
+        return bytes_digest(self.line(position).strip().encode())
 
     def record_name(self, position: int) -> str:
         return f"{self.path.name} record {position + 1}"
@@ -130,6 +133,10 @@ class LlavaConversations(FiniteSource):
         if waiting:
             raise ValueError(f"{len(waiting)} images have no <image> mark")
         return Document(tuple(segments), {"id": str(record.get("id", position))})
+
+    def record_identity(self, position: int) -> str:
+        record = self.records[position]
+        return bytes_digest(json.dumps([record.get("image"), record.get("conversations")]).encode())
 
     def record_name(self, position: int) -> str:
         return f"{self.path.name} conversation {position + 1}"

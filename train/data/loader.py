@@ -25,7 +25,7 @@ from omni.rng import Key
 from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
 from train.data.coupled import with_answers
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
-from train.data.source import CorruptRecord
+from train.data.source import CorruptRecord, KeptOut
 
 LOOKAHEAD = 48
 MAX_PASSED_OVER = 1000  # documents in a row, with none to train on
@@ -136,10 +136,11 @@ class Loader:
         begun = {uid: self._window[uid] for uid in used if uid < PIECES}
         done = {i: read for i, read in passed.items() if i < after % PIECES}
         skipped, dropped = ([(i, r.why) for i, r in done.items() if r.what == what] for what in ("skipped", "dropped"))
+        num_held_out = sum(read.what == "held_out" for read in done.values())
         dropped = sorted([*dropped, *((i, read.why) for i, read in begun.items() if read.why)])
         num_split = sum(len(read.pieces) > 1 for read in begun.values())
         counts = {"documents": len(begun), "skipped": len(skipped), "dropped": len(dropped), "split": num_split}
-        counts["pieces"] = len(used)
+        counts |= {"pieces": len(used), "held_out": num_held_out}
         self.counts.update(counts)
         self._window = {i: read for i, read in self._window.items() if i >= after % PIECES}
         documents = list(dict.fromkeys(uid % PIECES for uid in used))
@@ -171,7 +172,8 @@ class Loader:
             try:
                 read[index] = self._with_drop(index, self.document(index))
             except CorruptRecord as error:
-                self._window[index] = Read(what="skipped", why=str(error))
+                what = "held_out" if isinstance(error, KeptOut) else "skipped"
+                self._window[index] = Read(what=what, why=str(error))
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
         others = {index: [o for s in found for o in self._others(s)] for index, found in media.items()}
         encoded = self._encode({index: [*found, *others[index]] for index, found in media.items()})
@@ -270,7 +272,7 @@ class Loader:
         """Whether to go on: a run without an end in sight, or on damaged data, is an error."""
         shape, last = self.shape, list(passed.values())[-1].why
         skipped = self.counts["skipped"] + sum(read.what == "skipped" for read in passed.values())
-        seen = sum(self.counts[name] for name in ("documents", "skipped", "dropped")) + num_seen
+        seen = sum(self.counts[name] for name in ("documents", "skipped", "dropped", "held_out")) + num_seen
         if skipped * self.stride >= shape.min_corrupt and skipped > shape.max_corrupt * seen:
             raise TooManyCorrupt(
                 f"{skipped} of {seen} documents could not be used, and batch.max_corrupt = {shape.max_corrupt:g}; "
