@@ -87,10 +87,12 @@ def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
 def test_a_lane_ends_with_a_killed_training_process() -> None:
     """It holds its standard output: whoever reads that sees its end, and not ten minutes later."""
     code = (
-        "import os, time\nfrom train.data.lanes import _end_with_parent\n"
-        "if os.fork():\n    time.sleep(0.5)\n    os._exit(0)\n_end_with_parent(0)\ntime.sleep(600)"
+        "import os, signal, time\nfrom train.data.lanes import _end_with_parent\n"
+        "if os.fork():\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_end_with_parent(0)\nprint('alive', flush=True)\ntime.sleep(20)\nprint('outlived', flush=True)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL and done.stdout == b"alive\n"  # its output ends with the lane
 
 
 def test_a_signal_to_the_whole_group_saves_and_ends_in_order(recipe_file: Path, tmp_path: Path) -> None:

@@ -34,24 +34,43 @@ def everything(run: Run) -> dict[str, torch.Tensor]:
     return weights | averages | {f"o/{n}": v.clone() for n, v in run.optimiser.state_tensors().items()}
 
 
-def poison(run: Run, steps: set[int], value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def spoiled(run: Run, loss: torch.Tensor, how: str) -> torch.Tensor:
+    """The loss, or its gradient alone (0 is added, by a root whose slope there is infinite), made NaN or infinite."""
+    part, value = how.split()
+    if part == "loss":
+        return loss * float(value)
+    weight = run.model.token.embedding.weight
+    zero = weight - weight.detach()
+    return loss + (zero.abs().sum() if value == "nan" else zero.sum()).sqrt()
+
+
+def poison(run: Run, steps: set[int], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = run.model.loss
 
     def loss(batch: Any, objectives: Any, key: Any, *rest: Any) -> dict[str, Terms]:
         terms = real(batch, objectives, key, *rest)
         if run.progress.step in steps:
-            terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=terms["NextToken"].sum * value)
+            terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=spoiled(run, terms["NextToken"].sum, how))
         return terms
 
     monkeypatch.setattr(run.model, "loss", loss)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_spoiled_is_what_is_said(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    poison(run, {0, 1}, "gradient nan", monkeypatch)
+    metrics = loop.train_step(run, run.next())
+    assert math.isfinite(metrics["loss"]) and math.isnan(metrics["grad_norm"])
+    poison(run, {1}, "gradient inf", monkeypatch)
+    assert math.isfinite(loop.train_step(run, run.next())["loss"])
+
+
+@pytest.mark.parametrize("how", ["loss nan", "loss inf", "gradient nan", "gradient inf"])
 def test_a_non_finite_step_never_reaches_the_weights(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, value: float
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     run = make_run("max_steps=4")
-    poison(run, {2}, value, monkeypatch)
+    poison(run, {2}, how, monkeypatch)
     seen: list[dict[str, torch.Tensor]] = []
 
     def watch() -> bool:
@@ -72,9 +91,18 @@ def test_a_non_finite_step_never_reaches_the_weights(
 
 def test_too_many_in_a_row_stop_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run("max_nonfinite=3")
-    poison(run, set(range(100)), math.nan, monkeypatch)
+    poison(run, {2, 3, 4}, "gradient nan", monkeypatch)
     with pytest.raises(TooManyNonFinite, match="3 steps in a row"):
         loop.train(run, Tracker(run.out, 0, stream=io.StringIO()), lambda: False)
+    again = make_run(
+        "max_nonfinite=3", "optimiser.rate=1e-4"
+    )  # what it had learnt is saved, and a lower rate may go on
+    loop.resume(again, lambda line: None)
+    before, after = everything(run), everything(again)
+    assert again.progress.step == 4 and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loop.train(again, Tracker(again.out, 4, stream=io.StringIO()), lambda: again.progress.step >= 6)
+    assert again.progress.step == 6 and again.guard.num_skipped == 3
 
 
 def test_finite_steps_between_reset_the_row() -> None:
