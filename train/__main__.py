@@ -8,8 +8,8 @@ Trains what the recipe describes and leaves in the output directory (default: ru
     --resume    continue from the newest intact state
     --publish   make the model directory DIR from the newest intact state, without training (also of a run in progress)
 
-Exit codes: 0 done, 2 a mistake in the command, the recipe or its files, 3 too many non-finite steps,
-4 too many unreadable documents, 75 stopped by a signal with the state saved (run again with --resume).
+The run holds a lock on its output directory; a second one there is refused. A resume may change some keys of the recipe
+(train.recipe.CHANGEABLE): each change is said, and recorded in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -40,11 +40,23 @@ from train.state import saved_steps
 from train.track import Tracker
 
 EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
+EXIT_CODES = """exit codes:
+  0   done
+  1   a bug, with a traceback; what was trained is saved where it can be
+  2   a mistake in the command, the recipe or its files, or the output directory is in use
+  3   too many non-finite steps; the state is saved
+  4   too many unreadable documents (the state is saved), or damaged model files
+  75  stopped by SIGTERM or SIGINT, with the state saved: run again with --resume (a codec: run again)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train a model or a codec from a recipe.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a model or a codec from a recipe.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value of the recipe")
     parser.add_argument("--out", type=Path, help="output directory (default: runs/ and the recipe's name)")
@@ -185,7 +197,14 @@ def _train_codec(options: argparse.Namespace, out: Path) -> int:
     recipe = load_toml(options.recipe, options.overrides, codec_loop.CodecRecipe)
     torch.set_num_threads(1)
     with hold(out):
-        print(json.dumps(codec_loop.train(recipe, out)))
+        stop = StopRequest()
+        try:
+            found = codec_loop.train(recipe, out, stop)
+        finally:
+            stop.restore()
+    if found is None:
+        return EXIT_STOPPED
+    print(json.dumps(found))
     return 0
 
 

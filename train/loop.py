@@ -235,10 +235,9 @@ def _say_rates(run: Run, saved: Mapping[str, Any], say: Callable[[str], None]) -
     was = config.rate * multiplier(config, step, fraction)
     now = recipe.optimiser.rate * multiplier(recipe.optimiser, step, run.fraction())
     if was != now:
-        say(
-            f"the learning rate of step {step} is {now:.3g}; by the saved recipe it was {was:.3g} "
-            "(optimiser.schedule_steps keeps a schedule when max_steps changes)"
-        )
+        longer = any(change.key.startswith("max_") for change in run.changes)
+        hint = "; optimiser.schedule_steps keeps a schedule where the length of the run changes" if longer else ""
+        say(f"the learning rate of step {step} is {now:.3g}, by the saved recipe it was {was:.3g}{hint}")
 
 
 def num_parameters(module: nn.Module) -> int:

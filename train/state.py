@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,6 +32,7 @@ from train.target import Target
 _STEP = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
 TARGET = "target.safetensors"
+KIND = "training state"
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,18 @@ def save(
             SCALARS: json.dumps(scalars, sort_keys=True, indent=1),
             **({} if target is None else {TARGET: target.tensors()}),
         },
-        info={"kind": "training state", "step": progress.step, "torch": torch.__version__},
+        info={"kind": KIND, "step": progress.step, "torch": torch.__version__},
         replace=True,
     )
-    older = [old for step, old in saved_steps(folder) if step < progress.step]  # a later one is damaged: see `newest`
+    remove_older(folder, progress.step, keep)
+    return directory
+
+
+def remove_older(folder: Path, step: int, keep: int) -> None:
+    """Remove states before `step` until `keep` are left with it. A later one is damaged: see `newest`."""
+    older = [old for number, old in saved_steps(folder) if number < step]
     for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def saved_steps(folder: Path) -> list[tuple[int, Path]]:
@@ -121,15 +127,21 @@ def saved_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
-def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
-    """The newest directory whose every byte verifies. Says which it refuses; ValueError when none is left."""
-    for _, directory in reversed(saved_steps(folder)):
+def newest(folder: Path, say: Callable[[str], None] = print, kind: str = KIND) -> Path:
+    """The newest directory whose every byte verifies. Says which it refuses. ValueError when there is none, or one of
+    another kind of run; DamagedError when all are damaged."""
+    saved = saved_steps(folder)
+    for _, directory in reversed(saved):
         try:
-            checkpoint.verify(directory)
+            found = checkpoint.verify(directory)["info"].get("kind", KIND)
         except ValueError as error:
             say(f"passing over a damaged state: {error}")
             continue
+        if found != kind:
+            raise ValueError(f"{directory} is a {found}, not a {kind}: of a run of another kind; choose another --out")
         return directory
+    if saved:
+        raise checkpoint.DamagedError(f"{str(folder)!r} holds no intact training state; begin again in another --out")
     raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
 
 
@@ -166,10 +178,18 @@ def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
     saved = {name: part for name, part in saved.items() if name in own}
     if isinstance(saved.get("recipe"), dict) and isinstance(own.get("recipe"), dict):
         saved["recipe"] = _filled(saved["recipe"], own["recipe"])
+    return compare(saved, own, CHANGEABLE, directory)
+
+
+def compare(
+    saved: Mapping[str, Any], own: Mapping[str, Any], changeable: Sequence[str], directory: Path
+) -> list[Change]:
+    """What `own` has otherwise than `saved`, both with a `recipe`, in its keys that match a pattern of `changeable`.
+    ValueError naming the first other difference."""
     found = list(_differences(saved, own))
     for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe.")):  # it tells most
         name = key.removeprefix("recipe.")
-        if name == key or not any(fnmatchcase(name, pattern) for pattern in CHANGEABLE):
+        if name == key or not any(fnmatchcase(name, pattern) for pattern in changeable):
             raise ValueError(
                 f"{directory} was trained with another recipe or other data: {key} was {was!r}, now {now!r}, which the "
                 "saved weights or the order of the documents depend on; use what it was, or a new --out (init_from "

@@ -175,7 +175,7 @@ def test_what_may_change_is_said_and_recorded(
     ):
         assert f"changed: {line}\n" in said
     fall = 0.5 * (1 + math.cos(math.pi * 3 / 5))
-    assert f"the learning rate of step 3 is {0.8 * 1e-4 * fall:.3g}; by the saved recipe it was 0 " in said
+    assert f"the learning rate of step 3 is {0.8 * 1e-4 * fall:.3g}, by the saved recipe it was 0; " in said
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     changed = {
         row["key"]: (row["step"], row["was"], row["now"]) for row in events if row.get("event") == "recipe changed"

@@ -211,6 +211,8 @@ def test_the_curve_of_a_run_is_a_picture(make_run: MakeRun, tmp_path: Path) -> N
     assert curve.main([str(run.out / "metrics.jsonl"), str(tmp_path / "curve.png")]) == 0
     assert load_image(tmp_path / "curve.png").shape == (3 * curve.HEIGHT, curve.WIDTH, 3)
     assert curve.main([str(tmp_path / "none.jsonl"), str(tmp_path / "curve.png")]) == 2
+    (tmp_path / "odd.jsonl").write_text('[1]\n{"step": 1}\n{"loss/a": 2}\n7\n{"step": 2, "loss/a": "nan"}\n')
+    assert curve.main([str(tmp_path / "odd.jsonl"), str(tmp_path / "curve.png")]) == 2
 
 
 @pytest.mark.slow
