@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 MANIFEST = "manifest.json"
 FORMAT = 1
 _MAX_MANIFEST_BYTES = 4 << 20
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 
 Content = bytes | str | Path | Mapping[str, torch.Tensor]
 """What a published file may be made of: raw bytes, text (UTF-8), a file or directory to copy, or named tensors."""
@@ -156,6 +158,28 @@ def verify(directory: str | Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         _read_checked(Path(directory) / name, entry)
     return manifest
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Clear what `publish` and `save_tensors` leave in `folder` when their process is killed.
+
+    Half-written temporaries go. A directory that was moved aside for its successor is put back where that never came,
+    and goes where it did. For the only writer of `folder`: of another's work in progress this would make an end.
+    """
+    folder = Path(folder)
+    found = [(match, path) for path in _entries(folder) if (match := _LEFTOVER.fullmatch(path.name))]
+    for match, path in sorted(found, key=lambda one: one[1].stat(follow_symlinks=False).st_mtime_ns, reverse=True):
+        home = folder / match["name"]
+        if match["kind"] == "old" and not os.path.lexists(home):
+            os.rename(path, home)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:

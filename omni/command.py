@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-MISTAKE = 2
+MISTAKE, DAMAGED = 2, 4
 MAX_LINE = 1000
 SPACE = 1 << 16  # bytes that must be free where something is to be written
 
@@ -93,13 +93,15 @@ def fail(error: Exception, code: int = MISTAKE) -> int:
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Does the work: the int that it returns, else 0; after a mistake a line that says what was wrong, and 2."""
+    """Does the work: the int that it returns, else 0. After a mistake a line that says what was wrong, and 2, or 4
+    where files are damaged or missing (checkpoint.DamagedError, by its name: to import it is to import torch)."""
     try:
         found = work()
     except Exception as error:
         if not is_mistake(error):
             raise
-        return fail(error)
+        damaged = any(base.__name__ == "DamagedError" for base in type(error).__mro__)
+        return fail(error, DAMAGED if damaged else MISTAKE)
     return found if isinstance(found, int) else 0
 
 

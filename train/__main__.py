@@ -8,8 +8,8 @@ Trains what the recipe describes and leaves in the output directory (default: ru
     --resume    continue from the newest intact state
     --publish   make the model directory DIR from the newest intact state, without training (also of a run in progress)
 
-Exit codes: 0 done, 2 a mistake in the command, the recipe or its files, 3 too many non-finite steps,
-4 too many unreadable documents, 75 stopped by a signal with the state saved (run again with --resume).
+The run holds a lock on its output directory; a second one there is refused. A resume may change some keys of the recipe
+(train.recipe.CHANGEABLE): each change is said, and recorded in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from omni.config import load_toml
 from omni.nn.precision import fast_bf16
 from train import loop
 from train.assemble import assemble, publish_model
-from train.data.loader import TooManyCorrupt
+from train.data.batch import TooManyCorrupt
 from train.guard import TooManyNonFinite
+from train.lock import hold, refuse_many_processes
 from train.recipe import Recipe
 from train.sheet import draw_sheet
 from train.signals import EXIT_STOPPED, StopRequest
@@ -38,11 +40,23 @@ from train.state import saved_steps
 from train.track import Tracker
 
 EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
+EXIT_CODES = """exit codes:
+  0   done
+  1   a bug, with a traceback; what was trained is saved where it can be
+  2   a mistake in the command, the recipe or its files, or the output directory is in use
+  3   too many non-finite steps; the state is saved
+  4   too many unreadable documents (the state is saved), or damaged model files
+  75  stopped by SIGTERM or SIGINT, with the state saved: run again with --resume (a codec: run again)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = Parser(prog="python -m train", description="Train a model or a codec from a recipe.")
+    parser = Parser(
+        prog="python -m train",
+        description="Train a model or a codec from a recipe.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value of the recipe")
     parser.add_argument("--out", type=Path, help="output directory (default: runs/ and the recipe's name)")
@@ -63,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, out: Path) -> int:
+    refuse_many_processes()
     if _kind(options.recipe) == "codec":
         return _train_codec(options, out)
     recipe = load_toml(options.recipe, options.overrides, Recipe)
@@ -74,16 +89,23 @@ def _run(options: argparse.Namespace, out: Path) -> int:
 
 def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
     """The whole run: build, restore, train, publish."""
-    if not resume and saved_steps(out / "state"):
-        raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
-    run = assemble(recipe, out)
-    if resume:
-        loop.resume(run, lambda line: print(line, file=sys.stderr))
-    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        if not resume and saved_steps(out / "state"):
+            raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
+        run = assemble(recipe, out)
+        if resume:
+            loop.resume(run, lambda line: print(line, file=sys.stderr))
+        return _train(run)
+
+
+def _train(run: loop.Run) -> int:
+    recipe, out = run.recipe, run.out
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
     tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
     tracker.say(_precision(recipe))
+    for change in run.changes:
+        tracker.metrics(run.progress.step, {"event": "recipe changed", **asdict(change)})
     try:
         finished = loop.train(run, tracker, stop, _sheets(tracker))
         if finished:
@@ -177,7 +199,15 @@ def _train_codec(options: argparse.Namespace, out: Path) -> int:
         raise ValueError("--dry-run and --publish are for models; try a codec recipe with steps=2 and another --out")
     recipe = load_toml(options.recipe, options.overrides, codec_loop.CodecRecipe)
     torch.set_num_threads(1)
-    print(json.dumps(codec_loop.train(recipe, out)))
+    with hold(out):
+        stop = StopRequest()
+        try:
+            found = codec_loop.train(recipe, out, stop)
+        finally:
+            stop.restore()
+    if found is None:
+        return EXIT_STOPPED
+    print(json.dumps(found))
     return 0
 
 

@@ -30,19 +30,22 @@ from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
 from train.data.coupled import build_coupling
+from train.data.held_out import HeldOut, hold_out
 from train.data.lanes import Lanes, Tickets
 from train.data.latents import LatentMemo
-from train.data.loader import Encoder, Loader
+from train.data.loader import Loader
 from train.data.mixture import Mixture
-from train.data.source import build_source
+from train.data.source import Source, build_source
 from train.ema import Ema
 from train.expert import with_copies
 from train.guard import Guard
 from train.loop import Run
 from train.optim import Optimiser
-from train.recipe import Recipe
+from train.recipe import DataConfig, Recipe
+from train.sampler import choose_sampler
 from train.state import AVERAGES, WEIGHTS
 from train.target import build_target
+from train.validation import Validation
 
 DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator each, 2 is Key.each
 
@@ -57,39 +60,42 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, one line, for anything the recipe names that does not exist or fit."""
     key = Key(recipe.seed)
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
-    model, objectives = build_model(recipe, tokenizer, codec, key), build_objectives(recipe)
+    objectives = build_objectives(recipe)
+    model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives))
     mixture = build_mixture(recipe, key)
+    mixture.held_out, more_data = build_held_out(recipe, mixture, key)
     memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
     coupling = build_coupling(mixture.sources, memo.encode, model.flow.choice) if recipe.coupling else None
-
-    def load(encoder: Encoder, channels: int, stride: int = 1) -> Loader:
-        return Loader(
-            mixture.document,
-            model.prepare,
-            partial(_compose, tokenizer),
-            encoder,
-            recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile}),
-            channels=channels,
-            pad_id=tokenizer.control.pad,
-            key=key.fold("loader"),
-            drop=recipe.drop,
-            null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
-            coupling=coupling,
-            stride=stride,
-        )
+    load = partial(
+        Loader,
+        prepare=model.prepare,
+        compose=partial(_compose, tokenizer),
+        pad_id=tokenizer.control.pad,
+        null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
+        coupling=coupling,
+    )
+    shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
+    train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
+    own = {"memo": memo, "channels": codec.spec.channels}
 
     def open_lanes(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> Lanes:
         def of_lane(tickets: Tickets, lanes: int) -> Loader:
-            made = load(tickets, tickets.channels, lanes)
+            made = train(memo=tickets, channels=tickets.channels, stride=lanes)
             made.counts.update({name: count // lanes for name, count in counts.items()})
             return made
 
         return Lanes(of_lane, codec, cursors, step, recipe.device)
 
+    validation, held_out = None, ()
+    if mixture.held_out is not None:
+        held_out, to_measure = mixture.held_out.documents, key.fold("validation")
+        whole = shape.model_copy(update={"trim": 0.0, "fixed": False})
+        loader = load(held_out.__getitem__, shape=whole, key=to_measure, end=len(held_out), **own)
+        validation = Validation(loader, to_measure)
     identity = {
-        "recipe": recipe.identity(),
+        "recipe": recipe.model_dump(mode="json"),
         "draws": DRAWS,
-        "data": mixture.fingerprint(),
+        "data": mixture.fingerprint() + more_data,
         "tokenizer": digest(tokenizer.describe()),
         "codec": _codec_fingerprint(codec),
     }
@@ -97,13 +103,15 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         recipe=recipe,
         model=model,
         objectives=objectives,
-        loader=load(memo, codec.spec.channels),
+        loader=train(**own),
         optimiser=Optimiser(model.named_parameters(), recipe.optimiser),
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,
         identity=identity,
         target=build_target(model, objectives),
+        validation=validation,
+        held_out=held_out,
         open_lanes=open_lanes if recipe.workers else None,
     )
 
@@ -129,10 +137,10 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key) -> Omni:
+def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
     fields = dict(recipe.heads)
     flow = {**fields.pop("flow", {}), "channels": codec.spec.channels}
-    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size}
+    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size, "sampler": sampler}
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
     model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
@@ -235,12 +243,28 @@ def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> Non
         raise ValueError(f"init_from {str(directory)!r} has another codec; use codec={pictures}, or init_partial=true")
 
 
-def build_mixture(recipe: Recipe, key: Key) -> Mixture:
-    sources = [
-        build_source(config.name, config.options, key.fold("data", number, config.name), f"data.{number}")
-        for number, config in enumerate(recipe.data)
+def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:
+    return [
+        build_source(config.name, config.options, key.fold(origin, number, config.name), f"{origin}.{number}")
+        for number, config in enumerate(configs)
     ]
+
+
+def build_mixture(recipe: Recipe, key: Key) -> Mixture:
+    sources = build_sources(recipe.data, key, "data")
     return Mixture(sources, [config.weight for config in recipe.data], key.fold("data"))
+
+
+def build_held_out(recipe: Recipe, mixture: Mixture, key: Key) -> tuple[HeldOut | None, list[str]]:
+    """What is kept out of training, and the fingerprints of sources of its own."""
+    plan = recipe.validation
+    if plan is None:
+        return None, []
+    sources, weights = mixture.sources, [config.weight for config in recipe.data]
+    if plan.data:
+        sources, weights = build_sources(plan.data, key, "validation"), [config.weight for config in plan.data]
+    found = hold_out(sources, weights, plan.documents, plan.share, key.fold("validation"))
+    return found, [source.fingerprint() for source in sources] if plan.data else []
 
 
 def build_objectives(recipe: Recipe) -> list[Objective]:

@@ -1,37 +1,46 @@
 """Training of picture codecs on emoji scenes:  python -m train RECIPE.toml [key=value ...]  (kind = "codec").
 
 Reads a recipe (`train/recipes/vae_*.toml`), trains the autoencoder that it describes, and writes into the output
-directory: recipe.json, metrics.jsonl, samples.png (originals above their reconstructions), state.safetensors (for
+directory: recipe.json, metrics.jsonl, samples.png (originals above their reconstructions), state/step-XXXXXXXX/ (for
 exact resume: run the same command again) and codec/, the finished codec (bf16 weights of the moving average, latents
-normalised over training pictures). Shapes: pictures (B, 3, H, W) in [-1, 1], raw latents (B, C, h, w), all channels
-last in memory. Does not train the transformer (loop.py).
+normalised over training pictures). Locks, signals, damaged states and steps that are not finite are as in loop.py;
+keys in CHANGEABLE may be others when it is resumed. Shapes: pictures (B, 3, H, W) in [-1, 1], raw latents (B, C, h, w),
+all channels last in memory. Does not train the transformer (loop.py).
 """
 
 from __future__ import annotations
 
 import json
-import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import safetensors.torch
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from omni.checkpoint import save_tensors
+from omni.checkpoint import load_tensors, publish, read_bytes
 from omni.codecs import AutoencoderCodec, codecs, load_codec, psnr
 from omni.codecs.autoencoders import to_pictures, to_pixels
 from omni.config import Frozen, canonical_json
 from omni.emoji_world import Atlas, random_scene, render
 from omni.nn.precision import fast_bf16
 from omni.rng import Key
+from train import state
+from train.guard import Guard, TooManyNonFinite
 from train.muon import Muon
+from train.track import drop_from, json_row
 
-STATE_FILE = "state.safetensors"
+STATE, RECIPE, KIND = "state.safetensors", "recipe.json", "codec training state"
+KEEP = 2  # states
+CHANGEABLE = (
+    *("steps", "stop_step", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "max_nonfinite"),
+    *("statistics_pictures", "eval_every", "eval_pictures", "final_pictures", "save_every", "init_from"),
+)
 
 
 class CodecRecipe(Frozen):
@@ -54,6 +63,7 @@ class CodecRecipe(Frozen):
     eval_pictures: int = Field(default=192, ge=1)
     final_pictures: int = Field(default=1000, ge=1)
     save_every: int = Field(default=300, ge=1)
+    max_nonfinite: int = Field(default=10, ge=1)
     init_from: str | None = None
     train_encoder: bool = True
     font: str | None = None
@@ -175,6 +185,8 @@ class CodecRun:
         self.optimiser = Optimiser(self.module, recipe)
         self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         self.step = 0
+        self.guard = Guard(recipe.max_nonfinite)
+        self.changes: list[state.Change] = []
         self.train_scenes = SceneSource(recipe.seed, "train", recipe.font)
         self.heldout_scenes = SceneSource(recipe.seed, "heldout", recipe.font)
 
@@ -196,22 +208,20 @@ class CodecRun:
         return codec
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns its scalars. Raises ValueError if the gradient is not finite."""
+        """One optimiser step; returns its scalars. One that is not finite changes no weight (see train.guard)."""
         recipe = self.recipe
         pixels = self.train_scenes.pixels(self.step * recipe.batch_size, recipe.batch_size)
         terms = loss_terms(self.codec, to_pictures(pixels), recipe, self.key.fold("step", self.step))
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], 1.0)
-        if not math.isfinite(norm.item()):
-            raise ValueError(
-                f"the gradient norm is {norm.item()} at step {self.step} with learning_rate = {recipe.learning_rate}; "
-                "lower it and run again (it resumes from the last saved state)"
-            )
-        self.optimiser.step(learning_rate_at(self.step, recipe))
+        pictures = range(self.step * recipe.batch_size, (self.step + 1) * recipe.batch_size)
+        if self.guard.accepts(self.step, terms["loss"].item(), norm.item(), pictures):
+            self.optimiser.step(learning_rate_at(self.step, recipe))
+            decay = min(recipe.ema_decay, (self.step + 1) / (self.step + 11))
+            live = [p.detach() for p in self.module.parameters()]
+            torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)  # type: ignore[attr-defined]
+        self.module.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(recipe.ema_decay, self.step / (self.step + 10))
-        live = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)  # type: ignore[attr-defined]
         return {name: value.item() for name, value in terms.items()} | {"gradient_norm": norm.item()}
 
     def averaged(self) -> _Averaged:
@@ -234,23 +244,27 @@ class CodecRun:
     # ---------------------------------------------------------------------------------------------- files
 
     def save(self) -> None:
-        """Write everything that exact resume needs; the new state replaces the old one atomically."""
+        """Publish everything that exact resume needs as state/step-XXXXXXXX; the last KEEP of them stay."""
         tensors = {f"average.{name}": value for name, value in self.average.items()}
         tensors |= {f"live.{name}": p.detach() for name, p in self.module.named_parameters()}
         tensors |= {f"optimiser.{name}": value for name, value in self.optimiser.tensors().items()}
         tensors["step"] = torch.tensor(self.step)
-        save_tensors(self.out / STATE_FILE, tensors)
+        limit = self.guard.limit
+        tensors["nonfinite"] = torch.tensor([self.guard.num_skipped, self.guard.num_in_row % limit])
+        folder = self.out / "state"
+        files = {STATE: tensors, RECIPE: canonical_json(self.recipe)}
+        publish(folder / f"step-{self.step:08d}", files, info={"kind": KIND, "step": self.step}, replace=True)
+        state.remove_older(folder, self.step, KEEP)
 
-    def resume(self) -> bool:
-        """Continue from the output directory's state, if there is one. ValueError if it is another recipe's."""
-        path, recipe_path = self.out / STATE_FILE, self.out / "recipe.json"
-        mine = canonical_json(self.recipe)
-        if not path.exists():
-            recipe_path.write_text(mine + "\n", encoding="utf-8")
+    def resume(self, say: Callable[[str], None] = print) -> bool:
+        """Continue from the newest intact state, if there is one; ValueError if it is another recipe's. What this
+        recipe has otherwise is said, and kept in `changes`."""
+        if not state.saved_steps(self.out / "state"):
             return False
-        if recipe_path.read_text(encoding="utf-8").strip() != mine:
-            raise ValueError(f"{str(self.out)!r} holds a run of another recipe; choose another --out or remove it")
-        tensors = safetensors.torch.load_file(path)
+        directory = state.newest(self.out / "state", say, KIND)
+        saved, own = json.loads(read_bytes(directory / RECIPE)), json.loads(canonical_json(self.recipe))
+        self.changes = state.compare({"recipe": {**own, **saved}}, {"recipe": own}, CHANGEABLE, directory)
+        tensors = load_tensors(directory / STATE)
         part = {
             prefix: {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
             for prefix in ("average.", "live.", "optimiser.")
@@ -261,6 +275,13 @@ class CodecRun:
                 self.average[name].copy_(part["average."][name])
         self.optimiser.load(part["optimiser."])
         self.step = int(tensors["step"])
+        self.guard.num_skipped, self.guard.num_in_row = tensors["nonfinite"].tolist()
+        say(f"resumed {directory} at step {self.step} of {self.recipe.last_step}")
+        for change in self.changes:
+            say(f"changed: {change}")
+        was = learning_rate_at(self.step, self.recipe.model_copy(update={c.key: c.was for c in self.changes}))
+        if was != (now := learning_rate_at(self.step, self.recipe)):
+            say(f"the learning rate of step {self.step} is {now:.3g}, by the saved recipe it was {was:.3g}")
         return True
 
     def publish(self, directory: Path) -> None:
@@ -304,36 +325,64 @@ class _Averaged:
             parameter.copy_(values[name])
 
 
-def train(recipe: CodecRecipe, out: Path) -> dict[str, float]:
-    """Train to the end (resuming from `out` if it holds a state), publish out/codec, return the final PSNR."""
-    out.mkdir(parents=True, exist_ok=True)
+def train(
+    recipe: CodecRecipe, out: Path, stop_requested: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Train to the end (resuming from `out` if it holds a state), publish out/codec, return the final PSNR. None where
+    `stop_requested` ended it before; the state is saved then, and where too many steps are not finite."""
     run = CodecRun(recipe, out)
-    if run.resume():
-        print(f"resumed at step {run.step} of {recipe.last_step}", flush=True)
-    started, first, seconds_eval = time.perf_counter(), run.step, 0.0
+    out.mkdir(parents=True, exist_ok=True)
+    run.resume(lambda line: print(line, file=sys.stderr, flush=True))
+    (out / RECIPE).write_text(canonical_json(recipe) + "\n", encoding="utf-8")
+    drop_from(out / "metrics.jsonl", run.step + 1)
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
 
-        def record(row: dict[str, Any]) -> None:
+        def record(row: dict[str, Any], shown: bool = True) -> None:
             row = {"step": run.step, "pictures": run.step * recipe.batch_size, **row}
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-            metrics.write(json.dumps(row) + "\n")
+            if shown:
+                print(
+                    json_row({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}),
+                    end="",
+                    flush=True,
+                )
+            metrics.write(json_row(row))
             metrics.flush()
 
-        while run.step < recipe.last_step:
-            terms = run.train_step()
-            if run.step % 25 == 0 or run.step == recipe.last_step:
-                seconds = time.perf_counter() - started - seconds_eval
-                record({**terms, "pictures_per_second": (run.step - first) * recipe.batch_size / seconds})
-            if run.step % recipe.eval_every == 0:
-                before = time.perf_counter()
-                record(run.evaluate(recipe.eval_pictures))
-                run.sample_sheet()
-                seconds_eval += time.perf_counter() - before
-            if run.step % recipe.save_every == 0:
-                run.save()
+        for change in run.changes:
+            record({"event": "recipe changed", **asdict(change)}, shown=False)
+        started = time.perf_counter()
+        try:
+            _train(run, record, stop_requested)
+        except TooManyNonFinite:
+            run.save()
+            raise
         run.save()
+        if run.step < recipe.last_step:
+            print(f"stopped: saved at step {run.step}; run again to continue", file=sys.stderr)
+            return None
         final = run.evaluate(recipe.final_pictures)
         record({"final": True, **final, "seconds": time.perf_counter() - started})
     run.sample_sheet()
     run.publish(out / "codec")
     return final
+
+
+def _train(run: CodecRun, record: Callable[[dict[str, Any]], None], stop_requested: Callable[[], bool]) -> None:
+    """The steps, until the last one or a stop."""
+    recipe = run.recipe
+    started, first, seconds_eval = time.perf_counter(), run.step, 0.0
+    while run.step < recipe.last_step and not stop_requested():
+        skipped = run.guard.num_skipped
+        terms = run.train_step()
+        if run.guard.num_skipped > skipped:
+            record({"event": "not finite", **terms})
+        elif run.step % 25 == 0 or run.step == recipe.last_step:
+            seconds = time.perf_counter() - started - seconds_eval
+            record({**terms, "pictures_per_second": (run.step - first) * recipe.batch_size / seconds})
+        if run.step % recipe.eval_every == 0:
+            before = time.perf_counter()
+            record(run.evaluate(recipe.eval_pictures))
+            run.sample_sheet()
+            seconds_eval += time.perf_counter() - before
+        if run.step % recipe.save_every == 0:
+            run.save()

@@ -1,13 +1,15 @@
 """The training loop. `train_step` is the whole of a step; everything around it counts, saves and reports.
 
 A step: pack -> bf16 autocast -> losses as (sum, count) -> backward -> clip -> guard -> optimiser -> average.
-Exit: the loop ends when the length of the run is reached, or when `stop_requested` says so (then it has saved).
+Exit: the loop ends when the length of the run is reached, or when `stop_requested` says so. It has saved then, and also
+where it ends with an error between two updates of the weights: unreadable data, too many non-finite steps.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from omni.document import Document
 from omni.rng import Key
+from omni.terms import Terms
 from train import state
+from train.data.batch import PIECES, Packed
 from train.data.lanes import Lanes
-from train.data.loader import Loader, Packed, TooManyCorrupt
+from train.data.loader import Loader
 from train.ema import Ema
 from train.guard import Guard
-from train.optim import Optimiser, multiplier
-from train.recipe import Recipe
+from train.optim import Optimiser, OptimiserConfig, multiplier
+from train.recipe import Recipe, fraction_of
 from train.target import Target
 from train.track import Tracker
 
@@ -42,10 +47,14 @@ class Run:
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
     target: Target | None = None
+    validation: Callable[[Run], dict[str, float]] | None = None
+    held_out: Sequence[Document] = ()
     open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
     lanes: Lanes | None = None
     waited: float = 0.0  # seconds for lanes, within steps
-    _ahead: Packed | TooManyCorrupt | None = None
+    changes: Sequence[state.Change] = ()  # of the recipe, since the state that was resumed
+    between_updates: bool = True  # weights, optimiser and averages are of one step, so that they can be saved
+    _ahead: Packed | Exception | None = None
 
     @property
     def key(self) -> Key:
@@ -59,9 +68,9 @@ class Run:
         if self.open_lanes is None:
             return self.loader.next(self.progress.cursor)
         packed, self._ahead = self._ahead or self._from_lanes(), None
-        if isinstance(packed, TooManyCorrupt):
+        if isinstance(packed, Exception):
             raise packed
-        self.loader.counts.update(documents=len(packed.documents), skipped=len(packed.skipped))
+        self.loader.counts.update(packed.counts)
         return packed
 
     def look_ahead(self) -> None:
@@ -72,7 +81,7 @@ class Run:
         start = time.perf_counter()
         try:
             self._ahead = self._from_lanes()
-        except TooManyCorrupt as error:
+        except Exception as error:
             self._ahead = error
         self.waited += time.perf_counter() - start
 
@@ -104,13 +113,16 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     loss, grad_norm = float(total.detach()), run.optimiser.clip()
     rate = multiplier(recipe.optimiser, step, run.fraction())
     if run.guard.accepts(step, loss, grad_norm, packed.documents):
+        run.between_updates = False
         run.optimiser.step(rate)
         run.ema.update()
         if run.target is not None:
             run.target.update()
     run.optimiser.zero_grad()
     run.progress.advance(packed.cursor, packed.lane)
+    run.between_updates = True
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
+    values |= unweighted(parts)
     positions = sum(batch.num_positions for batch in batches)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
 
@@ -120,75 +132,154 @@ def mean_of(terms: Sequence[Any]) -> torch.Tensor:
     return torch.stack([term.sum.float() for term in terms]).sum() / max(sum(term.count for term in terms), 1.0)
 
 
+def unweighted(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the losses that have a raw sum (Terms.raw), by `unweighted/` and their name."""
+    found = {}
+    for name in parts[0]:
+        terms = [part[name] for part in parts]
+        if any(term.raw is not None for term in terms):
+            raws = [Terms(term.raw, term.count) for term in terms if term.raw is not None]
+            found[f"unweighted/{name}"] = float(mean_of(raws))
+    return found
+
+
 def train(
     run: Run, tracker: Tracker, stop_requested: Callable[[], bool], sheet: Callable[[Run], None] | None = None
 ) -> bool:
     """Train to the end of the recipe. Returns False when stopped early; the state is saved in both cases."""
     report = run.recipe.report
-    saved_at, skipped_before = -1, run.guard.num_skipped
-    while run.fraction() < 1.0 and not stop_requested():
-        started = time.perf_counter()
-        packed = run.next()
-        loaded = time.perf_counter()
-        metrics = train_step(run, packed)
-        seconds = time.perf_counter() - started
-        run.progress.seconds += seconds
-        step = run.progress.step
-        waited, run.waited = run.waited, 0.0
-        metrics |= {"seconds": seconds, "load_seconds": loaded - started + waited, "cursor": packed.cursor}
-        tracker.metrics(step - 1, metrics)
-        _report_trouble(run, tracker, packed, skipped_before)
-        skipped_before = run.guard.num_skipped
-        tracker.progress(_line(run, metrics), important=step % report.log_steps == 0 or step == 1)
-        if step % report.save_steps == 0:
-            save(run)
-            saved_at = step
-        if sheet is not None and report.sheet_steps and step % report.sheet_steps == 0:
-            sheet(run)
+    saved_at = -1
+    try:
+        while run.fraction() < 1.0 and not stop_requested():
+            _step(run, tracker)
+            step = run.progress.step
+            if step % report.save_steps == 0:
+                save(run)
+                saved_at = step
+            if sheet is not None and report.sheet_steps and step % report.sheet_steps == 0:
+                sheet(run)
+    except Exception:
+        if run.between_updates and saved_at != run.progress.step:
+            with suppress(OSError):  # a full disk, which may be what ended the run
+                save(run)
+                tracker.say(f"saved at step {run.progress.step}; continue with --resume")
+        raise
+    finally:
+        tracker.say(documents_of(run.loader.counts))
     if saved_at != run.progress.step:
         save(run)
     return run.fraction() >= 1.0
 
 
+def _step(run: Run, tracker: Tracker) -> None:
+    """One step, timed and reported."""
+    skipped_before, dropped_before = run.guard.num_skipped, run.loader.counts["dropped"]
+    started = time.perf_counter()
+    packed = run.next()
+    loaded = time.perf_counter()
+    metrics = train_step(run, packed)
+    seconds = time.perf_counter() - started
+    run.progress.seconds += seconds
+    step = run.progress.step
+    waited, run.waited = run.waited, 0.0
+    metrics |= {"seconds": seconds, "load_seconds": loaded - started + waited, "cursor": packed.cursor % PIECES}
+    plan = run.recipe.validation
+    if run.validation is not None and plan is not None and (step % plan.steps == 0 or run.fraction() >= 1.0):
+        found = run.validation(run)
+        metrics |= {f"validation/{name}": value for name, value in found.items()}
+        tracker.say(f"validation at step {step}, averaged weights: {losses_of(found)}")
+    tracker.metrics(step - 1, metrics)
+    _report_documents(tracker, step - 1, packed, dropped_before)
+    if run.guard.num_skipped > skipped_before:
+        tracker.say(f"step {step - 1} was not finite and is skipped; its documents are in metrics.jsonl")
+        tracker.metrics(step - 1, {"event": "not finite", "documents": packed.documents})
+    tracker.progress(_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
+
+
 def save(run: Run) -> Path:
     progress = run.progress
-    progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, run.guard.num_in_row
+    in_row = run.guard.num_in_row
+    progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, in_row % run.guard.limit
     progress.documents = dict(run.loader.counts)
     parts = run.model, run.ema, run.optimiser
     return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, run.target)
 
 
 def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None:
-    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits.
+    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits. What the
+    recipe has otherwise is said, and kept in run.changes.
 
     any_data: data may be other than the state's, which is well to publish it, and not to go on.
     """
     directory = state.newest(run.out / "state", say)
     identity = {name: part for name, part in run.identity.items() if not (any_data and name in ("data", "draws"))}
+    run.changes = state.changes(directory, identity)
     run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
-    document = run.progress.cursor if not run.progress.lanes else run.progress.lanes
-    say(f"resumed {directory} at step {run.progress.step}, document {document}")
+    documents = ", ".join(str(cursor % PIECES) for cursor in run.progress.lanes or [run.progress.cursor])
+    say(f"resumed {directory} at step {run.progress.step}, document {documents}")
+    for change in run.changes:
+        say(f"changed: {change}")
+    if any(change.key.startswith(("optimiser.", "max_")) for change in run.changes):
+        _say_rates(run, state.saved_recipe(directory), say)
+    if run.progress.use_lanes(run.recipe.workers):
+        say("the documents are in another order from here: each loading process has its own share")
+
+
+def _say_rates(run: Run, saved: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Where the next step has another learning rate than by the saved recipe: a schedule may jump."""
+    step, seconds, recipe = run.progress.step, run.progress.seconds, run.recipe
+    config = OptimiserConfig.model_validate(saved["optimiser"])
+    fraction = fraction_of(saved.get("max_steps", recipe.max_steps), saved.get("max_minutes"), step, seconds)
+    was = config.rate * multiplier(config, step, fraction)
+    now = recipe.optimiser.rate * multiplier(recipe.optimiser, step, run.fraction())
+    if was != now:
+        longer = any(change.key.startswith("max_") for change in run.changes)
+        hint = "; optimiser.schedule_steps keeps a schedule where the length of the run changes" if longer else ""
+        say(f"the learning rate of step {step} is {now:.3g}, by the saved recipe it was {was:.3g}{hint}")
 
 
 def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _report_trouble(run: Run, tracker: Tracker, packed: Packed, skipped_before: int) -> None:
-    step = run.progress.step - 1
+def documents_of(counts: Mapping[str, int]) -> str:
+    """What became of the documents so far, in one line."""
+    found = f"{counts.get('documents', 0):,} documents trained on"
+    if counts.get("split"):
+        found += f", {counts['split']:,} of them split: {counts['pieces']:,} pieces in all"
+    if counts.get("dropped"):
+        found += f"; {counts['dropped']:,} dropped in part or whole, longer than a row"
+    if counts.get("held_out"):
+        found += f"; {counts['held_out']:,} held out for validation"
+    return found + (f"; {counts['skipped']:,} skipped, unreadable" if counts.get("skipped") else "")
+
+
+def _report_documents(tracker: Tracker, step: int, packed: Packed, dropped_before: int) -> None:
+    """What was not trained on: each in metrics.jsonl; on the console what is corrupt, and once what is too long."""
     for index, reason in packed.skipped:
         tracker.say(f"document {index} skipped: {reason}")
         tracker.metrics(step, {"event": "document skipped", "document": index, "reason": reason})
-    if run.guard.num_skipped > skipped_before:
-        tracker.say(f"step {step} was not finite and is skipped; its documents are in metrics.jsonl")
-        tracker.metrics(step, {"event": "not finite", "documents": packed.documents})
+    for index, reason in packed.dropped:
+        tracker.metrics(step, {"event": "document dropped", "document": index, "reason": reason})
+    if packed.dropped and not dropped_before:
+        index, reason = packed.dropped[0]
+        tracker.say(f"document {index} dropped, in part or whole: {reason}; others are counted, see metrics.jsonl")
+
+
+def losses_of(metrics: Mapping[str, Any]) -> str:
+    """For the console: each loss, and in brackets without its weighting, where the two differ."""
+    found = []
+    for name in (key.removeprefix("loss/") for key in metrics if key.startswith("loss/")):
+        loss, raw = metrics[f"loss/{name}"], metrics.get(f"unweighted/{name}")
+        found.append(f"{name} {loss:.4f}" + (f" (unweighted {raw:.4f})" if raw not in (None, loss) else ""))
+    return "  ".join(found)
 
 
 def _line(run: Run, metrics: Mapping[str, Any]) -> str:
     recipe, progress = run.recipe, run.progress
-    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4f}" for k, v in metrics.items() if k.startswith("loss/"))
+    losses = losses_of(metrics)
     left = progress.seconds / max(run.fraction(), 1e-9) - progress.seconds
     return (
         f"step {progress.step}/{recipe.max_steps} {run.fraction():5.1%}  {losses}  grad {metrics['grad_norm']:.2f}  "

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from omni.config import Frozen
@@ -32,8 +32,16 @@ class OptimiserConfig(Frozen):
     momentum: float = Field(0.95, ge=0, lt=1)
     warmup_steps: int = Field(100, ge=0)
     decay: Literal["linear", "cosine", "wsd", "none"] = "cosine"
-    decay_fraction: float = Field(0.25, gt=0, le=1, description="wsd: share of the run spent falling to zero")
+    decay_fraction: float = Field(0.25, gt=0, le=1, description="wsd: share of the run spent falling")
+    schedule_steps: int | None = Field(None, ge=1, description="steps of the decay; else it spans the run")
+    min_factor: float = Field(0.0, ge=0, le=1, description="what the decay falls to, as a share of the rate")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+    @model_validator(mode="after")
+    def _take_effect(self) -> OptimiserConfig:
+        if self.decay == "none" and (self.schedule_steps is not None or self.min_factor):
+            raise ValueError("schedule_steps and min_factor have no effect with decay = 'none'; leave them out")
+        return self
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -43,8 +51,14 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def multiplier(config: OptimiserConfig, step: int, fraction: float) -> float:
-    """Factor on every learning rate at `step` (from 0), when `fraction` in [0, 1] of the run is behind us."""
+    """Factor on every learning rate at `step` (from 0), when `fraction` in [0, 1] of the run is behind us.
+
+    With `schedule_steps` the decay is over that many steps, however long the run is: a longer run goes on at
+    `min_factor`, and the rate of a step does not change when the run is made longer.
+    """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule_steps is not None:
+        fraction = step / config.schedule_steps
     fraction = min(max(fraction, 0.0), 1.0)
     match config.decay:
         case "linear":
@@ -55,7 +69,7 @@ def multiplier(config: OptimiserConfig, step: int, fraction: float) -> float:
             fall = min(1.0, (1.0 - fraction) / config.decay_fraction)
         case _:
             fall = 1.0
-    return warm * fall
+    return warm * (config.min_factor + (1.0 - config.min_factor) * fall)
 
 
 class Optimiser:

@@ -1,8 +1,8 @@
 """Recipe: everything that decides a training run, as frozen, validated data. Read from TOML with key=value overrides.
 
-`identity()` is what a resume must find unchanged: all but the keys in FREE (length, reports, threads, ...). With
-`max_minutes` the learning rate follows the clock, so such a run is resumed faithfully but not bit for bit: exact resume
-needs the length in steps (`max_steps` alone).
+A resume takes the recipe of its state, where the keys in CHANGEABLE may be others: each change is said and recorded.
+Without a change it is exact. With `max_minutes` the learning rate follows the clock, so such a run is resumed
+faithfully but not bit for bit: exact resume needs the length in steps (`max_steps` alone).
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from omni.options import GenerationOptions
 from omni.preparation import Preparation
-from train.data.loader import BatchConfig, DropConfig
+from train.data.batch import BatchConfig, DropConfig
 from train.optim import OptimiserConfig
 
-FREE = {
-    *("max_steps", "max_minutes", "report", "init_from", "init_partial", "latent_memory_mb", "generation"),
-    # The same sums in another order: a resume may change these, and with them the last bits.
-    *("compile", "threads", "device"),
-}
+# What a resume may change, as patterns of dotted keys. All else decides which numbers the saved weights are (shapes,
+# objectives, averages) or which documents are behind them.
+CHANGEABLE = (
+    *("max_steps", "max_minutes", "report.*", "generation*", "init_from", "init_partial", "latent_memory_mb"),
+    *("max_nonfinite", "validation.steps", "batch.max_corrupt", "batch.min_corrupt", "workers"),
+    *("ema_decay", "optimiser.*rate", "optimiser.weight_decay", "optimiser.clip", "optimiser.warmup_steps"),
+    *("optimiser.decay", "optimiser.decay_fraction", "optimiser.schedule_steps", "optimiser.min_factor"),
+    # The same sums in another order, or rounded otherwise: they change the last bits.
+    *("compile", "threads", "device", "autocast"),
+)
 
 
 class DataConfig(Frozen):
@@ -41,6 +46,25 @@ class ObjectiveConfig(Frozen):
     name: str
     weight: float = Field(1.0, gt=0)
     options: dict[str, Any] = {}
+
+
+class ValidationConfig(Frozen):
+    """The loss on documents that training never sees (train.data.held_out), every `steps` steps and at the end.
+
+    share: of the records of each source, by a keyed hash of each; of a generated source, further documents. data: or
+    sources of their own. Training passes over every document that is kept out, also where it occurs again.
+    """
+
+    share: float | None = Field(None, gt=0, le=0.5)
+    data: tuple[DataConfig, ...] = ()
+    steps: int = Field(200, ge=1)
+    documents: int = Field(256, ge=1, le=100_000, description="at most, of all sources together")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ValidationConfig:
+        if (self.share is None) == (not self.data):
+            raise ValueError("give a share of the training data, or data of its own: share = 0.01, or data = [...]")
+        return self
 
 
 class ReportConfig(Frozen):
@@ -87,6 +111,7 @@ class Recipe(Frozen):
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     generation: dict[str, Any] = Field({}, description="default generation options stored with the model")
     report: ReportConfig = ReportConfig()
+    validation: ValidationConfig | None = None
 
     @field_validator("generation")
     @classmethod
@@ -121,10 +146,6 @@ class Recipe(Frozen):
             raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """The JSON of every field that changes numbers."""
-        return self.model_dump(mode="json", exclude=FREE)
-
     @property
     def autocasts(self) -> bool:
         """Whether the forward pass runs under bfloat16 autocast."""
@@ -132,7 +153,12 @@ class Recipe(Frozen):
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""
-        done = step / self.max_steps
-        if self.max_minutes is not None:
-            done = max(done, seconds / (60 * self.max_minutes))
-        return min(done, 1.0)
+        return fraction_of(self.max_steps, self.max_minutes, step, seconds)
+
+
+def fraction_of(max_steps: int, max_minutes: float | None, step: int, seconds: float) -> float:
+    """`Recipe.fraction` of a run of that length."""
+    done = step / max_steps
+    if max_minutes is not None:
+        done = max(done, seconds / (60 * max_minutes))
+    return min(done, 1.0)

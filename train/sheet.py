@@ -1,36 +1,33 @@
 """Sample sheets: what the averaged weights draw now, beside what the documents ask for.
 
 A sheet is a PNG grid: the upper row of each pair is the document's own picture, the lower row the model's. Prompts are
-documents far beyond what training reaches. Clips show their first frame. Drawing never stops a run: a failure is said.
+documents that are held out for validation, or else far beyond what training reaches. Clips show their first frame.
+Drawing never stops a run: a failure is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from omni.document import Document, Image, Segment, Video
 from omni.media import save_png
+from train.data.held_out import FIRST_UNSEEN
 from train.data.source import CorruptRecord
 from train.loop import Run
 
-FIRST_UNSEEN = 10**9
 COLUMNS = 8
 
 
-def prompts(
-    document: Callable[[int], Document], count: int, attempts: int = 400
-) -> list[tuple[Document, torch.Tensor, bool]]:
-    """For `count` unseen documents: what comes before the first supervised picture, that picture (H, W, 3), and
+def prompts(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
+    """For `count` of the documents: what comes before the first supervised picture, that picture (H, W, 3), and
     whether it is a picture (or the first frame of a clip). Only where it opens the assistant's turn."""
     found: list[tuple[Document, torch.Tensor, bool]] = []
-    for index in range(FIRST_UNSEEN, FIRST_UNSEEN + attempts):
-        try:
-            segments = document(index).segments
-        except CorruptRecord:
-            continue
+    for document in documents:
+        segments = document.segments
         where = next((i for i, s in enumerate(segments) if isinstance(s, Image | Video) and s.supervise), 0)
         if where and segments[where - 1].role != segments[where].role:
             found.append((Document(segments[:where]), _still(segments[where]), isinstance(segments[where], Image)))
@@ -39,10 +36,16 @@ def prompts(
     return found
 
 
+def _unseen(document: Callable[[int], Document], attempts: int = 400) -> Iterator[Document]:
+    for index in range(FIRST_UNSEEN, FIRST_UNSEEN + attempts):
+        with suppress(CorruptRecord):
+            yield document(index)
+
+
 def draw_sheet(run: Run, path: Path) -> None:
     """Write the sheet of the run's current averages."""
     report = run.recipe.report
-    asked = prompts(run.loader.document, report.sheet_pictures)
+    asked = prompts(run.held_out or _unseen(run.loader.document), report.sheet_pictures)
     run.model.eval()
     try:
         with run.ema.applied(), torch.no_grad():

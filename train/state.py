@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,29 @@ import torch
 from torch import nn
 
 from omni import checkpoint
+from omni.config import Frozen
+from train.data.batch import PIECES
 from train.ema import Ema
 from train.optim import Optimiser
-from train.recipe import FREE
+from train.recipe import CHANGEABLE, Recipe
 from train.target import Target
 
 _STEP = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
 TARGET = "target.safetensors"
+KIND = "training state"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the recipe that a resume has otherwise than the saved state."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.was!r}, now {self.now!r}"
 
 
 @dataclass
@@ -51,6 +67,18 @@ class Progress:
             self.cursor = cursor
         else:
             self.lanes[lane] = cursor
+
+    def use_lanes(self, number: int) -> bool:
+        """Go on with another number of loading processes, 0 for none, from the first document that none has come to:
+        none is trained on twice, some that the slower ones had before them are left out. Whether that changed it."""
+        if number == len(self.lanes) or not self.step:
+            return False
+        start = max(cursor % PIECES + (cursor >= PIECES) for cursor in self.lanes or [self.cursor])
+        was_one = max(number, len(self.lanes)) == 1
+        if was_one:  # one process reads what none does, in the same order
+            start = max(self.lanes or [self.cursor])
+        self.cursor, self.lanes = (0, [start + lane for lane in range(number)]) if number else (start, [])
+        return not was_one
 
 
 def save(
@@ -77,13 +105,18 @@ def save(
             SCALARS: json.dumps(scalars, sort_keys=True, indent=1),
             **({} if target is None else {TARGET: target.tensors()}),
         },
-        info={"kind": "training state", "step": progress.step, "torch": torch.__version__},
+        info={"kind": KIND, "step": progress.step, "torch": torch.__version__},
         replace=True,
     )
-    older = [old for step, old in saved_steps(folder) if step < progress.step]  # a later one is damaged: see `newest`
+    remove_older(folder, progress.step, keep)
+    return directory
+
+
+def remove_older(folder: Path, step: int, keep: int) -> None:
+    """Remove states before `step` until `keep` are left with it. A later one is damaged: see `newest`."""
+    older = [old for number, old in saved_steps(folder) if number < step]
     for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def saved_steps(folder: Path) -> list[tuple[int, Path]]:
@@ -94,15 +127,21 @@ def saved_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
-def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
-    """The newest directory whose every byte verifies. Says which it refuses; ValueError when none is left."""
-    for _, directory in reversed(saved_steps(folder)):
+def newest(folder: Path, say: Callable[[str], None] = print, kind: str = KIND) -> Path:
+    """The newest directory whose every byte verifies. Says which it refuses. ValueError when there is none, or one of
+    another kind of run; DamagedError when all are damaged."""
+    saved = saved_steps(folder)
+    for _, directory in reversed(saved):
         try:
-            checkpoint.verify(directory)
+            found = checkpoint.verify(directory)["info"].get("kind", KIND)
         except ValueError as error:
             say(f"passing over a damaged state: {error}")
             continue
+        if found != kind:
+            raise ValueError(f"{directory} is a {found}, not a {kind}: of a run of another kind; choose another --out")
         return directory
+    if saved:
+        raise checkpoint.DamagedError(f"{str(folder)!r} holds no intact training state; begin again in another --out")
     raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
 
 
@@ -116,24 +155,66 @@ def load(
 ) -> Progress:
     """Restore model, averages, optimiser and target network in place, bit for bit, and return the progress.
 
-    Raises ValueError when `identity` (JSON of everything that decides the run: recipe, data; a part that is left out is
-    not compared) differs from the saved one, naming the first key that does, or when names or shapes of tensors differ.
+    Raises ValueError when `identity` differs from the saved one (see `changes`), or names or shapes of tensors do.
     """
-    scalars = json.loads(checkpoint.read_bytes(directory / SCALARS))
-    saved = scalars["identity"]
-    if isinstance(saved.get("recipe"), dict):  # what is free now need not have been free when the state was saved
-        saved["recipe"] = {"workers": 0} | {k: v for k, v in saved["recipe"].items() if k not in FREE}
-    saved = {"draws": 1} | saved  # of states from before either was told
-    saved = {name: part for name, part in saved.items() if name in identity}
-    different = _first_difference(saved, json.loads(json.dumps(dict(identity))))
-    if different:
-        raise ValueError(f"{directory} was trained with another recipe or other data: {different}; use a new --out")
+    changes(directory, identity)
+    scalars = _scalars(directory)
     _restore_weights(model, checkpoint.load_tensors(directory / WEIGHTS))
     ema.load(checkpoint.load_tensors(directory / AVERAGES), scalars["ema_updates"])
     optimiser.load_state_tensors(checkpoint.load_tensors(directory / OPTIMISER))
     if target is not None:
         target.load(checkpoint.load_tensors(directory / TARGET))
     return Progress(**scalars["progress"])
+
+
+def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
+    """What the recipe in `identity` has otherwise than that of the saved state, in keys that may change.
+
+    identity: JSON of everything that decides the run: recipe, data. A part that is left out is not compared, nor a key
+    that the saved recipe, of an earlier version, lacks. Raises ValueError naming the first other difference.
+    """
+    saved, own = _scalars(directory)["identity"], json.loads(json.dumps(dict(identity)))
+    saved = {"draws": 1} | saved  # format 1 did not record `draws`
+    saved = {name: part for name, part in saved.items() if name in own}
+    if isinstance(saved.get("recipe"), dict) and isinstance(own.get("recipe"), dict):
+        saved["recipe"] = _filled(saved["recipe"], own["recipe"])
+    return compare(saved, own, CHANGEABLE, directory)
+
+
+def compare(
+    saved: Mapping[str, Any], own: Mapping[str, Any], changeable: Sequence[str], directory: Path
+) -> list[Change]:
+    """What `own` has otherwise than `saved`, both with a `recipe`, in its keys that match a pattern of `changeable`.
+    ValueError naming the first other difference."""
+    found = list(_differences(saved, own))
+    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe.")):  # it tells most
+        name = key.removeprefix("recipe.")
+        if name == key or not any(fnmatchcase(name, pattern) for pattern in changeable):
+            raise ValueError(
+                f"{directory} was trained with another recipe or other data: {key} was {was!r}, now {now!r}, which the "
+                "saved weights or the order of the documents depend on; use what it was, or a new --out (init_from "
+                "starts from saved weights)"
+            )
+    return [Change(key.removeprefix("recipe."), was, now) for key, was, now in found]
+
+
+def saved_recipe(directory: Path) -> Mapping[str, Any]:
+    """JSON of the recipe that a state was saved with."""
+    return _scalars(directory)["identity"].get("recipe", {})
+
+
+def _scalars(directory: Path) -> dict[str, Any]:
+    return json.loads(checkpoint.read_bytes(directory / SCALARS))
+
+
+def _filled(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved recipe, with this one's value of each key that it lacks; tables of free keys are left as they are."""
+    filled = {**own, **saved}
+    for name, info in Recipe.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Frozen) and isinstance(saved.get(name), dict):
+            filled[name] = {**own[name], **saved[name]}
+    return filled
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -155,11 +236,10 @@ def _restore_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> Non
         value.copy_(saved[name])
 
 
-def _first_difference(saved: Any, own: Any, path: str = "") -> str:
+def _differences(saved: Any, own: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, saved value, own value) of all that differ."""
     if isinstance(saved, dict) and isinstance(own, dict):
-        for key in sorted(saved.keys() | own.keys(), key=lambda key: (key != "recipe", key)):  # it tells most
-            found = _first_difference(saved.get(key), own.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return ""
-    return "" if saved == own else f"{path} was {saved!r}, now {own!r}"
+        for key in sorted(saved.keys() | own.keys()):
+            yield from _differences(saved.get(key), own.get(key), f"{path}.{key}" if path else key)
+    elif saved != own:
+        yield path, saved, own

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,12 +23,12 @@ class Tracker:
         self.path = out / "metrics.jsonl"
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        _drop_from(self.path, first_step)
+        drop_from(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _open_board(out) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **{k: _plain(v) for k, v in values.items()}}) + "\n")
+        self._file.write(json_row({"step": step, **values}))
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -63,20 +64,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if "event" not in row:
+        if isinstance(row, dict) and "step" in row and "event" not in row:
             rows.append(row)
     return rows
+
+
+def json_row(values: Mapping[str, Any]) -> str:
+    """One line of a metrics.jsonl; what is not finite as text, since JSON has no NaN."""
+    return json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.item()
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
-        return repr(value)  # JSON has no NaN
+        return repr(value)
     return value
 
 
-def _drop_from(path: Path, step: int) -> None:
+def drop_from(path: Path, step: int) -> None:
+    """Remove the rows of `step` and later, which a resumed run makes again."""
     if not path.exists():
         return
     kept = []

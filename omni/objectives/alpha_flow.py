@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive
@@ -33,6 +33,7 @@ class AlphaFlow(GuidedObjective):
     leaves e / alpha.
     """
 
+    samplers = (*JUMPS, *VELOCITY)
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     diagonal: float = Field(default=0.25, ge=0, le=1)
     alpha: float | None = Field(default=None, ge=0, le=1)
@@ -68,7 +69,7 @@ class AlphaFlow(GuidedObjective):
             target = self._limit(call, draw, v) if alpha == 0 else self._target(call, draw, v, alpha)
         error = draw.items.mean(channel_error(call(draw.x, draw.t, draw.s), target))
         scale = alpha or 1.0
-        return draw.items.terms(adaptive(error / scale, self.power, self.offset / scale), self.weight)
+        return draw.items.terms(adaptive(error / scale, self.power, self.offset / scale), self.weight, error)
 
     def _target(self, call: FlowCall, draw: GuidedDraw, v: Tensor, alpha: float) -> Tensor:
         t, s, items = draw.t, draw.s, draw.items

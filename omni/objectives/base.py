@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from omni.rng import Key, normals
 from omni.terms import Terms
 
 OBJECTIVES: Registry = Registry("objective")
+
+# Names of omni.samplers that read what an objective trains: F(x, t, t); F(x, t, s) for any s; F(x, t, 0).
+VELOCITY, JUMPS, TO_DATA = ("euler", "ddim", "heun"), ("flow_map", "gamma", "restart"), ("restart",)
 
 
 class FlowCall(Protocol):
@@ -94,10 +97,11 @@ class Items:
         """(R, S) -> (I,): the mean over each item's positions."""
         return self.total(value_RS) / self.counts.to(value_RS.dtype).clamp(min=1)
 
-    def terms(self, loss_I: Tensor, weight: float) -> Terms:
-        """A loss per item, as a sum over latents: an item counts by its number of positions."""
+    def terms(self, loss_I: Tensor, weight: float, raw_I: Tensor | None = None) -> Terms:
+        """A loss per item, as a sum over latents: an item counts by its number of positions. raw_I: see Terms.raw."""
         counts = self.counts.to(loss_I.dtype)
-        return Terms((loss_I * counts).sum(), float(self.counts.sum()), weight)
+        raw = None if raw_I is None else (raw_I.detach() * counts).sum()
+        return Terms((loss_I * counts).sum(), float(self.counts.sum()), weight, raw)
 
     def flat(self, value_RSC: Tensor) -> Tensor:
         """(R, S, C) -> (I, N, C): every item's positions, in order. ValueError if the items differ in size."""
@@ -174,8 +178,12 @@ class Objective(Frozen, ABC):
 
     An objective that reads `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
     of the average of the weights that the trainer keeps for it. None, 0 or no such field: the present weights serve.
+
+    `samplers`: names of omni.samplers that read what this objective trains, the usual one first. Empty for an objective
+    that trains nothing that a sampler reads.
     """
 
+    samplers: ClassVar[tuple[str, ...]] = ()
     weight: float = 1.0
 
     @property

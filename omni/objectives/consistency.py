@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error, jump
+from omni.objectives.base import OBJECTIVES, TO_DATA, FlowCall, Items, Terms, channel_error, jump
 from omni.objectives.consistency_schedule import EasySchedule, ImprovedSchedule
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import TimeDistribution
@@ -45,6 +45,7 @@ class Consistency(GuidedObjective):
     the papers): below, rounding in the network outweighs what differs.
     """
 
+    samplers = TO_DATA
     time: TimeDistribution = TimeDistribution(kind="log_normal", mean=-1.1, std=2.0, shift=2.0)
     schedule: EasySchedule | ImprovedSchedule = Field(default=EasySchedule(), discriminator="kind")
     distance: Distance | None = None
@@ -72,7 +73,7 @@ class Consistency(GuidedObjective):
             target = jump(call, x_r, r, end, items)
         error = items.mean(channel_error(jump(call, draw.x, t, end, items), target))
         found = distance(error, self.distance or self.schedule.distance, self.huber_c)
-        return items.terms(self.gap_weight(t, r) * found, self.weight)
+        return items.terms(self.gap_weight(t, r) * found, self.weight, error)
 
     def gap_weight(self, t: Tensor, r: Tensor) -> Tensor:
         """w(t, r), (I,)."""

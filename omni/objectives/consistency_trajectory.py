@@ -21,7 +21,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error, jump
+from omni.objectives.base import (
+    JUMPS,
+    OBJECTIVES,
+    VELOCITY,
+    Draw,
+    FlowCall,
+    FlowObjective,
+    Items,
+    Terms,
+    channel_error,
+    jump,
+)
 from omni.objectives.times import TimeDistribution, karras_times, uniform_I
 from omni.objectives.weighting import Distance, distance
 from omni.rng import Key
@@ -44,6 +55,7 @@ class ConsistencyTrajectory(FlowObjective):
     velocity_weight: a. distance, huber_c: d, of the mean square. target_decay: of the target network's average.
     """
 
+    samplers = (*JUMPS, *VELOCITY)
     time: TimeDistribution = TimeDistribution(kind="log_normal", mean=-1.2, std=1.2, shift=2.0)
     num_nodes: int = Field(default=40, ge=2)
     max_steps: int = Field(default=39, ge=1)
@@ -74,11 +86,13 @@ class ConsistencyTrajectory(FlowObjective):
         with torch.no_grad():
             target = call.target()
             goal = jump(target, jump(target, draw.x_u, draw.u, s, items), s, zero, items)
-        loss = distance(items.mean(channel_error(estimate, goal)), self.distance, self.huber_c)
+        raw = items.mean(channel_error(estimate, goal))
+        loss = distance(raw, self.distance, self.huber_c)
         if self.velocity_weight > 0:
             x, t = items.interpolate(draw.noise, draw.velocity_t), draw.velocity_t
-            loss = loss + self.velocity_weight * items.mean(channel_error(call(x, t, t), draw.v))
-        return items.terms(loss, self.weight)
+            velocity = self.velocity_weight * items.mean(channel_error(call(x, t, t), draw.v))
+            loss, raw = loss + velocity, raw + velocity
+        return items.terms(loss, self.weight, raw)
 
 
 class InputGradient(torch.autograd.Function):

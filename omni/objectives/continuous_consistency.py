@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, TO_DATA, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive, trigonometric_scale
@@ -38,6 +38,7 @@ class ContinuousConsistency(GuidedObjective):
     this share of training (the paper: 10,000 steps). power, power_offset: of the adaptive weight.
     """
 
+    samplers = TO_DATA
     time: TimeDistribution = TimeDistribution(kind="log_normal", mean=-0.8, std=1.6, shift=2.0)
     normalise: Literal["norm", "rms", "none"] = "rms"
     offset: float = Field(default=0.1, gt=0)
@@ -52,10 +53,12 @@ class ContinuousConsistency(GuidedObjective):
         call, v = self.guidance.apply(call, draw)
         items = draw.items
         flow = call(draw.x, draw.t, draw.s)
-        g = self._normalised(self.tangent(call, draw, v, flow.detach()), items)
+        tangent = self.tangent(call, draw, v, flow.detach())
+        g = self._normalised(tangent, items)
         n = items.expand(trigonometric_scale(draw.t))
         error = items.mean(channel_error(n * (flow - flow.detach()), g))
-        return items.terms(adaptive(error, self.power, self.power_offset), self.weight)
+        raw = items.mean(tangent.pow(2).mean(-1))
+        return items.terms(adaptive(error, self.power, self.power_offset), self.weight, raw)
 
     def tangent(self, call: FlowCall, draw: GuidedDraw, v: Tensor, flow: Tensor) -> Tensor:
         """g (R, S, C) before it is normalised, in float32 or better."""

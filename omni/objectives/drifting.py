@@ -9,9 +9,9 @@ distances, so that temperatures have one meaning everywhere. The defaults are th
 
 The value of the loss says nothing: with one temperature V has mean square 1, so it is 1 (exactly, whatever the
 network does); with three it moves between 1 and 9 with how far they agree. What falls in training is the mean square
-of V_tau before it is normalised: `force`, or the reported value with report = "force" (gradients are the same). With
-few particles most of that is sampling noise. And few are not stable: each side of V has mass 1 however far it is, so
-two particles, each the only negative of the other, push apart without end.
+of V_tau before it is normalised: `force`, which is `Terms.raw`, or the reported value with report = "force" (gradients
+are the same). With few particles most of that is sampling noise. And few are not stable: each side of V has mass 1
+however far it is, so two particles, each the only negative of the other, push apart without end.
 
 Guidance: the clean latents of items whose condition was dropped are more negatives for all others of their size in
 the batch, with weight (alpha - 1) (n_generated - 1) / n_null; the network is told beta = 1 / alpha. A batch without
@@ -25,7 +25,7 @@ Legend: I items, G groups, M particles, N latents, C channels, T targets, D numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,19 +131,21 @@ class Drifting(ParticleObjective):
         return DriftDraw(x, noise - broad.latents, t, s, items, noise, positives, alpha, groups)
 
     def loss(self, call: FlowCall, draw: DriftDraw) -> Terms:
-        found = [
-            torch.stack([(g.x - g.goal).pow(2).mean(-1) for g in families]).mean(0)
-            for families in self.goals(call, draw)
-        ]
+        goals = list(self.goals(call, draw))
+        found = [torch.stack([(g.x - g.goal).pow(2).mean(-1) for g in families]).mean(0) for families in goals]
         loss = draw.groups.spread(torch.zeros_like(draw.t), found)
+        force = self._force(goals, draw)
         if self.report == "force":
-            loss = self.force(call, draw) + (loss - loss.detach())
-        return draw.items.terms(loss, self.weight)
+            loss = force + (loss - loss.detach())
+        return draw.items.terms(loss, self.weight, force)
 
     @torch.no_grad()
     def force(self, call: FlowCall, draw: DriftDraw) -> Tensor:
         """(I,): the mean square of V before it is normalised, summed over temperatures, mean over feature families."""
-        found = [torch.stack([g.force for g in families]).mean(0) for families in self.goals(call, draw)]
+        return self._force(self.goals(call, draw), draw)
+
+    def _force(self, goals: Iterable[list[Goal]], draw: DriftDraw) -> Tensor:
+        found = [torch.stack([g.force for g in families]).mean(0) for families in goals]
         return draw.groups.spread(torch.zeros_like(draw.t), found)
 
     def goals(self, call: FlowCall, draw: DriftDraw) -> Iterator[list[Goal]]:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective, TargetGuidance
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive
@@ -33,6 +33,7 @@ class ImprovedMeanFlow(GuidedObjective):
     w ~ w^-power on [1, 8] with mix "inverse", which is the default of `mix` here: guidance = {max_scale = 8}.
     """
 
+    samplers = (*JUMPS, *VELOCITY)
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     end: TimeDistribution | None = None
     diagonal: float = Field(default=0.5, ge=0, le=1)
@@ -55,6 +56,7 @@ class ImprovedMeanFlow(GuidedObjective):
         velocity = call(draw.x, draw.t, draw.t)
         rate = call.derivative(draw.x, draw.t, draw.s, velocity.detach().to(draw.x.dtype), one, zero).detach()
         compound = call(draw.x, draw.t, draw.s) + items.expand(draw.t - draw.s) * rate
-        errors = (items.mean(channel_error(found, v)) for found in (compound, velocity))
+        errors = [items.mean(channel_error(found, v)) for found in (compound, velocity)]
         loss, diagonal = (adaptive(error, self.power, self.offset) for error in errors)
-        return items.terms(loss + self.velocity_weight * diagonal, self.weight)
+        raw = errors[0] + self.velocity_weight * errors[1]
+        return items.terms(loss + self.velocity_weight * diagonal, self.weight, raw)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive
@@ -29,6 +29,7 @@ class MeanFlow(GuidedObjective):
     1 and 1e-3 (0.75 on CIFAR, c = 0.01 in the released ImageNet code); power 0 is plain L2.
     """
 
+    samplers = (*JUMPS, *VELOCITY)
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     end: TimeDistribution | None = None
     diagonal: float = Field(default=0.5, ge=0, le=1)
@@ -44,4 +45,4 @@ class MeanFlow(GuidedObjective):
         rate = call.derivative(draw.x, draw.t, draw.s, v, one, zero)
         target = (v - items.expand(draw.t - draw.s) * rate).detach()
         error = items.mean(channel_error(call(draw.x, draw.t, draw.s), target))
-        return items.terms(adaptive(error, self.power, self.offset), self.weight)
+        return items.terms(adaptive(error, self.power, self.offset), self.weight, error)

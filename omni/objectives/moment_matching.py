@@ -103,7 +103,8 @@ class MomentMatching(ParticleObjective):
     def loss(self, call: FlowCall, draw: MomentDraw) -> Terms:
         """The discrepancy of a group, times w(t), for each of its items."""
         weight = elbo_sigmoid(draw.t, self.bias, self.power) if self.weighting == "elbo" else torch.ones_like(draw.t)
-        return draw.items.terms(weight * self.discrepancy(call, draw), self.weight)
+        found = self.discrepancy(call, draw)
+        return draw.items.terms(weight * found, self.weight, found)
 
     def discrepancy(self, call: FlowCall, draw: MomentDraw, *, diagonals: bool = True) -> Tensor:
         """(I,): the squared MMD of each item's group (its root with `root`). Without the diagonals it is unbiased."""

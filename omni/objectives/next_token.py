@@ -29,7 +29,7 @@ class NextToken(Objective):
     def loss(self, logits_NV: Tensor, target_N: Tensor) -> Terms:
         """logits (N, V) of the supervised positions, target (N,) int64."""
         logits_NV = logits_NV.float()
-        total = F.cross_entropy(logits_NV, target_N, reduction="sum")
+        total, entropy = F.cross_entropy(logits_NV, target_N, reduction="sum"), None
         if self.z_loss:
-            total = total + self.z_loss * logits_NV.logsumexp(-1).square().sum()
-        return Terms(total, float(target_N.numel()), self.weight)
+            total, entropy = total + self.z_loss * logits_NV.logsumexp(-1).square().sum(), total.detach()
+        return Terms(total, float(target_N.numel()), self.weight, entropy)

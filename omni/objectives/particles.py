@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import FlowCall, FlowObjective, Items
+from omni.objectives.base import JUMPS, TO_DATA, FlowCall, FlowObjective, Items
 from omni.objectives.times import BatchNames, Name, PairDistribution, TimeDistribution
 from omni.rng import Key
 
@@ -148,6 +148,10 @@ class ParticleObjective(FlowObjective, ABC):
         if self.pairs == "one_step" and "time" in self.model_fields_set:
             raise ValueError("time has no effect with pairs='one_step' (t = 1, s = 0); leave it out, or pairs='below'")
         return self
+
+    @property
+    def samplers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return JUMPS if self.pairs == "below" else TO_DATA
 
     def group_times(self, groups: Groups, key: Key) -> tuple[Tensor, Tensor]:
         """(t, s) of each group, float64."""

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Terms, channel_error
 from omni.objectives.target_guidance import guide, tell
 
 
@@ -37,6 +37,7 @@ class ProgressiveDistillation(FlowObjective):
     none. target_decay: of the average that walks. A step costs fine (with guidance twice) evaluations without a
     gradient, and sum(jumps) and one with."""
 
+    samplers = ("flow_map", *VELOCITY)
     fine: int = Field(default=8, ge=2)
     walk: Literal["jump", "velocity"] = "jump"
     jumps: tuple[int, ...] = (4, 2, 1)

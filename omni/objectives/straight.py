@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
 from omni.objectives.times import uniform_I
 from omni.objectives.weighting import adaptive
 from omni.rng import Key
@@ -48,6 +48,7 @@ class Straight(FlowObjective):
 
     power, offset: of the jumps' weight (offset / (e + offset))^power; power 0 is the square."""
 
+    samplers = ("flow_map", *VELOCITY)
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     shares: tuple[float, ...] = ()
     velocity: float = Field(default=0.25, ge=0, le=1)
@@ -80,4 +81,4 @@ class Straight(FlowObjective):
         found = call.guided(draw.beta)(draw.x, draw.t, draw.s)
         error = draw.items.mean(channel_error(found, draw.v))
         near = adaptive(error, self.power, self.offset) * self.offset**self.power
-        return draw.items.terms(torch.where(draw.t == draw.s, error, near), self.weight)
+        return draw.items.terms(torch.where(draw.t == draw.s, error, near), self.weight, error)

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
+from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
 from omni.objectives.times import PairDistribution, TimeDistribution, stratified_I
 from omni.rng import Key
 
@@ -43,6 +43,7 @@ class TerminalVelocity(FlowObjective):
     that is w without bound, is not offered).
     """
 
+    samplers = (*JUMPS, *VELOCITY)
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     pair: PairDistribution = PairDistribution(kind="gap", time=TimeDistribution(mean=-0.4))
     target_decay: float | None = Field(default=0.99, ge=0, lt=1)
@@ -86,7 +87,7 @@ class TerminalVelocity(FlowObjective):
         assert isinstance(draw, TerminalDraw)
         call = call.guided(draw.beta)
         error = torch.where(draw.s == draw.t, 0.0, self.terminal_error(call, draw)) + self.flow_error(call, draw)
-        return draw.items.terms(draw.beta.pow(2) * error, self.weight)
+        return draw.items.terms(draw.beta.pow(2) * error, self.weight, error)
 
     def terminal_error(self, call: FlowCall, draw: TerminalDraw) -> Tensor:
         """(I,) mean over a block of |df/ds - velocity at the landing point|^2."""

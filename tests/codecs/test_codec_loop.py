@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
+from omni.checkpoint import load_tensors
 from omni.codecs import AutoencoderCodec, FsqCodec, load_codec
 from omni.config import build, load_toml
 from omni.rng import Key
 from tests.codecs.test_codec import CONFIGS
 from train import codec_loop
+from train.__main__ import main
 from train.codec_loop import CodecRecipe, CodecRun, learning_rate_at, loss_terms
+from train.guard import TooManyNonFinite
 
 pytest.importorskip("diffusers")
 RECIPES = Path(codec_loop.__file__).parent / "recipes"
@@ -55,7 +57,8 @@ def test_stopped_and_resumed_is_bit_identical(kind: str, tmp_path: Path) -> None
     second.save()
 
     assert losses == again
-    one, other = (safetensors.torch.load_file(tmp_path / name / "state.safetensors") for name in ("straight", "halves"))
+    state = "state/step-00000004/state.safetensors"
+    one, other = (load_tensors(tmp_path / name / state) for name in ("straight", "halves"))
     assert one.keys() == other.keys() and any("muon" in name for name in one) and any("adam" in name for name in one)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -69,8 +72,78 @@ def test_a_run_writes_a_loadable_normalised_codec(tmp_path: Path) -> None:
     assert latents.mean(0).abs().max() < 0.1 and (latents.std(0) - 1).abs().max() < 0.1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["final"] and rows[-1]["step"] == 4 and (tmp_path / "samples.png").exists()
-    with pytest.raises(ValueError, match="another recipe"):
-        codec_loop.train(recipe(steps=5), tmp_path)
+    with pytest.raises(ValueError, match="another recipe.*recipe.batch_size was 3, now 4"):
+        codec_loop.train(recipe(batch_size=4), tmp_path)
+
+
+def test_a_longer_run_with_a_lower_rate_goes_on_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codec_loop.train(recipe(), tmp_path)
+    codec_loop.train(recipe(steps=6, learning_rate=1e-4), tmp_path)
+    said = capsys.readouterr().err
+    assert "changed: steps was 4, now 6" in said and "changed: learning_rate was 0.001, now 0.0001" in said
+    assert "the learning rate of step 4 is 3.33e-05, by the saved recipe it was 0" in said
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 6 and {row["key"] for row in rows if "key" in row} == {"steps", "learning_rate"}
+
+
+def spoil(run: CodecRun, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """At these steps the loss is finite, and its gradient is not."""
+    real = codec_loop.loss_terms
+
+    def terms(codec: object, pictures: object, recipe: object, key: Key) -> dict[str, torch.Tensor]:
+        found = real(codec, pictures, recipe, key)  # type: ignore[arg-type]
+        if run.step in steps:
+            weight = next(run.module.parameters())
+            found["loss"] = found["loss"] + (weight - weight.detach()).abs().sum().sqrt()
+        return found
+
+    monkeypatch.setattr(codec_loop, "loss_terms", terms)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_many_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = CodecRun(recipe(max_nonfinite=2), tmp_path)
+    spoil(run, monkeypatch, {1, 3, 4})
+    run.train_step()
+    state = {name: p.detach().clone() for name, p in (*run.module.named_parameters(), *run.optimiser.tensors().items())}
+    averages = {name: value.clone() for name, value in run.average.items()}
+    run.train_step()
+    now = dict((*run.module.named_parameters(), *run.optimiser.tensors().items()))
+    assert all(torch.equal(now[name], value) for name, value in state.items())
+    assert all(torch.equal(run.average[name], value) for name, value in averages.items())
+    assert (run.step, run.guard.num_skipped) == (2, 1) and all(p.grad is None for p in run.module.parameters())
+    run.train_step()
+    run.train_step()
+    with pytest.raises(TooManyNonFinite, match="2 steps in a row"):
+        run.train_step()
+
+
+def test_the_command_locks_saves_and_stops_as_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    settings = [f"{name}={value}" for name, value in SMALL.items()]
+    codec = json.dumps(CONFIGS["autoencoder"])
+    file = tmp_path / "small.toml"
+    file.write_text('kind = "codec"\nsteps = 1\nbatch_size = 1\nlearning_rate = 1.0\n')
+    overrides = [*settings, f"codec={_toml(json.loads(codec))}"]
+    run = CodecRun(recipe(), out)
+    stops = iter([False, False, True])
+    assert codec_loop.train(recipe(), out, lambda: next(stops)) is None and run.resume() and run.step == 2
+    newest = out / "state/step-00000002/state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    assert main([str(file), *overrides, "--out", str(out)]) == 4
+    assert "no intact training state" in capsys.readouterr().err
+    (out / ".codec.tmp-01234567").mkdir()
+    (out / "state/step-00000002").rename(tmp_path / "away")
+    assert main([str(file), *overrides, "--out", str(out)]) == 0
+    assert (out / "codec/manifest.json").is_file() and not (out / ".codec.tmp-01234567").exists()
+    assert len(list((out / "state").iterdir())) == 2
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return "[" + ", ".join(map(_toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
 def test_quantised_variant_starts_from_a_plain_codec(tmp_path: Path) -> None:

@@ -47,6 +47,20 @@ def test_another_shape_is_refused(two: tuple[str, str], tmp_path: Path, capsys: 
     assert "does not fit" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_damaged_input_is_one_line_and_4(
+    two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = Path(two[1]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{two[1]}=0.5"]) == 4
+    said = capsys.readouterr().err
+    assert "model.safetensors does not match its digest" in said and said.count("\n") == 1
+    (Path(two[1]) / "manifest.json").unlink()
+    assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{two[1]}=0.5"]) == 4
+    assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{tmp_path / 'none'}=0.5"]) in (2, 4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_without_an_expert_counts_with_copies(two: tuple[str, str], tmp_path: Path) -> None:
     plain = omni.from_pretrained(two[0])
 

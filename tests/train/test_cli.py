@@ -10,6 +10,7 @@ import torch
 
 from omni.config import load_toml
 from train.__main__ import main
+from train.lock import hold
 from train.recipe import Recipe
 from train.track import read_metrics
 
@@ -90,7 +91,8 @@ def test_the_smoke_recipe_learns_draws_and_publishes(tmp_path: Path) -> None:
     assert [p.name for p in (out / "sheets").iterdir()] == ["step-00000020.png"]
     model = omni.from_pretrained(out / "model")
     assert model.tokenizer is not None and model.codec is not None
-    assert main([str(RECIPES / "smoke.toml"), "--out", str(out), "--publish", str(tmp_path / "again")]) == 0
+    with hold(out):  # of a run in progress too
+        assert main([str(RECIPES / "smoke.toml"), "--out", str(out), "--publish", str(tmp_path / "again")]) == 0
     again = omni.from_pretrained(tmp_path / "again")
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
 

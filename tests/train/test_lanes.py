@@ -15,8 +15,8 @@ import torch
 
 from omni.layout import Batch
 from train import loop
+from train.data.batch import TooManyCorrupt
 from train.data.lanes import Tickets
-from train.data.loader import TooManyCorrupt
 from train.data.source import CorruptRecord
 from train.loop import Run
 from train.track import Tracker, read_metrics
@@ -85,10 +85,12 @@ def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
 def test_a_lane_ends_with_a_killed_training_process() -> None:
     """It holds its standard output: whoever reads that sees its end, and not ten minutes later."""
     code = (
-        "import os, time\nfrom train.data.lanes import _end_with_parent\n"
-        "if os.fork():\n    time.sleep(0.5)\n    os._exit(0)\n_end_with_parent(0)\ntime.sleep(600)"
+        "import os, signal, time\nfrom train.data.lanes import _end_with_parent\n"
+        "if os.fork():\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_end_with_parent(0)\nprint('alive', flush=True)\ntime.sleep(20)\nprint('outlived', flush=True)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL and done.stdout == b"alive\n"  # its output ends with the lane
 
 
 def test_a_signal_to_the_whole_group_saves_and_ends_in_order(recipe_file: Path, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:
     loader.memo, loader.channels = tickets, tickets.channels
     cursor, most = 0, 0
     for _ in range(40):
-        cursor = tickets.collect(loader.next(cursor)).packed.cursor
+        cursor = tickets.collect(loader.next(cursor), loader.waiting()).packed.cursor
         most = max(most, len(tickets._media))
     assert most < 200 < tickets._next
 

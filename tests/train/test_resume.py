@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,11 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from omni.checkpoint import publish
+from omni.config import load_json
 from train import loop, state
 from train.__main__ import main
+from train.data.batch import PIECES
 from train.loop import Run
+from train.optim import multiplier
+from train.recipe import Recipe
 from train.track import Tracker, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -90,10 +96,19 @@ def test_resume_with_a_target_network(make_run: MakeRun, tmp_path: Path) -> None
 
 def test_a_state_of_another_device_is_taken(make_run: MakeRun) -> None:
     """What a GPU has trained can be gone on with, or published, where there is none."""
-    run = make_run()
+    run = make_run("max_steps=1")
+    loop.train_step(run, run.next())
     identity = {**run.identity, "recipe": {**run.identity["recipe"], "device": "cuda"}}
     state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
-    loop.resume(make_run(), print)
+    other, said = make_run("max_steps=1"), []
+    loop.resume(other, said.append)
+    assert "changed: device was 'cuda', now 'cpu'" in said and other.progress.step == 1
+    for mine, theirs in (
+        (dict(other.model.named_parameters()), dict(run.model.named_parameters())),
+        (other.ema.averages, run.ema.averages),
+        (other.optimiser.state_tensors(), run.optimiser.state_tensors()),
+    ):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_a_state_of_other_data_can_be_published_and_not_resumed(recipe_file: Path, tmp_path: Path) -> None:
@@ -130,12 +145,110 @@ def test_metrics_of_lost_steps_are_made_again(make_run: MakeRun, tmp_path: Path)
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("change", ["seed=4", "optimiser.rate=1e-3", "batch.copies=1", "data.1.options.num_frames=2"])
-def test_another_recipe_is_refused_by_name(make_run: MakeRun, change: str) -> None:
+REFUSED = {
+    "seed=4": "recipe.seed was 3, now 4, which the saved weights or the order of the documents depend on",
+    "batch.copies=1": "recipe.batch.copies was 2, now 1",
+    "data.1.options.num_frames=2": "recipe.data was .* now ",
+    "optimiser.name=adamw": "recipe.optimiser.name was 'muon', now 'adamw'",
+    "batch.too_long=drop": "recipe.batch.too_long was 'split', now 'drop'",
+}
+
+
+def test_another_recipe_is_refused_by_name(make_run: MakeRun) -> None:
     go(make_run(), 0)
-    with pytest.raises(ValueError, match=change.split("=")[0].split(".")[-1]):
-        loop.resume(make_run(change), lambda line: None)
-    loop.resume(make_run("max_steps=30", "report.save_steps=7", "threads=2"), lambda line: None)
+    for change, said in REFUSED.items():
+        with pytest.raises(ValueError, match=said):
+            loop.resume(make_run(change), lambda line: None)
+
+
+def test_what_may_change_is_said_and_recorded(
+    make_run: MakeRun, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(make_run("max_steps=3"), 3)
+    changes = ["max_steps=5", "optimiser.rate=1e-4", "report.save_steps=7", "threads=2", "ema_decay=0.5", "workers=1"]
+    out = ["--out", str(tmp_path / "run")]
+    assert main([str(recipe_file), *changes, *out, "--resume"]) == 0
+    said = capsys.readouterr().err
+    for line in (
+        *("max_steps was 3, now 5", "optimiser.rate was 0.002, now 0.0001", "report.save_steps was 1000, now 7"),
+        *("threads was 1, now 2", "ema_decay was 0.9, now 0.5", "workers was 0, now 1"),
+    ):
+        assert f"changed: {line}\n" in said
+    fall = 0.5 * (1 + math.cos(math.pi * 3 / 5))
+    assert f"the learning rate of step 3 is {0.8 * 1e-4 * fall:.3g}, by the saved recipe it was 0; " in said
+    events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    changed = {
+        row["key"]: (row["step"], row["was"], row["now"]) for row in events if row.get("event") == "recipe changed"
+    }
+    assert changed["optimiser.rate"] == (3, 0.002, 0.0001) and len(changed) == 6
+    assert load_json(tmp_path / "run/recipe.json", Recipe).optimiser.rate == 1e-4
+    rates = {row["step"]: row["rate"] for row in read_metrics(tmp_path / "run/metrics.jsonl")}
+    assert rates[3] == pytest.approx(0.8 * fall)
+
+
+def test_nothing_is_said_where_nothing_changed(make_run: MakeRun) -> None:
+    go(make_run(), 1)
+    said: list[str] = []
+    loop.resume(make_run(), said.append)
+    assert len(said) == 1 and said[0].endswith("at step 1, document " + str(make_run().loader.next(0).cursor))
+
+
+def test_a_longer_run_keeps_the_schedule_it_is_told(make_run: MakeRun) -> None:
+    schedule = ("optimiser.schedule_steps=4", "optimiser.min_factor=0.25", "max_steps=4")
+    go(make_run(*schedule), 3)
+    said: list[str] = []
+    run = make_run(*schedule[:2], "max_steps=40")
+    loop.resume(run, said.append)
+    assert not any("learning rate" in line for line in said) and any("max_steps was 4, now 40" in line for line in said)
+    config = run.recipe.optimiser
+    assert multiplier(config, 400, run.fraction()) == pytest.approx(0.25)
+    assert multiplier(config, 2, 0.0) == pytest.approx(0.6 * (0.25 + 0.75 * 0.5))
+
+
+def test_a_state_of_an_earlier_version_is_taken(make_run: MakeRun) -> None:
+    """Its recipe lacks keys that there were not."""
+    run = make_run()
+    recipe = {k: v for k, v in run.identity["recipe"].items() if k not in ("workers", "max_steps", "device")}
+    recipe["batch"] = {k: v for k, v in recipe["batch"].items() if k != "too_long"}
+    identity = {**run.identity, "recipe": recipe}
+    state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
+    again = make_run("max_steps=7", "batch.too_long=drop")
+    loop.resume(again, lambda line: None)
+    assert not again.changes
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (2, 0)])
+def test_other_numbers_of_loading_processes_train_on_no_document_twice(
+    make_run: MakeRun, before: int, after: int
+) -> None:
+    recipe = ("drop.text=0", "drop.images=0", "drop.all=0")
+
+    def steps(run: Run, count: int) -> list[int]:
+        found = []
+        for _ in range(count):
+            packed = run.next()
+            run.progress.advance(packed.cursor, packed.lane)
+            found += packed.documents
+        return found
+
+    run = make_run(f"workers={before}", *recipe)
+    seen = steps(run, 3)
+    loop.save(run)
+    said: list[str] = []
+    run = make_run(f"workers={after}", *recipe)
+    loop.resume(run, said.append)
+    assert any("documents are in another order" in line for line in said)
+    more = steps(run, 4)
+    assert not set(seen) & set(more) and len(set(more)) == len(more)
+    assert min(more) <= max(seen) + 1
+
+
+def test_none_and_one_loading_process_are_one_another(make_run: MakeRun) -> None:
+    whole = state.Progress(step=5, cursor=17 + 2 * PIECES)
+    assert not whole.use_lanes(1) and whole.lanes == [17 + 2 * PIECES]
+    assert not whole.use_lanes(0) and (whole.cursor, whole.lanes) == (17 + 2 * PIECES, [])
+    assert whole.use_lanes(2) and whole.lanes == [18, 19]
+    assert not state.Progress(cursor=4).use_lanes(3)  # nothing is trained yet
 
 
 def test_sigterm_saves_and_exits_75(recipe_file: Path, tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_command(model: Omni, named: Tokenizer, tiny_model: Path, tmp_path: Path
     named.save(tmp_path / "tokenizer")
     assert main([str(tmp_path / "out"), str(tiny_model), str(tmp_path / "tokenizer")]) == 0
     assert omni.from_pretrained(tmp_path / "out").tokenizer.phrases == named.phrases  # type: ignore[union-attr]
+    (tmp_path / "tokenizer/damaged").mkdir()
+    for name in ("", "damaged", "none"):
+        path = tmp_path / "tokenizer" / name
+        if name != "":
+            assert main([str(tmp_path / "no"), str(tiny_model), str(path)]) in (2, 4)
+        assert main([str(tmp_path / "no"), str(path), str(tmp_path / "tokenizer")]) in (2, 4)
+        assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
     assert main([str(tmp_path / "no"), str(tiny_model)]) == 2
     assert main([str(tmp_path / "no"), str(tiny_model), str(tmp_path / "tokenizer"), "--pictures", "cars"]) == 2
     assert "usage" in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -34,24 +34,43 @@ def everything(run: Run) -> dict[str, torch.Tensor]:
     return weights | averages | {f"o/{n}": v.clone() for n, v in run.optimiser.state_tensors().items()}
 
 
-def poison(run: Run, steps: set[int], value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def spoiled(run: Run, loss: torch.Tensor, how: str) -> torch.Tensor:
+    """The loss, or its gradient alone (0 is added, by a root whose slope there is infinite), made NaN or infinite."""
+    part, value = how.split()
+    if part == "loss":
+        return loss * float(value)
+    weight = run.model.token.embedding.weight
+    zero = weight - weight.detach()
+    return loss + (zero.abs().sum() if value == "nan" else zero.sum()).sqrt()
+
+
+def poison(run: Run, steps: set[int], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = run.model.loss
 
     def loss(batch: Any, objectives: Any, key: Any, *rest: Any) -> dict[str, Terms]:
         terms = real(batch, objectives, key, *rest)
         if run.progress.step in steps:
-            terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=terms["NextToken"].sum * value)
+            terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=spoiled(run, terms["NextToken"].sum, how))
         return terms
 
     monkeypatch.setattr(run.model, "loss", loss)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_spoiled_is_what_is_said(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    poison(run, {0, 1}, "gradient nan", monkeypatch)
+    metrics = loop.train_step(run, run.next())
+    assert math.isfinite(metrics["loss"]) and math.isnan(metrics["grad_norm"])
+    poison(run, {1}, "gradient inf", monkeypatch)
+    assert math.isfinite(loop.train_step(run, run.next())["loss"])
+
+
+@pytest.mark.parametrize("how", ["loss nan", "loss inf", "gradient nan", "gradient inf"])
 def test_a_non_finite_step_never_reaches_the_weights(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, value: float
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     run = make_run("max_steps=4")
-    poison(run, {2}, value, monkeypatch)
+    poison(run, {2}, how, monkeypatch)
     seen: list[dict[str, torch.Tensor]] = []
 
     def watch() -> bool:
@@ -72,9 +91,18 @@ def test_a_non_finite_step_never_reaches_the_weights(
 
 def test_too_many_in_a_row_stop_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run("max_nonfinite=3")
-    poison(run, set(range(100)), math.nan, monkeypatch)
+    poison(run, {2, 3, 4}, "gradient nan", monkeypatch)
     with pytest.raises(TooManyNonFinite, match="3 steps in a row"):
         loop.train(run, Tracker(run.out, 0, stream=io.StringIO()), lambda: False)
+    again = make_run(
+        "max_nonfinite=3", "optimiser.rate=1e-4"
+    )  # what it had learnt is saved, and a lower rate may go on
+    loop.resume(again, lambda line: None)
+    before, after = everything(run), everything(again)
+    assert again.progress.step == 4 and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loop.train(again, Tracker(again.out, 4, stream=io.StringIO()), lambda: again.progress.step >= 6)
+    assert again.progress.step == 6 and again.guard.num_skipped == 3
 
 
 def test_finite_steps_between_reset_the_row() -> None:
@@ -164,7 +192,7 @@ def test_losses_are_divided_once_by_the_global_count() -> None:
 def test_packing_changes_neither_draws_nor_losses(make_run: MakeRun) -> None:
     """The same documents in short rows, in one long row, and in two batches: equal noise, equal losses."""
     run = make_run("autocast=none")
-    spans = [run.loader._composed(index).spans for index in range(6)]
+    spans = [run.loader._read(index).pieces[0].spans for index in range(6)]
     means = []
     for shapes in ([Shape(6, 256, 192)], [Shape(1, 2000, 2000)], [Shape(2, 128, 128), Shape(6, 256, 192)]):
         batches, used = pack(spans, shapes, channels=768, pad_id=run.loader.pad_id, copies=2)
@@ -183,6 +211,8 @@ def test_the_curve_of_a_run_is_a_picture(make_run: MakeRun, tmp_path: Path) -> N
     assert curve.main([str(run.out / "metrics.jsonl"), str(tmp_path / "curve.png")]) == 0
     assert load_image(tmp_path / "curve.png").shape == (3 * curve.HEIGHT, curve.WIDTH, 3)
     assert curve.main([str(tmp_path / "none.jsonl"), str(tmp_path / "curve.png")]) == 2
+    (tmp_path / "odd.jsonl").write_text('[1]\n{"step": 1}\n{"loss/a": 2}\n7\n{"step": 2, "loss/a": "nan"}\n')
+    assert curve.main([str(tmp_path / "odd.jsonl"), str(tmp_path / "curve.png")]) == 2
 
 
 @pytest.mark.slow

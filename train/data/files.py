@@ -16,7 +16,7 @@ from omni.config import Frozen
 from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, parse_json
 from omni.media import load_image, load_video
 from omni.rng import Key
-from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
+from train.data.source import SOURCES, FiniteSource, bytes_digest, file_fingerprint, require_file
 
 
 class FileOptions(Frozen):
@@ -50,6 +50,9 @@ class _LineSource(FiniteSource):
         if len(line) > MAX_JSON_BYTES:
             raise ValueError(f"{self.record_name(position)} has more than {MAX_JSON_BYTES} bytes; split it")
         return line.decode("utf-8")
+
+    def record_identity(self, position: int) -> str:
+        return bytes_digest(self.line(position).strip().encode())
 
     def record_name(self, position: int) -> str:
         return f"{self.path.name} record {position + 1}"
@@ -129,6 +132,10 @@ class LlavaConversations(FiniteSource):
         if waiting:
             raise ValueError(f"{len(waiting)} images have no <image> mark")
         return Document(tuple(segments), {"id": str(record.get("id", position))})
+
+    def record_identity(self, position: int) -> str:
+        record = self.records[position]
+        return bytes_digest(json.dumps([record.get("image"), record.get("conversations")]).encode())
 
     def record_name(self, position: int) -> str:
         return f"{self.path.name} conversation {position + 1}"

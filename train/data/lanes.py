@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,8 @@ from omni.codecs import Codec
 from omni.command import is_mistake, one_line
 from omni.document import Image, Video
 from omni.layout import Batch
-from train.data.loader import Loader, Packed, TooManyCorrupt
+from train.data.batch import Packed, TooManyCorrupt
+from train.data.loader import Loader
 
 PREFETCH = 2  # steps that every lane is ahead
 
@@ -68,8 +69,8 @@ class Tickets:
         self._media[number] = pixels, len(place)
         return list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
 
-    def collect(self, packed: Packed) -> Sent:
-        """The step with the media that it needs; forgets them and all that were numbered before."""
+    def collect(self, packed: Packed, waiting: Iterable[Tensor]) -> Sent:
+        """The step with the media that it needs; forgets all but those of `waiting`, tickets of steps to come."""
         places = [at for batch in packed.batches for part in (batch, batch.null) if part for at in _places(part)]
         tickets = torch.cat([latents[where] for latents, where in places]).long()
         numbers, which = tickets[:, 0].unique(return_inverse=True)
@@ -84,15 +85,9 @@ class Tickets:
                 total += self._media[int(numbers[index])][1]
         rows = iter((first[which] + tickets[:, 1]).split([int(where.sum()) for _, where in places]))
         batches = [_replaced(batch, lambda latents, where: _filled(where, next(rows))) for batch in packed.batches]
-        self._forget(set(numbers.tolist()))
+        needed = {int(tickets[0, 0]) for tickets in waiting}
+        self._media = {number: media for number, media in self._media.items() if number in needed}
         return Sent(replace(packed, batches=batches), tuple(media))
-
-    def _forget(self, used: set[int]) -> None:
-        for number in list(self._media):
-            if not used:
-                return
-            used.discard(number)
-            del self._media[number]
 
 
 class Lane(IterableDataset):
@@ -117,7 +112,7 @@ class Lane(IterableDataset):
                 said = error if isinstance(error, TooManyCorrupt) else ValueError(one_line(error))
                 yield Sent(Packed([], [], cursor), error=said)
                 return
-            yield tickets.collect(replace(packed, lane=lane))
+            yield tickets.collect(replace(packed, lane=lane), loader.waiting())
             cursor = packed.cursor
 
 

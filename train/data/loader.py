@@ -2,30 +2,33 @@
 
 A batch holds documents cursor, cursor + 1, ... until one fits in no row (omni.layout.pack); that one starts the next
 batch. So the batch at a cursor is a pure function of the cursor, whatever was read, encoded or remembered before.
-A corrupt or oversized document is passed over, counted and named.
+
+A document that is too long for every row is split into pieces (train.data.pieces) or dropped. Piece p of document i has
+the uid i + p PIECES, which names it in batches and keys its noise; the uid of the next piece is the cursor. A corrupt
+document is passed over, counted and named; so is one that is dropped, which is counted apart.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
-from pydantic import Field
 
-from omni.config import Frozen
 from omni.coupling import Coupling
-from omni.document import Document, Image, Segment, Video
+from omni.document import Document, Image, Segment, Text, Video
 from omni.guidance import drop, null_documents
-from omni.layout import Batch, LatentSpan, Shape, Span, context_length, lay_rows, pack
+from omni.layout import Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_rows, pack
 from omni.rng import Key
+from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
 from train.data.coupled import with_answers
-from train.data.source import CorruptRecord
+from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
+from train.data.source import CorruptRecord, KeptOut
 
 LOOKAHEAD = 48
-MAX_CORRUPT_SHARE = 0.05
+MAX_PASSED_OVER = 1000  # documents in a row, with none to train on
 
 EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
 Compose = Callable[[Document, EncodeMedia], list[Span]]
@@ -35,65 +38,6 @@ class Encoder(Protocol):
     """A LatentMemo, or what stands for one."""
 
     def encode(self, segments: Sequence[Image | Video]) -> list[list[torch.Tensor]]: ...
-
-
-class TooManyCorrupt(RuntimeError):
-    """More than MAX_CORRUPT_SHARE of the documents could not be read."""
-
-
-class ShapeConfig(Frozen):
-    """`rows` rows of `budget` context and `refine_budget` refine positions."""
-
-    rows: int = Field(ge=1)
-    budget: int = Field(ge=8)
-    refine_budget: int = Field(ge=0)
-
-
-class BatchConfig(Frozen):
-    """What one step holds: rows of one or more shapes (short rows first: attention costs least there).
-
-    copies: noisy copies of every supervised block. trim: share of the documents whose last picture is left out of the
-    context stream, where nothing but the closing ids would read it (cheaper; the rest teach how a turn closes).
-    fixed: tensors always have the full shape; else they shrink to what is used.
-    """
-
-    shapes: tuple[ShapeConfig, ...] = Field(min_length=1)
-    copies: int = Field(1, ge=1)
-    trim: float = Field(0.0, ge=0, le=1)
-    fixed: bool = False
-
-    @property
-    def num_context(self) -> int:
-        return sum(shape.rows * shape.budget for shape in self.shapes)
-
-
-class DropConfig(Frozen):
-    """How often training hides conditions, for guidance: probabilities per document with a supervised picture."""
-
-    text: float = Field(0.0, ge=0, le=1)
-    images: float = Field(0.0, ge=0, le=1)
-    all: float = Field(0.0, ge=0, le=1)
-
-
-@dataclass(frozen=True)
-class Composed:
-    """One document as spans; for objectives with guidance also one null document per supervised picture or clip."""
-
-    spans: list[Span]
-    nulls: tuple[list[Span], ...] = ()
-    dropped: bool = False
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it (of a
-    lane, see train.data.lanes)."""
-
-    batches: list[Batch]
-    documents: list[int]
-    cursor: int
-    skipped: list[tuple[int, str]] = field(default_factory=list)
-    lane: int | None = None
 
 
 class Loader:
@@ -109,6 +53,7 @@ class Loader:
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
         coupling: of the noise of pictures with choices, where training couples them.
         stride: from one document to the next, for a loader that is one of several (see train.data.lanes).
+        end: where the documents end; None: nowhere.
     """
 
     def __init__(
@@ -126,31 +71,34 @@ class Loader:
         null_contexts: bool = False,
         coupling: Coupling | None = None,
         stride: int = 1,
+        end: int | None = None,
     ) -> None:
-        self.stride = stride
+        self.stride, self.end = stride, end
         self.document, self.prepare, self.compose, self.memo, self.shape = document, prepare, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
         self.drop, self.null_contexts, self.coupling = drop or DropConfig(), null_contexts, coupling
         self.counts: Counter[str] = Counter(documents=0, skipped=0)
-        self._window: dict[int, Composed | str] = {}
+        self._window: dict[int, Read] = {}
 
     def next(self, cursor: int) -> Packed:
-        """The batch whose first document is `cursor` or the first good one after it."""
+        """The batch whose first document, or piece, is `cursor` or the first good one after it. At the end of the
+        documents, one without documents whose cursor is the end."""
         shape = self.shape
         composed: dict[int, Composed] = {}
-        skipped: dict[int, str] = {}
+        passed: dict[int, Read] = {}
         trim: list[bool] = []
-        index, num_context = cursor, 0
-        while num_context <= shape.num_context:
-            item = self._composed(index)
-            if isinstance(item, str):
-                skipped[index] = item
-                self._check_corrupt((index - cursor) // self.stride + 1, len(skipped), item)
-            else:
-                composed[index] = item
-                trim.append(self.key.fold("trim", index).python().random() < shape.trim)
-                num_context += context_length(item.spans, trim[-1])
-            index += self.stride
+        num_context = num_seen = 0
+        for uid, one in self._walk(cursor):
+            num_seen += uid < PIECES
+            if isinstance(one, Read):
+                passed[uid] = one
+                self._check_passed(num_seen, passed, bool(composed))
+                continue
+            composed[uid] = one
+            trim.append(self.key.fold("trim", uid).python().random() < shape.trim)
+            num_context += context_length(one.spans, trim[-1])
+            if num_context > shape.num_context:
+                break
         uids = list(composed)
         batches, num_used = pack(
             [one.spans for one in composed.values()],
@@ -162,11 +110,43 @@ class Loader:
             trim=trim,
             fixed_shape=shape.fixed,
         )
-        after = uids[num_used] if num_used < len(uids) else index
-        passed = [(i, why) for i, why in skipped.items() if i < after]
-        self._window = {i: s for i, s in self._window.items() if i >= after}
-        self.counts.update(documents=num_used, skipped=len(passed))
-        return Packed([self._with_nulls(batch, composed) for batch in batches], uids[:num_used], after, passed)
+        after = uids[num_used] if num_used < len(uids) else self.end
+        assert after is not None, "more context than the rows have room for, and all of it was packed"
+        batches = [self._with_nulls(batch, composed) for batch in batches]
+        return self._told(batches, uids[:num_used], after, passed)
+
+    def waiting(self) -> Iterator[torch.Tensor]:
+        """The latents (N, C) of everything that is read and not yet packed."""
+        for read in self._window.values():
+            for one in read.pieces:
+                for span in (span for spans in (one.spans, *one.nulls) for span in spans):
+                    if isinstance(span, LatentSpan):
+                        yield from (block.latents for block in (span, *span.others))
+
+    def _walk(self, cursor: int) -> Iterator[tuple[int, Composed | Read]]:
+        """From `cursor` on: every piece with its uid, and every document that has none."""
+        part, index = divmod(cursor, PIECES)
+        while self.end is None or index < self.end:
+            read = self._read(index)
+            yield from ((index + number * PIECES, one) for number, one in enumerate(read.pieces) if number >= part)
+            if not read.pieces:
+                yield index, read
+            index, part = index + self.stride, 0
+
+    def _told(self, batches: list[Batch], used: list[int], after: int, passed: dict[int, Read]) -> Packed:
+        """The batches, with what became of the documents that this step is done with; forgets those."""
+        begun = {uid: self._window[uid] for uid in used if uid < PIECES}
+        done = {i: read for i, read in passed.items() if i < after % PIECES}
+        skipped, dropped = ([(i, r.why) for i, r in done.items() if r.what == what] for what in ("skipped", "dropped"))
+        num_held_out = sum(read.what == "held_out" for read in done.values())
+        dropped = sorted([*dropped, *((i, read.why) for i, read in begun.items() if read.why)])
+        num_split = sum(len(read.pieces) > 1 for read in begun.values())
+        counts = {"documents": len(begun), "skipped": len(skipped), "dropped": len(dropped), "split": num_split}
+        counts |= {"pieces": len(used), "held_out": num_held_out}
+        self.counts.update(counts)
+        self._window = {i: read for i, read in self._window.items() if i >= after % PIECES}
+        documents = list(dict.fromkeys(uid % PIECES for uid in used))
+        return Packed(batches, documents, after, skipped, dropped, counts)
 
     def _with_nulls(self, batch: Batch, composed: dict[int, Composed]) -> Batch:
         """The batch, told which of its documents were dropped, and with a null context for each of its items."""
@@ -181,7 +161,7 @@ class Loader:
         assert [(u, c) for u, _, c in null.item_names] == [(u, c) for u, _, c in batch.item_names]
         return replace(batch, null=null)
 
-    def _composed(self, index: int) -> Composed | str:
+    def _read(self, index: int) -> Read:
         if index not in self._window:
             self._fill(index)
         return self._window[index]
@@ -189,11 +169,13 @@ class Loader:
     def _fill(self, start: int) -> None:
         """Read, prepare and compose LOOKAHEAD documents, with all their media through the codec together."""
         read: dict[int, Document] = {}
-        for index in range(start, start + LOOKAHEAD * self.stride, self.stride):
+        end = start + LOOKAHEAD * self.stride
+        for index in range(start, end if self.end is None else min(end, self.end), self.stride):
             try:
                 document = self._with_drop(index, self.document(index))
             except CorruptRecord as error:
-                self._window[index] = str(error)
+                what = "held_out" if isinstance(error, KeptOut) else "skipped"
+                self._window[index] = Read(what=what, why=str(error))
                 continue
             try:
                 read[index] = replace(document, segments=tuple(map(self.prepare, document.segments)))
@@ -205,7 +187,7 @@ class Loader:
         for index, document in read.items():
             latents = [next(encoded) for _ in media[index]]
             try:
-                self._window[index] = self._made(document, latents)
+                self._window[index] = self._made(document, media[index], latents)
             except ValueError as error:
                 self._window[index] = _unusable(error)
 
@@ -213,14 +195,43 @@ class Loader:
         """Right answers that copies after the first may be of."""
         return segment.others[: self.shape.copies - 1] if isinstance(segment, Image) else ()
 
-    def _made(self, document: Document, latents: list[list[torch.Tensor]]) -> Composed | str:
-        """latents: of its media, in order, and then of their others."""
+    def _made(self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]) -> Read:
+        """media: the document's, and then their others; latents: of each."""
+        encoded = {id(segment): one for segment, one in zip(media, latents, strict=True)}
+        whole = self._composed(Piece(document), encoded)
+        size = self._size(whole.spans)
+        if self._fits(size):
+            return Read((whole,))
+        longest = [max(getattr(shape, name) for shape in self.shape.shapes) for name in ("budget", "refine_budget")]
+        limit = f"the longest row holds {longest[0]} and {longest[1]}"
+        if self.shape.too_long == "drop":
+            return Read((), "dropped", f"too long: {size.context} context and {size.refine} refine positions, {limit}")
+        pieces, problem = Splitter(lambda segment: self._measured(segment, encoded), self._fits).split(document)
+        made = tuple(self._composed(piece, encoded) for piece in pieces)
+        assert all(self._fits(self._size(one.spans)) for one in made), "a piece is longer than it was measured"
+        why = (
+            f"too long: a {problem}; {limit}"
+            if problem
+            else ""
+            if made
+            else f"too long, with nothing to learn; {limit}"
+        )
+        return Read(made, "read" if made else "dropped", why)
+
+    def _composed(self, piece: Piece, encoded: dict[int, list[torch.Tensor]]) -> Composed:
+        document = piece.document
         media = [s for s in document.segments if isinstance(s, Image | Video)]
-        latents, others = latents[: len(media)], iter(latents[len(media) :])
+        latents = [encoded[id(segment)] for segment in media]
         spans = self.compose(document, _hand_out(latents))
-        answers = [[(one, next(others)[0]) for one in self._others(segment)] for segment in media]
-        spans = with_answers(spans, media, answers, self.coupling)
-        return self._too_long(spans) or Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
+        answers = [[(one, encoded[id(one)][0]) for one in self._others(segment)] for segment in media]
+        spans = _taught(with_answers(spans, media, answers, self.coupling), piece)
+        return Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
+
+    def _measured(self, segment: Segment, encoded: dict[int, list[torch.Tensor]]) -> Size:
+        """Of one segment, without the ids of its document and turn."""
+        latents = [] if isinstance(segment, Text) else [encoded[id(segment)]]
+        size = self._size(self.compose(Document((segment,)), _hand_out(latents)))
+        return Size(size.context - BEGIN - TURN, size.refine)
 
     def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:
         """One null document per supervised picture or clip; `latents` are those of all its media, in order."""
@@ -231,15 +242,13 @@ class Loader:
         documents = null_documents(document)
         return tuple(self.compose(null, _hand_out([one])) for null, one in zip(documents, kept, strict=True))
 
-    def _too_long(self, spans: Sequence[Span]) -> str:
-        length = context_length(spans)
+    def _size(self, spans: Sequence[Span]) -> Size:
         blocks = [len(s.latents) for s in spans if isinstance(s, LatentSpan) and s.supervise]
-        refine = self.shape.copies * sum(blocks)
+        return Size(context_length(spans), self.shape.copies * sum(blocks))
+
+    def _fits(self, size: Size) -> bool:
         shapes = self.shape.shapes
-        if any(length <= shape.budget and refine <= shape.refine_budget for shape in shapes):
-            return ""
-        longest = max(shape.budget for shape in shapes), max(shape.refine_budget for shape in shapes)
-        return f"too long: {length} context and {refine} refine positions, the longest row holds {longest}"
+        return any(size.context <= shape.budget and size.refine <= shape.refine_budget for shape in shapes)
 
     def _with_drop(self, index: int, document: Document) -> Document:
         if not any(isinstance(s, Image | Video) and s.supervise for s in document.segments):
@@ -251,16 +260,39 @@ class Loader:
             draw -= share
         return document
 
-    def _check_corrupt(self, num_seen: int, num_skipped: int, last: str) -> None:
-        skipped = self.counts["skipped"] + num_skipped
-        seen = self.counts["documents"] + self.counts["skipped"] + num_seen
-        if skipped >= 20 and skipped > MAX_CORRUPT_SHARE * seen:
-            raise TooManyCorrupt(f"{skipped} of {seen} documents could not be used; the last: {last}")
+    def _check_passed(self, num_seen: int, passed: dict[int, Read], some_good: bool) -> None:
+        """Whether to go on: a run without an end in sight, or on damaged data, is an error."""
+        shape, last = self.shape, list(passed.values())[-1].why
+        skipped = self.counts["skipped"] + sum(read.what == "skipped" for read in passed.values())
+        seen = sum(self.counts[name] for name in ("documents", "skipped", "dropped", "held_out")) + num_seen
+        if skipped * self.stride >= shape.min_corrupt and skipped > shape.max_corrupt * seen:
+            raise TooManyCorrupt(
+                f"{skipped} of {seen} documents could not be used, and batch.max_corrupt = {shape.max_corrupt:g}; "
+                f"the last: {last}"
+            )
+        if len(passed) >= MAX_PASSED_OVER and not some_good:
+            raise ValueError(f"{len(passed)} documents in a row and none to train on; the last: {last}")
 
 
-def _unusable(error: ValueError) -> str:
-    """Such as a clip with too many chunks, or a block's size that a header cannot take."""
-    return f"unusable: {error}"
+def _unusable(error: ValueError) -> Read:
+    """Such as a picture's size that the codec or a block's header cannot take."""
+    return Read((), "skipped", f"unusable: {error}")
+
+
+def _taught(spans: list[Span], piece: Piece) -> list[Span]:
+    """The spans of a piece, without the lesson that a reply begins or ends where the piece does alone."""
+    if not piece.begins:
+        first = ((n, s) for n, s in enumerate(spans) if isinstance(s, TokenSpan) and any(s.supervise))
+        spans = next((_unsupervised(spans, n, s.supervise.index(True)) for n, s in first), spans)
+    return spans if piece.ends else _unsupervised(spans, len(spans) - 1, -1)
+
+
+def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
+    span = spans[at]
+    assert isinstance(span, TokenSpan)
+    flags = list(span.supervise)
+    flags[offset] = False
+    return [*spans[:at], TokenSpan(span.ids, flags), *spans[at + 1 :]]
 
 
 def _hand_out(latents: list[list[torch.Tensor]]) -> EncodeMedia:

@@ -14,7 +14,8 @@ import torch
 
 from omni.document import Document
 from omni.rng import Key
-from train.data.source import Source
+from train.data.held_out import HeldOut
+from train.data.source import KeptOut, Source
 
 BLOCK = 1000
 
@@ -27,10 +28,16 @@ class Mixture:
         self.sources, self.key = list(sources), key
         self._edges = [math.fsum(weights[: i + 1]) / total for i in range(len(weights) - 1)] + [1.0]
         self._block: tuple[int, list[tuple[int, int]]] | None = None
+        self.held_out: HeldOut | None = None
 
     def document(self, index: int) -> Document:
-        source, position = self.locate(index)
-        return self.sources[source].document(position)
+        """Raises CorruptRecord for a bad record, and KeptOut for one that is held out."""
+        number, position = self.locate(index)
+        source = self.sources[number]
+        document = source.document(position)
+        if self.held_out is not None and self.held_out.has(source, source.identity(position, document)):
+            raise KeptOut(f"document {index} is held out for validation")
+        return document
 
     def locate(self, index: int) -> tuple[int, int]:
         """(which source, which of its documents) the global `index` is."""

@@ -8,7 +8,7 @@ from omni.document import Document, Image, Role, Text
 from omni.media import load_image
 from omni.rng import Key
 from train.data.files import FileOptions
-from train.data.source import SOURCES, FiniteSource, file_fingerprint, require_file
+from train.data.source import SOURCES, FiniteSource, bytes_digest, file_fingerprint, require_file
 
 
 class CaptionOptions(FileOptions):
@@ -50,6 +50,12 @@ class CaptionedPictures(FiniteSource):
         if options.task == "draw" or (options.task == "both" and draws):
             return Document((Text(caption, Role.USER), Image(pixels, Role.ASSISTANT, supervise=True)))
         return Document((Image(pixels, Role.USER), Text(caption, Role.ASSISTANT, supervise=True)))
+
+    def record_identity(self, position: int) -> str:
+        options = self.options
+        data, caption = (self.table[name][position].as_py() for name in (options.image, options.caption))
+        data = data["bytes"] if isinstance(data, dict) else data
+        return bytes_digest(bytes(data or b"") + b"\0" + str(caption).encode())
 
     def record_name(self, position: int) -> str:
         return f"{self.path.name} row {position + 1}"

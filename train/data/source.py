@@ -8,6 +8,7 @@ loader then skips that index, in every run alike. Nothing here knows tokens, cod
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,17 @@ from typing import Any, ClassVar
 import torch
 
 from omni.config import Frozen, Registry, build
-from omni.document import Document, Image
+from omni.document import Document, Image, Text
 from omni.rng import Key
+from train.data.latents import media_digest
 
 
 class CorruptRecord(ValueError):
     """One record cannot be read. The message names it; training goes on with the next index."""
+
+
+class KeptOut(CorruptRecord):
+    """A document that training does not see, because it is for validation (see train.data.held_out)."""
 
 
 class Source(ABC):
@@ -35,6 +41,10 @@ class Source(ABC):
     @abstractmethod
     def document(self, index: int) -> Document:
         """The document at `index` >= 0. Raises CorruptRecord for a bad record."""
+
+    def identity(self, index: int, document: Document | None = None) -> str:
+        """The same for two documents that say and show the same. document: that of `index`, where it is read."""
+        return document_digest(document or self.document(index))
 
     def answers(self) -> Mapping[str, Mapping[str, Sequence[Sequence[Image]]]]:
         """What the `choices` of its pictures are among, for a coupling: family -> group -> for each answer, pictures
@@ -58,6 +68,14 @@ class FiniteSource(Source):
     @abstractmethod
     def record_name(self, position: int) -> str:
         """What to call the record in a message, e.g. "data.jsonl line 7"."""
+
+    def record_identity(self, position: int) -> str:
+        """`identity` of a record, without decoding its pictures where that can be."""
+        return document_digest(self.record(position))
+
+    def identity(self, index: int, document: Document | None = None) -> str:
+        epoch, offset = divmod(index, self.num_records)
+        return self.record_identity(self._order(epoch)[offset])
 
     def document(self, index: int) -> Document:
         epoch, offset = divmod(index, self.num_records)
@@ -84,6 +102,19 @@ def build_source(name: str, options: dict[str, Any], key: Key, origin: str) -> S
     """The registered source `name`. Raises ValueError naming `origin` on an unknown name or option."""
     source = SOURCES.get(name)
     return source(build(options, source.Options, f"{origin} ({name}) options"), key)
+
+
+def document_digest(document: Document) -> str:
+    """Of roles, texts and pixels, not of `meta`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for segment in document.segments:
+        content = segment.text if isinstance(segment, Text) else media_digest(segment).hex()
+        digest.update(json.dumps([type(segment).__name__, segment.role, segment.supervise, content]).encode())
+    return digest.hexdigest()
+
+
+def bytes_digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:

@@ -1,0 +1,81 @@
+"""Documents that are kept out of training, to measure the loss on.
+
+Of a file, a share of the records: those whose identity (Source.identity) has a keyed hash below it. Of a generated
+source, which has no end, documents far beyond those that training comes to. Or documents of sources of their own. In
+every case training passes over each document of the same identity, wherever it occurs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omni.document import Document
+from omni.rng import Key
+from train.data.source import CorruptRecord, FiniteSource, Source
+
+FIRST_UNSEEN = 10**9
+ATTEMPTS = 20  # documents that are read for each that is wanted, where they are damaged or alike
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`documents` to measure on, and which others of the sources are not for training. share: of files."""
+
+    documents: tuple[Document, ...]
+    identities: frozenset[str]
+    share: float
+    key: Key
+
+    def has(self, source: Source, identity: str) -> bool:
+        return identity in self.identities or (isinstance(source, FiniteSource) and self.by_share(identity))
+
+    def by_share(self, identity: str) -> bool:
+        return is_below(self.key, identity, self.share)
+
+
+def is_below(key: Key, identity: str, share: float) -> bool:
+    """Whether the keyed hash of an identity, uniform in [0, 1), is below `share`."""
+    return key.fold(identity).integer() < share * 2**63
+
+
+def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, share: float | None, key: Key) -> HeldOut:
+    """At most `count` documents, of each source in proportion to its weight.
+
+    share: of the training data's own sources; None: the sources are for validation alone. Raises ValueError where
+    nothing is held out, or nothing of a source would be left to train on.
+    """
+    documents: dict[str, Document] = {}
+    for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        wanted = max(1, math.floor(count * weight / math.fsum(weights)))
+        found, num_held = _of(source, wanted, share, key)
+        if share is not None and isinstance(source, FiniteSource) and num_held == source.num_records:
+            raise ValueError(f"validation: share = {share:g} holds out every record of data.{number}; lower it")
+        documents |= found
+    if not documents:
+        raise ValueError(
+            "validation: no document can be held out"
+            + (f" by share = {share:g}; raise it, or give data of its own" if share else "; give other data")
+        )
+    return HeldOut(tuple(documents.values()), frozenset(documents), share or 0.0, key)
+
+
+def _of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dict[str, Document], int]:
+    """Up to `wanted` documents by identity, and how many were looked at and are held out."""
+    of_files = isinstance(source, FiniteSource)
+    start = 0 if of_files or share is None else FIRST_UNSEEN
+    most = source.num_records if of_files else ATTEMPTS * wanted
+    found: dict[str, Document] = {}
+    seen = kept = 0
+    while seen < most and len(found) < wanted:
+        index, seen = start + seen, seen + 1
+        if of_files and share is not None and not is_below(key, source.identity(index), share):
+            continue
+        kept += 1
+        try:
+            document = source.document(index)
+            found.setdefault(source.identity(index, document), document)
+        except CorruptRecord:
+            continue
+    return found, kept

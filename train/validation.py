@@ -1,0 +1,56 @@
+"""The loss on documents that training never sees: of the averaged weights, with the same noise every time.
+
+Documents stand alone as they are, without dropped conditions and with their last picture in the context; too long ones
+are split as in training. The share of training that is done, which some objectives have schedules over, counts as 1:
+so values are of one measure, whenever they are taken. Changes no state of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from omni.rng import Key
+from train.data.batch import Packed
+from train.data.loader import Loader
+from train.loop import Run, mean_of, unweighted
+
+
+class Validation:
+    """`loader`: of the documents that are held out, with an end. They are read and encoded once."""
+
+    def __init__(self, loader: Loader, key: Key) -> None:
+        self.loader, self.key = loader, key
+        self._steps: Sequence[Packed] | None = None
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """`loss`, `loss/NAME` of each objective, and `unweighted/NAME` where it differs (Terms.raw)."""
+        if self._steps is None:
+            self._steps = _all(self.loader)
+        recipe, target = run.recipe, None if run.target is None else run.target.model
+        run.model.eval()
+        try:
+            with (
+                run.ema.applied(),
+                torch.no_grad(),
+                torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts),
+            ):
+                batches = (batch.to(recipe.device) for step in self._steps for batch in step.batches)
+                parts = [run.model.loss(batch, run.objectives, self.key, target) for batch in batches]
+        finally:
+            run.model.train()
+        means = {name: float(mean_of([part[name] for part in parts])) for name in parts[0]}
+        total = sum(parts[0][name].weight * mean for name, mean in means.items())
+        return {"loss": total} | {f"loss/{name}": mean for name, mean in means.items()} | unweighted(parts)
+
+
+def _all(loader: Loader) -> list[Packed]:
+    steps, cursor = [], 0
+    assert loader.end is not None
+    while cursor != loader.end:
+        steps.append(loader.next(cursor))
+        cursor = steps[-1].cursor
+    if not any(step.documents for step in steps):
+        raise ValueError("no document that is held out for validation fits a row; raise batch.shapes, or give others")
+    return steps
