@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import Any
 
 import omni
-from omni.command import MISTAKE, Parser, is_mistake, one_line, warnings_in_lines
+from omni.command import Parser, code_of, is_mistake, one_line, warnings_in_lines
 
-DAMAGED, INTERRUPTED, CLOSED_PIPE = 4, 130, 141
+INTERRUPTED, CLOSED_PIPE = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.filename is None:
             _stop_writing()  # standard output may be what failed
-        return complain(told(error), exit_code_of(error))
+        return complain(told(error), code_of(error))
 
 
 def _run(argv: list[str]) -> int:
@@ -67,12 +67,6 @@ def _stop_writing() -> None:
     """Standard output goes nowhere from here on, so that the flush at exit is silent."""
     if sys.stdout is sys.__stdout__:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def exit_code_of(error: Exception) -> int:
-    if any(base.__name__ == "DamagedError" for base in type(error).__mro__):  # by name: telling must not import torch
-        return DAMAGED
-    return MISTAKE if is_mistake(error) else 1
 
 
 def told(error: Exception) -> str:

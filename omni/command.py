@@ -86,6 +86,13 @@ def one_line(error: BaseException) -> str:
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
 
 
+def code_of(error: Exception) -> int:
+    """The exit code after an error. checkpoint.DamagedError is known by its name: to import it is to import torch."""
+    if any(base.__name__ == "DamagedError" for base in type(error).__mro__):
+        return DAMAGED
+    return MISTAKE if is_mistake(error) else 1
+
+
 def fail(error: Exception, code: int = MISTAKE) -> int:
     """Says in one line what was wrong; returns the exit code."""
     print(f"error: {one_line(error)}", file=sys.stderr)
@@ -94,14 +101,13 @@ def fail(error: Exception, code: int = MISTAKE) -> int:
 
 def exit_code(work: Callable[[], object]) -> int:
     """Does the work: the int that it returns, else 0. After a mistake a line that says what was wrong, and 2, or 4
-    where files are damaged or missing (checkpoint.DamagedError, by its name: to import it is to import torch)."""
+    where files are damaged or missing."""
     try:
         found = work()
     except Exception as error:
         if not is_mistake(error):
             raise
-        damaged = any(base.__name__ == "DamagedError" for base in type(error).__mro__)
-        return fail(error, DAMAGED if damaged else MISTAKE)
+        return fail(error, code_of(error))
     return found if isinstance(found, int) else 0
 
 
