@@ -70,7 +70,7 @@ def _folder(path: Path) -> list[str]:
     for name in sorted(manifest["files"]):
         if name.endswith(".safetensors"):
             lines += ["", f"{name}: {_weights(path / name)}"]
-    for name in ("config.json", "generation.json", "state.json"):
+    for name in ("config.json", "preparation.json", "generation.json", "state.json"):
         if name in manifest["files"] and _read_json(path / name):
             lines += ["", f"{name}:", *_indented(path / name)]
     for name in manifest["files"]:

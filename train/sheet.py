@@ -1,8 +1,8 @@
 """Sample sheets: what the averaged weights draw now, beside what the documents ask for.
 
-A sheet is a PNG grid: the upper row of each pair is the document's own picture, the lower row the model's. Prompts are
-documents that are held out for validation, or else far beyond what training reaches. Clips show their first frame.
-Drawing never stops a run: a failure is said.
+A sheet is a PNG grid: the upper row of each pair is the document's own picture, prepared, the lower row the model's.
+Prompts are documents that are held out for validation, or else far beyond what training reaches. Clips show their first
+frame. Drawing never stops a run: a failure is said.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def draw_sheet(run: Run, path: Path) -> None:
         run.model.train()
     if asked:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(grid([picture for _, picture, _ in asked], drawn), path)
+        references = [run.model.prepare(Image(picture)).pixels for _, picture, _ in asked]
+        save_png(grid(references, drawn), path)
 
 
 def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: int = 2) -> torch.Tensor:
