@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,4 +195,7 @@ def _save_animation(frames: torch.Tensor, path: str | Path, kind: str, **options
     check_tensor(frames, 4, "(T, H, W, 3)")
     first, *rest = [to_pil(frame) for frame in frames]
     options = {"save_all": True, "append_images": rest, "loop": 0, **options}
-    files.write_whole(path, lambda file: first.save(file, format=kind, **options))
+    try:
+        files.write_whole(path, lambda file: first.save(file, format=kind, **options))
+    except struct.error:  # what older versions of Pillow raise
+        raise ValueError(f"frames of {options['duration']:g} ms are too long for {kind}; give a higher fps") from None

@@ -27,7 +27,8 @@ FORMATS = (
 )
 # Values of ITU-T H.273, which files carry, and the matrices of the same names in PyAV.
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
-_BT709, _UNSPECIFIED, _LIMITED, _FULL = 1, 2, 1, 2
+_BT709, _UNSPECIFIED = 1, 2
+_RANGES = {1: "MPEG", 2: "JPEG"}  # limited, full
 
 
 DEFAULT_FPS = 8.0  # of what does not say
@@ -109,10 +110,13 @@ def _pixels(frame: Any, size: tuple[int, int]) -> torch.Tensor:
         matrix = _MATRICES.get(frame.colorspace)
         if matrix is None and frame.colorspace == _UNSPECIFIED:
             matrix = "ITU709" if frame.height >= 720 or frame.width >= 1280 else "ITU601"
-        full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
-        colours = {"src_colorspace": matrix, "src_color_range": _FULL if full else _LIMITED}
+        full = frame.format.name.startswith("yuvj")
+        colours = {
+            "src_colorspace": matrix,
+            "src_color_range": "JPEG" if full else _RANGES.get(frame.color_range, "MPEG"),
+        }
     resize = {"interpolation": "BICUBIC"} if size != (frame.width, frame.height) else {}
-    shown = frame.reformat(*size, format="rgb24", dst_colorspace="ITU601", dst_color_range=_FULL, **colours, **resize)
+    shown = frame.reformat(*size, format="rgb24", dst_colorspace="ITU601", dst_color_range="JPEG", **colours, **resize)
     return torch.from_numpy(np.ascontiguousarray(_upright(shown.to_ndarray(), _display_matrix(frame))))
 
 
@@ -153,8 +157,8 @@ def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None
             stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"  # 4:2:0 needs even sides
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
-            context.color_range = _LIMITED
-            colours = {"dst_colorspace": "ITU709", "dst_color_range": _LIMITED, "src_color_range": _FULL}
+            context.color_range = 1
+            colours = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG", "src_color_range": "JPEG"}
             for pixels in frames.cpu().contiguous().numpy():
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 container.mux(stream.encode(frame.reformat(format=stream.pix_fmt, **colours)))
