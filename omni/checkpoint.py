@@ -168,27 +168,6 @@ def read_bytes(path: str | Path) -> bytes:
     return Published.around(path.parent).read(path.name)
 
 
-def fitting(
-    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: str
-) -> dict[str, torch.Tensor]:
-    """`tensors` in the dtypes of `expected`, copied, if they have its names, shapes and kinds (floating or not).
-    DamagedError naming `source` and the first tensor that is amiss."""
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unknown:
-        raise DamagedError(
-            f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; not of this config.json"
-        )
-    for name, own in expected.items():
-        value = tensors[name]
-        if value.shape != own.shape:
-            raise DamagedError(
-                f"{source}: {name} has shape {tuple(value.shape)}, config.json wants {tuple(own.shape)}"
-            )
-        if value.is_floating_point() != own.is_floating_point() or value.is_complex():
-            raise DamagedError(f"{source}: {name} is of {value.dtype}, which cannot stand for {own.dtype}; save it anew")
-    return {name: tensors[name].to(own.dtype, copy=True) for name, own in expected.items()}
-
-
 def publish(
     directory: str | Path,
     files: Mapping[str, Content] | Callable[[Path], None],

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import omni
-from omni.command import MISTAKE, is_mistake, one_line
+from omni.command import MISTAKE, announced, is_mistake, one_line
 
 DAMAGED, INTERRUPTED, CLOSED_PIPE = 4, 130, 141
 
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         module, function = arguments.run.split(":")
-        return getattr(import_module(module), function)(arguments)
+        with announced("the libraries"):
+            command = getattr(import_module(module), function)
+        return command(arguments)
     except SystemExit as stop:  # argparse: --help and --version
         return int(stop.code or 0)
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ import torch
 import omni
 from omni import media
 from omni.checkpoint import MANIFEST, DamagedError
+from omni.command import announced
 from omni.config import build
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
@@ -109,11 +110,15 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
     """The model at `path`, or the bundled one. Whatever is wrong with its files is a DamagedError (exit code 4)."""
     require_device(device)
     try:
-        return from_pretrained(path, device=device)
+        with announced(f"the model {path or 'bundled with omni'}"):
+            model = from_pretrained(path, device=device)
     except DamagedError:
         raise
     except (ValueError, OSError) as error:
         raise DamagedError(str(error)) from error
+    if model.codec is not None:
+        model.codec.announce = announced
+    return model
 
 
 def fit_picture(model: Any, pixels: torch.Tensor) -> torch.Tensor:

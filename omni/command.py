@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 MISTAKE = 2
+PATIENCE = 1.0  # seconds
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """A line on the error stream says what is being loaded, if that takes more than PATIENCE seconds."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # where a progress line stands
+    timer = threading.Timer(PATIENCE, lambda: print(f"{start}loading {what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_mistake(error: Exception) -> bool:

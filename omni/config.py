@@ -159,7 +159,9 @@ def _parse_override(override: str) -> tuple[_Keys, str]:
     if not separator or not all(parts):
         raise ValueError(f"override {override!r:.200} is not of the form key=value or table.key=value")
     if len(parts) > MAX_DEPTH or len(override) > MAX_OVERRIDE:
-        raise ValueError(f"override {override[:80]!r}... has more than {MAX_DEPTH} parts or {MAX_OVERRIDE:,} characters")
+        raise ValueError(
+            f"override {override[:80]!r}... has more than {MAX_DEPTH} parts or {MAX_OVERRIDE:,} characters"
+        )
     return tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in parts), raw.strip()
 
 

@@ -16,7 +16,19 @@ TOPS = ("omni", "train", "eval")
 
 LEVELS = {
     0: {"config", "rng", "document", "command"},
-    1: {"layout", "mask", "positions", "media", "checkpoint", "coupling", "guidance", "placeholders", "pick", "terms"},
+    1: {
+        "layout",
+        "mask",
+        "positions",
+        "media",
+        "checkpoint",
+        "coupling",
+        "guidance",
+        "placeholders",
+        "pick",
+        "terms",
+        "weights",
+    },
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers", "heads.joint"},
     4: {"model", "joint", "reply", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"},
@@ -28,6 +40,7 @@ LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 # a tokenizer trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
 PEERS = {
     ("layout", "mask"),
+    ("weights", "checkpoint"),
     ("layout", "coupling"),
     ("placeholders", "layout"),
     ("heads", "nn"),
@@ -58,7 +71,7 @@ PEERS = {
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
 OPTIONAL = {
-    "diffusers": {"omni/codecs/autoencoders.py"},
+    "diffusers": {"omni/codecs/upstream.py"},
     "av": {"omni/media.py"},
     "emoji": {"omni/emoji_world/vocabulary.py"},
     "flash_attn": {"omni/nn/attention.py"},
