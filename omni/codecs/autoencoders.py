@@ -88,7 +88,7 @@ class AutoencoderCodec(Codec):
         except ValueError as error:
             raise DamagedError(f"{source}: {error}") from None
         load_weights(module, weights, source)
-        return in_place(module).to(self._device)
+        return in_place(module, self._device)
 
     # ---------------------------------------------------------------------------------------- construction
 
@@ -237,7 +237,7 @@ class AutoencoderCodec(Codec):
     def to(self, device: torch.device | str) -> Self:
         self._device = torch.device(device)
         if self._module is not None:
-            self._module.to(device)
+            nn.Module.to(self._module, device)
         self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
         return self
 
@@ -275,9 +275,9 @@ def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
     return module
 
 
-def in_place(module: nn.Module) -> nn.Module:
-    """For evaluation, with channels last in memory."""
-    return module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def in_place(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """For evaluation, with channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo first."""
+    return nn.Module.to(module.eval(), device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def encoded_latents(module: Any, pictures: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The autoencoder classes of diffusers, without what `import diffusers` drags in beside them.
 
 A diffusers class brings transformers, scipy, torch._dynamo and every other model's file along: several seconds for one
-network. Here the same files are run as a package of another name, `_omni_diffusers`: of its model packages the modules
-that are asked for alone, and placeholders instead of four subpackages that an autoencoder only mentions (mixins for
-loading single files, hooks, quantisers, schedulers). The package diffusers itself is neither imported nor touched.
+network. Here the same files are run as a package of another name, `_omni_diffusers`: of most subpackages the modules
+that are asked for alone, and placeholders instead of two that an autoencoder only mentions (mixins for loading single
+files, schedulers). The package diffusers itself is neither imported nor touched.
 
 Where the program has imported diffusers already its own class is taken, and so it is where anything here goes wrong.
 tests/codecs/test_upstream.py compares the two. Nothing downloads: `from_pretrained` is the whole package's affair.
@@ -28,8 +28,8 @@ MODULES = {
     "AutoencoderDC": "autoencoder_dc",
 }
 PACKAGE = "_omni_diffusers"
-PLACEHOLDERS = ("hooks", "loaders", "quantizers", "schedulers")
-_WITHOUT_INIT = ("models", "models.autoencoders", "models.transformers", "models.unets")
+PLACEHOLDERS = ("loaders", "schedulers")
+WITHOUT_INIT = ("hooks", "models", "models.autoencoders", "models.transformers", "models.unets", "quantizers")
 _log = logging.getLogger("omni")
 _lock = threading.Lock()
 
@@ -65,8 +65,11 @@ def _alone(name: str) -> Any:
     source = importlib.util.find_spec("diffusers")
     assert source is not None and source.origin and source.submodule_search_locations
     before = set(sys.modules)
-    finder = _Finder(list(source.submodule_search_locations))
-    sys.meta_path.insert(0, finder)
+    finder = next((f for f in sys.meta_path if isinstance(f, _Finder)), None)
+    if finder is None:  # it stays: diffusers also imports inside functions
+        finder = _Finder(list(source.submodule_search_locations))
+        sys.meta_path.insert(0, finder)
+    finder.thread = threading.get_ident()
     try:
         if PACKAGE not in sys.modules:
             spec = importlib.util.spec_from_file_location(
@@ -82,28 +85,29 @@ def _alone(name: str) -> Any:
             del sys.modules[module]
         raise
     finally:
-        sys.meta_path.remove(finder)
+        finder.thread = None
 
 
 class _Finder(MetaPathFinder):
     """Placeholders, and packages without their `__init__`, in PACKAGE alone. diffusers does without torch._dynamo where
-    its import fails; so it does, in this thread."""
+    its import fails; so it does, in the one thread that imports a class of it."""
 
     def __init__(self, folders: list[str]) -> None:
-        self.folders, self.thread = folders, threading.get_ident()
+        self.folders, self.thread = folders, None
+
+    folders: list[str]
+    thread: int | None
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if threading.get_ident() != self.thread:
-            return None
-        if fullname == "torch._dynamo":
+        if fullname == "torch._dynamo" and threading.get_ident() == self.thread:
             raise ModuleNotFoundError(f"{fullname} is left out for now", name=fullname)
         top, _, inside = fullname.partition(".")
         if top != PACKAGE:
             return None
         if inside.partition(".")[0] in PLACEHOLDERS:
             return ModuleSpec(fullname, _Placeholders(), is_package=True)
-        if inside in _WITHOUT_INIT:
-            spec = ModuleSpec(fullname, None, is_package=True)
+        if inside in WITHOUT_INIT:
+            spec = ModuleSpec(fullname, _Placeholders(), is_package=True)
             spec.submodule_search_locations = ["/".join([folder, *inside.split(".")]) for folder in self.folders]
             return spec
         return None
