@@ -11,8 +11,10 @@ where the last digest covers the manifest's own other fields. Names are relative
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +26,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from pydantic import Field, ValidationError, field_validator
+
+from omni.config import Frozen, explain, parse_json, table_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -57,30 +61,113 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     _sync_directory(path.parent)
 
 
+class Published:
+    """A published directory, for reading: each file is checked against the manifest as it is read, and what the
+    manifest does not list is not there. `folder` gives a view of one directory inside.
+
+    files: what the manifest lists, relative name -> {"bytes": int, "blake2b": hex}. root: the directory that is viewed.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Reads the manifest. DamagedError if there is none or it is damaged."""
+        self.root = Path(directory)
+        self.manifest = read_manifest(self.root)
+        self.files: Mapping[str, Mapping[str, Any]] = self.manifest["files"]
+        self._unread = set(self.files)
+        self._prefix = ""
+
+    @classmethod
+    def around(cls, directory: str | Path) -> Published:
+        """The view of a directory by the manifest in it, or else by the nearest of the two above that lists anything in
+        it. DamagedError if there is none."""
+        directory = Path(directory).absolute()
+        for root in (directory, *directory.parents[:2]):
+            if (root / MANIFEST).is_file():
+                found = cls(root) if root == directory else cls(root).folder(directory.relative_to(root).as_posix())
+                if found.files or root == directory:
+                    return found
+        raise DamagedError(f"{directory} is listed in no {MANIFEST} beside or above it, so its bytes cannot be checked")
+
+    def folder(self, name: str) -> Published:
+        """The view of a directory inside, whether or not anything in it is listed."""
+        found = copy.copy(self)
+        found._prefix, found.root = f"{self._prefix}{name}/", self.root / name
+        found.files = {k.removeprefix(f"{name}/"): v for k, v in self.files.items() if k.startswith(f"{name}/")}
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file is listed. DamagedError for one that is there and is not: it would not be checked, and
+        somebody meant it to be read."""
+        if name not in self.files and (self.root / name).is_file():
+            raise DamagedError(
+                f"{self.root / name} is not listed in {MANIFEST}, so it is not read; remove it, or save the model anew"
+            )
+        return name in self.files
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. DamagedError if it is not listed, missing, or not as it was published."""
+        if name not in self:
+            raise DamagedError(f"{self.root / name} is missing in {MANIFEST}: the directory is incomplete")
+        data = _read_checked(self.root / name, self.files[name])
+        self._unread.discard(self._prefix + name)
+        return data
+
+    def read_rest(self) -> None:
+        """Check the listed files that nobody has read through this reader or its views."""
+        for name in sorted(name for name in self.files if self._prefix + name in self._unread):
+            self.read(name)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A file that holds a JSON object. DamagedError for anything else."""
+        data = self.read(name)
+        try:
+            return table_of(parse_json(data, str(self.root / name)), str(self.root / name))
+        except ValueError as error:
+            raise DamagedError(str(error)) from None
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a safetensors file, on the CPU. DamagedError if it is none, or holds NaN or infinities."""
+        path, data = self.root / name, self.read(name)
+        try:
+            tensors = safetensors.torch.load(data)
+        except Exception as error:  # SafetensorError, and what torch and the reader raise of odd headers
+            said = f"{path} is not a safetensors file ({error}); publish or download it again"
+            raise DamagedError(" ".join(said.split())) from None
+        for key, value in tensors.items():
+            if not _is_finite(value):
+                bad = int((~torch.isfinite(value.float())).sum())
+                raise DamagedError(
+                    f"{path}: {key} has {bad} values that are NaN or infinite; take an earlier checkpoint"
+                )
+        return tensors
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """One pass: a sum is finite only if everything in it is. The exact test is for sums that overflow."""
+    if not value.is_floating_point() and not value.is_complex():
+        return True
+    if value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+        if math.isfinite(total.item()):
+            return True
+    return bool(torch.isfinite(value if value.is_complex() else value.to(torch.float64)).all())
+
+
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of one file of a published directory, on the CPU, checked against the manifest that lists it.
 
     The manifest is looked for beside the file and in the two directories above it. Raises DamagedError (a
-    ValueError) when there is none, when the digest differs, or when the file is not safetensors.
+    ValueError) when there is none, when the digest differs, when the file is not safetensors, or for a NaN or an
+    infinity.
     """
     path = Path(path)
-    data = read_bytes(path)
-    try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise DamagedError(f"{path} is not a safetensors file ({error}); publish or download it again") from None
+    return Published.around(path.parent).tensors(path.name)
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of one published file, checked against the nearest manifest that lists it (see load_tensors)."""
-    path = Path(path).absolute()
-    for root in list(path.parents)[:3]:
-        if not (root / MANIFEST).is_file():
-            continue
-        entry = read_manifest(root)["files"].get(path.relative_to(root).as_posix())
-        if entry is not None:
-            return _read_checked(path, entry)
-    raise DamagedError(f"{path} is listed in no {MANIFEST} beside or above it, so its bytes cannot be checked")
+    path = Path(path)
+    return Published.around(path.parent).read(path.name)
 
 
 def publish(
@@ -132,19 +219,40 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise DamagedError(
             f"{directory} has no {MANIFEST}: not a published directory, or a half-copied one; copy it again"
         ) from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
-        manifest = json.loads(data)
+        manifest = table_of(parse_json(data, str(path)), str(path))
         body = {key: value for key, value in manifest.items() if key != "blake2b"}
         intact = data == _render_manifest(body)
-    except (ValueError, AttributeError):
+    except ValueError:
         intact, body = False, {}
     if body.get("format", FORMAT) != FORMAT and intact:
-        raise DamagedError(f"{path} has format {body['format']!r}; this version of omni reads format {FORMAT}")
+        raise DamagedError(f"{path} has format {body['format']!r:.80}; this version of omni reads format {FORMAT}")
     if not intact:
         raise DamagedError(_damaged(path))
-    for name in body["files"]:
-        _check_name(name)
-    return body
+    try:
+        return _Manifest.model_validate(body).model_dump()
+    except ValidationError as error:
+        raise DamagedError(f"{explain(error, _Manifest, str(path))}; it was not written by omni") from None
+
+
+class _Entry(Frozen):
+    bytes: int = Field(ge=0, le=1 << 50, strict=True)
+    blake2b: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Manifest(Frozen):
+    format: int = Field(default=FORMAT, strict=True)
+    files: dict[str, _Entry]
+    info: dict[str, Any] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _safe(cls, files: dict[str, _Entry]) -> dict[str, _Entry]:
+        for name in files:
+            _check_name(name)
+        return files
 
 
 def manifest_digest(directory: str | Path) -> str:
@@ -154,10 +262,9 @@ def manifest_digest(directory: str | Path) -> str:
 
 def verify(directory: str | Path) -> dict[str, Any]:
     """Read every listed file and compare size and digest; returns the manifest. Raises DamagedError naming the file."""
-    manifest = read_manifest(directory)
-    for name, entry in manifest["files"].items():
-        _read_checked(Path(directory) / name, entry)
-    return manifest
+    published = Published(directory)
+    published.read_rest()
+    return published.manifest
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -184,11 +291,17 @@ def _entries(folder: Path) -> list[Path]:
 
 def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise DamagedError(f"{path} is listed in {MANIFEST} but is no file; download it again")
+        with path.open("rb") as stream:
+            data = stream.read(entry["bytes"] + 1) if path.stat().st_size > entry["bytes"] else stream.read()
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path} is listed in {MANIFEST} but missing; download it again") from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(data) != entry["bytes"]:
-        raise DamagedError(f"{path} has {len(data)} bytes, not {entry['bytes']}: it was cut or changed; get it again")
+        size = path.stat().st_size
+        raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it was cut or changed; get it again")
     if _digest(data) != entry["blake2b"]:
         raise DamagedError(_damaged(path))
     return data
@@ -222,7 +335,7 @@ def _expand(files: Mapping[str, Content]) -> dict[str, Content]:
 def _check_name(name: str) -> None:
     path = PurePosixPath(name)
     plain = str(path) == name and path.parts and ".." not in path.parts and not path.is_absolute()
-    if not plain or "\\" in name or name == MANIFEST:
+    if not plain or "\\" in name or "\0" in name or name == MANIFEST:
         raise ValueError(f"unsafe file name {name!r} for a published directory; use a relative path without '..'")
 
 

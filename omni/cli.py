@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import omni
-from omni.command import Parser, code_of, is_mistake, one_line, warnings_in_lines
+from omni.command import Parser, announced, code_of, is_mistake, one_line, warnings_in_lines
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 
@@ -50,8 +50,10 @@ def _run(argv: list[str]) -> int:
         build_parser().print_help()
         return 0
     module, function = arguments.run.split(":")
+    with announced("the libraries"):
+        command = getattr(import_module(module), function)
     with warnings_in_lines():
-        return getattr(import_module(module), function)(arguments)
+        return command(arguments)
 
 
 def _complete_streams() -> None:

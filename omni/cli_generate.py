@@ -17,7 +17,7 @@ import torch
 
 from omni import media
 from omni.checkpoint import DamagedError
-from omni.command import one_line
+from omni.command import announced, one_line
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
 from omni.model import Omni, from_pretrained
@@ -130,13 +130,17 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
     if require_device(device).startswith("meta"):
         raise ValueError(f"device {device!r} computes nothing; use cpu")
     try:
-        return from_pretrained(path, device=device)
+        with announced(f"the model {path or 'bundled with omni'}"):
+            model = from_pretrained(path, device=device)
     except DamagedError:
         raise
     except (ValueError, OSError, RecursionError) as error:
         raise DamagedError(one_line(error)) from error
     except (LookupError, TypeError, AttributeError) as error:  # a file of the right digest, made by something else
         raise DamagedError(f"{path or 'the bundled model'}: {type(error).__name__}: {one_line(error)}") from error
+    if model.codec is not None:
+        model.codec.announce = announced
+    return model
 
 
 def attach(model: Omni, pixels: torch.Tensor) -> Image:

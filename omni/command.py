@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,20 @@ from typing import Any, NoReturn
 MISTAKE, DAMAGED = 2, 4
 MAX_LINE = 1000
 SPACE = 1 << 16  # bytes that must be free where something is to be written
+PATIENCE = 1.0  # seconds
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """A line on the error stream says what is being loaded, if that takes more than PATIENCE seconds."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # where a progress line stands
+    timer = threading.Timer(PATIENCE, lambda: print(f"{start}loading {what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import reprlib
 import tomllib
 import typing
@@ -25,6 +26,12 @@ Schema = TypeVar("Schema", bound=BaseModel)
 T = TypeVar("T")
 U = TypeVar("U", bound=Any)
 _Keys = tuple[str | int, ...]
+
+MAX_DEPTH = 64  # of lists and tables inside one another
+MAX_FILE_BYTES = 16 << 20  # of a configuration
+MAX_OVERRIDE = 10_000  # characters
+_PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)"""
+_LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*\[*[ \t]*(?:{_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH},}}", re.MULTILINE)
 
 
 class Frozen(BaseModel):
@@ -53,17 +60,64 @@ def load_toml(path: str | Path, overrides: Sequence[str], schema: type[Schema]) 
     an unknown key, a bad value or a malformed override.
     """
     path = Path(path)
-    return build(_read(path, tomllib.loads, "TOML"), schema, str(path), overrides)
+    return build(_read(path, parse_toml), schema, str(path), overrides)
 
 
 def load_json(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
     """The same for a JSON file, such as the config.json of a model directory."""
     path = Path(path)
-    return build(_read(path, json.loads, "JSON"), schema, str(path), overrides)
+    return build(_read(path, parse_json), schema, str(path), overrides)
+
+
+def parse_json(data: str | bytes, source: str) -> Any:
+    """The value of a JSON text (bytes: UTF-8). One-line ValueError that names `source` for what is no JSON, or nests
+    more than MAX_DEPTH deep: what reads it further may recurse."""
+    return _parsed(json.loads, "JSON", _decoded(data, "JSON", source), source)
+
+
+def parse_toml(data: str | bytes, source: str) -> dict[str, Any]:
+    """The table of a TOML text, in the same manner."""
+    text = _decoded(data, "TOML", source)
+    if _LONG_KEY.search(text):  # the parser's time grows with the square of a key's parts
+        raise ValueError(f"{source}: a key of more than {MAX_DEPTH} parts; nest less deeply")
+    return _parsed(tomllib.loads, "TOML", text, source)
+
+
+def _parsed(parse: Callable[[str], Any], kind: str, text: str, source: str) -> Any:
+    try:
+        value = parse(text)
+    except RecursionError:
+        raise ValueError(_too_deep(source)) from None
+    except ValueError as error:  # both parsers' own errors are
+        raise ValueError(f"{source!r} is not valid {kind}: {error}") from None
+    check_depth(value, source)
+    return value
+
+
+def _decoded(data: str | bytes, kind: str, source: str) -> str:
+    try:
+        return data if isinstance(data, str) else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source!r} is not valid {kind}: {error}") from None
+
+
+def check_depth(value: Any, source: str) -> None:
+    """ValueError that names `source` if mappings and sequences nest more than MAX_DEPTH deep."""
+    level, depth = [value], 0
+    while level := [node for node in level if isinstance(node, Mapping | list | tuple)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_too_deep(source))
+        level = [child for node in level for child in (node.values() if isinstance(node, Mapping) else node)]
+
+
+def _too_deep(source: str) -> str:
+    return f"{source!r} nests lists or tables more than {MAX_DEPTH} deep; nothing of Omni's does"
 
 
 def build(data: Mapping[str, Any], schema: type[Schema], source: str, overrides: Sequence[str] = ()) -> Schema:
     """Validate `data` (plain nested mappings; not modified) as `schema`; errors name `source` or the override."""
+    check_depth(data, source)
     tree = _copy(data)
     sources: dict[_Keys, tuple[str, str]] = {}
     for override in overrides:
@@ -84,17 +138,23 @@ def build(data: Mapping[str, Any], schema: type[Schema], source: str, overrides:
     raise ValueError(explain(first_failure, schema, source, names)) from None
 
 
-def _read(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[bytes, str], Any]) -> dict[str, Any]:
     try:
-        data = parse(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         siblings = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or "; give the path of an existing file"
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}{hint}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not valid {kind}: {error}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{str(path)!r} has more than {MAX_FILE_BYTES:,} bytes; no configuration is as long")
+    return table_of(parse(data, str(path)), str(path))
+
+
+def table_of(data: Any, source: str) -> dict[str, Any]:
+    """`data`, which must be a table of keys. ValueError that names `source` otherwise."""
     if not isinstance(data, dict):
-        raise ValueError(f"{str(path)!r} holds a {kind} {type(data).__name__}, not a table of keys")
+        raise ValueError(f"{source!r} holds a {type(data).__name__}, not a table of keys")
     return data
 
 
@@ -108,15 +168,22 @@ def _parse_override(override: str) -> tuple[_Keys, str]:
     name, separator, raw = override.partition("=")
     parts = [part.strip() for part in name.split(".")]
     if not separator or not all(parts):
-        raise ValueError(f"override {override!r} is not of the form key=value or table.key=value")
-    return tuple(int(part) if part.isdecimal() else part for part in parts), raw.strip()
+        raise ValueError(f"override {override!r:.200} is not of the form key=value or table.key=value")
+    if len(parts) > MAX_DEPTH or len(override) > MAX_OVERRIDE:
+        raise ValueError(
+            f"override {override[:80]!r}... has more than {MAX_DEPTH} parts or {MAX_OVERRIDE:,} characters"
+        )
+    return tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in parts), raw.strip()
 
 
 def _literal(raw: str) -> Any:
     """A TOML value, or the string itself when it is not one."""
+    text = f"value = {raw}"
     try:
-        parsed = tomllib.loads(f"value = {raw}")
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_too_deep(f"override {raw[:80]}...")) from None
+    except ValueError:
         return raw
     return parsed["value"] if parsed.keys() == {"value"} else raw
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from omni.config import nearest
+from omni.config import nearest, parse_json
 
 # What one Document may hold when it is read from JSON or from chat messages.
 MAX_DOCUMENT_PIXELS = 200_000_000  # of all its pictures and frames
@@ -170,7 +170,7 @@ class Document:
         The text is not trusted: shapes are counted against `max_pixels` and `max_frames` (of all pictures and clips
         together) before media are unpacked, and memory is taken as the bytes come.
         """
-        data = _known(parse_json(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",))
+        data = _known(parse_bounded(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",))
         segments, meta = data["segments"], data.get("meta", {})
         if not isinstance(segments, list):
             raise ValueError(f"segments of the Document must be a list, got {type(segments).__name__}")
@@ -188,18 +188,13 @@ class Document:
         return Document(tuple(read), meta)
 
 
-def parse_json(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def parse_bounded(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text, called `name` in errors. ValueError for what is no JSON, too large or too deep."""
     if len(text) > max_bytes:
         raise ValueError(f"{name} has more than {max_bytes} bytes of JSON; make it smaller or raise the bound")
     if sum(map(text.count, "[{,")) > MAX_JSON_VALUES:
         raise ValueError(f"{name} has more than {MAX_JSON_VALUES} JSON values; split it")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{name} is JSON nested too deeply; make it flatter") from None
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
+    return parse_json(text, name)
 
 
 def _known(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:

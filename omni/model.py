@@ -21,8 +21,8 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from omni.checkpoint import load_tensors, manifest_digest, publish, verify
-from omni.config import Frozen, load_json
+from omni.checkpoint import DamagedError, Published, manifest_digest, publish
+from omni.config import Frozen, build
 from omni.coupling import Orders
 from omni.document import Document, Image, Text, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
@@ -40,13 +40,16 @@ from omni.objectives.next_token import NextToken
 from omni.options import check_defaults
 from omni.preparation import AnySegment, Limits, Preparation, prepare, read_preparation
 from omni.rng import Key
+from omni.samplers import SamplerName
 from omni.text.compose import compose
+from omni.weights import load_weights, unallocated
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
     from omni.reply import Reply
     from omni.text.tokenizer import Tokenizer
 
+CODEC_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -60,12 +63,12 @@ class OmniConfig(Frozen):
 
     transformer: TransformerConfig = TransformerConfig()
     flow: FlowHeadConfig = FlowHeadConfig()
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=1 << 24)
     tied_embeddings: bool = True
     logit_cap: float | None = Field(default=None, gt=0)
-    sampler: str = "euler"
-    max_grid: int = 8
-    max_chunks: int = 8
+    sampler: SamplerName = "euler"
+    max_grid: int = Field(default=8, ge=1, le=64)
+    max_chunks: int = Field(default=8, ge=1, le=64)
     max_context: int = Field(default=4096, ge=16, le=2**24)
     joint: JointConfig | None = None
 
@@ -170,7 +173,8 @@ class Omni(nn.Module):
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
         self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the directory that it is from
-        initialise(self, key or Key(0))
+        if not self.token.embedding.weight.is_meta:  # else a file's weights are to come (omni.weights)
+            initialise(self, key or Key(0))
 
     # ---- training forward -----------------------------------------------------------------------------------------
 
@@ -291,19 +295,8 @@ class Omni(nn.Module):
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Strict: every weight must be there, with its shape, and no other. ValueError naming `source` otherwise."""
-        own = self.state_dict()
-        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; not of this config.json"
-            )
-        for name, value in tensors.items():
-            if value.shape != own[name].shape:
-                raise ValueError(
-                    f"{source}: {name} has shape {tuple(value.shape)}, config.json wants {tuple(own[name].shape)}"
-                )
-        self.load_state_dict({name: value.to(own[name].dtype) for name, value in tensors.items()})
+        """Strict: every weight must be there, with its shape, and no other. DamagedError naming `source` otherwise."""
+        load_weights(self, tensors, source)
 
     def save_pretrained(
         self,
@@ -313,12 +306,19 @@ class Omni(nn.Module):
         info: Mapping[str, Any] | None = None,
     ) -> Path:
         """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
-        manifest.json, and choices.json of a model whose noise chooses (see omni.coupling)."""
+        manifest.json, and choices.json of a model whose noise chooses (see omni.coupling).
+
+        dtype: what the transformer's and the heads' weights are rounded to; bfloat16, the default, halves the file and
+        keeps three digits. The codec is not rounded: its weights and its normalisation are stored as they are.
+        """
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
             "preparation.json": self.preparation.model_dump_json(indent=2, exclude_none=True) + "\n",
             "generation.json": json.dumps(dict(self.defaults), indent=2) + "\n",
-            "model.safetensors": {n: v.detach().to("cpu", dtype).contiguous() for n, v in self.state_dict().items()},
+            "model.safetensors": {
+                n: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
+                for n, v in self.state_dict().items()
+            },
         }
         if self.flow.choice is not None and self.flow.choice.orders:
             files["choices.json"] = json.dumps(self.flow.choice.orders) + "\n"
@@ -331,22 +331,23 @@ class Omni(nn.Module):
             return publish(directory, files, info=info, replace=replace)
 
 
-def read_orders(folder: Path) -> Orders:
+def read_orders(files: Published) -> Orders:
     """What a model directory says of the order of answers; empty where it says nothing. ValueError for other JSON."""
-    path = folder / "choices.json"
     try:
-        return TypeAdapter(Orders).validate_json(path.read_bytes()) if path.is_file() else {}
+        return TypeAdapter(Orders).validate_json(files.read("choices.json")) if "choices.json" in files else {}
     except ValidationError as error:
-        raise ValueError(f"{path}: {error.errors()[0]['msg']}; it maps a family and a group to an order") from None
+        path = files.root / "choices.json"
+        raise DamagedError(f"{path}: {error.errors()[0]['msg']}; it maps a family and a group to an order") from None
 
 
 def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
-    """Load a model directory (the bundled model by default). Every byte is checked against the manifest first.
+    """Load a model directory (the bundled model by default). Every byte is checked against the manifest, and what the
+    manifest does not list is not read. A learned codec's network is built when it is first needed.
 
-    Raises ValueError naming the file if it is missing or damaged, or if a weight is missing, unknown or misshapen, and
-    for a device that is not here.
+    Raises ValueError naming the file if it is missing, damaged or not listed, or if a weight is missing, unknown,
+    misshapen, of integers or not finite, and for a device that is not here.
     """
-    from omni.codecs import load_codec
+    from omni.codecs import read_codec
     from omni.text import load_tokenizer
 
     folder = BUNDLED if path is None else Path(path)
@@ -355,22 +356,37 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
             f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
         )
     require_device(device)
-    verify(folder)
-    config = load_json(folder / "config.json", OmniConfig)
-    model = Omni(config)
-    model.load_weights(load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
-    if (folder / "tokenizer").is_dir():
-        model.tokenizer = load_tokenizer(folder / "tokenizer")
-    if (folder / "codec").is_dir():
-        model.codec = load_codec(folder / "codec").to(device)
+    files = Published(folder)
+    config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
+    with unallocated():
+        model = Omni(config)
+    model.load_weights(files.tensors("model.safetensors"), str(folder / "model.safetensors"))
+    tokenizer, codec = files.folder("tokenizer"), files.folder("codec")
+    if TOKENIZER_CONFIG in tokenizer:
+        model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
+    if CODEC_CONFIG in codec:
+        model.codec = read_codec(codec).to(device)
     if model.flow.choice is not None:
-        model.flow.choice.orders = read_orders(folder)
-    if (folder / "generation.json").is_file():
-        model.defaults = json.loads((folder / "generation.json").read_text())
-    model.preparation, model.defaults = read_preparation(folder, model.defaults)
+        model.flow.choice.orders = read_orders(files)
+    defaults = files.table("generation.json") if "generation.json" in files else {}
+    stored = files.table("preparation.json") if "preparation.json" in files else None
+    model.preparation, model.defaults = read_preparation(stored, defaults, str(folder))
     check_defaults(model.defaults, str(folder / "generation.json"))
     model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
+    files.read_rest()
+    _check_attached(model, str(folder))
     return model.to(device, dtype).eval()
+
+
+def _check_attached(model: Omni, source: str) -> None:
+    """ValueError if the tokenizer or the codec is another model's."""
+    config = model.config
+    if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
+        theirs = model.tokenizer.vocab_size
+        raise DamagedError(f"{source}: the tokenizer has {theirs} ids, vocab_size is {config.vocab_size}")
+    if model.codec is not None and model.codec.spec.channels != config.flow.channels:
+        theirs = model.codec.spec.channels
+        raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.flow.channels}")
 
 
 NOTHING_AT_FIRST = ("flow.velocity", "flow.choice")

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import is_
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.config import Frozen, build, load_json
+from omni.config import Frozen, build
 from omni.document import Image, Text, Video
 
 MAX_CROP = 0.125  # share of one side that "buckets" may crop away; beyond it, the picture is padded
@@ -74,13 +73,16 @@ class Preparation(Frozen):
         return self
 
 
-def read_preparation(folder: Path, defaults: Mapping[str, Any]) -> tuple[Preparation, dict[str, Any]]:
-    """The preparation of a model directory, and its generation defaults without the `picture_size` in which older
-    models have theirs. One that has neither gets the default. ValueError for an invalid file."""
-    rest, path = dict(defaults), folder / "preparation.json"
+def read_preparation(
+    stored: Mapping[str, Any] | None, defaults: Mapping[str, Any], folder: str
+) -> tuple[Preparation, dict[str, Any]]:
+    """The preparation of a model directory, from its preparation.json (`stored`), and its generation defaults without
+    the `picture_size` in which older models have theirs. One that has neither gets the default. ValueError for an
+    invalid table, which names `folder`."""
+    rest = dict(defaults)
     size = rest.pop("picture_size", None)
-    if path.is_file():
-        return load_json(path, Preparation), rest
+    if stored is not None:
+        return build(stored, Preparation, f"{folder}/preparation.json"), rest
     return build({"resize": "letterbox", "size": size} if size else {}, Preparation, f"{folder}: picture_size"), rest
 
 

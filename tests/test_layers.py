@@ -17,7 +17,7 @@ TOPS = ("omni", "train", "eval")
 LEVELS = {
     0: {"config", "rng", "document", "command", "context", "finite"},
     1: {
-        *("layout", "mask", "positions", "media", "preparation", "checkpoint", "terminal"),
+        *("layout", "mask", "positions", "media", "preparation", "checkpoint", "terminal", "weights"),
         *("coupling", "guidance", "placeholders", "pick", "terms"),
     },
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
@@ -34,6 +34,7 @@ LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 # a tokenizer trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
 PEERS = {
     ("layout", "mask"),
+    ("weights", "checkpoint"),
     ("layout", "coupling"),
     ("placeholders", "layout"),
     ("heads", "nn"),
@@ -68,7 +69,7 @@ PEERS = {
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
 OPTIONAL = {
-    "diffusers": {"omni/codecs/autoencoders.py"},
+    "diffusers": {"omni/codecs/upstream.py"},
     "av": {"omni/media/video.py"},
     "emoji": {"omni/emoji_world/vocabulary.py"},
     "flash_attn": {"omni/nn/attention.py"},

@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 
 from omni.command import Parser, exit_code, fail
-from omni.config import load_toml
+from omni.config import load_toml, parse_toml
 from omni.nn.precision import fast_bf16
 from train import loop
 from train.assemble import assemble, publish_model
@@ -187,7 +186,7 @@ def _muon_share(run: loop.Run) -> float:
 def _kind(path: Path) -> str:
     """The recipe's `kind`; "model" when it has none or cannot be read (load_toml then says why)."""
     try:
-        return str(tomllib.loads(path.read_text(encoding="utf-8")).get("kind", "model"))
+        return str(parse_toml(path.read_bytes(), str(path)).get("kind", "model"))
     except (OSError, ValueError):
         return "model"
 

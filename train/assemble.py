@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from omni.checkpoint import load_tensors, tensor_bytes, verify
-from omni.codecs import Codec, codecs, load_codec
-from omni.config import build, digest, load_json
+from omni.checkpoint import Published, tensor_bytes
+from omni.codecs import Codec, codecs, load_codec, read_codec
+from omni.config import build, digest
 from omni.heads import FlowHeadConfig
-from omni.model import Omni, OmniConfig, read_orders
+from omni.model import CODEC_CONFIG, TOKENIZER_CONFIG, Omni, OmniConfig, read_orders
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
 from omni.preparation import Preparation, target_size
@@ -188,11 +188,15 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     Weights of their own for latents that the saved one has not begin as copies (see train.expert). Raises ValueError
     when a weight is missing, unknown or of another shape, unless `partial_allowed`.
     """
-    verify(directory)
-    name = AVERAGES if (directory / AVERAGES).is_file() else WEIGHTS
-    saved, own = load_tensors(directory / name), model.state_dict()
+    published, own = Published(directory), model.state_dict()
+    saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
+    published.read_rest()
     saved = with_copies(saved, own)
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
+    integers = [name for name, v in usable.items() if v.is_floating_point() != own[name].is_floating_point()]
+    if integers:
+        name = integers[0]
+        raise ValueError(f"init_from {str(directory)!r}: {name!r} is of {usable[name].dtype}, not of {own[name].dtype}")
     left = sorted(own.keys() - usable.keys())
     odd = left + sorted(saved.keys() - usable.keys())
     if not usable:
@@ -204,16 +208,17 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
         )
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
     if model.flow.choice is not None and "flow.choice.directions" in usable:
-        model.flow.choice.orders = read_orders(directory)
+        model.flow.choice.orders = read_orders(published)
     return left
 
 
 def other_settings(directory: Path, config: OmniConfig) -> list[str]:
     """What `directory` says of its weights and this recipe says otherwise, where no shape would tell."""
-    path = directory / "config.json"
-    if not path.is_file():
+    published, name = Published(directory), "config.json"
+    if name not in published:
         return []
-    theirs, ours = load_json(path, OmniConfig).model_dump(mode="json"), config.model_dump(mode="json")
+    saved = build(published.table(name), OmniConfig, str(directory / name))
+    theirs, ours = saved.model_dump(mode="json"), config.model_dump(mode="json")
     pairs = [("", theirs, ours), *((f"{part}.", theirs[part], ours[part]) for part in ("transformer", "flow"))]
     return [
         f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
@@ -225,8 +230,11 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
 
 def other_preparation(directory: Path, ours: Preparation) -> str | None:
     """How `directory` prepares pictures and clips, where this recipe does otherwise."""
-    path = directory / "preparation.json"
-    if not path.is_file() or (theirs := load_json(path, Preparation)) == ours:
+    published, name = Published(directory), "preparation.json"
+    if name not in published:
+        return None
+    theirs = build(published.table(name), Preparation, str(directory / name))
+    if theirs == ours:
         return None
     a, b = (json.dumps(one.model_dump(mode="json", exclude_none=True)) for one in (theirs, ours))
     return f"preparation = {a}, this recipe has {b}"
@@ -234,13 +242,15 @@ def other_preparation(directory: Path, ours: Preparation) -> str | None:
 
 def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:
     """ValueError where the weights of a model directory were trained with another tokenizer or codec."""
-    words, pictures = directory / "tokenizer", directory / "codec"
-    if words.is_dir() and digest(load_tokenizer(words).describe()) != digest(tokenizer.describe()):
+    words, pictures = (Published(directory).folder(name) for name in ("tokenizer", "codec"))
+    if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
         raise ValueError(
-            f"init_from {str(directory)!r} has another tokenizer; use tokenizer={words}, or init_partial=true"
+            f"init_from {str(directory)!r} has another tokenizer; use tokenizer={words.root}, or init_partial=true"
         )
-    if pictures.is_dir() and _codec_fingerprint(load_codec(pictures)) != _codec_fingerprint(codec):
-        raise ValueError(f"init_from {str(directory)!r} has another codec; use codec={pictures}, or init_partial=true")
+    if CODEC_CONFIG in pictures and _codec_fingerprint(read_codec(pictures)) != _codec_fingerprint(codec):
+        raise ValueError(
+            f"init_from {str(directory)!r} has another codec; use codec={pictures.root}, or init_partial=true"
+        )
 
 
 def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:

@@ -4,8 +4,9 @@ Families: `pixels` (exact, no weights), `autoencoder` (diffusers AutoencoderKL |
 `fsq` (the same with a finite scalar quantiser). A new family is a new file that registers itself in `codecs`.
 """
 
-from omni.codecs.autoencoders import AutoencoderCodec, AutoencoderConfig
-from omni.codecs.codec import MAX_GRID, Codec, CodecSpec, codecs, load_codec, psnr
+from omni.codecs.autoencoder_config import AutoencoderConfig
+from omni.codecs.autoencoders import AutoencoderCodec
+from omni.codecs.codec import MAX_GRID, Codec, CodecSpec, codecs, load_codec, psnr, read_codec
 from omni.codecs.fsq import FiniteScalarQuantiser, FsqCodec, FsqConfig
 from omni.codecs.pixels import PixelCodec, PixelConfig
 
@@ -23,4 +24,5 @@ __all__ = [
     "codecs",
     "load_codec",
     "psnr",
+    "read_codec",
 ]

@@ -2,7 +2,8 @@
 
 Their encoders name one thing differently (latent_dist, latents, latent) and scale it differently; here all give
 normalised latents. Shapes: pictures (B, 3, H, W) in [-1, 1], raw latents (B, C, h, w); outside, channels last.
-Does not train (train/codec_loop.py does) and downloads nothing: weights come from a directory.
+Does not train (train/codec_loop.py does) and downloads nothing: weights come from a directory. The network of a saved
+codec is built when it is first needed: what a model must know of it is in its configuration.
 """
 
 from __future__ import annotations
@@ -18,26 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni.checkpoint import DamagedError
+from omni.codecs.autoencoder_config import (
+    AutoencoderConfig,
+    checked_statistics,
+    shortest,
+    spatial_stride,
+    statistics_of,
+)
 from omni.codecs.codec import CONFIG_FILE, Codec, CodecSpec, codecs, to_bytes
-from omni.config import Frozen, build, nearest
+from omni.codecs.upstream import MODULES, diffusers_class, is_installed, whole_class
+from omni.config import build, nearest, parse_json, table_of
 from omni.rng import Key
+from omni.weights import load_weights, unallocated
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 DECODE_BATCH = 64  # pictures that are decoded in one pass
 ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator
-
-
-class AutoencoderConfig(Frozen):
-    """A diffusers class by name and its arguments. Normalised latent = (raw - mean) / deviation, per channel.
-
-    Empty `mean` and `deviation` stand for the shift and scaling factors of the diffusers configuration.
-    """
-
-    kind: str = "autoencoder"
-    class_name: Literal["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"]
-    model: dict[str, Any]
-    mean: tuple[float, ...] = ()
-    deviation: tuple[float, ...] = ()
 
 
 @codecs.register("autoencoder")
@@ -50,30 +47,49 @@ class AutoencoderCodec(Codec):
 
     configuration_type: ClassVar[type[AutoencoderConfig]] = AutoencoderConfig
 
-    def __init__(self, config: AutoencoderConfig, module: nn.Module) -> None:
+    def __init__(self, config: AutoencoderConfig, module: nn.Module | None = None) -> None:
+        """`module`: the network; None: it is built from the configuration when it is first needed."""
         self.configuration = config
-        self.module = module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision: Literal["float32", "bfloat16"] = "float32"
-        stride = spatial_stride(module)
-        self.spec = CodecSpec(name=config.kind, channels=self._num_channels(), stride=(1, stride, stride))
+        self._module: nn.Module | None = None
+        self._weights: tuple[Mapping[str, Tensor], str] | None = None
+        self._device = torch.device("cpu")
+        if module is None and not config.tells_all:
+            module = self.build_module(config)
+        if module is not None:
+            self._module = in_place(module)
+        settings: Any = config.model if module is None else module.config
+        stride = spatial_stride(settings)
+        self.spec = CodecSpec(name=config.kind, channels=self._num_channels(settings), stride=(1, stride, stride))
         mean, deviation = config.mean, config.deviation
         if not mean and not deviation:
-            mean, deviation = self._default_statistics()
-        if not len(mean) == len(deviation) == self.spec.channels:
-            raise ValueError(
-                f"mean and deviation have {len(mean)} and {len(deviation)} values for {self.spec.channels} channels; "
-                "give one of each per channel, or neither"
-            )
-        self.mean, self.deviation = torch.tensor(mean), torch.tensor(deviation)
+            mean, deviation = self._default_statistics(settings)
+        self.mean, self.deviation = checked_statistics(mean, deviation, self.spec.channels)
 
-    def _num_channels(self) -> int:
-        return int(self.module.config["latent_channels"])  # type: ignore[index]
+    def _num_channels(self, settings: Mapping[str, Any]) -> int:
+        return int(settings["latent_channels"])
 
-    def _default_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation per channel from the scaling and shift factors of the diffusers configuration."""
-        config: Any = self.module.config
-        shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-        return (float(shift),) * self.spec.channels, (1.0 / float(scale),) * self.spec.channels
+    def _default_statistics(self, settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return statistics_of(settings, self.spec.channels)
+
+    @property
+    def module(self) -> Any:
+        """The network. DamagedError if the configuration builds none, or none that the weights belong to."""
+        if self._module is None:
+            with self.announce("the picture codec"):
+                self._module = self._built()
+            self._weights = None
+        return self._module
+
+    def _built(self) -> nn.Module:
+        weights, source = self._weights or ({}, "codec")
+        try:
+            with unallocated():
+                module = self.build_module(self.configuration)
+        except ValueError as error:
+            raise DamagedError(f"{source}: {error}") from None
+        load_weights(module, weights, source)
+        return in_place(module, self._device)
 
     # ---------------------------------------------------------------------------------------- construction
 
@@ -86,6 +102,15 @@ class AutoencoderCodec(Codec):
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
         configuration = build(config, cls.configuration_type, source)
         return cls(configuration, cls.build_module(configuration))
+
+    @classmethod
+    def restored(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Self:
+        """The network is built when it is first needed; that diffusers is there to build it is checked now."""
+        if not is_installed():
+            diffusers_class(str(config.get("class_name")))
+        codec = cls(build(config, cls.configuration_type, source))
+        codec.load_weights(weights, source)
+        return codec
 
     @classmethod
     def initialised(cls, config: Mapping[str, Any], source: str, key: Key) -> Self:
@@ -103,16 +128,20 @@ class AutoencoderCodec(Codec):
         path = Path(directory)
         if not (path / CONFIG_FILE).is_file():
             raise ValueError(f"{str(path)!r} holds no {CONFIG_FILE}; give a local directory of a diffusers autoencoder")
-        name = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("_class_name")
-        if name not in CLASSES:
-            raise ValueError(f"{str(path)!r} is of class {name!r}; known autoencoders: {', '.join(CLASSES)}")
-        module = diffusers_class(name).from_pretrained(
+        source = str(path / CONFIG_FILE)
+        name = table_of(parse_json((path / CONFIG_FILE).read_bytes(), source), source).get("_class_name")
+        if name not in MODULES:
+            raise ValueError(f"{str(path)!r} is of class {name!r}; known autoencoders: {', '.join(MODULES)}")
+        module = whole_class(name).from_pretrained(
             str(path), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
         )
+        bad = [name for name, value in module.state_dict().items() if not torch.isfinite(value).all()]
+        if bad:
+            raise DamagedError(f"{str(path)!r}: {bad[0]} has values that are NaN or infinite; download it again")
         use_fused_norms(module)
         known = inspect.signature(type(module).__init__).parameters
         arguments = {name: value for name, value in module.config.items() if name in known}
-        config = AutoencoderConfig(class_name=name, model=json.loads(json.dumps(arguments)))
+        config = build({"class_name": name, "model": json.loads(json.dumps(arguments))}, AutoencoderConfig, source)
         return AutoencoderCodec(config, module)
 
     def autoencoder(self) -> nn.Module:
@@ -194,25 +223,27 @@ class AutoencoderCodec(Codec):
     # ---------------------------------------------------------------------------------------------- files
 
     def config(self) -> dict[str, Any]:
-        statistics = {"mean": _rounded(self.mean), "deviation": _rounded(self.deviation)}
+        statistics = {"mean": shortest(self.mean), "deviation": shortest(self.deviation)}
         return self.configuration.model_copy(update=statistics).model_dump(mode="json")
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.to(torch.bfloat16) for name, value in self.module.state_dict().items()}
+        """In their own dtype; in bfloat16 if that holds every float32 value exactly (what was loaded from bfloat16)."""
+        kept = self.module.state_dict() if self._weights is None else self._weights[0]
+        weights = {name: value.detach().cpu() for name, value in kept.items()}
+        halves = {name: v.bfloat16() if v.dtype == torch.float32 else v for name, v in weights.items()}
+        exact = all(torch.equal(v.to(weights[name].dtype), weights[name]) for name, v in halves.items())
+        return halves if exact else weights
 
     def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        expected = self.module.state_dict()
-        wrong = sorted(expected.keys() ^ tensors.keys())
-        wrong += sorted(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape)
-        if wrong:
-            raise ValueError(
-                f"{source}: {len(wrong)} tensors do not belong to the configuration, the first is {wrong[0]!r}; "
-                "take weights and config.json from one codec"
-            )
-        self.module.load_state_dict(dict(tensors))
+        if self._module is None:
+            self._weights = (tensors, source)
+        else:
+            load_weights(self._module, tensors, source)
 
     def to(self, device: torch.device | str) -> Self:
-        self.module.to(device)
+        self._device = torch.device(device)
+        if self._module is not None:
+            nn.Module.to(self._module, device)
         self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
         return self
 
@@ -233,25 +264,26 @@ def to_pixels(pictures: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- diffusers
 
 
-def diffusers_class(name: str) -> Any:
-    """The diffusers class. ImportError names the extra that brings it."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(f"{name} needs diffusers: pip install 'omni-flow[vae]'") from error
-    return getattr(diffusers, name)
-
-
 def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
-    """The diffusers module of a configuration, weights unset. ValueError for an argument that its class lacks."""
+    """The diffusers module of a configuration, weights unset. ValueError for an argument that its class lacks, and for
+    arguments that it cannot be built of."""
     chosen = diffusers_class(config.class_name)
     known = set(inspect.signature(chosen.__init__).parameters) - {"self"}
     for name in config.model:
         if name not in known:
             raise ValueError(f"{config.class_name} has no argument {name!r}{nearest(name, known)}")
-    module = chosen(**config.model)
+    try:
+        module = chosen(**config.model)
+    except Exception as error:  # each class checks its arguments in its own way, or not at all
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{config.class_name} cannot be built of these arguments ({said:.200})") from None
     use_fused_norms(module)
     return module
+
+
+def in_place(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """For evaluation, with channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo first."""
+    return nn.Module.to(module.eval(), device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def encoded_latents(module: Any, pictures: Tensor) -> Tensor:
@@ -298,14 +330,3 @@ def pictures_per_pass(device: str, height: int, width: int) -> int:
     """Pictures of one size that are encoded together, the last pass filled up. A CPU takes one; an accelerator is only
     fast with more."""
     return 1 if device == "cpu" else max(1, ENCODE_PIXELS // (height * width))
-
-
-def spatial_stride(module: nn.Module) -> int:
-    """Pixels per latent row of a diffusers autoencoder: every stage after the first halves the picture."""
-    config: Any = module.config
-    stages = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(stages) - 1)
-
-
-def _rounded(values: Tensor) -> tuple[float, ...]:
-    return tuple(round(float(v), 6) for v in values)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from omni.checkpoint import load_tensors, publish, read_bytes
-from omni.config import Frozen, Registry
+from omni.checkpoint import Published, publish
+from omni.config import Frozen, Registry, parse_json, table_of
 from omni.document import Image, Video
 from omni.finite import require_finite
 
@@ -46,10 +47,16 @@ class CodecSpec(Frozen):
         return self.frames_per_chunk * self.stride[0]
 
 
+def _quietly(what: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Codec(ABC):
     """Pictures and clips to normalised latents and back. Subclasses give `_encode` and `_decode` of pictures."""
 
     spec: CodecSpec
+    announce: Callable[[str], AbstractContextManager[None]] = staticmethod(_quietly)
+    """Entered with the name of what is built, where that may take a while (the command line sets it)."""
 
     # ------------------------------------------------------------------------------------------- pictures
 
@@ -160,6 +167,13 @@ class Codec(ABC):
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
         """A codec with unset weights from what `config` returned. ValueError names `source`."""
 
+    @classmethod
+    def restored(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Self:
+        """A codec with the weights that were saved with it. ValueError names `source`."""
+        codec = cls.from_config(config, source)
+        codec.load_weights(weights, source)
+        return codec
+
     def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take the tensors of `weights`. ValueError (naming `source`) when names or shapes differ."""
         if tensors:
@@ -198,17 +212,20 @@ def load_codec(directory: str | Path) -> Codec:
         from omni.codecs.autoencoders import AutoencoderCodec
 
         return AutoencoderCodec.from_diffusers(directory)
-    config = json.loads(read_bytes(path))
-    codec = codecs.get(config.get("kind", "")).from_config(config, str(path))
-    weights = directory / WEIGHTS_FILE
-    codec.load_weights(load_tensors(weights) if weights.exists() else {}, str(weights))
-    return codec
+    return read_codec(Published.around(directory))
+
+
+def read_codec(files: Published) -> Codec:
+    """The codec in a published directory, or in the view of one."""
+    config = files.table(CONFIG_FILE)
+    weights = files.tensors(WEIGHTS_FILE) if WEIGHTS_FILE in files else {}
+    return codecs.get(str(config.get("kind", ""))).restored(config, weights, str(files.root))
 
 
 def _is_diffusers(path: Path) -> bool:
     """Whether a config.json is diffusers' own. A damaged file is not: the digest check says what is wrong with it."""
     try:
-        return "_class_name" in json.loads(path.read_text(encoding="utf-8"))
+        return "_class_name" in table_of(parse_json(path.read_bytes(), str(path)), str(path))
     except ValueError:
         return False
 

@@ -9,15 +9,16 @@ can be read off. Shapes: (B, L, h, w) inside, L = number of levels' entries; lat
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from omni.codecs.autoencoder_config import AutoencoderConfig
 from omni.codecs.autoencoders import (
     AutoencoderCodec,
-    AutoencoderConfig,
     build_autoencoder,
     decoded_pictures,
     encoded_latents,
@@ -72,7 +73,16 @@ class FsqConfig(AutoencoderConfig):
     """An autoencoder and the number of levels per quantised channel: (8, 8, 8, 5, 5, 5) gives 64,000 tokens."""
 
     kind: str = "fsq"
-    levels: tuple[int, ...] = Field(default=(8, 8, 8, 5, 5, 5))
+    levels: tuple[Annotated[int, Field(ge=2, le=1 << 16)], ...] = Field(
+        default=(8, 8, 8, 5, 5, 5), min_length=1, max_length=64
+    )
+
+    @field_validator("levels")
+    @classmethod
+    def _tokens_are_int64(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(levels) > 1 << 62:
+            raise ValueError(f"{levels} give more than 2^62 tokens; use fewer or smaller levels")
+        return levels
 
 
 class QuantisedAutoencoder(nn.Module):
@@ -93,9 +103,8 @@ class FsqCodec(AutoencoderCodec):
 
     configuration_type = FsqConfig
     configuration: FsqConfig
-    module: QuantisedAutoencoder
 
-    def __init__(self, config: FsqConfig, module: QuantisedAutoencoder) -> None:
+    def __init__(self, config: FsqConfig, module: QuantisedAutoencoder | None = None) -> None:
         self.quantiser = FiniteScalarQuantiser(config.levels)
         super().__init__(config, module)
 
@@ -104,10 +113,10 @@ class FsqCodec(AutoencoderCodec):
         assert isinstance(config, FsqConfig)
         return QuantisedAutoencoder(build_autoencoder(config), len(config.levels))
 
-    def _default_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return (0.0,) * self._num_channels(), (1.0,) * self._num_channels()
+    def _default_statistics(self, settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (0.0,) * self.spec.channels, (1.0,) * self.spec.channels
 
-    def _num_channels(self) -> int:
+    def _num_channels(self, settings: Mapping[str, Any]) -> int:
         return len(self.configuration.levels)
 
     def autoencoder(self) -> nn.Module:

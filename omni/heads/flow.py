@@ -51,13 +51,13 @@ class FlowHeadConfig(Frozen):
         has a right value, x - min_time F, but is no longer the data. JiT's (arXiv 2511.13720).
     """
 
-    channels: int = 64
+    channels: int = Field(default=64, ge=1, le=1 << 16)
     time_scale: float = Field(default=1.0, gt=0)
-    max_frequency: float = 16.0
-    num_frequencies: int = 32
+    max_frequency: float = Field(default=16.0, gt=0)
+    num_frequencies: int = Field(default=32, ge=1, le=1 << 16)
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = Field(default=(), max_length=1024)
     choice_bits: int = Field(default=8, ge=1, le=16)
     min_time: float = Field(default=0.05, gt=0, le=1)
 

@@ -46,16 +46,16 @@ class TransformerConfig(Frozen):
     "central" differences (any backend) with `tangent_step` (nn.tangent). None of it changes the weights.
     """
 
-    width: int = 320
-    depth: int = 8
-    num_heads: int = 5
-    num_kv_heads: int = 5
-    head_dim: int = 64
-    mlp_width: int | None = None
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
+    width: int = Field(default=320, ge=1, le=1 << 16)
+    depth: int = Field(default=8, ge=1, le=1024)
+    num_heads: int = Field(default=5, ge=1, le=1024)
+    num_kv_heads: int = Field(default=5, ge=1, le=1024)
+    head_dim: int = Field(default=64, ge=2, le=1024)
+    mlp_width: int | None = Field(default=None, ge=1, le=1 << 18)
+    rope_base: float = Field(default=10000.0, gt=1, le=1e12)
+    norm_eps: float = Field(default=1e-6, ge=0, le=1)
     latent_weights: Literal["shared", "separate", "refine"] = "shared"
-    modulation_eps: float = 1.0
+    modulation_eps: float = Field(default=1.0, ge=0)
     attention: str | None = None
     tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
     tangent_step: float | None = Field(default=None, gt=0)

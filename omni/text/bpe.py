@@ -6,13 +6,13 @@ Loading refuses a file that has any of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Self
 
 import tokenizers
 
+from omni.config import parse_json, table_of
 from omni.text.tokenizer import Tokenizer, backends
 
 
@@ -61,11 +61,15 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def _from_model_bytes(cls, data: bytes, phrases: Sequence[str] = ()) -> Self:
-        parts = json.loads(data)
+        parts = table_of(parse_json(data, cls.file_name), cls.file_name)
         for part in ("added_tokens", "normalizer", "post_processor", "truncation", "padding"):
             if parts.get(part):
                 raise ValueError(f"{cls.file_name} has {part!r}, so text could change or become a control token")
-        return cls(tokenizers.Tokenizer.from_buffer(data), phrases)
+        try:
+            library = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{cls.file_name} is no model of the tokenizers library: {error}") from None
+        return cls(library, phrases)
 
 
 @cache

@@ -127,8 +127,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        if at >= len(data):
-            raise ValueError("the model file is damaged: it ends inside a number")
+        if at >= len(data) or shift > 63:
+            raise ValueError("the model file is damaged: it ends inside a number, or one is too long")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift

@@ -21,11 +21,11 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from omni.config import Registry
+from omni.config import Registry, parse_json
 from omni.document import Role
 
 MAX_SIZE = 64
@@ -34,6 +34,8 @@ CONTROL_NAMES: tuple[str, ...] = (
     *(f"size_{n}" for n in range(1, MAX_SIZE + 1)),
 )
 CONFIG_FILE = "tokenizer_config.json"
+MAX_BYTES = 256 << 20  # of a file
+Read = Callable[[str], bytes]
 _PROBE = " two  spaces\n\ttab \u2581 <unk></s><s><0x0A>\x00\u2028\ud800 \ufb01 \u212b e\u0301 "
 
 backends: Registry[type[Tokenizer]] = Registry("tokenizer backend")
@@ -201,17 +203,14 @@ class Tokenizer(ABC):
         } | ({"phrases": list(self.phrases)} if self.phrases else {})
 
     @classmethod
-    def load(cls, directory: str | Path) -> Self:
-        """Read a saved tokenizer. ValueError for missing, damaged or foreign files."""
-        directory = Path(directory)
-        config = _read_config(directory)
+    def load(cls, directory: str | Path, read: Read | None = None) -> Self:
+        """Read a saved tokenizer. ValueError for missing, damaged or foreign files. `read` gives the bytes of a file
+        of the directory by its name; None: as they are on the disk."""
+        directory, read = Path(directory), read or _from_disk(Path(directory))
+        config = _read_config(directory, read)
         if config["backend"] != cls.backend:
             raise ValueError(f"{str(directory)!r} holds a {config['backend']!r} tokenizer; use load_tokenizer")
-        path = directory / cls.file_name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; save the tokenizer again") from None
+        path, data = directory / cls.file_name, read(cls.file_name)
         if hashlib.blake2b(data, digest_size=16).hexdigest() != config["blake2b"]:
             raise ValueError(f"{str(path)!r} is damaged: its digest is not the one in {CONFIG_FILE}; restore the file")
         tokenizer = cls._from_model_bytes(data, config.get("phrases", ()))
@@ -271,10 +270,11 @@ def _tree(words: Sequence[str]) -> str:
     return f"(?:{branches})?" if "" in words else f"(?:{branches})" if len(parts) > 1 else branches
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged."""
-    directory = Path(directory)
-    return load_backend(_read_config(directory)["backend"]).load(directory)
+def load_tokenizer(directory: str | Path, read: Read | None = None) -> Tokenizer:
+    """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged.
+    `read`: see Tokenizer.load."""
+    directory, read = Path(directory), read or _from_disk(Path(directory))
+    return load_backend(str(_read_config(directory, read)["backend"])).load(directory, read)
 
 
 def load_backend(name: str) -> type[Tokenizer]:
@@ -346,15 +346,26 @@ def _write_whole(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{str(directory)!r} holds no tokenizer ({CONFIG_FILE} is missing); train one") from None
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from None
+def _from_disk(directory: Path) -> Read:
+    def read(name: str) -> bytes:
+        try:
+            with (directory / name).open("rb") as stream:
+                data = stream.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            raise ValueError(f"{str(directory)!r} holds no tokenizer ({name} is missing); train one") from None
+        except OSError as error:
+            raise ValueError(f"cannot read {str(directory / name)!r}: {error.strerror}") from None
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{str(directory / name)!r} has more than {MAX_BYTES:,} bytes; no tokenizer is as large")
+        return data
+
+    return read
+
+
+def _read_config(directory: Path, read: Read) -> dict[str, Any]:
+    source = str(directory / CONFIG_FILE)
+    config = parse_json(read(CONFIG_FILE), source)
     wanted = {"backend", "blake2b", "num_text", "control"}
     if not isinstance(config, dict) or not wanted <= config.keys():
-        raise ValueError(f"{str(path)!r} describes no Omni tokenizer: it needs the keys {', '.join(sorted(wanted))}")
+        raise ValueError(f"{source!r} describes no Omni tokenizer: it needs the keys {', '.join(sorted(wanted))}")
     return config

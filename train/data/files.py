@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omni.config import Frozen
-from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, parse_json
+from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, parse_bounded
 from omni.media import load_image, load_video
 from omni.rng import Key
 from train.data.source import SOURCES, FiniteSource, bytes_digest, file_fingerprint, require_file
@@ -79,7 +79,7 @@ class MessageLines(_LineSource):
     def record(self, position: int) -> Document:
         from omni.text.chat import messages_to_document
 
-        record = parse_json(self.line(position), "the record")
+        record = parse_bounded(self.line(position), "the record")
         messages = record["messages"] if isinstance(record, dict) else record
         return messages_to_document(messages, self._load, load_video=self._load_clip, supervise=True)
 

@@ -52,7 +52,7 @@ class CircuitConfig(Frozen):
     """
 
     num_states: int = Field(default=8, ge=2, le=4096)
-    expander_rank: int = Field(default=32, ge=0)
+    expander_rank: int = Field(default=32, ge=0, le=1 << 16)
     noise: float = Field(default=0.5, gt=0)
     gamma: float = Field(default=0.9, gt=0, le=1)
     anneal: float = Field(default=0.5, ge=0, le=1)

@@ -29,8 +29,8 @@ class LatentMixtureConfig(Frozen):
     """num_latents: M in training, each a pass with a graph. num_samples: M of a block's likelihood.
     frequencies: of the sines that show lambda to the placeholders."""
 
-    num_latents: int = Field(default=8, ge=1)
-    num_samples: int = Field(default=64, ge=1)
+    num_latents: int = Field(default=8, ge=1, le=1 << 16)
+    num_samples: int = Field(default=64, ge=1, le=1 << 16)
     frequencies: int = Field(default=8, ge=1, le=24)
 
 

@@ -67,7 +67,7 @@ class SimplexConfig(Frozen):
     semigroup_share: float = Field(default=0.5, ge=0, lt=1)
     semigroup_from: float = Field(default=0.25, ge=0, lt=1)
     semigroup_weight: float = Field(default=1.0, gt=0)
-    num_frequencies: int = Field(default=16, ge=1)
+    num_frequencies: int = Field(default=16, ge=1, le=1 << 16)
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> SimplexConfig:
@@ -86,7 +86,7 @@ class Clock:
     def __init__(self, kind: ClockKind, scale: float, vocab_size: int) -> None:
         self.table: tuple[Tensor, Tensor] | None = None
         if kind == "decoding":
-            a = torch.linspace(math.sqrt(2 * math.log(vocab_size)) + 8, 0, 4001, dtype=torch.float64)
+            a = torch.linspace(math.sqrt(2 * math.log(vocab_size)) + 8, 0, 4001, dtype=torch.float64, device="cpu")
             error = decoding_error(a, vocab_size)
             kept = error > 1e-9
             zero = error.new_zeros(1)
@@ -104,7 +104,7 @@ class Clock:
 
 def decoding_error(a: Tensor, vocab_size: int) -> Tensor:
     """(n,) float64: how often argmax(a e + z) is not the id of e among V, 1 - E Phi(z + a)^(V - 1)."""
-    z = torch.linspace(-9, 9, 721, dtype=torch.float64)
+    z = torch.linspace(-9, 9, 721, dtype=torch.float64, device=a.device)
     density = torch.exp(-(z**2) / 2)
     right = torch.exp((vocab_size - 1) * torch.special.log_ndtr(a.unsqueeze(-1) + z))
     return 1 - right @ (density / density.sum())

@@ -23,7 +23,7 @@ class JointConfig(Frozen):
 
     head: str = "push_forward"
     length: int = Field(default=8, ge=1, le=64)
-    adapter_rank: int = Field(default=32, ge=0)
+    adapter_rank: int = Field(default=32, ge=0, le=1 << 16)
     depth: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
 

@@ -1,0 +1,123 @@
+"""What an autoencoder's configuration fixes: the diffusers class, its arguments and the normalisation of latents.
+
+Knows no network: a model learns the stride and the number of channels of its codec from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from omni.config import Frozen, check_depth
+
+_LARGEST, _MOST_LAYERS, _LONGEST = 1 << 16, 256, 1 << 12  # of an argument: a number, a number of layers, a list
+
+
+class AutoencoderConfig(Frozen):
+    """A diffusers class by name and its arguments. Normalised latent = (raw - mean) / deviation, per channel.
+
+    Empty `mean` and `deviation` stand for those of the diffusers configuration (see `statistics_of`).
+    """
+
+    kind: str = "autoencoder"
+    class_name: Literal["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"]
+    model: dict[str, Any]
+    mean: tuple[float, ...] = ()
+    deviation: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    @field_validator("model")
+    @classmethod
+    def _bounded(cls, model: dict[str, Any]) -> dict[str, Any]:
+        """ValueError for what would build networks without end."""
+        for name, value in model.items():
+            check_depth(value, name)
+            _check_argument(name, value)
+        stages = model.get("encoder_block_out_channels") or model.get("block_out_channels") or [1]
+        if not isinstance(stages, list) or not 1 <= len(stages) <= 16:
+            raise ValueError(f"the block_out_channels {stages!r:.200} are no list of 1 to 16 stages")
+        return model
+
+    @property
+    def tells_all(self) -> bool:
+        """Whether the spec and the normalisation are in here, not in the defaults of the diffusers class."""
+        known = {"latent_channels"} <= self.model.keys() and _STAGES & self.model.keys()
+        return bool(known and self.mean and self.deviation)
+
+
+_STAGES = {"encoder_block_out_channels", "block_out_channels"}
+
+
+def _check_argument(name: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        if len(value) > _LONGEST:
+            raise ValueError(f"{name} has {len(value)} entries; at most {_LONGEST} make sense")
+        for item in value:
+            _check_argument(name, item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _check_argument(name, item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        largest = _MOST_LAYERS if "layers" in name or name.startswith("num_") else _LARGEST
+        if not 0 <= value <= largest:
+            raise ValueError(f"{name} = {value:.6g} must lie in 0 .. {largest}")
+
+
+def statistics_of(settings: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel of raw latents, by the fields of a diffusers configuration.
+
+    As its pipelines decode: raw = z / scaling_factor + shift_factor; with latents_mean and latents_std, which come
+    together, raw = z latents_std / scaling_factor + latents_mean. An absent or null factor is 1, a shift 0. ValueError
+    for one of the two alone, beside a shift, of another length, or for a deviation that is not a positive number.
+    """
+    scale, shift = (
+        (1.0 if (given := settings.get("scaling_factor")) is None else float(given)),
+        settings.get("shift_factor"),
+    )
+    mean, std = settings.get("latents_mean"), settings.get("latents_std")
+    if (mean is None) != (std is None):
+        raise ValueError("latents_mean and latents_std come together; give both, or neither")
+    if mean is None or std is None:
+        return (float(shift or 0.0),) * channels, (_over(1.0, scale),) * channels
+    if shift:
+        raise ValueError(f"shift_factor {shift} and latents_mean are both a mean; leave one of them out")
+    return tuple(float(v) for v in mean), tuple(_over(float(v), scale) for v in std)
+
+
+def _over(std: float, scale: float) -> float:
+    if not scale > 0:
+        raise ValueError(f"scaling_factor = {scale} must be a positive number")
+    return std / scale
+
+
+def checked_statistics(mean: Iterable[float], deviation: Iterable[float], channels: int) -> tuple[Tensor, Tensor]:
+    """Float32 (C,) each. ValueError unless there is a finite mean and a positive deviation for each channel."""
+    means, deviations = torch.tensor(tuple(mean)), torch.tensor(tuple(deviation))
+    if not len(means) == len(deviations) == channels:
+        raise ValueError(
+            f"mean and deviation have {len(means)} and {len(deviations)} values for {channels} channels; "
+            "give one of each per channel, or neither"
+        )
+    for name, values, right in (
+        ("mean", means, means.isfinite()),
+        ("deviation", deviations, deviations.isfinite() & (deviations > 0) & deviations.reciprocal().isfinite()),
+    ):
+        if not right.all():
+            wrong = int((~right).nonzero()[0])
+            raise ValueError(f"the {name} of channel {wrong} is {values[wrong].item()}; it cannot normalise latents")
+    return means, deviations
+
+
+def spatial_stride(settings: Mapping[str, Any]) -> int:
+    """Pixels per latent row by a diffusers configuration: every stage after the first halves the picture."""
+    stages = settings.get("encoder_block_out_channels") or settings["block_out_channels"]
+    return 2 ** (len(stages) - 1)
+
+
+def shortest(values: Tensor) -> tuple[float, ...]:
+    """Numbers of as few digits as give these float32 values again."""
+    return tuple(float(str(np.float32(v))) for v in values.tolist())

@@ -1,0 +1,56 @@
+"""From the tensors of a file to the weights of a module: built without memory of its own, then filled, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from omni.checkpoint import DamagedError
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Initialisations that a file's weights would replace."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0]
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+
+
+@contextmanager
+def unallocated() -> Iterator[None]:
+    """Modules built inside take no memory and no time for initialisation: `load_weights` fills them. So a
+    configuration of absurd sizes is found by comparing shapes, not by running out of memory."""
+    with torch.device("meta"), _WithoutDraws():
+        yield
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Set the weights of a module, unallocated or not, in its own dtypes. Strict: every one must be there, with its
+    shape and of its kind, floating or not, and no other. DamagedError naming `source` and the first that is amiss."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        raise DamagedError(
+            f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; they do not belong to the "
+            "configuration, config.json"
+        )
+    for name, value in tensors.items():
+        wanted = own[name]
+        if value.shape != wanted.shape:
+            raise DamagedError(
+                f"{source}: {name} has shape {tuple(value.shape)}, config.json wants {tuple(wanted.shape)}"
+            )
+        if value.is_complex() or value.is_floating_point() != wanted.is_floating_point():
+            raise DamagedError(f"{source}: {name} is of {value.dtype}, which cannot stand for {wanted.dtype}")
+    if any(value.is_meta for value in own.values()):
+        copies = {name: value.to(own[name].dtype, copy=True) for name, value in tensors.items()}
+        module.load_state_dict(copies, assign=True)
+    else:
+        module.load_state_dict(dict(tensors))
