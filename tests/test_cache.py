@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 
 import pytest
 import torch
@@ -184,3 +184,5 @@ def test_detached_memory_has_no_graph_and_no_room() -> None:
     assert not plain.keys[0].requires_grad and not plain.values[0].requires_grad and plain.room is None
     assert torch.equal(plain.keys[0], memory.keys[0]) and torch.equal(plain.values[0], memory.values[0])
     assert plain.fields is memory.fields
+    with pytest.raises(FrozenInstanceError):
+        memory.uniform = True  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -169,6 +170,14 @@ def test_a_batch_moves_whole() -> None:
         assert one is not None and one.ids.is_meta and one.context.position.is_meta and one.refine.document.is_meta
         assert one.context.rank is None and one.item_names == inner.item_names
     assert moved.dropped == frozenset({0}) and not batch.ids.is_meta
+
+
+def test_what_is_laid_out_does_not_change() -> None:
+    [batch], _ = pack([[text(1)]], [Shape(1, 4, 4)], channels=C, pad_id=PAD)
+    parts = (batch, batch.context, batch.context.fields, text(1), latent((1, 1, 1)), Shape(1, 4, 4))
+    for part in parts:
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, next(iter(vars(part))), None)
 
 
 # ---- the rule ------------------------------------------------------------------------------------------------------

@@ -185,6 +185,22 @@ def test_no_folder_has_no_steps(tmp_path: Path) -> None:
         state.newest(tmp_path)
 
 
+def test_damaged_states_are_passed_over_and_not_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 5):
+        save(tmp_path, step, keep=9)
+    (tmp_path / "step-00000005" / "manifest.json").unlink()
+    weights = tmp_path / "step-00000002" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    said: list[str] = []
+    assert state.newest(tmp_path, said.append) == tmp_path / "step-00000001"
+    assert [line.startswith("passing over a damaged state: ") for line in said] == [True] * 2
+    assert "step-00000005" in said[0] and "step-00000002" in said[1]
+    save(tmp_path, 3, keep=1)  # 5 is later than what is saved, so it is damaged, and does not push 3 out
+    assert [step for step, _ in state.saved_steps(tmp_path)] == [3, 5]
+
+
 @pytest.mark.parametrize(
     ("identity", "message"),
     [
