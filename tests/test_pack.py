@@ -1,4 +1,4 @@
-"""Layout, rows and fields by hand: every number of a packed batch, first fit, what padding holds, and the rule's table."""
+"""Layout, rows and fields by hand: every number of a packed batch, first fit, padding, and the table of the rule."""
 
 from __future__ import annotations
 
@@ -90,7 +90,16 @@ def test_a_batch_by_hand() -> None:
     assert batch.context.document.tolist() == [[0, 0, 0, 0, 1, 1, -1, -1], [-1] * 8]
     assert batch.context.block.tolist() == [[0, 1, 1, 2, 0, 1, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert not batch.context.copy.any()
-    assert batch.context.position[0].tolist() == [[0] * 3, [1] * 3, [1, 1, 2], [3] * 3, [0] * 3, [1] * 3, [0] * 3, [0] * 3]
+    assert batch.context.position[0].tolist() == [
+        [0] * 3,
+        [1] * 3,
+        [1, 1, 2],
+        [3] * 3,
+        [0] * 3,
+        [1] * 3,
+        [0] * 3,
+        [0] * 3,
+    ]
     assert batch.refine.document.tolist() == [[0, 0, 0, 0, 1, 1, -1], [-1] * 7]
     assert batch.refine.block.tolist() == [[1, 1, 1, 1, 2, 2, 6], [0, 1, 2, 3, 4, 5, 6]]
     assert batch.refine.copy.tolist() == [[1, 1, 2, 2, 3, 4, -1], [-1] * 7]
@@ -138,7 +147,9 @@ def test_rows_without_documents_shrink_to_almost_nothing() -> None:
     assert short.item.shape == (2, 0) and long.refine_latents.shape == (1, 0, C) and long.latents.shape == (1, 3, C)
 
 
-@pytest.mark.parametrize(("spans", "need"), [([text(*range(9))], "9 context and 0"), ([latent((1, 2, 3))], "6 context and 12")])
+@pytest.mark.parametrize(
+    ("spans", "need"), [([text(*range(9))], "9 context and 0"), ([latent((1, 2, 3))], "6 context and 12")]
+)
 def test_what_no_row_can_hold_is_named(spans: list[Span], need: str) -> None:
     message = f"document 5 needs {need} refine positions, but a row holds 8 and 11; raise one or shorten it"
     with pytest.raises(ValueError, match=message):

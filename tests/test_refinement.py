@@ -43,7 +43,9 @@ class Spy:
         self.velocities: list[Tensor] = []
         self.noises: list[list[Tensor]] = []
 
-    def __call__(self, call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None) -> Iterator[State]:
+    def __call__(
+        self, call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None
+    ) -> Iterator[State]:
         assert noise is not None
         self.starts.append(start)
         self.velocities.append(call(start, *TIMES))

@@ -148,13 +148,13 @@ def test_probabilities_of_tokens_by_hand() -> None:
         assert found.dtype == torch.float64
         return [pytest.approx(row, abs=1e-6) for row in found.exp().tolist()]
 
-    assert [[0.1, 0.4, 0.2, 0.3], [0.25] * 4] == law(1.0)
+    assert law(1.0) == [[0.1, 0.4, 0.2, 0.3], [0.25] * 4]
     squares = [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]
     assert [squares, [0.25] * 4] == law(0.5)
-    assert [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]] == law(0.0)
-    assert [[0.0, 4 / 7, 0.0, 3 / 7], [1 / 3, 1 / 3, 1 / 3, 0.0]] == law(1.0, 0.69)
-    assert [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]] == law(1.0, 0.1)
-    assert [[0.0, 4 / 9, 2 / 9, 3 / 9], [0.25] * 4] == law(1.0, 0.89)
+    assert law(0.0) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert law(1.0, 0.69) == [[0.0, 4 / 7, 0.0, 3 / 7], [1 / 3, 1 / 3, 1 / 3, 0.0]]
+    assert law(1.0, 0.1) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert law(1.0, 0.89) == [[0.0, 4 / 9, 2 / 9, 3 / 9], [0.25] * 4]
     assert law(1.0, 0.5)[1] == [0.5, 0.5, 0.0, 0.0]  # exactly half the mass is in two of four
 
 
@@ -177,7 +177,7 @@ def log(*rows: list[list[float]]) -> Tensor:
 
 
 def test_names_of_verifications() -> None:
-    assert LOSSLESS == ("coupled", "rejection", "block") and VERIFICATIONS == (*LOSSLESS, "none")
+    assert LOSSLESS == ("coupled", "rejection", "block") and (*LOSSLESS, "none") == VERIFICATIONS
 
 
 def test_coupled_by_hand() -> None:
@@ -204,7 +204,7 @@ def judge(function, draft: list[int], coins: list[float], uniforms: list[float])
 
 
 def test_rejection_by_hand() -> None:
-    """Ratios of ids 2, 0: .2 / .5 = .4, .1 / .4 = .25. Excess: (.25, .05, 0) of P0 over Q0, (0, .3, 0) of P1 over Q1."""
+    """Ratios of ids 2, 0: .2 / .5 = .4 and .1 / .4 = .25. Excess of P over Q: (.25, .05, 0), then (0, .3, 0)."""
     assert judge(rejection, [2, 0], [0.39, 0.24], [0.5, 0.5, 0.3]) == (2, [2, 0, 1])
     assert judge(rejection, [2, 0], [0.39, 0.26], [0.5, 0.999, 0.3]) == (1, [2, 1])
     assert judge(rejection, [2, 0], [0.41, 0.24], [0.82, 0.5, 0.3]) == (0, [0])  # .25 / .3 = .83

@@ -84,7 +84,9 @@ def test_the_factors_of_the_configuration_are_the_default() -> None:
         assert one.mean.tolist() == [mean] * 2 and one.deviation.tolist() == [deviation] * 2
 
 
-@pytest.mark.parametrize(("mean", "deviation"), [((1.0,), (1.0,)), ((1.0, 1.0), ()), ((), (1.0, 1.0)), ((1.0,) * 3,) * 2])
+@pytest.mark.parametrize(
+    ("mean", "deviation"), [((1.0,), (1.0,)), ((1.0, 1.0), ()), ((), (1.0, 1.0)), ((1.0,) * 3,) * 2]
+)
 def test_one_number_for_every_channel(mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=f"have {len(mean)} and {len(deviation)} values for 2 channels"):
         codec(mean, deviation)

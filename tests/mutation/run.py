@@ -7,9 +7,9 @@
 
 The mutants are cosmic-ray's (pip install cosmic-ray; the extra `dev` names it), drawn by the seed: first the place,
 then one of the mutations of that place. A change of annotations or of nothing is no mutant. Each runs in a copy of the
-working tree, without bytecode files, against the tests of its file with -x. A mutant is killed when they fail or when
-they take longer than five times their unmutated time and 30 s. Exit code 0 when at least 95 % are killed or known to
-be equivalent (equivalent.toml), 1 when not.
+working tree, without bytecode files, against the tests of its file with -x (server.py). A mutant is killed when they
+fail, or take longer than five times their unmutated time and 30 s. Exit code 0 when at least 95 % are killed or known
+to be equivalent (equivalent.toml), 1 when not.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import argparse
 import ast
 import concurrent.futures
 import difflib
+import json
 import os
 import queue
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import parso
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -84,7 +85,6 @@ class Mutant:
     number: int = 0
     fate: str = ""
     seconds: float = 0.0
-    output: str = field(default="", repr=False)
 
     def changed(self) -> tuple[str, str]:
         """The lines that differ, before and after, stripped."""
@@ -147,7 +147,8 @@ def spans(source: str, module: Module) -> list[range]:
     }
     missing = [name for name in module.functions if name not in found]
     if missing:
-        print(f"note: {module.file} has no function {', '.join(missing)}; bring groups.toml up to date", file=sys.stderr)
+        names = ", ".join(missing)
+        print(f"note: {module.file} has no function {names}; bring groups.toml up to date", file=sys.stderr)
     return [found[name] for name in module.functions if name in found]
 
 
@@ -212,55 +213,45 @@ def copy_tree(target: Path) -> None:
             shutil.copyfile(ROOT / name, target / name)
 
 
-def run_tests(tree: Path, python: str, tests: tuple[str, ...], timeout: float) -> tuple[int | None, float, str]:
-    """(exit code or None past the timeout, seconds, output). The tree stands first on the path of every process."""
-    command = [python, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    variables = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-    begun = time.monotonic()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, cwd=tree, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.seek(0)
-        return code, time.monotonic() - begun, log.read().decode("utf-8", "replace")
+class Worker:
+    """A copy of the tree and a process that runs pytest in it (see server.py)."""
 
+    def __init__(self, folder: Path, python: str) -> None:
+        self.tree, self.log = folder / "tree", folder / "log"
+        copy_tree(self.tree)
+        variables = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [python, str(HERE / "server.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder, env=variables, text=True,
+        )  # fmt: skip
 
-class Workers:
-    """Some copies of the tree and as many threads; each job has a copy for itself."""
-
-    def __init__(self, folder: Path, jobs: int, python: str) -> None:
-        self.python, self.trees, self.pool = python, queue.Queue(), concurrent.futures.ThreadPoolExecutor(jobs)
-        for number in range(jobs):
-            copy_tree(folder / str(number))
-            self.trees.put(folder / str(number))
+    def run(self, tests: tuple[str, ...], timeout: float) -> tuple[int | None, float]:
+        """(exit code or None past the timeout, seconds) of the tests in the tree as it is now."""
+        arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+        request = {"tree": str(self.tree), "arguments": arguments, "timeout": timeout, "log": str(self.log)}
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        return answer["code"], answer["seconds"]
 
     def unmutated(self, tests: tuple[str, ...]) -> float:
         """Seconds of the tests as they are; they must pass."""
-        tree = self.trees.get()
-        try:
-            code, seconds, output = run_tests(tree, self.python, tests, 900)
-        finally:
-            self.trees.put(tree)
+        code, seconds = self.run(tests, 900)
         if code != 0:
+            output = self.log.read_text(encoding="utf-8", errors="replace")
             raise SystemExit(f"{output[-3000:]}\nthe tests fail without any mutant: {' '.join(tests)}")
+        print(f"{seconds:6.1f} s unmutated: {' '.join(tests)}", flush=True)
         return seconds
 
-    def run(self, mutant: Mutant, timeout: float) -> Mutant:
-        tree = self.trees.get()
-        path = tree / mutant.module.file
+    def mutated(self, mutant: Mutant, timeout: float) -> Mutant:
+        path = self.tree / mutant.module.file
         original = path.read_bytes()
         try:
             path.write_text(mutant.source, encoding="utf-8")
-            code, mutant.seconds, mutant.output = run_tests(tree, self.python, mutant.module.tests, timeout)
+            code, mutant.seconds = self.run(mutant.module.tests, timeout)
         finally:
             path.write_bytes(original)
-            self.trees.put(tree)
         mutant.fate = {0: "survived", None: "timeout"}.get(code, "killed")
         print(f"{mutant.fate:8} {mutant.seconds:6.1f} s  {mutant.number:3} {title(mutant)}", flush=True)
         return mutant
@@ -272,13 +263,26 @@ def title(mutant: Mutant) -> str:
 
 def run_all(mutants: list[Mutant], jobs: int, python: str) -> list[Mutant]:
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        workers = Workers(Path(folder), jobs, python)
-        suites = list(dict.fromkeys(mutant.module.tests for mutant in mutants))
-        times = dict(zip(suites, workers.pool.map(workers.unmutated, suites), strict=True))
-        for tests, seconds in times.items():
-            print(f"{seconds:6.1f} s unmutated: {' '.join(tests)}", flush=True)
-        futures = [workers.pool.submit(workers.run, m, 30 + 5 * times[m.module.tests]) for m in mutants]
-        return [future.result() for future in futures]
+        idle: queue.Queue[Worker] = queue.Queue()
+        for number in range(jobs):
+            idle.put(Worker(Path(folder) / str(number), python))
+
+        def lent(do: Callable[[Worker], Any]) -> Any:
+            worker = idle.get()
+            try:
+                return do(worker)
+            finally:
+                idle.put(worker)
+
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            suites = list(dict.fromkeys(mutant.module.tests for mutant in mutants))
+            times = dict(zip(suites, pool.map(lambda t: lent(lambda w: w.unmutated(t)), suites), strict=True))
+            limit = {tests: 30 + 5 * seconds for tests, seconds in times.items()}
+            done = list(pool.map(lambda m: lent(lambda w: w.mutated(m, limit[m.module.tests])), mutants))
+        while not idle.empty():
+            server = idle.get().server
+            server.communicate()  # the end of its requests ends it
+        return done
 
 
 def check(chosen: list[Module]) -> list[Mutant]:
@@ -303,8 +307,8 @@ def report(mutants: list[Mutant]) -> bool:
     killed = sum(m.fate != "survived" for m in mutants)
     late, known_ones = sum(m.fate == "timeout" for m in mutants), len(mutants) - killed - lost
     print(
-        f"\n{len(mutants)} mutants: {killed} killed ({late} by the time limit), {known_ones} equivalent, {lost} survived: "
-        f"{killed / len(mutants):.1%} killed of all, {1 - lost / len(mutants):.1%} with the equivalent ones"
+        f"\n{len(mutants)} mutants: {killed} killed ({late} by the time limit), {known_ones} equivalent,"
+        f" {lost} survived: {killed / len(mutants):.1%} killed of all, {1 - lost / len(mutants):.1%} with the equivalent ones"
     )
     return lost <= (1 - ENOUGH) * len(mutants)
 
@@ -315,7 +319,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--only", help="one group, or several with commas between")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, one thread each")
-    parser.add_argument("--python", default=sys.executable, help="runs the tests; it needs no cosmic-ray")
+    parser.add_argument("--python", default=sys.executable, help="runs the tests; needs no cosmic-ray")
     parser.add_argument("--check", action="store_true", help="one mutant for every file, which raises at import")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     options = parser.parse_args()
