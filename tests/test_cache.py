@@ -115,6 +115,8 @@ def test_the_capacity_doubles_or_is_what_is_needed() -> None:
     assert cache.capacity == 8
     cache.reserve(20)
     assert cache.capacity == 23
+    with pytest.raises(ValueError, match="zip"):
+        cache.advance([1])
 
 
 def test_a_cut_must_be_inside_the_row() -> None:

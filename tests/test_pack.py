@@ -164,6 +164,8 @@ def test_one_document_per_row() -> None:
     assert batch.item_names == ((4, 1, 0), (4, 1, 1), (4, 1, 2))
     empty = lay_rows([], channels=C, pad_id=PAD, copies=3, uids=[])
     assert empty.ids.shape == (0, 1) and empty.item.shape == (0, 1)
+    with pytest.raises(ValueError, match="zip"):
+        lay_rows(documents, channels=C, pad_id=PAD, copies=1, uids=[4])
 
 
 def test_shares_are_of_the_items_where_any_has_some() -> None:
@@ -219,6 +221,8 @@ def test_dense_flex_and_oracle_are_the_rule_with_ranks() -> None:
     keys = Fields(*(part.flip(0).expand(2, -1)[:, :20] for part in all_of))
     wanted = torch.tensor([[rule(q, k) for k in every[::-1][:20]] for q in every]).expand(2, -1, -1)
     assert torch.equal(dense(queries, keys), wanted) and torch.equal(oracle(queries, keys), wanted)
+    with pytest.raises(ValueError, match="zip"):
+        oracle(queries, Fields(*(part[None] for part in all_of)))
     block = flex(queries, keys)
     assert block.shape[-2:] == (36, 20) and block.shape[0] == 2
     assert torch.equal(create_mask(block.mask_mod, 2, None, 36, 20, device="cpu")[:, 0], wanted)

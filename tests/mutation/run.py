@@ -308,7 +308,7 @@ def report(mutants: list[Mutant]) -> bool:
     late, known_ones = sum(m.fate == "timeout" for m in mutants), len(mutants) - killed - lost
     print(
         f"\n{len(mutants)} mutants: {killed} killed ({late} by the time limit), {known_ones} equivalent,"
-        f" {lost} survived: {killed / len(mutants):.1%} killed of all, {1 - lost / len(mutants):.1%} with the equivalent ones"
+        f" {lost} survived; {killed / len(mutants):.1%} killed, {1 - lost / len(mutants):.1%} with the equivalent ones"
     )
     return lost <= (1 - ENOUGH) * len(mutants)
 
