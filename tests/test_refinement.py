@@ -20,7 +20,7 @@ from omni.rng import Key
 from omni.samplers import SAMPLERS, Noise, State, Velocity
 
 PIXELS = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3)
-FORCED = {"force_image": True, "image_size": (8, 8), "max_images": 1, "max_tokens": 1, "sampler": "spy"}
+FORCED = {"force_image": True, "image_size": (8, 12), "max_images": 1, "max_tokens": 1, "sampler": "spy"}
 TIMES = (0.9, 0.3)
 
 
@@ -71,7 +71,7 @@ HISTORIES: list[tuple[Segment, ...]] = [
 
 def branch(model: omni.Omni, history: tuple[Segment, ...], what: Drop | None, x: Tensor, beta: float) -> Tensor:
     """F of one history alone, the context composed from the document that training makes of it."""
-    target = Image(torch.zeros(8, 8, 3, dtype=torch.uint8), Role.ASSISTANT, supervise=True)
+    target = Image(torch.zeros(8, 12, 3, dtype=torch.uint8), Role.ASSISTANT, supervise=True)
     document = Document((*open_turn(history, Role.ASSISTANT), target))
     reduced = drop(document, what) if what else document
     assert reduced is not None
@@ -81,7 +81,7 @@ def branch(model: omni.Omni, history: tuple[Segment, ...], what: Drop | None, x:
         cache = model.transformer.new_cache(1, 64)
         append_spans(model, cache, [spans[:last]], 0)
         t, s = (torch.tensor([time]) for time in TIMES)
-        stream = refine_stream(cache, (1, 2, 2), "cpu")
+        stream = refine_stream(cache, (1, 2, 3), "cpu")
         return model.velocity(x[None], t, s, torch.tensor([beta]), stream, None, cache.memory())[0]
 
 
@@ -96,7 +96,7 @@ def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_im
     replies = Engine(model).generate_batch(documents, options, seeds=[1, 2])
     assert [reply.evaluations for reply in replies] == [evaluations] * 2
     [start], [found] = spy.starts, spy.velocities
-    assert found.shape == (2, 4, 48)
+    assert found.shape == (2, 6, 48)
     for row, history in enumerate(HISTORIES):
         full, text, everything = (branch(model, history, what, start[row], 1.0) for what in (None, "text", "all"))
         told = branch(model, history, None, start[row], 0.5)  # the network is told 1 / 2; reduced histories 1
@@ -176,7 +176,7 @@ def scripted(model: omni.Omni, scripts: list[list[int]]) -> Engine:
 
 def picture(engine: Engine) -> list[int]:
     c = engine.control
-    return [c.image, c.size(2), c.size(2)]
+    return [c.image, c.size(2), c.size(3)]
 
 
 def test_every_block_and_jump_has_noise_of_its_own(model: omni.Omni, spy: Spy) -> None:
@@ -186,7 +186,7 @@ def test_every_block_and_jump_has_noise_of_its_own(model: omni.Omni, spy: Spy) -
     assert len(spy.starts) == 2
     drawn = [spy.starts[0], *spy.noises[0], spy.starts[1], *spy.noises[1]]
     for number, one in enumerate(drawn):
-        assert one.shape == (1, 4, 48) and abs(float(one.mean())) < 0.3 and 0.8 < float(one.std()) < 1.2
+        assert one.shape == (1, 6, 48) and abs(float(one.mean())) < 0.3 and 0.8 < float(one.std()) < 1.2
         assert all(float((one - other).abs().max()) > 0.5 for other in drawn[:number])
 
 
@@ -233,7 +233,7 @@ def test_steps_are_told_block_by_block(model: omni.Omni, spy: Spy) -> None:
 
 DIFFERENT: list[dict[str, object]] = [
     {}, {"steps": 3}, {"guidance": 2.0}, {"image_guidance": 2.0}, {"told_guidance": 2.0}, {"sampler": "heun"},
-    {"sampler": "gamma", "gamma": 0.3}, {"sampler": "gamma", "gamma": 0.9}, {"image_size": (8, 12)}, {"shift": 3.0},
+    {"sampler": "gamma", "gamma": 0.3}, {"sampler": "gamma", "gamma": 0.9}, {"image_size": (8, 8)}, {"shift": 3.0},
 ]  # fmt: skip
 
 

@@ -107,6 +107,18 @@ def test_each_uniforms_and_normals_are_those_of_plain_integers() -> None:
     assert float(uniforms(keys[:1])) == float(uniforms(keys[:1], 0))
 
 
+def test_every_bit_of_a_key_counts_in_its_normals() -> None:
+    """Float32 of the formula in float64, but for a value or two that processors round differently."""
+    keys = Key(5).each(torch.arange(3000).view(-1, 1))
+    wanted = []
+    for bits in keys.tolist():
+        z = mixed(bits + GOLDEN)
+        radius = math.sqrt(-2 * math.log(((z >> 32) + 0.5) / 2**32))
+        angle = 2 * math.pi * (z & 0xFFFFFFFF) / 2**32
+        wanted.append([radius * math.cos(angle), radius * math.sin(angle)])
+    assert int((normals(keys, torch.tensor(0)) != torch.tensor(wanted)).sum()) <= 2
+
+
 def test_a_key_is_its_seed_and_path_hashed() -> None:
     """63 bits of blake2b; ints and strings are told apart, and a fold of several is several folds."""
     text = "(5, 'noise', 3, '3')"

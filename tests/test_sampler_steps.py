@@ -90,6 +90,7 @@ def test_grids_by_hand() -> None:
     assert time_grid(4, shift=2.0) == pytest.approx([1.0, 6 / 7, 2 / 3, 0.4, 0.0])
     assert time_grid(2, shift=0.5, start=0.5) == pytest.approx([0.5, 1 / 6, 0.0])
     assert time_grid(1, grid="edm", start=0.5) == [0.5, 0.0]
+    assert time_grid(2, grid="edm") == pytest.approx([80 / 81, 0.002 / 1.002, 0.0], rel=1e-9)
     eta = [t / (1 - t) for t in time_grid(3, grid="edm", start=0.5)[:3]]
     assert eta == pytest.approx([1.0, ((1 + 0.002 ** (1 / 7)) / 2) ** 7, 0.002])
     low = [t / (1 - t) for t in time_grid(2, grid="edm", start=0.001)[:2]]  # below .002: half of the start

@@ -90,7 +90,7 @@ class Mutant:
         """The lines that differ, before and after, stripped."""
         before = (ROOT / self.module.file).read_text(encoding="utf-8").splitlines()
         lines = list(difflib.ndiff(before, self.source.splitlines()))
-        return tuple(" ".join(x[2:].strip() for x in lines if x.startswith(s)) for s in ("- ", "+ "))  # type: ignore
+        return tuple(" ".join(x[2:].strip() for x in lines if x.startswith(s)).strip() for s in ("- ", "+ "))  # type: ignore
 
 
 # ---- what is mutated -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 
@@ -28,9 +29,9 @@ class Loaders:
 
     def image(self, source: Any) -> torch.Tensor:
         self.seen.append(source)
-        return PIXELS
+        return PIXELS if isinstance(source, str | bytes | PIL.Image.Image) else torch.as_tensor(source)
 
-    def video(self, source: Any, fps: float | None = None) -> tuple[torch.Tensor, float]:
+    def video(self, source: Any, fps: float | None = None, **bounds: Any) -> tuple[torch.Tensor, float]:
         self.seen.append((source, fps))
         return FRAMES, 12.0
 
@@ -133,20 +134,35 @@ def test_frames_have_a_rate_and_one_shape(loaders: Loaders) -> None:
     for fps in (0, -1, True, "8", float("nan")):
         with pytest.raises(ValueError, match="fps must be a number above 0, got"):
             loaders.read({"type": "video", "video": FRAMES, "fps": fps})
-    with pytest.raises(ValueError, match=r"need one common shape, got \[\(2, 6, 3\), \(4, 6, 3\)\]"):
+    with pytest.raises(ValueError, match=r"need one common shape, got .*\(2, 6, 3\)"):
         loaders.read({"type": "video", "video": [PIXELS, PIXELS[:2]]})
     with pytest.raises(ValueError, match="need one common shape, got no frame"):
         loaders.read({"type": "video", "video": []})
 
 
-def test_arrays_and_tensors_are_pictures_already(loaders: Loaders) -> None:
-    first, second = loaders.read({"type": "image", "image": PIXELS}, {"type": "image", "image": PIXELS.numpy()})
-    assert first.pixels is PIXELS and isinstance(second, Image)
-    [loaded] = loaders.seen
-    assert loaded.size == (6, 4)  # a PIL picture of the array
+def test_arrays_and_pictures_are_taken_as_they_are(loaders: Loaders) -> None:
+    parts = [{"type": "image", "image": value} for value in (PIXELS, PIXELS.numpy(), media.to_pil(PIXELS))]
+    for segment in messages_to_document([{"role": "user", "content": parts}]).segments:
+        assert isinstance(segment, Image) and torch.equal(segment.pixels, PIXELS)
     pil = media.to_pil(PIXELS)
     loaders.read({"type": "image", "image": pil})
     assert loaders.seen[-1] is pil
+
+
+def test_what_is_too_long_is_refused_before_it_is_decoded(loaders: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MAX_BYTES", 100)
+    monkeypatch.setattr(media, "MAX_CLIP_BYTES", 200)
+    for kind, limit in (("image", 100), ("video", 200)):
+        loaders.read({"type": kind, "url": "data:," + "%41" * limit})
+        coded = base64.b64encode(b"A" * limit).decode()
+        loaders.read({"type": kind, "url": f"data:;base64,{coded}"}, {"type": kind, "base64": coded})
+        whole = [b"A" * limit] * 3
+        assert loaders.seen[-3:] == (whole if kind == "image" else [(data, None) for data in whole])
+        for value in ("data:," + "%41" * (limit + 1), "data:;base64," + "QUFB" * (limit // 2 + 1)):
+            with pytest.raises(ValueError, match=r"is longer than \d+ bytes; make it smaller"):
+                loaders.read({"type": kind, "url": value})
+    with pytest.raises(ValueError, match=r"is longer than \d+ bytes; make it smaller"):
+        loaders.read({"type": "video", "base64": "QUFB" * 101})
 
 
 def test_roles_and_what_is_supervised() -> None:
@@ -164,8 +180,8 @@ def test_empty_texts_go_where_something_else_is_said() -> None:
     picture = {"type": "image", "image": PIXELS}
     parts = messages_to_document([{"role": "user", "content": ["", picture, " ", ""]}]).segments
     assert [type(part).__name__ for part in parts] == ["Image", "Text"] and parts[1] == Text(" ")
-    with pytest.raises(ValueError, match=r"message 1: the assistant's content \[' ', ''\] is empty"):
-        messages_to_document([{"role": "user", "content": "a"}, {"role": "assistant", "content": [" ", ""]}])
+    with pytest.raises(ValueError, match=r"message 1: the system's content \[' ', ''\] is empty"):
+        messages_to_document([{"role": "user", "content": "a"}, {"role": "system", "content": [" ", ""]}])
 
 
 def test_messages_of_a_document_by_hand() -> None:
