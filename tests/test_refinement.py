@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import omni
+from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.engine import Engine
 from omni.guidance import Drop, drop, null_documents, open_turn, reduce
-from omni.layout import LatentSpan
+from omni.layout import LatentSpan, TokenSpan
 from omni.prefill import append_spans, refine_stream
 from omni.refinement import block_noise
 from omni.reply import BlockStep, GenerationOptions
@@ -69,19 +70,29 @@ HISTORIES: list[tuple[Segment, ...]] = [
 ]
 
 
-def branch(model: omni.Omni, history: tuple[Segment, ...], what: Drop | None, x: Tensor, beta: float) -> Tensor:
-    """F of one history alone, the context composed from the document that training makes of it."""
-    target = Image(torch.zeros(8, 12, 3, dtype=torch.uint8), Role.ASSISTANT, supervise=True)
+PICTURE = Image(torch.zeros(8, 12, 3, dtype=torch.uint8), Role.ASSISTANT, supervise=True)
+
+
+def branch(
+    model: omni.Omni, history: tuple[Segment, ...], what: Drop | None, x: Tensor, beta: float = 1.0,
+    target: Image | Video = PICTURE, finished: tuple[Tensor, ...] = (),
+) -> Tensor:  # fmt: skip
+    """F of one history alone, the context composed from the document that training makes of it; of the target's blocks,
+    those before the next have the finished latents."""
     document = Document((*open_turn(history, Role.ASSISTANT), target))
     reduced = drop(document, what) if what else document
     assert reduced is not None
-    spans = model.spans(reduced)
-    last = max(i for i, span in enumerate(spans) if isinstance(span, LatentSpan))
+    spans, count = model.spans(reduced), len(model.encode_media([target])[0])
+    blocks = [i for i, span in enumerate(spans) if isinstance(span, LatentSpan)][-count:]
+    for i, latents in zip(blocks, finished, strict=False):
+        spans[i] = LatentSpan(latents, spans[i].grid)  # type: ignore[union-attr]
+    block = spans[blocks[len(finished)]]
+    assert isinstance(block, LatentSpan) and x.shape == block.latents.shape
     with torch.inference_mode():
         cache = model.transformer.new_cache(1, 64)
-        append_spans(model, cache, [spans[:last]], 0)
+        append_spans(model, cache, [spans[: blocks[len(finished)]]], 0)
         t, s = (torch.tensor([time]) for time in TIMES)
-        stream = refine_stream(cache, (1, 2, 3), "cpu")
+        stream = refine_stream(cache, block.grid, "cpu")
         return model.velocity(x[None], t, s, torch.tensor([beta]), stream, None, cache.memory())[0]
 
 
@@ -98,7 +109,7 @@ def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_im
     [start], [found] = spy.starts, spy.velocities
     assert found.shape == (2, 6, 48)
     for row, history in enumerate(HISTORIES):
-        full, text, everything = (branch(model, history, what, start[row], 1.0) for what in (None, "text", "all"))
+        full, text, everything = (branch(model, history, what, start[row]) for what in (None, "text", "all"))
         told = branch(model, history, None, start[row], 0.5)  # the network is told 1 / 2; reduced histories 1
         assert min(float((a - b).abs().max()) for a, b in ((full, text), (text, everything), (full, told))) > 1e-3
         wanted = everything + w_image * (text - everything) + w_text * (told - text)
@@ -111,11 +122,11 @@ def test_a_row_that_draws_while_another_writes_has_its_own_history(model: omni.O
     mine = GenerationOptions(guidance=2.0, image_guidance=1.0, **FORCED)
     Engine(model).generate_batch(["something else", Document(HISTORIES[0])], [plain, mine], seeds=[1, 2])
     [start], [found] = spy.starts, spy.velocities
-    full, text = (branch(model, HISTORIES[0], what, start[0], 1.0) for what in (None, "text"))
+    full, text = (branch(model, HISTORIES[0], what, start[0]) for what in (None, "text"))
     torch.testing.assert_close(found[0], text + 2 * (full - text), rtol=1e-4, atol=1e-4)
     Engine(model).generate_batch(["something else", Document(HISTORIES[0])], [plain, GenerationOptions(**FORCED)])
     torch.testing.assert_close(
-        spy.velocities[1][0], branch(model, HISTORIES[0], None, spy.starts[1][0], 1.0), rtol=1e-4, atol=1e-4
+        spy.velocities[1][0], branch(model, HISTORIES[0], None, spy.starts[1][0]), rtol=1e-4, atol=1e-4
     )
 
 
@@ -190,18 +201,42 @@ def test_every_block_and_jump_has_noise_of_its_own(model: omni.Omni, spy: Spy) -
         assert all(float((one - other).abs().max()) > 0.5 for other in drawn[:number])
 
 
-def test_the_blocks_of_a_clip_have_noise_of_their_own(model: omni.Omni, spy: Spy) -> None:
-    noise = [block_noise(Key(5), 0, block, (4, 48)) for block in (0, 1)]
+@pytest.fixture
+def clips(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> Video:
+    """Two frames make one block of (2, 2, 3) latents; the clip has two of them."""
+    monkeypatch.setattr(model, "codec", PixelCodec(PixelConfig(patch=4, frames_per_chunk=2)))
+    return Video(torch.zeros(4, 8, 12, 3, dtype=torch.uint8), 8.0, Role.ASSISTANT, supervise=True)
+
+
+def header(model: omni.Omni, clip: Video) -> list[int]:
+    [ids] = [span.ids for span in model.spans(Document((clip,)))[:1] if isinstance(span, TokenSpan)]
+    return ids[ids.index(Engine(model).control.video) :]
+
+
+def test_the_blocks_of_a_clip_have_noise_of_their_own(model: omni.Omni, spy: Spy, clips: Video) -> None:
+    noise = [block_noise(Key(5), 0, block, (12, 48)) for block in (0, 1)]
     assert float((noise[0] - noise[1]).abs().max()) > 0.5
-    frames = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    header = [span for span in model.spans(Document((Video(frames, 8.0),))) if not isinstance(span, LatentSpan)][0].ids
-    c = Engine(model).control
-    scripted(model, [header[header.index(c.video) :]]).generate("move", sampler="spy", steps=2, seed=5)
-    assert len(spy.starts) == 2  # one chunk after the other
+    scripted(model, [header(model, clips)]).generate("move", sampler="spy", steps=2, seed=5)
+    assert len(spy.starts) == 2  # one block after the other
     for block in (0, 1):
         assert torch.equal(spy.starts[block][0], noise[block])
         for jump in (0, 1):
-            assert torch.equal(spy.noises[block][jump][0], block_noise(Key(5), 0, block, (4, 48), jump))
+            assert torch.equal(spy.noises[block][jump][0], block_noise(Key(5), 0, block, (12, 48), jump))
+
+
+def test_every_branch_of_a_later_block_reads_the_finished_ones(model: omni.Omni, spy: Spy, clips: Video) -> None:
+    options = {"sampler": "spy", "steps": 2, "guidance": 3.0, "image_guidance": 1.5}
+    scripted(model, [header(model, clips)]).generate(Document(HISTORIES[0]), **options)
+    finished = spy.starts[0][0] / 4  # where the spy ends
+    for number, known in enumerate(((), (finished,))):
+        start, found = spy.starts[number][0], spy.velocities[number][0]
+        full, text, everything = (
+            branch(model, HISTORIES[0], what, start, target=clips, finished=known) for what in (None, "text", "all")
+        )
+        wanted = everything + 1.5 * (text - everything) + 3 * (full - text)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    without = branch(model, HISTORIES[0], "all", spy.starts[1][0], target=clips)
+    assert float((without - everything).abs().max()) > 1e-3
 
 
 def test_noise_does_not_depend_on_the_batch(model: omni.Omni, spy: Spy) -> None:
