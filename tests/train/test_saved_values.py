@@ -236,9 +236,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     model.register_parameter("more", nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match=r"differ in 'more' \(1 names in all\)"):
         state.load(directory, model, ema, optimiser, IDENTITY)
+    _, ema, optimiser = parts(0.0)
+    with pytest.raises(ValueError, match=r"differ in 'first.weight' \(4 names in all\)"):
+        state.load(directory, nn.Linear(1, 1, bias=False), ema, optimiser, IDENTITY)
 
 
 def test_the_scalars_are_json(tmp_path: Path) -> None:
     directory = save(tmp_path, 4)
-    scalars = json.loads((directory / "state.json").read_text())
+    text = (directory / "state.json").read_text()
+    scalars = json.loads(text)
+    assert text == json.dumps(scalars, sort_keys=True, indent=1)  # two equal states are equal files
     assert scalars["progress"]["step"] == 4 and scalars["ema_updates"] == 1 and scalars["identity"] == IDENTITY
