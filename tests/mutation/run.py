@@ -233,14 +233,18 @@ class Worker:
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         answer = json.loads(self.server.stdout.readline())
+        if answer["code"] in (3, 4, 5, 70):  # pytest's internal error, wrong arguments, no tests; the server's own
+            raise SystemExit(f"{self.output()}\nthe tests did not run: {' '.join(tests)}")
         return answer["code"], answer["seconds"]
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def unmutated(self, tests: tuple[str, ...]) -> float:
         """Seconds of the tests as they are; they must pass."""
         code, seconds = self.run(tests, 900)
         if code != 0:
-            output = self.log.read_text(encoding="utf-8", errors="replace")
-            raise SystemExit(f"{output[-3000:]}\nthe tests fail without any mutant: {' '.join(tests)}")
+            raise SystemExit(f"{self.output()}\nthe tests fail without any mutant: {' '.join(tests)}")
         print(f"{seconds:6.1f} s unmutated: {' '.join(tests)}", flush=True)
         return seconds
 
