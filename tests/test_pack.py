@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -191,6 +192,11 @@ def test_what_is_laid_out_does_not_change() -> None:
     for part in parts:
         with pytest.raises(FrozenInstanceError):
             setattr(part, next(iter(vars(part))), None)
+
+
+def test_ignored_targets_are_those_that_torch_ignores() -> None:
+    loss = torch.nn.functional.cross_entropy(torch.zeros(2, 3), torch.tensor([IGNORE, 1]))
+    assert float(loss) == pytest.approx(math.log(3))
 
 
 # ---- the rule ------------------------------------------------------------------------------------------------------
