@@ -109,7 +109,9 @@ def test_addresses_become_paths_and_bytes(loaders: Loaders, monkeypatch: pytest.
     for empty in ("", "  "):
         with pytest.raises(ValueError, match="the picture's address is empty; give a path or a data: URL"):
             loaders.read({"type": "image", "url": empty})
-    with pytest.raises(ValueError, match=r"the base64 of a picture is malformed: 'YW\*J'..."):
+    with pytest.raises(ValueError, match=r"the base64 of a picture is malformed: '\*{30}'\.\.\.; encode the file"):
+        loaders.read({"type": "image", "url": "data:image/png;base64," + "*" * 40})
+    with pytest.raises(ValueError, match=r"the base64 of a picture is malformed: 'YW\*J'\.\.\."):
         loaders.read({"type": "image", "url": "data:image/png;base64,YW*J"})
 
 
