@@ -142,8 +142,8 @@ class LaidOut:
     block: list[int]
     position: list[tuple[int, int, int]]
     blocks: list[tuple[int, LatentSpan, int]]  # (block index, span, first rotary position): blocks to refine
-    next_position: int = 0
-    next_block: int = 0
+    next_position: int
+    next_block: int
 
 
 def lay_out(

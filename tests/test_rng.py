@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import random
+
+import pytest
 import torch
 
 from omni.objectives.base import Items
@@ -68,3 +73,68 @@ def test_copies_are_spread_evenly() -> None:
     assert torch.allclose((u[:, 1] - u[:, 0]) % 1.0, torch.full((len(u),), 0.5, dtype=torch.float64))
     assert len(u[:, 0].unique()) == len(u)
     assert not torch.equal(uniform_I(NAMES, Key(0), "time"), uniform_I(NAMES, Key(0), "level"))
+
+
+# ---- the same in plain Python --------------------------------------------------------------------------------------
+
+GOLDEN, BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def mixed(z: int) -> int:
+    """SplitMix64 as published, on Python's integers."""
+    z &= BITS
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & BITS
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & BITS
+    return z ^ z >> 31
+
+
+def test_each_uniforms_and_normals_are_those_of_plain_integers() -> None:
+    key, names = Key(5).fold("x"), [(3, 7), (-2, 0), (1 << 40, 5)]
+    keys = key.each(torch.tensor(names))
+    for name, found in zip(names, keys.tolist(), strict=True):
+        bits = key.integer()
+        for part in name:
+            bits = mixed(bits ^ mixed(part + GOLDEN))
+        assert found % (1 << 64) == bits
+        for counter in (0, 1, 9):
+            z = mixed(bits + (counter + 1) * GOLDEN)
+            assert float(uniforms(torch.tensor([found]), counter)) == (z >> 11) / 2**53
+            radius = math.sqrt(-2 * math.log(((z >> 32) + 0.5) / 2**32))
+            angle = 2 * math.pi * (z % (1 << 32)) / 2**32
+            pair = normals(torch.tensor([found]), torch.tensor([counter]))
+            assert pair.shape == (1, 2) and pair.dtype == torch.float32
+            assert pair[0].tolist() == pytest.approx([radius * math.cos(angle), radius * math.sin(angle)], rel=1e-6)
+    assert float(uniforms(keys[:1])) == float(uniforms(keys[:1], 0))
+
+
+def test_every_bit_of_a_key_counts_in_its_normals() -> None:
+    """Float32 of the formula in float64, but for a value or two that processors round differently."""
+    keys = Key(5).each(torch.arange(3000).view(-1, 1))
+    wanted = []
+    for bits in keys.tolist():
+        z = mixed(bits + GOLDEN)
+        radius = math.sqrt(-2 * math.log(((z >> 32) + 0.5) / 2**32))
+        angle = 2 * math.pi * (z & 0xFFFFFFFF) / 2**32
+        wanted.append([radius * math.cos(angle), radius * math.sin(angle)])
+    assert int((normals(keys, torch.tensor(0)) != torch.tensor(wanted)).sum()) <= 2
+
+
+def test_a_key_is_its_seed_and_path_hashed() -> None:
+    """63 bits of blake2b; ints and strings are told apart, and a fold of several is several folds."""
+    text = "(5, 'noise', 3, '3')"
+    wanted = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    key = Key(5).fold("noise").fold(3, "3")
+    assert key == Key(5, ("noise", 3, "3")) and key.integer() == wanted < 1 << 63
+    assert Key(5).fold("noise", True).integer() == Key(5).fold("noise", 1).integer()
+    assert len({Key(5).fold(*path).integer() for path in ((), ("1",), (1,), (1, 1), ("1", 1), ("11",))}) == 6
+    assert key.python().random() == random.Random(wanted).random()
+    again = torch.Generator().manual_seed(wanted)
+    assert torch.equal(key.normal((3, 2)), torch.randn(3, 2, generator=again))
+    again.manual_seed(wanted)
+    assert torch.equal(key.uniform((3,), torch.float64), torch.rand(3, generator=again, dtype=torch.float64))
+    for part in (1.5, None, (1,)):
+        with pytest.raises(ValueError, match="a key folds ints and strings, got"):
+            Key(0).fold("a", part)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        key.seed = 6  # type: ignore[misc]
+    assert len({Key(0), Key(0).fold(), Key(0, ())}) == 1

@@ -150,10 +150,19 @@ def test_values_read_well() -> None:
     assert [format_value(v) for v in (None, 95.0, 3.14159, 1e-7, 0.0)] == ["nan", "95", "3.14", "1e-07", "0"]
 
 
-def test_every_committed_suite_is_valid() -> None:
+def test_every_committed_suite_is_valid(tmp_path: Path) -> None:
+    """Each says its command, runs tasks that exist, and is refused with one key misspelt."""
     suites = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
+    assert len(suites) >= 10
     for path in suites:
-        load_suite(path, [])
+        text = path.read_text(encoding="utf-8")
+        suite = load_suite(path, [])
+        assert suite.title and suite.tasks and set(suite.tasks) <= set(TASKS.names()), path
+        assert f"python -m eval eval/suites/{path.name}" in text, path
+        wrong = tmp_path / path.name
+        wrong.write_text(text.replace("\ntasks =", "\ntask =", 1), encoding="utf-8")
+        with pytest.raises(ValueError, match="unknown key 'task'; did you mean 'tasks'"):
+            load_suite(wrong, [])
 
 
 def test_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:

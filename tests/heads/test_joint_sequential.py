@@ -165,4 +165,6 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_behind_a_real_model() -> None:
-    check_behind_a_real_model("sequential", "sequential", {})
+    head = check_behind_a_real_model("sequential", "sequential", {})
+    assert isinstance(head, Sequential) and head.length == 3
+    assert head.step.merge.weight.shape == (16, 2 * 16)  # of the toy model's width, state and token beside each other

@@ -155,7 +155,7 @@ def test_phrases_are_found_as_one_by_one() -> None:
     """The tree of a thousand phrases against all of them side by side, the longest first; and one of any length."""
     draw = random.Random(0)
     letters = ["a", "b", "c", " ", "s", ".", "(", "é", "_"]
-    for _ in range(300):
+    for _ in range(100):
         phrases = list({"".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(draw.randint(1, 30))})
         side_by_side = "|".join(
             re.escape(p) if p[0].isspace() else rf"(?<![\w\s]){re.escape(p)}"
@@ -168,7 +168,7 @@ def test_phrases_are_found_as_one_by_one() -> None:
     long = "ab" * 1000
     assert _any_of([long, "a", "ab"]).fullmatch(long)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="beginnings of one another"):
-        _any_of(["a" * n for n in range(1, 2000)])
+        _any_of(["a" * n for n in range(1, 1100)])
 
 
 @pytest.mark.parametrize("phrases", [[""], [" a", " b", " a"], ["\ud800"]])
