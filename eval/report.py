@@ -53,8 +53,9 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         mark = "" if row.bar is None else ("yes" if row.holds else "no")
         value = "nan" if row.value is None else f"{row.value:.6g}"
+        name = f"<td title='{escape(row.note)}'>{escape(row.name)}"
         lines.append(
-            f"<tr><td>{escape(row.name)}<td class='number'>{value}<td>{escape(row.unit)}<td>{escape(row.bar or '')}"
+            f"<tr>{name}<td class='number'>{value}<td>{escape(row.unit)}<td>{escape(row.bar or '')}"
             f"<td class='{mark}'>{mark}<td><code>{escape(row.command)}</code></tr>"
         )
     return "".join(lines) + "</table>"

@@ -6,8 +6,9 @@
     python -m eval --list
 
 A suite names tasks and holds one table of options per task, with the bars of its rows. Every row is {name, value,
-unit, bar, holds, command}; `holds` is true too where there is no bar. Exit code: 0 when every bar holds, 1 when one
-does not, 2 for bad usage, 3 when a task crashed. JSON and HTML appear whole at the end, or not at all.
+unit, bar, holds, command}, and a note where the task has one; `holds` is true too where there is no bar. Exit code: 0
+when every bar holds, 1 when one does not, 2 for bad usage, 3 when a task crashed. JSON and HTML appear whole at the
+end, or not at all.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ class Row:
     bar: str | None
     holds: bool
     command: str
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "note" or value}
 
 
 @dataclass(frozen=True)
@@ -139,14 +144,15 @@ def run_suite(suite: SuiteBase, path: str | Path, overrides: Sequence[str], cont
         absent = [Measure(row, math.nan, "") for row in options.bars if row not in given]  # such a bar does not hold
         command = row_command(path, overrides, name)
         measures = [*outcome.measures, *absent]
-        rows = [_row(name, m.name, m.value, m.unit, options.bars.get(m.name), command) for m in measures]
+        rows = [_row(name, m, options.bars.get(m.name), command) for m in measures]
         yield TaskResult(name, rows, outcome, seconds)
 
 
-def _row(task_name: str, name: str, value: float, unit: str, bar: str | None, command: str) -> Row:
-    value = float(value)
+def _row(task_name: str, measure: Measure, bar: str | None, command: str) -> Row:
+    value = float(measure.value)
     holds = bar is None or Bar.parse(bar).holds(value)
-    return Row(f"{task_name}.{name}", value if math.isfinite(value) else None, unit, bar, holds, command)
+    shown = value if math.isfinite(value) else None
+    return Row(f"{task_name}.{measure.name}", shown, measure.unit, bar, holds, command, measure.note)
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -254,7 +260,7 @@ def _run(args: argparse.Namespace) -> int:
     rows = [row for result in results for row in result.rows]
     print("\n" + format_table(rows))
     if args.json:
-        write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n")
+        write_whole(args.json, json.dumps([row.as_json() for row in rows], indent=1, allow_nan=False) + "\n")
     write_whole(html, html_report(suite.title, results, f"seed {suite.seed}, {suite.threads} thread(s)"))
     failing = [row.name for row in rows if not row.holds]
     verdict = f"{len(failing)} bar(s) do not hold: {', '.join(failing)}" if failing else "every bar holds"

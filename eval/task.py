@@ -64,11 +64,14 @@ class TaskOptions(Frozen):
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a task: short name (unique in the task), value, unit ("%", "dB", "x", "tokens/s", ...)."""
+    """One number of a task: short name (unique in the task), value, unit ("%", "dB", "x", "tokens/s", ...).
+
+    note: what it was measured under, where that belongs to the number; it is written with its row."""
 
     name: str
     value: float
     unit: str
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,163 @@
+"""What the speed tasks share: sizes, models with random weights, the machine in words, times of alternating runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from eval.metrics.timing import alternate
+from eval.peers import require
+from eval.task import Context, Measure, TaskOptions
+from omni.codecs import PixelCodec, PixelConfig
+from omni.document import Document, Role, Text
+from omni.heads import FlowHeadConfig
+from omni.layout import TokenSpan
+from omni.model import Omni, OmniConfig
+from omni.nn.precision import fast_bf16
+from omni.nn.transformer import TransformerConfig
+from omni.text.bpe import BPETokenizer
+
+
+class Size(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # width of the MLP
+
+
+SIZES = {"tiny": Size(64, 2, 1, 128), "8m": Size(256, 8, 4, 704), "90m": Size(768, 12, 12, 2048)}
+PATCH = 4
+CHANNELS = PATCH * PATCH * 3
+GRID = (8, 8)
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+MODES = ("eager", "compiled")
+
+
+class SpeedOptions(TaskOptions):
+    """repeats: alternating runs of each library, of which the median counts. compiled: measure the compiled rows, which
+    takes a minute or two of compiling. slow_bf16: measure bfloat16 also where the machine computes it slowly. quick:
+    tiny models, one run, both dtypes, nothing compiled: shows that everything runs, its figures mean nothing."""
+
+    repeats: int = Field(default=7, ge=1)
+    vocab_size: int = Field(default=4096, ge=512)
+    compiled: bool = True
+    slow_bf16: bool = False
+    quick: bool = False
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.compiled and not self.quick else MODES[:1]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The names of those that are measured here."""
+        return tuple(DTYPES) if self.quick or self.slow_bf16 or fast_bf16() else ("float32",)
+
+    @property
+    def runs(self) -> int:
+        return 1 if self.quick else self.repeats
+
+
+def build_omni(context: Context, size: str, vocab_size: int, pictures: bool = True, bf16_values: bool = False) -> Omni:
+    """A model of a size in SIZES with random weights, a byte tokenizer and the exact codec (64 latents for 32x32).
+
+    bf16_values: float32 weights whose values bfloat16 holds, as those of a published checkpoint."""
+    width, depth, heads, hidden = SIZES[size]
+    transformer = TransformerConfig(
+        width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=64, mlp_width=hidden
+    )
+    config = OmniConfig(transformer=transformer, flow=FlowHeadConfig(channels=CHANNELS), vocab_size=vocab_size)
+    model = Omni(config, context.key("speed", size))
+    if bf16_values:
+        model = model.to(torch.bfloat16).to(torch.float32)
+    model.tokenizer = BPETokenizer.train(["speed"], 256)
+    model.codec = PixelCodec(PixelConfig(patch=PATCH)) if pictures else None
+    return model
+
+
+def prompt_of(num_bytes: int) -> str:
+    return ("sixteen bytes ok" * -(-num_bytes // 16))[:num_bytes]
+
+
+def num_prompt_ids(model: Omni, prompt: str) -> int:
+    """How many ids the engine prefills for a prompt, its control ids included: the other library gets as many."""
+    spans = model.spans(Document((Text(prompt, Role.USER),)), generation_prompt=True)
+    return sum(len(span.ids) for span in spans if isinstance(span, TokenSpan))
+
+
+def machine(*packages: str) -> str:
+    """Versions, what the processor can, threads. Raises ValueError where a package is missing."""
+    versions = ", ".join(f"{package} {require(package)}" for package in ("torch", *packages))
+    bf16 = "fast" if fast_bf16() else "slow"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{versions}; CPU with {capability}, bfloat16 {bf16}; {torch.get_num_threads()} thread(s)"
+
+
+def notes_of(options: SpeedOptions, *notes: str) -> list[str]:
+    if "bf16" in options.dtypes and not fast_bf16():
+        return [*notes, "this machine computes bfloat16 slowly: its rows in bfloat16 say little of any other machine"]
+    if "bf16" not in options.dtypes:
+        return [*notes, "this machine computes bfloat16 slowly: rows in it are not measured (nan); slow_bf16=true does"]
+    return list(notes)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of alternating runs, by name. What was not run is nan. `conditions` end every row's note."""
+
+    seconds: Mapping[str, Sequence[float]]
+    conditions: str
+
+    @classmethod
+    def of(cls, runs: Mapping[str, Callable[[], Any]], repeats: int, conditions: str, warmup: int = 1) -> Times:
+        return cls(alternate(runs, repeats, warmup), conditions)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name]) if name in self.seconds else math.nan
+
+    def fastest(self, names: Sequence[str]) -> str:
+        """Of those that were run; the first where none was."""
+        return min((name for name in names if name in self.seconds), key=self.median, default=names[0])
+
+    def spread(self, name: str) -> str:
+        """In words: median, least and most."""
+        if name not in self.seconds:
+            return f"{name}: not measured"
+        low, high = min(self.seconds[name]), max(self.seconds[name])
+        return f"{name} {self.median(name) * 1e3:.1f} ms ({low * 1e3:.1f}-{high * 1e3:.1f})"
+
+    def note(self, *names: str) -> str:
+        runs = max((len(self.seconds[name]) for name in names if name in self.seconds), default=0)
+        return f"{', '.join(map(self.spread, names))}; {runs} run(s); {self.conditions}"
+
+    def ratio(self, row: str, theirs: Sequence[str], ours: str) -> Measure:
+        """How many times as long the fastest of theirs takes; nan where a side was not run."""
+        base = self.fastest(theirs)
+        return Measure(row, self.median(base) / self.median(ours), "x", self.note(base, ours))
+
+    def rate(self, row: str, name: str, tokens: int) -> Measure:
+        return Measure(row, tokens / self.median(name), "tokens/s", self.note(name))
+
+    def milliseconds(self, row: str, name: str) -> Measure:
+        return Measure(row, self.median(name) * 1e3, "ms", self.note(name))
+
+
+def first_run(run: Callable[[], Any]) -> str:
+    """Run once what compiles itself. Returns why it cannot, in a line, or nothing."""
+    try:
+        run()
+    except RuntimeError as error:  # of torch._dynamo and torch._inductor too
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def ids_like(rows: int, length: int) -> Tensor:
+    """(rows, length) int64."""
+    return (torch.arange(length) % 256).expand(rows, length).contiguous()
