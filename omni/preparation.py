@@ -56,7 +56,7 @@ class Preparation(Frozen):
     tail: Literal["repeat", "cut"] = Field(
         default="repeat", description="last frames that fill no chunk: the last one is repeated, or they are cut"
     )
-    fps: float | None = Field(default=None, gt=0, le=1000, description="faster clips are thinned to this frame rate")
+    fps: float | None = Field(default=None, ge=0.5, le=64, description="faster clips are thinned to this frame rate")
     max_frames: int | None = Field(default=None, ge=1, description="longer clips are cut to whole chunks of it")
 
     @model_validator(mode="after")
