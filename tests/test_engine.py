@@ -115,8 +115,8 @@ def test_a_clip_without_a_rate_token_is_refused_before_it_is_encoded(
     model: omni.Omni, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.codec, "encode", lambda pixels: pytest.fail("it was encoded"))
-    clip = Video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 120.0)
-    with pytest.raises(ValueError, match="120 frames per second has no rate token"):
+    clip = Video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 0.2)
+    with pytest.raises(ValueError, match="0.2 frames per second has no rate token"):
         model.generate(Document((clip, Text("what is this?"))))
 
 
