@@ -151,7 +151,7 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     call = CacheCall(engine.model, cache, spans, engine.control.pad, engine.step)
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
-    _require_sound(talking, call, draft)
+    _require_sound(engine, talking, call, draft)
     if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft, call.start
     # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
@@ -192,11 +192,11 @@ def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
         chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
     ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     draft = Draft(ids, laws if wants_laws else None, len(chosen))
-    _require_sound(talking, call, draft)
+    _require_sound(engine, talking, call, draft)
     return draft
 
 
-def _require_sound(talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
+def _require_sound(engine: Engine, talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
     """NotFiniteError if the head drafted from logits, or by probabilities, that are not finite."""
     wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
     wrong = wrong if call.unsound is None else wrong | call.unsound
@@ -205,6 +205,8 @@ def _require_sound(talking: Sequence[Row], call: CacheCall | StateCall, draft: D
     found = wrong.tolist()
     for row in talking:
         if found[row.number]:
+            logits = engine.model.token.read(call.start[row.number : row.number + 1])
+            masked_scores(logits, torch.zeros_like(logits), [row.num_tokens])  # raises where the head is not to blame
             raise NotFiniteError(
                 f"the joint-token head's draft from token {row.num_tokens + 1} of the reply on is not finite: its "
                 "weights are damaged; check the model's files with `omni verify`, or take tokens_per_pass = 1"

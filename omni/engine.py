@@ -272,7 +272,7 @@ class Engine:
             yield from self._finish(row, "end")
         elif row.num_media >= row.options.max_images:
             yield from self._finish(row, "images")
-        elif not row.has_room(LEAST_MEDIA):
+        elif not row.has_room(LEAST_MEDIA - 1):
             yield from self._finish(row, "length")
         else:
             yield from self._close_text(row)

@@ -126,7 +126,7 @@ def test_a_picture_that_has_no_room_is_not_begun(tiny_model, monkeypatch: pytest
     c = Engine(living(tiny_model)).control
     script = [c.image, c.size(2), c.size(2), *letters(living(tiny_model), 1), c.end]
     n = length(living(tiny_model), "draw")
-    for limit in range(16, n + 12):
+    for limit in range(n + 1, n + 12):
         model = limited(tiny_model, limit)
         seen = watch(model, monkeypatch)
         with warnings.catch_warnings():

@@ -111,6 +111,15 @@ def test_a_frame_rate_without_an_id_is_refused(model: omni.Omni, fps: float) -> 
         model.generate("move", fps=fps)
 
 
+def test_a_clip_without_a_rate_token_is_refused_before_it_is_encoded(
+    model: omni.Omni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.codec, "encode", lambda pixels: pytest.fail("it was encoded"))
+    clip = Video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 0.2)
+    with pytest.raises(ValueError, match="0.2 frames per second has no rate token"):
+        model.generate(Document((clip, Text("what is this?"))))
+
+
 def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
     script = clip_script(Engine(model), 3, 8)
     [clip] = force(model, script).generate("move", steps=2, image_size=(8, 8)).parts

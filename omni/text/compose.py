@@ -60,14 +60,18 @@ def compose(
 
 def prompt_length(document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int) -> int:
     """How many context positions `compose` makes of a prompt, without encoding its media. ValueError unless they leave
-    room for a reply in `max_context`. num_latents: of one image or video, all its chunks together.
+    room for a reply in `max_context`, and for a frame rate that has no size token. num_latents: of one image or video,
+    all its chunks together.
 
     Text that is too long by its characters alone is not encoded to be counted.
     """
     texts = [s.text for s in document.segments if isinstance(s, Text)]
     media = [s for s in document.segments if not isinstance(s, Text)]
     around = 2 + 2 * sum(1 for _ in document.turns())  # begin, the assistant's turn; role and end of each turn
-    around += sum(header_length(isinstance(s, Video)) + 1 + num_latents(s) for s in media)
+    for segment in media:
+        if isinstance(segment, Video):
+            frame_rate(segment.fps)  # refused before it is encoded
+        around += header_length(isinstance(segment, Video)) + num_latents(segment) + 1
     if sum(map(len, texts)) > MAX_UNCOUNTED:
         fewest = sum(math.ceil(len(text) / tokenizer.longest_id) for text in texts)
         require_room(around + fewest, max_context, "the prompt has at least")
