@@ -271,11 +271,10 @@ def check_defaults(defaults: Mapping[str, Any], source: str = "the model's gener
     if not isinstance(defaults, Mapping):
         raise ValueError(f"{source}: must be a table of options, got a {type(defaults).__name__}")
     known = {n for n, f in GenerationOptions.model_fields.items() if f.default is None}
-    for key in sorted(set(map(str, defaults)) - known - {"picture_size"}):
+    for key in sorted(set(map(str, defaults)) - known):
         way_out = nearest(key, known) or "; give it with each request"
         raise ValueError(f"{source}: {key!r} is no default of a model's generation.json{way_out}")
-    own = {name: value for name, value in defaults.items() if name != "picture_size"}
-    return build(own, GenerationOptions, source)
+    return build(defaults, GenerationOptions, source)
 
 
 def _is_number(value: Any) -> bool:
