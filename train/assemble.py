@@ -181,6 +181,8 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     Weights of their own for latents that the saved one has not begin as copies (see train.expert). Raises ValueError
     when a weight is missing, unknown or of another shape, unless `partial_allowed`.
     """
+    if not directory.is_dir():
+        raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a saved state")
     verify(directory)
     name = AVERAGES if (directory / AVERAGES).is_file() else WEIGHTS
     saved, own = load_tensors(directory / name), model.state_dict()
