@@ -188,6 +188,8 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     Weights of their own for latents that the saved one has not begin as copies (see train.expert). Raises ValueError
     when a weight is missing, unknown or of another shape, unless `partial_allowed`.
     """
+    if not directory.is_dir():
+        raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a saved state")
     published, own = Published(directory), model.state_dict()
     saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()

@@ -118,7 +118,7 @@ def test_what_cannot_be_coupled_is_said(make_run: MakeRun) -> None:
 
 def test_the_recipe_knows_its_coupling(make_run: MakeRun) -> None:
     coupled, plain = make_run(*COUPLED), make_run(*OPEN, out="plain")
-    assert isinstance(coupled.recipe, Recipe) and coupled.recipe.identity() != plain.recipe.identity()
+    assert isinstance(coupled.recipe, Recipe) and coupled.identity != plain.identity
     spans = [s for s in coupled.loader._read(0).pieces[0].spans if isinstance(s, LatentSpan)]
     assert spans
 
