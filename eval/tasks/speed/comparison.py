@@ -42,18 +42,19 @@ MODES = ("eager", "compiled")
 
 class SpeedOptions(TaskOptions):
     """repeats: alternating runs of each library, of which the median counts. compiled: measure the compiled rows, which
-    takes a minute or two of compiling. slow_bf16: measure bfloat16 also where the machine computes it slowly. quick:
-    tiny models, one run, both dtypes, nothing compiled: shows that everything runs, its figures mean nothing."""
+    takes minutes of compiling; None: unless quick. slow_bf16: measure bfloat16 also where the machine computes it
+    slowly. quick: tiny models, one run, both dtypes: shows that everything runs; its figures mean nothing."""
 
     repeats: int = Field(default=7, ge=1)
     vocab_size: int = Field(default=4096, ge=512)
-    compiled: bool = True
+    compiled: bool | None = None
     slow_bf16: bool = False
     quick: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return MODES if self.compiled and not self.quick else MODES[:1]
+        compiled = not self.quick if self.compiled is None else self.compiled
+        return MODES if compiled else MODES[:1]
 
     @property
     def dtypes(self) -> tuple[str, ...]:
