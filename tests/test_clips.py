@@ -45,7 +45,12 @@ def scene(width: int = 48, height: int = 32, frames: int = 2) -> torch.Tensor:
 
 
 def mp4(
-    av: Any, frames: torch.Tensor, matrix: str | None = None, times: list[int] | None = None, **fields: Any
+    av: Any,
+    frames: torch.Tensor,
+    matrix: str | None = None,
+    times: list[int] | None = None,
+    title: str = "",
+    **fields: Any,
 ) -> bytes:
     """An MP4 as other programs write it; `matrix` of its colours and no tag, unless `fields` of the stream say so."""
     buffer = io.BytesIO()
@@ -54,6 +59,7 @@ def mp4(
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for name, value in fields.items():
             setattr(stream.codec_context, name, value)
+        container.metadata["title"] = title
         span = "JPEG" if fields.get("color_range") == 2 else "MPEG"
         for index, pixels in enumerate(frames.numpy()):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -265,3 +271,21 @@ def test_a_cut_animation_is_refused(tmp_path: Path) -> None:
     for end in (data.index(b"fdAT") + 4, data.rindex(b"fcTL") - 4, len(data) - 40):
         with pytest.raises(ValueError, match="cannot decode the clip's bytes.*cut off"):
             media.load_video(data[:end])
+
+
+def test_flipped_bytes_of_clips_are_one_line(av: Any) -> None:
+    data = mp4(av, scene(), title="a title")
+    at = data.index(b"a title")
+    assert len(media.load_video(data[:at] + b"\xff\xe9" + data[at + 2 :])[0]) == 2  # no UTF-8: text is not needed
+    unknown = data.replace(b"avc1", b"none")
+    with pytest.raises(ValueError, match="its codec is not known here; encode it as H.264"):
+        media.load_video(unknown)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        flipped = bytearray(data)
+        for place in torch.randint(len(data), (3,), generator=generator).tolist():
+            flipped[place] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+        try:
+            media.load_video(bytes(flipped), max_pixels=10_000_000)
+        except ValueError as caught:
+            assert type(caught) is ValueError and "\n" not in str(caught)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms, features
 from omni import media
 from omni.document import Image as Picture
 from omni.document import Video
+from omni.media.files import TimedBytes
 from omni.text.chat import messages_to_document
 
 RGB = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -204,3 +206,25 @@ def test_a_colour_profile_is_converted() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for harmless in (srgb, b"nonsense", bytes(profile[:200])):
         assert torch.equal(shown(encoded(media.to_pil(RGB), "PNG", icc_profile=harmless)), RGB)
+
+
+def test_a_tiff_whose_zero_is_white() -> None:
+    for mode, value, expected in (("L", 200, 55), ("I;16", 60_000, 22), ("F", 0.8, 51)):
+        data = bytearray(encoded(Image.new(mode, (3, 2), value), "TIFF"))
+        entry = struct.pack("<HHI", 262, 3, 1)
+        at = data.index(entry) + len(entry)
+        assert data[at] == 1
+        data[at] = 0
+        assert shown(bytes(data)).unique().tolist() == [expected], mode
+
+
+def test_the_scans_of_a_jpeg_are_read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each scan goes over the whole picture: 0.3 MB of them took minutes, in which nothing looked at the time."""
+    whole = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    data = whole[:-2] + scan * (20_000 // len(scan)) + whole[-2:]
+    sizes: list[int] = []
+    read = TimedBytes.read
+    monkeypatch.setattr(TimedBytes, "read", lambda self, size=-1: (sizes.append(size), read(self, size))[1])
+    assert media.load_image(data).unique().tolist() == [128]
+    assert sizes.count(1024) >= 15 and 0 < max(sizes) <= 1024

@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from omni.media import files
 from omni.media.files import MAX_BYTES, MAX_PIXELS, TIMEOUT_SECONDS, TimedBytes, TimeLimitError
-from omni.media.pixels import array_to_rgb, check_tensor, image_to_rgb, is_array, is_pil
+from omni.media.pixels import array_to_rgb, check_tensor, image_to_rgb, is_array, is_pil, upright
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # no format that runs a program (EPS, PDF)
-_ORIENTATION = 0x0112  # the EXIF tag; its values and what makes each upright
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_ORIENTATION = 0x0112  # the EXIF tag; its values as display matrices, see pixels.upright
+_MATRICES = {
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, -1, 1, 0),
 }
+# libjpeg works through as many scans as a file has, each over the whole picture: the time is looked at in between.
+_JPEG_PIECE = 1024
 
 
 def load_image(
@@ -73,15 +75,15 @@ def decode(image: Image.Image, name: str, max_pixels: int) -> torch.Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if isinstance(image, ImageFile.ImageFile) and image.format == "JPEG":
+                image.decodermaxblock = _JPEG_PIECE
             image.load()
-            turn = _TURNS.get(_orientation(image))
-            upright = image if turn is None else image.transpose(turn)
+            orientation = _orientation(image)
     except TimeLimitError:
         raise
     except Exception as error:  # as above
         raise ValueError(f"cannot decode {name}: {files.reason(error)}; the file is cut off or damaged") from None
-    upright.format = image.format  # transpose() forgets it
-    return image_to_rgb(upright, name)
+    return upright(image_to_rgb(image, name), _MATRICES.get(orientation, (1, 0, 0, 1)))
 
 
 def _orientation(image: Image.Image) -> Any:

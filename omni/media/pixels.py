@@ -21,6 +21,8 @@ from PIL import Image
 
 from omni.media.files import check_pixels
 
+_PHOTOMETRIC = 262  # the TIFF tag
+
 
 def is_array(value: Any) -> bool:
     """Whether `value` is a tensor or an array of numbers."""
@@ -37,6 +39,20 @@ def check_tensor(pixels: torch.Tensor, ndim: int, shape: str) -> None:
     if not good or pixels.shape[-1] != 3 or pixels.numel() == 0:
         got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
         raise ValueError(f"pixels must be a uint8 tensor {shape}, got {got}")
+
+
+def upright(pixels: torch.Tensor, matrix: tuple[int, int, int, int]) -> torch.Tensor:
+    """(H, W, 3) turned and mirrored by a display matrix: the nearest of the eight ways to lay a picture on the screen.
+
+    matrix: (a, b, c, d) of ISO/IEC 14496-12: the pixel at column p, row q is shown at column a*p + c*q, row b*p + d*q,
+    up to scale and place. Singular ones, all zeros for example, are ignored, as players do.
+    """
+    a, b, c, d = matrix
+    if a * d == b * c:
+        return pixels
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.transpose(0, 1), c, b
+    return pixels.flip([axis for axis, sign in ((0, d), (1, a)) if sign < 0]).contiguous()
 
 
 # --------------------------------------------------------------------------------------------- arrays
@@ -134,6 +150,8 @@ def _reduce(image: Image.Image, name: str) -> Image.Image:
                 "convert it to 8 or 16 bits first"
             )
         values = values.astype(np.uint16)
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF whose zero is white; Pillow minds it in 8 bits
+        values = (1 if image.mode == "F" else 65535) - values
     clear = image.info.get("transparency")
     grey = Image.fromarray(_to_8_bits(values, f"{name} of mode {image.mode!r}"))
     if isinstance(clear, int):

@@ -6,9 +6,11 @@ Legend: H, W pixels; T frames.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +20,7 @@ import torch
 from omni.document import check_fps
 from omni.media import files
 from omni.media.files import MAX_PIXELS, TimedBytes, check_pixels
-from omni.media.pixels import check_tensor
+from omni.media.pixels import check_tensor, upright
 
 # Containers that hold their own data. Others (playlists, ffconcat) name further files, which would be opened.
 FORMATS = (
@@ -28,7 +30,7 @@ FORMATS = (
 # Values of ITU-T H.273, which files carry, and the matrices of the same names in PyAV.
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
 _BT709, _UNSPECIFIED = 1, 2
-_RANGES = {1: "MPEG", 2: "JPEG"}  # limited, full
+_LIMITED, _FULL = 1, 2
 
 
 DEFAULT_FPS = 8.0  # of what does not say
@@ -48,32 +50,38 @@ def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[T
     """The frames of the first video stream. ValueError where the header says more than `max_seconds`."""
     av = _import_av()
     limit = {"max_pixels": str(2 * MAX_PIXELS)}  # of a frame, with the decoder's own margins
-    try:
-        options = {"format_whitelist": FORMATS, **limit}
-        with av.open(data, mode="r", options=options, io_open=_open_no_other) as container:
-            stream = next((s for s in container.streams.video if not _is_cover(s)), None)
-            if stream is None:
-                return
-            check_pixels((stream.width, stream.height), 1, name, MAX_PIXELS)
-            seconds = _declared_seconds(stream, container)
-            if seconds > max_seconds:
-                raise ValueError(
-                    f"{name} says it is {seconds:g} seconds long, above max_seconds={max_seconds:g}; "
-                    "cut it or raise the bound"
-                )
-            stream.thread_count = 1
-            stream.codec_context.options = limit
-            step = 1 / float(stream.average_rate or DEFAULT_FPS)
-            before: TimedFrame | None = None
-            for index, frame in enumerate(container.decode(stream)):
-                start = frame.time if frame.time is not None else index * step
-                size = _square_size(frame, stream.sample_aspect_ratio)
-                check_pixels(size, 1, name, MAX_PIXELS)
-                if before is not None:
-                    yield replace(before, duration=max(start - before.start, 0.0))
-                before = TimedFrame(start, step, size, lambda frame=frame, size=size: _pixels(frame, size))
+    more = {"options": {"format_whitelist": FORMATS, **limit}, "metadata_errors": "replace", "io_open": _open_no_other}
+    with _named_errors(av, name), av.open(data, mode="r", **more) as container:
+        stream = next((s for s in container.streams.video if not _is_cover(s)), None)
+        if stream is None:
+            return
+        if stream.codec_context is None:
+            raise ValueError(f"cannot decode {name}: its codec is not known here; encode it as H.264")
+        check_pixels((stream.width, stream.height), 1, name, MAX_PIXELS)
+        seconds = _declared_seconds(stream, container)
+        if seconds > max_seconds:
+            bound = f"max_seconds={max_seconds:g}"
+            raise ValueError(f"{name} says it is {seconds:g} seconds long, above {bound}; cut it or raise the bound")
+        stream.thread_count = 1
+        stream.codec_context.options = limit
+        step = 1 / float(stream.average_rate or DEFAULT_FPS)
+        before: TimedFrame | None = None
+        for index, frame in enumerate(container.decode(stream)):
+            start = frame.time if frame.time is not None else index * step
+            size = _square_size(frame, stream.sample_aspect_ratio)
+            check_pixels(size, 1, name, MAX_PIXELS)
             if before is not None:
-                yield before
+                yield replace(before, duration=max(start - before.start, 0.0))
+            before = TimedFrame(start, step, size, partial(_pixels, frame, size, name))
+        if before is not None:
+            yield before
+
+
+@contextmanager
+def _named_errors(av: Any, name: str) -> Iterator[None]:
+    """What PyAV raises for damaged files, as one ValueError that names the file."""
+    try:
+        yield
     except (av.error.FFmpegError, OSError, EOFError) as error:
         raise ValueError(f"cannot decode {name}: {files.reason(error)}; the file is cut off or no clip") from None
 
@@ -103,40 +111,29 @@ def _square_size(frame: Any, aspect: Fraction | None) -> tuple[int, int]:
     return frame.width, round(frame.height / aspect)
 
 
-def _pixels(frame: Any, size: tuple[int, int]) -> torch.Tensor:
+def _pixels(frame: Any, size: tuple[int, int], name: str) -> torch.Tensor:
     """uint8 (H, W, 3): colours as the frame says or as its size suggests, square pixels, upright."""
-    colours = {}
+    options: dict[str, Any] = {"format": "rgb24", "dst_colorspace": "ITU601", "dst_color_range": "JPEG"}
     if not frame.format.is_rgb and len(frame.format.components) >= 3:
         matrix = _MATRICES.get(frame.colorspace)
         if matrix is None and frame.colorspace == _UNSPECIFIED:
             matrix = "ITU709" if frame.height >= 720 or frame.width >= 1280 else "ITU601"
-        full = frame.format.name.startswith("yuvj")
-        colours = {
-            "src_colorspace": matrix,
-            "src_color_range": "JPEG" if full else _RANGES.get(frame.color_range, "MPEG"),
-        }
-    resize = {"interpolation": "BICUBIC"} if size != (frame.width, frame.height) else {}
-    shown = frame.reformat(*size, format="rgb24", dst_colorspace="ITU601", dst_color_range="JPEG", **colours, **resize)
-    return torch.from_numpy(np.ascontiguousarray(_upright(shown.to_ndarray(), _display_matrix(frame))))
+        full = frame.format.name.startswith("yuvj") or frame.color_range == _FULL
+        options |= {"src_colorspace": matrix, "src_color_range": "JPEG" if full else "MPEG"}
+    if size != (frame.width, frame.height):
+        options["interpolation"] = "BICUBIC"
+    with _named_errors(_import_av(), name):
+        pixels = frame.reformat(*size, **options).to_ndarray()
+    return upright(torch.from_numpy(np.ascontiguousarray(pixels)), _display_matrix(frame))
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
-    """(a, b, c, d): the pixel at column p, row q is shown at column a*p + c*q, row b*p + d*q, up to scale and place."""
+    """(a, b, c, d) as in pixels.upright."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
             return a, b, c, d
     return 1, 0, 0, 1
-
-
-def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """(H, W, 3) by a display matrix: the nearest of the eight ways to lay a picture on the screen."""
-    a, b, c, d = matrix
-    if a * d == b * c:  # singular, all zeros for example: players ignore it
-        return pixels
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
@@ -157,7 +154,7 @@ def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None
             stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"  # 4:2:0 needs even sides
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
-            context.color_range = 1
+            context.color_range = _LIMITED
             colours = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG", "src_color_range": "JPEG"}
             for pixels in frames.cpu().contiguous().numpy():
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
