@@ -8,6 +8,7 @@ Legend: R rows, N positions, W width, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,5 +34,8 @@ class TokenHead(nn.Module):
         return self.cap(F.linear(hidden, self.output_weight))
 
     def cap(self, logits: Tensor) -> Tensor:
-        """What `read` makes of plain products; in float32, where tanh does not round to 1."""
-        return logits if self.logit_cap is None else self.logit_cap * (logits.float() / self.logit_cap).tanh()
+        """What `read` makes of plain products; in float32 or better, where tanh does not round to 1."""
+        if self.logit_cap is None:
+            return logits
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.logit_cap * (wide / self.logit_cap).tanh()
