@@ -24,6 +24,7 @@ from omni.checkpoint import MANIFEST, DamagedError, verify
 from omni.cli_generate import attach, load_model
 from omni.codecs import psnr
 from omni.command import one_line
+from omni.config import parse_json
 from omni.document import Document, Text, Video
 from omni.layout import LatentSpan, Span
 from omni.model import BUNDLED, Omni
@@ -267,7 +268,7 @@ def _bytes(count: int) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes(), str(path))
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -14,11 +14,11 @@ def run(arguments: argparse.Namespace) -> int:
     """The command."""
     checks = verify(load_model(arguments.model, arguments.device))
     if arguments.json:
-        rows = [{"name": c.name, "value": c.value, "bar": c.bar, "holds": c.holds} for c in checks]
+        rows = [{"name": c.name, "value": c.value, "bar": c.bar, "unit": c.unit, "holds": c.holds} for c in checks]
         print(json.dumps(rows, indent=1))
     else:
         printer = Printer()
-        rows = [(c.name, f"{c.value:.3g}", f"{c.bar:.3g}", "yes" if c.holds else "NO") for c in checks]
-        for line in table(("check", "largest difference", "bar", "holds"), rows):
+        rows = [(c.name, f"{c.value:.2e}", f"{c.bar:.0e}", c.unit, "yes" if c.holds else "NO") for c in checks]
+        for line in table(("check", "largest difference", "bar", "unit", "holds"), rows):
             printer.line(line)
     return int(not all(check.holds for check in checks))

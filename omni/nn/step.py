@@ -172,8 +172,8 @@ def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps), the mean in float32."""
-    wide = x.float()
+    """x / sqrt(mean(x^2) + eps), the mean in float32 or better."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
