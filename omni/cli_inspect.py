@@ -25,7 +25,7 @@ from omni.cli_generate import attach, load_model
 from omni.codecs import psnr
 from omni.command import one_line
 from omni.config import parse_json
-from omni.document import Document, Text, Video
+from omni.document import Document, Text, Video, parse_bounded
 from omni.layout import LatentSpan, Span
 from omni.model import BUNDLED, Omni
 from omni.reply_files import read_messages
@@ -204,7 +204,7 @@ def read_document(path: Path) -> tuple[Document, str]:
         raise ValueError(f"{str(path)!r} has more than {MAX_DOCUMENT_BYTES} bytes; give a smaller Document")
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
+        data = parse_bounded(text, "it")
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__}")
         kind = next((name for key, name in KINDS.items() if key in data and "segments" not in data), None)

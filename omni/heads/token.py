@@ -34,8 +34,10 @@ class TokenHead(nn.Module):
         return self.cap(F.linear(hidden, self.output_weight))
 
     def cap(self, logits: Tensor) -> Tensor:
-        """What `read` makes of plain products; in float32 or better, where tanh does not round to 1. Outside of training an
-        infinite product becomes NaN: its tanh is 1, which is a score like any other."""
+        """What `read` makes of plain products; in float32 or better, where tanh does not round to 1.
+
+        Outside of training an infinite product becomes NaN: its tanh is 1, which is a score like any other.
+        """
         if self.logit_cap is None:
             return logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
