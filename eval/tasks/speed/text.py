@@ -93,8 +93,7 @@ class BatchOptions(SizedOptions):
 def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = False) -> Callable[[], None]:
     """Greedy decoding of exactly `num_new` tokens after each prompt through the engine, events, text and all."""
     engine = Engine(model, compile)
-    for phase in ("text", "text only"):
-        engine.allowed[phase][engine.control.end] = -torch.inf  # the end may not come earlier
+    engine.allowed["text"][engine.control.end] = -torch.inf  # the end may not come earlier
     options = GenerationOptions(max_tokens=num_new)
 
     def run() -> None:
