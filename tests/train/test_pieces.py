@@ -326,13 +326,17 @@ def test_three_loading_processes_make_the_same_pieces(make_run: MakeRun, tmp_pat
 # ---- what is counted and said --------------------------------------------------------------------------------------
 
 
+SMALL_ROWS = "batch.shapes=[{rows=2,budget=256,refine_budget=100}]"  # two copies of 8 x 8 latents are more
+
+
 @pytest.mark.parametrize("too_long", ["split", "drop"])
 def test_a_picture_that_no_row_holds_is_dropped_counted_and_said_once(
     make_run: MakeRun, tmp_path: Path, too_long: str
 ) -> None:
     good = [Document((Text(f"draw {n}", Role.USER), picture(n))) for n in range(6)]
     large = [Document((Text("all", Role.USER), picture(n, side=320))) for n in range(3)]
-    run = make_run(write(tmp_path, good + large), f"batch.too_long={too_long}", "batch.min_corrupt=1", *PLAIN)
+    recipe = (f"batch.too_long={too_long}", "batch.min_corrupt=1", SMALL_ROWS, *PLAIN)
+    run = make_run(write(tmp_path, good + large), *recipe)
     said = go(run, 3)
     assert said.count(" dropped, in part or whole: too long") == 1 and "skipped" not in said
     counts = run.loader.counts
@@ -347,7 +351,7 @@ def test_data_of_which_nothing_fits_end_with_a_line(
 ) -> None:
     monkeypatch.setattr(loader_module, "MAX_PASSED_OVER", 40)
     source = write(tmp_path, [Document((Text("all", Role.USER), picture(0, side=320)))])
-    assert main([str(recipe_file), source, "--out", str(tmp_path / "out")]) == 2
+    assert main([str(recipe_file), source, SMALL_ROWS, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "40 documents in a row and none to train on; the last: too long: a picture" in said
 
