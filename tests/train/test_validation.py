@@ -65,7 +65,7 @@ def trained_on(run: Run, steps: int) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_document_that_is_held_out_is_trained_on(make_run: MakeRun, tmp_path: Path, workers: int) -> None:
     """Over two epochs of a file that has every picture twice; all others are trained on."""
     run = make_run(source(pictures(tmp_path)), "validation.share=0.2", f"workers={workers}")
