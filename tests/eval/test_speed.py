@@ -227,7 +227,7 @@ def test_a_ratio_takes_the_fastest_of_theirs_and_says_what_it_is() -> None:
     measure = times.ratio("row", ["slow", "fast", "absent"], "ours")
     assert measure.value == 2.0
     assert measure.note == "fast 4000.0 ms (3000.0-5000.0), ours 2000.0 ms (1000.0-9000.0); 3 run(s); a machine"
-    assert math.isnan(times.ratio("row", ["absent"], "ours").value)
+    assert math.isnan(times.ratio("row", ["absent", "fast"], "ours").value)  # compiled, and it does not compile
     assert math.isnan(times.ratio("row", ["fast"], "absent").value)
 
 
@@ -283,9 +283,8 @@ def test_every_task_runs_and_its_rows_are_complete(name: str, monkeypatch: pytes
     absent = {row for row in TASKS.get(name).rows_of(options) if row not in rows}
     assert all(row.endswith(("_8m", "_90m")) for row in absent)
     for short, row in rows.items():
-        measured = "compiled" not in short or "theirs_compiled" in short
-        if short.endswith(("_8m", "_90m")) or short == "transfusion_compiled" or not measured:
+        if short.endswith(("_8m", "_90m")) or "compiled" in short:  # a bar of a size, or a mode, that quick leaves out
             assert row["value"] is None, short
-        elif short != "ratio_theirs_compiled_float32" and not short.startswith("ratio_theirs_compiled_"):
+        else:
             assert row["value"] > 0, short
-            assert "thread(s)" in row.get("note", "thread(s)"), short
+            assert "parameters" in short or "positions" in short or "1 thread(s)" in row["note"], short

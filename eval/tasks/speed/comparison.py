@@ -139,8 +139,8 @@ class Times:
         return f"{', '.join(map(self.spread, names))}; {runs} run(s); {self.conditions}"
 
     def ratio(self, row: str, theirs: Sequence[str], ours: str) -> Measure:
-        """How many times as long the fastest of theirs takes; nan where a side was not run."""
-        base = self.fastest(theirs)
+        """How many times as long the fastest of theirs takes; nan where ours or the first of theirs was not run."""
+        base = self.fastest(theirs) if theirs[0] in self.seconds else theirs[0]
         return Measure(row, self.median(base) / self.median(ours), "x", self.note(base, ours))
 
     def rate(self, row: str, name: str, tokens: int) -> Measure:
