@@ -359,6 +359,8 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         model.flow.choice.orders = read_orders(files)
     if "generation.json" in files:
         model.defaults = files.table("generation.json")
+        if unset := [name for name, value in model.defaults.items() if value is None]:
+            raise DamagedError(f"{folder / 'generation.json'}: {unset[0]} is null; leave it out or give it a value")
     files.read_rest()
     _check_attached(model, str(folder))
     return model.to(device, dtype).eval()
