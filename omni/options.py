@@ -274,6 +274,8 @@ def check_defaults(defaults: Mapping[str, Any], source: str = "the model's gener
     for key in sorted(set(map(str, defaults)) - known):
         way_out = nearest(key, known) or "; give it with each request"
         raise ValueError(f"{source}: {key!r} is no default of a model's generation.json{way_out}")
+    if unset := [name for name, value in defaults.items() if value is None]:
+        raise ValueError(f"{source}: {unset[0]} is null; leave it out or give it a value")
     return build(defaults, GenerationOptions, source)
 
 

@@ -37,9 +37,9 @@ class AutoencoderConfig(Frozen):
         for name, value in model.items():
             check_depth(value, name)
             _check_argument(name, value)
-        stages = model.get("encoder_block_out_channels") or model.get("block_out_channels") or [1]
-        if not isinstance(stages, list) or not 1 <= len(stages) <= 16:
-            raise ValueError(f"the block_out_channels {stages!r:.200} are no list of 1 to 16 stages")
+        for name in _STAGES & model.keys():
+            if not isinstance(model[name], list) or not 1 <= len(model[name]) <= 16:
+                raise ValueError(f"{name} = {model[name]!r:.200} is no list of 1 to 16 stages")
         return model
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 import torch
 
+from omni.checkpoint import DamagedError, publish
 from omni.codecs import AutoencoderCodec, FsqCodec, autoencoders, load_codec
 from omni.codecs.autoencoders import _rms_norm, pictures_per_pass, to_pictures, use_fused_norms
 from omni.rng import Key
@@ -67,7 +69,12 @@ class TestAdapter:
         assert torch.equal(loaded.encode(pixels), codec.encode(pixels))
         loaded.save(tmp_path / "ours")
         ours = load_codec(tmp_path / "ours")
-        torch.testing.assert_close(ours.encode(pixels), codec.encode(pixels), atol=0.1, rtol=0.1)  # bf16 weights
+        assert torch.equal(ours.encode(pixels), codec.encode(pixels))  # float32 weights stay float32
+        assert torch.equal(ours.decode(ours.encode(pixels)), codec.decode(codec.encode(pixels)))
+        again = ours.save(tmp_path / "again")
+        files = sorted(p.name for p in again.iterdir())
+        assert files == ["config.json", "manifest.json", "model.safetensors"]
+        assert all((again / f).read_bytes() == (tmp_path / "ours" / f).read_bytes() for f in files)
 
     def test_bf16_is_close(self, name: str) -> None:
         codec = codec_of(name)
@@ -98,6 +105,113 @@ def test_weights_are_keyed_by_name() -> None:
     for name, value in one.module.state_dict().items():
         assert torch.equal(value, same.module.state_dict()[name])
     assert not torch.equal(one.module.encoder.conv_out.weight, other.module.encoder.conv_out.weight)
+
+
+MEAN, STD = [-1.6, 1.9, -1.4, 2.5], [8.5, 5.9, 6.5, 5.2]
+
+
+def kl_codec(**settings: object) -> AutoencoderCodec:
+    model = {**MODELS["AutoencoderKL"], "latent_channels": 4, "scaling_factor": 0.5, "shift_factor": None, **settings}
+    return AutoencoderCodec.initialised({"class_name": "AutoencoderKL", "model": model}, "test", Key(0))
+
+
+def test_a_vae_with_statistics_of_its_own_is_normalised_by_them(tmp_path) -> None:
+    """As diffusers' pipelines decode: raw = z latents_std / scaling_factor + latents_mean."""
+    codec = kl_codec(latents_mean=MEAN, latents_std=STD)
+    assert torch.equal(codec.mean, torch.tensor(MEAN))
+    assert torch.equal(codec.deviation, torch.tensor([17.0, 11.8, 13.0, 10.4]))
+    pixels = pictures(1, 16, 16)
+    raw = codec.encode_pictures(to_pictures(pixels)).permute(0, 2, 3, 1)
+    z = codec.encode(pixels)
+    torch.testing.assert_close(z * torch.tensor(STD) / 0.5 + torch.tensor(MEAN), raw, atol=1e-5, rtol=1e-5)
+    codec.save(tmp_path / "ours")
+    assert torch.equal(load_codec(tmp_path / "ours").encode(pixels), z)
+    codec.module.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(load_codec(tmp_path / "theirs").encode(pixels), z)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "deviation"),
+    [
+        ({}, 0.0, 2.0),
+        ({"scaling_factor": None}, 0.0, 1.0),
+        ({"scaling_factor": None, "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}, 1.0, 3.0),
+        ({"shift_factor": 0.25}, 0.25, 2.0),
+        ({"shift_factor": 0.0, "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}, 1.0, 6.0),
+    ],
+)
+def test_null_factors_are_one_and_zero(settings: dict, mean: float, deviation: float) -> None:
+    codec = kl_codec(**settings)
+    assert codec.mean.tolist() == [mean] * 4 and codec.deviation.tolist() == [deviation] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"latents_mean": MEAN}, "come together"),
+        ({"latents_std": STD}, "come together"),
+        ({"latents_mean": MEAN[:3], "latents_std": STD}, "3 and 4 values for 4 channels"),
+        ({"latents_mean": MEAN, "latents_std": [*STD[:3], 0.0]}, "deviation of channel 3 is 0.0"),
+        ({"latents_mean": MEAN, "latents_std": [-8.5, *STD[1:]]}, "deviation of channel 0 is -17.0"),
+        ({"latents_mean": MEAN, "latents_std": [float("nan"), *STD[1:]]}, "deviation of channel 0 is nan"),
+        ({"latents_mean": [float("inf"), *MEAN[1:]], "latents_std": STD}, "mean of channel 0 is inf"),
+        ({"scaling_factor": 0.0}, "scaling_factor = 0.0 must be a positive number"),
+        ({"scaling_factor": -1.0}, "scaling_factor = -1.0 must be"),
+        ({"scaling_factor": float("nan")}, "scaling_factor = nan must be"),
+        ({"shift_factor": 0.1, "latents_mean": MEAN, "latents_std": STD}, "both a mean"),
+        ({"block_out_channels": [-1, 8]}, r"block_out_channels = -1 must lie in 0 \.\. 65536"),
+        ({"layers_per_block": 10**9}, r"layers_per_block = 1e\+09 must lie in 0 \.\. 256"),
+        ({"latent_channels": 10**18}, "latent_channels"),
+        ({"norm_num_groups": 3}, "cannot be built of these arguments"),
+        ({"block_out_channels": []}, r"block_out_channels = \[\] is no list of 1 to 16 stages"),
+    ],
+)
+def test_statistics_and_sizes_without_sense_are_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        kl_codec(**settings)
+
+
+def test_statistics_keep_every_bit_and_bf16_stays_bf16(tmp_path) -> None:
+    from omni.model import BUNDLED
+
+    codec = codec_of("AutoencoderDC")
+    codec.mean, codec.deviation = Key(7).normal((4,)), Key(8).uniform((4,)) + 1e-8
+    loaded = load_codec(codec.save(tmp_path / "one"))
+    assert torch.equal(loaded.mean, codec.mean) and torch.equal(loaded.deviation, codec.deviation)
+    for touched in (False, True):
+        bundled = load_codec(BUNDLED / "codec")
+        if touched:
+            bundled.encode(pictures(1, 64, 64))
+        bundled.save(tmp_path / f"bundled {touched}")
+        for name in ("config.json", "model.safetensors"):
+            assert (tmp_path / f"bundled {touched}" / name).read_bytes() == (BUNDLED / "codec" / name).read_bytes()
+
+
+def test_a_saved_codec_is_built_when_it_is_first_needed(tmp_path) -> None:
+    codec = codec_of("AutoencoderKL")
+    loaded = load_codec(codec.save(tmp_path / "c"))
+    assert loaded._module is None and loaded.spec == codec.spec and loaded.grid(16, 16) == (8, 8)
+    pixels = pictures(1, 16, 16)
+    assert torch.equal(loaded.to("cpu").encode(pixels), codec.encode(pixels))
+    assert all(not value.is_meta for value in loaded.module.state_dict().values())
+    assert all(p.requires_grad for p in loaded.module.parameters())
+    wide = {**codec.config(), "model": {**codec.config()["model"], "block_out_channels": [8, 65536]}}
+    publish(tmp_path / "wide", {"config.json": json.dumps(wide), "model.safetensors": codec.weights()})
+    wrong = load_codec(tmp_path / "wide")
+    with pytest.raises(DamagedError, match="has shape .*, config.json wants"):  # and terabytes were not asked for
+        wrong.encode(pixels)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value: float) -> None:
+    codec = codec_of("AutoencoderTiny")
+    name = next(iter(codec.module.state_dict()))
+    codec.module.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(DamagedError, match=rf"model\.safetensors: {name} has 1 values that are NaN or infinite"):
+        load_codec(codec.save(tmp_path / "ours"))
+    codec.module.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(DamagedError, match=f"{name} has values that are NaN or infinite"):
+        load_codec(tmp_path / "theirs")
 
 
 def test_normalisation_gives_zero_mean_and_unit_deviation() -> None:
