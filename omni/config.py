@@ -117,13 +117,14 @@ def _too_deep(source: str) -> str:
 
 def build(data: Mapping[str, Any], schema: type[Schema], source: str, overrides: Sequence[str] = ()) -> Schema:
     """Validate `data` (plain nested mappings; not modified) as `schema`; errors name `source` or the override."""
-    check_depth(data, source)
+    check_depth(data, source)  # before it is copied
     tree = _copy(data)
     sources: dict[_Keys, tuple[str, str]] = {}
     for override in overrides:
         keys, raw = _parse_override(override)
         _assign(tree, keys, _literal(raw), override)
-        sources[keys] = (f"override {override!r}", raw)
+        sources[keys] = (f"override {override!r:.200}", raw)
+        check_depth(tree, f"override {override:.80}...")
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -237,7 +238,7 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
     for start, name in overrides.items():
         if keys[: len(start)] == start:
             source = name
-    dotted = ".".join(map(str, keys))
+    dotted = f"{'.'.join(map(str, keys)):.200}"
     if item["type"] == "extra_forbidden":
         siblings = _fields_at(schema, keys[:-1])
         hint = nearest(str(keys[-1]), siblings) or _elsewhere(str(keys[-1]), schema)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from omni.config import Frozen, Registry, build, canonical_json, digest, load_json, load_toml
+from omni.config import Frozen, Registry, build, canonical_json, digest, load_json, load_toml, parse_json, parse_toml
 
 
 class Optimiser(Frozen):
@@ -130,3 +130,44 @@ def test_registry() -> None:
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+DEEP = {
+    "toml": [
+        *("a = " + "[" * 100_000, "a = " + "[" * 70 + "]" * 70),
+        *("a" + ".a" * 20_000 + " = 1", "[a" + ".a" * 20_000 + "]"),
+    ],
+    "json": ["[" * 100_000, '{"a":' * 100_000, "[" * 70 + "]" * 70],
+}
+OVERRIDES = ["a" + ".a" * 100 + "=1", "title=" + "[" * 5000, "title=" + "[" * 100 + "]" * 100, "9" * 9000 + "=1"]
+
+
+@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in DEEP.items() for text in texts])
+def test_deep_nesting_is_one_line(tmp_path: Path, kind: str, text: str) -> None:
+    path = tmp_path / f"recipe.{kind}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="64") as error:
+        load_toml(path, [], Recipe) if kind == "toml" else load_json(path, Recipe)
+    assert "recipe" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_deep_overrides_are_one_line(override: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build({"steps": 1}, Recipe, "recipe", [override])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_what_is_not_deep_is_read() -> None:
+    assert parse_json("[" * 64 + "]" * 64, "x") and parse_toml("a = '" + "b." * 500 + "'\n# " + "." * 500, "x")
+    assert parse_toml("[a.b]\nc.d = {e.f = 1.5}", "x") == {"a": {"b": {"c": {"d": {"e": {"f": 1.5}}}}}}
+    for data in (b"\xff", b"", b"9" * 5000):
+        with pytest.raises(ValueError, match="'x' is not valid JSON"):
+            parse_json(data, "x")
+
+
+def test_files_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.toml").write_text("steps = 1\n" + "#" * 100)
+    monkeypatch.setattr("omni.config.MAX_FILE_BYTES", 50)
+    with pytest.raises(ValueError, match="has more than 50 bytes"):
+        load_toml(tmp_path / "a.toml", [], Recipe)

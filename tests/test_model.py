@@ -18,7 +18,8 @@ from omni.verify import verify
 @pytest.mark.parametrize("weights", ["shared", "separate", "refine"])
 def test_contract_cached_uncached_training(weights: str) -> None:
     checks = verify(small_model(latent_weights=weights))
-    assert len(checks) == 9
+    assert len([c for c in checks if c.name.startswith("float64")]) == 8
+    assert sum(c.name.startswith("float32") for c in checks) >= 9  # and one of the compiled step
     for check in checks:
         assert check.holds, check
 

@@ -37,7 +37,10 @@ class AutoencoderConfig(Frozen):
         for name, value in model.items():
             check_depth(value, name)
             _check_argument(name, value)
-        for name in _STAGES & model.keys():
+        channels = model.get("latent_channels", 1)
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"latent_channels = {channels!r:.80} must be a whole number from 1 on")
+        for name in sorted(_STAGES & model.keys()):
             if not isinstance(model[name], list) or not 1 <= len(model[name]) <= 16:
                 raise ValueError(f"{name} = {model[name]!r:.200} is no list of 1 to 16 stages")
         return model
@@ -64,7 +67,14 @@ def _check_argument(name: str, value: Any) -> None:
     elif isinstance(value, int) and not isinstance(value, bool):
         largest = _MOST_LAYERS if "layers" in name or name.startswith("num_") else _LARGEST
         if not 0 <= value <= largest:
-            raise ValueError(f"{name} = {value:.6g} must lie in 0 .. {largest}")
+            raise ValueError(f"{name} = {str(value)[:20]} must lie in 0 .. {largest}")
+
+
+_STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def statistics_of(settings: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -74,11 +84,12 @@ def statistics_of(settings: Mapping[str, Any], channels: int) -> tuple[tuple[flo
     together, raw = z latents_std / scaling_factor + latents_mean. An absent or null factor is 1, a shift 0. ValueError
     for one of the two alone, beside a shift, of another length, or for a deviation that is not a positive number.
     """
-    scale, shift = (
-        (1.0 if (given := settings.get("scaling_factor")) is None else float(given)),
-        settings.get("shift_factor"),
-    )
-    mean, std = settings.get("latents_mean"), settings.get("latents_std")
+    factor, shift, mean, std = (settings.get(name) for name in _STATISTICS)
+    for name, value in zip(_STATISTICS, (factor, shift, mean, std), strict=True):
+        numbers = value if name.startswith("latents") else [value]
+        if value is not None and not (isinstance(numbers, list | tuple) and all(map(_is_number, numbers))):
+            raise ValueError(f"{name} = {value!r:.200} is no number, or no list of them")
+    scale = 1.0 if factor is None else float(factor)
     if (mean is None) != (std is None):
         raise ValueError("latents_mean and latents_std come together; give both, or neither")
     if mean is None or std is None:

@@ -22,6 +22,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -273,7 +274,7 @@ def _tree(words: Sequence[str]) -> str:
 def load_tokenizer(directory: str | Path, read: Read | None = None) -> Tokenizer:
     """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged.
     `read`: see Tokenizer.load."""
-    directory, read = Path(directory), read or _from_disk(Path(directory))
+    directory, read = Path(directory), cache(read or _from_disk(Path(directory)))
     return load_backend(str(_read_config(directory, read)["backend"])).load(directory, read)
 
 

@@ -62,7 +62,7 @@ def test_blocks_of_text_are_those_of_plain_decoding(context: Context) -> None:
 
 def test_the_contract_holds(context: Context) -> None:
     values = run(context, "contract")
-    assert values["largest_difference"] <= 1e-5 and values["text_bits"] == 0
+    assert values["largest_difference"] <= 1e-10 and values["rounding"] <= 2e-5 and values["text_bits"] == 0
 
 
 def test_the_exact_codec_is_exact(context: Context) -> None:
