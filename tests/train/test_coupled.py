@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import omni
+from omni.checkpoint import Published, publish
 from omni.layout import LatentSpan
 from omni.model import read_orders
 from omni.rng import Key
@@ -74,10 +75,10 @@ def test_a_model_without_choices_can_take_them_up_with_most_of_it_frozen(make_ru
 
 
 def test_orders_that_cannot_be_read_are_said(tmp_path: Path) -> None:
-    assert read_orders(tmp_path) == {}
-    (tmp_path / "choices.json").write_text('{"member": {"fruit": ["a"]}}')
+    assert read_orders(Published(publish(tmp_path / "none", {}))) == {}
+    odd = publish(tmp_path / "odd", {"choices.json": '{"member": {"fruit": ["a"]}}'})
     with pytest.raises(ValueError, match="choices.json: .*valid integer.*it maps a family and a group to an order"):
-        read_orders(tmp_path)
+        read_orders(Published(odd))
 
 
 def test_lanes_send_the_same_shares(make_run: MakeRun) -> None:
