@@ -187,13 +187,13 @@ def compare(
     """What `own` has otherwise than `saved`, both with a `recipe`, in its keys that match a pattern of `changeable`.
     ValueError naming the first other difference."""
     found = list(_differences(saved, own))
-    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe.")):  # it tells most
+    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe")):  # it tells most
         name = key.removeprefix("recipe.")
         if name == key or not any(fnmatchcase(name, pattern) for pattern in changeable):
             raise ValueError(
-                f"{directory} was trained with another recipe or other data: {key} was {was!r}, now {now!r}, which the "
-                "saved weights or the order of the documents depend on; use what it was, or a new --out (init_from "
-                "starts from saved weights)"
+                f"{directory} was trained with another recipe or other data: {key} was {was!r}, now {now!r}; "
+                "the saved weights or the order of the documents depend on it: use what it was, or a new --out "
+                "(init_from starts from saved weights)"
             )
     return [Change(key.removeprefix("recipe."), was, now) for key, was, now in found]
 
@@ -213,7 +213,7 @@ def _filled(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     for name, info in Recipe.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Frozen) and isinstance(saved.get(name), dict):
-            filled[name] = {**own[name], **saved[name]}
+            filled[name] = {**(own.get(name) or {}), **saved[name]}
     return filled
 
 

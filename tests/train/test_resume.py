@@ -146,7 +146,7 @@ def test_metrics_of_lost_steps_are_made_again(make_run: MakeRun, tmp_path: Path)
 
 
 REFUSED = {
-    "seed=4": "recipe.seed was 3, now 4, which the saved weights or the order of the documents depend on",
+    "seed=4": "recipe.seed was 3, now 4; the saved weights or the order of the documents depend on it: ",
     "batch.copies=1": "recipe.batch.copies was 2, now 1",
     "data.1.options.num_frames=2": "recipe.data was .* now ",
     "optimiser.name=adamw": "recipe.optimiser.name was 'muon', now 'adamw'",
