@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         module, function = arguments.run.split(":")
-        with announced("the libraries"):
+        with announced("the libraries", only_to_terminals=True):
             command = getattr(import_module(module), function)
         return command(arguments)
     except SystemExit as stop:  # argparse: --help and --version
