@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> int:
         build_parser().print_help()
         return 0
     module, function = arguments.run.split(":")
-    with announced("the libraries"):
+    with announced("the libraries", only_to_terminals=True):
         command = getattr(import_module(module), function)
     with warnings_in_lines():
         return command(arguments)

@@ -20,8 +20,11 @@ PATIENCE = 1.0  # seconds
 
 
 @contextmanager
-def announced(what: str) -> Iterator[None]:
+def announced(what: str, only_to_terminals: bool = False) -> Iterator[None]:
     """A line on the error stream says what is being loaded, if that takes more than PATIENCE seconds."""
+    if only_to_terminals and not sys.stderr.isatty():
+        yield
+        return
     start = "\r\x1b[K" if sys.stderr.isatty() else ""  # where a progress line stands
     timer = threading.Timer(PATIENCE, lambda: print(f"{start}loading {what} ...", file=sys.stderr, flush=True))
     timer.daemon = True
