@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from omni.checkpoint import load_tensors, publish, read_bytes
 from omni.codecs import AutoencoderCodec, codecs, load_codec, psnr
 from omni.codecs.autoencoders import to_pictures, to_pixels
-from omni.config import Frozen, canonical_json
+from omni.config import Frozen, canonical_json, parse_json
 from omni.emoji_world import Atlas, random_scene, render
 from omni.nn.precision import fast_bf16
 from omni.rng import Key
@@ -262,7 +262,8 @@ class CodecRun:
         if not state.saved_steps(self.out / "state"):
             return False
         directory = state.newest(self.out / "state", say, KIND)
-        saved, own = json.loads(read_bytes(directory / RECIPE)), json.loads(canonical_json(self.recipe))
+        saved = parse_json(read_bytes(directory / RECIPE), str(directory / RECIPE))
+        own = json.loads(canonical_json(self.recipe))
         self.changes = state.compare({"recipe": {**own, **saved}}, {"recipe": own}, CHANGEABLE, directory)
         tensors = load_tensors(directory / STATE)
         part = {

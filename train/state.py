@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from omni import checkpoint
-from omni.config import Frozen
+from omni.config import Frozen, parse_json
 from train.data.batch import PIECES
 from train.ema import Ema
 from train.optim import Optimiser
@@ -204,7 +204,7 @@ def saved_recipe(directory: Path) -> Mapping[str, Any]:
 
 
 def _scalars(directory: Path) -> dict[str, Any]:
-    return json.loads(checkpoint.read_bytes(directory / SCALARS))
+    return parse_json(checkpoint.read_bytes(directory / SCALARS), str(directory / SCALARS))
 
 
 def _filled(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
