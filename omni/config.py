@@ -262,7 +262,10 @@ class _Short(reprlib.Repr):
         return super().repr_int(x, level) if x.bit_length() < 600 else f"a number of {x.bit_length()} bits"
 
 
-_short = _Short().repr
+def _short(value: Any) -> str:
+    text = _Short().repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
 
 _BOUNDS = {"ge": "at least {}", "gt": "greater than {}", "le": "at most {}", "lt": "less than {}"}
 _OF_NUMBERS = ("greater_than", "less_than", "int_", "float_", "finite_number")
