@@ -65,6 +65,13 @@ def test_the_rule_in_words() -> None:
     ]
 
 
+def test_dense_equals_oracle_on_every_pair() -> None:
+    """Every document, block, copy and rank of two, padding included, as query against every one as key."""
+    values = torch.cartesian_prod(*(torch.arange(low, high) for low, high in ((-2, 2), (-1, 2), (-1, 3), (0, 2))))
+    fields = Fields(*(part[None] for part in values.unbind(1)))
+    assert torch.equal(dense(fields, fields), oracle(fields, fields))
+
+
 def test_perturbing_what_is_invisible_changes_no_bit_of_any_gradient() -> None:
     model = small_model().train()
     spans = [random_spans(Key(7).fold(n), 4) for n in range(3)]

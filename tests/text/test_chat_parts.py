@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from omni import media
 from omni.document import Document, Image, Role, Text, Video
+from omni.reply import TextPart
 from omni.text.chat import document_to_messages, messages_to_document
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(4, 6, 3)
@@ -165,6 +167,16 @@ def test_what_is_too_long_is_refused_before_it_is_decoded(loaders: Loaders, monk
                 loaders.read({"type": kind, "url": value})
     with pytest.raises(ValueError, match=r"is longer than \d+ bytes; make it smaller"):
         loaders.read({"type": "video", "base64": "QUFB" * 101})
+
+
+def test_what_gives_itself_as_a_part_is_one() -> None:
+    """As the parts of a reply do. A mapping is a part already, whatever it has besides."""
+    part = TextPart("hello")
+    [segment] = messages_to_document([{"role": "assistant", "content": [part]}]).segments
+    assert segment == Text("hello", Role.ASSISTANT)
+    plain = UserDict({"type": "text", "text": "a"})
+    plain.content = lambda: {"type": "text", "text": "b"}  # type: ignore[attr-defined]
+    assert messages_to_document([{"role": "user", "content": [plain]}]).segments == (Text("a"),)
 
 
 def test_roles_and_what_is_supervised() -> None:
