@@ -51,7 +51,7 @@ class SuiteBase(Frozen):
     model: str | None = None  # a model directory; none is the bundled model
     font: str | None = None  # a colour-emoji font file; none finds the installed one
     seed: int = 0
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     device: str = "cpu"  # of the model; what compares speeds is on the CPU
 
     @field_validator("device")

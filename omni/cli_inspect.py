@@ -213,7 +213,8 @@ def read_document(path: Path) -> tuple[Document, str]:
         return Document.from_json(text), "a Document"
     except _NO_DOCUMENT as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else one_line(error)
-        raise ValueError(f"{str(path)!r} is no Document: {reason}; Document.to_json() writes one") from None
+        way_out = "; Document.to_json() writes one"
+        raise ValueError(f"{str(path)!r} is no Document: {reason.removesuffix(way_out)}{way_out}") from None
 
 
 KINDS = {"messages": "a conversation", "parts": "a reply"}

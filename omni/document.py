@@ -190,6 +190,8 @@ class Document:
 
 def parse_bounded(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text, called `name` in errors. ValueError for what is no JSON, too large or too deep."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str of JSON, got {type(text).__name__}")
     if len(text) > max_bytes:
         raise ValueError(f"{name} has more than {max_bytes} bytes of JSON; make it smaller or raise the bound")
     if sum(map(text.count, "[{,")) > MAX_JSON_VALUES:

@@ -106,6 +106,10 @@ class Engine:
         return [Reply(row.parts, row.document, row.reason, tuple(row.drafts), self.record(row.options)) for row in rows]
 
     def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[Row]:
+        if isinstance(prompts, str | bytes | Mapping | Document) or not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a list of prompts, got a {type(prompts).__name__}; put it in a list")
+        if isinstance(options, Mapping):
+            options = changed(None, options)
         many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
             raise ValueError(
@@ -205,8 +209,7 @@ class Engine:
         if phase == "text":
             mask[: self.tokenizer.num_text] = 0
             mask[c.end] = 0
-            if self.model.codec is not None:
-                mask[[c.image, c.video]] = 0
+            mask[[c.image, c.video]] = 0
         else:
             largest = {"chunks": config.max_chunks, "rate": MAX_SIZE}.get(phase, config.max_grid)
             mask[[c.size(n) for n in range(1, largest + 1)]] = 0
@@ -221,11 +224,14 @@ class Engine:
         only[self.control.size(frame_rate(fps))] = 0
         return only
 
+    def _may_draw(self, row: Row) -> bool:
+        return self.model.codec is not None and row.num_media < row.options.max_images
+
     def following(self, row: Row, phase: Phase, token: int) -> Phase:
         """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
         c = self.control
         if phase == "text" and token in (c.image, c.video):
-            if row.num_media >= row.options.max_images:
+            if not self._may_draw(row):
                 return "done"
             forced = token == c.image and row.options.image_size is not None
             return "block" if forced else "rows" if token == c.image else "chunks"
@@ -270,7 +276,7 @@ class Engine:
                 yield from self._finish(row, "length")
         elif token == self.control.end:
             yield from self._finish(row, "end")
-        elif row.num_media >= row.options.max_images:
+        elif not self._may_draw(row):
             yield from self._finish(row, "images")
         elif not row.has_room(LEAST_MEDIA - 1):
             yield from self._finish(row, "length")
@@ -344,10 +350,14 @@ class Engine:
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.model.codec is None:
             raise ValueError("this model draws no pictures: it has no codec")
-        grid = self.model.codec.grid(*size)
-        if max(grid) > self.model.config.max_grid:
-            stride = self.model.codec.spec.stride
-            raise ValueError(f"image size {size} is too large: at most {self.model.config.max_grid * stride[1]} a side")
+        _, rows, columns = self.model.codec.spec.stride
+        largest = self.model.config.max_grid
+        grid = size[0] // rows, size[1] // columns
+        if size[0] % rows or size[1] % columns or max(grid) > largest:
+            raise ValueError(
+                f"image_size = {size[0]} x {size[1]} is none of this model's: it must be a multiple of "
+                f"{rows} x {columns} pixels, and at most {largest * rows} x {largest * columns}"
+            )
         return grid
 
     def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:

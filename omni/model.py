@@ -42,7 +42,7 @@ from omni.preparation import AnySegment, Limits, Preparation, prepare, read_prep
 from omni.rng import Key
 from omni.samplers import SamplerName
 from omni.text.compose import compose
-from omni.weights import load_weights, unallocated
+from omni.weights import holds, load_weights, unallocated
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
@@ -356,6 +356,8 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
             f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
         )
     require_device(device)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype} is no floating type; take torch.float32, torch.bfloat16 or torch.float64")
     files = Published(folder)
     config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
     with unallocated():
@@ -375,6 +377,9 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
     files.read_rest()
     _check_attached(model, str(folder))
+    large = [name for name, value in model.state_dict().items() if not holds(dtype, value)]
+    if large:
+        raise ValueError(f"{folder}: {large[0]} has values that {dtype} cannot hold; take torch.bfloat16")
     return model.to(device, dtype).eval()
 
 

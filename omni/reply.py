@@ -136,7 +136,7 @@ class BlockDone:
 @dataclass(frozen=True)
 class Stop:
     """Why the reply is over: "end", the model ended it; "stop", a stop string; "length", max_tokens or the model's
-    longest context; "images", the model asked for a picture or clip beyond max_images."""
+    longest context; "images", the model asked for a picture or clip beyond max_images, or has no codec."""
 
     reason: StopReason
 

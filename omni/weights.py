@@ -31,6 +31,13 @@ def unallocated() -> Iterator[None]:
         yield
 
 
+def holds(dtype: torch.dtype, value: torch.Tensor) -> bool:
+    """Whether finite values stay finite in another floating dtype."""
+    if not value.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(value.dtype).max or not value.numel():
+        return True
+    return float(value.abs().max()) <= torch.finfo(dtype).max
+
+
 def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Set the weights of a module, unallocated or not, in its own dtypes. Strict: every one must be there, with its
     shape and of its kind, floating or not, and no other. DamagedError naming `source` and the first that is amiss."""
@@ -49,6 +56,8 @@ def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
             )
         if value.is_complex() or value.is_floating_point() != wanted.is_floating_point():
             raise DamagedError(f"{source}: {name} is of {value.dtype}, which cannot stand for {wanted.dtype}")
+        if not holds(wanted.dtype, value):
+            raise DamagedError(f"{source}: {name} has values that {wanted.dtype} cannot hold; give smaller weights")
     if any(value.is_meta for value in own.values()):
         copies = {name: value.to(own[name].dtype, copy=True) for name, value in tensors.items()}
         module.load_state_dict(copies, assign=True)

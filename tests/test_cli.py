@@ -356,7 +356,7 @@ BAD = [
     (["generate", "x", "--device", "mps"], 2, "device 'mps' is not here; use cpu"),
     (["generate", "x", "--device", "cuda:9"], 2, "device 'cuda:9' is not here; use cpu"),
     (["generate", "x", "--device", "nonsense"], 2, "device 'nonsense' is not here; use cpu"),
-    (["generate", "x", "--device", "meta"], 2, "device 'meta' computes nothing"),
+    (["generate", "x", "--device", "meta"], 2, "device 'meta' is not here"),
     (["generate", "x", "--device", ""], 2, "device '' is not here"),
     (["generate", "x", "--out", "a" * 300], 2, "File name too long"),
     (["generate", "x", "--out", "/proc/here"], 2, "'/proc/here' cannot be written"),

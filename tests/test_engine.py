@@ -158,8 +158,41 @@ def test_a_forced_picture_needs_a_codec(tiny_model) -> None:  # noqa: ANN001
 def test_the_codec_goes_where_the_model_goes(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     seen: list[str] = []
     monkeypatch.setattr(PixelCodec, "to", lambda self, device: seen.append(str(device)) or self)
+    monkeypatch.setattr("omni.model.require_device", lambda name: name)
     omni.from_pretrained(tiny_model, device="meta")
     assert seen == ["meta"]
+
+
+def test_what_computes_nothing_is_refused(tiny_model) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="device 'meta' is not here; use cpu"):
+        omni.from_pretrained(tiny_model, device="meta")
+    with pytest.raises(ValueError, match="dtype = torch.int32 is no floating type; take torch.float32"):
+        omni.from_pretrained(tiny_model, dtype=torch.int32)
+
+
+def test_without_a_codec_a_reply_ends_where_a_picture_is_asked_for(tiny_model) -> None:  # noqa: ANN001
+    bare = omni.from_pretrained(tiny_model)
+    bare.codec = None
+    tokenizer = Engine(bare).tokenizer
+    script = [*tokenizer.encode("Here: "), tokenizer.control.image]
+    reply = force(bare, script).generate("draw", max_tokens=40)
+    assert (reply.text, reply.stop_reason, reply.images) == ("Here: ", "images", [])
+
+
+def test_a_size_that_the_model_has_not_is_named(model: omni.Omni) -> None:
+    for size in ((1, 1), (8, 13), (8192, 8), (8, 4096)):
+        with pytest.raises(
+            ValueError, match=rf"image_size = {size[0]} x {size[1]} .* multiple of 4 x 4 .* at most 32 x"
+        ):
+            model.generate("draw", force_image=True, image_size=size)
+
+
+def test_prompts_are_a_list(model: omni.Omni) -> None:
+    for prompts in ("draw a cat", {"role": "user", "content": "x"}, Document((Text("x"),)), 3):
+        with pytest.raises(ValueError, match="prompts must be a list of prompts, got a .*; put it in a list"):
+            model.generate_batch(prompts)  # type: ignore[arg-type]
+    replies = model.generate_batch(["x", "x"], {"max_tokens": 2, "seed": 1}, seeds=[1, 1])
+    assert replies[0].text == replies[1].text
 
 
 def test_changes_count_beside_options(model: omni.Omni) -> None:

@@ -192,6 +192,18 @@ def test_a_link_to_the_same_bytes_is_a_file(model: Path, tmp_path: Path) -> None
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_values_that_a_dtype_cannot_hold_are_refused(model: Path) -> None:
+    """A float64 file of 1e300 becomes infinite in float32, and 1e5 in float16."""
+    name = "token.embedding.weight"
+    weights = checkpoint.load_tensors(model / "model.safetensors")
+    for value, dtype, wide in ((1e300, torch.float32, torch.float64), (1e5, torch.float16, torch.float32)):
+        changed = torch.full_like(weights[name], value, dtype=wide)
+        checkpoint.save_tensors(model / "model.safetensors", {**weights, name: changed})
+        listed(model)
+        with pytest.raises(ValueError, match=f"{name} has values that {dtype} cannot hold"):
+            omni.from_pretrained(model, dtype=dtype)
+
+
 NESTED = '{"a":' * 100_000
 
 

@@ -87,8 +87,10 @@ class Recipe(Frozen):
     max_steps: int = Field(ge=1)
     max_minutes: float | None = Field(None, gt=0)
     device: str = "cpu"
-    threads: int = Field(1, ge=1)
-    workers: int = Field(0, ge=0, description="processes that load, see train.data.lanes; 0: the training one does")
+    threads: int = Field(1, ge=1, le=1024)
+    workers: int = Field(
+        0, ge=0, le=256, description="processes that load, see train.data.lanes; 0: the training one does"
+    )
     autocast: Literal["auto", "bf16", "none"] = Field("auto", description="auto: bf16 where the device is fast at it")
     compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')

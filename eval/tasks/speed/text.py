@@ -93,7 +93,8 @@ class BatchOptions(SizedOptions):
 def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = False) -> Callable[[], None]:
     """Greedy decoding of exactly `num_new` tokens after each prompt through the engine, events, text and all."""
     engine = Engine(model, compile)
-    engine.allowed["text"][engine.control.end] = -torch.inf  # the end may not come earlier
+    control = engine.control
+    engine.allowed["text"][[control.end, control.image, control.video]] = -torch.inf  # no earlier end
     options = GenerationOptions(max_tokens=num_new)
 
     def run() -> None:
