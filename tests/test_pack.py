@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from omni.coupling import Share
-from omni.layout import IGNORE, Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_out, lay_rows, pack
+from omni.layout import (
+    IGNORE,
+    Batch,
+    LatentSpan,
+    Shape,
+    Span,
+    TokenSpan,
+    context_length,
+    grid_positions,
+    lay_out,
+    lay_rows,
+    pack,
+)
 from omni.mask import EMPTY, Fields, dense, flex, oracle, visible
 
 PAD, C = 99, 2
@@ -250,3 +262,9 @@ def test_fields_are_joined_in_order_and_have_ranks_where_any_has() -> None:
 
 def test_an_unused_slot_is_of_no_document_and_is_no_padding() -> None:
     assert EMPTY < 0 and EMPTY != -1  # -1 is padding, and a padded query must not see it
+
+
+def test_positions_of_a_block() -> None:
+    """Time, row and column count from the block's own place, in row-major order."""
+    assert grid_positions((2, 1, 2), 5) == [(5, 5, 5), (5, 5, 6), (6, 5, 5), (6, 5, 6)]
+    assert grid_positions((1, 2, 1), 3) == [(3, 3, 3), (3, 4, 3)]

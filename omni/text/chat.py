@@ -278,7 +278,7 @@ def _data_url(url: str, kind: str, max_bytes: int) -> bytes:
 
 def _base64(text: str, kind: str, max_bytes: int) -> bytes:
     """Base64, also URL-safe, with white space, percent escapes and no padding."""
-    plain = _unescape(text, 0, kind, 2 * max_bytes)
+    plain = _unescape(text, 0, kind, 2 * max_bytes, max_bytes)
     plain = plain.translate(_URL_SAFE, b" \t\n\r\v\f").rstrip(b"=")
     if len(plain) > max_bytes // 3 * 4 + 4:
         raise _too_long(kind, max_bytes)
@@ -288,13 +288,13 @@ def _base64(text: str, kind: str, max_bytes: int) -> bytes:
         raise ValueError(f"the base64 of a {kind} is malformed: {text[:30]!r}...; encode the file again") from None
 
 
-def _unescape(text: str, start: int, kind: str, max_bytes: int) -> bytes:
-    """The bytes of `text[start:]` without percent escapes, at most `max_bytes`.
+def _unescape(text: str, start: int, kind: str, max_bytes: int, named: int | None = None) -> bytes:
+    """The bytes of `text[start:]` without percent escapes, at most `max_bytes`; errors name the limit `named`.
 
     In pieces, for unquote_to_bytes makes an object of every escape.
     """
     if len(text) - start > 3 * max_bytes:
-        raise _too_long(kind, max_bytes)
+        raise _too_long(kind, named or max_bytes)
     if (num := text.count("%", start)) > MAX_ESCAPES:
         raise ValueError(f"the address of a {kind} has {num} percent escapes, above {MAX_ESCAPES}; send plain base64")
     out = bytearray()
@@ -304,7 +304,7 @@ def _unescape(text: str, start: int, kind: str, max_bytes: int) -> bytes:
         end = split if split > 0 else end
         out += unquote_to_bytes(text[start:end].encode("utf-8", "replace"))
         if len(out) > max_bytes:
-            raise _too_long(kind, max_bytes)
+            raise _too_long(kind, named or max_bytes)
         start = end
     return bytes(out)
 

@@ -128,3 +128,8 @@ def test_weights_alone_are_taken_from_another_family() -> None:
     mine.adopt(other)
     assert torch.equal(mine.module.weight, other.module.weight)
     assert mine.mean.tolist() == [0.5, -1.0] and mine.deviation.tolist() == [4.0, 0.25]
+
+
+def test_a_codec_moves_its_network_and_its_statistics() -> None:
+    moved = codec((1.0, 2.0), (3.0, 4.0)).to("meta")
+    assert moved.module.weight.is_meta and moved.mean.is_meta and moved.deviation.is_meta

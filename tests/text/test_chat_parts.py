@@ -14,7 +14,7 @@ import torch
 from omni import media
 from omni.document import Document, Image, Role, Text, Video
 from omni.reply import TextPart
-from omni.text.chat import document_to_messages, messages_to_document
+from omni.text.chat import _base64, document_to_messages, messages_to_document
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(4, 6, 3)
 FRAMES = torch.stack([PIXELS, PIXELS.flip(0)])
@@ -207,3 +207,13 @@ def test_messages_of_a_document_by_hand() -> None:
     assert picture["type"] == "image" and picture["image"].size == (6, 4) and set(picture) == {"type", "image"}
     [clip] = second["content"]
     assert clip["type"] == "video" and clip["fps"] == 4.0 and [f.size for f in clip["video"]] == [(6, 4)] * 2
+
+
+def test_base64_keeps_every_letter() -> None:
+    """White space goes, + and / may be - and _; no other character is lost or taken for another."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    plain = base64.b64decode(alphabet)
+    for text in (alphabet, alphabet.replace("+", "-").replace("/", "_"), " \t\n\r\v\f".join(alphabet)):
+        assert _base64(text, "picture", 1000) == plain
+    with pytest.raises(ValueError, match="is longer than 40 bytes"):
+        _base64("%41" * 400, "picture", 40)

@@ -238,3 +238,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         plain.with_phrases([" cat"]).save(tmp_path)
     assert config_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.txt", "tokenizer_config.json"]
+
+
+def test_a_tokenizer_says_what_a_backend_must_give() -> None:
+    assert Tokenizer.__abstractmethods__ == {"train", "_split", "_model_bytes", "_from_model_bytes"}

@@ -14,6 +14,7 @@ from torch import nn
 from omni import checkpoint
 from omni.config import build
 from train import state
+from train.data.batch import PIECES
 from train.ema import Ema
 from train.guard import Guard, TooManyNonFinite
 from train.optim import Optimiser, OptimiserConfig
@@ -165,6 +166,29 @@ def test_progress_counts_steps_and_the_next_document_of_its_lane() -> None:
     progress.advance(5, None)
     progress.advance(7, 1)
     assert progress == Progress(2, 5, lanes=[0, 7])
+
+
+@pytest.mark.parametrize(
+    ("cursor", "lanes", "number", "after", "changed"),
+    [
+        (6, [], 0, (6, []), False),  # as many as before
+        (0, [4, 9], 2, (0, [4, 9]), False),
+        (6, [], 1, (0, [6]), False),  # one process reads what none does
+        (0, [6], 0, (6, []), False),
+        (6, [], 2, (0, [6, 7]), True),
+        (0, [4, 9], 0, (9, []), True),  # from the first document that none has come to
+        (0, [4, 9], 3, (0, [9, 10, 11]), True),
+        (PIECES + 4, [], 2, (0, [5, 6]), True),  # not in the middle of a document
+        (PIECES + 4, [], 1, (0, [PIECES + 4]), False),  # but where the order is the same
+    ],
+)
+def test_another_number_of_loading_processes(
+    cursor: int, lanes: list[int], number: int, after: tuple[int, list[int]], changed: bool
+) -> None:
+    progress = Progress(3, cursor, lanes=lanes)
+    assert progress.use_lanes(number) is changed and (progress.cursor, progress.lanes) == after
+    fresh = Progress(0, cursor, lanes=list(lanes))
+    assert not fresh.use_lanes(number + 1) and (fresh.cursor, fresh.lanes) == (cursor, lanes)
     assert Progress() == Progress(0, 0, 0.0, 0, 0, {}, [])
 
 
