@@ -13,7 +13,7 @@ from omni.pick import pick
 from omni.rng import Key
 from omni.samplers import SAMPLERS, from_diffusers, num_steps, time_grid
 from omni.samplers.token import draw_token, token_law, token_noise
-from omni.samplers.verification import LOSSLESS, VERIFICATIONS, Verdict, agreed, block, coupled, rejection
+from omni.samplers.verification import LOSSLESS, VERIFICATIONS, Verdict, _finish, agreed, block, coupled, rejection
 
 TIMES = [1.0, 0.75, 0.5, 0.0]
 
@@ -257,3 +257,14 @@ def test_states_and_verdicts_do_not_change() -> None:
     for part in (state, agreed(torch.ones(1, 1), torch.ones(1, 2))):
         with pytest.raises(FrozenInstanceError):
             setattr(part, next(iter(vars(part))), None)
+
+
+def test_where_rounding_leaves_no_excess_the_token_is_drawn_from_p() -> None:
+    """Row 0 has an excess, on id 2 alone; row 1 has none, and p puts all on id 1."""
+    draft, kept = torch.tensor([[0, 0], [0, 0]]), torch.tensor([1, 2])
+    excess, p = torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)
+    excess[0, 1, 2] = 0.25
+    p[0, 1, 0], p[1, 2, 1] = 1.0, 1.0
+    verdict = _finish(draft, kept, excess, p, torch.full((2, 3), 0.5))
+    assert verdict.ids[0, :2].tolist() == [0, 2] and verdict.ids[1].tolist() == [0, 0, 1]
+    assert verdict.kept.tolist() == [1, 2]

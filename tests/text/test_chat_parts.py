@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from omni import media
 from omni.document import Document, Image, Role, Text, Video
 from omni.reply import TextPart
-from omni.text.chat import _base64, document_to_messages, messages_to_document
+from omni.text.chat import _base64, _PartReader, document_to_messages, messages_to_document
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(4, 6, 3)
 FRAMES = torch.stack([PIXELS, PIXELS.flip(0)])
@@ -217,3 +218,12 @@ def test_base64_keeps_every_letter() -> None:
         assert _base64(text, "picture", 1000) == plain
     with pytest.raises(ValueError, match="is longer than 40 bytes"):
         _base64("%41" * 400, "picture", 40)
+
+
+def test_half_a_second_is_time_enough(loaders: Loaders) -> None:
+    reader = _PartReader(loaders.image, loaders.video, True)
+    reader._end = time.monotonic() + 0.5
+    assert 0 < reader._seconds_left() <= 0.5
+    reader._end = time.monotonic()
+    with pytest.raises(ValueError, match="takes longer than"):
+        reader._seconds_left()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from train.data.batch import PIECES
 from train.ema import Ema
 from train.guard import Guard, TooManyNonFinite
 from train.optim import Optimiser, OptimiserConfig
-from train.state import Progress
+from train.state import Change, Progress
 from train.target import Target
 
 # ---- the guard -----------------------------------------------------------------------------------------------------
@@ -270,3 +271,8 @@ def test_the_scalars_are_json(tmp_path: Path) -> None:
     scalars = json.loads(text)
     assert text == json.dumps(scalars, sort_keys=True, indent=1)  # two equal states are equal files
     assert scalars["progress"]["step"] == 4 and scalars["ema_updates"] == 1 and scalars["identity"] == IDENTITY
+
+
+def test_a_change_is_a_fact() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Change("seed", 1, 2).key = "x"  # type: ignore[misc]
