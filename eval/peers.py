@@ -186,7 +186,7 @@ def llama_decode(model: Any, prompts: Tensor, num_new: int, cache: str = "dynami
         from transformers import CompileConfig
 
         options["compile_config"] = CompileConfig(mode="default")
-        options["compile_config"]._compile_all_devices = True  # it compiles on the CPU where it is told so, not else
+        options["compile_config"]._compile_all_devices = True  # transformers compiles on the CPU with this alone
     mask = torch.ones_like(prompts)
 
     def run() -> Tensor:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.filename is None:
             _stop_writing()  # standard output may be what failed
-        return complain(told(error), code_of(error))
+        return complain(message_of(error), code_of(error))
 
 
 def _run(argv: list[str]) -> int:
@@ -71,8 +71,8 @@ def _stop_writing() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def told(error: Exception) -> str:
-    """What is said of an error, in one line."""
+def message_of(error: Exception) -> str:
+    """The text of an error, in one line."""
     if is_mistake(error):
         return one_line(error)
     return f"this is a bug: {type(error).__name__}: {one_line(error)}; OMNI_DEBUG=1 shows where"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from omni import media
-from omni.cli import complain, told
+from omni.cli import complain, message_of
 from omni.cli_generate import (
     MAX_PROMPT,
     attach,
@@ -90,7 +90,7 @@ def _converse(chat: Chat, lines: Iterator[tuple[int, str]], interactive: bool) -
                 raise
             failed = True
             chat.printer.fresh_line()
-            complain(told(error) if interactive else f"line {number}: {told(error)}", MISTAKE)
+            complain(message_of(error) if interactive else f"line {number}: {message_of(error)}", MISTAKE)
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -134,7 +134,7 @@ def _save_at_the_end(chat: Chat) -> None:
     try:
         folder = write_numbered(chat.write)
     except (ValueError, OSError) as error:
-        complain(f"the conversation was not saved: {told(error)}", MISTAKE)
+        complain(f"the conversation was not saved: {message_of(error)}", MISTAKE)
     else:
         print(f"the conversation is in {folder / 'chat.md'}", file=sys.stderr)
 

@@ -21,7 +21,7 @@ PATIENCE = 1.0  # seconds
 
 @contextmanager
 def announced(what: str, only_to_terminals: bool = False) -> Iterator[None]:
-    """A line on the error stream says what is being loaded, if that takes more than PATIENCE seconds."""
+    """Prints a line with `what` on the error stream if loading it takes more than PATIENCE seconds."""
     if only_to_terminals and not sys.stderr.isatty():
         yield
         return

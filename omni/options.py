@@ -37,8 +37,8 @@ class GenerationOptions(Frozen):
     """One request's budget and choices. None leaves an option out: the model's own default (its generation.json) where
     there is one. For the seed it means a fresh one, which the reply records. A str or a bool is no number.
 
-    The fields say the rest. Guidance weights: see omni.guidance. Samplers and grids: see omni.samplers. Verification:
-    see omni.samplers.verification.
+    Each field has its description and bounds. Guidance weights: see omni.guidance. Samplers and grids: see
+    omni.samplers. Verification: see omni.samplers.verification.
     """
 
     model_config = ConfigDict(strict=True)

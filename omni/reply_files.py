@@ -7,7 +7,7 @@
     manifest.json             digests of the above
 
 The folder appears whole or not at all (`omni.checkpoint.publish`). Segments as one Markdown text or HTML page with the
-pictures inside: `markdown`, `html_page`. Text from users and models is escaped everywhere. Nothing here talks to a
+pictures inside: `markdown`, `html_page`. Text from users and models is escaped everywhere. Nothing here runs a
 model.
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gaussian import LINE, PLANE, Gaussian
+from scripted import living
 from torch import Tensor
 
 import omni
@@ -348,13 +349,7 @@ def test_the_command_line_refuses_in_one_line() -> None:
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> omni.Omni:  # noqa: ANN001
-    """Random weights, every part alive."""
-    model = omni.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modulation" in name or "velocity" in name:
-                parameter.copy_(Key(0).fold(name).normal(tuple(parameter.shape)) * 0.2)
-    return model
+    return living(tiny_model)
 
 
 def pixels(reply: omni.Reply) -> Tensor:

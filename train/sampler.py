@@ -16,7 +16,7 @@ def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
     largest weight (of the first such one), else, where no objective trains the flow head, what `init_from` has.
 
     A sampler fits when one of the objectives trains what it reads; so does the one of `init_from`, whose training it
-    read (of a saved state, which does not say its own, any). ValueError for one that does not fit, in `heads` or in
+    read (of a saved state, which does not record one, any). ValueError for one that does not fit, in `heads` or in
     `generation`, with those that do.
     """
     flow = [objective for objective in objectives if isinstance(objective, FlowObjective)]
@@ -36,6 +36,6 @@ def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
 
 
 def _sampler_of(directory: Path | None) -> str | None:
-    """Of a model directory; None where there is none, or a saved state, which does not say."""
+    """Of a model directory; None where there is none, or a saved state, which does not record it."""
     path = None if directory is None else directory / "config.json"
     return load_json(path, OmniConfig).sampler if path is not None and path.is_file() else None

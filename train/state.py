@@ -187,7 +187,7 @@ def compare(
     """What `own` has otherwise than `saved`, both with a `recipe`, in its keys that match a pattern of `changeable`.
     ValueError naming the first other difference."""
     found = list(_differences(saved, own))
-    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe")):  # it tells most
+    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe")):  # it explains most
         name = key.removeprefix("recipe.")
         if name == key or not any(fnmatchcase(name, pattern) for pattern in changeable):
             raise ValueError(

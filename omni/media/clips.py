@@ -85,10 +85,17 @@ def load_video(
     own_rate = sum(own[:-1]) / span if span > 0 else rate or DEFAULT_FPS
     if rate is None or (walk.num_frames == len(frames) and own_rate <= rate * 1.001):
         times, rate = own, check_fps(own_rate, f"{name}: its frames per second")
+    return _repeated(frames, times, name, max_frames, max_pixels), rate
+
+
+def _repeated(
+    frames: list[torch.Tensor], times: list[int], name: str, max_frames: int, max_pixels: int
+) -> torch.Tensor:
+    """Each frame (H, W, 3) as often as `times` has it: (T, H, W, 3). ValueError beyond a bound, before any copy."""
     if sum(times) > max_frames:
         raise ValueError(f"{name} lasts {sum(times)} frames, above max_frames={max_frames}; cut it, or lower fps")
     check_pixels((frames[0].shape[1], frames[0].shape[0]), sum(times), name, max_pixels)
-    return torch.stack([frame for frame, num in zip(frames, times, strict=True) for _ in range(num)]), rate
+    return torch.stack([frame for frame, num in zip(frames, times, strict=True) for _ in range(num)])
 
 
 class _Walk:

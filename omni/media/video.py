@@ -33,7 +33,7 @@ _BT709, _UNSPECIFIED = 1, 2
 _LIMITED, _FULL = 1, 2
 
 
-DEFAULT_FPS = 8.0  # of what does not say
+DEFAULT_FPS = 8.0  # of a clip without a frame rate
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def messages_to_document(
         strangers, gives False (omni.Engine has the same argument): then only data: URLs, base64 and objects are taken.
 
     Messages, parts, characters, bytes, pixels, frames and seconds are bounded, before the work is done where a header
-    or a length tells. Raises ValueError naming the message and value for anything unusable.
+    or a length gives them. Raises ValueError naming the message and value for anything unusable.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]

@@ -103,7 +103,7 @@ def machine(*packages: str) -> str:
 
 def notes_of(options: SpeedOptions, *notes: str) -> list[str]:
     if "bf16" in options.dtypes and not fast_bf16():
-        return [*notes, "this machine computes bfloat16 slowly: its rows in bfloat16 say little of any other machine"]
+        return [*notes, "this machine computes bfloat16 slowly: its bfloat16 rows do not transfer to other machines"]
     if "bf16" not in options.dtypes:
         return [*notes, "this machine computes bfloat16 slowly: rows in it are not measured (nan); slow_bf16=true does"]
     return list(notes)

@@ -108,8 +108,8 @@ def by_sampler(kind: str) -> list[str]:
 
 
 def image_runs(ours: Omni, models: dict[str, Any], options: ImageOptions, dtype: str) -> Runs:
-    """Ours, in `dtype` from here on, and theirs by mode, solver and sampler, in the same. AssertionError where theirs
-    does not make the evaluations that are said."""
+    """Runs of both libraries in `dtype`: ours by sampler, theirs by mode and solver. Casts `ours` to `dtype`.
+    AssertionError if theirs makes another number of evaluations than its row names."""
     prompt = ids_like(1, num_prompt_ids(ours, PROMPT))[0]
     runs: Runs = {"omni": omni_draw(ours.eval().to(DTYPES[dtype]), PROMPT, options.steps)}
     for mode, model in models.items():

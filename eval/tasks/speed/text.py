@@ -114,7 +114,7 @@ def llama_runs(model: Any, prompts: Tensor, num_new: int, compiled: bool) -> Run
 
 
 def without_failing(runs: Runs, notes: list[str], where: str) -> Runs:
-    """Those that can be compiled here. A note says why one cannot."""
+    """The runs that compile here. For one that does not, the reason is appended to `notes`."""
     why = first_run(runs["transformers compiled"]) if "transformers compiled" in runs else ""
     if not why:
         return runs

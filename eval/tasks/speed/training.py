@@ -3,7 +3,7 @@
 What counts as a token of a step: the data's text ids and latents, each once, all of them supervised; not the control
 ids that each library adds of its own, nor the second time that a library computes a latent. Omni does the latter: a
 picture that something follows is in the context stream (clean) and in the refine stream (noisy). transfusion-pytorch
-has one stream, in which what follows a picture reads it noisy. The rows `positions` say what each computes.
+has one stream, in which what follows a picture reads it noisy. The rows `positions` count what each computes.
 """
 
 from __future__ import annotations
