@@ -12,7 +12,7 @@ import binascii
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Real
 from typing import Any
@@ -48,26 +48,13 @@ class Text:
             raise ValueError(f"Text.text must be a str, got {type(self.text).__name__}")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One of the equally good answers to a request: the `index`-th of `group`. The answers of all groups of a `family`
-    differ in like ways (see omni.coupling)."""
-
-    family: str
-    group: str
-    index: int
-
-
 @dataclass(frozen=True, eq=False)
 class Image:
-    """One picture: `pixels` is uint8 (H, W, 3), RGB. choices: which of many right answers it is, where known.
-    others: some more of those answers, which training may take in its place; nothing else reads them."""
+    """One picture: `pixels` is uint8 (H, W, 3), RGB."""
 
     pixels: torch.Tensor
     role: Role = Role.USER
     supervise: bool = False
-    choices: tuple[Choice, ...] = ()
-    others: tuple[Image, ...] = ()
 
     def __post_init__(self) -> None:
         _check_media(self.pixels, 3, "Image.pixels", "(H, W, 3)")
@@ -181,8 +168,6 @@ class Document:
         for index, segment in enumerate(segments):
             try:
                 read.append(_segment_from_dict(segment, budget))
-            except RecursionError:
-                raise ValueError(f"segment {index}: others are nested too deeply; list them side by side") from None
             except ValueError as error:
                 raise ValueError(f"segment {index}: {error}") from None
         return Document(tuple(read), meta)
@@ -256,10 +241,7 @@ def _segment_to_dict(segment: Segment) -> dict[str, Any]:
     if isinstance(segment, Text):
         return {"type": "text", "text": segment.text, **base}
     if isinstance(segment, Image):
-        more: dict[str, Any] = {"choices": [asdict(choice) for choice in segment.choices]} if segment.choices else {}
-        if segment.others:
-            more["others"] = [_segment_to_dict(other) for other in segment.others]
-        return {"type": "image", **_pack_media(segment.pixels), **more, **base}
+        return {"type": "image", **_pack_media(segment.pixels), **base}
     return {"type": "video", "fps": segment.fps, **_pack_media(segment.frames), **base}
 
 
@@ -271,7 +253,7 @@ def _segment_from_dict(data: Any, budget: Budget) -> Segment:
     kind = data.get("type") if isinstance(data, dict) else None
     if isinstance(data, dict) and (not isinstance(kind, str) or kind not in _KEYS):
         raise ValueError(f"unknown segment type {kind!r:.80}; known: text, image, video")
-    data = _known(data, "it", _KEYS.get(kind or "", ()), ("choices", "others") if kind == "image" else ())
+    data = _known(data, "it", _KEYS.get(kind or "", ()))
     role, supervise = data["role"], data["supervise"]
     roles = [str(known) for known in Role]
     if not isinstance(role, str) or role not in roles:
@@ -283,27 +265,4 @@ def _segment_from_dict(data: Any, budget: Budget) -> Segment:
     if kind == "video":
         fps = check_fps(data["fps"])
         return Video(_unpack_media(data, 4, budget), fps, Role(role), supervise)
-    choices = tuple(_choice_from_dict(choice) for choice in _listed(data, "choices"))
-    others = tuple(_segment_from_dict(other, budget) for other in _listed(data, "others"))
-    pictures = tuple(other for other in others if isinstance(other, Image))
-    if len(pictures) != len(others):
-        raise ValueError("others of a picture must be pictures")
-    return Image(_unpack_media(data, 3, budget), Role(role), supervise, choices, pictures)
-
-
-def _listed(data: Mapping[str, Any], key: str) -> list[Any]:
-    value = data.get(key, [])
-    if not isinstance(value, list):
-        raise ValueError(f"{key} must be a list, got {type(value).__name__}")
-    return value
-
-
-def _choice_from_dict(data: Any) -> Choice:
-    choice = _known(data, "a choice", ("family", "group", "index"))
-    if (
-        not isinstance(choice["family"], str)
-        or not isinstance(choice["group"], str)
-        or type(choice["index"]) is not int
-    ):
-        raise ValueError(f"a choice has a family and a group (str) and an index (int), got {choice!r:.80}")
-    return Choice(**choice)
+    return Image(_unpack_media(data, 3, budget), Role(role), supervise)

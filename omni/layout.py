@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.coupling import Share
 from omni.mask import Fields
 
 IGNORE = -100  # target of a position that carries no next-token loss
@@ -42,15 +41,11 @@ class TokenSpan:
 
 @dataclass(frozen=True, eq=False)
 class LatentSpan:
-    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`. shares: of the
-    noise that it is trained from, where it is coupled. others: blocks of its grid that are as right; the noisy copies
-    are of it and of them in turn."""
+    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`."""
 
     latents: Tensor
     grid: tuple[int, int, int]
     supervise: bool = False
-    shares: tuple[Share, ...] = ()
-    others: tuple[LatentSpan, ...] = ()
 
     def __post_init__(self) -> None:
         t, h, w = self.grid
@@ -58,9 +53,6 @@ class LatentSpan:
             raise ValueError(
                 f"a block of grid {self.grid} needs ({t * h * w}, C) latents, got {tuple(self.latents.shape)}"
             )
-        if any(other.grid != self.grid for other in self.others):
-            grids = sorted({other.grid for other in self.others})
-            raise ValueError(f"others of grids {grids} for a block of {self.grid}; right answers are of one size")
 
 
 Span = TokenSpan | LatentSpan
@@ -100,7 +92,6 @@ class Batch:
     item: Tensor  # (R, S) int64 in 0..num_items-1, or -1
     item_first: Tensor  # (num_items,) int64: flat index r*S+s of the first position of each item
     item_names: tuple[tuple[int, int, int], ...] = ()  # (document uid, block, copy) of each item: what keys its noise
-    item_shares: tuple[tuple[Share, ...], ...] = ()  # of the noise of each item, empty where none of them is coupled
     documents: tuple[int, ...] = ()  # uids of the packed documents
     num_context: int = 0  # context positions that are not padding
     num_refine: int = 0
@@ -282,7 +273,6 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
     item = torch.full((R, S), -1, dtype=torch.int64)
     item_first: list[int] = []
     item_names: list[tuple[int, int, int]] = []
-    item_shares: list[tuple[Share, ...]] = []
     num_context = num_refine = 0
     for r, row in enumerate(filled):
         i = j = copy_id = 0
@@ -303,12 +293,11 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
             i += n
             for block, span, p in one.blocks:
                 coordinates = torch.tensor(grid_positions(span.grid, p), dtype=torch.int64)
-                answers = (span, *span.others)
                 for c in range(copies):
-                    answer, m = answers[c % len(answers)], len(span.latents)
+                    m = len(span.latents)
                     copy_id += 1
                     at = slice(j, j + m)
-                    refine_latents[r, at] = answer.latents.float()
+                    refine_latents[r, at] = span.latents.float()
                     refine.document[r, at] = d
                     refine.block[r, at] = block
                     refine.copy[r, at] = copy_id
@@ -316,12 +305,11 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
                     item[r, at] = len(item_first)
                     item_first.append(r * S + j)
                     item_names.append((uid, block, c))
-                    item_shares.append(answer.shares)
                     j += m
                     num_refine += m
     return Batch(
         ids, latents, is_latent, target, context, refine_latents, refine, item,
-        torch.tensor(item_first, dtype=torch.int64), tuple(item_names), tuple(item_shares) if any(item_shares) else (),
+        torch.tensor(item_first, dtype=torch.int64), tuple(item_names),
         tuple(uid for row in filled for uid, _ in row), num_context, num_refine,
     )  # fmt: skip
 

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from omni.checkpoint import DamagedError, Published, manifest_digest, publish
 from omni.config import Frozen, build
-from omni.coupling import Orders
 from omni.document import Document, Image, Text, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
@@ -209,9 +208,7 @@ class Omni(nn.Module):
                 is_null = torch.tensor(
                     [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
                 )
-                choice, named = self.flow.choice, (batch.refine_latents, batch.item, batch.item_names)
-                directions = None if choice is None else choice.directions_FBC
-                items = Items(*named, is_null, progress, batch.item_shares, directions)
+                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress, objective.pairing)
                 beta = torch.ones(batch.num_items, device=batch.ids.device)
                 # Where it wants no average, one that is kept for another objective is not its own.
                 own = averages if getattr(objective, "target_decay", None) else None
@@ -239,7 +236,7 @@ class Omni(nn.Module):
 
         Of x, t, s as `Dual`s it is F with its derivative, a Dual (see nn.tangent).
         """
-        condition = lift(lambda t, s, x: self.flow.condition(t, s, guidance, x, item), t, s, x)
+        condition = lift(lambda t, s: self.flow.condition(t, s, guidance), t, s)
         noisy = lift(lambda x, t: self.flow.embed(x, t, item), x, t)
         hidden = self.transformer.refine(noisy, stream, memory, condition, item)
         return lift(lambda h, condition, x, t: self.flow.read(h, condition, item, x, t), hidden, condition, x, t)
@@ -306,7 +303,7 @@ class Omni(nn.Module):
         info: Mapping[str, Any] | None = None,
     ) -> Path:
         """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
-        manifest.json, and choices.json of a model whose noise chooses (see omni.coupling).
+        manifest.json.
 
         dtype: what the transformer's and the heads' weights are rounded to; bfloat16, the default, halves the file and
         keeps three digits. The codec is not rounded: its weights and its normalisation are stored as they are.
@@ -320,8 +317,6 @@ class Omni(nn.Module):
                 for n, v in self.state_dict().items()
             },
         }
-        if self.flow.choice is not None and self.flow.choice.orders:
-            files["choices.json"] = json.dumps(self.flow.choice.orders) + "\n"
         if self.codec is not None:
             files |= {f"codec/{name}": content for name, content in self.codec.files().items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -329,15 +324,6 @@ class Omni(nn.Module):
                 self.tokenizer.save(folder)
                 files["tokenizer"] = Path(folder)
             return publish(directory, files, info=info, replace=replace)
-
-
-def read_orders(files: Published) -> Orders:
-    """What a model directory says of the order of answers; empty where it says nothing. ValueError for other JSON."""
-    try:
-        return TypeAdapter(Orders).validate_json(files.read("choices.json")) if "choices.json" in files else {}
-    except ValidationError as error:
-        path = files.root / "choices.json"
-        raise DamagedError(f"{path}: {error.errors()[0]['msg']}; it maps a family and a group to an order") from None
 
 
 def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
@@ -368,8 +354,6 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
     if CODEC_CONFIG in codec:
         model.codec = read_codec(codec).to(device)
-    if model.flow.choice is not None:
-        model.flow.choice.orders = read_orders(files)
     defaults = files.table("generation.json") if "generation.json" in files else {}
     stored = files.table("preparation.json") if "preparation.json" in files else None
     model.preparation, model.defaults = read_preparation(stored, defaults, str(folder))
@@ -394,16 +378,13 @@ def _check_attached(model: Omni, source: str) -> None:
         raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.flow.channels}")
 
 
-NOTHING_AT_FIRST = ("flow.velocity", "flow.choice")
-
-
 @torch.no_grad()
 def initialise(model: Omni, key: Key) -> None:
     """Weights keyed by parameter name: adding a module or sharding the model changes no other weight.
 
     Matrices are normal with deviation 1/sqrt(fan in); residual outputs are scaled by 1/sqrt(2 depth); embeddings have
     deviation 0.02; the velocity read-out, biases and modulation start at zero, so that what the flow head reads, its G,
-    starts at 0 (see heads.flow), and so do the tables of choices.
+    starts at 0 (see heads.flow).
     """
     depth = model.config.transformer.depth
     if model.joint is not None:
@@ -413,7 +394,7 @@ def initialise(model: Omni, key: Key) -> None:
             continue
         if "norm" in name:
             parameter.fill_(1.0)
-        elif parameter.ndim < 2 or "modulation" in name or name.startswith(NOTHING_AT_FIRST):
+        elif parameter.ndim < 2 or "modulation" in name or name.startswith("flow.velocity"):
             parameter.zero_()
         else:
             std = 0.02 if "embedding" in name else 1 / math.sqrt(parameter.shape[1])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import is_
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -104,9 +103,7 @@ def prepare(segment: AnySegment, preparation: Preparation, limits: Limits) -> An
     """
     if isinstance(segment, Image):
         pixels = prepare_picture(segment.pixels, preparation, limits)
-        others = tuple(prepare(other, preparation, limits) for other in segment.others)
-        same = pixels is segment.pixels and all(map(is_, others, segment.others))
-        return segment if same else replace(segment, pixels=pixels, others=others)
+        return segment if pixels is segment.pixels else replace(segment, pixels=pixels)
     if isinstance(segment, Video):
         frames, fps = prepare_clip(segment.frames, segment.fps, preparation, limits)
         return segment if frames is segment.frames else replace(segment, frames=frames, fps=fps)

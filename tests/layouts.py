@@ -44,25 +44,18 @@ def small_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
-    choices: bool = False,
     **transformer: object,
 ) -> Omni:
     """A model whose every part is alive: modulation and read-out are not at their zero start."""
     sizes = {"width": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention": attention}
     config = OmniConfig(
         transformer=TransformerConfig(**{**sizes, **transformer}),  # type: ignore[arg-type]
-        flow=FlowHeadConfig(
-            channels=CHANNELS, num_frequencies=4, choices=("a", "b") if choices else (), choice_bits=CHANNELS // 2
-        ),
+        flow=FlowHeadConfig(channels=CHANNELS, num_frequencies=4),
         vocab_size=VOCABULARY + 9,
     )
     model = Omni(config, Key(seed))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "modulation" in name or "velocity" in name or "choice" in name:
+            if "modulation" in name or "velocity" in name:
                 parameter.copy_(Key(seed).fold("alive", name).normal(tuple(parameter.shape)) * 0.2)
-        if model.flow.choice is not None:
-            model.flow.choice.directions.copy_(
-                torch.linalg.qr(Key(seed).fold("choice").normal((CHANNELS, CHANNELS)))[0]
-            )
     return model.to(dtype).eval()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from omni.document import Choice, Document, Image, Role, Text, Video
+from omni.document import Document, Image, Role, Text, Video
 from omni.rng import Key
 from train.data.files import DocumentLines, MessageLines
 
@@ -20,7 +20,7 @@ PIXELS = torch.arange(2 * 4 * 6 * 3, dtype=torch.uint8).reshape(2, 4, 6, 3)
 WHOLE = Document(
     (
         Text("draw <|image|>\ud800"),
-        Image(PIXELS[0], Role.ASSISTANT, True, (Choice("f", "g", 1),), (Image(PIXELS[1], Role.ASSISTANT),)),
+        Image(PIXELS[0], Role.ASSISTANT, True),
         Video(PIXELS, 12.5, Role.SYSTEM),
     ),
     {"id": [1, None, {"a": 2.5}]},
@@ -56,8 +56,7 @@ def test_round_trip() -> None:
     assert again.meta == WHOLE.meta and again.to_json() == WHOLE.to_json()
     text, image, clip = again.segments
     assert text == WHOLE.segments[0]
-    assert isinstance(image, Image) and torch.equal(image.pixels, PIXELS[0]) and image.choices == (Choice("f", "g", 1),)
-    assert torch.equal(image.others[0].pixels, PIXELS[1])
+    assert isinstance(image, Image) and torch.equal(image.pixels, PIXELS[0])
     assert isinstance(clip, Video) and torch.equal(clip.frames, PIXELS) and clip.fps == 12.5
 
 
@@ -95,10 +94,10 @@ def test_claims_cost_nothing() -> None:
 
 
 def test_bounds_are_of_the_whole_document() -> None:
-    text = Document((WHOLE.segments[1], WHOLE.segments[2])).to_json()  # a picture and another; two frames
-    assert len(Document.from_json(text, max_pixels=4 * 24, max_frames=4).segments) == 2
-    assert "segment 1: more than 95 pixels" in error(text, max_pixels=95)
-    assert "segment 1: more than 3 pictures and frames" in error(text, max_frames=3)
+    text = Document((WHOLE.segments[1], *WHOLE.segments[1:])).to_json()  # two pictures; two frames
+    assert len(Document.from_json(text, max_pixels=4 * 24, max_frames=4).segments) == 3
+    assert "segment 2: more than 95 pixels" in error(text, max_pixels=95)
+    assert "segment 2: more than 3 pictures and frames" in error(text, max_frames=3)
     assert f"more than {len(text) - 1} bytes" in error(text, max_bytes=len(text) - 1)
 
 
@@ -144,11 +143,7 @@ def test_a_picture_takes_memory_once() -> None:
         (document(zlib="AAAA"), "zlib is no base64 of zlib data"),
         (document(zlib=packed(b"ab")), "media bytes do not match their shape [1, 1, 3]"),
         (document(zlib=packed(b"abcd")), "media bytes do not match their shape [1, 1, 3]"),
-        (document(choices={}), "choices must be a list, got dict"),
-        (document(choices=[{"family": "a"}]), "a choice has no key 'group'"),
-        (document(choices=[{"family": "a", "group": 1, "index": 0}]), "a choice has a family and a group (str)"),
-        (document(others=[3]), "it must be a mapping, got int"),
-        (document(others=[{"type": "text", "text": "", "role": "user", "supervise": True}]), "must be pictures"),
+        (document(choices=[]), "unknown key 'choices'"),
         ("[" * 100_000, "'the Document' nests lists or tables more than"),
         ('{"a":' * 100_000, "'the Document' nests lists or tables more than"),
     ],
@@ -161,18 +156,6 @@ def test_too_many_values_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("omni.document.MAX_JSON_VALUES", 1000)
     monkeypatch.setattr("json.loads", lambda text: pytest.fail("it was parsed"))
     assert "more than 1000 JSON values" in error('{"meta":' + "[],[]," * 400)
-
-
-def test_others_may_be_nested_until_it_is_too_deep() -> None:
-    before, after = document(others=[])[14:-2].rsplit("]", 1)[0], "]" + document(others=[])[14:-2].rsplit("]", 1)[1]
-    for depth in (1, 50, 200, 400, 600, 900, 20_000):
-        text = '{"segments": [' + before * depth + after * depth + "]}"
-        try:
-            picture = Document.from_json(text).segments[0]
-        except ValueError as caught:
-            assert "nests lists or tables" in str(caught) and depth > 10
-        else:
-            assert isinstance(picture, Image) and len(picture.others) == (depth > 1)
 
 
 @pytest.mark.parametrize("kind", [DocumentLines, MessageLines])

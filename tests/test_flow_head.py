@@ -128,7 +128,7 @@ def test_velocity_is_what_it_was_bit_for_bit(dtype: torch.dtype) -> None:
     hidden, x = (Key(2).fold(n).normal((2, 6, w)).to(dtype) for n, w in (("hidden", 16), ("x", 4)))
     t = torch.tensor([1.0, 0.6, 0.2], dtype=torch.promote_types(dtype, torch.float32))
     item = torch.tensor([[0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, -1]])
-    condition = head.condition(t, 0.3 * t, torch.ones_like(t), x, item)
+    condition = head.condition(t, 0.3 * t, torch.ones_like(t))
     found = [head.embed(x, t, item), condition, head.read(hidden, condition, item, x, t)]
     wanted = before(head, hidden, x, t, 0.3 * t, torch.ones_like(t), item)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -258,61 +258,7 @@ def test_guidance_is_not_a_time() -> None:
     one, zero = torch.ones(1), torch.zeros(1)
     assert torch.equal(*(head.guidance(0.7 * one) for head in heads))
     assert not torch.equal(*(head.time(0.7 * one) for head in heads))
-    assert torch.equal(*(head.condition(zero, zero, one, torch.zeros(1, 2, 4), None) for head in heads))
-
-
-def with_choices() -> Omni:
-    """The model of `modelled`, and two numbers of five bits that nothing has been learnt of."""
-    plain = modelled()
-    channels = plain.config.flow.channels
-    flow = plain.config.flow.model_copy(update={"choices": ("a", "b"), "choice_bits": channels // 2})
-    model = Omni(plain.config.model_copy(update={"flow": flow}), Key(7)).double().eval()
-    left = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert left and all(name.startswith("flow.choice.") for name in left)
-    assert model.flow.choice is not None
-    bits = channels // 2 * 2
-    model.flow.choice.directions.copy_(torch.linalg.qr(Key(1).normal((channels, bits), torch.float64))[0].T)
-    return model
-
-
-def test_a_model_with_choices_begins_as_one_without() -> None:
-    plain, model = modelled(), with_choices()
-    calls = [calling(one)[0] for one in (plain, model)]
-    x, t = calling(plain)[1], torch.full((calls[0].batch.num_items,), 0.7, dtype=torch.float64)
-    assert torch.equal(*(call(x, t, 0.3 * t) for call in calls))
-    with torch.no_grad():
-        model.flow.choice.table[0].weight.copy_(Key(1).normal(tuple(model.flow.choice.table[0].weight.shape)))
-    assert not torch.equal(*(call(x, t, 0.3 * t) for call in calls))
-
-
-def test_a_choice_is_the_sum_of_the_rows_of_its_beginnings() -> None:
-    config = FlowHeadConfig(channels=24, choices=("a", "b"), choice_bits=7)
-    head = FlowHead(8, config).choice
-    assert head is not None and head.lengths == [4, 6, 7]
-    head.directions.copy_(torch.linalg.qr(Key(1).normal((24, 14)))[0].T)
-    for number, table in enumerate(head.table):
-        table.weight.data.copy_(Key(number).normal(tuple(table.weight.shape)))
-    x = Key(5).normal((3, 4, 24))
-    found = head(x, None, 3)
-    code = x.sum(1) @ head.directions.T > 0
-    for row in range(3):
-        wanted = torch.zeros(8)
-        for family in range(2):
-            bits = "".join(str(int(bit)) for bit in code[row, 7 * family : 7 * family + 7])
-            for length, table in zip(head.lengths, head.table, strict=True):
-                wanted += table.weight[family * 2**length + int(bits[:length], 2)]
-        torch.testing.assert_close(found[row], wanted * 2 * 8**0.5)
-    item = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, -1]])
-    flat = torch.cat([x.flatten(0, 1), torch.ones(1, 24)])[None]
-    torch.testing.assert_close(head(flat, item, 3), found)
-
-
-def test_choices_before_directions_are_one_and_the_same() -> None:
-    head = FlowHead(8, FlowHeadConfig(channels=24, choices=("a",))).choice
-    assert head is not None
-    head.table[0].weight.data.normal_()
-    found = head(Key(5).normal((3, 4, 24)), None, 3)
-    assert torch.equal(found, found[:1].expand(3, -1))
+    assert torch.equal(*(head.condition(zero, zero, one) for head in heads))
 
 
 def test_configuration_is_checked() -> None:
@@ -320,9 +266,12 @@ def test_configuration_is_checked() -> None:
         ({"parametrisation": "edm"}, "parametrisation = 'edm'"),
         ({"time_scale": 0}, "time_scale = 0"),
         ({"min_time": 0.0}, "min_time = 0.0"),
-        ({"choices": ["a", "a"]}, "names a family twice"),
-        ({"channels": 12, "choices": ["a", "b"]}, "2 choices of 8 bits want as many channels, latents have 12"),
+        ({"choices": ["a", "b"]}, r"choices = \['a', 'b'\]: noise that spells choices is no longer supported"),
         ({"parametrization": "x"}, "did you mean 'parametrisation'"),
     ):
         with pytest.raises(ValueError, match=message):
             build(data, FlowHeadConfig, "heads.flow")
+
+
+def test_a_configuration_of_before_without_choices_is_read() -> None:
+    assert build({"channels": 12, "choices": [], "choice_bits": 8}, FlowHeadConfig, "x") == FlowHeadConfig(channels=12)

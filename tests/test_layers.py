@@ -18,7 +18,7 @@ LEVELS = {
     0: {"config", "rng", "document", "command", "context", "finite"},
     1: {
         *("layout", "mask", "positions", "media", "preparation", "checkpoint", "terminal", "weights"),
-        *("coupling", "guidance", "placeholders", "pick", "terms"),
+        *("guidance", "placeholders", "pick", "terms"),
     },
     2: {"nn", "text", "codecs", "heads", "emoji_world"},
     3: {"objectives", "samplers", "heads.joint"},
@@ -35,7 +35,6 @@ LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 PEERS = {
     ("layout", "mask"),
     ("weights", "checkpoint"),
-    ("layout", "coupling"),
     ("placeholders", "layout"),
     ("heads", "nn"),
     *(("heads.joint", name) for name in ("heads", "nn", "objectives", "samplers")),
@@ -78,6 +77,7 @@ OPTIONAL = {
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"train/data/parquet.py", "eval/cifar/pictures.py"},
     "tensorboard": {"train/track.py"},
+    "scipy": {"omni/objectives/pairing.py"},
 }
 
 

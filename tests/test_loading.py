@@ -133,7 +133,6 @@ def test_a_module_is_filled_in_place_or_built() -> None:
     ("name", "content"),
     [
         ("generation.json", '{"steps": 1}'),
-        ("choices.json", "{}"),
         ("codec/config.json", '{"kind": "pixels", "patch": 4}'),
         ("codec/model.safetensors", "x"),
         ("tokenizer/tokenizer_config.json", "{}"),
@@ -151,9 +150,6 @@ def test_files_that_the_manifest_does_not_list_are_not_read(model: Path, capsys:
     if name == "tokenizer/tokenizer.json":  # alone it is nobody's
         listed(model, files=files)
         assert omni.from_pretrained(model).tokenizer is None
-        return
-    if name == "choices.json":  # a model without choices does not ask for it
-        assert omni.from_pretrained(model).flow.choice is None
         return
     listed(model, files=files)
     refused(model, capsys, f"{name} is not listed in manifest.json")

@@ -9,7 +9,6 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from omni.coupling import Share
 from omni.layout import (
     IGNORE,
     Batch,
@@ -80,17 +79,14 @@ def test_what_is_no_span_is_refused() -> None:
     for latents in (torch.zeros(3, C), torch.zeros(4), torch.zeros(4, C, 1)):
         with pytest.raises(ValueError, match=r"grid \(1, 2, 2\) needs \(4, C\) latents, got"):
             LatentSpan(latents, (1, 2, 2))
-    with pytest.raises(ValueError, match=r"others of grids \[\(1, 1, 2\), \(1, 2, 1\)\] for a block of \(1, 2, 1\)"):
-        latent((1, 2, 1), others=(latent((1, 2, 1)), latent((1, 1, 2))))
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_by_hand() -> None:
-    """Two documents in one row, two copies of each block, the second of the other right answer."""
-    other = latent((1, 1, 2), 50.0)
-    a: list[Span] = [text(1), latent((1, 1, 2), 10.0, others=(other,)), text(2)]
+    """Two documents in one row, two copies of each block."""
+    a: list[Span] = [text(1), latent((1, 1, 2), 10.0), text(2)]
     b: list[Span] = [text(3, 4, supervise=False), latent((1, 1, 1), 30.0)]
     [batch], count = pack(
         [a, b], [Shape(2, 8, 7)], channels=C, pad_id=PAD, copies=2, uids=[7, 9], trim=[False, True], fixed_shape=True
@@ -117,9 +113,9 @@ def test_a_batch_by_hand() -> None:
     assert batch.refine.block.tolist() == [[1, 1, 1, 1, 2, 2, 6], [0, 1, 2, 3, 4, 5, 6]]
     assert batch.refine.copy.tolist() == [[1, 1, 2, 2, 3, 4, -1], [-1] * 7]
     assert batch.refine.position[0].tolist() == [[1, 1, 1], [1, 1, 2]] * 2 + [[2] * 3] * 2 + [[0] * 3]
-    assert batch.refine_latents[0, :, 1].tolist() == [11, 13, 51, 53, 31, 31, 0]
+    assert batch.refine_latents[0, :, 1].tolist() == [11, 13, 11, 13, 31, 31, 0]
     assert batch.item.tolist() == [[0, 0, 1, 1, 2, 3, -1], [-1] * 7] and batch.item_first.tolist() == [0, 2, 4, 5]
-    assert batch.item_names == ((7, 1, 0), (7, 1, 1), (9, 2, 0), (9, 2, 1)) and batch.item_shares == ()
+    assert batch.item_names == ((7, 1, 0), (7, 1, 1), (9, 2, 0), (9, 2, 1))
     assert (batch.num_context, batch.num_refine, batch.num_positions) == (6, 6, 12)
     assert (batch.num_items, batch.num_targets) == (4, 1) and batch.null is None and not batch.dropped
     assert batch.context.rank is None and batch.refine.rank is None
@@ -179,13 +175,6 @@ def test_one_document_per_row() -> None:
     assert empty.ids.shape == (0, 1) and empty.item.shape == (0, 1)
     with pytest.raises(ValueError, match="zip"):
         lay_rows(documents, channels=C, pad_id=PAD, copies=1, uids=[4])
-
-
-def test_shares_are_of_the_items_where_any_has_some() -> None:
-    share = Share("a", 0, 2)
-    documents: list[list[Span]] = [[text(1), latent((1, 1, 1), shares=(share,)), text(2), latent((1, 1, 1))]]
-    [batch], _ = pack(documents, [Shape(1, 9, 9)], channels=C, pad_id=PAD)
-    assert batch.item_shares == ((share,), ())
 
 
 def test_a_batch_moves_whole() -> None:

@@ -21,7 +21,7 @@ from omni.checkpoint import Published, tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import build, digest
 from omni.heads import FlowHeadConfig
-from omni.model import CODEC_CONFIG, TOKENIZER_CONFIG, Omni, OmniConfig, read_orders
+from omni.model import CODEC_CONFIG, TOKENIZER_CONFIG, Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
 from omni.preparation import Preparation, target_size
@@ -29,7 +29,6 @@ from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
-from train.data.coupled import build_coupling
 from train.data.held_out import HeldOut, hold_out
 from train.data.lanes import Lanes, Tickets
 from train.data.latents import LatentMemo
@@ -51,9 +50,9 @@ DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator ea
 
 # Settings of a model that change none of its numbers, and those whose shapes or names tell.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
-WITHOUT_EFFECT |= {"joint", "vocab_size", "choice_bits", "max_context"}
-# What a setting says before it is taken up: the weights of the other are copies then, or add nothing.
-NOT_YET = {"latent_weights": "shared", "choices": []}
+WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
+# What a setting says before it is taken up: the weights of the other are copies then.
+NOT_YET = {"latent_weights": "shared"}
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
@@ -65,14 +64,12 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     mixture = build_mixture(recipe, key)
     mixture.held_out, more_data = build_held_out(recipe, mixture, key)
     memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
-    coupling = build_coupling(mixture.sources, memo.encode, model.flow.choice) if recipe.coupling else None
     load = partial(
         Loader,
         prepare=model.prepare,
         compose=partial(_compose, tokenizer),
         pad_id=tokenizer.control.pad,
         null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
-        coupling=coupling,
     )
     shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
     train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
@@ -209,8 +206,6 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
             "use the same sizes, or init_partial=true"
         )
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
-    if model.flow.choice is not None and "flow.choice.directions" in usable:
-        model.flow.choice.orders = read_orders(published)
     return left
 
 

@@ -3,19 +3,15 @@
     python -m train.average OUT MODEL=0.7 MODEL=0.3
 
 Configuration, tokenizer and codec are the first model's. One without weights of their own for latents counts with
-copies of those of text, as the others began (train.expert); one whose noise makes no choices
-(FlowHeadConfig.choices), with tables of zeros. Stages that follow one another forget a little of what
-came before; a mean with an earlier stage brings it back without a step of training.
+copies of those of text, as the others began (train.expert). Stages that follow one another forget a little of what came
+before; a mean with an earlier stage brings it back without a step of training.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from omni.command import exit_code
 from omni.model import Omni, from_pretrained
@@ -30,36 +26,20 @@ def average(models: Sequence[tuple[str, float]]) -> Omni:
     members = [(path, from_pretrained(path), share) for path, share in models]
     result = from_pretrained(models[0][0])
     for path, member, _ in members:
-        flow, ours = member.config.flow, result.config.flow
-        if not flow.choices:
-            flow = flow.model_copy(update={"choices": ours.choices, "choice_bits": ours.choice_bits})
-        if (member.config.logit_cap, flow) != (result.config.logit_cap, ours):
+        if (member.config.logit_cap, member.config.flow) != (result.config.logit_cap, result.config.flow):
             raise ValueError(f"{path} has another logit_cap or flow head than {models[0][0]}; average like with like")
         kinds = [one.config.transformer.latent_weights for one in (member, result)]
         if kinds[0] not in ("shared", kinds[1]):
             raise ValueError(f"{path} has latent_weights = {kinds[0]!r} and {models[0][0]} {kinds[1]!r}; use the same")
     own = result.state_dict()
-    loaded = [
-        (path, _with_choices(with_copies(member.state_dict(), own), own), share) for path, member, share in members
-    ]
+    loaded = [(path, with_copies(member.state_dict(), own), share) for path, member, share in members]
     for path, weights, _ in loaded:
         odd = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights)
         odd += sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
         if odd:
             raise ValueError(f"{path} does not fit {models[0][0]} in {odd[0]!r} ({len(odd)} weights)")
-        where = "flow.choice.directions"
-        if where in own and not torch.equal(weights[where], own[where]):
-            raise ValueError(f"{path} reads its choices from other directions of the noise than {models[0][0]}")
     result.load_state_dict({name: sum(share * weights[name] for _, weights, share in loaded) for name in own})
     return result
-
-
-def _with_choices(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights`, and where they have none of choices, tables of zeros and the directions of `own`."""
-    if any(name.startswith("flow.choice.") for name in weights):
-        return weights
-    mine = {name: value for name, value in own.items() if name.startswith("flow.choice.")}
-    return weights | {name: value * ("table" not in name) for name, value in mine.items()}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ faithfully but not bit for bit: exact resume needs the length in steps (`max_ste
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,13 +109,26 @@ class Recipe(Frozen):
     batch: BatchConfig
     drop: DropConfig = DropConfig()
     preparation: Preparation = Field(Preparation(), description="of pictures and clips, stored with the model")
-    coupling: bool = Field(False, description="pairs noise with the answers of a request, for heads.flow.choices")
     optimiser: OptimiserConfig = OptimiserConfig()
     data: tuple[DataConfig, ...] = Field(min_length=1)
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     generation: dict[str, Any] = Field({}, description="default generation options stored with the model")
     report: ReportConfig = ReportConfig()
     validation: ValidationConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, data: Any) -> Any:
+        """`coupling` was a key of format 1: false means nothing now, true cannot be had any more."""
+        if not isinstance(data, dict) or "coupling" not in data:
+            return data
+        if data["coupling"]:
+            raise ValueError(
+                f'coupling = {data["coupling"]!r} is no longer supported; leave it out (pairing = "transport" of an '
+                "objective pairs noise with data in another way)"
+            )
+        warnings.warn("coupling = false is the only case and no longer a key; leave it out", stacklevel=2)
+        return without_retired(data)
 
     @field_validator("generation")
     @classmethod
@@ -156,6 +171,11 @@ class Recipe(Frozen):
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""
         return fraction_of(self.max_steps, self.max_minutes, step, seconds)
+
+
+def without_retired(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON of a recipe without the keys that earlier versions had and that changed nothing."""
+    return {name: value for name, value in data.items() if name != "coupling" or value}
 
 
 def fraction_of(max_steps: int, max_minutes: float | None, step: int, seconds: float) -> float:

@@ -55,8 +55,6 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
                     result.token.embedding.weight[token] += code
     result.tokenizer, result.codec = tokenizer, model.codec
     result.preparation, result.defaults = model.preparation, model.defaults
-    if result.flow.choice is not None and model.flow.choice is not None:
-        result.flow.choice.orders = model.flow.choice.orders
     return result
 
 

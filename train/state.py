@@ -26,7 +26,7 @@ from omni.config import Frozen, parse_json
 from train.data.batch import PIECES
 from train.ema import Ema
 from train.optim import Optimiser
-from train.recipe import CHANGEABLE, Recipe
+from train.recipe import CHANGEABLE, Recipe, without_retired
 from train.target import Target
 
 _STEP = re.compile(r"step-(\d{8})")
@@ -177,7 +177,7 @@ def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
     saved = {"draws": 1} | saved  # format 1 did not record `draws`
     saved = {name: part for name, part in saved.items() if name in own}
     if isinstance(saved.get("recipe"), dict) and isinstance(own.get("recipe"), dict):
-        saved["recipe"] = _filled(saved["recipe"], own["recipe"])
+        saved["recipe"] = _filled(without_retired(saved["recipe"]), own["recipe"])
     return compare(saved, own, CHANGEABLE, directory)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,17 +16,13 @@ from eval.requests import (
     panel,
     picture_list,
     replies,
-    reply_seed,
     requests,
 )
 from eval.task import Context, Curve, Measure, Outcome, percentage, task
 from omni.config import nearest
-from omni.coupling import place_of
 from omni.document import Document
 from omni.emoji_world import CLASSES, SCENE_NAMES, render
-from omni.emoji_world.scene import SIDE, single
-from omni.refinement import block_noise
-from omni.rng import Key
+from omni.emoji_world.scene import single
 
 BIG_SLOT = slots_of(single("cat"))
 
@@ -62,30 +57,22 @@ def read_open(judge: Judge, picture: torch.Tensor, meta: dict[str, Any]) -> tupl
 @task(
     "open",
     OpenOptions,
-    rows=("right", "right_and_sharp", "class", "background", "anywhere", "chosen", "coverage", "evenness"),
+    rows=("right", "right_and_sharp", "class", "background", "anywhere", "coverage", "evenness"),
 )
 def open_requests(context: Context, options: OpenOptions) -> Outcome:
-    """Any member of a class, on any background, or two anywhere: right and sharp; and how many members ever come.
-
-    chosen: of requests for a member of a class, how often it is the one whose share held the noise of the picture.
-    """
+    """Any member of a class, on any background, or two anywhere: right and sharp; and how many members ever come."""
     documents = requests(context, {"open": 1.0}, options.requests, of_kinds(options))
     answers, note = replies(context, documents, options, max_images=1)
     judge, atlas = judge_of(context), atlas_of(context)
-    right, sharp, chosen, panels = [], [], [], []
-    for number, (document, reply) in enumerate(zip(documents, answers, strict=True)):
+    right, sharp, panels = [], [], []
+    for document, reply in zip(documents, answers, strict=True):
         picture = next(iter(picture_list(reply)), None)
-        spelled = spelled_member(context, reply_seed(context, number), dict(document.meta))
         if picture is None:
             right.append(False)
             sharp.append(False)
-            if spelled is not None:
-                chosen.append(False)
             panels.append(panel(document, reply, [], "no picture", False))
             continue
         is_right, is_sharp, reading = read_open(judge, picture, dict(document.meta))
-        if spelled is not None:
-            chosen.append(is_right and reading.scene.names[0] == spelled)
         right.append(is_right)
         sharp.append(is_sharp)
         distance = picture_distance(picture, render(reading.scene, atlas))
@@ -97,24 +84,10 @@ def open_requests(context: Context, options: OpenOptions) -> Outcome:
         flags = [flag for flag, document in zip(sharp, documents, strict=True) if document.meta["kind"] == kind]
         if flags:
             measures.append(Measure(kind, percentage(flags), "%"))
-    if chosen:
-        measures.append(Measure("chosen", percentage(chosen), "%"))
     if not options.draws:
         return Outcome(measures, panels, notes=[note])
     more, curve, words = _coverage(context, options, judge)
     return Outcome([*measures, *more], panels, [curve], [note, *words])
-
-
-def spelled_member(context: Context, seed: int, meta: Mapping[str, Any]) -> str | None:
-    """The member whose share holds the noise of the reply's first picture; None where the model has no shares."""
-    choice, codec = context.model.flow.choice, context.model.codec
-    order = choice.orders.get("member", {}).get(meta["class"]) if choice is not None else None
-    if choice is None or codec is None or order is None or "member" not in meta["free"]:
-        return None
-    rows, columns = codec.grid(SIDE, SIDE)
-    noise = block_noise(Key(seed), 0, 0, (rows * columns, codec.spec.channels))
-    number = int(choice.numbers(noise[None], None, 1)[0, choice.names.index("member")])
-    return CLASSES[meta["class"]][order[place_of(number, len(order), choice.bits)]]
 
 
 def _coverage(context: Context, options: OpenOptions, judge: Judge) -> tuple[list[Measure], Curve, list[str]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from omni.config import Registry
 from omni.objectives.base import Items
+from omni.objectives.pairing import Pairing
 from omni.objectives.times import BatchNames
 from omni.rng import Key
 
@@ -57,13 +58,14 @@ class PlaneItems(Items):
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(1, N, 2) standard normal, in the latents' dtype."""
-        return key.fold(purpose).normal(tuple(self.latents.shape)).to(self.latents.dtype)
+        drawn = key.fold(purpose).normal(tuple(self.latents.shape)).to(self.latents.dtype)
+        return self.paired(drawn, purpose)
 
 
-def plane_items(points_N2: Tensor, progress: float = 1.0) -> PlaneItems:
+def plane_items(points_N2: Tensor, progress: float = 1.0, pairing: Pairing = "independent") -> PlaneItems:
     """N points -> N items of one latent each, in one row. progress: the share of training that is done."""
     num = len(points_N2)
-    return PlaneItems(points_N2[None], torch.arange(num)[None], BatchNames(num), progress=progress)
+    return PlaneItems(points_N2[None], torch.arange(num)[None], BatchNames(num), progress=progress, pairing=pairing)
 
 
 def sliced_wasserstein(a_N2: Tensor, b_N2: Tensor, key: Key, num_projections: int = 32) -> float:

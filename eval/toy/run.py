@@ -19,7 +19,6 @@ from torch import Tensor
 
 from eval.toy.data import DATA_SETS, plane_items, sliced_wasserstein
 from eval.toy.network import Count, PlaneCall, PlaneNetwork
-from eval.toy.semidiscrete import Semidiscrete
 from omni.config import Frozen
 from omni.objectives import FlowObjective, build_objective
 from omni.rng import Key
@@ -32,7 +31,6 @@ class Method(Frozen):
     """One line of the comparison: an objective with its options, and how it is trained and drawn from.
 
     trained_as: take the weights of another line instead of training (another sampler on the same network).
-    coupled: train on so many points, each from noise of its own (eval.toy.semidiscrete); 0: on fresh ones from any.
     evaluations: where only some of the run's numbers of evaluations make sense (a generator knows one), these.
     """
 
@@ -44,7 +42,6 @@ class Method(Frozen):
     rate: float = Field(default=4e-3, gt=0)
     batch: int = Field(default=512, ge=2)
     beta2: float = Field(default=0.99, ge=0, lt=1)
-    coupled: int = Field(default=0, ge=0)
     evaluations: tuple[int, ...] | None = None
 
     def numbers(self, options: RunOptions) -> list[int]:
@@ -102,7 +99,6 @@ def train(method: Method, data_set: str, options: RunOptions, key: Key) -> tuple
     if not isinstance(objective, FlowObjective):
         raise ValueError(f"{method.objective!r} is not an objective on latents; the plane has nothing else")
     draw_data = DATA_SETS.get(data_set)
-    coupled = Coupled(draw_data(key.fold("answers"), method.coupled), key) if method.coupled else None
     network = PlaneNetwork(key.fold("network"), width=options.width, depth=options.depth)
     average = copy.deepcopy(network).requires_grad_(False)
     decay: float | None = getattr(objective, "target_decay", None)
@@ -115,8 +111,7 @@ def train(method: Method, data_set: str, options: RunOptions, key: Key) -> tuple
         for group in optimiser.param_groups:
             group["lr"] = method.rate * schedule(fraction, options.warmup)
         drawn = key.fold("draw", steps)
-        points = draw_data(key.fold("data", steps), method.batch) if coupled is None else coupled(drawn, method.batch)
-        items = plane_items(points, fraction)
+        items = plane_items(draw_data(key.fold("data", steps), method.batch), fraction, objective.pairing)
         call = PlaneCall(network, items, target, count=count)
         terms = objective.loss(call, objective.draw(items, drawn))
         (terms.weight * terms.sum / terms.count).backward()
@@ -127,18 +122,6 @@ def train(method: Method, data_set: str, options: RunOptions, key: Key) -> tuple
         if target is not None and decay is not None:
             follow(target, parameters, decay)
     return average, steps, count, time.process_time() - start
-
-
-class Coupled:
-    """The points that belong to the noise which an objective is about to draw from a key."""
-
-    def __init__(self, answers_N2: Tensor, key: Key) -> None:
-        self.answers = answers_N2
-        self.coupling = Semidiscrete(answers_N2, key.fold("coupling", "point", "all"))
-
-    def __call__(self, key: Key, num: int) -> Tensor:
-        noise = plane_items(torch.zeros(num, 2)).noise(key)[0]
-        return self.answers[self.coupling.chosen(noise)]
 
 
 def schedule(fraction: float, warmup: float) -> float:

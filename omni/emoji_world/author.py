@@ -7,30 +7,25 @@ split, and shows rendered scenes. Only assistant segments are supervised. Render
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni.document import Choice, Document, Image, Role, Segment, Text
+from omni.document import Document, Image, Role, Segment, Text
 from omni.emoji_world.atlas import Atlas
 from omni.emoji_world.foreign import with_foreign_words
 from omni.emoji_world.phrases import TEMPLATES, numbers
 from omni.emoji_world.scene import Scene, render, scene_is_heldout
 from omni.emoji_world.words import sentence
 
-Answer = tuple[Scene, tuple[Choice, ...]]
-
 
 @dataclass
 class Author:
-    """State of one document under construction. foreign: the share of phrasings that get a foreign word. alternatives:
-    how many other right answers come with a picture of which there are many."""
+    """State of one document under construction. foreign: the share of phrasings that get a foreign word."""
 
     draw: random.Random
     atlas: Atlas
     split: str
     foreign: float = 0.0
-    alternatives: int = 0
     segments: list[Segment] = field(default_factory=list)
     phrasings: list[str] = field(default_factory=list)
     given: list[Scene] = field(default_factory=list)  # the user's pictures
@@ -67,18 +62,9 @@ class Author:
 
     def show(self, scene: Scene) -> None:
         """The assistant draws it."""
-        self._show((scene, ()))
-
-    def choose(self, answer: Callable[[], Answer]) -> None:
-        """The assistant draws one of many right answers, as `answer` draws them: a scene, and which of them it is."""
-        self._show(*(answer() for _ in range(1 + self.alternatives)))
-
-    def _show(self, shown: Answer, *others: Answer) -> None:
-        scene, choices = shown
         self._check(scene)
         self.scenes.append(scene)
-        more = tuple(Image(render(other, self.atlas), Role.ASSISTANT, True, which) for other, which in others)
-        self.segments.append(Image(render(scene, self.atlas), Role.ASSISTANT, True, choices, more))
+        self.segments.append(Image(render(scene, self.atlas), Role.ASSISTANT, supervise=True))
 
     def finish(self, task: str, extra: dict[str, Any]) -> Document:
         """The document, with what a judge needs in `meta` (all of it JSON)."""

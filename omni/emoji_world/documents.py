@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from omni.document import Choice, Document, Image, Role, Video
+from omni.document import Document, Role, Video
 from omni.emoji_world.atlas import Atlas
-from omni.emoji_world.author import Answer, Author
+from omni.emoji_world.author import Author
 from omni.emoji_world.classes import CLASSES, FAMILY
 from omni.emoji_world.edits import Edit, caption, draw_edit, request_for, spoken
 from omni.emoji_world.objects import ROW_NAMES, SCENE_NAMES
@@ -41,7 +41,6 @@ from omni.emoji_world.stories import write_story
 from omni.emoji_world.words import LANGUAGE_NAMES, NUMBERS, article_for, is_countable, plural, with_article
 from omni.rng import Key
 
-PLACINGS = tuple(slots for slots in APART if slots == min(slots, slots[::-1]))  # of two that look alike
 COUNTABLE = tuple(name for name in SCENE_NAMES if is_countable(name))
 LANGUAGES = tuple(LANGUAGE_NAMES)
 Extra = dict[str, Any]
@@ -178,57 +177,26 @@ def describe(author: Author) -> Extra:
 
 def draw_open(author: Author) -> Extra:
     """A request with many right answers: any member of a class, on any background, or anywhere."""
-    chance = author.draw.random()
+    draw, chance = author.draw, author.draw.random()
     if chance < 0.2:
         return two_anywhere(author)
-    return _any_member(author, author.draw.choice(list(CLASSES)), any_background=chance < 0.4)
-
-
-def any_background(author: Author) -> Extra:
-    """Any member of a class on any background: of open requests the one with two choices."""
-    return _any_member(author, author.draw.choice(list(CLASSES)), any_background=True)
-
-
-def any_of_many(author: Author) -> Extra:
-    """As the first two kinds of open requests, for large classes above all: weight by the square of the members."""
-    noun = author.draw.choices(list(CLASSES), [len(members) ** 2 for members in CLASSES.values()])[0]
-    return _any_member(author, noun, any_background=author.draw.random() < 0.3)
-
-
-def _any_member(author: Author, noun: str, any_background: bool) -> Extra:
-    draw = author.draw
+    noun = draw.choice(list(CLASSES))
     request, background = author.phrase("open", x=noun), "white"
     kind, free = "class", ["member"]
-    if any_background:
+    if chance < 0.4:
         kind, free, background = "background", ["member", "background"], draw.choice(list(BACKGROUNDS))
         mark = "?" if request.endswith("?") else ""
         request = author.phrase("open.background", request=request.removesuffix("?")) + mark
     author.ask(request)
-    first = iter([background])  # what was drawn before the request; other answers draw their own
-
-    def answer() -> Answer:
-        number = draw.randrange(len(CLASSES[noun]))
-        member = Choice("member", noun, number)
-        if kind == "class":
-            return single(CLASSES[noun][number]), (member,)
-        colour = next(first, None) or draw.choice(list(BACKGROUNDS))
-        behind = Choice("background", "any", list(BACKGROUNDS).index(colour))
-        return single(CLASSES[noun][number], colour), (member, behind)
-
-    author.choose(answer)
+    author.show(single(draw.choice(CLASSES[noun]), background))
     return {"kind": kind, "class": noun, "members": list(CLASSES[noun]), "free": free}
 
 
 def two_anywhere(author: Author) -> Extra:
     """Two of a kind, at any two places that are apart: of open requests the one with the most right answers."""
-    name, first = author.draw.choice(COUNTABLE), iter([author.draw.choice(APART)])
+    name, slots = author.draw.choice(COUNTABLE), author.draw.choice(APART)
     author.ask(author.phrase("open.anywhere", many=plural(name)))
-
-    def answer() -> Answer:
-        slots = next(first, None) or author.draw.choice(APART)
-        return small_objects((name, name), slots), (Choice("places", "two", PLACINGS.index(min(slots, slots[::-1]))),)
-
-    author.choose(answer)
+    author.show(small_objects((name, name), slots))
     return {"kind": "anywhere", "class": name, "members": [name], "free": ["places"]}
 
 
@@ -316,8 +284,6 @@ TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
     "text": (0.06, talk),
     "rewrite": (0.0, rewrite),  # by name alone: lessons for edits, and for open requests
     "anywhere": (0.0, two_anywhere),
-    "any_background": (0.0, any_background),
-    "any_of_many": (0.0, any_of_many),
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}
@@ -329,7 +295,6 @@ class EmojiWorld:
 
     split: "train", or "heldout", whose phrasings, object pairs and (base, skin tone) combinations training never uses.
     foreign: the share of phrasings that get a foreign word (see `foreign`).
-    alternatives: how many `others` a picture has that is one of many right answers.
     Raises ValueError on an unknown split or task, or on weights that are negative or all zero.
     """
 
@@ -340,7 +305,6 @@ class EmojiWorld:
         split: str = "train",
         mixture: Mapping[str, float] | None = None,
         foreign: float = 0.0,
-        alternatives: int = 0,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -354,30 +318,14 @@ class EmojiWorld:
         if not sum(weights.values()) > 0:
             raise ValueError(f"the emoji world's mixture {weights} has no positive weight; give some task one")
         self.atlas, self.seed, self.split, self.foreign = atlas, seed, split, foreign
-        self.alternatives = alternatives
         self._tasks, self._weights = list(weights), list(weights.values())
 
     def document(self, index: int) -> Document:
         """The document of an index >= 0; a pure function of (seed, split, mixture, index)."""
         draw = Key(self.seed).fold("emoji_world", self.split, index).python()
         task = draw.choices(self._tasks, self._weights)[0]
-        author = Author(draw, self.atlas, self.split, self.foreign, self.alternatives)
+        author = Author(draw, self.atlas, self.split, self.foreign)
         return author.finish(task, TASKS[task][1](author))
-
-    def answers(self) -> dict[str, dict[str, list[list[Image]]]]:
-        """What the `choices` of pictures are among: family -> group -> for each answer, pictures that have it."""
-
-        def pictures(*scenes: Scene) -> list[Image]:
-            return [Image(render(scene, self.atlas)) for scene in scenes]
-
-        some = sorted({name for members in CLASSES.values() for name in members})[::8]
-        return {
-            "background": {"any": [pictures(*(single(name, b) for name in some)) for b in BACKGROUNDS]},
-            "member": {noun: [pictures(single(name)) for name in members] for noun, members in CLASSES.items()},
-            "places": {
-                "two": [pictures(*(small_objects((n, n), slots) for n in COUNTABLE[::4])) for slots in PLACINGS]
-            },
-        }
 
     def moving_emoji(self, index: int, num_frames: int = 8, side: int = 32) -> Document:
         """One of twelve clips (three emoji, four directions), as a Video of uint8 (num_frames, side, side, 3)."""

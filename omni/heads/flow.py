@@ -23,14 +23,13 @@ Legend: R rows, S positions, C channels, W width, I items (copies).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.coupling import Orders, numbers, pooled
 from omni.nn.transformer import spread
 
 Parametrisation = Literal["velocity", "simple_edm", "x"]
@@ -45,8 +44,6 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: what the network reads out, see the head of this file.
     scale_input: x is divided by n before it is embedded (EDM's c_in), so that its deviation is 1 at every t.
-    choices: families of choices that the noise spells the numbers of, and that the condition then knows (see
-        omni.coupling). choice_bits: of each number; 2^bits is at least how many right answers a request has.
     min_time: of "x" alone: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x and G still
         has a right value, x - min_time F, but is no longer the data. JiT's (arXiv 2511.13720).
     """
@@ -57,18 +54,20 @@ class FlowHeadConfig(Frozen):
     num_frequencies: int = Field(default=32, ge=1, le=1 << 16)
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
-    choices: tuple[str, ...] = Field(default=(), max_length=1024)
-    choice_bits: int = Field(default=8, ge=1, le=16)
     min_time: float = Field(default=0.05, gt=0, le=1)
 
-    @model_validator(mode="after")
-    def _check(self) -> FlowHeadConfig:
-        if len(set(self.choices)) < len(self.choices):
-            raise ValueError(f"choices {list(self.choices)} names a family twice")
-        if len(self.choices) * self.choice_bits > self.channels:
-            said = f"{len(self.choices)} choices of {self.choice_bits} bits want as many channels"
-            raise ValueError(f"{said}, latents have {self.channels}; use fewer choice_bits")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _without_choices(cls, data: Any) -> Any:
+        """Format 1 of config.json could have `choices`: numbers that the noise spells. No model has them any more."""
+        if not isinstance(data, dict) or not data.keys() & {"choices", "choice_bits"}:
+            return data
+        if data.get("choices"):
+            raise ValueError(
+                f"choices = {list(data['choices'])}: noise that spells choices is no longer supported; train the model "
+                "again without, or use the version of Omni that trained it"
+            )
+        return {name: value for name, value in data.items() if name not in ("choices", "choice_bits")}
 
 
 class ScalarEmbedding(nn.Module):
@@ -89,44 +88,6 @@ class ScalarEmbedding(nn.Module):
         return self.down(torch.nn.functional.silu(self.up(features)))
 
 
-class ChoiceEmbedding(nn.Module):
-    """(R, S, C) -> (I, W): the numbers that an item's noise spells, one for each family of choices (see omni.coupling).
-
-    A number is embedded by its first 4, 6, 8, ... bits, one table for each length: what is alike for all numbers that
-    begin alike is learnt from all of them. Tables start at zero. `directions` (F b, C), zero until a coupling chooses
-    them, are a part of the model: whoever draws a picture has to read the signs that it was trained with. So are the
-    `orders` of answers that a coupling has made; for training alone, but only with them can it go on.
-    """
-
-    directions: Tensor
-
-    def __init__(self, width: int, c: FlowHeadConfig) -> None:
-        super().__init__()
-        self.names, self.num, self.bits = c.choices, len(c.choices), c.choice_bits
-        self.lengths = sorted({*range(min(4, self.bits), self.bits, 2), self.bits})
-        self.table = nn.ModuleList(nn.Embedding(self.num << length, width) for length in self.lengths)
-        self.register_buffer("directions", torch.zeros(self.num * self.bits, c.channels))
-        self.orders: Orders = {}
-        self.scale = (
-            2 * width**0.5
-        )  # rows begin at zero, and few items train one: Adam's steps alone take them too slowly
-
-    def forward(self, x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
-        number_IF = self.numbers(x_RSC, item, num_items)
-        slot_F = torch.arange(self.num, device=number_IF.device)
-        rows = [(slot_F << length) + (number_IF >> (self.bits - length)) for length in self.lengths]
-        found = [table(row_IF).sum(1) for table, row_IF in zip(self.table, rows, strict=True)]
-        return self.scale * sum(found[1:], found[0])
-
-    @property
-    def directions_FBC(self) -> Tensor:
-        return self.directions.view(self.num, self.bits, -1)
-
-    def numbers(self, x_RSC: Tensor, item: Tensor | None, num_items: int) -> Tensor:
-        """(I, F) int64 in [0, 2^b): what each item spells, one number for each of `names`; `item` as in `pooled`."""
-        return numbers(pooled(x_RSC, item, num_items), self.directions_FBC)
-
-
 class FlowHead(nn.Module):
     """Embeds clean latents for the context stream and noisy ones for the refine stream; reads velocities."""
 
@@ -138,7 +99,6 @@ class FlowHead(nn.Module):
         self.time = ScalarEmbedding(width, c, c.time_scale)
         self.gap = ScalarEmbedding(width, c, c.time_scale)
         self.guidance = ScalarEmbedding(width, c, 1.0)
-        self.choice = ChoiceEmbedding(width, c) if c.choices else None
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
 
@@ -152,11 +112,9 @@ class FlowHead(nn.Module):
             x_RSC = (x_RSC / _deviation(_at(t_I, item))).to(x_RSC.dtype)
         return self.noisy(x_RSC)
 
-    def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor, x_RSC: Tensor, item: Tensor | None) -> Tensor:
-        """(I, W) from the start and end times, the guidance input beta = 1 / w (1 is no guidance), and, with `choices`,
-        the signs of the noisy latents; `item` as in `read`."""
-        condition = self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
-        return condition if self.choice is None else condition + self.choice(x_RSC, item, len(t_I))
+    def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:
+        """(I, W) from the start and end times, and the guidance input beta = 1 / w (1 is no guidance)."""
+        return self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
 
     def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None, x_RSC: Tensor, t_I: Tensor) -> Tensor:
         """F (R, S, C) of x at t; `item` (R, S) says which condition and time a position has (None: each row its own).

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from omni.config import Frozen, Registry
-from omni.coupling import Share, into_shares
-from omni.objectives.times import Name, TimeDistribution, keys_I, uniform_I
+from omni.objectives.pairing import Pairing, transport
+from omni.objectives.times import Name, TimeDistribution, keys_I
 from omni.rng import Key, normals
 from omni.terms import Terms
 
@@ -67,8 +67,7 @@ class Items:
     names: Sequence[Name]  # (document, block, copy) of each item
     is_null: Tensor | None = None  # (I,) bool: the items whose condition was dropped; None: of none
     progress: float = 1.0  # the share of training that is done, for schedules
-    shares: Sequence[Sequence[Share]] = ()  # of the noise, for each item (see omni.coupling); empty: for none
-    directions: Tensor | None = None  # (F, b, C), which its numbers are read from
+    pairing: Pairing = "independent"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,8 +119,8 @@ class Items:
         return out
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
-        """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone, and on
-        its shares. They move the noise that is paired with data: no other purpose's."""
+        """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone, but for
+        the noise of purpose "noise", which is what data is paired with, where `pairing` is "transport"."""
         device, C = self.latents.device, self.latents.shape[-1]
         if device.type == "mps":  # which has no float64
             return replace(self, latents=self.latents.cpu(), item=self.item.cpu()).noise(key, purpose).to(device)
@@ -132,20 +131,13 @@ class Items:
         keys = keys_I(self.names, key.fold(purpose), device)[self.item.clamp(min=0)]
         drawn = normals(keys.unsqueeze(-1), counter).flatten(-2)[..., :C]
         drawn = torch.where(self.mask.unsqueeze(-1), drawn, 0)
-        if purpose == "noise" and any(self.shares):
-            drawn = into_shares(drawn, self.item, self._wanted(key), _given(self.directions))
-        return drawn.to(self.latents.dtype)
+        return self.paired(drawn.to(self.latents.dtype), purpose)
 
-    def _wanted(self, key: Key) -> Tensor:
-        """(I, F) int64: a number of each share, drawn from all of it; -1 where an item has none."""
-        num, bits = _given(self.directions).shape[:2]
-        at = [uniform_I(self.names, key, f"number {slot}") for slot in range(num)]
-        wanted = torch.full((len(self), num), -1)
-        for item, shares in enumerate(self.shares):
-            for share in shares:
-                mine = share.numbers(bits)
-                wanted[item, share.slot] = mine[int(at[share.slot][item] * len(mine))]
-        return wanted
+    def paired(self, noise: Tensor, purpose: str) -> Tensor:
+        """The noise (R, S, C) in the order that `pairing` gives it; of other purposes than "noise" as it is."""
+        if self.pairing == "independent" or purpose != "noise":
+            return noise
+        return transport(noise, self.latents, self.item, self.counts)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -165,12 +157,6 @@ class Items:
         """x_t = (1 - t) x0 + t eps."""
         tt = self.expand(t)
         return (1 - tt) * self.latents + tt * noise
-
-
-def _given(directions: Tensor | None) -> Tensor:
-    if directions is None:
-        raise ValueError("items with shares of the noise, and a flow head without choices; name them in heads.flow")
-    return directions
 
 
 class Objective(Frozen, ABC):
@@ -204,9 +190,13 @@ class Draw:
 
 
 class FlowObjective(Objective):
-    """An objective on latent blocks: `draw` makes noisy inputs, `loss` compares the callable with its target."""
+    """An objective on latent blocks: `draw` makes noisy inputs, `loss` compares the callable with its target.
+
+    pairing: of noise with data, see objectives.pairing.
+    """
 
     time: TimeDistribution = TimeDistribution()
+    pairing: Pairing = "independent"
 
     @property
     def kind(self) -> Literal["token", "flow"]:

@@ -3,19 +3,18 @@
     F(x_t, t, s) = eps - x0        for the jumps of 1, 2, ... equal steps from noise to data
 
 This is the average velocity of the flow wherever lines do not cross, and then one step is as right as N. Lines of noise
-and data that are paired at random do cross: a single jump learns the mean of all data. It is for pairs of a coupling
-(omni.coupling; rectified flow's, arXiv 2209.03003), where the noise says which of the right answers it is. What a
-network has not learnt of that at t = 1 it sees clearer on the way: the jumps are then Euler steps of flow matching on
-the same pairs, right as N grows.
+and data that are paired independently do cross: a single jump learns the mean of all data. It is for pairs whose lines
+do not (rectified flow, arXiv 2209.03003; pairing = "transport", where they cross less often). Between the two, jumps
+are Euler steps of flow matching on the same pairs, right as N grows.
 
 A jump may answer for the likeliest of several ends instead of their mean: of a loss that levels off for far misses,
 e / (e + offset)^power of an item's mean square (MeanFlow's adaptive weight, arXiv 2505.13447), the best answer to a
-noise that is read as one end with odds of 2 to 1 lies beside that end, where the square's lies a third of the way to
-the other. It is for pairs of a coupling alone: of pairs at random the likeliest end is no sample.
+noise that leads to one end with odds of 2 to 1 lies beside that end, where the square's lies a third of the way to the
+other. Of independent pairs the likeliest end is no sample.
 
-One evaluation an item: with probability `velocity` an item trains F(x_t, t, t) instead, at a time of `time`. Jumps are
-told guidance 1 / w, as if they had been guided: coupled jumps are as sharp, and one network keeps both fields. A
-velocity is a mean: its loss is always the square.
+One evaluation an item: with probability `velocity` an item trains F(x_t, t, t) instead, at a time of `time`. Jumps have
+the guidance input 1 / w, as if they had been guided, so one network keeps both fields. A velocity is a mean: its loss
+is always the square.
 
 Legend: I items.
 """

@@ -14,7 +14,7 @@ from omni.emoji_world import CLASSES, SCENE_NAMES, TASKS, Atlas, EmojiWorld, Sce
 from omni.emoji_world.documents import REWRITTEN
 from omni.emoji_world.edits import caption, spoken
 from omni.emoji_world.phrases import TEMPLATES, is_heldout, numbers
-from omni.emoji_world.scene import scene_is_heldout, single, tone_is_heldout
+from omni.emoji_world.scene import scene_is_heldout, tone_is_heldout
 from omni.emoji_world.words import plural, with_article
 
 NUM = 1200
@@ -178,37 +178,6 @@ def test_open_requests_vary_and_cover_their_class(atlas: Atlas) -> None:
             drawn.setdefault(meta["class"], set()).add(meta["scenes"][0]["placements"][0][0])
     assert {noun: len(members) for noun, members in drawn.items()}.keys() == CLASSES.keys()
     assert all(len(drawn[noun]) > 0.8 * len(set(CLASSES[noun])) for noun in CLASSES)
-
-
-def test_choices_say_which_of_the_answers_a_picture_is(atlas: Atlas) -> None:
-    """Of a member on white the very picture; of the others that of the same member, background and places."""
-    world = EmojiWorld(atlas, mixture={"open": 1.0})
-    answers = world.answers()
-    assert {name: len(groups) for name, groups in answers.items()} == {"background": 1, "member": 17, "places": 1}
-    seen: set[tuple[str, ...]] = set()
-    for i in range(400):
-        document = world.document(i)
-        [picture], meta = document.images(), document.meta
-        families = tuple(choice.family for choice in picture.choices)
-        seen.add(families)
-        scene = Scene.from_json(meta["scenes"][0])
-        for choice in picture.choices:
-            examples = answers[choice.family][choice.group][choice.index]
-            if choice.family == "member":
-                assert choice.group == meta["class"]
-                assert any(torch.equal(e.pixels, render(single(scene.names[0]), atlas)) for e in examples)
-            corner = picture.pixels[0, 0] if choice.family == "background" else None
-            assert corner is None or all(torch.equal(e.pixels[0, 0], corner) for e in examples)
-            if choice.family == "places":
-                inked = (picture.pixels != 255).any(-1).float()
-                likeness = [
-                    sum(float(((e.pixels != 255).any(-1) * inked).sum()) for e in same)
-                    for same in answers["places"]["two"]
-                ]
-                assert max(range(len(likeness)), key=likeness.__getitem__) == choice.index
-        assert Document.from_json(document.to_json()).images()[0].choices == picture.choices
-    assert seen == {("member",), ("member", "background"), ("places",)}
-    assert not any(image.choices for image in EmojiWorld(atlas, mixture={"scene": 1.0}).document(3).images())
 
 
 def test_prompt_stops_before_the_last_answer(corpora: dict[str, list[Document]]) -> None:

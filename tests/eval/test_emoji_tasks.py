@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +10,10 @@ import torch
 from PIL import Image as PILImage
 
 import eval.requests
-import omni
 from eval.metrics.emoji_judge import Judge
-from eval.requests import reply_seed
 from eval.suite import load_tasks
 from eval.task import TASKS, Context, Outcome
-from eval.tasks.open import spelled_member
 from omni.document import Document, Image, Segment, Text
-from omni.emoji_world import CLASSES
 from omni.emoji_world.documents import prompt_of
 from omni.reply import ImagePart, Reply, TextPart
 
@@ -53,8 +48,6 @@ def nothing(answers: list[tuple[Segment, ...]], i: int) -> tuple[Segment, ...]:
 
 class KnownModel:
     """Answers from the documents that the prompts were cut from."""
-
-    flow, codec = SimpleNamespace(choice=None), None
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -149,37 +142,6 @@ def test_open_requests_and_their_coverage(run: Callable[..., dict[str, float]]) 
     assert 0 < values["coverage"] <= 100 and 0 < values["evenness"] <= 1
     averages = run("open", averaged, draws=0, kinds=("class",))
     assert averages["right_and_sharp"] <= 10
-
-
-def test_the_spelled_member_is_of_the_noise_that_the_reply_begins_from() -> None:
-    """Of the numbers of a class, each member's are equally many; and the engine draws from just this noise."""
-    model = omni.from_pretrained()
-    context, choice, starts = Context(), model.flow.choice, []
-    context.__dict__["model"] = model
-    assert choice is not None
-    meta = {"class": "animal", "free": ["member"]}
-    velocity = model.velocity
-
-    def spy(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        starts.append(x)
-        return velocity(x, *rest)
-
-    model.velocity = spy  # type: ignore[method-assign]
-    spelled = []
-    for number in range(3):
-        seed = reply_seed(context, number)
-        model.generate("draw an animal", steps=1, seed=seed, force_image=True, max_images=1)
-        code = starts[-1].sum(1)[0] @ choice.directions.T
-        slot = choice.names.index("member") * choice.bits
-        bits = "".join(str(int(bit)) for bit in code[slot : slot + choice.bits] > 0)
-        members = [CLASSES["animal"][i] for i in choice.orders["member"]["animal"]]
-        spelled.append(members[int(bits, 2) * len(members) // 2**choice.bits])
-        assert spelled_member(context, seed, meta) == spelled[-1]
-    assert len(set(spelled)) > 1
-    assert spelled_member(context, 0, {**meta, "free": ["places"]}) is None
-    many = [spelled_member(context, seed, meta) for seed in range(1500)]
-    counts = [many.count(member) / 1500 * len(CLASSES["animal"]) for member in CLASSES["animal"]]
-    assert min(counts) > 0.6 and max(counts) < 1.5
 
 
 def test_a_story_out_of_place_is_told_from_one_in_place(run: Callable[..., dict[str, float]]) -> None:

@@ -9,7 +9,6 @@ import torch
 from gaussian import PLANE, gaussian_items
 from small_network import gradient_error, network_call
 
-from omni.coupling import Share, numbers, pooled
 from omni.objectives.flow_matching import FlowMatching
 from omni.objectives.straight import Straight, StraightDraw
 from omni.objectives.weighting import adaptive
@@ -32,7 +31,7 @@ class Line:
         return (noise - noise @ self.M.T)[None]
 
 
-def coupled_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
+def linear_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
     """Items whose data is M times their noise, so that no lines cross."""
     items = gaussian_items(PLANE, num=64, size=1)
     items = replace(items, latents=items.noise(Key(2)) @ M.T)
@@ -41,7 +40,7 @@ def coupled_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
 
 def test_lines_that_do_not_cross_are_exact_in_any_number_of_steps() -> None:
     M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
-    draw, line = coupled_draw(Straight(), M), Line(M)
+    draw, line = linear_draw(Straight(), M), Line(M)
     assert float(Straight().loss(line, draw).sum) < 1e-20
     assert float(Straight().loss(Line(M * 1.1), draw).sum) > 1e-2
     for steps in (1, 2, 4, 8):
@@ -77,41 +76,11 @@ def test_velocities_alone_are_flow_matching() -> None:
     assert abs(float((found - wanted).detach())) < 1e-12
 
 
-def test_noise_of_items_with_shares_is_in_them_and_that_of_others_as_it_was() -> None:
-    directions = torch.eye(2).unsqueeze(1)  # two numbers of one bit
-    items = gaussian_items(PLANE, num=10, copies=2)  # 20 items of four latents of two channels
-    shares = [(Share(n % 3 // 2, n % 2, 2),) if n % 3 else () for n in range(20)]
-    coupled = replace(items, shares=shares, directions=directions)
-    plain, moved = items.flat(items.noise(Key(1))), items.flat(coupled.noise(Key(1)))
-    found = numbers(pooled(moved, None, 20), directions)
-    for number, mine in enumerate(shares):
-        if mine:
-            assert int(found[number, mine[0].slot]) == mine[0].place
-        else:
-            assert torch.equal(plain[number], moved[number])
-    assert torch.equal(coupled.noise(Key(1), "noise of positives"), items.noise(Key(1), "noise of positives"))
-    draw = Straight(jumps=(1,), velocity=0.0).draw(coupled, Key(1))
-    assert torch.equal(draw.x, coupled.noise(Key(1)))
-    few = replace(coupled, latents=items.latents[:, 40:], item=items.item[:, 40:] - 10, names=items.names[10:])
-    assert torch.equal(replace(few, shares=shares[10:]).noise(Key(1)), coupled.noise(Key(1))[:, 40:])
-    with pytest.raises(ValueError, match="a flow head without choices; name them in heads.flow"):
-        replace(items, shares=shares).noise(Key(1))
-
-
-def test_numbers_of_a_share_are_all_drawn() -> None:
-    items = gaussian_items(PLANE, num=400)
-    coupled = replace(items, shares=[(Share(0, 1, 3),)] * 400, directions=torch.eye(2).unsqueeze(0))
-    found = coupled._wanted(Key(0))
-    assert set(found.flatten().tolist()) == set(Share(0, 1, 3).numbers(2)) == {2}
-    wide = replace(items, shares=[(Share(0, 1, 2),)] * 400, directions=torch.eye(2).unsqueeze(0))._wanted(Key(0))
-    assert 150 < int((wide == 2).sum()) < 250 and set(wide.flatten().tolist()) == {2, 3}
-
-
 def test_a_far_miss_weighs_less_and_a_velocity_does_not() -> None:
     """e (offset / (e + offset))^power of a jump, whose slope at an exact answer is the square's."""
     M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
     robust, plain = Straight(power=1.0, offset=0.1, velocity=0.0), Straight(velocity=0.0)
-    draw = coupled_draw(plain, M)
+    draw = linear_draw(plain, M)
     for scale, low, high in ((1.001, 0.99, 1.0), (3.0, 0.0, 0.3)):
         call = Line(M * scale)
         ratio = float(robust.loss(call, draw).sum / plain.loss(call, draw).sum)

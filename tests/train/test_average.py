@@ -78,25 +78,3 @@ def test_one_without_an_expert_counts_with_copies(two: tuple[str, str], tmp_path
         average([(expert, 0.5), (with_weights_of_latents("separate"), 0.5)])
     with pytest.raises(ValueError, match="latent_weights = 'refine'"):
         average([(two[0], 0.5), (expert, 0.5)])
-
-
-def test_one_whose_noise_makes_no_choices_has_tables_of_zeros(two: tuple[str, str], tmp_path: Path) -> None:
-    plain = omni.from_pretrained(two[0])
-
-    def with_choices(name: str, turn: int) -> str:
-        flow = plain.config.flow.model_copy(update={"choices": ("a", "b")})
-        other = Omni(plain.config.model_copy(update={"flow": flow}), Key(6))
-        choice = other.flow.choice
-        assert choice is not None
-        choice.directions.copy_(torch.eye(48)[:16].roll(turn, 0))
-        torch.nn.init.ones_(choice.table[0].weight)
-        return str(other.save_pretrained(tmp_path / name, torch.float32))
-
-    path = with_choices("choices", 0)
-    mean = average([(path, 0.75), (two[0], 0.25)]).flow.choice
-    assert mean is not None and torch.equal(mean.directions, torch.eye(48)[:16])
-    torch.testing.assert_close(mean.table[0].weight, torch.full_like(mean.table[0].weight, 0.75))
-    with pytest.raises(ValueError, match="another logit_cap or flow head"):
-        average([(two[0], 0.5), (path, 0.5)])
-    with pytest.raises(ValueError, match="reads its choices from other directions"):
-        average([(path, 0.5), (with_choices("turned", 1), 0.5)])

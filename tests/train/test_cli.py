@@ -81,6 +81,13 @@ def test_every_recipe_is_valid_and_says_its_command(path: Path) -> None:
         load_toml(path, [], Recipe)
 
 
+def test_a_retired_key_is_read_where_it_changed_nothing(recipe_file: Path) -> None:
+    with pytest.warns(UserWarning, match="no longer a key; leave it out"):
+        assert "coupling" not in load_toml(recipe_file, ["coupling=false"], Recipe).model_dump()
+    with pytest.raises(ValueError, match="coupling = True is no longer supported; leave it out"):
+        load_toml(recipe_file, ["coupling=true"], Recipe)
+
+
 def test_the_smoke_recipe_learns_draws_and_publishes(tmp_path: Path) -> None:
     import omni
 

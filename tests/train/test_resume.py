@@ -210,6 +210,7 @@ def test_a_state_of_an_earlier_version_is_taken(make_run: MakeRun) -> None:
     run = make_run()
     recipe = {k: v for k, v in run.identity["recipe"].items() if k not in ("workers", "max_steps", "device")}
     recipe["batch"] = {k: v for k, v in recipe["batch"].items() if k != "too_long"}
+    recipe["coupling"] = False  # a key that there is no more
     identity = {**run.identity, "recipe": recipe}
     state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
     again = make_run("max_steps=7", "batch.too_long=drop")

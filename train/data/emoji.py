@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from omni.config import Frozen
-from omni.document import Document, Image, Role, Text, Video
+from omni.document import Document, Role, Text, Video
 from omni.rng import Key
 from train.data.source import SOURCES, Source, file_fingerprint
 
@@ -26,7 +26,6 @@ class EmojiWorldOptions(Frozen):
     font: Path | None = None
     mixture: dict[str, float] | None = Field(None, description="task -> weight; the world's own when absent")
     foreign: float = Field(0.0, ge=0, le=1, description="share of phrasings with a foreign word")
-    alternatives: int = Field(0, ge=0, description="other right answers, which further copies are of")
 
 
 @SOURCES.register("emoji_world")
@@ -41,15 +40,12 @@ class EmojiWorldSource(Source):
         super().__init__(options, key)
         atlas = Atlas(options.font)
         extra: dict[str, Any] = {} if options.mixture is None else {"mixture": options.mixture}
-        extra |= {"split": options.split, "foreign": options.foreign, "alternatives": options.alternatives}
+        extra |= {"split": options.split, "foreign": options.foreign}
         self.world = EmojiWorld(atlas, key.integer(), **extra)
         self._font_path = atlas.font_path
 
     def document(self, index: int) -> Document:
         return self.world.document(index)
-
-    def answers(self) -> dict[str, dict[str, list[list[Image]]]]:
-        return self.world.answers()
 
     def fingerprint(self) -> str:
         """The font, and the first documents' words: other code or other word lists make other documents."""

@@ -17,13 +17,11 @@ from typing import Protocol
 
 import torch
 
-from omni.coupling import Coupling
 from omni.document import Document, Image, Segment, Text, Video
 from omni.guidance import drop, null_documents
 from omni.layout import Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_rows, pack
 from omni.rng import Key
 from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
-from train.data.coupled import with_answers
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
 from train.data.source import CorruptRecord, KeptOut
 
@@ -51,7 +49,6 @@ class Loader:
         channels, pad_id: of the codec's latents; of the tokenizer.
         key: of everything drawn per document here (drop, trim).
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
-        coupling: of the noise of pictures with choices, where training couples them.
         stride: from one document to the next, for a loader that is one of several (see train.data.lanes).
         end: where the documents end; None: nowhere.
     """
@@ -69,14 +66,13 @@ class Loader:
         key: Key,
         drop: DropConfig | None = None,
         null_contexts: bool = False,
-        coupling: Coupling | None = None,
         stride: int = 1,
         end: int | None = None,
     ) -> None:
         self.stride, self.end = stride, end
         self.document, self.prepare, self.compose, self.memo, self.shape = document, prepare, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
-        self.drop, self.null_contexts, self.coupling = drop or DropConfig(), null_contexts, coupling
+        self.drop, self.null_contexts = drop or DropConfig(), null_contexts
         self.counts: Counter[str] = Counter(documents=0, skipped=0)
         self._window: dict[int, Read] = {}
 
@@ -121,7 +117,7 @@ class Loader:
             for one in read.pieces:
                 for span in (span for spans in (one.spans, *one.nulls) for span in spans):
                     if isinstance(span, LatentSpan):
-                        yield from (block.latents for block in (span, *span.others))
+                        yield span.latents
 
     def _walk(self, cursor: int) -> Iterator[tuple[int, Composed | Read]]:
         """From `cursor` on: every piece with its uid, and every document that has none."""
@@ -182,7 +178,6 @@ class Loader:
             except ValueError as error:
                 self._window[index] = _unusable(error)
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
-        media = {index: [*found, *(o for s in found for o in self._others(s))] for index, found in media.items()}
         encoded = iter(self.memo.encode([segment for found in media.values() for segment in found]))
         for index, document in read.items():
             latents = [next(encoded) for _ in media[index]]
@@ -191,12 +186,8 @@ class Loader:
             except ValueError as error:
                 self._window[index] = _unusable(error)
 
-    def _others(self, segment: Image | Video) -> tuple[Image, ...]:
-        """Right answers that copies after the first may be of."""
-        return segment.others[: self.shape.copies - 1] if isinstance(segment, Image) else ()
-
     def _made(self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]) -> Read:
-        """media: the document's, and then their others; latents: of each."""
+        """media: the document's; latents: of each."""
         encoded = {id(segment): one for segment, one in zip(media, latents, strict=True)}
         whole = self._composed(Piece(document), encoded)
         size = self._size(whole.spans)
@@ -222,9 +213,7 @@ class Loader:
         document = piece.document
         media = [s for s in document.segments if isinstance(s, Image | Video)]
         latents = [encoded[id(segment)] for segment in media]
-        spans = self.compose(document, _hand_out(latents))
-        answers = [[(one, encoded[id(one)][0]) for one in self._others(segment)] for segment in media]
-        spans = _taught(with_answers(spans, media, answers, self.coupling), piece)
+        spans = _taught(self.compose(document, _hand_out(latents)), piece)
         return Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
     def _measured(self, segment: Segment, encoded: dict[int, list[torch.Tensor]]) -> Size:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from omni.config import Frozen, Registry, build
-from omni.document import Document, Image, Text
+from omni.document import Document, Text
 from omni.rng import Key
 from train.data.latents import media_digest
 
@@ -45,11 +44,6 @@ class Source(ABC):
     def identity(self, index: int, document: Document | None = None) -> str:
         """The same for two documents that say and show the same. document: that of `index`, where it is read."""
         return document_digest(document or self.document(index))
-
-    def answers(self) -> Mapping[str, Mapping[str, Sequence[Sequence[Image]]]]:
-        """What the `choices` of its pictures are among, for a coupling: family -> group -> for each answer, pictures
-        that have it. Empty where pictures have none."""
-        return {}
 
     def fingerprint(self) -> str:
         """Identifies the data behind the options; a run resumes only on the same."""
