@@ -10,14 +10,11 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import torch
 
+from eval.results import Row, TaskResult
 from eval.task import Curve, Panel
-
-if TYPE_CHECKING:
-    from eval.suite import Row, TaskResult
 
 MAX_PANELS = 60
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a")

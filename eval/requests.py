@@ -16,10 +16,10 @@ from pydantic import Field
 
 from eval.metrics.emoji_judge import Judge, Reading, calibrate
 from eval.task import Context, Panel, TaskOptions
+from omni.data.emoji_world import SIDE, Atlas, EmojiWorld, Scene
+from omni.data.emoji_world.documents import prompt_of
 from omni.document import Document, Text
-from omni.emoji_world import SIDE, Atlas, EmojiWorld, Scene
-from omni.emoji_world.documents import prompt_of
-from omni.reply import GenerationOptions, Reply
+from omni.generation.reply import GenerationOptions, Reply
 from omni.samplers import SamplerName
 
 MAX_DOCUMENTS_PER_REQUEST = 1000

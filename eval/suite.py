@@ -25,7 +25,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ import torch
 from pydantic import Field, create_model, field_validator
 
 from eval.report import html_report
-from eval.task import TASKS, Bar, Context, Measure, Outcome, TaskOptions
-from omni.command import Parser, check_place, exit_code, fail
+from eval.results import Row, TaskResult
+from eval.task import TASKS, Bar, Context, Measure, TaskOptions
+from omni.cli.arguments import Parser, check_place, exit_code, fail
 from omni.config import Frozen, load_toml, nearest
 from omni.nn.precision import require_device
 
@@ -65,36 +65,14 @@ class SuiteBase(Frozen):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table and one JSON object. `value` is None when it was not a finite number."""
-
-    name: str
-    value: float | None
-    unit: str
-    bar: str | None
-    holds: bool
-    command: str
-    note: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "note" or value}
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    name: str
-    rows: list[Row]
-    outcome: Outcome
-    seconds: float
-
-
 def load_tasks() -> None:
-    """Import every file of eval/tasks; each registers its tasks."""
+    """Import every file of eval/tasks and of the laboratories; a file registers its tasks."""
+    import eval.experiments
     import eval.tasks
 
-    for module in pkgutil.iter_modules(eval.tasks.__path__):
-        importlib.import_module(f"eval.tasks.{module.name}")
+    for package in (eval.tasks, eval.experiments):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
 
 def suite_schema() -> type[SuiteBase]:

@@ -14,10 +14,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from omni.document import Document, Image, Role, Text, Video
-    from omni.engine import Engine
+    from omni.generation.engine import Engine
+    from omni.generation.options import GenerationOptions
+    from omni.generation.reply import Reply
     from omni.model import Omni, from_pretrained
-    from omni.options import GenerationOptions
-    from omni.reply import Reply
     from omni.rng import Key
 
 __all__ = [
@@ -37,12 +37,12 @@ __all__ = [
 
 _HOME = {
     "Document": "omni.document",
-    "Engine": "omni.engine",
-    "GenerationOptions": "omni.options",
+    "Engine": "omni.generation.engine",
+    "GenerationOptions": "omni.generation.options",
     "Image": "omni.document",
     "Key": "omni.rng",
     "Omni": "omni.model",
-    "Reply": "omni.reply",
+    "Reply": "omni.generation.reply",
     "Role": "omni.document",
     "Text": "omni.document",
     "Video": "omni.document",

@@ -2,7 +2,7 @@
 
 import sys
 
-from omni.cli import main
+from omni.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

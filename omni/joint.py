@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from omni.heads.joint import JointTokens, Lesson
-from omni.layout import Batch
-from omni.nn.adapter import Gated
 from omni.nn.cache import Memory
-from omni.placeholders import Blocks, Starts, block_stream, choose_blocks
+from omni.nn.lora import Gated
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.sequence.layout import Batch
+from omni.sequence.placeholders import Blocks, Starts, block_stream, choose_blocks
 
 if TYPE_CHECKING:
     from omni.model import Omni

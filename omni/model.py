@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from omni.checkpoint import DamagedError, Published, manifest_digest, publish
 from omni.config import Frozen, build
 from omni.document import Document, Image, Text, Video
+from omni.generation.options import check_defaults
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
 from omni.joint import joint_loss
-from omni.layout import IGNORE, Batch, Span, Stream
+from omni.media.preparation import AnySegment, Limits, Preparation, prepare, read_preparation
 from omni.nn.cache import Memory
 from omni.nn.precision import require_device
 from omni.nn.tangent import Dual, Form, differentiate, lift
@@ -36,16 +37,15 @@ from omni.objectives import FlowObjective, Objective, Terms
 from omni.objectives.base import Items
 from omni.objectives.joint_tokens import JointTokenObjective
 from omni.objectives.next_token import NextToken
-from omni.options import check_defaults
-from omni.preparation import AnySegment, Limits, Preparation, prepare, read_preparation
 from omni.rng import Key
 from omni.samplers import SamplerName
+from omni.sequence.layout import IGNORE, Batch, Span, Stream
 from omni.text.compose import compose
 from omni.weights import holds, load_weights, unallocated
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
-    from omni.reply import Reply
+    from omni.generation.reply import Reply
     from omni.text.tokenizer import Tokenizer
 
 CODEC_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -57,7 +57,7 @@ class OmniConfig(Frozen):
 
     `sampler` names the sampler that suits the flow head: "euler" after flow matching, "flow_map" after a two-time
     objective. `max_grid` bounds the header the model may write, in latents. `max_context`: positions of a prompt and
-    its reply together (see omni.context). logit_cap: see heads.token. joint: a joint-token head, or None.
+    its reply together (see sequence.context_limit). logit_cap: see heads.token. joint: a joint-token head, or None.
     """
 
     transformer: TransformerConfig = TransformerConfig()
@@ -245,7 +245,7 @@ class Omni(nn.Module):
 
     def generate(self, prompt: Any, **options: Any) -> Reply:
         """An interleaved reply to a string, a list of chat messages or a Document. See `options.GenerationOptions`."""
-        from omni.engine import Engine
+        from omni.generation.engine import Engine
 
         return Engine(self).generate(prompt, **options)
 
@@ -253,7 +253,7 @@ class Omni(nn.Module):
         self, prompts: Sequence[Any], options: Any = None, seeds: Sequence[int] | None = None
     ) -> list[Reply]:
         """Many replies at once; rows share passes. `seeds` overrides the seed of each row."""
-        from omni.engine import Engine
+        from omni.generation.engine import Engine
 
         return Engine(self).generate_batch(prompts, options, seeds)
 
@@ -267,7 +267,7 @@ class Omni(nn.Module):
         return compose(document, self.tokenizer, self.encode_media, generation_prompt)
 
     def prepare(self, segment: AnySegment) -> AnySegment:
-        """The segment with pixels that the codec can encode and frames that fill chunks: see omni.preparation."""
+        """The segment with pixels that the codec can encode and frames that fill chunks: see omni.media.preparation."""
         return segment if isinstance(segment, Text) else prepare(segment, self.preparation, self.limits)
 
     @property

@@ -1,5 +1,5 @@
-"""Gaussian data as the oracle of objectives and samplers; the laboratory has them too: see eval/toy/gaussian.py."""
+"""Gaussian data as the oracle of objectives and samplers; the laboratory of the plane has them too."""
 
-from eval.toy.gaussian import LINE, PLANE, Gaussian, GaussianCall, gaussian_items
+from eval.experiments.plane.gaussian import LINE, PLANE, Gaussian, GaussianCall, gaussian_items
 
 __all__ = ["LINE", "PLANE", "Gaussian", "GaussianCall", "gaussian_items"]

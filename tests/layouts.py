@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from omni.heads import FlowHeadConfig
-from omni.layout import Batch, LatentSpan, Shape, Span, TokenSpan, pack
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
+from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, pack
 
 CHANNELS, VOCABULARY, PAD = 4, 320, 256
 

@@ -12,7 +12,7 @@ import torch
 from tiny_call import WIDTH, TinyCall, tiny_head
 from torch import Tensor
 
-from eval.joint.joints import Table
+from eval.experiments.joint.joints import Table
 from omni.heads.joint import JointCall, build_head
 from omni.heads.joint.masked import Masked
 from omni.heads.joint.masked_sampling import reveal_sizes

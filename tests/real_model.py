@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
-from omni.drafting import CacheCall
+from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from omni.generation.context import append_spans
+from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, JointHead
-from omni.layout import TokenSpan
 from omni.model import Omni
-from omni.prefill import append_spans
 from omni.rng import Key
+from omni.sequence.layout import TokenSpan
 
 K, V = 3, 4
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import omni
-from omni.engine import Engine
+from omni.generation.engine import Engine
 from omni.model import Omni
 from omni.rng import Key
 

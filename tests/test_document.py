@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from omni.data.files import DocumentLines, MessageLines
 from omni.document import Document, Image, Role, Text, Video
 from omni.rng import Key
-from train.data.files import DocumentLines, MessageLines
 
 PIXELS = torch.arange(2 * 4 * 6 * 3, dtype=torch.uint8).reshape(2, 4, 6, 3)
 WHOLE = Document(
@@ -166,7 +166,7 @@ def test_lines_of_data_are_bounded(kind: Any, tmp_path: Path, monkeypatch: pytes
     source = kind(kind.Options(path=tmp_path / "d.jsonl"), Key(0))
     assert source.num_records == 4
     assert source.record(3).to_json() == source.record(0).to_json() == source.record(1).to_json()
-    monkeypatch.setattr("train.data.files.MAX_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr("omni.data.files.MAX_JSON_BYTES", 1 << 20)
     with pytest.raises(ValueError, match=r"d\.jsonl record 2 has more than 1048576 bytes; split it"):
         source.record(1)
     with pytest.raises(ValueError, match="nests lists or tables"):

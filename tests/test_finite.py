@@ -10,8 +10,8 @@ from scripted import force, living
 
 from omni.codecs.codec import MAX_LATENT
 from omni.codecs.pixels import PixelCodec, PixelConfig
-from omni.engine import Engine
 from omni.finite import NotFiniteError, in_range, require_finite
+from omni.generation.engine import Engine
 from omni.model import Omni
 from omni.samplers.token import masked_scores, token_law
 

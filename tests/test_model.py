@@ -7,12 +7,12 @@ import torch
 from layouts import VOCABULARY, random_batch, small_model
 
 import omni
-from omni.layout import Stream
-from omni.nn.attention import choose_backend
+from omni.generation.contract import verify
+from omni.nn.attention.backends import choose_backend
 from omni.nn.cache import KVCache
 from omni.objectives import build_objective
 from omni.rng import Key
-from omni.verify import verify
+from omni.sequence.layout import Stream
 
 
 @pytest.mark.parametrize("weights", ["shared", "separate", "refine"])
@@ -39,12 +39,12 @@ def test_a_generation_expert_serves_the_refine_stream_alone() -> None:
 
 def test_contract_fails_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a refine copy that could see its own clean block would break the contract."""
-    import omni.mask
+    import omni.sequence.mask
 
     def leaky(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_rank):  # noqa: ANN001, ANN202
         return (q_document == k_document) & torch.where(k_copy == 0, k_block <= q_block, k_copy == q_copy)
 
-    monkeypatch.setattr(omni.mask, "visible", leaky)
+    monkeypatch.setattr(omni.sequence.mask, "visible", leaky)
     assert not all(check.holds for check in verify(small_model()))
 
 
@@ -117,7 +117,7 @@ def test_text_logits_are_bit_identical_without_the_image_machinery() -> None:
 
 
 def test_missing_modalities_give_zero_terms_not_errors() -> None:
-    from omni.layout import Shape, TokenSpan, pack
+    from omni.sequence.layout import Shape, TokenSpan, pack
 
     model = small_model()
     objectives = [build_objective("next_token"), build_objective("flow_matching")]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from omni.cli import parse
+from omni.cli.commands import parse
 from omni.model import BUNDLED
 
 ROOT = Path(__file__).parent.parent
@@ -64,18 +64,18 @@ def test_the_training_sequence_makes_what_it_takes() -> None:
             continue
         module, arguments = words[2], words[3:]
         changes = dict(word.split("=", 1) for word in arguments if "=" in word and "/" in word.split("=", 1)[1])
-        if module == "train.average":
+        if module == "train.tools.average":
             assert {word.rpartition("=")[0] for word in arguments[1:]} <= made, line
             made.add(arguments[0])
-        elif module == "train.retokenize":
+        elif module == "train.tools.retokenize":
             assert set(arguments[1:3]) <= made, line
             made.add(arguments[0])
         else:
             recipe = {**tomllib.loads((ROOT / arguments[0]).read_text()), **changes}
             taken = {recipe[name] for name in ("init_from", "tokenizer", "codec") if isinstance(recipe.get(name), str)}
             assert taken <= made, (line, taken - made)
-            out = recipe["out"] if module == "omni.text.train" else f"runs/{Path(arguments[0]).stem}"
-            made.add(out if module == "omni.text.train" else f"{out}/{'codec' if 'kind' in recipe else 'model'}")
+            out = recipe["out"] if module == "train.tools.tokenizer" else f"runs/{Path(arguments[0]).stem}"
+            made.add(out if module == "train.tools.tokenizer" else f"{out}/{'codec' if 'kind' in recipe else 'model'}")
     assert made
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from omni.heads.joint import JointHead, Lesson, build_head
-from omni.placeholders import Blocks
 from omni.rng import Key
+from omni.sequence.placeholders import Blocks
 
 VOCABULARY, WIDTH = 3, 5
 

@@ -24,19 +24,19 @@ from pathlib import Path
 
 import torch
 
-from omni.command import Parser, exit_code, fail
+from omni.cli.arguments import Parser, exit_code, fail
 from omni.config import load_toml, parse_toml
 from omni.nn.precision import fast_bf16
 from train import loop
-from train.assemble import assemble, publish_model
+from train.build import assemble, publish_model
+from train.checkpoint import saved_steps
 from train.data.batch import TooManyCorrupt
 from train.guard import TooManyNonFinite
 from train.lock import hold, refuse_many_processes
+from train.metrics import Tracker
 from train.recipe import Recipe
-from train.sheet import draw_sheet
 from train.signals import EXIT_STOPPED, StopRequest
-from train.state import saved_steps
-from train.track import Tracker
+from train.tools.sheet import draw_sheet
 
 EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
 EXIT_CODES = """exit codes:
@@ -192,7 +192,7 @@ def _kind(path: Path) -> str:
 
 
 def _train_codec(options: argparse.Namespace, out: Path) -> int:
-    from train import codec_loop
+    from train.codec import loop as codec_loop
 
     if options.dry_run or options.publish:
         raise ValueError("--dry-run and --publish are for models; try a codec recipe with steps=2 and another --out")

@@ -18,18 +18,18 @@ import torch
 from torch import nn
 
 from omni.document import Document
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
-from train import state
+from train import checkpoint as state
 from train.data.batch import PIECES, Packed
 from train.data.lanes import Lanes
 from train.data.loader import Loader
-from train.ema import Ema
 from train.guard import Guard
-from train.optim import Optimiser, OptimiserConfig, multiplier
+from train.metrics import Tracker
+from train.optim.ema import Ema
+from train.optim.optimiser import Optimiser, OptimiserConfig, multiplier
+from train.optim.target import Target
 from train.recipe import Recipe, fraction_of
-from train.target import Target
-from train.track import Tracker
 
 
 @dataclass

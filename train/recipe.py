@@ -15,12 +15,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from omni.config import Frozen
+from omni.generation.options import GenerationOptions
+from omni.media.preparation import Preparation
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
-from omni.options import GenerationOptions
-from omni.preparation import Preparation
 from train.data.batch import BatchConfig, DropConfig
-from train.optim import OptimiserConfig
+from train.optim.optimiser import OptimiserConfig
 
 # What a resume may change, as patterns of dotted keys. All else decides which numbers the saved weights are (shapes,
 # objectives, averages) or which documents are behind them.

@@ -24,9 +24,21 @@ from typing import TypeVar
 
 import torch
 
-from omni.emoji_world.atlas import Atlas
-from omni.emoji_world.objects import SCENE_NAMES
-from omni.emoji_world.scene import APART, BACKGROUNDS, BIG, BIG_AT, CENTRE, PLACES, ROW, SMALL, Placement, Scene, render
+from omni.data.emoji_world.atlas import Atlas
+from omni.data.emoji_world.objects import SCENE_NAMES
+from omni.data.emoji_world.scene import (
+    APART,
+    BACKGROUNDS,
+    BIG,
+    BIG_AT,
+    CENTRE,
+    PLACES,
+    ROW,
+    SMALL,
+    Placement,
+    Scene,
+    render,
+)
 from omni.rng import Key
 
 EMPTY = ""  # the name of a slot that shows nothing but background

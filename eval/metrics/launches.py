@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from omni.nn import jvp_attention_launch
+from omni.nn.attention import jvp_launch
 
 HEAD_START = 2_000_000  # cycles of the device, about a millisecond
 
@@ -63,18 +63,18 @@ class Launch(NamedTuple):
 def caught(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
     """Every launch meanwhile is put into the list that this gives; only the kernels of `also_run` run, too."""
     launches: list[Launch] = []
-    real = jvp_attention_launch.start
+    real = jvp_launch.start
 
     def start(*given: Any) -> None:
         launches.append(Launch(*given))
         if launches[-1].name in also_run:
             launches[-1].run()
 
-    jvp_attention_launch.start = start
+    jvp_launch.start = start
     try:
         yield launches
     finally:
-        jvp_attention_launch.start = real
+        jvp_launch.start = real
 
 
 def compile_all(launches: Sequence[Launch]) -> list[tuple[Launch, str]]:

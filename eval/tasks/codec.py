@@ -12,8 +12,8 @@ from eval.metrics.emoji_judge import MAX_SHARP, calibrate
 from eval.requests import atlas_of
 from eval.task import Context, Measure, Outcome, Panel, TaskOptions, task
 from omni.codecs import Codec, FsqCodec, load_codec, psnr
-from omni.emoji_world import Atlas, Scene, random_scene, render
-from omni.emoji_world.scene import scene_is_heldout, tone_is_heldout
+from omni.data.emoji_world import Atlas, Scene, random_scene, render
+from omni.data.emoji_world.scene import scene_is_heldout, tone_is_heldout
 
 MAX_PSNR = 100.0  # stands for equal pictures, whose PSNR is infinite
 

@@ -1,4 +1,4 @@
-"""The equality contract of `omni.verify` on the suite's model: cached = uncached = training forward.
+"""The equality contract of `omni.generation.contract` on the suite's model: cached = uncached = training forward.
 
 Proven in float64, as an absolute difference; in float32 the difference is relative to the largest number compared.
 """
@@ -6,7 +6,7 @@ Proven in float64, as an absolute difference; in float32 the difference is relat
 from __future__ import annotations
 
 from eval.task import Context, Measure, Outcome, TaskOptions, task
-from omni.verify import verify
+from omni.generation.contract import verify
 
 
 @task("contract", TaskOptions, rows=("largest_difference", "rounding", "text_bits"))

@@ -23,9 +23,9 @@ from eval.task import Context, Curve, Measure, Outcome, Panel, task
 from eval.tasks.open import OpenOptions, open_requests
 from eval.tasks.pictures import exact_scenes
 from omni.config import Frozen
-from omni.emoji_world.documents import prompt_of
-from omni.engine import Engine
-from omni.reply import BlockDone, BlockStart, GenerationOptions
+from omni.data.emoji_world.documents import prompt_of
+from omni.generation.engine import Engine
+from omni.generation.reply import BlockDone, BlockStart, GenerationOptions
 from omni.samplers import SamplerName
 
 KINDS = ("left", "right", "above", "below", "row")

@@ -17,12 +17,12 @@ from pydantic import Field
 from eval.metrics.timing import alternate, medians
 from eval.task import Context, Measure, Outcome, TaskOptions, task
 from omni.heads import FlowHeadConfig
-from omni.layout import Batch, LatentSpan, Shape, TokenSpan, pack
 from omni.model import Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
 from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
 from omni.rng import Key
+from omni.sequence.layout import Batch, LatentSpan, Shape, TokenSpan, pack
 
 BASE = "flow_matching"
 METHODS = {

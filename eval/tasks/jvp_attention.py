@@ -28,11 +28,11 @@ from torch import Tensor
 
 from eval.metrics.launches import Launch, caught, compile_all, milliseconds
 from eval.task import Context, Measure, Outcome, TaskOptions, task
-from omni.mask import Fields
-from omni.nn import jvp_attention_launch as launch
-from omni.nn.attention import AttentionMask
-from omni.nn.jvp_attention import attend_with_tangent
+from omni.nn.attention import jvp_launch as launch
+from omni.nn.attention.backends import AttentionMask
+from omni.nn.attention.jvp import attend_with_tangent
 from omni.rng import Key
+from omni.sequence.mask import Fields
 
 NEEDS_CUDA = (
     "the task jvp_attention measures CUDA kernels, and this machine has no CUDA device; leave it out of `tasks`"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from eval.requests import RequestOptions, of_kinds, panel, replies, requests
 from eval.task import Context, Measure, Outcome, percentage, task
+from omni.data.emoji_world.documents import REWRITTEN
 from omni.document import Document, Role
-from omni.emoji_world.documents import REWRITTEN
-from omni.reply import Reply
+from omni.generation.reply import Reply
 
 NAME_KINDS = ("plain", "tone", "language")
 DESCRIBE_KINDS = ("pair", "small", "big")

@@ -20,9 +20,9 @@ from eval.requests import (
 )
 from eval.task import Context, Curve, Measure, Outcome, percentage, task
 from omni.config import nearest
+from omni.data.emoji_world import CLASSES, SCENE_NAMES, render
+from omni.data.emoji_world.scene import single
 from omni.document import Document
-from omni.emoji_world import CLASSES, SCENE_NAMES, render
-from omni.emoji_world.scene import single
 
 BIG_SLOT = slots_of(single("cat"))
 
@@ -37,7 +37,7 @@ class OpenOptions(RequestOptions):
     @classmethod
     def _known_class(cls, name: str) -> str:
         if name not in CLASSES:
-            way_out = nearest(name, CLASSES) or "; the classes are those of omni/emoji_world/classes.py"
+            way_out = nearest(name, CLASSES) or "; the classes are those of omni/data/emoji_world/classes.py"
             raise ValueError(f"unknown class {name!r}{way_out}")
         return name
 

@@ -24,7 +24,7 @@ from eval.requests import (
     scene_before,
 )
 from eval.task import Context, Measure, Outcome, percentage, task
-from omni.emoji_world import render
+from omni.data.emoji_world import render
 
 DRAW_ROWS = ("right", "clear", "sharp", "background")
 

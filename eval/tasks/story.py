@@ -17,9 +17,9 @@ from eval.requests import (
     shape_of,
 )
 from eval.task import Context, Measure, Outcome, percentage, task
-from omni.emoji_world import Scene, render
-from omni.emoji_world.stories import story_scene
-from omni.reply import TextPart
+from omni.data.emoji_world import Scene, render
+from omni.data.emoji_world.stories import story_scene
+from omni.generation.reply import TextPart
 
 
 class StoryOptions(RequestOptions):

@@ -6,8 +6,9 @@ Families: `pixels` (exact, no weights), `autoencoder` (diffusers AutoencoderKL |
 
 from omni.codecs.autoencoder_config import AutoencoderConfig
 from omni.codecs.autoencoders import AutoencoderCodec
-from omni.codecs.codec import MAX_GRID, Codec, CodecSpec, codecs, load_codec, psnr, read_codec
+from omni.codecs.codec import MAX_GRID, Codec, CodecSpec, codecs, psnr
 from omni.codecs.fsq import FiniteScalarQuantiser, FsqCodec, FsqConfig
+from omni.codecs.loading import load_codec, read_codec
 from omni.codecs.pixels import PixelCodec, PixelConfig
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 Their encoders name one thing differently (latent_dist, latents, latent) and scale it differently; here all give
 normalised latents. Shapes: pictures (B, 3, H, W) in [-1, 1], raw latents (B, C, h, w); outside, channels last.
-Does not train (train/codec_loop.py does) and downloads nothing: weights come from a directory. The network of a saved
+Does not train (train/codec/loop.py does) and downloads nothing: weights come from a directory. The network of a saved
 codec is built when it is first needed: what a model must know of it is in its configuration.
 """
 

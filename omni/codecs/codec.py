@@ -17,8 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from omni.checkpoint import Published, publish
-from omni.config import Frozen, Registry, parse_json, table_of
+from omni.checkpoint import publish
+from omni.config import Frozen, Registry
 from omni.document import Image, Video
 from omni.finite import require_finite
 
@@ -66,13 +66,13 @@ class Codec(ABC):
         if height < 1 or width < 1 or height % rows or width % columns:
             raise ValueError(
                 f"a picture of {height} x {width} pixels is no multiple of the codec's stride {rows} x {columns}; "
-                "omni.preparation.prepare_picture makes it one"
+                "omni.media.preparation.prepare_picture makes it one"
             )
         grid = height // rows, width // columns
         if max(grid) > MAX_GRID:
             raise ValueError(
                 f"a picture of {height} x {width} pixels is too large: at most {MAX_GRID * rows} x "
-                f"{MAX_GRID * columns} with this codec; omni.preparation.prepare_picture makes it smaller"
+                f"{MAX_GRID * columns} with this codec; omni.media.preparation.prepare_picture makes it smaller"
             )
         return grid
 
@@ -140,7 +140,7 @@ class Codec(ABC):
 
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
         """Float32 blocks (t, h, w, C) of each segment: one of a picture, one per chunk of a clip. ValueError for a size
-        that is not prepared (see omni.preparation). Pictures of one size share passes."""
+        that is not prepared (see omni.media.preparation). Pictures of one size share passes."""
         out = [[] if isinstance(s, Image) else self.encode_video(s.frames) for s in segments]
         by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for index, segment in enumerate(segments):
@@ -196,38 +196,6 @@ class Codec(ABC):
 
 
 codecs: Registry[type[Codec]] = Registry("codec")
-
-
-def load_codec(directory: str | Path) -> Codec:
-    """The codec that `save` wrote, or a diffusers autoencoder checkpoint directory (its config has `_class_name`).
-
-    Saved codecs are checked against their manifest (in the directory or in the model directory above it). Raises
-    ValueError for a missing or damaged file, an unknown kind, or weights that do not belong to the configuration.
-    """
-    directory = Path(directory)
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(f"{str(directory)!r} holds no {CONFIG_FILE}; give the directory of a saved codec")
-    if _is_diffusers(path):
-        from omni.codecs.autoencoders import AutoencoderCodec
-
-        return AutoencoderCodec.from_diffusers(directory)
-    return read_codec(Published.around(directory))
-
-
-def read_codec(files: Published) -> Codec:
-    """The codec in a published directory, or in the view of one."""
-    config = files.table(CONFIG_FILE)
-    weights = files.tensors(WEIGHTS_FILE) if WEIGHTS_FILE in files else {}
-    return codecs.get(str(config.get("kind", ""))).restored(config, weights, str(files.root))
-
-
-def _is_diffusers(path: Path) -> bool:
-    """Whether a config.json is diffusers' own. A damaged file is not: the digest check says what is wrong with it."""
-    try:
-        return "_class_name" in table_of(parse_json(path.read_bytes(), str(path)), str(path))
-    except ValueError:
-        return False
 
 
 def to_bytes(pictures: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from omni.layout import Stream
-from omni.mask import EMPTY, Fields
-from omni.nn.attention import AttentionMask
+from omni.nn.attention.backends import AttentionMask
+from omni.sequence.layout import Stream
+from omni.sequence.mask import EMPTY, Fields
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 

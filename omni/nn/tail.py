@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.mask import Fields
-from omni.nn.adapter import Gated
 from omni.nn.cache import KVCache
+from omni.nn.lora import Gated
+from omni.sequence.mask import Fields
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.layout import Stream
-from omni.mask import Fields
-from omni.nn.adapter import Gated
-from omni.nn.attention import AttentionMask, attend, attend_dual, choose_backend
+from omni.nn.attention.backends import AttentionMask, attend, attend_dual, choose_backend
+from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import KVCache, Memory, Pair, join
-from omni.nn.jvp_attention import attend_with_tangent
+from omni.nn.lora import Gated
 from omni.nn.tail import Tail
 from omni.nn.tangent import Dual, add, lift, linear, product, rms_norm, silu
-from omni.positions import rotary_table, rotate
+from omni.sequence.layout import Stream
+from omni.sequence.mask import Fields
+from omni.sequence.positions import rotary_table, rotate
 
 
 class TransformerConfig(Frozen):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from omni.config import Frozen, Registry
 from omni.objectives.pairing import Pairing, transport
+from omni.objectives.terms import Terms
 from omni.objectives.times import Name, TimeDistribution, keys_I
 from omni.rng import Key, normals
-from omni.terms import Terms
 
 OBJECTIVES: Registry = Registry("objective")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from omni.finite import NotFiniteError, in_range, require_finite
-from omni.pick import pick
 from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
 
 
 def masked_scores(logits_NV: Tensor, mask: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.pick import pick
+from omni.samplers.inverse_cdf import pick
 
 LOSSLESS = ("coupled", "rejection", "block")
 VERIFICATIONS = (*LOSSLESS, "none")

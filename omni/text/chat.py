@@ -139,7 +139,7 @@ def _read_message(message: Message, reader: _PartReader, supervise: bool) -> lis
 
 
 def _is_part(value: Any) -> bool:
-    """A part of a reply (omni.reply), which gives itself as a content part."""
+    """A part of a reply (omni.generation.reply), which gives itself as a content part."""
     return not isinstance(value, Mapping) and callable(getattr(value, "content", None))
 
 

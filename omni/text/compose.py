@@ -6,7 +6,7 @@
 
 rate: frames per second, rounded.
 Legend: t, h, w latents in time, rows, columns; C latent channels; N = t*h*w.
-Control tokens enter by id only. Layout, packing and masks are omni.layout's business.
+Control tokens enter by id only. Layout, packing and masks are omni.sequence.layout's business.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from omni.context import require_room
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.layout import LatentSpan, Span, TokenSpan
+from omni.sequence.context_limit import require_room
+from omni.sequence.layout import LatentSpan, Span, TokenSpan
 from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
 EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]

@@ -22,7 +22,6 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -105,7 +104,7 @@ class Tokenizer(ABC):
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(
                 f"{self.file_name} changes text (it normalises it, strips spaces or adds one in front);"
-                " train a tokenizer with `python -m omni.text.train`"
+                " train a tokenizer with `python -m train.tools.tokenizer`"
             )
 
     @property
@@ -207,8 +206,8 @@ class Tokenizer(ABC):
     def load(cls, directory: str | Path, read: Read | None = None) -> Self:
         """Read a saved tokenizer. ValueError for missing, damaged or foreign files. `read` gives the bytes of a file
         of the directory by its name; None: as they are on the disk."""
-        directory, read = Path(directory), read or _from_disk(Path(directory))
-        config = _read_config(directory, read)
+        directory, read = Path(directory), read or from_disk(Path(directory))
+        config = read_config(directory, read)
         if config["backend"] != cls.backend:
             raise ValueError(f"{str(directory)!r} holds a {config['backend']!r} tokenizer; use load_tokenizer")
         path, data = directory / cls.file_name, read(cls.file_name)
@@ -269,20 +268,6 @@ def _tree(words: Sequence[str]) -> str:
         return ""
     branches = "|".join(parts)
     return f"(?:{branches})?" if "" in words else f"(?:{branches})" if len(parts) > 1 else branches
-
-
-def load_tokenizer(directory: str | Path, read: Read | None = None) -> Tokenizer:
-    """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged.
-    `read`: see Tokenizer.load."""
-    directory, read = Path(directory), cache(read or _from_disk(Path(directory)))
-    return load_backend(str(_read_config(directory, read)["backend"])).load(directory, read)
-
-
-def load_backend(name: str) -> type[Tokenizer]:
-    """The tokenizer class of a backend name: bpe or sentencepiece. ValueError with the nearest name otherwise."""
-    from omni.text import bpe, sentencepiece  # noqa: F401  (importing a backend registers it)
-
-    return backends.get(name)
 
 
 class TextStream:
@@ -347,7 +332,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _from_disk(directory: Path) -> Read:
+def from_disk(directory: Path) -> Read:
     def read(name: str) -> bytes:
         try:
             with (directory / name).open("rb") as stream:
@@ -363,7 +348,7 @@ def _from_disk(directory: Path) -> Read:
     return read
 
 
-def _read_config(directory: Path, read: Read) -> dict[str, Any]:
+def read_config(directory: Path, read: Read) -> dict[str, Any]:
     source = str(directory / CONFIG_FILE)
     config = parse_json(read(CONFIG_FILE), source)
     wanted = {"backend", "blake2b", "num_text", "control"}

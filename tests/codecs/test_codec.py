@@ -78,7 +78,7 @@ class TestContract:
         assert type(first) is type(codec)
 
     def test_sizes_off_the_stride_are_refused(self, name: str) -> None:
-        with pytest.raises(ValueError, match=r"15 x 18 .*stride 4 x 4; omni.preparation"):
+        with pytest.raises(ValueError, match=r"15 x 18 .*stride 4 x 4; omni.media.preparation"):
             make(name).encode(pictures(1, 15, 18))
 
     def test_bad_input_is_named(self, name: str) -> None:

@@ -13,13 +13,13 @@ from omni.codecs import AutoencoderCodec, FsqCodec, load_codec
 from omni.config import build, load_toml
 from omni.rng import Key
 from tests.codecs.test_codec import CONFIGS
-from train import codec_loop
 from train.__main__ import main
-from train.codec_loop import CodecRecipe, CodecRun, learning_rate_at, loss_terms
+from train.codec import loop as codec_loop
+from train.codec.loop import CodecRecipe, CodecRun, learning_rate_at, loss_terms
 from train.guard import TooManyNonFinite
 
 pytest.importorskip("diffusers")
-RECIPES = Path(codec_loop.__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 SMALL = {
     "steps": 4,
     "batch_size": 3,

@@ -16,11 +16,11 @@ import torch
 from layouts import CHANNELS, PAD, random_spans, small_model
 from torch.utils.checkpoint import checkpoint
 
-from omni.layout import Shape, pack
 from omni.model import Omni
 from omni.nn.transformer import Block
 from omni.objectives import build_objective
 from omni.rng import Key
+from omni.sequence.layout import Shape, pack
 
 ROOT = Path(__file__).parents[2]
 NUM_DOCUMENTS = 4

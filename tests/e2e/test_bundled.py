@@ -7,14 +7,14 @@ import torch
 
 import omni
 from eval.metrics.emoji_judge import Judge
+from omni.data.emoji_world import Atlas
+from omni.data.emoji_world.documents import EmojiWorld, prompt_of
+from omni.data.emoji_world.scene import Scene, single
 from omni.document import Text
-from omni.emoji_world import Atlas
-from omni.emoji_world.documents import EmojiWorld, prompt_of
-from omni.emoji_world.scene import Scene, single
-from omni.layout import LatentSpan
+from omni.generation.contract import verify
+from omni.generation.reply import GenerationOptions, ImagePart, TextPart
 from omni.model import BUNDLED
-from omni.reply import GenerationOptions, ImagePart, TextPart
-from omni.verify import verify
+from omni.sequence.layout import LatentSpan
 
 pytestmark = pytest.mark.skipif(not (BUNDLED / "manifest.json").is_file(), reason="there is no bundled model")
 
@@ -61,7 +61,7 @@ def test_the_picture_is_read_back(model: omni.Omni) -> None:
 
 def test_codec_keeps_scenes_above_30_db(model: omni.Omni, atlas: Atlas) -> None:
     from omni.codecs.codec import psnr
-    from omni.emoji_world import random_scene, render
+    from omni.data.emoji_world import random_scene, render
     from omni.rng import Key
 
     scenes: list[Scene] = [random_scene(Key(1).fold("bundled", n), atlas, "heldout") for n in range(48)]

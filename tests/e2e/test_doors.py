@@ -16,16 +16,18 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 import omni
-from omni import cli_chat, cli_generate, cli_inspect
-from omni.cli import main
+from omni.cli import chat as cli_chat
+from omni.cli import generate as cli_generate
+from omni.cli import inspect as cli_inspect
+from omni.cli.commands import main
 from omni.codecs import Codec
 from omni.codecs.autoencoders import AutoencoderCodec
 from omni.config import build
 from omni.document import Document, Image, Role, Text
 from omni.media import save_png
+from omni.media.preparation import Preparation
 from omni.model import BUNDLED
-from omni.preparation import Preparation
-from train.assemble import assemble
+from train.build import assemble
 from train.data.latents import LatentMemo
 from train.recipe import Recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eval.metrics.emoji_judge import Judge
-from omni.emoji_world import Atlas
+from omni.data.emoji_world import Atlas
 
 
 @pytest.fixture(scope="session")

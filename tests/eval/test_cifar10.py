@@ -13,14 +13,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.cifar import learner as learning
-from eval.cifar.draw import Canvas, draw_pictures, velocity_of
-from eval.cifar.judge import Classifier, ClassifierOptions, Moments, frechet_distance, load_features, moments
-from eval.cifar.learner import Learner, Method, TrainOptions, train
-from eval.cifar.patches import CLASS_PLACE, FIRST_CLASS, NO_CLASS, Patches, lay_pictures, with_classes, with_latents
-from eval.cifar.pictures import SIDE, Order, Pictures, cropped, flipped, load_pictures
+from eval.experiments.cifar import learner as learning
+from eval.experiments.cifar.cifar10 import cifar10_rows
+from eval.experiments.cifar.draw import Canvas, draw_pictures, velocity_of
+from eval.experiments.cifar.judge import (
+    Classifier,
+    ClassifierOptions,
+    Moments,
+    frechet_distance,
+    load_features,
+    moments,
+)
+from eval.experiments.cifar.learner import Learner, Method, TrainOptions, train
+from eval.experiments.cifar.patches import (
+    CLASS_PLACE,
+    FIRST_CLASS,
+    NO_CLASS,
+    Patches,
+    lay_pictures,
+    with_classes,
+    with_latents,
+)
+from eval.experiments.cifar.pictures import SIDE, Order, Pictures, cropped, flipped, load_pictures
 from eval.suite import load_suite, load_tasks, main
-from eval.tasks.cifar10 import cifar10_rows
 from omni.model import FlowCall
 from omni.objectives import OBJECTIVES, FlowObjective, Terms
 from omni.objectives.flow_matching import FlowMatching

@@ -13,9 +13,9 @@ from eval.metrics.emoji_judge import (
     slots_of,
     small_layouts,
 )
-from omni.emoji_world.classes import CLASSES
-from omni.emoji_world.objects import ROW_NAMES, SCENE_NAMES
-from omni.emoji_world.scene import BACKGROUNDS, CENTRE, PAIR_SLOTS, Scene, render, row, single, small_objects
+from omni.data.emoji_world.classes import CLASSES
+from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES
+from omni.data.emoji_world.scene import BACKGROUNDS, CENTRE, PAIR_SLOTS, Scene, render, row, single, small_objects
 from omni.rng import Key
 
 NUM = 200

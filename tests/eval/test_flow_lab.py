@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.experiments.plane.data import DATA_SETS, PlaneItems, plane_items, sliced_wasserstein
+from eval.experiments.plane.flow_closed_forms import LAWS
+from eval.experiments.plane.flow_plane import plane_rows, verdicts
+from eval.experiments.plane.network import Count, PlaneCall, PlaneNetwork
+from eval.experiments.plane.run import Run
 from eval.plots import cloud
 from eval.suite import load_suite, load_tasks, main
-from eval.tasks.flow_closed_forms import LAWS
-from eval.tasks.flow_plane import plane_rows, verdicts
-from eval.toy.data import DATA_SETS, PlaneItems, plane_items, sliced_wasserstein
-from eval.toy.network import Count, PlaneCall, PlaneNetwork
-from eval.toy.run import Run
 from omni.objectives import OBJECTIVES, FlowObjective
 from omni.objectives.times import BatchNames, stratified_I, uniform_I
 from omni.rng import Key

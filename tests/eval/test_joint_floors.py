@@ -8,8 +8,8 @@ from itertools import combinations, permutations, product
 import pytest
 import torch
 
-from eval.joint.distances import of_law
-from eval.joint.floors import (
+from eval.experiments.joint.distances import of_law
+from eval.experiments.joint.floors import (
     accepted_by_marginals,
     best_mixture,
     best_step_floors,
@@ -23,8 +23,8 @@ from eval.joint.floors import (
     subset_entropies,
     total_correlation,
 )
-from eval.joint.joints import Table, table
-from eval.joint.lab import known_table
+from eval.experiments.joint.joints import Table, table
+from eval.experiments.joint.lab import known_table
 from omni.rng import Key
 
 LN2 = math.log(2)

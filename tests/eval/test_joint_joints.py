@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.joint.distances import of_law, of_samples, of_support, sample_floor
-from eval.joint.joints import JOINTS, SIZED_JOINTS, Joint, Table, bigram, build_joint, codes, sticky, table
-from eval.joint.lab import known_table
-from omni.pick import pick
+from eval.experiments.joint.distances import of_law, of_samples, of_support, sample_floor
+from eval.experiments.joint.joints import JOINTS, SIZED_JOINTS, Joint, Table, bigram, build_joint, codes, sticky, table
+from eval.experiments.joint.lab import known_table
 from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
 
 SMALL = (
     "poker_s4", "poker_s5", "poker_s6", "poker_s6_dealt", "equal_pairs3", "parity5", "permutation4", "sticky3",
@@ -55,7 +55,7 @@ def test_rules_of_the_strings() -> None:
 
 
 def test_group_words_multiply_in_a_group_that_does_not_commute() -> None:
-    from eval.joint.joints import compose, symmetric_group
+    from eval.experiments.joint.joints import compose, symmetric_group
 
     elements = symmetric_group(3)
     assert any(compose(a, b) != compose(b, a) for a, b in product(elements, elements))

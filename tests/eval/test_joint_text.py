@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.joint.decode import decode_plain, decode_rounds
-from eval.joint.text import (
+from eval.experiments.joint.decode import decode_plain, decode_rounds
+from eval.experiments.joint.joint_text import _text
+from eval.experiments.joint.text import (
     Text,
     TextLine,
     TextOptions,
@@ -21,10 +22,9 @@ from eval.joint.text import (
     train_head,
     windows,
 )
-from eval.joint.toy import head_of
+from eval.experiments.joint.toy import head_of
 from eval.suite import load_suite, main
 from eval.task import Context
-from eval.tasks.joint_text import _text
 from omni.rng import Key
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.joint.lab import (
+from eval.experiments.joint.joint_plane import ToysOptions, poker_rows, toys_rows
+from eval.experiments.joint.lab import (
     HeadLine,
     LabOptions,
     check_lines,
@@ -19,15 +20,14 @@ from eval.joint.lab import (
     run_group,
     support_scores,
 )
-from eval.joint.pictures import LEVELS, law_picture, pair_law
-from eval.joint.toy import toy_batch, toy_model
+from eval.experiments.joint.pictures import LEVELS, law_picture, pair_law
+from eval.experiments.joint.toy import toy_batch, toy_model
 from eval.suite import load_suite, load_tasks, main
-from eval.tasks.joint_plane import ToysOptions, poker_rows, toys_rows
 from omni.heads.joint import JOINT_HEADS, Draft, JointConfig, JointHead
 from omni.joint import teacher_laws
-from omni.pick import pick
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.samplers.inverse_cdf import pick
 
 load_tasks()
 ROOT = Path(__file__).parents[2]

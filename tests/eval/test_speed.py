@@ -37,7 +37,7 @@ from eval.tasks.speed.training import (
     training_step,
     training_steps,
 )
-from omni.layout import IGNORE
+from omni.sequence.layout import IGNORE
 
 load_tasks()
 SUITE = str(Path(__file__).parents[2] / "eval" / "suites" / "speed.toml")

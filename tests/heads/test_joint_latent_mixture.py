@@ -13,14 +13,14 @@ import torch
 from real_model import alive_model
 from torch import Tensor
 
-from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, Lesson
 from omni.heads.joint.latent_mixture import LatentMixture
 from omni.heads.joint.noise_kinds import draws_of
 from omni.joint import BatchCall
 from omni.model import Omni
-from omni.pick import pick
 from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
 
 K, V = 3, 3
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.joint.toy import uniforms
+from eval.experiments.joint.toy import uniforms
 from omni.heads.joint.noise_kinds import SMALLEST, TINY, NoiseKind, build_noise
-from omni.pick import pick
 from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "tree", "gumbel")
 

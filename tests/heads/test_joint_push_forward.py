@@ -13,20 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
-from omni.drafting import CacheCall
+from eval.experiments.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from omni.generation.context import append_spans
+from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
-from omni.heads.joint.push_forward import PushForward
-from omni.heads.joint.push_forward_bound import block_bound
-from omni.heads.joint.push_forward_loss import graded, semigroup_targets, set_task
+from omni.heads.joint.push_forward import PushForward, block_bound, graded, semigroup_targets, set_task
 from omni.joint import BatchCall, teacher_laws
-from omni.layout import TokenSpan
 from omni.model import Omni
-from omni.pick import interval, pick
-from omni.placeholders import Blocks
-from omni.prefill import append_spans
 from omni.rng import Key
+from omni.samplers.inverse_cdf import interval, pick
+from omni.sequence.layout import TokenSpan
+from omni.sequence.placeholders import Blocks
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "tree", "gumbel")
 

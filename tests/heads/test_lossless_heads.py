@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.joint.toy import head_of, toy_batch, toy_call, toy_model
+from eval.experiments.joint.toy import head_of, toy_batch, toy_call, toy_model
 from omni.heads.joint import JOINT_HEADS, JointConfig
 from omni.joint import teacher_laws
 from omni.model import Omni

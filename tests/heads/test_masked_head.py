@@ -15,17 +15,17 @@ from masked_calls import K, OracleCall, ancestral_law, masked_head, oracle_head,
 from tiny_call import VOCABULARY, WIDTH, all_blocks, codes, lesson_of, tiny_head, worst_gradient_error
 from torch import Tensor
 
-from eval.joint.floors import random_step_floors, total_correlation
-from eval.joint.joints import Table, build_joint
-from eval.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
-from omni.drafting import CacheCall
+from eval.experiments.joint.floors import random_step_floors, total_correlation
+from eval.experiments.joint.joints import Table, build_joint
+from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from omni.generation.context import append_spans
+from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, build_head
 from omni.heads.joint.masked import Masked, draw_masks, number_law, sets_of, spread_uniforms
 from omni.heads.joint.masked_sampling import reveal_sizes
-from omni.layout import TokenSpan
-from omni.placeholders import Blocks
-from omni.prefill import append_spans
 from omni.rng import Key
+from omni.sequence.layout import TokenSpan
+from omni.sequence.placeholders import Blocks
 
 # ---- with an oracle ------------------------------------------------------------------------------------------------
 

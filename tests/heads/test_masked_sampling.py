@@ -13,12 +13,12 @@ import torch
 from masked_calls import K, OracleCall, ancestral_law, masked_head, oracle_head, small_call
 from tiny_call import all_blocks, total_variation
 
-from eval.joint.joints import Table, build_joint, equal_pairs
-from eval.joint.toy import uniforms
+from eval.experiments.joint.joints import Table, build_joint, equal_pairs
+from eval.experiments.joint.toy import uniforms
 from omni.heads.joint.masked import Masked
 from omni.heads.joint.masked_sampling import reveal_sizes
-from omni.pick import pick
 from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eval.joint.toy import uniforms
+from eval.experiments.joint.toy import uniforms
 from omni.heads.joint import Lesson, build_head
-from omni.heads.joint.simplex import Clock, Simplex, decoding_error
-from omni.heads.joint.simplex_loss import graded, semigroup_law, set_task
-from omni.placeholders import Blocks
+from omni.heads.joint.simplex import Clock, Simplex, decoding_error, graded, semigroup_law, set_task
 from omni.rng import Key
+from omni.sequence.placeholders import Blocks
 
 K, V = 2, 3
 STRINGS = torch.cartesian_prod(torch.arange(V), torch.arange(V))

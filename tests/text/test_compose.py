@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omni.document import Document, Image, Role, Text, Video
-from omni.layout import LatentSpan, Span, TokenSpan, context_length
+from omni.sequence.layout import LatentSpan, Span, TokenSpan, context_length
 from omni.text.compose import compose, prompt_length
 from omni.text.tokenizer import Tokenizer
 

@@ -17,9 +17,10 @@ from omni.document import Role
 from omni.rng import Key
 from omni.text import load_tokenizer
 from omni.text.bpe import BPETokenizer
+from omni.text.loading import load_backend
 from omni.text.sentencepiece import SentencePieceTokenizer
-from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _any_of, decode_bytes, load_backend
-from omni.text.train import main
+from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _any_of, decode_bytes
+from train.tools.tokenizer import main
 
 DATA = Path(__file__).parents[2] / "tokenizers_cfg"
 SPELLINGS = (
@@ -295,7 +296,7 @@ def test_training_command(recipe: str, corpus: list[str], tmp_path: Path, capsys
 
 def test_training_command_as_a_module() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "omni.text.train", "no.toml"], capture_output=True, text=True, cwd=DATA.parent
+        [sys.executable, "-m", "train.tools.tokenizer", "no.toml"], capture_output=True, text=True, cwd=DATA.parent
     )
     assert done.returncode == 2 and "cannot read 'no.toml'" in done.stderr and "Traceback" not in done.stderr
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from omni.document import Role
-from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, backends, decode_bytes, load_tokenizer
+from omni.text.loading import load_tokenizer
+from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, backends, decode_bytes
 
 BYTES = [bytes([n]) for n in range(256)]
 

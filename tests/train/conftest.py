@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omni.config import load_toml
-from train.assemble import assemble
+from train.build import assemble
 from train.loop import Run
 from train.recipe import Recipe
 

@@ -10,7 +10,7 @@ import torch
 import omni
 from omni.model import Omni
 from omni.rng import Key
-from train.average import average, main
+from train.tools.average import average, main
 
 
 @pytest.fixture

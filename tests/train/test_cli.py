@@ -11,8 +11,8 @@ import torch
 from omni.config import load_toml
 from train.__main__ import main
 from train.lock import hold
+from train.metrics import read_metrics
 from train.recipe import Recipe
-from train.track import read_metrics
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 
@@ -116,7 +116,7 @@ def test_init_from_another_tokenizer_or_another_shape_is_said(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from omni.text.bpe import BPETokenizer
-    from train.assemble import assemble
+    from train.build import assemble
 
     BPETokenizer.train(["a cat and a cat and a cat"], 257).save(tmp_path / "one")
     BPETokenizer.train(["the dog, the dog, the dog"], 257).save(tmp_path / "two")
@@ -140,7 +140,7 @@ def test_init_from_another_tokenizer_or_another_shape_is_said(
 
 
 def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: Path) -> None:
-    from train.assemble import assemble
+    from train.build import assemble
 
     assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
     change = [f"init_from={tmp_path / 'first' / 'state' / 'step-00000002'}"]
@@ -155,7 +155,7 @@ def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: 
 
 def test_a_generation_expert_starts_as_a_copy_and_trains_alone(recipe_file: Path, tmp_path: Path) -> None:
     """Weights of their own begin as those of text, and `train_only` with "*" leaves every bit of the rest."""
-    from train.assemble import assemble
+    from train.build import assemble
 
     assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
     expert = [f"init_from={tmp_path / 'first/model'}", "model.latent_weights=refine"]

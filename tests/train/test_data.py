@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from omni.data.source import SOURCES, CorruptRecord, FiniteSource, Source, build_source
 from omni.document import Document, Image, Role, Text, Video
-from omni.layout import lay_out
 from omni.media import save_apng, save_png
 from omni.rng import Key
+from omni.sequence.layout import lay_out
 from train.data import loader as loader_module
 from train.data.batch import TooManyCorrupt
 from train.data.latents import LatentMemo
 from train.data.mixture import BLOCK, Mixture
-from train.data.source import SOURCES, CorruptRecord, FiniteSource, Source, build_source
 from train.loop import Run
 
 MakeRun = Callable[..., Run]
@@ -127,7 +127,7 @@ def test_clips_too_are_read_beside_the_file(tmp_path: Path) -> None:
 
 
 def test_other_words_are_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    from omni.emoji_world import phrases
+    from omni.data.emoji_world import phrases
 
     same = [build_source("emoji_world", {}, Key(5), "t").fingerprint() for _ in range(2)]
     monkeypatch.setitem(phrases.TEMPLATES, "draw", tuple(t + " now" for t in phrases.TEMPLATES["draw"]))

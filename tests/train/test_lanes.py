@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni.layout import Batch
+from omni.data.source import CorruptRecord
+from omni.sequence.layout import Batch
 from train import loop
 from train.data.batch import TooManyCorrupt
 from train.data.lanes import Tickets
-from train.data.source import CorruptRecord
 from train.loop import Run
-from train.track import Tracker, read_metrics
+from train.metrics import Tracker, read_metrics
 
 MakeRun = Callable[..., Run]
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from omni.guidance import drop, null_documents
-from omni.layout import Shape, pack
 from omni.model import FlowCall
 from omni.rng import Key
+from omni.sequence.guidance import drop, null_documents
+from omni.sequence.layout import Shape, pack
 from omni.text.compose import compose
 from train.data.loader import Loader
 from train.loop import Run

@@ -9,7 +9,7 @@ from omni.config import load_toml
 from omni.nn.precision import fast_bf16
 from omni.rng import Key
 from train import __main__ as program
-from train.muon import Muon, orthogonalise
+from train.optim.muon import Muon, orthogonalise
 from train.recipe import Recipe
 
 

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.layout import LatentSpan, TokenSpan
 from omni.rng import Key
+from omni.sequence.layout import LatentSpan, TokenSpan
 from train import loop
 from train.__main__ import EXIT_CORRUPT, main
 from train.data import loader as loader_module
 from train.data.batch import PIECES, TooManyCorrupt
 from train.data.pieces import Size, Splitter, cut_before, longest
 from train.loop import Run
-from train.track import Tracker, read_metrics
+from train.metrics import Tracker, read_metrics
 
 MakeRun = Callable[..., Run]
 LONGEST = 64

@@ -17,13 +17,14 @@ import torch
 
 from omni.checkpoint import publish
 from omni.config import load_json
-from train import loop, state
+from train import checkpoint as state
+from train import loop
 from train.__main__ import main
 from train.data.batch import PIECES
 from train.loop import Run
-from train.optim import multiplier
+from train.metrics import Tracker, read_metrics
+from train.optim.optimiser import multiplier
 from train.recipe import Recipe
-from train.track import Tracker, read_metrics
 
 ROOT = Path(__file__).parents[2]
 MakeRun = Callable[..., Run]

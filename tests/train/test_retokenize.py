@@ -9,10 +9,10 @@ import torch
 
 import omni
 from omni.document import Document, Role, Text
-from omni.layout import lay_rows
 from omni.model import Omni
+from omni.sequence.layout import lay_rows
 from omni.text.tokenizer import Tokenizer
-from train.retokenize import main, picture_codes, retokenize
+from train.tools.retokenize import main, picture_codes, retokenize
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from omni.rng import Key
 from omni.samplers import SAMPLERS
 from train import loop
 from train.__main__ import main
-from train.assemble import build_objectives
+from train.build import build_objectives
 from train.loop import Run
+from train.metrics import Tracker, read_metrics
 from train.recipe import Recipe
 from train.sampler import choose_sampler
-from train.track import Tracker, read_metrics
 
 MakeRun = Callable[..., Run]
 FLOW = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), FlowObjective)]
@@ -145,7 +145,7 @@ def test_unweighted_is_the_loss_of_the_plain_form(name: str) -> None:
 def test_a_batch_without_pictures_does_not_hide_the_others(make_run: MakeRun) -> None:
     from torch import tensor
 
-    from omni.terms import Terms
+    from omni.objectives.terms import Terms
 
     parts = [{"a": Terms(tensor(1.0), 2.0, raw=tensor(6.0))}, {"a": Terms(tensor(0.0), 0.0)}]
     assert loop.unweighted(parts) == {"unweighted/a": 3.0}

@@ -14,13 +14,13 @@ from torch import nn
 
 from omni import checkpoint
 from omni.config import build
-from train import state
+from train import checkpoint as state
+from train.checkpoint import Change, Progress
 from train.data.batch import PIECES
-from train.ema import Ema
 from train.guard import Guard, TooManyNonFinite
-from train.optim import Optimiser, OptimiserConfig
-from train.state import Change, Progress
-from train.target import Target
+from train.optim.ema import Ema
+from train.optim.optimiser import Optimiser, OptimiserConfig
+from train.optim.target import Target
 
 # ---- the guard -----------------------------------------------------------------------------------------------------
 

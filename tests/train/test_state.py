@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from omni import checkpoint
-from train import loop, state
+from train import checkpoint as state
+from train import loop
 from train.loop import Run
 
 MakeRun = Callable[..., Run]

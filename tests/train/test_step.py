@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from omni.config import build
-from omni.layout import Shape, pack
 from omni.media import load_image
 from omni.objectives import Terms
-from train import curve, loop
-from train.ema import Ema
+from omni.sequence.layout import Shape, pack
+from train import loop
 from train.guard import Guard, TooManyNonFinite
 from train.loop import Run
-from train.optim import Optimiser, OptimiserConfig, multiplier
-from train.track import Tracker
+from train.metrics import Tracker
+from train.optim.ema import Ema
+from train.optim.optimiser import Optimiser, OptimiserConfig, multiplier
+from train.tools import curve
 
 MakeRun = Callable[..., Run]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from omni.data.source import KeptOut, document_digest
 from omni.document import Document, Image, Role, Text
 from omni.objectives import OBJECTIVES, FlowObjective, build_objective
 from omni.rng import Key
 from train import loop
 from train.__main__ import main
-from train.data.source import KeptOut, document_digest
 from train.loop import Run
-from train.track import Tracker, read_metrics
+from train.metrics import Tracker, read_metrics
 
 MakeRun = Callable[..., Run]
 FLOW = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), FlowObjective)]

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from omni.config import Frozen
-from omni.layout import Batch, Span
+from omni.sequence.layout import Batch, Span
 
 PIECES = 1 << 40  # piece p of document i has the uid i + p PIECES (see train.data.loader)
 

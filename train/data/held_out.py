@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from omni.data.source import CorruptRecord, FiniteSource, Source
 from omni.document import Document
 from omni.rng import Key
-from train.data.source import CorruptRecord, FiniteSource, Source
 
 FIRST_UNSEEN = 10**9
 ATTEMPTS = 20  # documents that are read for each that is wanted, where they are damaged or alike

@@ -1,7 +1,7 @@
 """Lanes: several processes load, each its own share of the documents, so that a fast device does not wait for them.
 
 Lane l of L reads the documents l, l + L, l + 2 L, ... and makes every L-th step, from step l on. So the state of the
-data is one cursor per lane (`train.state.Progress.lanes`), and a resumed run goes on bit for bit.
+data is one cursor per lane (`train.checkpoint.Progress.lanes`), and a resumed run goes on bit for bit.
 
 Steps wait in shared memory, a few for every lane (/dev/shm on Linux: a gigabyte for steps of thousands of documents).
 
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from omni.cli.arguments import is_mistake, one_line
 from omni.codecs import Codec
-from omni.command import is_mistake, one_line
 from omni.document import Image, Video
-from omni.layout import Batch
+from omni.sequence.layout import Batch
 from train.data.batch import Packed, TooManyCorrupt
 from train.data.loader import Loader
 

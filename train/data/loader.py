@@ -1,6 +1,6 @@
 """Loader: an endless source becomes packed batches. Its whole state is one integer, the cursor.
 
-A batch holds documents cursor, cursor + 1, ... until one fits in no row (omni.layout.pack); that one starts the next
+A batch holds documents cursor, cursor + 1, ... until one fits in no row (sequence.layout); that one starts the next
 batch. So the batch at a cursor is a pure function of the cursor, whatever was read, encoded or remembered before.
 
 A document that is too long for every row is split into pieces (train.data.pieces) or dropped. Piece p of document i has
@@ -17,13 +17,13 @@ from typing import Protocol
 
 import torch
 
+from omni.data.source import CorruptRecord, KeptOut
 from omni.document import Document, Image, Segment, Text, Video
-from omni.guidance import drop, null_documents
-from omni.layout import Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_rows, pack
 from omni.rng import Key
+from omni.sequence.guidance import drop, null_documents
+from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_rows, pack
 from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
-from train.data.source import CorruptRecord, KeptOut
 
 LOOKAHEAD = 48
 MAX_PASSED_OVER = 1000  # documents in a row, with none to train on

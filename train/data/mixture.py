@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
+from omni.data.source import KeptOut, Source
 from omni.document import Document
 from omni.rng import Key
 from train.data.held_out import HeldOut
-from train.data.source import KeptOut, Source
 
 BLOCK = 1000
 

@@ -18,10 +18,10 @@ from eval.task import Context, Measure, TaskOptions
 from omni.codecs import PixelCodec, PixelConfig
 from omni.document import Document, Role, Text
 from omni.heads import FlowHeadConfig
-from omni.layout import TokenSpan
 from omni.model import Omni, OmniConfig
 from omni.nn.precision import fast_bf16
 from omni.nn.transformer import TransformerConfig
+from omni.sequence.layout import TokenSpan
 from omni.text.bpe import BPETokenizer
 
 

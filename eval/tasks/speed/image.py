@@ -37,9 +37,9 @@ from eval.tasks.speed.comparison import (
     num_prompt_ids,
     prompt_of,
 )
-from omni.engine import Engine
+from omni.generation.engine import Engine
+from omni.generation.reply import BlockDone, GenerationOptions
 from omni.model import Omni
-from omni.reply import BlockDone, GenerationOptions
 
 PROMPT = prompt_of(16)
 SAMPLERS = ("sample_one", "sample_many")  # of theirs; the faster counts

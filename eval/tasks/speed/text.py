@@ -30,9 +30,9 @@ from eval.tasks.speed.comparison import (
     num_prompt_ids,
     prompt_of,
 )
-from omni.engine import Engine
+from omni.generation.engine import Engine
+from omni.generation.reply import GenerationOptions, Stop
 from omni.model import Omni
-from omni.reply import GenerationOptions, Stop
 
 EAGER = ("transformers dynamic", "transformers static")
 THEIRS = ("transformers compiled", *EAGER)

@@ -38,12 +38,12 @@ from eval.tasks.speed.comparison import (
     machine,
     notes_of,
 )
-from omni.layout import Batch, LatentSpan, Shape, Span, TokenSpan, lay_out, pack
 from omni.model import Omni
 from omni.nn.compiled import compile_blocks
 from omni.objectives import build_objective
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, lay_out, pack
 
 # The last picture of a document is not in the context stream, since nothing reads it there (layout.lay_out): all of
 # text_image's pictures, none of interleaved's.

@@ -8,8 +8,8 @@ A head sees the backbone as a `JointCall` and nothing else of the model. It says
 
 and gives, from that pass, K ids; where its family has them, their exact (or bounded) log-probability and the
 conditionals q(x_k | x_<k), which rejection verification needs. Noise comes in as uniforms (B, K), one per token, so
-that a head that can do so draws pick(q_k, u_k) (see omni.pick), as plain decoding does with p_k: verification by common
-noise then accepts as often as the two laws allow (see samplers.verification).
+that a head that can do so draws pick(q_k, u_k) (see samplers.inverse_cdf), as plain decoding does with p_k:
+verification by common noise then accepts as often as the two laws allow (see samplers.verification).
 
 Legend: B blocks, K tokens of a block, V vocabulary, W width, n positions of a pass.
 """
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import Frozen, Registry, build
-from omni.placeholders import Blocks
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.sequence.placeholders import Blocks
 
 JOINT_HEADS: Registry = Registry("joint-token head")
 

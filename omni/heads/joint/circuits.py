@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
-from omni.pick import pick
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.samplers.inverse_cdf import pick
 
 Visit = Callable[[int, Tensor], Tensor]
 """(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token that stands, or is put, at k."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, After, Draft, JointCall, JointHead, Lesson, LogProb
 from omni.heads.joint.noise_kinds import Waves, draws_of
-from omni.pick import pick
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.samplers.inverse_cdf import pick
 
 
 class LatentMixtureConfig(Frozen):

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
 from omni.heads.joint.masked_sampling import Schedule, Unmasking, draw_in_passes
 from omni.heads.joint.noise_kinds import draws_of
-from omni.pick import pick
-from omni.placeholders import Blocks
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.samplers.inverse_cdf import pick
+from omni.sequence.placeholders import Blocks
 
 
 class MaskedConfig(Unmasking):

@@ -26,8 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.config import Frozen
-from omni.pick import pick
 from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
 
 Schedule = Literal["linear", "cosine"]
 Laws = Callable[[Tensor, Tensor], Tensor]  # ids (B, n), shown (B, n) -> (B, n, V) float64 log-laws; one pass

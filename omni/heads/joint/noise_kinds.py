@@ -3,7 +3,7 @@
 Three kinds. All are written as `size` uniforms a token before they take their own form, so whatever is drawn is drawn
 as uniforms:
 
-    uniform   one number u; the id is min{v : F(v) > u} (omni.pick), so a draft shares its noise with plain decoding
+    uniform   one number u; the id is min{v : F(v) > u} (samplers.inverse_cdf), as in plain decoding
     tree      ceil(log2 V) numbers, one for each level of a binary tree whose leaves are the ids in order; at a node
               whose children weigh (a, b) the path goes right if u (a + b) >= a
     gumbel    V Gumbel numbers g; the id is argmax(log p + g) (arXiv 2603.22216)
@@ -22,8 +22,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from omni.pick import interval, pick
 from omni.rng import Key
+from omni.samplers.inverse_cdf import interval, pick
 
 NoiseKind = Literal["uniform", "tree", "gumbel"]
 SMALLEST = 1e-9  # of a probability that is still inverted: below it float32 features tell no two noises apart

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
 from omni.nn.transformer import RMSNorm
-from omni.pick import pick
+from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.terms import Terms
+from omni.samplers.inverse_cdf import pick
 
 
 class SequentialConfig(Frozen):

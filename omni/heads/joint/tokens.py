@@ -9,7 +9,7 @@ from torch import nn
 
 from omni.config import Frozen
 from omni.heads.joint.base import build_head
-from omni.nn.adapter import Adapters, initialise_adapters
+from omni.nn.lora import Adapters, initialise_adapters
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
 

@@ -1,0 +1,238 @@
+"""One objective trained on CIFAR-10 for a number of seconds of device time.
+
+The network is Omni, its batch is laid out once; a step puts other classes and latents into it, all on the device. This
+file waits for nothing within a step (objectives do, where they read numbers back), but lets the host be at most one
+step ahead of the device: so its clock is the device's, to within a step. Compilation and the first steps stand outside
+of the time: the learner rehearses on the very same shapes, and is then put back to where it began.
+
+A step whose gradient is not finite changes nothing (the fused optimiser is told so on the device) and is counted; an
+objective with more than `nonfinite_steps` of them stops.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from eval.experiments.cifar.patches import VOCAB_SIZE, Patches, lay_pictures, with_classes, with_latents
+from eval.experiments.cifar.pictures import Order, Pictures, flipped
+from eval.experiments.plane.run import schedule
+from omni.config import Frozen
+from omni.heads import FlowHeadConfig
+from omni.model import Omni, OmniConfig
+from omni.nn.compiled import compile_blocks
+from omni.nn.transformer import TransformerConfig
+from omni.objectives import FlowObjective, build_objective
+from omni.rng import Key
+from omni.samplers import SamplerName
+from omni.sequence.layout import Batch
+
+REHEARSALS = 3  # steps before the clock starts
+
+
+class Method(Frozen):
+    """One line of the comparison: an objective with its options, how it is trained and how it is drawn from.
+
+    head: options of the flow head in which it differs (parametrisation, time_scale, ...). copies: noisy ones of each
+    picture, which a step then has fewer of. rate: if not the run's. start_time: of sampling, where it is not 1.
+    guidance: w of sampling, with two evaluations a step; told_guidance: the w that the network is told, where the
+    objective trained it. evaluations: if not the task's numbers of steps.
+    """
+
+    objective: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    head: dict[str, Any] = Field(default_factory=dict)
+    copies: int = Field(default=1, ge=1)
+    rate: float | None = Field(default=None, gt=0)
+    sampler: SamplerName = "flow_map"
+    sampler_options: dict[str, Any] = Field(default_factory=dict)
+    start_time: float | None = Field(default=None, gt=0, le=1)
+    guidance: float = 1.0
+    told_guidance: float = Field(default=1.0, gt=0)
+    evaluations: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Method:
+        self.build()
+        self.flow_head(1)
+        if "channels" in self.head:
+            raise ValueError("head takes no channels: they follow from the patches")
+        return self
+
+    def flow_head(self, channels: int) -> FlowHeadConfig:
+        return FlowHeadConfig.model_validate(self.head | {"channels": channels})
+
+    def build(self) -> FlowObjective:
+        """ValueError for an unknown objective, a wrong option, and an objective on text."""
+        objective = build_objective(self.objective, **self.options)
+        if not isinstance(objective, FlowObjective):
+            raise ValueError(f"{self.objective!r} is not an objective on latents; pictures have nothing else")
+        return objective
+
+
+class TrainOptions(Frozen):
+    """batch: noisy pictures of a step. dropout: share of the documents without a class. decay: of the averaged weights
+    that are drawn from. tangents, attention: see TransformerConfig; compile: the blocks, which needs a C++ compiler."""
+
+    width: int = Field(default=384, ge=8)
+    depth: int = Field(default=8, ge=1)
+    head_dim: int = Field(default=64, ge=2)
+    batch: int = Field(default=512, ge=1)
+    rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = Field(default=1.0, gt=0)
+    decay: float = Field(default=0.995, ge=0, lt=1)
+    dropout: float = Field(default=0.1, ge=0, le=1)
+    tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
+    attention: Literal["math", "sdpa", "flex"] = "sdpa"
+    compile: bool = False
+    nonfinite_steps: int = Field(default=10, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainOptions:
+        if self.width % self.head_dim:
+            raise ValueError(f"width {self.width} is no multiple of head_dim {self.head_dim}")
+        return self
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave and took. `model` has the averaged weights. seconds: by the clock; rehearsal: before it."""
+
+    model: Omni
+    steps: int
+    seconds: float
+    rehearsal: float
+    nonfinite: int
+    num_items: int  # noisy pictures of a step
+
+
+def build_model(options: TrainOptions, method: Method, channels: int, key: Key) -> Omni:
+    heads = options.width // options.head_dim
+    transformer = TransformerConfig(
+        width=options.width, depth=options.depth, num_heads=heads, num_kv_heads=heads, head_dim=options.head_dim,
+        attention=options.attention, tangents=options.tangents,
+    )  # fmt: skip
+    return Omni(OmniConfig(transformer=transformer, flow=method.flow_head(channels), vocab_size=VOCAB_SIZE), key)
+
+
+class Learner:
+    """The moving parts of a run. `average` follows the model for drawing, `target` for objectives that want one."""
+
+    def __init__(self, method: Method, options: TrainOptions, pictures: Pictures, patches: Patches, key: Key) -> None:
+        rows, rest = divmod(options.batch, method.copies)
+        if rest or not rows:
+            raise ValueError(f"a batch of {options.batch} pictures is no multiple of copies = {method.copies}")
+        self.options, self.pictures, self.patches, self.key = options, pictures, patches, key
+        self.device = pictures.labels.device
+        self.objective, self.rate = method.build(), method.rate or options.rate
+        self.blank = lay_pictures(rows, patches, method.copies)
+        self.order = Order(len(pictures), rows, key, self.device)
+        self.model = build_model(options, method, patches.shape[1], key.fold("network")).to(self.device).train()
+        self.parameters = list(self.model.parameters())
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.decay: float | None = getattr(self.objective, "target_decay", None)
+        self.target = copy.deepcopy(self.average) if self.decay else None
+        if options.compile:  # the average is only drawn from, which keeps the plain code
+            for module in filter(None, (self.model, self.target)):
+                compile_blocks(module.transformer)
+        self.optimiser = torch.optim.AdamW(self.parameters, betas=options.betas, weight_decay=0.0, fused=True)
+        self.nonfinite = torch.zeros((), device=self.device)
+        self.nonfinite_seen = torch.zeros((), pin_memory=self.device.type == "cuda")  # of a step or two ago
+        self.updates = 0
+
+    def batch(self, step: int) -> Batch:
+        rows, key = self.order.rows(step), self.key.fold("data", step)
+        dropped = key.fold("dropout").uniform((len(rows),)) < self.options.dropout
+        latents = self.patches.encode(flipped(self.pictures.pixels[rows], key))
+        return with_latents(with_classes(self.blank, self.pictures.labels[rows], dropped), latents)
+
+    def step(self, step: int, fraction: float) -> None:
+        """Forward, backward, clip, AdamW, averages; `fraction` of the training is done."""
+        batch, draws = self.batch(step), self.key.fold("draws", step)
+        with in_half_precision(self.device):
+            [term] = self.model.loss(batch, [self.objective], draws, self.target, fraction).values()
+        (term.weight * term.sum / term.count).backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
+        wrong = (~norm.isfinite()).float()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * schedule(fraction, self.options.warmup)
+        self.optimiser.found_inf = wrong  # type: ignore[attr-defined]  # as GradScaler tells it: then it does nothing
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.nonfinite += wrong
+        self.nonfinite_seen.copy_(self.nonfinite, non_blocking=True)
+        self.updates += 1
+        follow(self.average, self.parameters, min(self.options.decay, self.updates / (self.updates + 9)))
+        if self.target is not None and self.decay is not None:
+            follow(self.target, self.parameters, self.decay)
+
+    @property
+    def has_diverged(self) -> bool:
+        return float(self.nonfinite_seen) > self.options.nonfinite_steps
+
+    def rehearse(self) -> None:
+        """Some steps that leave no trace but what they compiled and allocated."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        for step in range(REHEARSALS):
+            self.step(step, 0.0)
+        with torch.no_grad():
+            for module in filter(None, (self.model, self.average, self.target)):
+                torch._foreach_copy_(list(module.parameters()), kept)
+        self.optimiser.state.clear()
+        self.nonfinite.zero_()
+        self.nonfinite_seen.zero_()
+        self.updates = 0
+
+
+@torch.no_grad()
+def follow(average: Omni, parameters: list[nn.Parameter], decay: float) -> None:
+    """average <- decay average + (1 - decay) parameters."""
+    torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+
+
+def in_half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA. No casts are kept: one first made for a derivative without a graph could cut the graph of what
+    comes after it (pytorch issues 112583, 158232)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
+def train(learner: Learner, seconds: float) -> Trained:
+    """Rehearse, then train for `seconds`, or until too many steps were not finite."""
+    clock = _clock(learner.device)
+    begin = clock(True)
+    learner.rehearse()
+    start = now = clock(True)
+    step = 0
+    while now - start < seconds and not learner.has_diverged:
+        learner.step(step, (now - start) / seconds)
+        now = clock(False)
+        step += 1
+    end = clock(True)
+    return Trained(
+        learner.average.eval(), step, end - start, start - begin, int(learner.nonfinite), learner.blank.num_items
+    )
+
+
+def _clock(device: torch.device) -> Callable[[bool], float]:
+    """Seconds on the host, once the device is done with all that it was given (True), or with all but what it was
+    given since the last reading (False)."""
+    last: list[Any] = []
+
+    def read(whole: bool) -> float:
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            (event if whole or not last else last[0]).synchronize()
+            last[:] = [event]
+        return time.perf_counter()
+
+    return read

@@ -1,0 +1,141 @@
+"""Decoding of plain rows of ids with a joint-token head: rounds of draft and verification, as the engine makes them.
+
+No pictures, no control tokens, every row as long as it takes: what is left is the bookkeeping of a round, so that a
+table of heads measures the heads. The pieces are the engine's own (CacheCall, append_all, the verifications).
+
+Legend: R rows, P ids of a context, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eval.experiments.joint.toy import head_of
+from omni.generation.context import append_ids, append_text
+from omni.generation.drafting import CacheCall
+from omni.heads.joint import Draft
+from omni.model import Omni
+from omni.nn.cache import KVCache
+from omni.nn.decode_step import TokenStep
+from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
+from omni.samplers.token import token_law
+from omni.samplers.verification import Verdict, block, coupled, rejection
+from omni.sequence.layout import TokenSpan
+
+
+class Decoding(Protocol):
+    """What of a lab's options decoding reads."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """ids (R, num_tokens) that were said, and how fast: tokens of all rows by wall time."""
+
+    ids: Tensor
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Rounds(Pace):
+    """kept: drafted tokens that stood per round (the one that verification adds is not among them). positions (K,):
+    the share of rounds in which the first k + 1 tokens stood."""
+
+    kept: float
+    positions: tuple[float, ...]
+
+
+@torch.inference_mode()
+def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace:
+    """Token by token, against the cache."""
+    noise, start = _noise(contexts, run, key), time.perf_counter()
+    cache, last = _prefill(model, contexts)
+    step, said = TokenStep(model.transformer), []
+    for at in range(run.num_tokens):
+        hidden = append_ids(model, cache, last.tolist(), step)
+        last = pick(token_law(model.token.read(hidden), run.temperature, run.top_p), noise[:, at])
+        said.append(last)
+    ids = torch.stack(said, 1)
+    return Pace(ids, ids.numel() / (time.perf_counter() - start))
+
+
+@torch.inference_mode()
+def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: Key) -> Rounds:
+    """In blocks, verified by `kind`: "coupled", "greedy" (coupled at temperature 0; drafts of noise 1/2 are the
+    medians of a head's laws, as in the engine), "rejection" or "block"."""
+    greedy = kind == "greedy"
+    noise = torch.full_like(_noise(contexts, run, key), 0.5) if greedy else _noise(contexts, run, key)
+    temperature, top_p = (0.0, 1.0) if greedy else (run.temperature, run.top_p)
+    start = time.perf_counter()
+    cache, last = _prefill(model, contexts)
+    step = TokenStep(model.transformer)
+    said: list[list[int]] = [[] for _ in contexts]
+    stood, number, total = torch.zeros(run.length), 0, 0
+    while min(map(len, said)) < run.num_tokens:
+        at = torch.tensor([min(len(row), run.num_tokens) for row in said])  # who is done goes on, uncounted
+        own = noise[torch.arange(len(said))[:, None], at[:, None] + torch.arange(run.length + 1)]
+        draws = key.fold("round", kind, number)
+        if kind == "block":  # its verdict hangs on drafts that it then throws away: their noise is used up
+            own = draws.fold("tokens").uniform(tuple(own.shape), torch.float64)
+        call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
+        draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
+        if kind in ("coupled", "greedy"):  # what plain decoding says first is in the same pass
+            first = pick(token_law(model.token.read(call.start), temperature, top_p), own[:, 0])
+            draft = replace(draft, ids=torch.cat([first[:, None], draft.ids[:, 1:]], 1))
+        first_hidden = call.start.unsqueeze(1)
+        base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
+        hidden = torch.cat([first_hidden, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
+        law = token_law(model.token.read(hidden), temperature, top_p)
+        verdict = _judge(kind, draft, law, own, draws)
+        counted = torch.tensor([len(row) < run.num_tokens for row in said])
+        stood += (verdict.kept[counted, None] > torch.arange(run.length)).sum(0)
+        total += int(counted.sum())
+        for r, kept in enumerate(verdict.kept.tolist()):
+            said[r] += verdict.ids[r, : kept + 1].tolist()
+            cache.truncate(r, *(field[r] + kept for field in base))
+        last = torch.tensor([row[-1] for row in said])
+        number += 1
+    seconds = time.perf_counter() - start
+    ids = torch.tensor([row[: run.num_tokens] for row in said])
+    shares = tuple((stood / total).tolist())
+    return Rounds(ids, ids.numel() / seconds, sum(shares), shares)
+
+
+def _judge(kind: str, draft: Draft, law: Tensor, noise: Tensor, key: Key) -> Verdict:
+    if kind in ("coupled", "greedy"):
+        return coupled(draft.ids, law, noise)
+    assert draft.log_q is not None
+    coins = key.fold("coins").uniform(tuple(draft.ids.shape), torch.float64)
+    fresh = key.fold("rest").uniform(tuple(noise.shape), torch.float64)
+    return {"rejection": rejection, "block": block}[kind](draft.ids, draft.log_q, law, coins, fresh)
+
+
+def _noise(contexts: Tensor, run: Decoding, key: Key) -> Tensor:
+    """(R, num_tokens + K + 1): one uniform a token, and some for blocks that run over the end."""
+    return key.fold("tokens").uniform((len(contexts), run.num_tokens + run.length + 1), torch.float64)
+
+
+def _prefill(model: Omni, contexts: Tensor) -> tuple[KVCache, Tensor]:
+    """A cache that holds BOS and the contexts but for their last ids; those."""
+    R, P = contexts.shape
+    cache = model.transformer.new_cache(R, 2 * P)
+    first = torch.full((R, 1), model.config.vocab_size - 1)
+    append_text(model, cache, torch.cat([first, contexts[:, :-1]], 1).tolist(), TokenStep(model.transformer), 0)
+    return cache, contexts[:, -1]

@@ -1,0 +1,191 @@
+"""Heads trained on known joints, and how far what they say is from them: the part of a task that costs time.
+
+For a joint and a seed the backbone is trained once; every head of a table then starts from a copy of it, which stays as
+it is. A head whose likelihood is exact is measured by it, on every string of the support; others by draws.
+
+Legend: B rows, K tokens, V ids, N strings of the support.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from eval.experiments.joint.distances import Distances, of_samples, of_support
+from eval.experiments.joint.joints import Table, build_joint
+from eval.experiments.joint.toy import Budget, beside, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from omni.config import Frozen
+from omni.heads.joint import JOINT_HEADS, JointConfig, build_head
+from omni.joint import teacher_laws
+from omni.model import Omni
+from omni.rng import Key
+
+CHUNK = 4096  # rows a pass when measuring
+
+
+class HeadLine(Frozen):
+    """One line of the comparison: a head with its options, and how it is trained and asked.
+
+    joints: those it is trained on; none is all. teacher: whose laws the noise of data is read off, the backbone's own
+    ("plain") or the joint's ("exact"), which leaves out what the backbone has not learned. head_steps, rate: if not the
+    run's. passes: numbers of passes, besides one, that it is asked to draw in, on blocks for
+    which it can.
+    """
+
+    head: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    joints: tuple[str, ...] = ()
+    teacher: Literal["plain", "exact"] = "plain"
+    head_steps: int | None = Field(default=None, ge=1)
+    rate: float | None = Field(default=None, gt=0)
+    passes: tuple[int, ...] = ()
+
+    def numbers(self, length: int) -> list[int]:
+        """Of passes for blocks of `length` tokens, ascending; 1 is among them."""
+        head = JOINT_HEADS.get(self.head)
+        return sorted({1, *(n for n in self.passes if head.can_pass(n, length))})
+
+
+class LabOptions(Frozen):
+    """Of the model (width, depth, adapter_rank of placeholders), of training, and num_samples of the measuring."""
+
+    width: int = Field(default=64, ge=8, multiple_of=4)
+    depth: int = Field(default=2, ge=1)
+    adapter_rank: int = Field(default=64, ge=0)
+    backbone_steps: int = Field(default=2000, ge=1)
+    head_steps: int = Field(default=3000, ge=1)
+    rows: int = Field(default=256, ge=1)
+    rate: float = Field(default=2e-3, gt=0)
+    num_samples: int = Field(default=200_000, ge=1)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.backbone_steps, self.head_steps, self.rows, self.rate)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One head with one seed: distances by number of passes, one pass from an exact likelihood or from draws, what it
+    draws in one pass, and the processor time of its training."""
+
+    distances: Mapping[int, Distances]
+    exact: bool
+    ids: Tensor  # (num_samples, K)
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """All heads of one joint and seed. plain: the backbone's own law, which plain decoding draws from in K passes."""
+
+    plain: Distances
+    heads: Mapping[str, Measured]
+
+
+@cache
+def known_table(name: str) -> Table:
+    """The joint of that name; ValueError for one that is not listed, whose total variation nobody can compute."""
+    joint = build_joint(name)
+    if not isinstance(joint, Table):
+        raise ValueError(f"joint {name!r} has too many strings to compare a head with; take a smaller one")
+    return joint
+
+
+def check_lines(joints: tuple[str, ...], lines: Mapping[str, HeadLine], options: LabOptions) -> None:
+    """ValueError for whatever would go wrong after hours: unknown joints and heads, options, a teacher nobody hears."""
+    tables = [known_table(name) for name in joints]
+    for name, line in lines.items():
+        for other in line.joints:
+            if other not in joints:
+                raise ValueError(f"head {name!r} wants joint {other!r}, which is not among {', '.join(joints)}")
+        for joint in tables:
+            if not line.joints or joint.name in line.joints:
+                head = build_head(line.head, line.options, joint.length, joint.vocab_size + 1, options.width)
+                if line.teacher == "exact" and not head.needs_teacher:
+                    raise ValueError(f'head {name!r} has no use for a teacher; leave out teacher = "exact"')
+
+
+def run_group(joint_name: str, lines: Mapping[str, HeadLine], options: LabOptions, key: Key) -> Group:
+    """Train and measure. Depends on nothing but what is given."""
+    joint = known_table(joint_name)
+    backbone = toy_model(None, joint.vocab_size, key.fold("model"), options.width, options.depth)
+    draw = _drawer(joint)
+    train(backbone, draw, replace(options.budget, head_steps=0), key.fold("train"))
+    found = {}
+    for name, line in lines.items():
+        config = JointConfig(
+            head=line.head, length=joint.length, adapter_rank=options.adapter_rank, options=line.options
+        )
+        model = beside(backbone, config, key.fold("model"))
+        found[name] = _train_and_measure(model, joint, line, options, key.fold("head", name))
+    return Group(plain_distances(backbone.eval(), joint), found)
+
+
+def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOptions, key: Key) -> Measured:
+    assert model.joint is not None
+    head, start = model.joint.head, time.process_time()
+    budget = replace(
+        options.budget, backbone_steps=0, head_steps=line.head_steps or options.head_steps,
+        rate=line.rate or options.rate,
+    )  # fmt: skip
+    teacher = (lambda prefix, ids: exact_laws(joint, ids)) if line.teacher == "exact" else None
+    train(model, _drawer(joint), budget, key.fold("train"), teacher)
+    seconds = time.process_time() - start
+    model.eval()
+    numbers = line.numbers(joint.length)
+    draws = {n: draw_ids(model, joint.length, options.num_samples, key.fold("draws"), n) for n in numbers}
+    distances = {n: of_samples(joint, ids) for n, ids in draws.items()}
+    if head.exact:
+        distances[1] = replace(of_support(joint, support_scores(model, joint)), entropy=distances[1].entropy)
+    return Measured(distances, head.exact, draws[1], seconds)
+
+
+def exact_laws(joint: Table, ids: Tensor) -> Tensor:
+    """(B, K, V) float64: log P(x_k | x_<k) of the joint itself, over the ids of the model."""
+    laws = joint.conditionals(ids)
+    return torch.cat([laws, laws.new_full((*laws.shape[:2], 1), -math.inf)], -1)
+
+
+def _drawer(joint: Table):  # noqa: ANN202
+    return lambda key, num: (torch.zeros(num, 0, dtype=torch.int64), joint.draw(key, num))
+
+
+@torch.inference_mode()
+def draw_ids(model: Omni, length: int, num: int, key: Key, passes: int = 1) -> Tensor:
+    """(num, length) int64 from the model's head, unconditionally."""
+    found = []
+    for at in range(0, num, CHUNK):
+        rows = min(CHUNK, num - at)
+        call = toy_call(model, torch.zeros(rows, 0, dtype=torch.int64), length)
+        own = key.fold("chunk", at)
+        found.append(head_of(model).sample(call, uniforms(rows, length, own), own, passes).ids)
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def support_scores(model: Omni, joint: Table) -> Tensor:
+    """(N,) float64: the head's log-probability of every string of the support."""
+    found = []
+    for ids in joint.ids.split(CHUNK):
+        call = toy_call(model, torch.zeros(len(ids), 0, dtype=torch.int64), joint.length)
+        found.append(head_of(model).log_prob(call, ids, Key(0)).value)
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def plain_distances(model: Omni, joint: Table) -> Distances:
+    """Of the model's own chain of next-token laws, on the support."""
+    found = []
+    for ids in joint.ids.split(CHUNK):
+        batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, joint.vocab_size)
+        laws = teacher_laws(model, model.context(batch)[0], starts, blocks)
+        found.append(laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1))
+    return of_support(joint, torch.cat(found))

@@ -1,0 +1,32 @@
+"""What a suite gives: rows of a table, and the outcome of each task."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eval.task import Outcome
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and one JSON object. `value` is None when it was not a finite number."""
+
+    name: str
+    value: float | None
+    unit: str
+    bar: str | None
+    holds: bool
+    command: str
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "note" or value}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    name: str
+    rows: list[Row]
+    outcome: Outcome
+    seconds: float

@@ -1,0 +1,269 @@
+"""`omni chat`: a conversation with history, attached pictures and settings that can be changed on the way.
+
+Lines are messages; lines that begin with / are commands (`commands`). A line that cannot be done is one line on the
+error stream, and the conversation goes on; from a pipe the exit code at the end is then 2. At a terminal Ctrl-C stops a
+reply; at an idle prompt the first one says how to end, and the second ends. A conversation at a terminal that was not
+saved is written to omni-out when it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omni import media
+from omni.cli.arguments import MISTAKE, is_mistake
+from omni.cli.commands import complain, message_of
+from omni.cli.generate import (
+    MAX_PROMPT,
+    attach,
+    check_text,
+    load_model,
+    protocol_of,
+    show,
+    system_of,
+    write_numbered,
+)
+from omni.cli.options import DEFAULT, FIELDS, changed_by, flag_of, in_group
+from omni.cli.terminal import Printer
+from omni.config import nearest
+from omni.document import Document, Image, Role, Segment, Text
+from omni.generation.engine import Engine
+from omni.generation.options import EVERYDAY, GenerationOptions
+from omni.generation.reply_files import check_folder, write_chat
+
+NUM_SEEDS = 2**63
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """Name -> (what follows it, what it does); the options of the first group have one each."""
+    options = {
+        "/" + flag_of(name).removeprefix("--"): (str(extra["metavar"] or "on|off"), FIELDS[name].description or "")
+        for name in in_group(EVERYDAY)
+        if isinstance(extra := FIELDS[name].json_schema_extra, dict)
+    }
+    return {
+        "/image": ("FILE", "attach a picture to the next message"),
+        "/system": ("TEXT", "instructions before the conversation, from the next message on; none: remove them"),
+        **options,
+        "/save": ("DIR", "write the conversation: chat.md, chat.json and the pictures"),
+        "/reset": ("", "forget the conversation; the settings stay"),
+        "/help": ("", "this list"),
+        "/quit": ("", "end (so does end of input, Ctrl-D)"),
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command: read lines until /quit or the end of input."""
+    printer = Printer(protocol=protocol_of(arguments))
+    interactive = sys.stdin.isatty()
+    system = system_of(arguments)
+    engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
+    engine.resolve(arguments.options)
+    if interactive:
+        _enable_line_editing()
+        printer.line("Ask for text and pictures. /help lists the commands, /quit ends.")
+    chat = Chat(engine, arguments.options, printer, system)
+    try:
+        failed = _converse(chat, _terminal_lines(printer) if interactive else _piped_lines(), interactive)
+    finally:
+        if interactive and chat.unsaved:
+            _save_at_the_end(chat)
+    return MISTAKE if failed and not interactive else 0
+
+
+def _converse(chat: Chat, lines: Iterator[tuple[int, str]], interactive: bool) -> bool:
+    """Take every line; returns whether one failed."""
+    failed = False
+    for number, line in lines:
+        try:
+            if not chat.take(line):
+                break
+        except Exception as error:
+            if not is_mistake(error) or isinstance(error, BrokenPipeError):
+                raise
+            failed = True
+            chat.printer.fresh_line()
+            complain(message_of(error) if interactive else f"line {number}: {message_of(error)}", MISTAKE)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            chat.printer.line("(interrupted; the message was not sent)")
+    return failed
+
+
+def _piped_lines() -> Iterator[tuple[int, str]]:
+    """Numbered lines of standard input. Of one that is too long only its beginning is kept, which is refused later."""
+    number = 0
+    while line := sys.stdin.readline(MAX_PROMPT + 2):
+        number += 1
+        rest = line
+        while rest and not rest.endswith("\n"):
+            rest = sys.stdin.readline(MAX_PROMPT)
+        yield number, line.rstrip("\n")
+
+
+def _terminal_lines(printer: Printer) -> Iterator[tuple[int, str]]:
+    interrupted = False
+    number = 0
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            printer.line()
+            return
+        except KeyboardInterrupt:
+            printer.line()
+            if interrupted:
+                return
+            interrupted = True
+            printer.line("(Ctrl-C once more, Ctrl-D or /quit ends; /save DIR writes the conversation)")
+            continue
+        interrupted = False
+        number += 1
+        yield number, line
+
+
+def _save_at_the_end(chat: Chat) -> None:
+    try:
+        folder = write_numbered(chat.write)
+    except (ValueError, OSError) as error:
+        complain(f"the conversation was not saved: {message_of(error)}", MISTAKE)
+    else:
+        print(f"the conversation is in {folder / 'chat.md'}", file=sys.stderr)
+
+
+def _enable_line_editing() -> None:
+    """Arrow keys and history, where Python has readline."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+
+
+class Chat:
+    """The conversation so far. A message that fails or is interrupted leaves it as it was."""
+
+    def __init__(
+        self, engine: Engine, options: GenerationOptions, printer: Printer, system: tuple[Text, ...] = ()
+    ) -> None:
+        self.engine, self.options, self.printer, self.system = engine, options, printer, system
+        self.history: tuple[Segment, ...] = ()
+        self.extras: tuple[dict[str, Any], ...] = ()  # for each segment of the history: how it was made
+        self.num_replies = 0
+        self.unsaved = False
+        self.attached: tuple[Image, ...] = ()
+        self.record: dict[str, Any] = {}  # what made the last reply
+        self.known = commands()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._attach,
+            "/system": self._set_system,
+            **{"/" + flag_of(name).removeprefix("--"): self._setter(name) for name in in_group(EVERYDAY)},
+            "/save": self._save,
+            "/reset": self._reset,
+            "/help": self._help,
+        }
+
+    def take(self, line: str) -> bool:
+        """Handle one line; False when it says to end. Raises ValueError for a command that cannot be done."""
+        if not line.strip():
+            return True
+        if not line.startswith("/"):
+            self._ask(line)
+            return True
+        name, _, rest = line.strip().partition(" ")
+        if name in ("/quit", "/exit"):
+            return False
+        if name not in self._commands:
+            raise ValueError(f"unknown command {name!r:.60}{nearest(name, self.known) or '; /help lists them'}")
+        self._commands[name](rest.strip())
+        return True
+
+    def _ask(self, text: str) -> None:
+        """Each reply has a seed of its own, so that "draw another one" is another one."""
+        check_text(text, "the message", "write something")
+        request = (*self.history, *self.attached, Text(text))
+        options = self.engine.resolve(self.options)
+        assert options.seed is not None
+        options = options.model_copy(update={"seed": (options.seed + self.num_replies) % NUM_SEEDS})
+        record = self.engine.record(options)
+        document = Document((*self.system, *request))
+        reply = show(self.engine.stream(document, options), self.printer, document, record)
+        if not reply.parts:
+            why = ": it asked for a picture beyond --max-images" if reply.stop_reason == "images" else ""
+            self.printer.line(f"(the reply is empty{why})")
+        asked = ({},) * (len(request) - len(self.history))
+        made = reply.document.segments[len(document.segments) :]
+        self.history, self.attached = (*request, *made), ()
+        self.extras = (*self.extras, *asked, *(part.made_by() for part in reply.parts))
+        self.num_replies += 1
+        self.record, self.unsaved = record, True
+
+    def _attach(self, rest: str) -> None:
+        path = os.path.expanduser(_one(rest, "/image FILE"))
+        self.attached += (attach(self.engine.model, media.load_image(path)),)
+        height, width = self.attached[-1].pixels.shape[:2]
+        self.printer.line(f"attached {path}, {height}x{width}; it goes with the next message")
+
+    def _set_system(self, rest: str) -> None:
+        self.system = (Text(check_text(rest, "/system", "write something"), Role.SYSTEM),) if rest else ()
+        self.printer.line("system text set" if rest else "no system text")
+
+    def _setter(self, name: str) -> Callable[[str], None]:
+        def change(rest: str) -> None:
+            usage, _ = self.known[command]
+            words = _words(rest)
+            if len(words) != 1 and name != "stop":
+                raise ValueError(f"usage: {command} {usage}, or {command} {DEFAULT}")
+            options = changed_by(self.options, name, words, command)
+            self.engine.resolve(options)
+            self.options = options
+            self.printer.line(f"{name} = {getattr(options, name)}")
+
+        command = "/" + flag_of(name).removeprefix("--")
+        return change
+
+    def _save(self, rest: str) -> None:
+        folder = Path(os.path.expanduser(_one(rest, "/save DIR")))
+        self.write(folder)
+        self.printer.line(f"wrote {folder / 'chat.md'} and chat.json")
+
+    def write(self, folder: Path) -> Path:
+        """The conversation as a folder. ValueError when there is none, or the folder cannot be made."""
+        if not self.history:
+            raise ValueError("nothing to save yet; say something first")
+        check_folder(folder, overwrite=False, name="/save", way_out="")
+        document = Document((*self.system, *self.history))
+        extras = (*({},) * len(self.system), *self.extras)
+        write_chat(folder, document, extras, self.record, replace=folder.exists())
+        self.unsaved = False
+        return folder
+
+    def _reset(self, rest: str) -> None:
+        self.history, self.extras, self.attached, self.num_replies = (), (), (), 0
+        self.unsaved = False
+        self.printer.line("forgotten")
+
+    def _help(self, rest: str) -> None:
+        width = max(len(f"{name} {usage}") for name, (usage, _) in self.known.items())
+        for name, (usage, about) in self.known.items():
+            self.printer.line(f"{f'{name} {usage}':<{width}}  {about}")
+        self.printer.line(f"{DEFAULT} in the place of a value goes back to the model's own choice.")
+
+
+def _words(rest: str) -> list[str]:
+    try:
+        return shlex.split(rest)
+    except ValueError as error:
+        raise ValueError(f"{rest!r:.60}: {str(error).lower()}; close the quotation") from None
+
+
+def _one(rest: str, usage: str) -> str:
+    words = _words(rest)
+    if len(words) != 1:
+        raise ValueError(f"usage: {usage}" + ('; put quotes around "a name with spaces"' if len(words) > 1 else ""))
+    return words[0]

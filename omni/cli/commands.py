@@ -1,0 +1,235 @@
+"""`omni generate | chat | inspect | verify | doctor`: arguments in, one command run, every error one line.
+
+Exit codes: 0 done; 1 a check did not hold, or a bug; 2 bad usage or bad input; 4 damaged or missing model files;
+130 interrupted. OMNI_DEBUG=1 shows tracebacks. The commands themselves are files beside this one and load when called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import omni
+from omni.cli.arguments import Parser, announced, code_of, is_mistake, one_line, warnings_in_lines
+
+INTERRUPTED, CLOSED_PIPE = 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv` defaults to the process's arguments."""
+    _complete_streams()
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()  # a full disk or a closed pipe is noticed here, not at exit
+        return code
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _stop_writing()
+        return CLOSED_PIPE
+    except Exception as error:
+        if os.environ.get("OMNI_DEBUG", "0") not in ("", "0"):
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            _stop_writing()  # standard output may be what failed
+        return complain(message_of(error), code_of(error))
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        arguments = parse(argv)
+    except SystemExit as stop:  # argparse: --help and --version
+        return int(stop.code or 0)
+    if arguments.command is None:
+        build_parser().print_help()
+        return 0
+    module, function = arguments.run.split(":")
+    with announced("the libraries", only_to_terminals=True):
+        command = getattr(import_module(module), function)
+    with warnings_in_lines():
+        return command(arguments)
+
+
+def _complete_streams() -> None:
+    """A closed stream becomes an empty one. Input that is no text is read all the same, for the command to refuse."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def _stop_writing() -> None:
+    """Standard output goes nowhere from here on, so that the flush at exit is silent."""
+    if sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def message_of(error: Exception) -> str:
+    """The text of an error, in one line."""
+    if is_mistake(error):
+        return one_line(error)
+    return f"this is a bug: {type(error).__name__}: {one_line(error)}; OMNI_DEBUG=1 shows where"
+
+
+def complain(message: str, code: int) -> int:
+    """One line on the error stream; returns `code`."""
+    from omni.cli.terminal import safe_text
+
+    line = f"omni: error: {safe_text(message)}\n" if code != INTERRUPTED else f"omni: {message}\n"
+    encoding = sys.stderr.encoding or "utf-8"
+    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
+    return code
+
+
+# --------------------------------------------------------------------------------------------- arguments
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Of `generate` and `chat`, `options` is the GenerationOptions that the flags made."""
+    from omni.cli.options import options_of
+
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r}; {_way_out(parser, arguments.command, unknown[0])}")
+    if arguments.command == "generate" and arguments.prompt is None:
+        raise ValueError('the prompt is missing; say what you want: omni generate "draw a red apple"')
+    if arguments.command in ("generate", "chat"):
+        arguments.options = options_of(arguments)
+    return arguments
+
+
+def _way_out(parser: argparse.ArgumentParser, command: str | None, unknown: str) -> str:
+    options = sorted({flag for sub in _subparsers(parser, command) for flag in sub._option_string_actions})
+    if unknown in options:
+        return "options come before --"
+    near = difflib.get_close_matches(unknown.partition("=")[0], options, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    if command == "generate" and not unknown.startswith("-"):
+        return "put quotes around the prompt"
+    if command == "generate":
+        return "see `omni generate --help`; a prompt that begins with - comes after --"
+    return f"see `omni {command} --help`" if command else "see `omni --help`"
+
+
+def _subparsers(parser: argparse.ArgumentParser, command: str | None) -> list[argparse.ArgumentParser]:
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [sub for group in groups for name, sub in group.choices.items() if command in (None, name)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(prog="omni", description="Chat in which text and pictures alternate, from one transformer.")
+    parser.add_argument("--version", action="version", version=f"omni {omni.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    from omni.cli.options import add_options
+
+    sub = commands.add_parser(
+        "generate",
+        help="answer one prompt with text and pictures",
+        usage='omni generate [OPTION ...] "PROMPT"',
+        description="Answer one prompt. The reply streams to the terminal and is written as a folder: reply.md, "
+        "reply.json and the pictures. What is not given is the model's own choice.",
+    )
+    sub.add_argument(
+        "prompt", nargs="?", help="what you want; - reads it from standard input; a prompt like -x comes after --"
+    )
+    everyday = sub.add_argument_group("what is asked for")
+    everyday.add_argument("--image", action="append", default=[], metavar="FILE", help="attach a picture (repeatable)")
+    _add_system(everyday)
+    _add_model(sub)
+    place = sub.add_argument_group("where the reply goes")
+    place.add_argument("--out", metavar="DIR", help="where to write the reply (default: omni-out/001, 002, ...)")
+    place.add_argument("--overwrite", action="store_true", help="replace an existing DIR that holds a reply")
+    place.add_argument("--json", action="store_true", help="print reply.json, and nothing else, to standard output")
+    _add_show(place)
+    add_options(sub, everyday)
+    sub.set_defaults(run="omni.cli.generate:run")
+
+
+def _add_chat(commands: Any) -> None:
+    from omni.cli.options import add_options
+
+    sub = commands.add_parser(
+        "chat",
+        help="a conversation with history and attached pictures",
+        usage="omni chat [OPTION ...]",
+        description="A conversation. Lines are messages; /help lists the commands. At a terminal, a conversation "
+        "that was not saved is written to omni-out when it ends. From a pipe, a line that fails is reported and the "
+        "next one is read; the exit code is then 2.",
+    )
+    everyday = sub.add_argument_group("what is asked for")
+    _add_system(everyday)
+    _add_model(sub)
+    _add_show(sub.add_argument_group("what is shown"))
+    add_options(sub, everyday)
+    sub.set_defaults(run="omni.cli.chat:run")
+
+
+def _add_inspect(commands: Any) -> None:
+    sub = commands.add_parser(
+        "inspect",
+        help="say what a file or folder is and what is in it",
+        description="Describe a model, a training checkpoint, a tokenizer, a codec, a reply, a picture or a Document "
+        "(JSON, with its packed layout).",
+    )
+    sub.add_argument("path", nargs="?", help="a file or folder (default: the bundled model)")
+    sub.add_argument("--model", metavar="DIR", help="whose tokenizer and codec lay out a picture or Document")
+    sub.set_defaults(run="omni.cli.inspect:run")
+
+
+def _add_verify(commands: Any) -> None:
+    sub = commands.add_parser(
+        "verify",
+        help="check that cached, uncached and training passes agree",
+        description="Run the equality contract on a model: cached = uncached = training forward. Exits 1 if not.",
+    )
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="a model directory (default: the bundled model)")
+    _add_device(sub)
+    sub.add_argument("--json", action="store_true", help="print the rows as JSON")
+    sub.set_defaults(run="omni.cli.verify:run")
+
+
+def _add_doctor(commands: Any) -> None:
+    sub = commands.add_parser("doctor", help="versions, extras, font, devices and the bundled model's digests")
+    sub.add_argument("--font", metavar="FILE", help="an emoji font to check, instead of the installed ones")
+    sub.add_argument("--json", action="store_true", help="print the rows as JSON")
+    sub.set_defaults(run="omni.cli.doctor:run")
+
+
+def _add_device(sub: Any) -> None:
+    sub.add_argument("--device", default="cpu", metavar="NAME", help="what computes: cpu (default), cuda, cuda:1")
+
+
+def _add_system(group: Any) -> None:
+    group.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("the model")
+    group.add_argument("--model", metavar="DIR", help="a model directory (default: the bundled model)")
+    _add_device(group)
+    group.add_argument("--compile", action="store_true", help="text several times faster; needs a C++ compiler")
+
+
+def _add_show(group: Any) -> None:
+    show = group.add_mutually_exclusive_group()
+    show.add_argument("--show", action="store_true", help="show pictures as half blocks even where no terminal is seen")
+    show.add_argument("--no-show", action="store_true", help="show no pictures in the terminal")

@@ -1,0 +1,279 @@
+"""`omni inspect`: what a file or folder is, what is in it, and whether its bytes are the ones that were published.
+
+Folders: a model, a training state, a codec, a tokenizer, a reply, or anything published with a manifest. Files:
+safetensors (names and shapes, from the header alone), a picture (size, latents, what the codec loses), a Document
+(JSON: every position of its packed layout), and the reply.json and chat.json that Omni writes (the same). Damage is
+exit code 4; something unknown is exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from omni import media
+from omni.checkpoint import MANIFEST, DamagedError, verify
+from omni.cli.arguments import one_line
+from omni.cli.generate import attach, load_model
+from omni.cli.terminal import Printer, table
+from omni.codecs import psnr
+from omni.config import parse_json
+from omni.document import Document, Text, Video, parse_bounded
+from omni.generation.reply_files import read_messages
+from omni.model import BUNDLED, Omni
+from omni.sequence.layout import LatentSpan, Span
+from omni.text import load_tokenizer
+from omni.text.chat import messages_to_document
+from omni.text.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
+from omni.text.tokenizer import Tokenizer
+
+MAX_DOCUMENT_BYTES = 64 << 20
+MAX_ENTRIES = 2_000  # of a folder that is searched for something to suggest
+_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command."""
+    path = BUNDLED if arguments.path is None else Path(arguments.path)
+    if not path.exists():
+        raise ValueError(f"nothing at {str(path)!r}; give a model, checkpoint, tokenizer, picture or Document")
+    printer = Printer()
+    lines = _folder(path) if path.is_dir() else _file(path, arguments.model, printer)
+    for line in lines:
+        printer.line(line)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------- folders
+
+
+def _folder(path: Path) -> list[str]:
+    if not (path / MANIFEST).is_file():
+        if (path / TOKENIZER_CONFIG).is_file():
+            return [f"{path}: a tokenizer", *_tokenizer(path)]
+        inside = published_below(path)
+        hint = f"; did you mean {str(inside[-1])!r}?" if inside else ""
+        raise ValueError(f"{str(path)!r} holds no {MANIFEST} and no {TOKENIZER_CONFIG}{hint}")
+    manifest = verify(path)
+    lines = [f"{path}: {_kind(path, manifest)}, every byte as published", ""]
+    rows = [(name, _bytes(entry["bytes"]), entry["blake2b"][:16]) for name, entry in manifest["files"].items()]
+    lines += table(("file", "size", "blake2b"), rows)
+    if manifest["info"]:
+        lines += ["", f"info: {json.dumps(manifest['info'], sort_keys=True)}"]
+    for name in sorted(manifest["files"]):
+        if name.endswith(".safetensors"):
+            lines += ["", f"{name}: {_weights(path / name)}"]
+    for name in ("config.json", "preparation.json", "generation.json", "state.json"):
+        if name in manifest["files"] and _read_json(path / name):
+            lines += ["", f"{name}:", *_indented(path / name)]
+    for name in manifest["files"]:
+        if name.endswith(TOKENIZER_CONFIG):
+            lines += ["", "tokenizer:", *_tokenizer((path / name).parent)]
+    return lines
+
+
+def published_below(path: Path, max_entries: int = MAX_ENTRIES) -> list[Path]:
+    """Folders below `path` that hold a manifest, sorted. Looks at no more than `max_entries` files and folders, the
+    nearest first, and follows no links."""
+    found, waiting, seen = [], [path], 0
+    for folder in waiting:  # which grows on the way
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > max_entries:
+                    return sorted(found)
+                if entry.name == MANIFEST:
+                    found.append(folder)
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+    return sorted(found)
+
+
+def _kind(path: Path, manifest: Mapping[str, Any]) -> str:
+    named = {"reply": "a reply", "chat": "a conversation", "training state": "a training state"}
+    if (kind := manifest["info"].get("kind")) in named:
+        return named[kind]
+    files = manifest["files"]
+    if "model.safetensors" in files and "transformer" in _read_json(path / "config.json"):
+        return "a model"
+    return "a codec" if "config.json" in files else "a published folder"
+
+
+def _weights(path: Path) -> str:
+    """ "1,234 parameters (bfloat16): transformer 1,000, flow 234", from the header alone."""
+    shapes = _tensors(path)
+    parts: dict[str, int] = {}
+    for name, (_, count) in shapes.items():
+        head = name.partition(".")[0]
+        parts[head] = parts.get(head, 0) + count
+    kinds = ", ".join(sorted({kind for kind, _ in shapes.values()}))
+    listed = ", ".join(f"{name} {count:,}" for name, count in sorted(parts.items(), key=lambda item: -item[1])[:8])
+    return f"{sum(parts.values()):,} numbers in {len(shapes)} tensors ({kinds}): {listed}"
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, int]]:
+    """name -> (dtype, number of elements)."""
+    found: dict[str, tuple[str, int]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = file.get_slice(name)
+                count = 1
+                for side in part.get_shape():
+                    count *= side
+                found[name] = (str(part.get_dtype()), count)
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is not a safetensors file ({error}); copy it again") from None
+    return found
+
+
+def _tokenizer(path: Path) -> list[str]:
+    tokenizer = load_tokenizer(path)
+    sample = "draw a red apple 🍎"
+    ids = tokenizer.encode(sample)
+    control = tokenizer.control
+    return [
+        f"  backend {tokenizer.backend}: {tokenizer.num_text} text ids, then {len(control)} control ids",
+        f"  {sample!r} is {len(ids)} ids: {ids}",
+    ]
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def _file(path: Path, model: str | None, printer: Printer) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is neither a folder nor a regular file; give a file")
+    if path.suffix == ".safetensors":
+        rows = [(name, kind, f"{count:,}") for name, (kind, count) in _tensors(path).items()]
+        return [f"{path}: {_weights(path)}", "", *table(("tensor", "type", "numbers"), rows)]
+    if path.suffix.lower() in _PICTURES:
+        return _picture(path, model, printer)
+    if path.suffix == ".json":
+        return _document(path, model)
+    raise ValueError(
+        f"{str(path)!r} is no kind of file that is known: .safetensors, .json (a Document or a reply) or a picture"
+    )
+
+
+def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
+    pixels = media.load_image(path)
+    printer.picture(pixels)
+    lines = [f"{path}: a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels"]
+    model = load_model(model_path)
+    prepared, codec = model.prepare(attach(model, pixels)), model.codec
+    [[latents]] = codec.encode_media([prepared])
+    back = codec.decode(latents)
+    _, rows, columns, channels = latents.shape
+    decibels = float(psnr(prepared.pixels[None], back)[0])
+    return [
+        *lines,
+        f"codec {codec.spec.name}: {rows} x {columns} = {rows * columns} latents of {channels} channels",
+        f"latents: mean {float(latents.mean()):+.3f}, deviation {float(latents.std()):.3f}",
+        f"decoded again: {decibels:.1f} dB from the original",
+    ]
+
+
+def _document(path: Path, model_path: str | None) -> list[str]:
+    document, what = read_document(path)
+    model: Omni = load_model(model_path)
+    spans = model.spans(document)
+    assert model.tokenizer is not None
+    rows = describe_layout(spans, model.tokenizer)
+    heads = ("positions", "blocks", "rotary (time, row, column)", "what", "loss", "content")
+    lines = [f"{path}: {what} of {len(document.segments)} segments", ""]
+    for segment in document.segments:
+        media_name = "a clip" if isinstance(segment, Video) else "a picture"
+        content = repr(segment.text) if isinstance(segment, Text) else media_name
+        lines.append(f"  {segment.role}: {content}{' (supervised)' if segment.supervise else ''}")
+    return [*lines, "", "packed, context stream:", *table(heads, rows)]
+
+
+def read_document(path: Path) -> tuple[Document, str]:
+    """The Document of a JSON file, and what the file is: a Document, or a reply or conversation that Omni wrote, whose
+    pictures are beside it. ValueError when the file is something else."""
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{str(path)!r} has more than {MAX_DOCUMENT_BYTES} bytes; give a smaller Document")
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = parse_bounded(text, "it")
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
+        kind = next((name for key, name in KINDS.items() if key in data and "segments" not in data), None)
+        if kind is not None:
+            return messages_to_document(read_messages(path, data)), kind
+        return Document.from_json(text), "a Document"
+    except _NO_DOCUMENT as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else one_line(error)
+        way_out = "; Document.to_json() writes one"
+        raise ValueError(f"{str(path)!r} is no Document: {reason.removesuffix(way_out)}{way_out}") from None
+
+
+KINDS = {"messages": "a conversation", "parts": "a reply"}
+_NO_DOCUMENT = (
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError, zlib.error),
+)  # what JSON of another shape makes of json, zlib, torch and ourselves
+
+
+def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[str, ...]]:
+    """One row per run of text, control id or block: positions, blocks, rotary coordinates, kind, loss, content."""
+    rows: list[tuple[str, ...]] = []
+    index = block = rotary = 0
+    for span in spans:
+        if isinstance(span, LatentSpan):
+            t, h, w = span.grid
+            n = len(span.latents)
+            last = (rotary + t - 1, rotary + h - 1, rotary + w - 1)
+            loss = "refined" if span.supervise else ""
+            where = f"({rotary}, {rotary}, {rotary}) to {last}"
+            rows.append((_range(index, n), str(block), where, "latents", loss, f"{t} x {h} x {w}"))
+            index, block, rotary = index + n, block + 1, rotary + max(span.grid)
+            continue
+        for ids, supervise in _runs(span.ids, span.supervise, tokenizer):
+            is_control = ids[0] in tokenizer.control
+            content = tokenizer.control.name(ids[0]) if is_control else repr(tokenizer.decode(ids))
+            what, loss = "control" if is_control else "text", "next token" if supervise else ""
+            n = len(ids)
+            rows.append((_range(index, n), _range(block, n), _range(rotary, n), what, loss, content))
+            index, block, rotary = index + n, block + n, rotary + n
+    return rows
+
+
+def _runs(ids: Sequence[int], supervise: Sequence[bool], tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+    """Runs of text ids with one supervise flag; every control id alone."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, flag in zip(ids, supervise, strict=True):
+        joins = runs and runs[-1][1] == flag and token < tokenizer.num_text and runs[-1][0][-1] < tokenizer.num_text
+        if joins:
+            runs[-1][0].append(token)
+        else:
+            runs.append(([token], flag))
+    return runs
+
+
+def _range(start: int, count: int) -> str:
+    return str(start) if count == 1 else f"{start}-{start + count - 1}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = parse_json(path.read_bytes(), str(path))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _indented(path: Path) -> list[str]:
+    return [f"  {line}" for line in json.dumps(_read_json(path), indent=1).splitlines()[1:-1]]

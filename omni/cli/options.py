@@ -1,0 +1,116 @@
+"""Flags of the command line, made from the fields of `GenerationOptions`: one flag per field, in the fields' groups.
+
+A flag's text becomes a value here; whether the value is allowed is decided by the field alone. The commands of
+`omni chat` set the same options in the same way. This file loads no torch: `--help` and a bad value answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from omni.config import bounds_of, explain
+from omni.generation.options import EVERYDAY, PICTURES, TEXT, GenerationOptions
+
+RANDOM = "random"  # of --seed: a fresh one
+DEFAULT = "default"  # in a chat: the field's own default again
+SWITCH = {"on": True, "off": False}  # in a chat; on the command line a flag is on
+FIELDS = GenerationOptions.model_fields
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: "max_tokens" -> "--max-tokens"."""
+    return "--" + (_about(FIELDS[name])["flag"] or name).replace("_", "-")
+
+
+def in_group(group: str) -> list[str]:
+    """The fields of a group, in order."""
+    return [name for name, field in FIELDS.items() if _about(field)["group"] == group]
+
+
+def add_options(parser: argparse.ArgumentParser, everyday: Any) -> None:
+    """Flags for every field: those of the first group into `everyday`, the others into groups of their own."""
+    for group in (EVERYDAY, PICTURES, TEXT):
+        place = everyday if group == EVERYDAY else parser.add_argument_group(f"{group} (for experts)")
+        for name in in_group(group):
+            _add_flag(place, name, FIELDS[name])
+
+
+def options_of(arguments: argparse.Namespace) -> GenerationOptions:
+    """The options that were given; the rest keep their defaults. ValueError that names the flag."""
+    given = {name: value for name in FIELDS if (value := getattr(arguments, name, None)) is not None}
+    return checked({name: parse(name, value) for name, value in given.items()}, "command line")
+
+
+def changed_by(options: GenerationOptions, name: str, texts: list[str], said: str) -> GenerationOptions:
+    """`options` with one field set from text, as a line of a chat does. ValueError that names the line `said`."""
+    if texts == [DEFAULT]:
+        value = FIELDS[name].default
+    else:
+        value = parse(name, texts if FIELDS[name].annotation == tuple[str, ...] else texts[0])
+    return checked({**options.model_dump(), name: value}, said, {name: said})
+
+
+def checked(values: dict[str, Any], source: str, names: dict[str, str] | None = None) -> GenerationOptions:
+    """GenerationOptions of `values`. A ValueError names the flag of the field, or what `names` has for it."""
+    try:
+        return GenerationOptions.model_validate(values)
+    except ValidationError as error:
+        flags: dict[tuple[str | int, ...], str] = {(n,): (names or {}).get(n, flag_of(n)) for n in FIELDS}
+        raise ValueError(explain(error, GenerationOptions, source, flags)) from None
+
+
+def parse(name: str, text: Any) -> Any:
+    """A field's value as text gives it. Text that is no number stays text, which the field then refuses by name."""
+    kinds = {FIELDS[name].annotation, *typing.get_args(FIELDS[name].annotation)}
+    if not isinstance(text, str):
+        return text  # a switch, or the list of a flag that may be repeated
+    if name == "seed" and text == RANDOM:
+        return None
+    if bool in kinds:
+        return SWITCH.get(text, text)
+    if name == "image_size":
+        sides = _numbers(text.lower().split("x"), int)
+        return tuple(sides) if sides else text
+    if name == "grid":
+        parts = text.split(",")
+        return (_numbers(parts) or parts) if len(parts) > 1 else text
+    for kind in (int, float):
+        if kind in kinds:
+            return (_numbers([text], kind) or [text])[0]
+    return text
+
+
+def _numbers(texts: list[str], kind: type = float) -> list[Any] | None:
+    try:
+        return [kind(text) for text in texts]
+    except ValueError:
+        return None
+
+
+def _about(field: FieldInfo) -> dict[str, Any]:
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
+def _add_flag(place: Any, name: str, field: FieldInfo) -> None:
+    about = (field.description or "").replace("%", "%%")
+    if field.annotation is bool:
+        place.add_argument(flag_of(name), dest=name, action="store_true", default=None, help=about)
+        return
+    metavar = _about(field)["metavar"]
+    if field.annotation == tuple[str, ...]:
+        place.add_argument(flag_of(name), dest=name, action="append", metavar=metavar, help=f"{about} (repeatable)")
+        return
+    notes = [bounds_of(field) if name != "seed" else f"a number, or {RANDOM}"]
+    notes += [f"default {_plain(field.default)}"] if field.default is not None else []
+    note = "; ".join(note for note in notes if note)
+    place.add_argument(flag_of(name), dest=name, metavar=metavar, help=about + (f" ({note})" if note else ""))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

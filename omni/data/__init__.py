@@ -1,0 +1,1 @@
+"""Sources of Documents, used by training and evaluation."""

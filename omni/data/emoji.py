@@ -1,0 +1,124 @@
+"""The two generated corpora: chat documents over pictures of emoji, and a dozen clips of moving emoji.
+
+Clips: frames uint8 (T, S, S, 3); a sprite crosses a plain background, so that text alone decides every pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from omni.config import Frozen
+from omni.data.source import SOURCES, Source, file_fingerprint
+from omni.document import Document, Role, Text, Video
+from omni.rng import Key
+
+NUM_FINGERPRINTED = 256
+
+
+class EmojiWorldOptions(Frozen):
+    split: Literal["train", "heldout"] = "train"
+    font: Path | None = None
+    mixture: dict[str, float] | None = Field(None, description="task -> weight; the world's own when absent")
+    foreign: float = Field(0.0, ge=0, le=1, description="share of phrasings with a foreign word")
+
+
+@SOURCES.register("emoji_world")
+class EmojiWorldSource(Source):
+    """omni.data.emoji_world: draw, name, edit, tell a story; see that package for the tasks."""
+
+    Options = EmojiWorldOptions
+
+    def __init__(self, options: EmojiWorldOptions, key: Key) -> None:
+        from omni.data.emoji_world import Atlas, EmojiWorld
+
+        super().__init__(options, key)
+        atlas = Atlas(options.font)
+        extra: dict[str, Any] = {} if options.mixture is None else {"mixture": options.mixture}
+        extra |= {"split": options.split, "foreign": options.foreign}
+        self.world = EmojiWorld(atlas, key.integer(), **extra)
+        self._font_path = atlas.font_path
+
+    def document(self, index: int) -> Document:
+        return self.world.document(index)
+
+    def fingerprint(self) -> str:
+        """The font, and the first documents' words: other code or other word lists make other documents."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index in range(NUM_FINGERPRINTED):
+            document = self.world.document(index)
+            words = [segment.text for segment in document.segments if isinstance(segment, Text)]
+            digest.update(json.dumps([words, dict(document.meta)], sort_keys=True).encode())
+        return f"{file_fingerprint(self._font_path)}:{digest.hexdigest()}"
+
+
+CLIP_NAMES = (
+    *("red apple", "banana", "cat face", "dog face", "rocket", "bicycle"),
+    *("red heart", "star", "pizza", "tree", "umbrella", "soccer ball"),
+)
+DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
+
+
+class MovingEmojiOptions(Frozen):
+    num_clips: int = Field(12, ge=1, le=48)
+    num_frames: int = Field(8, ge=2, le=64)
+    side: int = Field(32, ge=16, le=128, description="of a frame, in pixels")
+    sprite: int = Field(16, ge=8, le=64, description="side of the emoji, in pixels")
+    fps: float = Field(8.0, gt=0)
+    font: Path | None = None
+
+
+@SOURCES.register("moving_emoji")
+class MovingEmojiSource(Source):
+    """Clip i (of num_clips): one emoji crosses the frame. `document(index)` is clip index % num_clips."""
+
+    Options = MovingEmojiOptions
+
+    def __init__(self, options: MovingEmojiOptions, key: Key) -> None:
+        from omni.data.emoji_world import Atlas
+
+        super().__init__(options, key)
+        if options.sprite >= options.side:
+            raise ValueError(f"moving_emoji: sprite {options.sprite} must be smaller than side {options.side}")
+        self.atlas = Atlas(options.font)
+        known = set(self.atlas.names)
+        self.names = [name for name in CLIP_NAMES if name in known] or list(self.atlas.names[:12])
+
+    def document(self, index: int) -> Document:
+        clip = index % self.options.num_clips
+        name = self.names[clip % len(self.names)]
+        direction = list(DIRECTIONS)[(clip + clip // len(self.names)) % len(DIRECTIONS)]
+        return Document(
+            (
+                Text(f"a {name} moves {direction}", Role.USER),
+                Video(self.frames(name, direction), self.options.fps, Role.ASSISTANT, supervise=True),
+            ),
+            {"task": "clip", "name": name, "direction": direction},
+        )
+
+    def frames(self, name: str, direction: str) -> torch.Tensor:
+        """uint8 (num_frames, side, side, 3): the emoji glides from one edge to the other."""
+        options = self.options
+        sprite = self.atlas.sprite(name, options.sprite).float()
+        colour, alpha = sprite[..., :3], sprite[..., 3:] / 255.0
+        down, right = DIRECTIONS[direction]
+        room = options.side - options.sprite
+        frames = torch.full((options.num_frames, options.side, options.side, 3), 255.0)
+        for t, frame in enumerate(frames):
+            travelled = round(room * t / (options.num_frames - 1))
+            y = _start(down, room, travelled)
+            x = _start(right, room, travelled)
+            window = frame[y : y + options.sprite, x : x + options.sprite]
+            window.copy_(colour * alpha + window * (1 - alpha))
+        return frames.round().to(torch.uint8)
+
+
+def _start(direction: int, room: int, travelled: int) -> int:
+    if direction == 0:
+        return room // 2
+    return travelled if direction > 0 else room - travelled

@@ -1,0 +1,355 @@
+"""EmojiWorld: an unbounded corpus of chat documents about emoji; `document(index)` is a pure function.
+
+Every document carries in `meta` what a judge needs: "task", "kind", "split", "phrasing" (ids of the templates used),
+"given" and "scenes" (the user's and the assistant's pictures as Scene JSON), "answer" (the assistant's text), and for
+open requests the class, its members and what is free. Nothing is downloaded; pictures are uint8 (64, 64, 3).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from omni.data.emoji_world.atlas import Atlas
+from omni.data.emoji_world.author import Author
+from omni.data.emoji_world.classes import CLASSES, FAMILY
+from omni.data.emoji_world.edits import Edit, caption, draw_edit, request_for, spoken
+from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES
+from omni.data.emoji_world.scene import (
+    APART,
+    BACKGROUNDS,
+    CENTRE,
+    PAIR_SLOTS,
+    PLACES,
+    SPLITS,
+    Placement,
+    Scene,
+    counted,
+    draw_background,
+    draw_names,
+    render,
+    row,
+    single,
+    small_objects,
+    tones_of,
+)
+from omni.data.emoji_world.stories import write_story
+from omni.data.emoji_world.words import LANGUAGE_NAMES, NUMBERS, article_for, is_countable, plural, with_article
+from omni.document import Document, Role, Video
+from omni.rng import Key
+
+COUNTABLE = tuple(name for name in SCENE_NAMES if is_countable(name))
+LANGUAGES = tuple(LANGUAGE_NAMES)
+Extra = dict[str, Any]
+
+
+def draw_one(author: Author) -> Extra:
+    """ "draw a red apple": one big emoji; sometimes small, on a colour, or with a skin tone."""
+    draw, chance = author.draw, author.draw.random()
+    background = "white"
+    if chance < 0.05:
+        kind, name = "small", draw.choice(SCENE_NAMES)
+        while f"small {name}" in author.atlas.names:  # a "small airplane" is an emoji of its own
+            name = draw.choice(SCENE_NAMES)
+        words = with_article(name, "small")
+    elif chance < 0.12:
+        kind, name = "tone", draw.choice(tones_of(author.atlas.tones, author.split))
+        words = with_article(spoken(name))
+    else:
+        kind, name = "plain", draw.choice(author.atlas.names)
+        words = with_article(name)
+    request = author.phrase("draw", a=words)
+    if chance > 0.85:
+        kind, background = "background", draw.choice(list(BACKGROUNDS)[1:])
+        mark = request[-1] if request[-1] == "?" else ""
+        request = (
+            author.phrase("background", request=request.removesuffix("?"), c=background, on=article_for(background))
+            + mark
+        )
+    author.ask(request)
+    if request.endswith("?"):  # a question gets an answer, an order gets the picture alone
+        author.say(f"Here is {words}." if is_countable(name) else f"Here you are: {words}.")
+    author.show(single(name, background, CENTRE if kind == "small" else None))
+    return {"kind": kind, "name": name}
+
+
+def name_one(author: Author) -> Extra:
+    """A picture and "what is this?": the answer is exactly the name."""
+    draw, chance = author.draw, author.draw.random()
+    language, kind = "en", "plain"
+    if chance < 0.7:
+        name, request = draw.choice(author.atlas.names), author.phrase("name")
+    elif chance < 0.75:
+        kind, name, request = "tone", draw.choice(tones_of(author.atlas.tones, author.split)), author.phrase("name")
+    else:
+        kind, name, language = "language", draw.choice(SCENE_NAMES), draw.choice(LANGUAGES)
+        english = draw.random() < 0.4
+        words = {"language": LANGUAGE_NAMES[language]}
+        request = author.phrase("name.language", **words) if english else author.phrase(f"name.{language}")
+    scene = single(name, draw_background(draw, 0.8))
+    if draw.random() < 0.5:
+        author.give(scene)
+        author.ask(request)
+    else:
+        author.ask(request)
+        author.give(scene)
+    author.say(author.atlas.name_in(name, language))
+    return {"kind": kind, "name": name, "language": language}
+
+
+def draw_scene(author: Author) -> Extra:
+    """Two objects in a relation, a row of three, or a count; sometimes on a colour."""
+    draw = author.draw
+    background = draw_background(draw, 0.75)
+    kind = draw.choices(("left", "right", "above", "below", "row", "count"), (3, 3, 3, 3, 2, 3))[0]
+    if kind == "count":
+        name, number = draw.choice(COUNTABLE), draw.choice((2, 3, 4))
+        words = author.phrase("scene.count", n=NUMBERS[number], many=plural(name))
+        scene = counted(name, number, background)
+    elif kind == "row":
+        names = draw_names(draw, 3, author.split, ROW_NAMES)
+        draw.shuffle(names)
+        words = author.phrase("scene.row", **dict(zip("abd", map(with_article, names), strict=True)))
+        scene = row(names, background)
+    else:
+        names = draw_names(draw, 2, author.split)
+        words = author.phrase(f"scene.{kind}", a=with_article(names[0]), b=with_article(names[1]))
+        order = names if kind in ("left", "above") else names[::-1]
+        scene = small_objects(order, PAIR_SLOTS[kind in ("above", "below")], background)
+    request = author.phrase("scene", scene=words)
+    if background != "white":
+        mark = "?" if request.endswith("?") else ""
+        request = (
+            author.phrase("background", request=request.removesuffix("?"), c=background, on=article_for(background))
+            + mark
+        )
+    author.ask(request)
+    author.show(scene)
+    return {"kind": kind}
+
+
+def edit_one(author: Author) -> Extra:
+    """The user's picture and an instruction; the answer says what is there and what will be, and shows it."""
+    kind, edit = draw_edit(author)
+    author.give(edit.before)
+    author.ask(edit.instruction)
+    answer_edit(author, edit)
+    return {"kind": kind, **edit.extra}
+
+
+def answer_edit(author: Author, edit: Edit) -> None:
+    """What is there, then what will be, then the picture: each step reads the one before. To see, to rewrite words and
+    to draw from words are easier to learn, one by one, than to change a picture in one go."""
+    author.say(f"I see {caption(edit.before)}. Here you are: {caption(edit.after)}.")
+    author.show(edit.after)
+
+
+REWRITTEN = {"swap": 4.0, "exchange": 2.0, "add": 3.0, "remove": 3.0, "recolour": 2.0}
+
+
+def rewrite(author: Author) -> Extra:
+    """An edit in words alone: what is there and an instruction; the answer says what will be there. It teaches the
+    second caption of an edit for a quarter of its positions."""
+    kind, edit = draw_edit(author, REWRITTEN)
+    author.ask(author.phrase("text.rewrite", a=caption(edit.before), edit=edit.instruction))
+    author.say(f"{caption(edit.after)}.")
+    return {"kind": kind, "before": edit.before.to_json(), "after": edit.after.to_json()}
+
+
+def describe(author: Author) -> Extra:
+    """A picture of one or two objects and "describe this": what they are, where they are, on what background."""
+    draw = author.draw
+    kind = draw.choices(("pair", "small", "big"), (6, 3, 1))[0]
+    background = draw_background(draw, 0.6)
+    if kind == "pair":
+        scene = small_objects(draw_names(draw, 2, author.split), draw.choice(PAIR_SLOTS), background)
+    else:
+        place = draw.choice(list(PLACES.values())) if kind == "small" else None
+        scene = single(draw.choice(SCENE_NAMES), background, place)
+    author.give(scene)
+    author.ask(author.phrase("describe"))
+    author.say(f"{caption(scene)}.")
+    return {"kind": kind}
+
+
+def draw_open(author: Author) -> Extra:
+    """A request with many right answers: any member of a class, on any background, or anywhere."""
+    draw, chance = author.draw, author.draw.random()
+    if chance < 0.2:
+        return two_anywhere(author)
+    noun = draw.choice(list(CLASSES))
+    request, background = author.phrase("open", x=noun), "white"
+    kind, free = "class", ["member"]
+    if chance < 0.4:
+        kind, free, background = "background", ["member", "background"], draw.choice(list(BACKGROUNDS))
+        mark = "?" if request.endswith("?") else ""
+        request = author.phrase("open.background", request=request.removesuffix("?")) + mark
+    author.ask(request)
+    author.show(single(draw.choice(CLASSES[noun]), background))
+    return {"kind": kind, "class": noun, "members": list(CLASSES[noun]), "free": free}
+
+
+def two_anywhere(author: Author) -> Extra:
+    """Two of a kind, at any two places that are apart: of open requests the one with the most right answers."""
+    name, slots = author.draw.choice(COUNTABLE), author.draw.choice(APART)
+    author.ask(author.phrase("open.anywhere", many=plural(name)))
+    author.show(small_objects((name, name), slots))
+    return {"kind": "anywhere", "class": name, "members": [name], "free": ["places"]}
+
+
+def tell_story(author: Author) -> Extra:
+    return {"kind": "story", **write_story(author)}
+
+
+SMALL_TALK = {
+    "text.hello": "Hello! What shall I draw?",
+    "text.who": "I am Omni. I draw emoji.",
+    "text.can": "I can draw, name and change emoji, and tell stories in pictures.",
+    "text.thanks": "You are welcome!",
+    "text.bye": "Goodbye!",
+}
+
+
+def talk(author: Author) -> Extra:
+    """Questions that need no picture: classes, other languages, small talk."""
+    draw = author.draw
+    kind = draw.choices(("is", "translate", "english", "member", "talk"), (3, 3, 2, 2, 2))[0]
+    if kind == "talk":
+        kind = draw.choice(list(SMALL_TALK))
+        author.ask(author.phrase(kind))
+        author.say(SMALL_TALK[kind])
+        return {"kind": kind}
+    if kind == "is":
+        return {"kind": kind, **_ask_class(author)}
+    if kind == "member":
+        noun = draw.choice(list(CLASSES))
+        author.ask(author.phrase("text.member", b=with_article(noun)))
+        author.say(draw.choice(CLASSES[noun]))
+        return {"kind": kind, "class": noun, "members": list(CLASSES[noun])}
+    name, language = draw.choice(SCENE_NAMES), draw.choice(LANGUAGES)
+    foreign = author.atlas.name_in(name, language)
+    if kind == "translate":
+        author.ask(author.phrase("text.translate", x=name, language=LANGUAGE_NAMES[language]))
+        author.say(foreign)
+    else:
+        author.ask(author.phrase("text.english", x=foreign))
+        author.say(name)
+    return {"kind": kind, "name": name, "language": language}
+
+
+def _ask_class(author: Author) -> Extra:
+    """ "is a red apple a fruit?" and a yes or a no that nobody would dispute."""
+    draw = author.draw
+    noun, yes = draw.choice(list(CLASSES)), draw.random() < 0.5
+    clear = [n for n in CLASSES if n != noun and (n not in FAMILY or FAMILY[n] != FAMILY.get(noun))]
+    source = noun if yes else draw.choice(clear)
+    name = draw.choice([m for m in CLASSES[source] if is_countable(m) and (yes or m not in CLASSES[noun])])
+    author.ask(author.phrase("text.is", a=with_article(name), b=with_article(noun)))
+    author.say(f"Yes, it is {with_article(noun)}." if yes else f"No, it is not {with_article(noun)}.")
+    return {"name": name, "class": noun}
+
+
+def converse(author: Author) -> Extra:
+    """Several pictures in one conversation: a drawing and its edit, two pictures in one answer, talk then drawing."""
+    kind = author.draw.choices(("edit", "series", "talk"), (5, 3, 2))[0]
+    if kind == "edit":
+        _, edit = draw_edit(author)
+        author.ask(request_for(author, edit.before))
+        author.show(edit.before)
+        author.ask(edit.instruction)
+        answer_edit(author, edit)
+    elif kind == "series":
+        names = author.draw.sample(SCENE_NAMES, 2)
+        author.ask(author.phrase("series", a=with_article(names[0]), b=with_article(names[1])))
+        for name in names:
+            author.say(f"Here is {with_article(name)}." if is_countable(name) else f"Here you are: {name}.")
+            author.show(single(name))
+    else:
+        talk(author)
+        draw_one(author)
+    return {"kind": kind}
+
+
+TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
+    "draw": (0.32, draw_one),
+    "name": (0.12, name_one),
+    "scene": (0.17, draw_scene),
+    "edit": (0.13, edit_one),
+    "open": (0.07, draw_open),
+    "describe": (0.04, describe),
+    "story": (0.05, tell_story),
+    "text": (0.06, talk),
+    "rewrite": (0.0, rewrite),  # by name alone: lessons for edits, and for open requests
+    "anywhere": (0.0, two_anywhere),
+    "chat": (0.04, converse),
+}
+DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+MOVERS = ("cat", "red apple", "automobile")
+
+
+class EmojiWorld:
+    """The corpus. atlas: its names and pictures. mixture: weight of each task (default: TASKS); any positive sum.
+
+    split: "train", or "heldout", whose phrasings, object pairs and (base, skin tone) combinations training never uses.
+    foreign: the share of phrasings that get a foreign word (see `foreign`).
+    Raises ValueError on an unknown split or task, or on weights that are negative or all zero.
+    """
+
+    def __init__(
+        self,
+        atlas: Atlas,
+        seed: int = 0,
+        split: str = "train",
+        mixture: Mapping[str, float] | None = None,
+        foreign: float = 0.0,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        weights = {task: weight for task, (weight, _) in TASKS.items()} if mixture is None else dict(mixture)
+        for task, weight in weights.items():
+            if task not in TASKS:
+                near = difflib.get_close_matches(task, TASKS, n=1) or list(TASKS)
+                raise ValueError(f"unknown task {task!r} in the emoji world's mixture; did you mean {near[0]!r}?")
+            if weight < 0:
+                raise ValueError(f"the weight of task {task!r} is {weight}; use zero or more")
+        if not sum(weights.values()) > 0:
+            raise ValueError(f"the emoji world's mixture {weights} has no positive weight; give some task one")
+        self.atlas, self.seed, self.split, self.foreign = atlas, seed, split, foreign
+        self._tasks, self._weights = list(weights), list(weights.values())
+
+    def document(self, index: int) -> Document:
+        """The document of an index >= 0; a pure function of (seed, split, mixture, index)."""
+        draw = Key(self.seed).fold("emoji_world", self.split, index).python()
+        task = draw.choices(self._tasks, self._weights)[0]
+        author = Author(draw, self.atlas, self.split, self.foreign)
+        return author.finish(task, TASKS[task][1](author))
+
+    def moving_emoji(self, index: int, num_frames: int = 8, side: int = 32) -> Document:
+        """One of twelve clips (three emoji, four directions), as a Video of uint8 (num_frames, side, side, 3)."""
+        index %= len(MOVERS) * len(DIRECTIONS)
+        name, direction = MOVERS[index // len(DIRECTIONS)], list(DIRECTIONS)[index % len(DIRECTIONS)]
+        step_x, step_y = DIRECTIONS[direction]
+        size = side // 2
+        author = Author(Key(self.seed).fold("moving_emoji", index).python(), self.atlas, self.split)
+        author.ask(author.phrase("video", a=with_article(name), direction=direction))
+        scenes = []
+        for frame in range(num_frames):
+            travelled = round((side - size) * frame / max(1, num_frames - 1))
+            start_x, start_y = [size // 2 if s == 0 else (side - size if s < 0 else 0) for s in (step_x, step_y)]
+            place = Placement(name, start_x + step_x * travelled, start_y + step_y * travelled, size)
+            scenes.append(Scene("white", (place,)))
+        frames = torch.stack([render(scene, self.atlas, side) for scene in scenes])
+        author.segments.append(Video(frames, 8.0, Role.ASSISTANT, supervise=True))
+        author.scenes = scenes
+        return author.finish("video", {"kind": "moving", "name": name, "direction": direction})
+
+
+def prompt_of(document: Document) -> Document:
+    """The document up to its last user turn: what a model is asked; `meta` stays."""
+    segments = list(document.segments)
+    while segments and segments[-1].role == Role.ASSISTANT:
+        segments.pop()
+    return Document(tuple(segments), document.meta)

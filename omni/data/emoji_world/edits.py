@@ -1,0 +1,204 @@
+"""Edits of a picture: the skin tone, a swapped, moved, added or removed object, the colour of the background.
+
+Each function draws an Edit: the picture before, the instruction, the picture after. In the heldout split the pair of
+objects in the result (or, where an object goes away, in the source) is held out, and so is the skin tone given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from omni.data.emoji_world.author import Author
+from omni.data.emoji_world.names import tone_name
+from omni.data.emoji_world.objects import SCENE_NAMES
+from omni.data.emoji_world.scene import (
+    BACKGROUNDS,
+    BIG,
+    LEFT,
+    PAIR_SLOTS,
+    PLACES,
+    RIGHT,
+    TOP,
+    Scene,
+    draw_background,
+    draw_names,
+    single,
+    small_objects,
+    tone_is_heldout,
+    tones_of,
+)
+from omni.data.emoji_world.words import article_for, with_article
+
+SIDES = {
+    "left": ("to the left of", "left of"),
+    "right": ("to the right of", "right of"),
+    "above": ("above", "on top of"),
+    "below": ("below", "under"),
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """before -> after under an instruction; `extra` goes into the document's meta."""
+
+    before: Scene
+    after: Scene
+    instruction: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def edit_tone(author: Author) -> Edit:
+    """A person or hand, in yellow or in some skin tone, gets another skin tone."""
+    target = author.draw.choice(tones_of(author.atlas.tones, author.split))
+    base, tone = target.removesuffix(" skin tone").split(": ")
+    sources = [base] + [
+        name
+        for name in author.atlas.tones
+        if name.startswith(f"{base}:") and name != target and not tone_is_heldout(name)
+    ]
+    source = base if author.draw.random() < 0.6 else author.draw.choice(sources)
+    background = draw_background(author.draw, 0.7)
+    assert tone_name(base, tone) == target, target
+    return Edit(
+        single(source, background),
+        single(target, background),
+        author.phrase("edit.tone", tone=tone),
+        {"base": base, "tone": tone},
+    )
+
+
+def edit_swap(author: Author) -> Edit:
+    """One of two objects becomes a third."""
+    kept, new, old = draw_names(author.draw, 3, author.split)
+    slots, background = author.draw.choice(PAIR_SLOTS), draw_background(author.draw, 0.6)
+    order = author.draw.random() < 0.5
+    before, after = ((kept, old), (kept, new)) if order else ((old, kept), (new, kept))
+    return Edit(
+        small_objects(before, slots, background),
+        small_objects(after, slots, background),
+        author.phrase("edit.swap", x=old, b=with_article(new)),
+    )
+
+
+def edit_move(author: Author) -> Edit:
+    """One small object goes to another side or to the centre."""
+    name, background = author.draw.choice(SCENE_NAMES), draw_background(author.draw, 0.6)
+    start, goal = author.draw.sample(list(PLACES), 2)
+    instruction = author.phrase("edit.move", x=name, place=goal)
+    return Edit(single(name, background, PLACES[start]), single(name, background, PLACES[goal]), instruction)
+
+
+def edit_exchange(author: Author) -> Edit:
+    """Two objects change places."""
+    first, second = draw_names(author.draw, 2, author.split)
+    slots, background = author.draw.choice(PAIR_SLOTS), draw_background(author.draw, 0.6)
+    return Edit(
+        small_objects((first, second), slots, background),
+        small_objects((second, first), slots, background),
+        author.phrase("edit.exchange", x=first, y=second),
+    )
+
+
+def edit_add(author: Author) -> Edit:
+    """A second object appears on the named side of the first."""
+    old, new = draw_names(author.draw, 2, author.split)
+    background = draw_background(author.draw, 0.6)
+    side = author.draw.choice(list(SIDES))
+    slots = PAIR_SLOTS[0] if side in ("left", "right") else PAIR_SLOTS[1]
+    names = (new, old) if side in ("left", "above") else (old, new)
+    place = slots[names.index(old)]
+    return Edit(
+        single(old, background, place),
+        small_objects(names, slots, background),
+        author.phrase("edit.add", x=old, b=with_article(new), side=author.draw.choice(SIDES[side])),
+    )
+
+
+def edit_remove(author: Author) -> Edit:
+    """One of two objects goes away; the other stays where it is."""
+    names = draw_names(author.draw, 2, author.split)
+    background = draw_background(author.draw, 0.6)
+    before = small_objects(names, author.draw.choice(PAIR_SLOTS), background)
+    gone = author.draw.randrange(2)
+    after = replace(before, placements=(before.placements[1 - gone],))
+    return Edit(before, after, author.phrase("edit.remove", x=names[gone]))
+
+
+def edit_recolour(author: Author) -> Edit:
+    """Another background behind one big object or two small ones."""
+    old, new = author.draw.sample(list(BACKGROUNDS), 2)
+    if author.draw.random() < 0.6:
+        before = single(author.draw.choice(SCENE_NAMES), old)
+    else:
+        names = draw_names(author.draw, 2, author.split)
+        before = small_objects(names, author.draw.choice(PAIR_SLOTS), old)
+    return Edit(before, replace(before, background=new), author.phrase("edit.recolour", c=new, on=article_for(new)))
+
+
+EDITS: dict[str, tuple[float, Callable[[Author], Edit]]] = {
+    "tone": (0.22, edit_tone),
+    "swap": (0.2, edit_swap),
+    "move": (0.14, edit_move),
+    "exchange": (0.06, edit_exchange),
+    "add": (0.14, edit_add),
+    "remove": (0.1, edit_remove),
+    "recolour": (0.14, edit_recolour),
+}
+
+
+WEIGHTS = {kind: weight for kind, (weight, _) in EDITS.items()}
+
+
+def draw_edit(author: Author, weights: Mapping[str, float] = WEIGHTS) -> tuple[str, Edit]:
+    """A kind of edit and an edit of that kind."""
+    kind = author.draw.choices(list(weights), list(weights.values()))[0]
+    return kind, EDITS[kind][1](author)
+
+
+def request_for(author: Author, scene: Scene) -> str:
+    """What a user says to have a picture that some edit starts from."""
+    if len(scene.names) == 2:
+        a, b = map(with_article, scene.names)
+        return author.phrase("scene", scene=author.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _ground(scene))
+    words = _lone(scene) + _ground(scene)
+    is_big = scene.placements[0].size == BIG
+    return author.phrase("draw", a=words) if is_big else author.phrase("scene", scene=words)
+
+
+def caption(scene: Scene) -> str:
+    """All that is in a scene of one or two objects, so that it can be drawn from these words: "a cat to the left of a
+    dog on a pink background".
+    """
+    if len(scene.names) == 2:
+        a, b = map(with_article, scene.names)
+        words = f"{a} to the left of {b}" if _relation(scene) == "left" else f"{a} above {b}"
+    else:
+        words = _lone(scene)
+    return words + _ground(scene)
+
+
+def _relation(scene: Scene) -> str:
+    return "left" if tuple((p.x, p.y) for p in scene.placements) == (LEFT, RIGHT) else "above"
+
+
+def _lone(scene: Scene) -> str:
+    """A lone object: "a cat", or "a small cat at the left"."""
+    (only,) = scene.placements
+    if only.size == BIG:
+        return with_article(spoken(only.name))
+    place = next(place for place, slot in PLACES.items() if slot == (only.x, only.y))
+    return f"{with_article(only.name, 'small')} at the {place}"
+
+
+def _ground(scene: Scene) -> str:
+    return "" if scene.background == "white" else f" on {article_for(scene.background)} background"
+
+
+def spoken(name: str) -> str:
+    """A tone name as a user says it: "nose: dark skin tone" -> "nose with dark skin tone"."""
+    return name.replace(": ", " with ")
+
+
+assert PAIR_SLOTS[0] == (LEFT, RIGHT) and PAIR_SLOTS[1][0] == TOP

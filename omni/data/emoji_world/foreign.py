@@ -1,0 +1,68 @@
+"""Foreign words among the words of a template, so that a model does not learn the few training phrasings by heart.
+
+A request to draw with a verb that was never heard is still most likely a request to draw. So a template, never what is
+filled into it, may get a foreign word more, or one in place of its own: made-up ones, and adverbs and the like that
+change nothing, and words of other templates, so that none of those tells a kind by itself ("side by side" is a row of
+three; "on the right side" is not). Which words decide what is asked (relations, edits, colours) is told by kind: those
+are never replaced.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from omni.data.emoji_world.phrases import TEMPLATES, numbers
+
+ONSETS = "b br c ch d dr f fl g gr h j k l m n p pl qu r s sh sk st t tr v w z".split()
+VOWELS = "a e i o u ai ea oo ou".split()
+CODAS = ("", "", "b", "d", "g", "ck", "l", "m", "n", "nd", "p", "r", "rt", "s", "st", "t", "x")
+FILLERS = (
+    "again also another anyway certainly clearly cute directly even fine friendly gladly good hey"
+    " honestly indeed just kind kindly later likely lovely maybe nice nicely now often ok once only perhaps pretty"
+    " promptly quick quickly rather real really simple simply so soon still sure surely there today together"
+    " truly very well"
+).split()
+DECIDING = (
+    "above add alike anywhere background below bottom change delete describe draw drop emoji english exactly"
+    " first instead left make middle move name nothing replace remove right rows shift swap switch take then"
+    " translate turn under with without"
+).split()
+NEVER_REPLACED = (
+    *("scene.", "edit.", "background", "open.background", "open.anywhere"),
+    *("series", "text.rewrite", "video"),
+)
+MIN_WORDS = 3  # of its own, for one to be replaced: a greeting of one word would lose its sense
+
+
+@cache
+def borrowed_words() -> tuple[str, ...]:
+    """Words of four letters and more of the training templates in English, but those that decide what is asked."""
+    kinds = [k for k in TEMPLATES if not k.startswith(("name.", "edit.", "open.", "video"))]
+    texts = (TEMPLATES[k][n] for k in kinds for n in numbers(k, "train"))
+    words = {word for text in texts for word in text.split() if word.isalpha() and word.islower() and len(word) > 3}
+    return tuple(sorted(words.difference(DECIDING)))
+
+
+def foreign_word(draw: random.Random) -> str:
+    """A made-up word of one to three syllables, a filler, or one of another template."""
+    chance = draw.random()
+    if chance < 0.6:
+        return draw.choice(FILLERS if chance < 0.35 else borrowed_words())
+    syllables = draw.choice((1, 2, 2, 3))
+    return "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(syllables)) + draw.choice(CODAS)
+
+
+def with_foreign_words(template: str, kind: str, draw: random.Random) -> str:
+    """The template of a kind with one word put in or, for half of those that allow it, replaced. Braces stay."""
+    words = template.split(" ")
+    own = [i for i, word in enumerate(words) if word.isalpha() and word.lower() not in DECIDING]
+    if len(own) >= MIN_WORDS and not kind.startswith(NEVER_REPLACED) and draw.random() < 0.5:
+        index = draw.choice(own)
+        new = words[index]
+        while new == words[index]:
+            new = foreign_word(draw)
+        words[index] = new
+    else:
+        words.insert(draw.randrange(len(words)), foreign_word(draw))  # not at the end: the last word has the "?"
+    return " ".join(words)

@@ -1,0 +1,104 @@
+"""Illustrated stories: short sentences and, after each, the picture that it describes.
+
+A sentence and the story's hero fix the picture: `story_scene` inverts the writing, so a judge can check a generated
+story against its own words. Sentences are data; nothing here draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omni.data.emoji_world.author import Author
+from omni.data.emoji_world.objects import listed
+from omni.data.emoji_world.scene import PAIR_SLOTS, Scene, counted, pair_is_heldout, single, small_objects
+from omni.data.emoji_world.words import NUMBERS, plural, sentence, with_article
+
+HEROES = listed(
+    "cat|dog|pig|rabbit|tiger|horse|elephant|mouse|bear|panda|koala|fox|lion|frog|monkey|zebra|penguin|owl|duck|robot"
+    "|ghost|alien"
+)
+THINGS = listed(
+    "red apple|banana|pear|strawberry|pizza|doughnut|cookie|carrot|birthday cake|soccer ball|balloon|wrapped gift|key"
+    "|guitar|drum|crown|umbrella|trophy|gem stone|bell"
+)
+OVERHEAD = ("sun", "cloud", "rainbow", "star", "palm tree", "evergreen tree")
+VEHICLES = ("bus", "taxi", "bicycle", "airplane", "helicopter", "rocket", "sailboat", "locomotive")
+
+
+@dataclass(frozen=True)
+class Event:
+    """A sentence about the hero, and how its picture is laid out around the hero ("big", "left", "below", "three")."""
+
+    text: str
+    layout: str = "big"
+    others: tuple[str, ...] = ("",)
+    background: str = "white"
+
+    def words(self, hero: str, other: str) -> str:
+        return sentence(
+            self.text.format(a=with_article(hero), many=plural(hero), b=with_article(other) if other else "")
+        )
+
+    def scene(self, hero: str, other: str) -> Scene:
+        match self.layout:
+            case "big":
+                return single(hero, self.background)
+            case "left":
+                return small_objects((hero, other), PAIR_SLOTS[0], self.background)
+            case "below":
+                return small_objects((other, hero), PAIR_SLOTS[1], self.background)
+            case _:
+                return counted(hero, 3, self.background)
+
+
+OPENINGS = (
+    Event("{a} woke up.", background="yellow"),
+    Event("{a} went for a walk.", background="green"),
+    Event("once there was {a}."),
+    Event("{a} was sad.", background="blue"),
+)
+MIDDLES = (
+    Event("it found {b}.", "left", THINGS),
+    Event("it wanted {b}.", "left", THINGS, "blue"),
+    Event("it met {b}.", "left", HEROES, "green"),
+    Event("it took {b}.", "left", VEHICLES),
+    Event("it stood under {b}.", "below", OVERHEAD),
+    Event("two more {many} came.", "three"),
+)
+ENDINGS = (
+    Event("it went home.", "left", ("house",)),
+    Event("it fell asleep.", "left", ("bed",), "purple"),
+    Event("it was happy.", background="pink"),
+    Event("in the end it had {b}.", "left", THINGS, "yellow"),
+)
+
+
+def story_scene(hero: str, text: str) -> Scene | None:
+    """The picture that belongs to a story's sentence, or None if no story says that."""
+    for event in (*OPENINGS, *MIDDLES, *ENDINGS):
+        for other in event.others:
+            if other != hero and event.words(hero, other) == text.strip():
+                return event.scene(hero, other)
+    return None
+
+
+def _others(event: Event, hero: str, split: str) -> list[str]:
+    """What the event may show beside the hero: in training, no held-out pair."""
+    allowed = [o for o in event.others if o != hero]
+    return [o for o in allowed if not o or split == "heldout" or not pair_is_heldout(hero, o)]
+
+
+def write_story(author: Author) -> dict[str, object]:
+    """A story in 2-5 pictures: an opening, distinct events between, an ending."""
+    draw = author.draw
+    hero, number = draw.choice(HEROES), draw.choice((2, 3, 3, 4, 5))
+    count = str(number) if draw.random() < 0.5 else NUMBERS[number]
+    author.ask(author.phrase("story", n=count, a=with_article(hero)))
+    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _others(event, hero, author.split))}
+    middles = draw.sample([e for e in MIDDLES if e in can], number - 2)
+    events = [draw.choice(OPENINGS), *middles, draw.choice([e for e in ENDINGS if e in can])]
+    for event in events:
+        other = draw.choice(can.get(event, [""]))
+        author.say(event.words(hero, other))
+        author.show(event.scene(hero, other))
+    return {"hero": hero, "num_pictures": number, "sentences": list(author.answers)}

@@ -1,0 +1,114 @@
+"""Appending finished spans and ids to a cache: prefill, commit of a picture, one step of text. No decisions in here.
+
+Legend: R rows, N positions, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni.model import Omni
+from omni.nn.cache import KVCache
+from omni.nn.decode_step import TokenStep
+from omni.nn.lora import Adapters, Gated
+from omni.nn.tail import Tail
+from omni.sequence.layout import Span, Stream, TokenSpan, grid_positions, lay_out
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Placeholders (R, n, W) of joint tokens behind what is appended, and what they add in the last layers."""
+
+    inputs: Tensor
+    adapters: Adapters | None
+    depth: int
+    causal: bool
+
+    def gated(self, num: int) -> list[Gated | None]:
+        """With nothing added at the `num` positions before them."""
+        if self.adapters is None:
+            return [None] * self.depth
+        gate = torch.ones(1, num + self.inputs.shape[1], 1, device=self.inputs.device)
+        gate[:, :num] = 0
+        return [*self.adapters.gated(gate)]
+
+
+def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
+    """Append one text id to every row; returns hidden states (R, W). By TokenStep where it serves, else by `extend`."""
+    tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
+    if step.serves(cache):
+        return step.step(model.token.embed(tensor), cache)
+    return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
+
+
+def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
+    """Append spans to every row of the cache in one pass; returns the hidden state (R, W) of each row's last position.
+
+    A row with no spans stays as it is (its hidden state is then meaningless).
+    """
+    hidden, valid = append_all(model, cache, spans, pad_id)
+    last = torch.tensor([max(n - 1, 0) for n in valid], device=hidden.device)
+    return hidden[torch.arange(len(valid), device=hidden.device), last]
+
+
+def append_all(
+    model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int, tail: Behind | None = None
+) -> tuple[Tensor, list[int]]:
+    """The same, with every position's hidden state (R, N, W), and how many of them each row has; with a tail, the
+    hidden states of its placeholders follow (R, N + n, W)."""
+    device = model.token.embedding.weight.device
+    laid = [
+        lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
+        for r, row in enumerate(spans)
+    ]
+    R, N = len(laid), max(len(one.ids) for one in laid)
+    ids = torch.full((R, N), pad_id, dtype=torch.int64)
+    latents = torch.zeros(R, N, model.config.flow.channels)
+    is_latent = torch.zeros(R, N, dtype=torch.bool)
+    block = torch.zeros(R, N, dtype=torch.int64)
+    position = torch.zeros(R, N, 3, dtype=torch.int64)
+    for r, one in enumerate(laid):
+        n = len(one.ids)
+        if n == 0:
+            continue
+        ids[r, :n] = torch.tensor(one.ids)
+        block[r, :n] = torch.tensor(one.block)
+        position[r, :n] = torch.tensor(one.position)
+        for i, z in enumerate(one.latents):
+            if z is not None:
+                latents[r, i], is_latent[r, i] = z, True
+    valid = [len(one.ids) for one in laid]
+    has_latents = bool(is_latent.any())
+    is_latent = is_latent.to(device)
+    h = model.embed_context(ids.to(device), latents.to(device) if has_latents else None, is_latent)
+    behind = None
+    if tail is not None:
+        block_R = torch.tensor([one.next_block for one in laid], device=device)
+        position_R = torch.tensor([one.next_position for one in laid], device=device)
+        behind = Tail(tail.inputs, block_R, position_R, tail.gated(N), tail.causal)
+    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid, behind)
+    for r, one in enumerate(laid):
+        cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
+    return hidden, valid
+
+
+def append_text(model: Omni, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
+    """Append text ids to every row; hidden states (R, N, W). By TokenStep where it serves and rows
+    are of equal length, else by `extend`."""
+    if step.serves(cache) and len({len(row) for row in ids}) == 1:
+        tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
+        return step.append(model.token.embed(tensor), cache)
+    return append_all(model, cache, [[TokenSpan(row, [False] * len(row))] if row else [] for row in ids], pad_id)[0]
+
+
+def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
+    """The layout of one block per row, continuing each row of the cache."""
+    R = cache.rows
+    position = torch.tensor([grid_positions(grid, p) for p in cache.next_position], device=device)
+    N = position.shape[1]
+    block = torch.tensor(cache.next_block, device=device)[:, None].expand(R, N)
+    return Stream(torch.zeros_like(block), block, torch.ones_like(block), position)

@@ -1,0 +1,332 @@
+"""The equality contract, on any model: cached generation = uncached forward = training forward.
+
+One document, text-image-text-video-text-image-text, is computed three ways:
+
+    training    the packed forward: one context pass, one refine pass with a noisy copy of every block
+    uncached    every block from scratch: the history before it is recomputed, nothing is kept
+    cached      as the engine does it: text id by id, blocks refined against the cache, then appended clean
+
+and so are the guidance branches (text dropped, everything dropped), alone and in a batch of different lengths; and,
+where the model has a joint-token head, its placeholders, after every text id that one may follow.
+
+The proof is in float64: what is equal there to 1e-10 is one function computed three ways. In float32, which the engine
+uses, rounding differs between processors and numbers of threads; the bar is relative to the largest logit (F, hidden
+state) and leaves a margin. Noise and latents are drawn in float32 and cast, so that both compare the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni.generation.context import append_ids, append_spans, refine_stream
+from omni.generation.drafting import CacheCall
+from omni.joint import BatchCall
+from omni.model import Omni
+from omni.nn.decode_step import TokenStep
+from omni.nn.native_step import CompiledStep
+from omni.rng import Key
+from omni.sequence.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
+from omni.sequence.placeholders import choose_blocks
+
+EXACT = 1e-10  # in float64, absolute
+ROUNDING = 2e-5  # in float32, relative: some ten times what is measured, whatever the processor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the contract: the largest difference found, and whether it is within the bar. unit: what both count;
+    "of the largest": parts of the largest logit, F or hidden state that is compared."""
+
+    name: str
+    value: float
+    bar: float
+    unit: str = "absolute"
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.bar
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Logits after every id span and F of every block, in document order."""
+
+    logits: list[Tensor]  # (n, V) each
+    flows: list[Tensor]  # (N, C) each
+
+
+def verify(model: Omni, seed: int = 0) -> list[Check]:
+    """Run the contract on the model's own weights, in float64 and in float32. Returns one Check per comparison.
+
+    The model is left in float32, in evaluation mode.
+    """
+    model, key = model.float().eval(), Key(seed).fold("verify")
+    checks: list[Check] = []
+    with torch.inference_mode():
+        try:
+            model.double()
+            found = list(_differences(model, key))
+            checks += [Check(f"float64, {name}", absolute, EXACT) for name, absolute, _ in found]
+        finally:
+            model.float()
+        found = list(_differences(model, key))
+        checks += [Check(f"float32, {name}", relative, ROUNDING, "of the largest") for name, _, relative in found]
+        native = _by_native_step(model, key)
+        checks += [Check(f"float32, {name}", relative, ROUNDING, "of the largest") for name, _, relative in native]
+        differ = _text_only(model, key)
+    checks.append(Check("float32, text logits without images: bits that differ", differ, 0.0, "entries"))
+    return checks
+
+
+def _by_native_step(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
+    """The same of the step that `compile=True` takes, where there is a compiler and the model is on the CPU."""
+    try:
+        step = CompiledStep(model.transformer, model.token.output_weight)
+    except ValueError:
+        return
+    documents = [sample_spans(model, key.fold(n), length) for n, length in enumerate((7, 3))]
+    alone = [_uncached(model, d, key) for d in documents]
+    yield _compare("cached, compiled = uncached", [_cached(model, [d], key, step)[0] for d in documents], alone)
+
+
+def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
+    """(name, absolute, relative) of each comparison, in the dtype of the weights."""
+    documents = [sample_spans(model, key.fold(n), length) for n, length in enumerate((7, 3, 5))]
+    whole = documents[0]
+    branches = {"text dropped": _without_text(whole), "everything dropped": _last_block_alone(whole)}
+    alone = [_uncached(model, d, key) for d in documents]
+    yield _compare("training = uncached", [_training(model, [d], key)[0] for d in documents], alone)
+    yield _compare("cached = uncached", [_cached(model, [d], key)[0] for d in documents], alone)
+    yield _compare("training, packed = alone", _training(model, documents, key), alone)
+    yield _compare("cached, batch of lengths = alone", _cached(model, documents, key), alone)
+    for name, spans in branches.items():
+        reference = [_uncached(model, spans, key)]
+        yield _compare(f"guidance branch, {name}: training = uncached", _training(model, [spans], key), reference)
+        both = _cached(model, [whole, spans], key)
+        yield _compare(f"guidance branch, {name}: cached beside the full one", both, [alone[0], *reference])
+    if model.joint is not None:
+        yield "joint-token blocks: training = decoding", *_joint_blocks(model, whole, key)
+
+
+def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
+    """text-image-text-video-text-image-text (the first `length` of them), with random ids and latents."""
+    random = key.python()
+    num_text, channels = min(model.config.vocab_size, 256), model.config.flow.channels
+    blocks = {1: [(1, 2, 3)], 3: [(2, 2, 2), (2, 2, 2)], 5: [(1, 3, 2)]}
+    spans: list[Span] = []
+    for i in range(length):
+        if i in blocks:
+            for j, grid in enumerate(blocks[i]):
+                count = grid[0] * grid[1] * grid[2]
+                spans.append(LatentSpan(key.fold("latents", i, j).normal((count, channels)), grid, True))
+        else:
+            ids = [random.randrange(num_text) for _ in range(2 + random.randrange(4))]
+            spans.append(TokenSpan(ids, [True] * len(ids)))
+    return spans
+
+
+def _without_text(spans: Sequence[Span]) -> list[Span]:
+    return [TokenSpan(s.ids[:1], [True]) if isinstance(s, TokenSpan) else s for s in spans]
+
+
+def _last_block_alone(spans: Sequence[Span]) -> list[Span]:
+    last = [s for s in spans if isinstance(s, LatentSpan)][-1]
+    return [TokenSpan([1, 2], [True, True]), last, TokenSpan([3], [True])]
+
+
+def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, float]:
+    """x (N, C) and the times t, s at which block `number` is compared."""
+    random = key.fold("times", number).python()
+    t = 0.1 + 0.9 * random.random()
+    noise = key.fold("noise", number).normal(tuple(span.latents.shape))
+    return (1 - t) * span.latents + t * noise, t, t * random.random()
+
+
+# ---- three ways ----------------------------------------------------------------------------------------------------
+
+
+def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
+    """All documents packed in one row. The noisy copy of block n of a document is the one `_noisy` makes."""
+    total = sum(sum(len(s.ids) if isinstance(s, TokenSpan) else len(s.latents) for s in d) for d in documents)
+    [batch], _ = pack(
+        documents, [Shape(1, total, total)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False
+    )
+    batch = batch.to(model.token.embedding.weight.device)
+    hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    logits = model.token.read(hidden)[0]
+    noisy = [_noisy(s, n, key) for d in documents for n, s in enumerate(x for x in d if isinstance(x, LatentSpan))]
+    x = torch.cat([item[0] for item in noisy])[None].to(logits)
+    t, s = (_times([float(item[k]) for item in noisy], logits) for k in (1, 2))
+    flow = model.velocity(x, t, s, torch.ones_like(t), batch.refine, batch.item, memory)[0]
+    return _split(documents, logits, flow)
+
+
+def _split(documents: Sequence[Sequence[Span]], logits: Tensor, flow: Tensor) -> list[Outputs]:
+    out, i, j = [], 0, 0
+    for document in documents:
+        one = Outputs([], [])
+        for span in document:
+            n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+            if isinstance(span, TokenSpan):
+                one.logits.append(logits[i : i + n])
+            else:
+                one.flows.append(flow[j : j + n])
+                j += n
+            i += n
+        out.append(one)
+    return out
+
+
+def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
+    """Nothing kept: for each span the whole history is laid out and computed again."""
+    out, number = Outputs([], []), 0
+    for index, span in enumerate(spans):
+        if isinstance(span, TokenSpan):
+            out.logits.append(_training_prefix(model, spans[: index + 1])[-len(span.ids) :])
+            continue
+        x, t, s = _noisy(span, number, key)
+        number += 1
+        fresh = model.transformer.new_cache(1, 64)
+        append_spans(model, fresh, [spans[:index]], 0)
+        out.flows.append(_velocity(model, fresh, span.grid, x[None], [t], [s])[0])
+    return out
+
+
+def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
+    plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
+    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False)
+    batch = batch.to(model.token.embedding.weight.device)
+    hidden, _ = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    return model.token.read(hidden)[0]
+
+
+def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key, step: TokenStep | None = None) -> list[Outputs]:
+    """The engine's way, rows side by side: ids one at a time, blocks refined and then appended."""
+    rows = len(documents)
+    cache = model.transformer.new_cache(rows, 8)  # small on purpose: it must grow
+    outputs, number, logits = [Outputs([], []) for _ in documents], [0] * rows, [[] for _ in documents]
+    pieces, step = [_pieces(d) for d in documents], step or TokenStep(model.transformer)
+    while any(pieces):
+        now = [p.pop(0) if p else None for p in pieces]
+        for r, piece in enumerate(now):
+            if isinstance(piece, LatentSpan):
+                x, t, s = _noisy(piece, number[r], key)
+                number[r] += 1
+                row = cache.fork([r]) if rows > 1 else cache
+                outputs[r].flows.append(_velocity(model, row, piece.grid, x[None], [t], [s])[0])
+        ids = [p.ids[0] for p in now if isinstance(p, TokenSpan)]
+        if len(ids) == rows:
+            last = append_ids(model, cache, ids, step)
+        else:
+            last = append_spans(model, cache, [[p] if p is not None else [] for p in now], 0)
+        for r, piece in enumerate(now):
+            if isinstance(piece, TokenSpan):
+                logits[r].append(model.token.read(last[r]))
+    for r, document in enumerate(documents):
+        at = 0
+        for span in document:
+            if isinstance(span, TokenSpan):
+                outputs[r].logits.append(torch.stack(logits[r][at : at + len(span.ids)]))
+                at += len(span.ids)
+    return outputs
+
+
+def _pieces(spans: Sequence[Span]) -> list[Span]:
+    """Ids one at a time, blocks whole."""
+    out: list[Span] = []
+    for span in spans:
+        out += [TokenSpan([i], [True]) for i in span.ids] if isinstance(span, TokenSpan) else [span]
+    return out
+
+
+def _velocity(model: Omni, cache, grid: tuple[int, int, int], x: Tensor, t: list[float], s: list[float]) -> Tensor:  # noqa: ANN001
+    like = model.token.embedding.weight
+    stream = refine_stream(cache, grid, like.device)
+    start, end = _times(t, like), _times(s, like)
+    return model.velocity(x.to(like), start, end, torch.ones_like(start), stream, None, cache.memory())
+
+
+def _times(values: list[float], like: Tensor) -> Tensor:
+    """As float32 has them, in the dtype and on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float32).to(like)
+
+
+# ---- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def _compare(name: str, found: Sequence[Outputs], wanted: Sequence[Outputs]) -> tuple[str, float, float]:
+    pairs = list(zip(found, wanted, strict=True))
+    logits = _worst([(x, y) for a, b in pairs for x, y in zip(a.logits, b.logits, strict=True)])
+    flows = _worst([(x, y) for a, b in pairs for x, y in zip(a.flows, b.flows, strict=True)])
+    absolute, relative = torch.tensor([logits, flows], dtype=torch.float64).amax(0).tolist()  # a NaN stays one
+    return name, absolute, relative
+
+
+def _worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """The largest difference, and as a part of the largest number of all the second ones. NaN where there is one."""
+    if not pairs:
+        return 0.0, 0.0
+    difference = float(torch.stack([(x - y).abs().max() for x, y in pairs]).max())
+    largest = float(torch.stack([y.abs().max() for _, y in pairs]).max())
+    return difference, difference / largest if largest else difference
+
+
+def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, float]:
+    """Largest difference, absolute and relative, between placeholders beside the packed document and behind a cache,
+    causal and not, and between the hidden states of their start."""
+    assert model.joint is not None
+    device, num = model.token.embedding.weight.device, model.joint.head.length
+    plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
+    channels = model.config.flow.channels
+    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=channels, pad_id=0, fixed_shape=False)
+    batch = batch.to(device)
+    hidden, memory = model.context(batch)
+    starts, _ = choose_blocks(batch, num, batch.num_targets, key)
+    inputs = key.fold("placeholders").normal((len(starts.at), num, hidden.shape[-1])).to(hidden)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for causal in (True, False):
+        found = BatchCall(model, starts, hidden, memory)(inputs, causal)
+        for b, at in enumerate(starts.at.tolist()):
+            if at == 0 or starts.document[b] < 0:  # a cache holds something; a padded block is nowhere
+                continue
+            before, last = _split_at(plain, at)
+            last_alone = [TokenSpan([last], [False])]
+            for step in (None, TokenStep(model.transformer)):  # the general pass, and decoding's own
+                cache = model.transformer.new_cache(1, 8)
+                append_spans(model, cache, [before], 0)
+                behind = CacheCall(model, cache, [last_alone], 0, step)(inputs[b : b + 1], causal)
+                pairs.append((behind[0], found[b]))
+            whole = CacheCall(model, model.transformer.new_cache(1, 8), [[*before, *last_alone]])
+            pairs.append((whole(inputs[b : b + 1], causal)[0], found[b]))
+    return _worst(pairs)
+
+
+def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:
+    """What stands before context position `at`, and the id there."""
+    out: list[Span] = []
+    for span in spans:
+        n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+        if isinstance(span, TokenSpan) and at < n:
+            return [*out, *([TokenSpan(span.ids[:at], span.supervise[:at])] if at else [])], span.ids[at]
+        out.append(span)
+        at -= n
+    raise ValueError(f"no id at position {at}")
+
+
+def _text_only(model: Omni, key: Key) -> float:
+    """Number of differing entries between the training forward of a text document and the bare decoder stack."""
+    random = key.fold("text").python()
+    num = 24
+    ids = [random.randrange(min(model.config.vocab_size, 256)) for _ in range(num)]
+    full = _training_prefix(model, [TokenSpan(ids, [True] * num)])
+    device = full.device
+    position = torch.arange(num, device=device)[None, :, None].expand(1, num, 3)
+    block = torch.arange(num, device=device)[None]
+    zeros = torch.zeros_like(block)
+    h = model.token.embed(torch.tensor([ids], device=device))
+    hidden, _ = model.transformer.context(h, Stream(zeros, block, zeros, position), zeros.bool())
+    return float((model.token.read(hidden)[0] != full).sum())

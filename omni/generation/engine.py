@@ -1,0 +1,420 @@
+"""Interleaved generation: a small state machine over rows that yields an ordered stream of events.
+
+    outer loop (sequence)    the token head decides what comes next: a text token, a picture, the end (`_text_step`)
+    inner loop (refinement)  a block is refined from noise in `steps` jumps, reading the cache (`_refine`)
+
+A finished block is appended to the cache as clean latents; nothing of the refinement is ever cached. What a row has
+said and the cache does not hold yet is `pending`; it is appended when somebody needs to read it (`_flush`), so a forced
+header costs one pass, and a picture is delivered before it is encoded for what follows. Rows share passes: all rows
+that are in text take one cached step together; rows that wait for a block of one size are refined together.
+The same request with the same seed draws the same noise whatever else is in the batch.
+
+Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+import omni
+from omni.config import build
+from omni.document import Document, Image, Role, Text, Video
+from omni.generation.context import append_ids, append_spans
+from omni.generation.denoise import draw, groups
+from omni.generation.reply import (
+    BlockDone,
+    BlockStart,
+    Event,
+    GenerationOptions,
+    ImagePart,
+    Reply,
+    Stop,
+    StopReason,
+    TextDelta,
+    TextPart,
+    VideoPart,
+)
+from omni.generation.row import Media, Phase, Row
+from omni.generation.speculative import speak
+from omni.model import Omni
+from omni.nn.cache import KVCache
+from omni.nn.decode_step import TokenStep
+from omni.nn.native_step import CompiledStep
+from omni.samplers.token import draw_token, masked_scores
+from omni.sequence.context_limit import require_room, warn_if_nearly_full
+from omni.sequence.layout import LatentSpan, Span, TokenSpan
+from omni.text.chat import messages_to_document
+from omni.text.compose import compose, frame_rate, header_length, prompt_length
+from omni.text.tokenizer import MAX_SIZE
+
+LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its header, one latent, media_end
+
+
+def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
+    """`options` with single ones changed, all of them checked."""
+    return build({**(options.model_dump() if options else {}), **changes}, GenerationOptions, "options")
+
+
+class Engine:
+    """Generation with one model. Stateless between calls.
+
+    compile: text steps of a single row as native code, on the CPU (see nn.compiled_step): takes a second or two and a
+    C++ compiler, and keeps a copy of the weights as they are now. ValueError when that cannot be.
+    allow_paths: whether chat messages may name files of this machine. A server, whose messages come from strangers,
+    gives False; see omni.text.chat.messages_to_document.
+    """
+
+    def __init__(self, model: Omni, compile: bool = False, allow_paths: bool = True) -> None:
+        if model.tokenizer is None:
+            raise ValueError(
+                "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
+            )
+        self.model = model
+        self.allow_paths = allow_paths
+        self.tokenizer = model.tokenizer
+        self.control = model.tokenizer.control
+        self.device = model.token.embedding.weight.device
+        self.step = (CompiledStep if compile else TokenStep)(model.transformer, model.token.output_weight)
+        self.allowed = {phase: self._allowed(phase) for phase in ("text", "chunks", "rate", "rows", "columns")}
+
+    # ---- entrances ------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Reply:
+        """The whole reply to a string, chat messages or a Document."""
+        return self.generate_batch([prompt], changed(options, changes))[0]
+
+    def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
+        """The events of one reply, in order, as they happen. The last one is Stop."""
+        rows = self._rows([prompt], changed(options, changes), None)
+        for _, event in self._run(rows):
+            yield event
+
+    def generate_batch(
+        self, prompts: Sequence[Any], options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Reply]:  # fmt: skip
+        """Replies to many prompts, sharing passes. One options object for all or one each; `seeds` overrides theirs."""
+        rows = self._rows(prompts, options or GenerationOptions(), seeds)
+        for _ in self._run(rows):
+            pass
+        return [Reply(row.parts, row.document, row.reason, tuple(row.drafts), self.record(row.options)) for row in rows]
+
+    def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[Row]:
+        if isinstance(prompts, str | bytes | Mapping | Document) or not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a list of prompts, got a {type(prompts).__name__}; put it in a list")
+        if isinstance(options, Mapping):
+            options = changed(None, options)
+        many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
+            raise ValueError(
+                f"{len(prompts)} prompts need as many options and seeds, got {len(many)} and {seeds and len(seeds)}"
+            )
+        rows = []
+        for number, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
+            if isinstance(prompt, Document):
+                document = prompt
+            else:
+                document = messages_to_document(prompt, allow_paths=self.allow_paths)
+            if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
+                raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
+            one = self.resolve(one if seeds is None else changed(one, {"seed": seeds[number]}))
+            rows.append(Row(number, one, document.segments, self.tokenizer.stream()))
+        return rows
+
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """With the model's own defaults filled in. Raises ValueError naming an impossible value."""
+        joint = self.model.config.joint
+        length = 1 if joint is None else joint.length
+        usual = 1 if isinstance(self.step, CompiledStep) else length  # native steps of one token are the faster way
+        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **self.model.defaults})
+        if (out.tokens_per_pass or 1) > length:
+            why = "this model has no joint-token head" if joint is None else f"its joint-token head draws {length}"
+            raise ValueError(f"tokens_per_pass = {out.tokens_per_pass} is too many: {why}; take at most {length}")
+        return out
+
+    def record(self, options: GenerationOptions) -> dict[str, Any]:
+        """What makes a reply with resolved options, as JSON values: the same request has the same record."""
+        return {
+            "options": options.model_dump(mode="json"),
+            "model": dict(self.model.origin),
+            "versions": {"omni": omni.__version__, "torch": torch.__version__},
+        }
+
+    # ---- outer loop -----------------------------------------------------------------------------------------------
+
+    def _begin(self, row: Row) -> None:
+        """The prompt becomes what is pending. ValueError, before any pass, for what cannot be fulfilled."""
+        size = row.options.image_size
+        grid = None if size is None else self._grid_of(size)
+        if row.options.force_image:
+            if self.model.codec is None:
+                raise ValueError("force_image: this model has no codec, so it draws no pictures; leave it out")
+            if row.options.max_images < 1:
+                raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
+            row.forced = [self.control.image]
+        row.segments = [self.model.prepare(segment) for segment in row.given]
+        prompt, row.capacity = Document(tuple(row.segments)), self.model.config.max_context
+        row.length = prompt_length(prompt, self.tokenizer, self._num_latents, row.capacity)
+        if row.forced:
+            num = row.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
+            require_room(num, row.capacity, "the prompt and the picture that is forced have")
+        row.warned = warn_if_nearly_full(row.length, row.capacity)
+        media = [segment for segment in row.segments if not isinstance(segment, Text)]
+        row.latents = dict(zip(media, self.model.encode_media(media) if media else [], strict=True))
+        row.pending = compose(prompt, self.tokenizer, row.encoded, True)
+
+    @torch.inference_mode()
+    def _run(self, rows: list[Row]) -> Iterator[tuple[int, Event]]:
+        for row in rows:
+            self._begin(row)
+        cache = self.model.transformer.new_cache(len(rows), 256)
+        logits = torch.empty(0)
+        while any(row.phase != "done" for row in rows):
+            waiting = [r for r in rows if r.phase == "block"]
+            talking = [r for r in rows if r.phase not in ("block", "done")]
+            forced = [r for r in talking if r.forced]
+            if forced:
+                for row in forced:
+                    row.num_tokens += 1
+                    yield from self._accept(row, row.forced.pop(0))
+                continue
+            together = [r for r in talking if (r.options.tokens_per_pass or 1) > 1]
+            if together:
+                yield from speak(self, [r for r in together if r.drafting == together[0].drafting], rows, cache)
+                continue
+            logits = self._flush(rows, cache, logits)
+            if talking:
+                for row, token in zip(talking, self._choose(talking, logits), strict=True):
+                    yield from self._accept(row, token)
+                continue
+            for group in groups(self, waiting):
+                yield from draw(self, group, rows, cache)
+                for row in group:
+                    yield from self._finish_block(row)
+        for row in rows:
+            yield row.number, Stop(row.reason)
+
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def _allowed(self, phase: str) -> Tensor:
+        """(V,) additive: which ids may come in a phase. This is what makes the header well formed."""
+        c, config = self.control, self.model.config
+        mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
+        if phase == "text":
+            mask[: self.tokenizer.num_text] = 0
+            mask[c.end] = 0
+            mask[[c.image, c.video]] = 0
+        else:
+            largest = {"chunks": config.max_chunks, "rate": MAX_SIZE}.get(phase, config.max_grid)
+            mask[[c.size(n) for n in range(1, largest + 1)]] = 0
+        return mask
+
+    def mask_of(self, row: Row, phase: Phase) -> Tensor:
+        """(V,) additive: which ids may come next in a phase of this row."""
+        mask, fps = self.allowed[phase], row.options.fps
+        if phase != "rate" or fps is None:
+            return mask
+        only = torch.full_like(mask, -torch.inf)
+        only[self.control.size(frame_rate(fps))] = 0
+        return only
+
+    def _may_draw(self, row: Row) -> bool:
+        return self.model.codec is not None and row.num_media < row.options.max_images
+
+    def following(self, row: Row, phase: Phase, token: int) -> Phase:
+        """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
+        c = self.control
+        if phase == "text" and token in (c.image, c.video):
+            if not self._may_draw(row):
+                return "done"
+            forced = token == c.image and row.options.image_size is not None
+            return "block" if forced else "rows" if token == c.image else "chunks"
+        if phase == "text":
+            return "done" if token == c.end else "text"
+        after: dict[Phase, Phase] = {"chunks": "rate", "rate": "rows", "rows": "columns", "columns": "block"}
+        return after.get(phase, phase)
+
+    def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
+        """One id per row: greedy, or drawn by the row's own key."""
+        masks = [self.mask_of(r, r.phase) for r in rows]
+        mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
+        mask = masks[0] if len(masks) == 1 else torch.stack(masks)
+        scores, best_ids = masked_scores(mine, mask, [row.num_tokens for row in rows])
+        greedy = best_ids.tolist()
+        chosen = []
+        for row, best, score in zip(rows, greedy, scores, strict=True):
+            if not row.options.temperature:
+                chosen.append(best)
+            else:
+                chosen.append(
+                    draw_token(score, row.options.temperature, row.options.top_p, row.key.fold("token", row.num_tokens))
+                )
+            row.num_tokens += 1
+        return chosen
+
+    def _accept(self, row: Row, token: int) -> Iterator[tuple[int, Event]]:
+        """The row says one id."""
+        row.pending.append(TokenSpan([token], [False]))
+        for event in self.advance(row, token):
+            yield row.number, event
+
+    def advance(self, row: Row, token: int) -> Iterator[Event]:
+        """Move the row's state machine by one id."""
+        row.length += 1
+        if row.phase != "text":
+            yield from self._advance_header(row, token)
+        elif token < self.tokenizer.num_text:
+            row.text += row.stream.push(token)
+            yield from self._emit(row)
+            if row.phase != "done" and (row.num_tokens >= row.options.max_tokens or row.length >= row.capacity):
+                yield from self._finish(row, "length")
+        elif token == self.control.end:
+            yield from self._finish(row, "end")
+        elif not self._may_draw(row):
+            yield from self._finish(row, "images")
+        elif not row.has_room(LEAST_MEDIA - 1):
+            yield from self._finish(row, "length")
+        else:
+            yield from self._close_text(row)
+            is_image = token == self.control.image
+            row.media = Media("image" if is_image else "video", row.num_media)
+            row.phase = "rows" if is_image else "chunks"
+            if is_image and row.options.image_size is not None:
+                row.forced += [self.control.size(n) for n in self._grid_of(row.options.image_size)]
+
+    def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
+        """The same by one size of a header. A picture or clip that has no room is not begun."""
+        media, size = row.media, self.control.size_of(token)
+        assert media is not None and size is not None
+        if row.phase == "chunks":
+            media.chunks, row.phase = size, "rate"
+        elif row.phase == "rate":
+            media.rate, row.phase = size, "rows"
+        elif row.phase == "rows":
+            media.rows, row.phase = size, "columns"
+        else:
+            media.columns, row.phase = size, "block"
+            grid = self.grid(media)
+            if row.has_room(media.chunks * math.prod(grid) + 1):
+                yield BlockStart(media.kind, media.index, grid)
+            else:
+                yield from self._finish(row, "length")
+
+    def _emit(self, row: Row) -> Iterator[Event]:
+        """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
+        for stop in row.options.stop:
+            at = row.text.find(stop)
+            if at >= 0:
+                row.text = row.text[:at]
+                yield from self._finish(row, "stop")
+                return
+        hold = max((len(s) for s in row.options.stop), default=1) - 1
+        end = len(row.text) - hold
+        if end > row.emitted:
+            yield TextDelta(row.text[row.emitted : end])
+            row.emitted = end
+
+    def _close_text(self, row: Row) -> Iterator[Event]:
+        row.text += row.stream.flush() if row.reason != "stop" else ""
+        if len(row.text) > row.emitted:
+            yield TextDelta(row.text[row.emitted :])
+        if row.text:
+            row.segments.append(Text(row.text, Role.ASSISTANT))
+            row.parts.append(TextPart(row.text))
+        row.text, row.emitted, row.stream = "", 0, self.tokenizer.stream()
+
+    def _finish(self, row: Row, reason: StopReason) -> Iterator[Event]:
+        row.reason = reason
+        yield from self._close_text(row)
+        row.phase = "done"
+        row.warned = row.warned or warn_if_nearly_full(row.length, row.capacity)
+
+    # ---- inner loop -----------------------------------------------------------------------------------------------
+
+    def grid(self, media: Media) -> tuple[int, int, int]:
+        assert self.model.codec is not None
+        t = 1 if media.kind == "image" else self.model.codec.spec.frames_per_chunk
+        return (t, media.rows, media.columns)
+
+    def _num_latents(self, segment: Image | Video) -> int:
+        """Of media of the prompt, before they are encoded."""
+        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
+        return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
+
+    def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.model.codec is None:
+            raise ValueError("this model draws no pictures: it has no codec")
+        _, rows, columns = self.model.codec.spec.stride
+        largest = self.model.config.max_grid
+        grid = size[0] // rows, size[1] // columns
+        if size[0] % rows or size[1] % columns or max(grid) > largest:
+            raise ValueError(
+                f"image_size = {size[0]} x {size[1]} is none of this model's: it must be a multiple of "
+                f"{rows} x {columns} pixels, and at most {largest * rows} x {largest * columns}"
+            )
+        return grid
+
+    def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:
+        """The block is context from now on, clean; the last of a picture or clip closes it."""
+        media, codec = row.media, self.model.codec
+        assert media is not None and codec is not None
+        grid = self.grid(media)
+        row.pending.append(LatentSpan(media.finished[-1], grid))
+        row.length += len(media.finished[-1])
+        if len(media.finished) < media.chunks:
+            return  # the next chunk of the clip comes in the next round
+        row.pending.append(TokenSpan([self.control.media_end], [False]))
+        row.length += 1
+        blocks = [z.reshape(*grid, -1) for z in media.finished]
+        o = row.options
+        assert o.steps is not None and o.seed is not None
+        part: ImagePart | VideoPart
+        if media.kind == "image":
+            pixels = codec.decode(blocks[0])[0].cpu()
+            segment: Image | Video = Image(pixels, Role.ASSISTANT)
+            picture = PILImage.fromarray(pixels.numpy(), "RGB")
+            part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index, media.evaluations)
+        else:
+            frames = codec.decode_video(blocks).cpu()
+            segment = Video(frames, o.fps or media.rate, Role.ASSISTANT)
+            part = VideoPart(frames, segment.fps, o.steps, o.seed, media.index, media.evaluations)
+        row.segments.append(segment)
+        row.latents[segment] = blocks
+        row.parts.append(part)
+        row.num_media += 1
+        row.phase, row.media = "text", None
+        yield row.number, BlockDone(part.index, part)
+
+    # ---- the cache ------------------------------------------------------------------------------------------------
+
+    def append(self, cache: KVCache, spans: list[list[Span]]) -> Tensor:
+        """Append spans to each row (none for some); returns logits (R, V) after the last position of each row."""
+        hidden = append_spans(self.model, cache, spans, self.control.pad)
+        return self.model.token.read(hidden)
+
+    def _flush(self, rows: list[Row], cache: KVCache, logits: Tensor) -> Tensor:
+        """Append what is pending. Returns logits (R, V) after the last position of each row; of a row with nothing
+        pending, those in `logits`."""
+        spans = [row.pending if row.phase != "done" else [] for row in rows]
+        new = [r for r, one in enumerate(spans) if one]
+        if not new:
+            return logits
+        for row in rows:
+            row.pending = []
+        ids = [
+            one[0].ids[0] for one in spans if len(one) == 1 and isinstance(one[0], TokenSpan) and len(one[0].ids) == 1
+        ]
+        if len(ids) == len(rows):  # the hot path of text decoding
+            return self.model.token.cap(self.step.read(append_ids(self.model, cache, ids, self.step)))
+        after = self.append(cache, spans)
+        if len(new) == len(rows) or not len(logits):
+            return after
+        merged = logits.clone()
+        merged[new] = after[new]
+        return merged

@@ -1,0 +1,315 @@
+"""Text in blocks: the joint-token head drafts K tokens in one pass, a second pass verifies them. Part of the engine.
+
+    round   cache | y            y: what the row has, but the cache not yet: its prompt, a picture, its last id
+      draft   one pass over [y, K placeholders]: K ids; y is written to the cache
+      sweep   as often as asked: every id of the draft redrawn by one pass over [x_1 .. x_K], each with its own
+              noise (Jacobi iteration; arXiv 2305.10427). K sweeps, from any draft, are plain decoding
+      verify  one pass over [x_1 .. x_K], written to the cache: the law of every next id
+      emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
+      on      a head that carries on drafts from the hidden state before the last id, which that pass made, and that
+              id: a round of one pass
+      again   what plain decoding made of the rest of a draft that fell is the next draft (as after a sweep): one pass
+
+A block ends where a picture begins or the turn ends, and no draft can make the header malformed: each id is judged
+under the mask of its own phase, as in plain decoding. With verify = "coupled" the ids are those of plain decoding.
+
+Legend: R rows, K drafted tokens, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omni.finite import NotFiniteError
+from omni.generation.context import append_text
+from omni.generation.drafting import CacheCall, StateCall
+from omni.generation.reply import Drafted, Event
+from omni.heads.joint import Draft
+from omni.nn.cache import KVCache
+from omni.samplers.inverse_cdf import pick
+from omni.samplers.token import masked_scores, token_law, token_noise
+from omni.samplers.verification import Verdict, agreed, block, rejection
+from omni.sequence.layout import Span, TokenSpan
+
+if TYPE_CHECKING:
+    from omni.generation.engine import Engine
+    from omni.generation.row import Row
+
+Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, and whether one more may follow them
+
+
+def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+    """One round for the rows that talk in blocks and agree in `Row.drafting`; the others of the cache stand still."""
+    assert engine.model.joint is not None
+    carries_on = engine.model.joint.head.carries_on and engine.model.joint.head.length > 1
+    again, options = bool(talking[0].leftover), talking[0].options
+    draft: Draft | None = None
+    start: Tensor | None = None
+    if again:
+        proposals = {row.number: row.leftover for row in talking}
+    elif talking[0].state is not None:
+        draft = _carry_on(engine, talking, len(rows))
+        proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
+    else:
+        draft, start = _draft(engine, talking, rows, cache)
+        proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
+    wanted: Wanted = {row.number: _usable(engine, row, proposals[row.number]) for row in talking}
+    base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
+    for _ in range(options.sweeps):
+        for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
+            ids = wanted[row.number][0]
+            redrawn = _plain(engine, row, ids, engine.model.token.read(hidden))[: len(ids)]
+            wanted[row.number] = _usable(engine, row, redrawn.tolist())
+            cache.truncate(row.number, *(field[row.number] for field in base))
+    reads = options.sweeps + (options.verify != "none")
+    passes = (start is not None) + (reads if _is_read(start, wanted) else 0)
+    if options.verify == "none":
+        for row in talking:
+            ids = wanted[row.number][0]
+            legal = _legal(engine, row, ids)
+            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal), passes))
+            row.pending = [TokenSpan(said, [False] * len(said))]
+        return
+    for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
+        r, (ids, whole) = row.number, wanted[row.number]
+        verdict = _judge(engine, row, draft, ids, engine.model.token.read(hidden))
+        kept = int(verdict.kept[0])
+        count = kept + 1 if whole or kept < len(ids) else kept
+        trace = Drafted(len(ids), kept, passes, again)
+        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), trace)
+        m = len(said) - (start is not None)  # the last one goes in with the next pass; one of the last round may be in
+        cache.truncate(r, *(field[r] + m for field in base))
+        row.pending = [TokenSpan([said[-1]], [False])]
+        over = row.phase in ("block", "done") or bool(row.forced)
+        row.leftover = [] if over or not row.recycles else verdict.ids[0, count : len(ids) + whole].tolist()
+        row.state = None if over or not carries_on else hidden[len(said) - 1]
+
+
+def _read_drafts(
+    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
+) -> Iterator[tuple[Row, Tensor]]:
+    """One pass over the draft of every talking row, written to the cache; the hidden states of each, `start` (R, W)
+    before it first. Without a start, the last id of each row goes before its draft. An id that nothing may follow is
+    not read (so there may be no pass at all): hidden states (K, W) then, else (K + 1, W)."""
+    ids: list[list[int]] = [[] for _ in rows]
+    for row in talking:
+        draft, whole = wanted[row.number]
+        read = draft if whole else draft[:-1]
+        ids[row.number] = [*_last(row), *read] if start is None else read
+    if _is_read(start, wanted):
+        hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
+        hidden = hidden if start is None else torch.cat([start.unsqueeze(1), hidden], 1)
+    else:
+        assert start is not None
+        hidden = start.unsqueeze(1)
+    for row in talking:
+        draft, whole = wanted[row.number]
+        yield row, hidden[row.number, : len(draft) + whole]
+
+
+def _is_read(start: Tensor | None, wanted: Wanted) -> bool:
+    """Whether anything of a round's drafts, or before them, needs a pass."""
+    return start is None or any(whole or len(ids) > 1 for ids, whole in wanted.values())
+
+
+def _last(row: Row) -> list[int]:
+    [span] = row.pending
+    assert isinstance(span, TokenSpan) and len(span.ids) == 1
+    return span.ids
+
+
+def _plain(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """What plain decoding says in place of every id of a draft if those before it were right, and after it: as many ids
+    as there are logits (K, V) or (K + 1, V)."""
+    if not row.options.temperature:
+        return _scores(engine, row, ids, logits)[1]
+    laws = _laws(engine, row, ids, logits)
+    return pick(laws, laws.new_tensor(_noise(row, len(laws))))
+
+
+def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
+    """What the head drafts for every row of the cache (of rows that do not talk it means nothing), and the hidden
+    states (R, W) before the drafts; all that the talking rows have goes into the cache. The tokens' noise is the row's
+    own; what a head draws besides (the number of a latent mixture) hangs on the batch, so with such a head "rejection"
+    and "block" keep the law of a reply in another batch, not its very ids.
+    """
+    spans: list[list[Span]] = [[] for _ in rows]
+    for row in talking:
+        spans[row.number] = _merged(row.pending)
+    joint = engine.model.joint
+    assert joint is not None
+    num = max(row.draft_length for row in talking)
+    uniforms = torch.full((len(rows), num), 0.5, dtype=torch.float64)
+    for row in talking:
+        if row.options.temperature:
+            uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
+    call = CacheCall(engine.model, cache, spans, engine.control.pad, engine.step)
+    first = talking[0]
+    draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
+    _require_sound(engine, talking, call, draft)
+    if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
+        return draft, call.start
+    # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
+    logits, ids = engine.model.token.read(call.start), draft.ids.clone()
+    for row in talking:
+        ids[row.number, 0] = _plain(engine, row, (), logits[row.number : row.number + 1])[0]
+    return replace(draft, ids=ids), call.start
+
+
+def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
+    """What the head drafts after the last id of every talking row, from the hidden state before that id; as many rows
+    as the cache has, of which the others mean nothing. Drawn as plain decoding draws, at the row's temperature."""
+    joint, first = engine.model.joint, talking[0]
+    assert joint is not None and first.state is not None
+    num = min(max(row.draft_length for row in talking), joint.head.length - 1)
+    states, said = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
+    for row in talking:
+        states[row.number], said[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
+    wants_laws = first.options.verify in ("rejection", "block")
+    noise = {row.number: _noise(row, num) for row in talking}
+
+    def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids, law = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
+        for row in talking:
+            temperature = row.options.temperature or 0.0
+            if temperature or wants_laws:
+                own = law[row.number] = token_law(logits[row.number].float(), temperature, row.options.top_p)
+                ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
+        return ids, law
+
+    call = StateCall(engine.model, states)
+    drafting = joint.head.carry_on(call, said.to(states.device))
+    chosen = [choose(0, next(drafting))]
+    while len(chosen) < num:  # until nothing may follow in any row
+        so_far = torch.stack([ids for ids, _ in chosen], 1)
+        if not any(_usable(engine, row, so_far[row.number].tolist())[1] for row in talking):
+            break
+        chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
+    ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
+    draft = Draft(ids, laws if wants_laws else None, len(chosen))
+    _require_sound(engine, talking, call, draft)
+    return draft
+
+
+def _require_sound(engine: Engine, talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
+    """NotFiniteError if the head drafted from logits, or by probabilities, that are not finite."""
+    wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
+    wrong = wrong if call.unsound is None else wrong | call.unsound
+    if draft.log_q is not None:
+        wrong = wrong | draft.log_q.gather(-1, draft.ids.unsqueeze(-1)).isnan().flatten(1).any(1)
+    found = wrong.tolist()
+    for row in talking:
+        if found[row.number]:
+            logits = engine.model.token.read(call.start[row.number : row.number + 1])
+            masked_scores(logits, torch.zeros_like(logits), [row.num_tokens])  # raises where the head is not to blame
+            raise NotFiniteError(
+                f"the joint-token head's draft from token {row.num_tokens + 1} of the reply on is not finite: its "
+                "weights are damaged; check the model's files with `omni verify`, or take tokens_per_pass = 1"
+            )
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """The same with neighbouring ids in one span."""
+    out: list[Span] = []
+    for span in spans:
+        before = out[-1] if out else None
+        if isinstance(span, TokenSpan) and isinstance(before, TokenSpan):
+            out[-1] = TokenSpan([*before.ids, *span.ids], [*before.supervise, *span.supervise])
+        else:
+            out.append(span)
+    return out
+
+
+def _noise(row: Row, num: int) -> list[float]:
+    """The noise of the row's next tokens, the same that plain decoding has for them. Of "block", whose verdict hangs on
+    tokens that it then throws away, every round has its own: theirs is no longer uniform once the verdict is known."""
+    if row.options.verify == "block":
+        return [token_noise(row.key.fold("block token", row.num_tokens, k)) for k in range(num)]
+    return [token_noise(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
+
+
+def _usable(engine: Engine, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
+    """As much of a draft as one round can use, and whether one more token may follow: not past the ids that a round
+    is allowed, nor past the id after which a picture begins or the turn ends."""
+    ids, phase = list(ids[: row.draft_length]), row.phase
+    for k, token in enumerate(ids):
+        phase = engine.following(row, phase, token)
+        if phase in ("block", "done"):
+            return ids[: k + 1], False
+    return ids, True
+
+
+def _masks(engine: Engine, row: Row, ids: Sequence[int], num: int) -> Tensor:
+    """(num, V) additive: which ids may come in place of every id of a draft, and after it."""
+    masks, phase = [], row.phase
+    for token in (*ids, None)[:num]:
+        masks.append(engine.mask_of(row, phase))
+        if token is not None and engine.following(row, phase, token) not in ("block", "done"):
+            phase = engine.following(row, phase, token)
+    return torch.stack(masks)
+
+
+def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
+    phase."""
+    temperature = row.options.temperature
+    assert temperature is not None
+    return token_law(_scores(engine, row, ids, logits)[0], temperature, row.options.top_p)
+
+
+def _scores(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (K, V) or (K + 1, V), each under the mask of its phase, and the best id of each; see `masked_scores`."""
+    numbers = range(row.num_tokens, row.num_tokens + len(logits))
+    return masked_scores(logits, _masks(engine, row, ids, len(logits)), numbers)
+
+
+def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
+    drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.verify, len(ids)
+    if kind in ("coupled", "greedy"):
+        return agreed(drafted, _after_all(_plain(engine, row, ids, logits), K)[None])
+    log_p = _after_all(_laws(engine, row, ids, logits), K)[None]
+    if draft is None or draft.log_q is None:
+        raise ValueError(
+            f"verify = {kind!r} needs the laws that the draft was drawn from, which this model's joint-token head does "
+            "not have; take verify = 'coupled'"
+        )
+    key = row.key.fold("verify", row.num_tokens)
+    coins = key.fold("coins").uniform((1, K), torch.float64).to(logits.device)
+    fresh = key.fold("rest").uniform((1, K + 1), torch.float64).to(logits.device)
+    judge = rejection if kind == "rejection" else block
+    return judge(drafted, draft.log_q[row.number : row.number + 1, :K], log_p, coins, fresh)
+
+
+def _after_all(each: Tensor, num: int) -> Tensor:
+    """With one more entry where an id that nothing may follow was not read; it is not used."""
+    return each if len(each) > num else torch.cat([each, each[-1:]])
+
+
+def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:
+    """An unverified draft up to its first id that may not come where it stands. The first always may (see `_draft`)."""
+    phase = row.phase
+    for k, token in enumerate(ids):
+        if engine.mask_of(row, phase)[token] == -torch.inf:
+            return list(ids[:k])
+        phase = engine.following(row, phase, token)
+    return list(ids)
+
+
+def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: Drafted) -> Iterator:
+    """The row says ids until its state changes; yields events, returns those that were said."""
+    row.note(trace)
+    yield row.number, trace
+    said: list[int] = []
+    for token in ids:
+        said.append(token)
+        row.num_tokens += 1
+        for event in engine.advance(row, token):
+            yield row.number, event
+        if row.phase in ("block", "done") or row.forced:
+            break
+    return said

@@ -1,0 +1,1 @@
+"""Attention: backends without a tangent, and attention with one (jvp)."""

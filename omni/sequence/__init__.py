@@ -1,0 +1,1 @@
+"""Where everything stands: layout, mask, rotary positions, what guidance drops. Integers; no network."""

@@ -1,0 +1,324 @@
+"""Layout: documents, as spans of token ids and latents, packed into rows of positions.
+
+A document reaches this module as spans: `TokenSpan` (ids) and `LatentSpan` (one block of latents). `pack` lays many
+documents in R rows. Every row has two streams:
+
+    context stream (T positions)   the ids and the CLEAN latents of every block, in order
+    refine stream  (S positions)   copies of supervised latent blocks, to be noised by an objective
+
+What a position may see derives from integers (document, block, copy, rank) alone: see `mask.visible`. A text token is
+a block of one; an image is one block; a video is a row of chunk blocks.
+
+Legend: R rows, T context positions, S refine positions, C latent channels, N latents of one block.
+This module knows no tokenizer, no codec, no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni.sequence.mask import Fields
+
+IGNORE = -100  # target of a position that carries no next-token loss
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Ids in order; `supervise[i]` says whether predicting `ids[i]` is covered by the loss."""
+
+    ids: list[int]
+    supervise: list[bool]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.supervise):
+            raise ValueError(f"{len(self.ids)} ids but {len(self.supervise)} supervise flags; give one per id")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSpan:
+    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`."""
+
+    latents: Tensor
+    grid: tuple[int, int, int]
+    supervise: bool = False
+
+    def __post_init__(self) -> None:
+        t, h, w = self.grid
+        if self.latents.ndim != 2 or self.latents.shape[0] != t * h * w:
+            raise ValueError(
+                f"a block of grid {self.grid} needs ({t * h * w}, C) latents, got {tuple(self.latents.shape)}"
+            )
+
+
+Span = TokenSpan | LatentSpan
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Integer description of the positions of one stream of R rows; all tensors (R, length) unless said.
+
+    document: index of the document in its row, -1 is padding. block: index of the block in its document.
+    copy: 0 in the context stream, >= 1 in the refine stream (unique in a row), -1 padding of the refine stream.
+    position: (R, length, 3) int64, (time, row, column) rotary coordinates. rank: order inside a copy, None is all 0.
+    """
+
+    document: Tensor
+    block: Tensor
+    copy: Tensor
+    position: Tensor
+    rank: Tensor | None = None
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.document, self.block, self.copy, self.rank)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed batch. `item` numbers the refine copies over the whole batch (-1 on padding)."""
+
+    ids: Tensor  # (R, T) int64; pad id on latents and padding
+    latents: Tensor  # (R, T, C) float32; zero where not latent
+    is_latent: Tensor  # (R, T) bool
+    target: Tensor  # (R, T) int64: the next id, or IGNORE
+    context: Stream
+    refine_latents: Tensor  # (R, S, C) float32, clean
+    refine: Stream
+    item: Tensor  # (R, S) int64 in 0..num_items-1, or -1
+    item_first: Tensor  # (num_items,) int64: flat index r*S+s of the first position of each item
+    item_names: tuple[tuple[int, int, int], ...] = ()  # (document uid, block, copy) of each item: what keys its noise
+    documents: tuple[int, ...] = ()  # uids of the packed documents
+    num_context: int = 0  # context positions that are not padding
+    num_refine: int = 0
+    dropped: frozenset[int] = frozenset()  # uids of the documents whose condition was dropped
+    null: Batch | None = None  # the same items, in the same order, each behind a history without content
+
+    @property
+    def num_items(self) -> int:
+        return int(self.item_first.numel())
+
+    @property
+    def num_positions(self) -> int:
+        return self.num_context + self.num_refine
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.target != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, Batch):
+                return value.to(device)
+            if isinstance(value, Stream):
+                return Stream(*(move(getattr(value, f.name)) for f in fields(value)))
+            return value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass
+class LaidOut:
+    """One document laid out alone: Python lists of one entry per context position, and its refine blocks."""
+
+    ids: list[int]
+    latents: list[Tensor | None]
+    supervise: list[bool]
+    block: list[int]
+    position: list[tuple[int, int, int]]
+    blocks: list[tuple[int, LatentSpan, int]]  # (block index, span, first rotary position): blocks to refine
+    next_position: int
+    next_block: int
+
+
+def lay_out(
+    spans: Sequence[Span], pad_id: int, *, start_position: int = 0, start_block: int = 0, trim_tail: bool = False
+) -> LaidOut:
+    """Lay out one document. Text advances the rotary position by one; a block of grid (t, h, w) at position p has the
+    coordinates (p + time, p + row, p + column) and the next position is p + max(t, h, w), so that text keeps the
+    ordinary 1-D rotary positions of a decoder language model. `trim_tail` leaves a last supervised block, and whatever
+    follows it, out of the context stream: nothing reads it there.
+    """
+    out = LaidOut([], [], [], [], [], [], start_position, start_block)
+    last = _last_supervised(spans) if trim_tail else None
+    for index, span in enumerate(spans):
+        p = out.next_position
+        if isinstance(span, TokenSpan):
+            for offset, (token, flag) in enumerate(zip(span.ids, span.supervise, strict=True)):
+                out.ids.append(int(token))
+                out.latents.append(None)
+                out.supervise.append(flag)
+                out.block.append(out.next_block + offset)
+                out.position.append((p + offset, p + offset, p + offset))
+            out.next_block += len(span.ids)
+            out.next_position = p + len(span.ids)
+            continue
+        if span.supervise:
+            out.blocks.append((out.next_block, span, p))
+        if index == last:
+            break
+        out.ids += [pad_id] * len(span.latents)
+        out.latents += list(span.latents.unbind(0))
+        out.supervise += [False] * len(span.latents)
+        out.block += [out.next_block] * len(span.latents)
+        out.position += grid_positions(span.grid, p)
+        out.next_block += 1
+        out.next_position = p + max(span.grid)
+    return out
+
+
+def context_length(spans: Sequence[Span], trim_tail: bool = False) -> int:
+    """How many context positions `lay_out` makes of a document, without laying it out."""
+    last = _last_supervised(spans) if trim_tail else None
+    return sum(len(span.ids) if isinstance(span, TokenSpan) else len(span.latents) for span in spans[:last])
+
+
+def _last_supervised(spans: Sequence[Span]) -> int | None:
+    """Index of the last latent span, if it is supervised and no supervised latents follow."""
+    indices = [i for i, s in enumerate(spans) if isinstance(s, LatentSpan)]
+    if indices and spans[indices[-1]].supervise:  # type: ignore[union-attr]
+        return indices[-1]
+    return None
+
+
+def grid_positions(grid: tuple[int, int, int], p: int) -> list[tuple[int, int, int]]:
+    """(time, row, column) coordinates of a block that starts at rotary position p, in row-major order."""
+    t, h, w = grid
+    return [(p + a, p + b, p + c) for a in range(t) for b in range(h) for c in range(w)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of one size: `rows` rows of `budget` context and `refine_budget` refine positions."""
+
+    rows: int
+    budget: int
+    refine_budget: int
+
+
+def pack(
+    documents: Sequence[Sequence[Span]],
+    shapes: Sequence[Shape],
+    *,
+    channels: int,
+    pad_id: int,
+    copies: int = 1,
+    uids: Sequence[int] | None = None,
+    trim: Sequence[bool] | None = None,
+    fixed_shape: bool = True,
+) -> tuple[list[Batch], int]:
+    """Pack documents, in order, each into the first row that has room, and stop at the first that fits in none.
+
+    Several shapes make several batches that one training step adds up: short documents share short rows (attention
+    costs less there), long ones have long rows. Returns (one batch per shape, number of documents used): a loader's
+    state is then one integer. `trim[i]` leaves the last block of document i out of the context (see `lay_out`). With
+    `fixed_shape` the tensors have exactly the shape's size; else they shrink to what is used.
+
+    Raises ValueError if a document alone exceeds every shape.
+    """
+    uids = list(range(len(documents))) if uids is None else list(uids)
+    rows = [(shape, [0, 0], []) for shape in shapes for _ in range(shape.rows)]
+    count = 0
+    for number, spans in enumerate(documents):
+        one = lay_out(spans, pad_id, trim_tail=bool(trim[number]) if trim is not None else False)
+        need = (len(one.ids), copies * sum(len(span.latents) for _, span, _ in one.blocks))
+        if not any(need[0] <= shape.budget and need[1] <= shape.refine_budget for shape in shapes):
+            raise ValueError(
+                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but a row holds "
+                f"{max(s.budget for s in shapes)} and {max(s.refine_budget for s in shapes)}; raise one or shorten it"
+            )
+        for shape, used, members in rows:
+            if used[0] + need[0] <= shape.budget and used[1] + need[1] <= shape.refine_budget:
+                members.append((uids[number], one))
+                used[0] += need[0]
+                used[1] += need[1]
+                break
+        else:
+            break
+        count += 1
+    batches = []
+    for shape in shapes:
+        mine = [(used, members) for s, used, members in rows if s is shape]
+        budget = shape.budget if fixed_shape else max(1, max(used[0] for used, _ in mine))
+        refine_budget = shape.refine_budget if fixed_shape else max(used[1] for used, _ in mine)
+        batches.append(_assemble([m for _, m in mine], budget, refine_budget, channels, pad_id, copies))
+    return batches, count
+
+
+def lay_rows(
+    documents: Sequence[Sequence[Span]], *, channels: int, pad_id: int, copies: int, uids: Sequence[int]
+) -> Batch:
+    """One document per row, in order, its last block left out of the context; rows as long as the longest."""
+    laid = [lay_out(spans, pad_id, trim_tail=True) for spans in documents]
+    budget = max((len(one.ids) for one in laid), default=1)
+    refine = max((copies * sum(len(span.latents) for _, span, _ in one.blocks) for one in laid), default=1)
+    rows = [[(uid, one)] for uid, one in zip(uids, laid, strict=True)]
+    return _assemble(rows, budget, refine, channels, pad_id, copies)
+
+
+def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:
+    R = len(filled)
+    ids = torch.full((R, T), pad_id, dtype=torch.int64)
+    latents = torch.zeros(R, T, C)
+    is_latent = torch.zeros(R, T, dtype=torch.bool)
+    target = torch.full((R, T), IGNORE, dtype=torch.int64)
+    context, refine = _empty_stream(R, T, copy=0), _empty_stream(R, S, copy=-1)
+    refine_latents = torch.zeros(R, S, C)
+    item = torch.full((R, S), -1, dtype=torch.int64)
+    item_first: list[int] = []
+    item_names: list[tuple[int, int, int]] = []
+    num_context = num_refine = 0
+    for r, row in enumerate(filled):
+        i = j = copy_id = 0
+        for d, (uid, one) in enumerate(row):
+            n = len(one.ids)
+            num_context += n
+            ids[r, i : i + n] = torch.tensor(one.ids, dtype=torch.int64)
+            follows = [t if flag else IGNORE for t, flag in zip(one.ids[1:], one.supervise[1:], strict=True)]
+            target[r, i : i + n] = torch.tensor([*follows, IGNORE], dtype=torch.int64)
+            where = [k for k, z in enumerate(one.latents) if z is not None]
+            if where:
+                index = torch.tensor(where) + i
+                latents[r, index] = torch.stack([z for z in one.latents if z is not None]).float()
+                is_latent[r, index] = True
+            context.document[r, i : i + n] = d
+            context.block[r, i : i + n] = torch.tensor(one.block, dtype=torch.int64)
+            context.position[r, i : i + n] = torch.tensor(one.position, dtype=torch.int64).reshape(-1, 3)
+            i += n
+            for block, span, p in one.blocks:
+                coordinates = torch.tensor(grid_positions(span.grid, p), dtype=torch.int64)
+                for c in range(copies):
+                    m = len(span.latents)
+                    copy_id += 1
+                    at = slice(j, j + m)
+                    refine_latents[r, at] = span.latents.float()
+                    refine.document[r, at] = d
+                    refine.block[r, at] = block
+                    refine.copy[r, at] = copy_id
+                    refine.position[r, at] = coordinates
+                    item[r, at] = len(item_first)
+                    item_first.append(r * S + j)
+                    item_names.append((uid, block, c))
+                    j += m
+                    num_refine += m
+    return Batch(
+        ids, latents, is_latent, target, context, refine_latents, refine, item,
+        torch.tensor(item_first, dtype=torch.int64), tuple(item_names),
+        tuple(uid for row in filled for uid, _ in row), num_context, num_refine,
+    )  # fmt: skip
+
+
+def _empty_stream(rows: int, length: int, copy: int) -> Stream:
+    """Padding: document -1, and blocks that count up so that a padded position sees padding only, itself included."""
+    return Stream(
+        torch.full((rows, length), -1, dtype=torch.int64),
+        torch.arange(length).expand(rows, length).clone(),
+        torch.full((rows, length), copy, dtype=torch.int64),
+        torch.zeros(rows, length, 3, dtype=torch.int64),
+    )

@@ -1,0 +1,394 @@
+"""The engine: ordered events, keyed draws independent of the batch, constrained headers, guidance as trained."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from scripted import force, living
+
+import omni
+from omni.codecs.pixels import PixelCodec
+from omni.document import Document, Image, Role, Text, Video
+from omni.generation.context import append_spans, refine_stream
+from omni.generation.denoise import null_spans
+from omni.generation.engine import Engine
+from omni.generation.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta, VideoPart
+from omni.rng import Key
+from omni.samplers.token import draw_token
+from omni.sequence.guidance import drop, reduce
+from omni.sequence.layout import TokenSpan
+from omni.text.compose import frame_rate
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> omni.Omni:  # noqa: ANN001
+    """Random weights, every part alive."""
+    return living(tiny_model)
+
+
+def picture_script(engine: Engine, h: int, w: int) -> list[int]:
+    c = engine.control
+    return [*engine.tokenizer.encode("hi "), c.image, c.size(h), c.size(w), *engine.tokenizer.encode("ok"), c.end]
+
+
+def test_events_come_in_order_and_make_the_reply(model: omni.Omni) -> None:
+    script = picture_script(Engine(model), 2, 3)
+    events = list(force(model, script).stream("draw", steps=3, seed=1))
+    kinds = [type(e).__name__ for e in events]
+    text = [e for e in events if isinstance(e, TextDelta)]
+    assert "".join(e.text for e in text) == "hi ok"
+    order = [k for k in kinds if k != "TextDelta"]
+    assert order == ["BlockStart", "BlockStep", "BlockStep", "BlockStep", "BlockDone", "Stop"]
+    start = next(e for e in events if isinstance(e, BlockStart))
+    done = next(e for e in events if isinstance(e, BlockDone))
+    assert start.grid == (1, 2, 3) and done.part.image.size == (12, 8)  # type: ignore[union-attr]
+    assert [e.step for e in events if isinstance(e, BlockStep)] == [1, 2, 3]
+    assert isinstance(events[-1], Stop) and events[-1].reason == "end"
+    reply = force(model, script).generate("draw", steps=3, seed=1)
+    assert [type(p).__name__ for p in reply.parts] == ["TextPart", "ImagePart", "TextPart"]
+    assert [s.role for s in reply.document.segments][1:] == [Role.ASSISTANT] * 3
+
+
+def test_logits_are_capped_wherever_they_are_read(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt, after one id alone (the hot path), and after a picture."""
+    monkeypatch.setattr(model.token, "logit_cap", 0.05)
+    engine = force(model, picture_script(Engine(model), 2, 2))
+    seen, choose = [], engine._choose
+
+    def watched(rows, logits):  # noqa: ANN001, ANN202
+        seen.append(float(logits.abs().max()))
+        return choose(rows, logits)
+
+    engine._choose = watched  # type: ignore[method-assign]
+    engine.generate("draw", steps=1, seed=1)
+    assert len(seen) > 6 and min(seen) > 0.01 and max(seen) <= 0.05
+
+
+def clip_script(engine: Engine, chunks: int, rate: int) -> list[int]:
+    """A clip of chunks x 1 x 2 latents, and the end."""
+    c = engine.control
+    return [c.video, *map(c.size, (chunks, rate, 1, 2)), c.end]
+
+
+def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -> None:
+    """What comes back into the next prompt has the header that the model wrote."""
+    engine = Engine(model)
+    reply = force(model, clip_script(engine, 3, 24)).generate("move", steps=2)
+    [clip] = reply.parts
+    assert isinstance(clip, VideoPart) and clip.frames.shape == (3, 4, 8, 3) and clip.fps == 24
+    segment = reply.document.segments[-1]
+    assert isinstance(segment, Video) and segment.fps == 24 and torch.equal(segment.frames, clip.frames)
+    spans = model.spans(reply.document)
+    header = [token for span in spans if isinstance(span, TokenSpan) for token in span.ids if token in engine.control]
+    assert header[-8:-2] == [engine.control.assistant, *clip_script(engine, 3, 24)[:-1]]
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(24, 24), (23.976, 24), (0.5, 1), (64.4, 64)])
+def test_a_forced_frame_rate_arrives_in_the_clip(model: omni.Omni, fps: float, rate: int) -> None:
+    """The header's id is forced by its mask, whatever the logits are; the clip has the very number that was asked."""
+    engine = Engine(model)
+    engine.allowed = {  # a clip of one chunk, chosen by the model itself
+        name: torch.full_like(mask, -torch.inf).index_fill(0, torch.tensor(ids), 0)
+        for (name, mask), ids in zip(
+            engine.allowed.items(),
+            ([engine.control.video], [engine.control.size(1)], [*map(engine.control.size, range(1, 65))],
+             [engine.control.size(1)], [engine.control.size(1)]),
+            strict=True,
+        )
+    }  # fmt: skip
+    for temperature in (0.0, 1.0):
+        events = list(engine.stream("move", steps=1, fps=float(fps), max_images=1, temperature=temperature))
+        [clip] = [event.part for event in events if isinstance(event, BlockDone)]
+        assert isinstance(clip, VideoPart) and clip.fps == fps and frame_rate(clip.fps) == rate
+        assert events[-1] == Stop("images")
+
+
+@pytest.mark.parametrize("fps", [0.0, 0.49, 64.5, -8.0, float("nan"), float("inf")])
+def test_a_frame_rate_without_an_id_is_refused(model: omni.Omni, fps: float) -> None:
+    with pytest.raises(ValueError, match="fps"):
+        model.generate("move", fps=fps)
+
+
+def test_a_clip_without_a_rate_token_is_refused_before_it_is_encoded(
+    model: omni.Omni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.codec, "encode", lambda pixels: pytest.fail("it was encoded"))
+    clip = Video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 0.2)
+    with pytest.raises(ValueError, match="0.2 frames per second has no rate token"):
+        model.generate(Document((clip, Text("what is this?"))))
+
+
+def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
+    script = clip_script(Engine(model), 3, 8)
+    [clip] = force(model, script).generate("move", steps=2, image_size=(8, 8)).parts
+    assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
+
+
+def test_a_picture_beyond_the_budget_ends_the_reply(model: omni.Omni) -> None:
+    """In place of text for ever, which is what is left where pictures are wanted and forbidden."""
+    script = picture_script(Engine(model), 1, 1)[:-1]  # text, a picture, text
+    again = [*script, *script, *script]
+    reply = force(model, again).generate("three pictures", steps=1, max_images=1)
+    assert [type(part).__name__ for part in reply.parts] == ["TextPart", "ImagePart", "TextPart"]
+    assert reply.text == "hi okhi " and reply.stop_reason == "images"
+    none = force(model, again).generate("three pictures", max_images=0)
+    assert none.text == "hi " and none.stop_reason == "images" and not none.images
+    clip = force(model, clip_script(Engine(model), 1, 8)).generate("move", max_images=0)
+    assert clip.parts == [] and clip.stop_reason == "images"
+
+
+def test_text_does_not_depend_on_a_budget_of_pictures_that_it_does_not_ask_for(model: omni.Omni) -> None:
+    engine = Engine(model)
+    engine.allowed["text"][[engine.control.image, engine.control.video]] = -torch.inf
+    with_pictures, without = (
+        engine.generate("say", temperature=1.0, max_tokens=12, max_images=n, seed=3) for n in (16, 0)
+    )
+    assert with_pictures.text == without.text != "" and with_pictures.stop_reason == without.stop_reason
+
+
+def test_a_forced_picture_needs_a_codec(tiny_model) -> None:  # noqa: ANN001
+    bare = omni.from_pretrained(tiny_model)
+    bare.codec = None
+    with pytest.raises(ValueError, match="no codec"):
+        bare.generate("draw", force_image=True)
+
+
+def test_the_codec_goes_where_the_model_goes(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    seen: list[str] = []
+    monkeypatch.setattr(PixelCodec, "to", lambda self, device: seen.append(str(device)) or self)
+    monkeypatch.setattr("omni.model.require_device", lambda name: name)
+    omni.from_pretrained(tiny_model, device="meta")
+    assert seen == ["meta"]
+
+
+def test_what_computes_nothing_is_refused(tiny_model) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="device 'meta' is not here; use cpu"):
+        omni.from_pretrained(tiny_model, device="meta")
+    with pytest.raises(ValueError, match="dtype = torch.int32 is no floating type; take torch.float32"):
+        omni.from_pretrained(tiny_model, dtype=torch.int32)
+
+
+def test_without_a_codec_a_reply_ends_where_a_picture_is_asked_for(tiny_model) -> None:  # noqa: ANN001
+    bare = omni.from_pretrained(tiny_model)
+    bare.codec = None
+    tokenizer = Engine(bare).tokenizer
+    script = [*tokenizer.encode("Here: "), tokenizer.control.image]
+    reply = force(bare, script).generate("draw", max_tokens=40)
+    assert (reply.text, reply.stop_reason, reply.images) == ("Here: ", "images", [])
+
+
+def test_a_size_that_the_model_has_not_is_named(model: omni.Omni) -> None:
+    for size in ((1, 1), (8, 13), (8192, 8), (8, 4096)):
+        with pytest.raises(
+            ValueError, match=rf"image_size = {size[0]} x {size[1]} .* multiple of 4 x 4 .* at most 32 x"
+        ):
+            model.generate("draw", force_image=True, image_size=size)
+
+
+def test_prompts_are_a_list(model: omni.Omni) -> None:
+    for prompts in ("draw a cat", {"role": "user", "content": "x"}, Document((Text("x"),)), 3):
+        with pytest.raises(ValueError, match="prompts must be a list of prompts, got a .*; put it in a list"):
+            model.generate_batch(prompts)  # type: ignore[arg-type]
+    replies = model.generate_batch(["x", "x"], {"max_tokens": 2, "seed": 1}, seeds=[1, 1])
+    assert replies[0].text == replies[1].text
+
+
+def test_changes_count_beside_options(model: omni.Omni) -> None:
+    one = GenerationOptions(steps=1, force_image=True, image_size=(8, 8), max_tokens=1, max_images=1)
+    both = [Engine(model).generate("x", one, seed=3), Engine(model).generate("x", one.model_copy(update={"seed": 3}))]
+    assert both[0].images[0].tobytes() == both[1].images[0].tobytes()
+    assert both[0].images[0].tobytes() != Engine(model).generate("x", one).images[0].tobytes()
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        Engine(model).generate("x", one, stpes=4)
+
+
+def test_defaults_of_a_model_are_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'stpes' is no default .*did you mean 'steps'"):
+        GenerationOptions().resolved({"stpes": 4})
+    with pytest.raises(ValueError, match="give it with each request"):
+        GenerationOptions().resolved({"max_tokens": 4})
+
+
+def test_resolved_options_can_be_given_again(model: omni.Omni) -> None:
+    resolved = Engine(model).resolve(GenerationOptions(steps=2))
+    assert Engine(model).resolve(resolved) == resolved
+
+
+def test_a_network_trained_with_guidance_is_told_it(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[float]] = []
+    velocity = model.velocity
+
+    def listening(x, t, s, beta, *rest):  # noqa: ANN001, ANN002, ANN202
+        told.append(beta.tolist())
+        return velocity(x, t, s, beta, *rest)
+
+    monkeypatch.setattr(model, "velocity", listening)
+    plain = {"force_image": True, "image_size": (8, 8), "steps": 1, "max_tokens": 1, "max_images": 1}
+    for told_guidance, guidance in ((None, 1.0), (2.0, 1.0), (2.0, 3.0)):
+        model.generate("draw", guidance=guidance, told_guidance=told_guidance, **plain)
+    assert told == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
+
+
+def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
+    """Rows of different lengths and phases share passes and still give what each gives alone, bit for bit in pixels."""
+    prompts = ["a", "draw me something rather long, please", "b c"]
+    options = GenerationOptions(
+        steps=2, max_tokens=12, max_images=2, temperature=1.0, force_image=True, image_size=(8, 8)
+    )
+    together = model.generate_batch(prompts, options, seeds=[1, 2, 3])
+    for prompt, seed, reply in zip(prompts, [1, 2, 3], together, strict=True):
+        alone = model.generate_batch([prompt], options, seeds=[seed])[0]
+        assert alone.text == reply.text and len(alone.images) == len(reply.images) > 0
+        for a, b in zip(alone.images, reply.images, strict=True):
+            difference = max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
+            assert difference <= 1  # float rounding may move a pixel by one level
+
+
+def count_passes(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of positions of every pass over the context, as they happen."""
+    passes, extend = [], model.transformer.extend
+
+    def counted(h, *arguments):  # noqa: ANN001, ANN202
+        passes.append(h.shape[1])
+        return extend(h, *arguments)
+
+    monkeypatch.setattr(model.transformer, "extend", counted)
+    return passes
+
+
+def test_a_forced_picture_costs_one_pass_and_is_delivered_before_it_is_encoded(
+    model: omni.Omni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = count_passes(model, monkeypatch)
+    options = GenerationOptions(steps=2, force_image=True, image_size=(8, 8), max_images=1, max_tokens=5)
+    prompt = sum(len(s.ids) for s in model.spans(Document((Text("draw"),)), True))  # type: ignore[union-attr]
+    when = {type(event): list(passes) for event in Engine(model).stream("draw", options)}
+    assert when[BlockStart] == []
+    assert when[BlockStep] == when[BlockDone] == [prompt + 3]
+    assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, once more text is asked for
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
+def test_room_in_the_cache_changes_nothing(model: omni.Omni, lengths: tuple[int, int]) -> None:
+    """Blocks refined in the free slots of the cache, against a copy of its keys and values; twice, as samplers do."""
+    spans = [[TokenSpan([r + n for n in range(length)], [False] * length)] for r, length in enumerate(lengths)]
+    key = Key(7)
+    with torch.inference_mode():
+        cache = model.transformer.new_cache(2, 6)  # too small for the block, so it grows
+        append_spans(model, cache, spans, 0)
+        stream, x = refine_stream(cache, (1, 2, 2), "cpu"), key.normal((2, 4, model.config.flow.channels))
+        t = torch.tensor([0.9, 0.4])
+        room = cache.memory(room=4)
+        found = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, room) for scale in (1, 2)]
+        plain = cache.memory()
+        wanted = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, plain) for scale in (1, 2)]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert float((found[0] - found[1]).abs().max()) > 1e-3
+        ahead = append_spans(model, cache, spans, 0)  # what stood in the free slots is not context
+        fresh = model.transformer.new_cache(2, 32)
+        for _ in range(2):
+            clean = append_spans(model, fresh, spans, 0)
+        assert torch.equal(ahead, clean)
+
+
+def test_seed_decides_the_picture(model: omni.Omni) -> None:
+    make = lambda seed: model.generate("x", force_image=True, image_size=(8, 8), steps=2, max_tokens=1, seed=seed)  # noqa: E731
+    assert make(1).images[0].tobytes() == make(1).images[0].tobytes() != make(2).images[0].tobytes()
+
+
+def test_header_is_always_well_formed(model: omni.Omni) -> None:
+    """Whatever random weights say at temperature 2: sizes within the grid, text without control ids, budgets kept."""
+    options = GenerationOptions(steps=1, temperature=2.0, max_tokens=40, max_images=3)
+    for reply in model.generate_batch(["q"] * 12, options, seeds=range(12)):
+        assert len(reply.images) <= 3
+        for picture in reply.images:
+            assert picture.width <= 4 * model.config.max_grid and picture.height <= 4 * model.config.max_grid
+
+
+def test_guidance_of_one_is_no_guidance_and_others_change_the_picture(model: omni.Omni) -> None:
+    def picture(**changes: float) -> bytes:
+        reply = model.generate("draw", force_image=True, image_size=(8, 8), steps=2, max_tokens=1, **changes)
+        return reply.images[0].tobytes()
+
+    assert picture(guidance=1.0, image_guidance=1.0) == picture()
+    assert picture(guidance=3.0) != picture()
+
+
+def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) -> None:
+    """The engine's null history composes to the ids of guidance.drop, up to the picture."""
+    engine = Engine(model)
+    pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
+    from omni.generation.row import Media, Row
+    from omni.sequence.layout import LatentSpan
+
+    image, video = Image(pixels, Role.ASSISTANT, True), Video(pixels[None], 30.2, Role.ASSISTANT, True)
+    both = [(image, Media("image", 0, rows=2, columns=2)), (video, Media("video", 0, 1, 30, rows=2, columns=2))]
+    for what, (target, media) in itertools.product(("text", "images", "all"), both):
+        trained = drop(Document((*history, target)), what)
+        assert trained is not None
+        spans = model.spans(trained)
+        row = Row(0, GenerationOptions(), history, engine.tokenizer.stream(), list(history))
+        row.latents[history[1]] = model.encode_media([history[1]])[0]
+        row.media = media
+        inferred = null_spans(engine, row, what)
+        last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))
+        flat = lambda group: [s.ids if not isinstance(s, LatentSpan) else s.grid for s in group]  # noqa: E731
+        assert flat(inferred) == flat(spans[:last]), what
+
+
+def test_reduce_keeps_roles() -> None:
+    segments = (Text("a"), Text("b", Role.ASSISTANT), Text("c"))
+    assert [s.role for s in reduce(segments, "text")] == [Role.USER, Role.ASSISTANT, Role.USER]
+    assert all(isinstance(s, Text) and s.text == "" for s in reduce(segments, "all"))
+    assert reduce(segments, "images") == segments
+    assert drop(Document(segments), "text") is None
+
+
+def test_stop_strings_are_held_back_and_cut(model: omni.Omni) -> None:
+    script = [*Engine(model).tokenizer.encode("one STOP two")]
+    events = list(force(model, script).stream("x", stop=("STOP",)))
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "one "
+    assert events[-1] == Stop("stop")
+
+
+def test_length_limit(model: omni.Omni) -> None:
+    script = [*Engine(model).tokenizer.encode("abcdefgh")]
+    reply = force(model, script).generate("x", max_tokens=3)
+    assert reply.text == "abc" and reply.stop_reason == "length"
+
+
+def test_draws_follow_temperature_and_top_p() -> None:
+    score = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    draws = torch.tensor([draw_token(score, 0.7, 0.9, Key(0).fold(n)) for n in range(4000)])
+    p = (score.double() / 0.7).softmax(-1)
+    p[2:] = 0  # 0.79 + 0.19 reach 0.9 with two tokens
+    found = torch.bincount(draws, minlength=4) / len(draws)
+    assert float((found - p / p.sum()).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps = 0: must be a whole number from 1 to 1000"),
+        ({"temperature": -1.0}, "temperature = -1.0: must be a number from 0 to 100"),
+        ({"top_p": 0.0}, "top_p = 0.0: must be a number from 1e-06 to 1"),
+        ({"image_size": (7, 8)}, "7 x 8"),
+        ({"max_tokens": 0}, "max_tokens = 0: must be a whole number from 1 to 1000000"),
+        ({"top_p": 0.9}, "no effect at temperature 0"),
+        ({"told_guidance": 0.0}, "told_guidance = 0.0: must be a number from 0.001 to 100"),
+        ({"adaptive": True}, "adaptive = True has no effect on one token a pass"),
+        ({"force_image": True, "max_images": 0}, "max_images of at least 1, got 0"),
+    ],
+)
+def test_impossible_options_are_named(model: omni.Omni, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate("draw", **changes)
+
+
+def test_empty_prompt_is_refused(model: omni.Omni) -> None:
+    for prompt in ("", "   "):
+        with pytest.raises(ValueError, match="empty"):
+            model.generate(prompt)

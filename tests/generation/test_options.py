@@ -1,0 +1,193 @@
+"""Options: bounds in the fields, the same at every door; flags made from the fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from omni.cli import options as cli_options
+from omni.cli.commands import build_parser, parse
+from omni.generation.options import MAX_STEPS, GenerationOptions, check_defaults
+from omni.samplers import GRIDS, SAMPLERS
+from omni.samplers.verification import VERIFICATIONS
+from train.recipe import Recipe
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("steps", 10**9, "steps = 1000000000: must be a whole number from 1 to 1000; or leave it out"),
+    ("steps", 0, "from 1 to 1000"),
+    ("steps", True, "steps = True: must be a whole number"),
+    ("steps", "8", "steps = '8': must be a whole number"),
+    ("steps", 8.0, "steps = 8.0: must be a whole number"),
+    ("steps", 10**5000, "steps = a number of 16610 bits: must be a whole number"),
+    ("max_tokens", 10**12, "must be a whole number from 1 to 1000000; 256 is usual"),
+    ("max_tokens", 0, "from 1 to 1000000"),
+    ("grid", [0.5] * 10**6, "has 1000000 times; give at most 1001"),
+    ("grid", (1.0, float("nan"), 0.0), "or a list of times such as"),
+    ("grid", (1.0, 0.5), "must go from noise"),
+    ("grid", (), "must go from noise"),
+    ("grid", 3, "must be the name of a grid"),
+    ("grid", "unifrom", "did you mean 'uniform'"),
+    ("stop", ("",), "would end every reply at once"),
+    ("stop", ("a",) * 17, "has 17 texts; give at most 16"),
+    ("stop", "a" * 257, "longer than 256 characters"),
+    ("stop", 3, "must be a text or a list of texts"),
+    ("stop", (b"a",), "must be a text or a list of texts"),
+    ("stop", "\udce9", "not valid Unicode"),
+    ("max_images", -1, "must be a whole number from 0 to 1000"),
+    ("guidance", 1e38, "must be a number from 0 to 100"),
+    ("guidance", 10**400, "guidance = a number of 1329 bits: must be a number from 0 to 100"),
+    ("guidance", "2", "guidance = '2': must be a number"),
+    ("guidance", False, "guidance = False: must be a number"),
+    ("image_size", (0, 0), "must be (height, width) in pixels, each a whole number from 1 to 8192"),
+    ("image_size", (-8, 8), "each a whole number from 1 to 8192"),
+    ("image_size", (10**9, 8), "each a whole number from 1 to 8192"),
+    ("image_size", (8.0, 8), "each a whole number from 1 to 8192"),
+    ("image_size", (8, 8, 3), "must be (height, width)"),
+    ("image_size", "64x64", "must be (height, width)"),
+    ("temperature", 1e-300, "must be 0 (greedy), or from 0.001 to 100"),
+    ("temperature", -1, "must be a number from 0 to 100"),
+    ("top_p", 0, "must be a number from 1e-06 to 1"),
+    ("seed", 2**70, "from 0 to 9223372036854775807"),
+    ("seed", -1, "from 0 to 9223372036854775807"),
+    ("force_image", "yes", "must be true or false"),
+    ("sampler", "eulr", "did you mean 'euler'"),
+    ("verify", "rejectoin", "did you mean 'rejection'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=[f"{n}-{m[-20:]}" for n, _, m in WRONG])
+def test_a_value_out_of_bounds_is_one_line(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        GenerationOptions(**{name: value})
+    line = str(caught.value)
+    assert line.startswith(f"GenerationOptions: {name} = ") and message in line
+    assert "\n" not in line and len(line) < 500
+
+
+FRACTIONS = [n for n, f in GenerationOptions.model_fields.items() if float in {f.annotation, *get_args(f.annotation)}]
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_option_takes_what_is_not_finite(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} = -?(nan|inf)"):
+        GenerationOptions(**{name: value})
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown key 'stpes'; did you mean 'steps'"):
+        GenerationOptions(stpes=3)  # type: ignore[call-arg]
+
+
+def test_what_people_write_is_taken() -> None:
+    assert GenerationOptions(stop="dog").stop == ("dog",) and GenerationOptions(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    given: dict[str, Any] = {"steps": np.int64(4), "guidance": torch.tensor(2.0), "image_size": [8, 16]}
+    plain = GenerationOptions(**given, grid=np.array([1, 0.5, 0]))  # type: ignore[arg-type]
+    assert (plain.steps, plain.guidance, plain.image_size, plain.grid) == (4, 2.0, (8, 16), (1.0, 0.5, 0.0))
+    assert GenerationOptions(max_tokens=None, stop=None, top_p=None) == GenerationOptions()  # type: ignore[arg-type]
+    assert GenerationOptions(temperature=0).resolved({}).temperature == 0.0
+    many = GenerationOptions(grid=tuple(1 - n / MAX_STEPS for n in range(MAX_STEPS + 1))).resolved({})
+    assert many.steps == MAX_STEPS and len(many.times()) == MAX_STEPS + 1
+
+
+def test_no_seed_is_a_fresh_one_which_is_recorded() -> None:
+    seeds = {GenerationOptions(seed=None).resolved({}).seed for _ in range(3)}
+    assert len(seeds) == 3 and all(isinstance(seed, int) and 0 <= seed < 2**63 for seed in seeds)
+    resolved = GenerationOptions(seed=None).resolved({})
+    assert resolved.resolved({}) == resolved
+
+
+def test_options_survive_json() -> None:
+    resolved = GenerationOptions(grid=(1.0, 0.4, 0.0), stop="x", image_size=(8, 8)).resolved({})
+    assert GenerationOptions.model_validate_json(resolved.model_dump_json()) == resolved
+    assert GenerationOptions.model_validate(resolved.model_dump(mode="json")) == resolved
+    schema = GenerationOptions.model_json_schema()["properties"]
+    json.dumps(schema)
+    assert schema["steps"]["anyOf"][0] == {"maximum": 1000, "minimum": 1, "type": "integer"}
+    assert schema["max_images"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"steps": 0}, "here: steps = 0: must be a whole number from 1 to 1000"),
+        ({"steps": "4"}, "here: steps = '4': must be a whole number"),
+        ({"guidance": 1e38}, "here: guidance = 1e\\+38"),
+        ({"temperature": float("nan")}, "here: temperature = nan"),
+        ({"stpes": 4}, "here: 'stpes' is no default .*did you mean 'steps'"),
+        ({"max_tokens": 4}, "here: 'max_tokens' is no default .*give it with each request"),
+        ({"gamma": 0.5, "sampler": "euler"}, "here: gamma = 0.5 means nothing to the sampler 'euler'"),
+        ([1], "here: must be a table of options, got a list"),
+    ],
+)
+def test_defaults_have_the_same_bounds(defaults: Any, message: str) -> None:
+    for check in (lambda: check_defaults(defaults, "here"), lambda: GenerationOptions().resolved(defaults, "here")):
+        with pytest.raises(ValueError, match=message):
+            check()
+
+
+def test_a_recipe_and_a_model_have_the_same_bounds(tiny_model: Path, tmp_path: Path) -> None:
+    import omni
+
+    with pytest.raises(ValueError, match=r"\[generation\]: steps = 1000000000: must be a whole number from 1 to 1000"):
+        Recipe._can_be_generated({"steps": 10**9})
+    model = omni.from_pretrained(tiny_model)
+    model.defaults = {"steps": 10**9}
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="generation.json: steps = 1000000000: must be a whole number from 1 to 1000"):
+        omni.from_pretrained(tmp_path / "model")
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def sub_parser(command: str) -> Any:
+    [group] = [action for action in build_parser()._actions if hasattr(action, "choices") and action.choices]
+    return group.choices[command]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_field_has_one_flag_and_every_group_a_title(command: str) -> None:
+    parser = sub_parser(command)
+    destinations = [action.dest for action in parser._actions]
+    assert all(destinations.count(name) == 1 for name in GenerationOptions.model_fields)
+    groups = {group.title: [action.dest for action in group._group_actions] for group in parser._action_groups}
+    assert set(groups["what is asked for"]) >= {
+        *("steps", "seed", "guidance", "image_size", "temperature", "max_tokens", "max_images", "system", "stop")
+    }
+    assert len(groups["what is asked for"]) <= 12 and "sampler" in groups["how pictures are sampled (for experts)"]
+    assert "tokens_per_pass" in groups["how text is sampled and drafted (for experts)"]
+
+
+def test_help_tells_the_bounds_of_the_fields_and_every_name() -> None:
+    shown = " ".join(sub_parser("generate").format_help().split())
+    for words in ("(from 1 to 1000)", "(from 0 to 1000; default 16)", "(from 1e-06 to 1; default 1)"):
+        assert words in shown
+    for names, field in ((SAMPLERS.names(), "sampler"), (GRIDS.names(), "grid"), (VERIFICATIONS, "verify")):
+        told = GenerationOptions.model_fields[field].description or ""
+        assert all(re.search(rf"\b{name}\b", told) for name in names if name != "ddim"), field
+
+
+def test_flags_become_options() -> None:
+    words = "--steps 3 --seed random --guidance 2 --size 8x16 --temperature 0.5 --max-tokens 9 --max-images 0 --stop a"
+    more = ["--stop", "b c", "--force-image", "--grid", "edm", "--top-p", "0.5", "--tokens-per-pass", "4", "--recycle"]
+    options = parse(["generate", *words.split(), *more, "draw"]).options
+    assert options == GenerationOptions(
+        steps=3, seed=None, guidance=2.0, image_size=(8, 16), temperature=0.5, max_tokens=9, max_images=0,
+        stop=("a", "b c"), force_image=True, grid="edm", top_p=0.5, tokens_per_pass=4, recycle=True,
+    )  # fmt: skip
+    assert parse(["chat"]).options == GenerationOptions()
+    assert cli_options.flag_of("image_size") == "--size" and cli_options.flag_of("max_tokens") == "--max-tokens"
+
+
+@pytest.mark.parametrize("prompt", ["-5 apples", "-h what", "-help me draw", "--steps is what?", "- a list"])
+def test_a_prompt_may_begin_with_a_dash(prompt: str) -> None:
+    assert parse(["generate", prompt, "--steps", "2"]).prompt == prompt
+    assert parse(["generate", "--steps", "2", "--", prompt]).prompt == prompt
+    assert parse(["generate", "--", "--steps"]).prompt == "--steps"

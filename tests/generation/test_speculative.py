@@ -1,0 +1,366 @@
+"""Text in blocks behind the engine: the strings of plain decoding, in a batch, around pictures; the law of it else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import omni
+from omni.finite import NotFiniteError
+from omni.generation.engine import Engine
+from omni.generation.reply import Drafted, GenerationOptions, Reply
+from omni.generation.speculative import _noise
+from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
+from omni.model import Omni
+from omni.nn.cache import KVCache
+from omni.rng import Key
+from omni.samplers.inverse_cdf import pick
+
+K = 4
+
+
+@JOINT_HEADS.register("roll_out")
+class RollOut(JointHead):
+    """Drafts what plain decoding would say, token by token: K passes, for tests."""
+
+    layout = "causal"
+    mask: Tensor | None = None  # what decoding forbids
+
+    def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
+        ids, laws = uniforms[:, :0].long(), []
+        for k in range(self.fits(uniforms)):
+            start = call.start if k == 0 else After(call, ids).start
+            scores = call.read(start).double()
+            laws.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
+            ids = torch.cat([ids, pick(laws[-1], uniforms[:, k]).unsqueeze(1)], 1)
+        return Draft(ids, torch.stack(laws, 1))
+
+    def loss(self, call, lesson):  # noqa: ANN001, ANN201
+        raise NotImplementedError
+
+
+@JOINT_HEADS.register("four_ids")
+class FourIds(JointHead):
+    """Drafts the first four ids alike, whatever stands before: legal where the others are forbidden, and wrong."""
+
+    def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
+        law = torch.full((*uniforms.shape, self.vocab_size), -torch.inf, dtype=torch.float64)
+        law[..., :4] = -math.log(4)
+        return Draft(pick(law, uniforms), law)
+
+    def loss(self, call, lesson):  # noqa: ANN001, ANN201
+        raise NotImplementedError
+
+
+def with_head(tiny_model, head: str) -> Omni:  # noqa: ANN001
+    plain = omni.from_pretrained(tiny_model)
+    joint = JointConfig(head=head, length=K, adapter_rank=2)
+    model = Omni(plain.config.model_copy(update={"joint": joint}), Key(0)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    model.tokenizer, model.codec, model.defaults = plain.tokenizer, plain.codec, plain.defaults
+    return model
+
+
+@pytest.fixture(params=["product", "roll_out", "sequential"])
+def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:  # noqa: ANN001
+    """Pictures are likely, and so is the end, as far as random weights decide anything."""
+    engine = Engine(with_head(tiny_model, request.param))
+    lift(engine)
+    yield engine
+
+
+def lift(engine: Engine) -> None:
+    mask = engine.allowed["text"]
+    mask[engine.control.end] += 2.0
+    mask[engine.control.image] += 4.0
+
+
+def text_alone(engine: Engine) -> Tensor:
+    """Neither the end nor a picture may come."""
+    c, mask = engine.control, engine.allowed["text"]
+    mask[[c.end, c.image, c.video]] = -torch.inf
+    return mask
+
+
+def same(a: Reply, b: Reply) -> bool:
+    if a.text != b.text or a.stop_reason != b.stop_reason or len(a.images) != len(b.images):
+        return False
+    pairs = zip(a.images, b.images, strict=True)
+    return all(x.size == y.size and max(map(_gap, x.tobytes(), y.tobytes())) <= 1 for x, y in pairs)
+
+
+def _gap(x: int, y: int) -> int:
+    return abs(x - y)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: float) -> None:
+    common = {
+        "temperature": temperature,
+        "top_p": 0.9 if temperature else 1.0,
+        "max_tokens": 24,
+        "max_images": 2,
+        "steps": 1,
+    }
+    for seed in range(6):
+        plain = engine.generate("say", seed=seed, tokens_per_pass=1, **common)
+        together = engine.generate("say", seed=seed, **common)
+        assert same(plain, together)
+        assert not plain.drafts and together.drafts
+        for d in together.drafts:  # the first token of a draft is always right, where a pass was made for it
+            assert (d.passes > 1) <= d.kept <= d.drafted <= K
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, temperature: float) -> None:
+    """With lifted pictures every reply asks for one more than it may."""
+    engine.allowed["text"][engine.control.end] = -torch.inf
+    engine.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
+    for budget in (0, 1):
+        common = {"temperature": temperature, "max_tokens": 200, "max_images": budget, "steps": 1, "seed": 1}
+        plain = engine.generate("say", tokens_per_pass=1, **common)
+        assert same(plain, engine.generate("say", **common))
+        assert plain.stop_reason == "images" and len(plain.images) == budget
+
+
+@pytest.mark.filterwarnings("ignore::omni.sequence.context_limit.ContextWarning")
+def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No draft reaches past it, and a picture that has no room is not begun."""
+    longest, write_fields, enter = [0], KVCache.write_fields, engine.step.enter
+
+    def written(cache: KVCache, block: Tensor, valid: list[int]) -> None:
+        longest.append(max(a + n for a, n in zip(cache.lengths, valid, strict=True)))
+        write_fields(cache, block, valid)
+
+    def entered(cache: KVCache, num: int = 1) -> int:
+        longest.append(cache.longest + num)
+        return enter(cache, num)
+
+    monkeypatch.setattr(KVCache, "write_fields", written)
+    engine.step.enter = entered  # type: ignore[method-assign]
+    engine.allowed["text"][engine.control.end] = -torch.inf
+    reasons = set()
+    for limit, seed in itertools.product((16, 30), range(2)):
+        engine.model.config = engine.model.config.model_copy(update={"max_context": limit})
+        common = {"temperature": 1.0, "steps": 1, "max_images": 1, "seed": seed}
+        plain = engine.generate("say", tokens_per_pass=1, **common)
+        longest[:] = [0]
+        assert same(plain, engine.generate("say", **common)) and max(longest) <= limit
+        reasons.add(plain.stop_reason)
+    assert "length" in reasons
+
+
+@pytest.mark.parametrize("verify", ["coupled", "rejection", "none"])
+@pytest.mark.parametrize("head", ["product", "sequential", "push_forward", "masked"])
+def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
+    """Also where verification would put the ids right: it is damage, and slow."""
+    engine = Engine(with_head(tiny_model, head))
+    text_alone(engine)
+    common = {"temperature": 1.0, "max_tokens": 8, "verify": verify}
+    if verify != "rejection" or head in ("product", "sequential"):
+        assert engine.generate("say", **common).stop_reason == "length"
+    assert engine.model.joint is not None
+    with torch.no_grad():
+        for parameter in engine.model.joint.head.parameters():
+            parameter.view(-1)[0] = math.nan
+    with pytest.raises(NotFiniteError, match="token [1-4] of the reply (on is|are) not finite"):  # no mask hides a NaN
+        engine.generate("say", **common)
+    with torch.no_grad():
+        engine.model.get_parameter("transformer.blocks.0.text.qkv.weight")[0, 0] = math.nan
+    with pytest.raises(NotFiniteError, match="logits of token 1 of the reply are not finite"):
+        engine.generate("say", **common)
+
+
+def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
+    engine = Engine(with_head(tiny_model, "roll_out"))
+    assert engine.model.joint is not None
+    engine.model.joint.head.mask = text_alone(engine)  # type: ignore[assignment]
+    reply = engine.generate("say", temperature=1.0, max_tokens=40, seed=3, max_images=0)
+    assert len(reply.drafts) == 8 and all(d.kept == d.drafted for d in reply.drafts)
+
+
+@pytest.mark.parametrize("verify", ["none", "coupled"])
+def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa: ANN001
+    """From drafts that are never right: as many sweeps as tokens are plain decoding, one sweep is not."""
+    engine = Engine(with_head(tiny_model, "four_ids"))
+    lift(engine)
+    common = {"temperature": 1.0, "max_tokens": 24, "max_images": 2, "steps": 1, "verify": verify}
+    agree = {n: 0 for n in (0, 1, K)}
+    for seed in range(6):
+        plain = engine.generate("say", seed=seed, tokens_per_pass=1, **{**common, "verify": None})
+        for n in agree:
+            agree[n] += same(plain, engine.generate("say", seed=seed, sweeps=n, **common))
+    assert agree == ({0: 6, 1: 6, K: 6} if verify == "coupled" else {**agree, K: 6})
+    assert agree[0] < 6 or verify == "coupled"
+
+
+def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
+    engine = Engine(with_head(tiny_model, "four_ids"))
+    text_alone(engine)
+    kept = []
+    for n in range(K + 1):
+        reply = engine.generate("say", temperature=1.0, max_tokens=40, max_images=0, seed=1, sweeps=n)
+        kept.append(sum(d.kept for d in reply.drafts) / len(reply.drafts))
+        assert all(d.kept >= min(1 + n, d.drafted) for d in reply.drafts)
+    assert kept[0] < kept[1] < kept[K] == K
+
+
+def test_the_rest_of_a_draft_that_fell_is_judged_before_the_head_drafts_again(tiny_model) -> None:  # noqa: ANN001
+    """The same strings in fewer drafts; each rest is what the round before left of its own draft."""
+    engine = Engine(with_head(tiny_model, "four_ids"))
+    text_alone(engine)
+    common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 4}
+    anew, again = (engine.generate("say", recycle=recycle, **common) for recycle in (False, True))
+    assert anew.text == again.text == engine.generate("say", tokens_per_pass=1, **common).text
+    heads = [sum(not d.again for d in reply.drafts) for reply in (anew, again)]
+    assert heads[1] < heads[0] == len(anew.drafts)
+    for before, after in itertools.pairwise(again.drafts):
+        left = before.drafted - before.kept
+        assert after.again == (left > 0) and (not after.again or after.drafted <= left)
+
+
+def four_ids_alone(engine: Engine) -> Engine:
+    """The first four ids are likely, and no others may come."""
+    with torch.no_grad():
+        engine.model.token.embedding.weight[:4] *= 20
+    for mask in engine.allowed.values():
+        mask[:] = -torch.inf
+        mask[:4] = 0
+    return engine
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: float) -> None:  # noqa: ANN001
+    """The strings of plain decoding, alone and in a batch; after the first round nothing is read twice."""
+    engine = four_ids_alone(Engine(with_head(tiny_model, "sequential")))
+    lengths: list[int] = []
+    append = engine.step.append
+
+    def counted(h: Tensor, cache: KVCache) -> Tensor:
+        lengths.append(h.shape[1])
+        return append(h, cache)
+
+    engine.step.append = counted  # type: ignore[method-assign]
+    options = GenerationOptions(temperature=temperature, max_tokens=40, max_images=0)
+    replies = [engine.generate("say", options.model_copy(update={"seed": seed})) for seed in range(8)]
+    rounds = [d for reply in replies for d in reply.drafts[1:]]
+    assert all(d.passes == 1 and d.drafted < K for d in rounds)
+    assert len(lengths) == len(replies) + len(rounds) and max(lengths) == K  # the last id and what was drafted after it
+    kept = sum(d.kept for d in rounds)
+    assert kept < sum(d.drafted for d in rounds) and (kept > 0 or not temperature)
+    plain = options.model_copy(update={"tokens_per_pass": 1})
+    for seed, reply in enumerate(replies):
+        assert reply.text == engine.generate("say", plain.model_copy(update={"seed": seed})).text
+    together = engine.generate_batch(["say"] * 8, options, seeds=range(8))
+    assert [(r.text, r.drafts) for r in together] == [(r.text, r.drafts) for r in replies]
+
+
+def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
+    """The same strings; drafts that fall are short, drafts that stand grow to the budget."""
+    common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 2}
+    for head, longest in (("four_ids", 3), ("roll_out", K)):
+        engine = Engine(with_head(tiny_model, head))
+        mask = text_alone(engine)
+        if head == "roll_out":
+            engine.model.joint.head.mask = mask  # type: ignore[union-attr, assignment]
+        plain, adapted = engine.generate("say", **common), engine.generate("say", adaptive=True, **common)
+        assert plain.text == adapted.text
+        lengths = [d.drafted for d in adapted.drafts if not d.again]
+        assert lengths[0] == K and max(lengths[1:-1]) == longest
+
+
+def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
+    """Rows in blocks beside plain ones, of different lengths, with pictures: each as alone."""
+    prompts = ["a", "draw me something rather long, please", "b c", "d"]
+    options = [
+        GenerationOptions(temperature=1.0, max_tokens=20, steps=1, max_images=1, tokens_per_pass=n)
+        for n in (4, 1, 2, 3)
+    ]
+    together = engine.generate_batch(prompts, options, seeds=[1, 2, 3, 4])
+    for prompt, one, seed, reply in zip(prompts, options, [1, 2, 3, 4], together, strict=True):
+        assert same(reply, engine.generate_batch([prompt], [one], seeds=[seed])[0])
+        assert all(d.drafted <= (one.tokens_per_pass or 0) for d in reply.drafts)
+
+
+def test_what_the_caller_forces_holds(engine: Engine) -> None:
+    common = {"temperature": 1.0, "max_tokens": 20, "steps": 1, "max_images": 2, "seed": 5}
+    for more in ({"force_image": True}, {"image_size": (8, 8)}, {"stop": ("a", "e", "i")}):
+        assert same(engine.generate("x", tokens_per_pass=1, **common, **more), engine.generate("x", **common, **more))
+
+
+def test_a_draft_cannot_make_a_header_malformed(engine: Engine) -> None:
+    """Unverified too: whatever is drafted, headers are of sizes and turns end properly."""
+    for seed in range(6):
+        reply = engine.generate("x", temperature=1.0, max_tokens=24, steps=1, max_images=2, seed=seed, verify="none")
+        assert reply.stop_reason in ("end", "length", "images") and len(reply.images) <= 2
+        largest = engine.model.config.max_grid * engine.model.codec.spec.stride[1]  # type: ignore[union-attr]
+        assert all(max(image.size) <= largest for image in reply.images)
+
+
+def test_events_tell_what_was_kept(engine: Engine) -> None:
+    events = list(engine.stream("x", temperature=1.0, max_tokens=12, max_images=0, seed=1))
+    reply = engine.generate("x", temperature=1.0, max_tokens=12, max_images=0, seed=1)
+    assert [e for e in events if isinstance(e, Drafted)] == list(reply.drafts) != []
+
+
+def test_block_verification_drafts_every_round_anew(tiny_model) -> None:  # noqa: ANN001
+    """Its verdict hangs on tokens that fall: their noise is used up. Rejection's does not, and common noise is kept."""
+    engine = Engine(with_head(tiny_model, "product"))
+    for kind in ("block", "rejection", "coupled"):
+        [row] = engine._rows(["say"], GenerationOptions(verify=kind, temperature=1.0), None)
+        first = _noise(row, 4)
+        row.num_tokens += 1
+        assert bool(set(first) & set(_noise(row, 4))) == (kind != "block")
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [("four_ids", "rejection"), ("four_ids", "block"), ("four_ids", "none")]
+    + [("sequential", "rejection"), ("sequential", "block")],
+)
+def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
+    """Three tokens of four ids, 4,000 seeds: rejection and block have plain decoding's law, unverified drafts not."""
+    model = with_head(tiny_model, head)
+    engine = four_ids_alone(Engine(model))
+    laws = []
+    for options in ({"tokens_per_pass": 1}, {"verify": kind}):
+        one = GenerationOptions(temperature=1.0, max_tokens=3, **options)  # type: ignore[arg-type]
+        offset = 0 if "tokens_per_pass" in options else 10_000
+        replies = []
+        for first in range(0, 4000, 500):
+            replies += engine.generate_batch(["x"] * 500, one, seeds=range(offset + first, offset + first + 500))
+        ids = [engine.tokenizer.encode(reply.text) for reply in replies]
+        code = torch.tensor([sum(i * 4**n for n, i in enumerate(row)) for row in ids])
+        laws.append(torch.bincount(code, minlength=64).double() / 4000)
+    distance = float((laws[0] - laws[1]).abs().sum() / 2)
+    assert distance > 0.2 if kind == "none" else distance < 0.09
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_pass": 0}, "tokens_per_pass = 0: must be a whole number from 1 to 64"),
+        ({"tokens_per_pass": 9}, "tokens_per_pass = 9 is too many: its joint-token head draws 4"),
+        ({"verify": "coupeld"}, "unknown verification 'coupeld'"),
+        ({"sweeps": -1}, "sweeps = -1: must be a whole number from 0 to 64"),
+        ({"sweeps": 1, "verify": "block"}, "verify = 'block' needs the distribution of a draft, which sweeps change"),
+        ({"sweeps": 1, "tokens_per_pass": 1}, "sweeps = 1 has no effect on one token a pass"),
+        ({"verify": "none", "tokens_per_pass": 1}, "verify = 'none' has no effect on one token a pass"),
+        ({"recycle": True, "verify": "block"}, "recycle has no effect with verify = 'block'"),
+        ({"verify": "greedy", "temperature": 0.5}, "verify = 'greedy' has no meaning at temperature 0.5"),
+    ],
+)
+def test_impossible_options_are_refused(tiny_model, changes: dict, message: str) -> None:  # noqa: ANN001
+    engine = Engine(with_head(tiny_model, "product"))
+    with pytest.raises(ValueError, match=message):
+        engine.generate("x", **changes)
+
+
+def test_a_plain_model_refuses_blocks(tiny_model) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="no joint-token head"):
+        Engine(omni.from_pretrained(tiny_model)).generate("x", tokens_per_pass=2)

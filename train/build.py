@@ -1,0 +1,297 @@
+"""Recipe to run: builds tokenizer, codec, model, data, loader, objectives and optimiser, and checks that they fit.
+
+Everything a recipe names is resolved here, so `--dry-run` finds every mistake before the first step. Also the other
+end: the finished run to a model directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni.checkpoint import Published, tensor_bytes
+from omni.codecs import Codec, codecs, load_codec, read_codec
+from omni.config import build, digest
+from omni.data.source import Source, build_source
+from omni.heads import FlowHeadConfig
+from omni.media.preparation import Preparation, target_size
+from omni.model import CODEC_CONFIG, TOKENIZER_CONFIG, Omni, OmniConfig
+from omni.nn.compiled import compile_blocks
+from omni.objectives import OBJECTIVES, Objective
+from omni.rng import Key
+from omni.text import Tokenizer, load_tokenizer
+from omni.text.compose import compose
+from train.checkpoint import AVERAGES, WEIGHTS
+from train.data.held_out import HeldOut, hold_out
+from train.data.lanes import Lanes, Tickets
+from train.data.latents import LatentMemo
+from train.data.loader import Loader
+from train.data.mixture import Mixture
+from train.guard import Guard
+from train.loop import Run
+from train.optim.ema import Ema
+from train.optim.optimiser import Optimiser
+from train.optim.target import build_target
+from train.recipe import DataConfig, Recipe
+from train.sampler import choose_sampler
+from train.upcycling import with_copies
+from train.validation import Validation
+
+DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator each, 2 is Key.each
+
+# Settings of a model that change none of its numbers, and those whose shapes or names tell.
+WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
+WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
+# What a setting says before it is taken up: the weights of the other are copies then.
+NOT_YET = {"latent_weights": "shared"}
+
+
+def assemble(recipe: Recipe, out: Path) -> Run:
+    """A run at step 0. Raises ValueError, one line, for anything the recipe names that does not exist or fit."""
+    key = Key(recipe.seed)
+    tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
+    objectives = build_objectives(recipe)
+    model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives))
+    mixture = build_mixture(recipe, key)
+    mixture.held_out, more_data = build_held_out(recipe, mixture, key)
+    memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
+    load = partial(
+        Loader,
+        prepare=model.prepare,
+        compose=partial(_compose, tokenizer),
+        pad_id=tokenizer.control.pad,
+        null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
+    )
+    shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
+    train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
+    own = {"memo": memo, "channels": codec.spec.channels}
+
+    def open_lanes(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> Lanes:
+        def of_lane(tickets: Tickets, lanes: int) -> Loader:
+            made = train(memo=tickets, channels=tickets.channels, stride=lanes)
+            made.counts.update({name: count // lanes for name, count in counts.items()})
+            return made
+
+        return Lanes(of_lane, codec, cursors, step, recipe.device)
+
+    validation, held_out = None, ()
+    if mixture.held_out is not None:
+        held_out, to_measure = mixture.held_out.documents, key.fold("validation")
+        whole = shape.model_copy(update={"trim": 0.0, "fixed": False})
+        loader = load(held_out.__getitem__, shape=whole, key=to_measure, end=len(held_out), **own)
+        validation = Validation(loader, to_measure)
+    identity = {
+        "recipe": recipe.model_dump(mode="json"),
+        "draws": DRAWS,
+        "data": mixture.fingerprint() + more_data,
+        "tokenizer": digest(tokenizer.describe()),
+        "codec": _codec_fingerprint(codec),
+    }
+    return Run(
+        recipe=recipe,
+        model=model,
+        objectives=objectives,
+        loader=train(**own),
+        optimiser=Optimiser(model.named_parameters(), recipe.optimiser),
+        ema=Ema(model, recipe.ema_decay),
+        guard=Guard(recipe.max_nonfinite),
+        out=out,
+        identity=identity,
+        target=build_target(model, objectives),
+        validation=validation,
+        held_out=held_out,
+        open_lanes=open_lanes if recipe.workers else None,
+    )
+
+
+def build_tokenizer(recipe: Recipe) -> Tokenizer:
+    if recipe.tokenizer == "bytes":
+        from omni.text.bpe import BPETokenizer
+
+        return BPETokenizer.train([], 256)
+    return load_tokenizer(recipe.tokenizer)
+
+
+def build_codec(recipe: Recipe) -> Codec:
+    if isinstance(recipe.codec, str):
+        codec = load_codec(recipe.codec)
+    else:
+        kind = str(recipe.codec.get("kind", ""))
+        codec = codecs.get(kind).from_config(recipe.codec, "codec")
+        if codec.weights():
+            raise ValueError(f"codec kind {kind!r} has weights; give the directory of a trained one instead of a table")
+    if hasattr(codec, "precision"):
+        codec.precision = recipe.codec_precision  # type: ignore[attr-defined]
+    return codec.to(recipe.device)
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+    fields = dict(recipe.heads)
+    flow = {**fields.pop("flow", {}), "channels": codec.spec.channels}
+    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size, "sampler": sampler}
+    fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
+    model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
+    model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
+    model.preparation = recipe.preparation
+    if recipe.preparation.size is not None:
+        target_size(*recipe.preparation.size, recipe.preparation, model.limits)
+    if recipe.init_from is not None:
+        left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
+        if left:
+            begin = (
+                f"init_from {str(recipe.init_from)!r}: {len(left)} weights begin as initialised, such as {left[0]!r}"
+            )
+            print(begin, file=sys.stderr)
+        for difference in other_settings(recipe.init_from, model.config):
+            said = f"init_from {str(recipe.init_from)!r} has {difference}"
+            if recipe.train_only:
+                raise ValueError(f"{said}; what is frozen cannot adapt: use the same")
+            print(said, file=sys.stderr)
+        if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
+            print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
+        if not recipe.init_partial:
+            check_same_parts(recipe.init_from, tokenizer, codec)
+    if recipe.train_only:
+        freeze_all_but(model, recipe.train_only)
+    if recipe.compile:
+        compile_blocks(model.transformer)
+    return model.to(recipe.device).train()
+
+
+def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
+    """Only weights whose names begin with one of `prefixes` get gradients; "*" in one stands for any characters.
+    ValueError for a prefix that no name has."""
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(fnmatchcase(name, f"{prefix}*") for name in names):
+            tops = sorted({name.split(".")[0] for name in names})
+            raise ValueError(f"train_only = {prefix!r} is the beginning of no weight's name; names begin with {tops}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, f"{prefix}*") for prefix in prefixes))
+
+
+def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
+    """Start from a model directory or from the averages of a saved state. Returns the names left as initialised.
+
+    Weights of their own for latents that the saved one has not begin as copies (see train.upcycling). Raises ValueError
+    when a weight is missing, unknown or of another shape, unless `partial_allowed`.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a saved state")
+    published, own = Published(directory), model.state_dict()
+    saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
+    published.read_rest()
+    saved = with_copies(saved, own)
+    usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
+    integers = [name for name, v in usable.items() if v.is_floating_point() != own[name].is_floating_point()]
+    if integers:
+        name = integers[0]
+        raise ValueError(f"init_from {str(directory)!r}: {name!r} is of {usable[name].dtype}, not of {own[name].dtype}")
+    left = sorted(own.keys() - usable.keys())
+    odd = left + sorted(saved.keys() - usable.keys())
+    if not usable:
+        raise ValueError(f"init_from {str(directory)!r} shares no weight with this model; use the same sizes")
+    if odd and not partial_allowed:
+        raise ValueError(
+            f"init_from {str(directory)!r} does not fit this model in {odd[0]!r} ({len(odd)} names); "
+            "use the same sizes, or init_partial=true"
+        )
+    model.load_state_dict({name: v.to(own[name].dtype) for name, v in usable.items()}, strict=False)
+    return left
+
+
+def other_settings(directory: Path, config: OmniConfig) -> list[str]:
+    """What `directory` says of its weights and this recipe says otherwise, where no shape would tell."""
+    published, name = Published(directory), "config.json"
+    if name not in published:
+        return []
+    saved = build(published.table(name), OmniConfig, str(directory / name))
+    theirs, ours = saved.model_dump(mode="json"), config.model_dump(mode="json")
+    pairs = [("", theirs, ours), *((f"{part}.", theirs[part], ours[part]) for part in ("transformer", "flow"))]
+    return [
+        f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
+        for prefix, a, b in pairs
+        for name in sorted(a.keys() - WITHOUT_EFFECT)
+        if a[name] != b[name] and not (name in NOT_YET and a[name] == NOT_YET[name])
+    ]
+
+
+def other_preparation(directory: Path, ours: Preparation) -> str | None:
+    """How `directory` prepares pictures and clips, where this recipe does otherwise."""
+    published, name = Published(directory), "preparation.json"
+    if name not in published:
+        return None
+    theirs = build(published.table(name), Preparation, str(directory / name))
+    if theirs == ours:
+        return None
+    a, b = (json.dumps(one.model_dump(mode="json", exclude_none=True)) for one in (theirs, ours))
+    return f"preparation = {a}, this recipe has {b}"
+
+
+def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:
+    """ValueError where the weights of a model directory were trained with another tokenizer or codec."""
+    words, pictures = (Published(directory).folder(name) for name in ("tokenizer", "codec"))
+    if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
+        raise ValueError(
+            f"init_from {str(directory)!r} has another tokenizer; use tokenizer={words.root}, or init_partial=true"
+        )
+    if CODEC_CONFIG in pictures and _codec_fingerprint(read_codec(pictures)) != _codec_fingerprint(codec):
+        raise ValueError(
+            f"init_from {str(directory)!r} has another codec; use codec={pictures.root}, or init_partial=true"
+        )
+
+
+def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:
+    return [
+        build_source(config.name, config.options, key.fold(origin, number, config.name), f"{origin}.{number}")
+        for number, config in enumerate(configs)
+    ]
+
+
+def build_mixture(recipe: Recipe, key: Key) -> Mixture:
+    sources = build_sources(recipe.data, key, "data")
+    return Mixture(sources, [config.weight for config in recipe.data], key.fold("data"))
+
+
+def build_held_out(recipe: Recipe, mixture: Mixture, key: Key) -> tuple[HeldOut | None, list[str]]:
+    """What is kept out of training, and the fingerprints of sources of its own."""
+    plan = recipe.validation
+    if plan is None:
+        return None, []
+    sources, weights = mixture.sources, [config.weight for config in recipe.data]
+    if plan.data:
+        sources, weights = build_sources(plan.data, key, "validation"), [config.weight for config in plan.data]
+    found = hold_out(sources, weights, plan.documents, plan.share, key.fold("validation"))
+    return found, [source.fingerprint() for source in sources] if plan.data else []
+
+
+def build_objectives(recipe: Recipe) -> list[Objective]:
+    return [
+        build({"weight": o.weight, **o.options}, OBJECTIVES.get(o.name), f"objectives.{number} ({o.name}) options")
+        for number, o in enumerate(recipe.objectives)
+    ]
+
+
+def publish_model(run: Run, directory: Path) -> Path:
+    """Publish the averaged weights, in bf16, with tokenizer, codec and configuration; replaces an older one."""
+    with run.ema.applied():
+        run.model.save_pretrained(directory, torch.bfloat16, replace=True)
+    return directory
+
+
+def _codec_fingerprint(codec: Codec) -> str:
+    weights = codec.weights()
+    data = digest(codec.config()).encode() + (tensor_bytes(weights) if weights else b"")
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:
+    return compose(document, tokenizer, encode_media)

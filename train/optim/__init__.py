@@ -1,0 +1,1 @@
+"""Optimisers, and the averages of weights that follow them."""

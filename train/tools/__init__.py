@@ -1,0 +1,1 @@
+"""Programs around training: averages, other tokenizers, curves, sheets."""

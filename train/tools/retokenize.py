@@ -1,0 +1,104 @@
+"""A model for another tokenizer: every weight stays, and every text id gets a vector from what its bytes were before.
+
+    python -m train.tools.retokenize OUT MODEL TOKENIZER [--pictures emoji_world]
+
+An id whose text was one id of the old tokenizer keeps that id's vector; any other gets the mean of the vectors of the
+old ids that its text consists of. Control ids keep theirs. The joint-token head is left out: train it again. A short
+run with the new tokenizer then teaches what the new ids mean.
+
+With `--pictures`, the id of a name whose picture is known gets a code of that picture too: its principal components.
+So "how does this code become latents" is one function that all names teach together, where otherwise each name's
+vector has to learn its own picture, from a few dozen visits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from omni.cli.arguments import exit_code
+from omni.document import Image
+from omni.model import Omni, from_pretrained
+from omni.rng import Key
+from omni.text import Tokenizer, load_tokenizer
+from omni.text.tokenizer import decode_bytes
+
+CODE_DEVIATION = 0.08  # of a code's coordinates; a trained embedding's are about 0.09
+
+
+def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor] | None = None) -> Omni:
+    """A new model like `model`, with the rows of its vocabulary made anew for `tokenizer`.
+
+    pictures: uint8 (H, W, 3), all of one size, by name; the ids of a name, with or without a space before it, get its
+    code (see `picture_codes`) added. ValueError for a model without a tokenizer.
+    """
+    old = model.tokenizer
+    if old is None:
+        raise ValueError("this model has no tokenizer; load it with omni.from_pretrained")
+    rows = [_old_ids(old, tokenizer.bytes_of(token)) for token in range(tokenizer.num_text)]
+    rows += [[token] for token in range(old.num_text, old.vocab_size)]
+    config = model.config.model_copy(update={"vocab_size": tokenizer.vocab_size, "joint": None})
+    result = Omni(config)
+    own, saved = result.state_dict(), model.state_dict()
+    for name, value in own.items():
+        of_ids = name.startswith("token.")
+        value.copy_(torch.stack([saved[name][ids].mean(0) for ids in rows]) if of_ids else saved[name])
+    if pictures:
+        codes = dict(zip(pictures, picture_codes(model, list(pictures.values())), strict=True))
+        with torch.no_grad():
+            for token in range(tokenizer.num_text):
+                code = codes.get(decode_bytes(tokenizer.bytes_of(token)).removeprefix(" "))
+                if code is not None:
+                    result.token.embedding.weight[token] += code
+    result.tokenizer, result.codec = tokenizer, model.codec
+    result.preparation, result.defaults = model.preparation, model.defaults
+    return result
+
+
+def picture_codes(model: Omni, pictures: Sequence[Tensor]) -> Tensor:
+    """(N, width) float32 codes of N uint8 (H, W, 3) pictures: principal components of their latents, in a random basis.
+
+    A component's deviation enters by its square root: small ones stay readable, large ones precise. At most `width`
+    components; fewer pictures than that have fewer. Coordinates have deviation CODE_DEVIATION.
+    """
+    latents = torch.stack([block for [block] in model.encode_media([Image(pixels) for pixels in pictures])]).flatten(1)
+    left, deviations, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
+    width = model.config.transformer.width
+    codes = left[:, :width] * deviations[:width].sqrt()
+    basis, _ = torch.linalg.qr(Key(0).fold("picture_codes").normal((width, width)))
+    codes = codes @ basis[: codes.shape[1]]
+    return codes * (CODE_DEVIATION / codes.std())
+
+
+def emoji_pictures() -> dict[str, Tensor]:
+    """Every name of the emoji world and its picture, big and on white."""
+    from omni.data.emoji_world import Atlas
+    from omni.data.emoji_world.scene import render, single
+
+    atlas = Atlas()
+    return {name: render(single(name), atlas) for name in atlas.names}
+
+
+def _old_ids(old: Tokenizer, data: bytes) -> list[int]:
+    """The old ids whose bytes joined are `data`: of its text, or of its bytes one by one where it is no text."""
+    text = decode_bytes(data)
+    if text.encode("utf-8", "surrogatepass") == data:
+        return old.encode(text)
+    return [old.byte_id(byte) for byte in data]
+
+
+def main(arguments: Sequence[str]) -> int:
+    def work() -> None:
+        if len(arguments) not in (3, 5) or arguments[3:] not in ([], ["--pictures", "emoji_world"]):
+            raise ValueError("usage: python -m train.tools.retokenize OUT MODEL TOKENIZER [--pictures emoji_world]")
+        pictures = emoji_pictures() if arguments[3:] else None
+        retokenize(from_pretrained(arguments[1]), load_tokenizer(arguments[2]), pictures).save_pretrained(arguments[0])
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
