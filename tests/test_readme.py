@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from omni.cli.commands import parse
-from omni.model import BUNDLED
+from omni.pretrained import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
