@@ -23,6 +23,7 @@ from torch import nn
 
 from omni import checkpoint
 from omni.config import Frozen, parse_json
+from omni.errors import DamagedError
 from train.data.batch import PIECES
 from train.optim.ema import Ema
 from train.optim.optimiser import Optimiser
