@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import omni
 from omni.document import Image
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,42 @@ def test_the_library_knows_no_programs() -> None:
         if dotted.split(".")[0] in forbidden[top]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def unknown_names(text: str) -> list[str]:
+    """Dotted names of files of ours in a text, such as omni.rng or train.lock.hold, that are not there."""
+    unknown = []
+    for dotted in re.findall(r"(?<![\w./-])((?:omni|train|eval)(?:\.[A-Za-z]\w*)+)", text):
+        parts = dotted.split(".")
+        known = max(n for n in range(len(parts) + 1) if n == 0 or _is_module(ROOT.joinpath(*parts[:n])))
+        rest = parts[known:]
+        if len(rest) > 2 or (rest and known == 1 and rest[0] not in omni.__all__ and rest[0] != "main"):
+            unknown.append(dotted)
+        elif rest and known > 1:
+            folder = ROOT.joinpath(*parts[:known])
+            file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+            if not re.search(rf"\b{rest[0]}\b", file.read_text(encoding="utf-8")):
+                unknown.append(dotted)
+    return unknown
+
+
+def _is_module(path: Path) -> bool:
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_names_in_prose_exist() -> None:
+    """In docstrings, comments and messages, and in the suites and recipes."""
+    others = {"train.parquet", "train.splitlines"}  # a file of data, a variable
+    paths = [path for path in files(*TOPS, "tests") if path != Path(__file__)]
+    paths += [path for top in TOPS for path in (ROOT / top).rglob("*.toml")]
+    found = [(name(path), dotted) for path in paths for dotted in unknown_names(path.read_text(encoding="utf-8"))]
+    wrong = [f"{file}: {dotted}" for file, dotted in found if dotted not in others]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_unknown_names_are_found() -> None:
+    text = "omni.layout.pack, omni.sequence.layout.pack, train.lock.hold, train.lock.held_by, omni.generate, omni.Key"
+    assert unknown_names(text) == ["omni.layout.pack", "train.lock.held_by", "omni.generate"]
 
 
 # ------------------------------------------------------------------------------------------------ sizes

@@ -35,8 +35,8 @@ from train.guard import TooManyNonFinite
 from train.lock import hold, refuse_many_processes
 from train.metrics import Tracker
 from train.recipe import Recipe
+from train.sheet import draw_sheet
 from train.signals import EXIT_STOPPED, StopRequest
-from train.tools.sheet import draw_sheet
 
 EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
 EXIT_CODES = """exit codes:

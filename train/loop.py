@@ -34,7 +34,7 @@ from train.recipe import Recipe, fraction_of
 
 @dataclass
 class Run:
-    """The moving parts of a run. `identity` is what a resume compares (see state.load)."""
+    """The moving parts of a run. `identity` is what a resume compares (see train.checkpoint.load)."""
 
     recipe: Recipe
     model: Any  # has .loss(batch, objectives, key, averages, progress) -> dict of Terms; an nn.Module

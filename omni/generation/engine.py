@@ -59,7 +59,7 @@ def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> Ge
 class Engine:
     """Generation with one model. Stateless between calls.
 
-    compile: text steps of a single row as native code, on the CPU (see nn.compiled_step): takes a second or two and a
+    compile: text steps of a single row as native code, on the CPU (see nn.native_step): takes a second or two and a
     C++ compiler, and keeps a copy of the weights as they are now. ValueError when that cannot be.
     allow_paths: whether chat messages may name files of this machine. A server, whose messages come from strangers,
     gives False; see omni.text.chat.messages_to_document.

@@ -4,7 +4,7 @@ Transformer.draft.
 At one token the cost is reading the weights and launching operations. So a single row uses matrix-vector products,
 residual sums ride on them, q and k are normed and rotated together, and the norm is written out (torch's composite
 rms_norm takes three times as long at this size). It serves rows of equal length; others go through `extend`. The
-contract (omni.generation.contract) compares both. `compiled_step.CompiledStep` is the step of one token as native code.
+contract (omni.generation.contract) compares both. `native_step.CompiledStep` is the step of one token as native code.
 
 Legend: R rows, n tokens of each, W width, H query heads, G key heads, D head width, V vocabulary, K positions of the
 cache, used or not.

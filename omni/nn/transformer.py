@@ -41,8 +41,8 @@ from omni.sequence.positions import rotary_table, rotate
 class TransformerConfig(Frozen):
     """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
 
-    `attention`: the backend (see nn.attention). `tangents`: how derivatives of F are taken: "forward" mode with
-    explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length, nn.jvp_attention), or
+    `attention`: see nn.attention.backends. `tangents`: how derivatives of F are taken: "forward" mode with
+    explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or
     "central" differences (any backend) with `tangent_step` (nn.tangent). None of it changes the weights.
     """
 
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
         `attention(q, k, v)` closes over mask, cache and memory; `latent` says which positions are latents.
         `condition`: six vectors per copy (I, 6, W), a Dual with h_RNW, and the copy of each position, or None.
-        `adapter`: what placeholders of tokens add to the projections (see nn.adapter).
+        `adapter`: what placeholders of tokens add to the projections (see nn.lora).
         """
         if condition is None:
             assert not isinstance(h_RNW, Dual)

@@ -13,7 +13,7 @@ import omni
 from omni.generation.context import append_ids, append_text
 from omni.generation.engine import Engine
 from omni.model import Omni
-from omni.nn import native_step as compiled_step
+from omni.nn import native_step
 from omni.nn.decode_step import TokenStep
 from omni.nn.native_step import COMPILERS, CompiledStep, load_library
 from omni.rng import Key
@@ -124,7 +124,7 @@ def test_the_bundled_model_says_the_same_compiled() -> None:
 
 def test_compile_without_a_compiler_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     load_library.cache_clear()
-    monkeypatch.setattr(compiled_step.shutil, "which", lambda _: None)
+    monkeypatch.setattr(native_step.shutil, "which", lambda _: None)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* install one or leave compile out"):
         load_library()
 
@@ -133,7 +133,7 @@ def test_compile_without_a_compiler_names_the_way_out(monkeypatch: pytest.Monkey
 def test_a_source_that_does_not_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # noqa: ANN001
     (tmp_path / "broken.cpp").write_text("int main( {\n")
     load_library.cache_clear()
-    monkeypatch.setattr(compiled_step, "SOURCE", tmp_path / "broken.cpp")
+    monkeypatch.setattr(native_step, "SOURCE", tmp_path / "broken.cpp")
     with pytest.raises(ValueError, match=r"could not compile broken\.cpp") as error:
         load_library()
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Attention with its tangent, tile by tile in plain torch: formulas and domain are at the head of nn.jvp_attention.
+"""Attention with its tangent, tile by tile in plain torch: formulas and domain are at the head of jvp.py.
 
 Memory grows with the length: a tile of scores exists at a time, forward and backward. Python walks the tiles, so this
 serves CPUs, odd head widths and float64; on CUDA the Triton kernels are the fast form.

@@ -1,4 +1,4 @@
-"""Triton kernels of attention with its tangent: one forward, and a backward in three kinds (see nn.jvp_attention).
+"""Triton kernels of attention with its tangent: one forward, and a backward in three kinds (see jvp.py).
 
     forward   a tile of queries, resident, walks the tiles of keys that it sees: the context's, then its own
     row sums  s1 and s2 per query, from the outputs and their cotangents
@@ -190,7 +190,7 @@ def _sweep(
     OWN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add to the running sums of a tile of queries what the keys of one side give, as in nn.jvp_attention."""
+    """Add to the running sums of a tile of queries what the keys of one side give, as in jvp.py."""
     acc, acc_t, m, total, mu, given, drift = state
     qi = (tile * BQ + tl.arange(0, BQ))[:, None]
     for i in range(0, _count(tiles, r, tile, num_k, BK, MASK)):
