@@ -19,7 +19,8 @@ from eval.task import Context, Panel, TaskOptions
 from omni.data.emoji_world import SIDE, Atlas, EmojiWorld, Scene
 from omni.data.emoji_world.documents import prompt_of
 from omni.document import Document, Text
-from omni.generation.reply import GenerationOptions, Reply
+from omni.generation.options import GenerationOptions
+from omni.generation.reply import Reply
 from omni.samplers import SamplerName
 
 MAX_DOCUMENTS_PER_REQUEST = 1000

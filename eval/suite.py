@@ -34,8 +34,9 @@ from pydantic import Field, create_model, field_validator
 from eval.report import html_report
 from eval.results import Row, TaskResult
 from eval.task import TASKS, Bar, Context, Measure, TaskOptions
-from omni.cli.arguments import Parser, check_place, exit_code, fail
+from omni.cli.arguments import Parser, exit_code, fail
 from omni.config import Frozen, load_toml, nearest
+from omni.errors import check_place
 from omni.nn.precision import require_device
 
 COLUMNS = ("name", "value", "unit", "bar", "holds", "command")

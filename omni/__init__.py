@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from omni.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from omni.document import Document, Image, Role, Text, Video
     from omni.generation.engine import Engine
     from omni.generation.options import GenerationOptions
     from omni.generation.reply import Reply
-    from omni.model import Omni, from_pretrained
+    from omni.model import Omni
+    from omni.pretrained import from_pretrained
     from omni.rng import Key
 
 __all__ = [
@@ -46,7 +49,7 @@ _HOME = {
     "Role": "omni.document",
     "Text": "omni.document",
     "Video": "omni.document",
-    "from_pretrained": "omni.model",
+    "from_pretrained": "omni.pretrained",
 }
 
 

@@ -28,6 +28,7 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 
 from omni.config import Frozen, explain, parse_json, table_of
+from omni.errors import DamagedError
 from omni.finite import in_range
 
 MANIFEST = "manifest.json"
@@ -37,10 +38,6 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 
 Content = bytes | str | Path | Mapping[str, torch.Tensor]
 """What a published file may be made of: raw bytes, text (UTF-8), a file or directory to copy, or named tensors."""
-
-
-class DamagedError(ValueError):
-    """A published directory is incomplete, or differs from its manifest."""
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -12,9 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-
-class NotFiniteError(ValueError):
-    """A computed value is NaN, infinite, or far outside of its range. The message names what and where."""
+from omni.errors import NotFiniteError
 
 
 def in_range(values: Tensor, limit: float = sys.float_info.max) -> bool:

@@ -12,8 +12,6 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,35 +19,27 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from omni.checkpoint import DamagedError, Published, manifest_digest, publish
-from omni.config import Frozen, build
+from omni.checkpoint import publish
+from omni.config import Frozen
 from omni.document import Document, Image, Text, Video
-from omni.generation.options import check_defaults
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
-from omni.joint import joint_loss
-from omni.media.preparation import AnySegment, Limits, Preparation, prepare, read_preparation
+from omni.losses import batch_losses
+from omni.media.preparation import AnySegment, Limits, Preparation, prepare
 from omni.nn.cache import Memory
-from omni.nn.precision import require_device
-from omni.nn.tangent import Dual, Form, differentiate, lift
+from omni.nn.tangent import lift
 from omni.nn.transformer import Transformer, TransformerConfig
-from omni.objectives import FlowObjective, Objective, Terms
-from omni.objectives.base import Items
-from omni.objectives.joint_tokens import JointTokenObjective
-from omni.objectives.next_token import NextToken
+from omni.objectives import Objective, Terms
 from omni.rng import Key
 from omni.samplers import SamplerName
-from omni.sequence.layout import IGNORE, Batch, Span, Stream
+from omni.sequence.layout import Batch, Span, Stream
 from omni.text.compose import compose
-from omni.weights import holds, load_weights, unallocated
+from omni.weights import load_weights
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
     from omni.generation.reply import Reply
     from omni.text.tokenizer import Tokenizer
-
-CODEC_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-BUNDLED = Path(__file__).parent / "bundled"
 
 
 class OmniConfig(Frozen):
@@ -70,90 +60,6 @@ class OmniConfig(Frozen):
     max_chunks: int = Field(default=8, ge=1, le=64)
     max_context: int = Field(default=4096, ge=16, le=2**24)
     joint: JointConfig | None = None
-
-
-@dataclass
-class FlowCall:
-    """F(x, t, s) of one batch: what an objective sees (see objectives.base.FlowCall). Closes over model and context.
-
-    `frozen`: results have no graph. `averages`: the target network, whose own context pass is made when first asked.
-    """
-
-    model: Omni
-    batch: Batch
-    memory: Memory
-    guidance: Tensor  # (I,) beta = 1 / w
-    averages: Omni | None = None
-    frozen: bool = False
-
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.model.velocity(x, t, s, self.guidance, self.batch.refine, self.batch.item, self.memory)
-
-    def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._dual("two_pass", (x, t, s), (dx, dt, ds)).tangent
-
-    def with_derivative(
-        self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self._dual("carried", (x, t, s), (dx, dt, ds))
-
-    def _dual(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
-        """F and its derivative, as the model takes derivatives."""
-        c = self.model.config.transformer
-        if c.tangents != "central":
-            return differentiate(self, point, direction, form)
-        with torch.autocast(point[0].device.type, enabled=False):  # half-precision differences are rounding
-            return differentiate(self, point, direction, "central", c.tangent_step)
-
-    @cached_property
-    def _target(self) -> FlowCall:
-        if self.averages is None:
-            return replace(self, memory=self.memory.detach(), frozen=True)
-        with torch.no_grad():
-            _, memory = self.averages.context(self.batch)
-        return FlowCall(self.averages, self.batch, memory, self.guidance, frozen=True)
-
-    def target(self, graph: bool = False) -> FlowCall:
-        return replace(self._target, frozen=False) if graph else self._target
-
-    @cached_property
-    def _null(self) -> NullCall:
-        null = self.batch.null
-        if null is None:
-            raise ValueError("this batch has no null contexts; load it with null_contexts=True (guidance needs them)")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            _, memory = self.model.context(null)
-        return NullCall(replace(self, batch=null, memory=memory, guidance=torch.ones_like(self.guidance)), self.batch)
-
-    def null(self) -> NullCall:
-        return self._null
-
-    def guided(self, beta: Tensor) -> FlowCall:
-        call = replace(self, guidance=beta)
-        if "_null" in self.__dict__:  # contexts do not depend on guidance: those that were made are kept
-            call.__dict__["_null"] = self._null
-        if "_target" in self.__dict__:
-            call.__dict__["_target"] = self._target.guided(beta)
-        return call
-
-
-@dataclass
-class NullCall:
-    """F without its condition: `call` has the same items in the same order, each in a row behind an empty history."""
-
-    call: FlowCall
-    batch: Batch
-
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        there, here = self.call.batch.item >= 0, self.batch.item >= 0
-        moved = x.new_zeros(*there.shape, x.shape[-1])
-        moved[there] = x[here]
-        found = self.call(moved, t, s)
-        out = found.new_zeros(*here.shape, x.shape[-1])
-        out[here] = found[there]
-        return out
 
 
 class Omni(nn.Module):
@@ -194,29 +100,7 @@ class Omni(nn.Module):
         averages: the target network of objectives that want one (see `Objective.target_decay`).
         progress: the share of training that is done, for objectives with schedules.
         """
-        hidden, memory = self.context(batch)
-        terms: dict[str, Terms] = {}
-        for objective in objectives:
-            name = type(objective).__name__
-            if isinstance(objective, JointTokenObjective):
-                found = joint_loss(self, batch, hidden, memory, objective.blocks, key.fold(name), progress)
-                terms |= {f"{name}/{n}": replace(t, weight=t.weight * objective.weight) for n, t in found.items()}
-            elif isinstance(objective, NextToken):
-                where = batch.target != IGNORE
-                terms[name] = objective.loss(self.token.read(hidden[where]), batch.target[where])
-            elif isinstance(objective, FlowObjective) and batch.num_items:
-                is_null = torch.tensor(
-                    [uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device
-                )
-                items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress, objective.pairing)
-                beta = torch.ones(batch.num_items, device=batch.ids.device)
-                # Where it wants no average, one that is kept for another objective is not its own.
-                own = averages if getattr(objective, "target_decay", None) else None
-                call = FlowCall(self, batch, memory, beta, own)
-                terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
-            elif isinstance(objective, FlowObjective):
-                terms[name] = Terms(hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)
-        return terms
+        return batch_losses(self, batch, objectives, key, averages, progress)
 
     def embed(self, batch: Batch) -> Tensor:
         """Hidden states (R, T, W) of the context stream's input."""
@@ -324,58 +208,6 @@ class Omni(nn.Module):
                 self.tokenizer.save(folder)
                 files["tokenizer"] = Path(folder)
             return publish(directory, files, info=info, replace=replace)
-
-
-def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
-    """Load a model directory (the bundled model by default). Every byte is checked against the manifest, and what the
-    manifest does not list is not read. A learned codec's network is built when it is first needed.
-
-    Raises ValueError naming the file if it is missing, damaged or not listed, or if a weight is missing, unknown,
-    misshapen, of integers or not finite, and for a device that is not here.
-    """
-    from omni.codecs import read_codec
-    from omni.text import load_tokenizer
-
-    folder = BUNDLED if path is None else Path(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
-        )
-    require_device(device)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype = {dtype} is no floating type; take torch.float32, torch.bfloat16 or torch.float64")
-    files = Published(folder)
-    config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
-    with unallocated():
-        model = Omni(config)
-    model.load_weights(files.tensors("model.safetensors"), str(folder / "model.safetensors"))
-    tokenizer, codec = files.folder("tokenizer"), files.folder("codec")
-    if TOKENIZER_CONFIG in tokenizer:
-        model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
-    if CODEC_CONFIG in codec:
-        model.codec = read_codec(codec).to(device)
-    defaults = files.table("generation.json") if "generation.json" in files else {}
-    stored = files.table("preparation.json") if "preparation.json" in files else None
-    model.preparation, model.defaults = read_preparation(stored, defaults, str(folder))
-    check_defaults(model.defaults, str(folder / "generation.json"))
-    model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
-    files.read_rest()
-    _check_attached(model, str(folder))
-    large = [name for name, value in model.state_dict().items() if not holds(dtype, value)]
-    if large:
-        raise ValueError(f"{folder}: {large[0]} has values that {dtype} cannot hold; take torch.bfloat16")
-    return model.to(device, dtype).eval()
-
-
-def _check_attached(model: Omni, source: str) -> None:
-    """ValueError if the tokenizer or the codec is another model's."""
-    config = model.config
-    if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
-        theirs = model.tokenizer.vocab_size
-        raise DamagedError(f"{source}: the tokenizer has {theirs} ids, vocab_size is {config.vocab_size}")
-    if model.codec is not None and model.codec.spec.channels != config.flow.channels:
-        theirs = model.codec.spec.channels
-        raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.flow.channels}")
 
 
 @torch.no_grad()

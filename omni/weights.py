@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from omni.checkpoint import DamagedError
+from omni.errors import DamagedError
 
 
 class _WithoutDraws(TorchFunctionMode):

@@ -10,7 +10,8 @@ from scripted import force, living
 
 from omni.codecs.codec import MAX_LATENT
 from omni.codecs.pixels import PixelCodec, PixelConfig
-from omni.finite import NotFiniteError, in_range, require_finite
+from omni.errors import NotFiniteError
+from omni.finite import in_range, require_finite
 from omni.generation.engine import Engine
 from omni.model import Omni
 from omni.samplers.token import masked_scores, token_law
@@ -84,7 +85,7 @@ def test_scores_that_leave_nothing_are_named() -> None:
 
 def test_a_mask_that_leaves_nothing_is_an_error(model: Omni) -> None:
     engine = Engine(model)
-    engine.allowed["text"][:] = -math.inf
+    engine.grammar.allowed["text"][:] = -math.inf
     for temperature in (0.0, 1.0):
         with pytest.raises(NotFiniteError, match="no id may be token 1 of the reply"):
             engine.generate("hello", temperature=temperature)

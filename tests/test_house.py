@@ -1,4 +1,4 @@
-"""The house rules that a parser can hold: layers, heavy imports, keyed randomness, nothing that runs code from data."""
+"""The house rules that a parser can hold: layers, circles, sizes, heavy imports, keyed draws, no code from data."""
 
 from __future__ import annotations
 
@@ -6,64 +6,34 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from omni.document import Image
+
 ROOT = Path(__file__).parent.parent
 TOPS = ("omni", "train", "eval")
 
-LEVELS = {
-    0: {"config", "rng", "document", "command", "context", "finite"},
-    1: {
-        *("layout", "mask", "positions", "media", "preparation", "checkpoint", "terminal", "weights"),
-        *("guidance", "placeholders", "pick", "terms"),
-    },
-    2: {"nn", "text", "codecs", "heads", "emoji_world"},
-    3: {"objectives", "samplers", "heads.joint"},
-    4: {
-        *("model", "joint", "prefill", "row", "refinement", "drafting", "blockwise", "engine", "verify"),
-        *("options", "reply", "reply_files"),
-    },
-    5: {"serve", "hf", "cli", "doctor", "__init__", "__main__"},
-}
-LEVEL = {name: level for level, names in LEVELS.items() for name in names}
-# Imports inside one level: the bottom is one currency; a layout has a mask, cells, placeholders; a head is of layers;
-# a joint-token head has its own loss and sampling, and may take them from objectives and samplers of flow maps;
-# a tokenizer trains on the emoji world; the engine drives the model, whose `generate` is a door to the engine.
-PEERS = {
-    ("layout", "mask"),
-    ("weights", "checkpoint"),
-    ("placeholders", "layout"),
-    ("heads", "nn"),
-    *(("heads.joint", name) for name in ("heads", "nn", "objectives", "samplers")),
-    ("text", "emoji_world"),
-    ("model", "joint"),
-    ("joint", "model"),
-    ("engine", "model"),
-    *(("engine", name) for name in ("row", "refinement", "blockwise")),
-    *(("refinement", name) for name in ("engine", "row", "prefill", "reply")),
-    ("row", "reply"),
-    ("blockwise", "row"),
-    *(("blockwise", name) for name in ("engine", "drafting", "prefill", "reply")),
-    *(("drafting", name) for name in ("joint", "model", "prefill")),
-    ("engine", "reply"),
-    ("engine", "options"),
-    ("model", "options"),
-    ("reply", "options"),
-    ("reply", "reply_files"),
-    ("engine", "prefill"),
-    ("prefill", "model"),
-    ("model", "reply"),
-    ("verify", "prefill"),
-    ("model", "engine"),
-    ("verify", "joint"),
-    ("verify", "drafting"),
-    ("verify", "model"),
-    ("verify", "engine"),
-    *((a, b) for level in (0, 5) for a in LEVELS[level] for b in LEVELS[level]),
-}
+# Packages and files of omni from the bottom up. A file imports from its own level and from those below; what is not
+# named is a file of the folder that is.
+LEVELS = (
+    ("config", "rng", "errors", "finite", "document", "safe_text", "version"),
+    ("checkpoint", "weights", "media", "sequence"),
+    ("nn", "text", "codecs"),
+    ("heads",),
+    ("objectives", "samplers"),
+    ("heads.joint", *(f"generation.{name}" for name in ("options", "events", "reply", "reply_files"))),  # plain data
+    ("losses", "model", "pretrained"),
+    ("generation",),
+    ("data",),
+    ("cli", "__init__", "__main__"),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+CALLABLES_ALONE = {"objectives", "samplers"}  # they see callables: nothing above level 1 but one another
+GENERATE = ("omni.model", "omni.generation.engine")  # the one exception: the late import in Omni.generate
 
 CORE = {"torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
@@ -73,7 +43,7 @@ OPTIONAL = {
     "emoji": {"omni/data/emoji_world/names.py"},
     "flash_attn": {"omni/nn/attention/backends.py"},
     "triton": {"omni/nn/attention/jvp_triton.py"},
-    "transformers": {"omni/hf.py", "eval/peers.py"},
+    "transformers": {"eval/peers.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},
@@ -114,42 +84,92 @@ def late(path: Path) -> set[int]:
     return lines
 
 
-def module_of(path: Path) -> str:
-    """The name in LEVEL: `omni/text/chat.py` -> text, `omni/cli/chat.py` -> cli."""
-    return level_name(path.relative_to(ROOT / "omni").with_suffix("").parts)
+# ------------------------------------------------------------------------------------------------ layers and circles
 
 
-def level_name(parts: tuple[str, ...]) -> str:
-    """Of a module below omni, ("heads", "joint", "base"), or of a name in it."""
-    if ".".join(parts[:2]) in LEVEL:
-        return ".".join(parts[:2])
-    return "cli" if parts[0].startswith("cli_") else parts[0]
+def module_name(path: Path) -> str:
+    """omni/text/__init__.py -> omni.text."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_module_has_a_level() -> None:
-    unknown = {module_of(path) for path in files("omni")} - set(LEVEL)
-    assert not unknown, f"add {sorted(unknown)} to LEVELS in {name(Path(__file__))}"
+@cache
+def graph() -> dict[str, set[str]]:
+    """Every file, with the files that it imports: at the top, late, or for types alone."""
+    modules = {module_name(path): path for top in TOPS for path in files(top)}
+
+    def file_of(dotted: str) -> str:
+        return dotted if dotted in modules else dotted.rpartition(".")[0]
+
+    found = {module: {file_of(dotted) for dotted, _ in imports(path)} for module, path in modules.items()}
+    return {module: (others & modules.keys()) - {module} for module, others in found.items()}
 
 
-def test_layers_import_downwards() -> None:
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Files that reach one another: what is left when files that import nothing that is left are taken away, and then
+    those that nothing left imports."""
+    left = {module: set(others) for module, others in edges.items()}
+    for _ in range(2):
+        while True:
+            ends = {module for module, others in left.items() if not others & left.keys()}
+            if not ends:
+                break
+            left = {module: others for module, others in left.items() if module not in ends}
+        left = {module: {other for other in left if module in left[other]} for module in left}  # turned around
+    return [sorted(left)] if left else []
+
+
+def level_of(dotted: str) -> tuple[str, int]:
+    """The longest name in LEVEL that a module of omni is in, and its level."""
+    parts = dotted.split(".")[1:] or ["__init__"]
+    names = [".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in LEVEL]
+    assert names, f"{dotted} has no level; add its folder to LEVELS"
+    return names[0], LEVEL[names[0]]
+
+
+def test_imports_go_downwards() -> None:
     wrong = []
-    for path in files("omni"):
-        mine = module_of(path)
-        for dotted, line in imports(path):
-            parts = dotted.split(".")
-            if parts[0] != "omni" or len(parts) < 2 or level_name(tuple(parts[1:])) == mine:
-                continue
-            other = level_name(tuple(parts[1:]))
-            if other not in LEVEL:  # a name of omni/__init__, which is above everything but the command line
-                other = "__init__"
-            limit = 1 if LEVEL[mine] == 3 else LEVEL[mine] - 1  # objectives and samplers see callables, no layer
-            if LEVEL[other] > limit and (mine, other) not in PEERS:
-                wrong.append(f"{name(path)}:{line} imports omni.{other}")
+    for module, others in graph().items():
+        if not module.startswith("omni"):
+            continue
+        mine, level = level_of(module)
+        for other in (other for other in others if other.startswith("omni")):
+            theirs, below = level_of(other)
+            alone = mine in CALLABLES_ALONE and below > 1 and theirs not in CALLABLES_ALONE
+            if (below > level or alone) and (module, other) != GENERATE:
+                wrong.append(f"{module} ({mine}) imports {other} ({theirs})")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_library_knows_no_programs_and_they_not_each_other() -> None:
-    forbidden = {"omni": {"train", "eval", "tests"}, "train": {"eval", "tests"}, "eval": {"train", "tests"}}
+def test_there_is_no_circle_of_files() -> None:
+    edges = {module: set(others) for module, others in graph().items()}
+    assert GENERATE[1] in edges[GENERATE[0]]
+    edges[GENERATE[0]].discard(GENERATE[1])
+    assert not circles(edges)
+
+
+def test_the_named_exception_is_late_and_in_generate() -> None:
+    path = ROOT / "omni/model.py"
+    lines = {line for dotted, line in imports(path) if dotted.startswith(GENERATE[1])}
+    methods = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef) and n.name.startswith("generate")]
+    inside = {line for n in methods for line in range(n.lineno, (n.end_lineno or 0) + 1)}
+    assert lines and lines <= inside
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}}, [["a", "b"]]),
+        ({"x": {"a"}, "a": {"b"}, "b": {"c"}, "c": {"a", "y"}, "y": set()}, [["a", "b", "c"]]),
+    ],
+)
+def test_circles_are_found(edges: dict[str, set[str]], found: list[list[str]]) -> None:
+    assert circles(edges) == found
+
+
+def test_the_library_knows_no_programs() -> None:
+    """eval may use the kit of train; nothing else goes across."""
+    forbidden = {"omni": {"train", "eval", "tests"}, "train": {"eval", "tests"}, "eval": {"tests"}}
     wrong = [
         f"{name(path)}:{line} imports {dotted}"
         for top in TOPS
@@ -158,6 +178,43 @@ def test_the_library_knows_no_programs_and_they_not_each_other() -> None:
         if dotted.split(".")[0] in forbidden[top]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def test_the_root_has_few_files() -> None:
+    assert len(list((ROOT / "omni").glob("*.py"))) <= 14
+
+
+def test_files_and_functions_are_short() -> None:
+    """A file has at most 450 lines; a function at most 60, nine of ten at most 20, half at most 8."""
+    long = [name(path) for path in files(*TOPS) if len(path.read_text().splitlines()) > 450]
+    assert not long
+    lengths, longest = [], ""
+    for path in files(*TOPS):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths.append((node.end_lineno or node.lineno) - node.lineno + 1)
+                longest = f"{name(path)}: {node.name}" if lengths[-1] == max(lengths) else longest
+    lengths.sort()
+    assert lengths[-1] <= 60, longest
+    assert lengths[int(0.9 * len(lengths))] <= 20 and lengths[len(lengths) // 2] <= 8
+
+
+def test_read_me_first() -> None:
+    """The README is a page; each package explains itself."""
+    words = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(words.splitlines()) <= 200 and len(words.split()) <= 1800
+    for package in (*TOPS, "tokenizers_cfg"):
+        assert (ROOT / package / "README.md").is_file()
+
+
+def test_a_picture_carries_no_trick_of_one_corpus() -> None:
+    assert {field.name for field in fields(Image)} == {"pixels", "role", "supervise"}
+
+
+# ------------------------------------------------------------------------------------------------ packages
 
 
 def test_heavy_packages_load_late_and_in_one_file() -> None:

@@ -14,8 +14,10 @@ import torch
 import omni
 from omni import checkpoint
 from omni.cli.commands import main
+from omni.errors import DamagedError
 from omni.heads.joint import JOINT_HEADS, JointConfig
-from omni.model import BUNDLED, Omni
+from omni.model import Omni
+from omni.pretrained import BUNDLED
 from omni.rng import Key
 from omni.weights import load_weights, unallocated
 
@@ -72,7 +74,7 @@ def test_huge_finite_weights_are_taken(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], value) for name, value in big.items())
     for dtype in (torch.float16, torch.float64, torch.bfloat16):
         checkpoint.publish(tmp_path / "n", {"w": {"x": torch.tensor([1.0, float("nan")], dtype=dtype)}}, replace=True)
-        with pytest.raises(checkpoint.DamagedError, match="x has 1 values"):
+        with pytest.raises(DamagedError, match="x has 1 values"):
             checkpoint.load_tensors(tmp_path / "n" / "w")
 
 
@@ -120,9 +122,9 @@ def test_a_module_is_filled_in_place_or_built() -> None:
         other = torch.nn.Linear(3, 2)
     load_weights(other, weights, "w")
     assert own.weight is before and torch.equal(own.weight, other.weight) and other.weight.dtype == torch.float32
-    with pytest.raises(checkpoint.DamagedError, match=r"w: missing weights \['bias'\]"):
+    with pytest.raises(DamagedError, match=r"w: missing weights \['bias'\]"):
         load_weights(own, {"weight": weights["weight"]}, "w")
-    with pytest.raises(checkpoint.DamagedError, match=r"w: bias has shape \(3,\), config.json wants \(2,\)"):
+    with pytest.raises(DamagedError, match=r"w: bias has shape \(3,\), config.json wants \(2,\)"):
         load_weights(own, {**weights, "bias": torch.zeros(3)}, "w")
 
 

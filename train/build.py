@@ -20,12 +20,14 @@ import torch
 from omni.checkpoint import Published, tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import build, digest
+from omni.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
 from omni.data.source import Source, build_source
 from omni.heads import FlowHeadConfig
 from omni.media.preparation import Preparation, target_size
-from omni.model import CODEC_CONFIG, TOKENIZER_CONFIG, Omni, OmniConfig
+from omni.model import Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
 from omni.objectives import OBJECTIVES, Objective
+from omni.pretrained import CODEC_CONFIG, TOKENIZER_CONFIG
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose

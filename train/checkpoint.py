@@ -23,6 +23,7 @@ from torch import nn
 
 from omni import checkpoint
 from omni.config import Frozen, parse_json
+from omni.errors import DamagedError
 from train.data.batch import PIECES
 from train.optim.ema import Ema
 from train.optim.optimiser import Optimiser
@@ -141,7 +142,7 @@ def newest(folder: Path, say: Callable[[str], None] = print, kind: str = KIND) -
             raise ValueError(f"{directory} is a {found}, not a {kind}: of a run of another kind; choose another --out")
         return directory
     if saved:
-        raise checkpoint.DamagedError(f"{str(folder)!r} holds no intact training state; begin again in another --out")
+        raise DamagedError(f"{str(folder)!r} holds no intact training state; begin again in another --out")
     raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
 
 

@@ -25,7 +25,8 @@ from eval.tasks.pictures import exact_scenes
 from omni.config import Frozen
 from omni.data.emoji_world.documents import prompt_of
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockDone, BlockStart, GenerationOptions
+from omni.generation.events import BlockDone, BlockStart
+from omni.generation.options import GenerationOptions
 from omni.samplers import SamplerName
 
 KINDS = ("left", "right", "above", "below", "row")

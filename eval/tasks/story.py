@@ -19,7 +19,7 @@ from eval.requests import (
 from eval.task import Context, Measure, Outcome, percentage, task
 from omni.data.emoji_world import Scene, render
 from omni.data.emoji_world.stories import story_scene
-from omni.generation.reply import TextPart
+from omni.generation.events import TextPart
 
 
 class StoryOptions(RequestOptions):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from omni import media
-from omni.cli.arguments import MISTAKE, is_mistake
 from omni.cli.commands import complain, message_of
 from omni.cli.generate import (
     MAX_PROMPT,
@@ -34,6 +33,7 @@ from omni.cli.options import DEFAULT, FIELDS, changed_by, flag_of, in_group
 from omni.cli.terminal import Printer
 from omni.config import nearest
 from omni.document import Document, Image, Role, Segment, Text
+from omni.errors import MISTAKE, is_mistake
 from omni.generation.engine import Engine
 from omni.generation.options import EVERYDAY, GenerationOptions
 from omni.generation.reply_files import check_folder, write_chat

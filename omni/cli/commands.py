@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-import omni
-from omni.cli.arguments import Parser, announced, code_of, is_mistake, one_line, warnings_in_lines
+from omni.cli.arguments import Parser, announced, warnings_in_lines
+from omni.errors import code_of, is_mistake, one_line
+from omni.version import VERSION
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 
@@ -80,7 +81,7 @@ def message_of(error: Exception) -> str:
 
 def complain(message: str, code: int) -> int:
     """One line on the error stream; returns `code`."""
-    from omni.cli.terminal import safe_text
+    from omni.safe_text import safe_text
 
     line = f"omni: error: {safe_text(message)}\n" if code != INTERRUPTED else f"omni: {message}\n"
     encoding = sys.stderr.encoding or "utf-8"
@@ -128,7 +129,7 @@ def _subparsers(parser: argparse.ArgumentParser, command: str | None) -> list[ar
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(prog="omni", description="Chat in which text and pictures alternate, from one transformer.")
-    parser.add_argument("--version", action="version", version=f"omni {omni.__version__}")
+    parser.add_argument("--version", action="version", version=f"omni {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _add_generate(commands)
     _add_chat(commands)

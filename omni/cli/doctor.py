@@ -19,12 +19,12 @@ from typing import Literal
 
 import torch
 
-import omni
 from omni.checkpoint import verify
 from omni.cli.terminal import Printer, detect, table
 from omni.data.emoji_world.atlas import Glyphs
 from omni.data.emoji_world.font import find_font
-from omni.model import BUNDLED
+from omni.pretrained import BUNDLED
+from omni.version import VERSION
 
 DISTRIBUTION = "omni-flow"
 TESTED_TORCH = "2.13"
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding("omni", omni.__version__)
+    yield Finding("omni", VERSION)
     yield Finding("python", platform.python_version())
     tested = torch.__version__.startswith(TESTED_TORCH)
     yield Finding("torch", f"{torch.__version__} (tested with {TESTED_TORCH})", "ok" if tested else "note")

@@ -16,28 +16,18 @@ from typing import Any
 import torch
 
 from omni import media
-from omni.checkpoint import DamagedError
-from omni.cli.arguments import announced, one_line
+from omni.cli.arguments import announced
 from omni.cli.terminal import Printer, Protocol, detect
 from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.errors import DamagedError, one_line
 from omni.generation.engine import Engine
-from omni.generation.reply import (
-    BlockDone,
-    BlockStart,
-    BlockStep,
-    Event,
-    Part,
-    Reply,
-    Stop,
-    StopReason,
-    TextDelta,
-    TextPart,
-    segments_of,
-)  # fmt: skip
+from omni.generation.events import BlockDone, BlockStart, BlockStep, Event, Part, Stop, StopReason, TextDelta, TextPart
+from omni.generation.reply import Reply, segments_of
 from omni.generation.reply_files import check_folder, default_folder
 from omni.media.preparation import target_size
-from omni.model import Omni, from_pretrained
+from omni.model import Omni
 from omni.nn.precision import require_device
+from omni.pretrained import from_pretrained
 
 DEFAULT_BASE = Path("omni-out")
 MAX_PROMPT = 1 << 20  # characters; how much a model can read is in its config.json

@@ -20,15 +20,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from omni import media
-from omni.checkpoint import MANIFEST, DamagedError, verify
-from omni.cli.arguments import one_line
+from omni.checkpoint import MANIFEST, verify
 from omni.cli.generate import attach, load_model
 from omni.cli.terminal import Printer, table
 from omni.codecs import psnr
 from omni.config import parse_json
 from omni.document import Document, Text, Video, parse_bounded
+from omni.errors import DamagedError, one_line
 from omni.generation.reply_files import read_messages
-from omni.model import BUNDLED, Omni
+from omni.model import Omni
+from omni.pretrained import BUNDLED
 from omni.sequence.layout import LatentSpan, Span
 from omni.text import load_tokenizer
 from omni.text.chat import messages_to_document

@@ -1,8 +1,8 @@
 """Show text and pictures in a terminal: real pixels where it can, coloured half blocks elsewhere, nothing in a pipe.
 
 Pictures are uint8 arrays (H, W, 3). Protocols: "kitty" (kitty, Ghostty), "iterm2" (iTerm2, WezTerm), "truecolor" and
-"256" (a character cell shows two pixels, its upper half in the foreground colour), "none". `safe_text` is what makes
-text from a model or a file harmless to print. This file knows no model and no reply.
+"256" (a character cell shows two pixels, its upper half in the foreground colour), "none". This file knows no model and
+no reply.
 """
 
 from __future__ import annotations
@@ -12,40 +12,19 @@ import io
 import os
 import shutil
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TextIO
 
 import numpy as np
 from PIL import Image as PillowImage
 
+from omni.safe_text import safe_text
+
 Protocol = Literal["kitty", "iterm2", "truecolor", "256", "none"]
 
 _RESET = "\x1b[0m"
 _KITTY_CHUNK = 4096  # bytes of base64 in one escape sequence, the protocol's limit
 _CUBE = np.array([0, 95, 135, 175, 215, 255])  # the levels of the 6 x 6 x 6 colour cube, palette entries 16-231
-
-
-def safe_text(text: str) -> str:
-    """`text` with every control character made visible, so that printing it cannot move, colour or retitle anything.
-
-    C0 controls (but newline and tab) and DEL become their Unicode pictures (ESC is shown as U+241B), C1 controls,
-    line separators, lone surrogates and bidirectional overrides become U+FFFD. Character by character, so a sequence
-    that arrives in two pieces is as harmless as a whole one.
-    """
-    return "".join(map(_safe_character, text))
-
-
-def _safe_character(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t" or 0x20 <= code < 0x7F:
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    override = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
-    return "\ufffd" if override or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character
 
 
 def detect(stream: TextIO, environment: Mapping[str, str] | None = None, force: bool = False) -> Protocol:

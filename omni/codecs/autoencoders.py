@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.checkpoint import DamagedError
 from omni.codecs.autoencoder_config import (
     AutoencoderConfig,
     checked_statistics,
@@ -30,6 +29,7 @@ from omni.codecs.autoencoder_config import (
 from omni.codecs.codec import CONFIG_FILE, Codec, CodecSpec, codecs, to_bytes
 from omni.codecs.upstream import MODULES, diffusers_class, is_installed, whole_class
 from omni.config import build, nearest, parse_json, table_of
+from omni.errors import DamagedError
 from omni.rng import Key
 from omni.weights import load_weights, unallocated
 

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 
 from omni.config import Frozen
-from omni.data.source import SOURCES, Source, file_fingerprint
+from omni.data.digests import file_fingerprint
+from omni.data.source import SOURCES, Source
 from omni.document import Document, Role, Text, Video
 from omni.rng import Key
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from omni.config import Frozen
-from omni.data.source import SOURCES, FiniteSource, bytes_digest, file_fingerprint, require_file
+from omni.data.digests import bytes_digest, file_fingerprint
+from omni.data.source import SOURCES, FiniteSource, require_file
 from omni.document import MAX_JSON_BYTES, Document, Image, Role, Segment, Text, parse_bounded
 from omni.media import load_image, load_video
 from omni.rng import Key

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from omni.data.digests import bytes_digest, file_fingerprint
 from omni.data.files import FileOptions
-from omni.data.source import SOURCES, FiniteSource, bytes_digest, file_fingerprint, require_file
+from omni.data.source import SOURCES, FiniteSource, require_file
 from omni.document import Document, Image, Role, Text
 from omni.media import load_image
 from omni.rng import Key

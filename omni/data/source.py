@@ -7,8 +7,6 @@ loader then skips that index, in every run alike. Nothing here knows tokens, cod
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from omni.config import Frozen, Registry, build
-from omni.document import Document, Text
+from omni.data.digests import document_digest
+from omni.document import Document
 from omni.rng import Key
-from train.data.latents import media_digest
 
 
 class CorruptRecord(ValueError):
@@ -96,28 +94,6 @@ def build_source(name: str, options: dict[str, Any], key: Key, origin: str) -> S
     """The registered source `name`. Raises ValueError naming `origin` on an unknown name or option."""
     source = SOURCES.get(name)
     return source(build(options, source.Options, f"{origin} ({name}) options"), key)
-
-
-def document_digest(document: Document) -> str:
-    """Of roles, texts and pixels, not of `meta`."""
-    digest = hashlib.blake2b(digest_size=16)
-    for segment in document.segments:
-        content = segment.text if isinstance(segment, Text) else media_digest(segment).hex()
-        digest.update(json.dumps([type(segment).__name__, segment.role, segment.supervise, content]).encode())
-    return digest.hexdigest()
-
-
-def bytes_digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def file_fingerprint(path: Path) -> str:
-    """Name, size and blake2b of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return f"{path.name}:{path.stat().st_size}:{digest.hexdigest()}"
 
 
 def require_file(path: Path, what: str) -> Path:

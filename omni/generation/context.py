@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.model import Omni
+from omni.heads.joint.backbone import Backbone
 from omni.nn.cache import KVCache
 from omni.nn.decode_step import TokenStep
 from omni.nn.lora import Adapters, Gated
@@ -37,7 +37,7 @@ class Behind:
         return [*self.adapters.gated(gate)]
 
 
-def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
+def append_ids(model: Backbone, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
     """Append one text id to every row; returns hidden states (R, W). By TokenStep where it serves, else by `extend`."""
     tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
     if step.serves(cache):
@@ -45,7 +45,7 @@ def append_ids(model: Omni, cache: KVCache, ids: Sequence[int], step: TokenStep)
     return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
 
 
-def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
+def append_spans(model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
     """Append spans to every row of the cache in one pass; returns the hidden state (R, W) of each row's last position.
 
     A row with no spans stays as it is (its hidden state is then meaningless).
@@ -56,7 +56,7 @@ def append_spans(model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], p
 
 
 def append_all(
-    model: Omni, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int, tail: Behind | None = None
+    model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int, tail: Behind | None = None
 ) -> tuple[Tensor, list[int]]:
     """The same, with every position's hidden state (R, N, W), and how many of them each row has; with a tail, the
     hidden states of its placeholders follow (R, N + n, W)."""
@@ -67,7 +67,7 @@ def append_all(
     ]
     R, N = len(laid), max(len(one.ids) for one in laid)
     ids = torch.full((R, N), pad_id, dtype=torch.int64)
-    latents = torch.zeros(R, N, model.config.flow.channels)
+    latents = torch.zeros(R, N, model.flow.c.channels)
     is_latent = torch.zeros(R, N, dtype=torch.bool)
     block = torch.zeros(R, N, dtype=torch.int64)
     position = torch.zeros(R, N, 3, dtype=torch.int64)
@@ -96,7 +96,7 @@ def append_all(
     return hidden, valid
 
 
-def append_text(model: Omni, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
+def append_text(model: Backbone, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
     """Append text ids to every row; hidden states (R, N, W). By TokenStep where it serves and rows
     are of equal length, else by `extend`."""
     if step.serves(cache) and len({len(row) for row in ids}) == 1:

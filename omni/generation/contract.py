@@ -24,7 +24,7 @@ from torch import Tensor
 
 from omni.generation.context import append_ids, append_spans, refine_stream
 from omni.generation.drafting import CacheCall
-from omni.joint import BatchCall
+from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.nn.decode_step import TokenStep
 from omni.nn.native_step import CompiledStep

@@ -1,4 +1,4 @@
-"""Refining blocks of latents from noise against the cache, with all guidance branches in one pass. Part of the engine.
+"""Refining blocks of latents from noise against the cache, with all guidance branches in one pass.
 
 Legend: B rows of a pass, N latents of a block, C channels.
 """
@@ -6,7 +6,6 @@ Legend: B rows of a pass, N latents of a block, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +14,10 @@ from omni.codecs.codec import MAX_LATENT
 from omni.document import Document, Role
 from omni.finite import in_range, require_finite
 from omni.generation.context import refine_stream
-from omni.generation.reply import BlockStep, Event
+from omni.generation.events import BlockStep, Event
+from omni.generation.grammar import Grammar
 from omni.generation.row import Row
+from omni.generation.runtime import Runtime
 from omni.nn.cache import KVCache
 from omni.rng import Key
 from omni.samplers import SAMPLERS
@@ -25,31 +26,28 @@ from omni.sequence.guidance import Drop, open_turn, reduce
 from omni.sequence.layout import LatentSpan, Span, TokenSpan
 from omni.text.compose import block_header, compose
 
-if TYPE_CHECKING:
-    from omni.generation.engine import Engine
 
-
-def groups(engine: Engine, rows: list[Row]) -> list[list[Row]]:
+def groups(grammar: Grammar, rows: list[Row]) -> list[list[Row]]:
     """Rows whose blocks can be refined in one pass: same grid and same budget."""
     groups: dict[object, list[Row]] = {}
     for row in rows:
         assert row.media is not None
         o = row.options
         guidance = (o.guidance, o.image_guidance, o.told_guidance)
-        at = (engine.grid(row.media), tuple(o.times()), guidance, o.sampler, o.gamma)
+        at = (grammar.grid(row.media), tuple(o.times()), guidance, o.sampler, o.gamma)
         groups.setdefault(at, []).append(row)
     return list(groups.values())
 
 
-def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+def draw(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
     """Refine one block of each row of the group; its latents are appended to `media.finished`."""
     options = group[0].options
     assert group[0].media is not None and options.sampler is not None
-    grid = engine.grid(group[0].media)
+    grid = runtime.grammar.grid(group[0].media)
     count = grid[0] * grid[1] * grid[2]
-    channels = engine.model.config.flow.channels
+    channels = runtime.model.config.flow.channels
     times = options.times()
-    here = (engine.device, engine.model.token.embedding.weight.dtype)
+    here = (runtime.device, runtime.model.token.embedding.weight.dtype)
 
     def noise(*jump: int) -> Tensor:
         drawn = []
@@ -60,7 +58,7 @@ def draw(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache) -> I
 
     # At a first time t < 1 pure noise is t eps: x_t = (1 - t) x0 + t eps without its data.
     x = (times[0] * noise()).to(*here)
-    call = _guided_call(engine, group, rows, cache, grid)
+    call = _guided_call(runtime, group, rows, cache, grid)
     extra = {} if options.gamma is None else {"gamma": options.gamma}
     for state in SAMPLERS.get(options.sampler)(call, x, times, noise, **extra):
         x = state.x
@@ -90,7 +88,7 @@ def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: 
     return key.fold("block noise", index, block, *jump).normal(size)
 
 
-def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
+def _guided_call(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
     """F(x, t, s) of the group, with all guidance branches of all rows in one pass; those of no weight are left out."""
     options = group[0].options
     w_text, w_image = options.guidance, options.image_guidance
@@ -99,19 +97,19 @@ def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCac
     branches: list[Drop] = [what for what, weight in weights.items() if weight]
     memory_cache = cache if len(group) == len(rows) and not branches else cache.fork([r.number for r in group])
     for what in branches:
-        null = engine.model.transformer.new_cache(len(group), 64)
-        engine.append(null, [null_spans(engine, r, what) for r in group])
+        null = runtime.model.transformer.new_cache(len(group), 64)
+        runtime.append(null, [null_spans(runtime, r, what) for r in group])
         memory_cache = memory_cache.stack(null)
     memory = memory_cache.memory(room=grid[0] * grid[1] * grid[2])
-    stream = refine_stream(memory_cache, grid, engine.device)
+    stream = refine_stream(memory_cache, grid, runtime.device)
     B, K = memory_cache.rows, len(branches) + 1
     assert options.told_guidance is not None
-    beta = torch.ones(B, device=engine.device, dtype=torch.float32)
+    beta = torch.ones(B, device=runtime.device, dtype=torch.float32)
     beta[: len(group)] = 1 / options.told_guidance  # reduced histories were trained at 1
 
     def call(x: Tensor, t: float, s: float) -> Tensor:
         ones = torch.ones(B, device=x.device, dtype=torch.float32)
-        F = engine.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, beta, stream, None, memory)
+        F = runtime.model.velocity(x.repeat(K, 1, 1), ones * t, ones * s, beta, stream, None, memory)
         for row in group:
             row.media.evaluations += K  # type: ignore[union-attr]
         if K == 1:
@@ -122,16 +120,16 @@ def _guided_call(engine: Engine, group: list[Row], rows: list[Row], cache: KVCac
     return call
 
 
-def null_spans(engine: Engine, row: Row, what: Drop) -> list[Span]:
+def null_spans(runtime: Runtime, row: Row, what: Drop) -> list[Span]:
     """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training. Its media
     have the latents that they have in the cache, whatever sizes the row drew them in."""
     media = row.media
     assert media is not None
     history = reduce(open_turn(row.segments, Role.ASSISTANT), what)
-    spans = compose(Document(history), engine.tokenizer, row.encoded)
+    spans = compose(Document(history), runtime.tokenizer, row.encoded)
     last = spans[-1]
-    assert isinstance(last, TokenSpan) and last.ids[-1] == engine.control.end
+    assert isinstance(last, TokenSpan) and last.ids[-1] == runtime.control.end
     clip = None if media.kind == "image" else (media.chunks, media.rate)
-    ids = [*last.ids[:-1], *block_header(engine.control, media.rows, media.columns, clip)]
-    grid = engine.grid(media)
+    ids = [*last.ids[:-1], *block_header(runtime.control, media.rows, media.columns, clip)]
+    grid = runtime.grammar.grid(media)
     return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]

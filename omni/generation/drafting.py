@@ -1,4 +1,4 @@
-"""The backbone as a joint-token head sees it behind a cache (heads.joint.base.JointCall). Part of the engine.
+"""The backbone as a joint-token head sees it behind a cache (heads.joint.base.JointCall).
 
 Legend: R rows, n positions of a pass, W width.
 """
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from omni.generation.context import Behind, append_all
-from omni.joint import Reads, draft_pass, head_of
-from omni.model import Omni
+from omni.heads.joint.backbone import Backbone, Reads, draft_pass, head_of
 from omni.nn.cache import KVCache
 from omni.nn.decode_step import TokenStep
 from omni.sequence.layout import Span, TokenSpan
@@ -41,7 +40,7 @@ class CacheCall(DraftReads):
 
     def __init__(
         self,
-        model: Omni,
+        model: Backbone,
         cache: KVCache,
         spans: Sequence[Sequence[Span]],
         pad_id: int = 0,
@@ -54,7 +53,7 @@ class CacheCall(DraftReads):
     @property
     def start(self) -> Tensor:
         if self._start is None:
-            width = self.model.config.transformer.width
+            width = self.model.transformer.c.width
             self._append(self.model.token.embedding.weight.new_zeros(len(self.spans), 0, width), True)
         assert self._start is not None
         return self._start
@@ -95,7 +94,7 @@ class CacheCall(DraftReads):
 class StateCall(DraftReads):
     """Hidden states (R, W) that an earlier pass has made, and no pass more."""
 
-    def __init__(self, model: Omni, start: Tensor) -> None:
+    def __init__(self, model: Backbone, start: Tensor) -> None:
         self.model, self.start = model, start
         self.passes = 0
 

@@ -22,25 +22,22 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-import omni
 from omni.config import build
 from omni.document import Document, Image, Role, Text, Video
-from omni.generation.context import append_ids, append_spans
+from omni.generation.context import append_ids
 from omni.generation.denoise import draw, groups
-from omni.generation.reply import (
+from omni.generation.events import (
     BlockDone,
-    BlockStart,
     Event,
-    GenerationOptions,
     ImagePart,
-    Reply,
     Stop,
-    StopReason,
-    TextDelta,
-    TextPart,
     VideoPart,
 )
-from omni.generation.row import Media, Phase, Row
+from omni.generation.grammar import LEAST_MEDIA, Grammar
+from omni.generation.options import GenerationOptions
+from omni.generation.reply import Reply
+from omni.generation.row import Row
+from omni.generation.runtime import Runtime
 from omni.generation.speculative import speak
 from omni.model import Omni
 from omni.nn.cache import KVCache
@@ -48,12 +45,10 @@ from omni.nn.decode_step import TokenStep
 from omni.nn.native_step import CompiledStep
 from omni.samplers.token import draw_token, masked_scores
 from omni.sequence.context_limit import require_room, warn_if_nearly_full
-from omni.sequence.layout import LatentSpan, Span, TokenSpan
+from omni.sequence.layout import LatentSpan, TokenSpan
 from omni.text.chat import messages_to_document
-from omni.text.compose import compose, frame_rate, header_length, prompt_length
-from omni.text.tokenizer import MAX_SIZE
-
-LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its header, one latent, media_end
+from omni.text.compose import compose, prompt_length
+from omni.version import VERSION
 
 
 def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
@@ -75,13 +70,12 @@ class Engine:
             raise ValueError(
                 "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
             )
-        self.model = model
-        self.allow_paths = allow_paths
-        self.tokenizer = model.tokenizer
-        self.control = model.tokenizer.control
-        self.device = model.token.embedding.weight.device
+        self.model, self.allow_paths = model, allow_paths
+        self.tokenizer, self.control = model.tokenizer, model.tokenizer.control
+        spec, device = None if model.codec is None else model.codec.spec, model.token.embedding.weight.device
+        self.grammar = Grammar(model.tokenizer, model.config, spec, device)
         self.step = (CompiledStep if compile else TokenStep)(model.transformer, model.token.output_weight)
-        self.allowed = {phase: self._allowed(phase) for phase in ("text", "chunks", "rate", "rows", "columns")}
+        self.runtime = Runtime(model, model.tokenizer, self.grammar, self.step)
 
     # ---- entrances ------------------------------------------------------------------------------------------------
 
@@ -143,7 +137,7 @@ class Engine:
         return {
             "options": options.model_dump(mode="json"),
             "model": dict(self.model.origin),
-            "versions": {"omni": omni.__version__, "torch": torch.__version__},
+            "versions": {"omni": VERSION, "torch": torch.__version__},
         }
 
     # ---- outer loop -----------------------------------------------------------------------------------------------
@@ -151,7 +145,7 @@ class Engine:
     def _begin(self, row: Row) -> None:
         """The prompt becomes what is pending. ValueError, before any pass, for what cannot be fulfilled."""
         size = row.options.image_size
-        grid = None if size is None else self._grid_of(size)
+        grid = None if size is None else self.grammar.grid_of(size)
         if row.options.force_image:
             if self.model.codec is None:
                 raise ValueError("force_image: this model has no codec, so it draws no pictures; leave it out")
@@ -186,15 +180,15 @@ class Engine:
                 continue
             together = [r for r in talking if (r.options.tokens_per_pass or 1) > 1]
             if together:
-                yield from speak(self, [r for r in together if r.drafting == together[0].drafting], rows, cache)
+                yield from speak(self.runtime, [r for r in together if r.drafting == together[0].drafting], rows, cache)
                 continue
             logits = self._flush(rows, cache, logits)
             if talking:
                 for row, token in zip(talking, self._choose(talking, logits), strict=True):
                     yield from self._accept(row, token)
                 continue
-            for group in groups(self, waiting):
-                yield from draw(self, group, rows, cache)
+            for group in groups(self.grammar, waiting):
+                yield from draw(self.runtime, group, rows, cache)
                 for row in group:
                     yield from self._finish_block(row)
         for row in rows:
@@ -202,47 +196,9 @@ class Engine:
 
     # ---- text -----------------------------------------------------------------------------------------------------
 
-    def _allowed(self, phase: str) -> Tensor:
-        """(V,) additive: which ids may come in a phase. This is what makes the header well formed."""
-        c, config = self.control, self.model.config
-        mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
-        if phase == "text":
-            mask[: self.tokenizer.num_text] = 0
-            mask[c.end] = 0
-            mask[[c.image, c.video]] = 0
-        else:
-            largest = {"chunks": config.max_chunks, "rate": MAX_SIZE}.get(phase, config.max_grid)
-            mask[[c.size(n) for n in range(1, largest + 1)]] = 0
-        return mask
-
-    def mask_of(self, row: Row, phase: Phase) -> Tensor:
-        """(V,) additive: which ids may come next in a phase of this row."""
-        mask, fps = self.allowed[phase], row.options.fps
-        if phase != "rate" or fps is None:
-            return mask
-        only = torch.full_like(mask, -torch.inf)
-        only[self.control.size(frame_rate(fps))] = 0
-        return only
-
-    def _may_draw(self, row: Row) -> bool:
-        return self.model.codec is not None and row.num_media < row.options.max_images
-
-    def following(self, row: Row, phase: Phase, token: int) -> Phase:
-        """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
-        c = self.control
-        if phase == "text" and token in (c.image, c.video):
-            if not self._may_draw(row):
-                return "done"
-            forced = token == c.image and row.options.image_size is not None
-            return "block" if forced else "rows" if token == c.image else "chunks"
-        if phase == "text":
-            return "done" if token == c.end else "text"
-        after: dict[Phase, Phase] = {"chunks": "rate", "rate": "rows", "rows": "columns", "columns": "block"}
-        return after.get(phase, phase)
-
     def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
         """One id per row: greedy, or drawn by the row's own key."""
-        masks = [self.mask_of(r, r.phase) for r in rows]
+        masks = [self.grammar.mask_of(r, r.phase) for r in rows]
         mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
         mask = masks[0] if len(masks) == 1 else torch.stack(masks)
         scores, best_ids = masked_scores(mine, mask, [row.num_tokens for row in rows])
@@ -261,110 +217,21 @@ class Engine:
     def _accept(self, row: Row, token: int) -> Iterator[tuple[int, Event]]:
         """The row says one id."""
         row.pending.append(TokenSpan([token], [False]))
-        for event in self.advance(row, token):
+        for event in self.grammar.advance(row, token):
             yield row.number, event
 
-    def advance(self, row: Row, token: int) -> Iterator[Event]:
-        """Move the row's state machine by one id."""
-        row.length += 1
-        if row.phase != "text":
-            yield from self._advance_header(row, token)
-        elif token < self.tokenizer.num_text:
-            row.text += row.stream.push(token)
-            yield from self._emit(row)
-            if row.phase != "done" and (row.num_tokens >= row.options.max_tokens or row.length >= row.capacity):
-                yield from self._finish(row, "length")
-        elif token == self.control.end:
-            yield from self._finish(row, "end")
-        elif not self._may_draw(row):
-            yield from self._finish(row, "images")
-        elif not row.has_room(LEAST_MEDIA - 1):
-            yield from self._finish(row, "length")
-        else:
-            yield from self._close_text(row)
-            is_image = token == self.control.image
-            row.media = Media("image" if is_image else "video", row.num_media)
-            row.phase = "rows" if is_image else "chunks"
-            if is_image and row.options.image_size is not None:
-                row.forced += [self.control.size(n) for n in self._grid_of(row.options.image_size)]
-
-    def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
-        """The same by one size of a header. A picture or clip that has no room is not begun."""
-        media, size = row.media, self.control.size_of(token)
-        assert media is not None and size is not None
-        if row.phase == "chunks":
-            media.chunks, row.phase = size, "rate"
-        elif row.phase == "rate":
-            media.rate, row.phase = size, "rows"
-        elif row.phase == "rows":
-            media.rows, row.phase = size, "columns"
-        else:
-            media.columns, row.phase = size, "block"
-            grid = self.grid(media)
-            if row.has_room(media.chunks * math.prod(grid) + 1):
-                yield BlockStart(media.kind, media.index, grid)
-            else:
-                yield from self._finish(row, "length")
-
-    def _emit(self, row: Row) -> Iterator[Event]:
-        """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
-        for stop in row.options.stop:
-            at = row.text.find(stop)
-            if at >= 0:
-                row.text = row.text[:at]
-                yield from self._finish(row, "stop")
-                return
-        hold = max((len(s) for s in row.options.stop), default=1) - 1
-        end = len(row.text) - hold
-        if end > row.emitted:
-            yield TextDelta(row.text[row.emitted : end])
-            row.emitted = end
-
-    def _close_text(self, row: Row) -> Iterator[Event]:
-        row.text += row.stream.flush() if row.reason != "stop" else ""
-        if len(row.text) > row.emitted:
-            yield TextDelta(row.text[row.emitted :])
-        if row.text:
-            row.segments.append(Text(row.text, Role.ASSISTANT))
-            row.parts.append(TextPart(row.text))
-        row.text, row.emitted, row.stream = "", 0, self.tokenizer.stream()
-
-    def _finish(self, row: Row, reason: StopReason) -> Iterator[Event]:
-        row.reason = reason
-        yield from self._close_text(row)
-        row.phase = "done"
-        row.warned = row.warned or warn_if_nearly_full(row.length, row.capacity)
-
     # ---- inner loop -----------------------------------------------------------------------------------------------
-
-    def grid(self, media: Media) -> tuple[int, int, int]:
-        assert self.model.codec is not None
-        t = 1 if media.kind == "image" else self.model.codec.spec.frames_per_chunk
-        return (t, media.rows, media.columns)
 
     def _num_latents(self, segment: Image | Video) -> int:
         """Of media of the prompt, before they are encoded."""
         pixels = segment.pixels if isinstance(segment, Image) else segment.frames
         return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
 
-    def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        if self.model.codec is None:
-            raise ValueError("this model draws no pictures: it has no codec")
-        _, rows, columns = self.model.codec.spec.stride
-        largest = self.model.config.max_grid
-        grid = size[0] // rows, size[1] // columns
-        if size[0] % rows or size[1] % columns or max(grid) > largest:
-            raise ValueError(
-                f"image_size = {size[0]} x {size[1]} is none of this model's: it must be a multiple of "
-                f"{rows} x {columns} pixels, and at most {largest * rows} x {largest * columns}"
-            )
-        return grid
-
     def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:
         """The block is context from now on, clean; the last of a picture or clip closes it."""
         media, codec = row.media, self.model.codec
         assert media is not None and codec is not None
-        grid = self.grid(media)
+        grid = self.grammar.grid(media)
         row.pending.append(LatentSpan(media.finished[-1], grid))
         row.length += len(media.finished[-1])
         if len(media.finished) < media.chunks:
@@ -393,11 +260,6 @@ class Engine:
 
     # ---- the cache ------------------------------------------------------------------------------------------------
 
-    def append(self, cache: KVCache, spans: list[list[Span]]) -> Tensor:
-        """Append spans to each row (none for some); returns logits (R, V) after the last position of each row."""
-        hidden = append_spans(self.model, cache, spans, self.control.pad)
-        return self.model.token.read(hidden)
-
     def _flush(self, rows: list[Row], cache: KVCache, logits: Tensor) -> Tensor:
         """Append what is pending. Returns logits (R, V) after the last position of each row; of a row with nothing
         pending, those in `logits`."""
@@ -412,7 +274,7 @@ class Engine:
         ]
         if len(ids) == len(rows):  # the hot path of text decoding
             return self.model.token.cap(self.step.read(append_ids(self.model, cache, ids, self.step)))
-        after = self.append(cache, spans)
+        after = self.runtime.append(cache, spans)
         if len(new) == len(rows) or not len(logits):
             return after
         merged = logits.clone()

@@ -24,9 +24,9 @@ from typing import Any
 
 from omni import media
 from omni.checkpoint import MANIFEST, publish
-from omni.cli.arguments import check_place
-from omni.cli.terminal import safe_text
 from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.errors import check_place
+from omni.safe_text import safe_text
 
 FORMAT = 1
 _NUMBERED = re.compile(r"\d{3,}")

@@ -13,7 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from omni.document import Document, Image, Segment, Video
-from omni.generation.reply import Drafted, GenerationOptions, Part, StopReason
+from omni.generation.events import Drafted, Part, StopReason
+from omni.generation.options import GenerationOptions
 from omni.rng import Key
 from omni.sequence.layout import Span
 from omni.text.tokenizer import TextStream

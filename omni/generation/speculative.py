@@ -1,4 +1,4 @@
-"""Text in blocks: the joint-token head drafts K tokens in one pass, a second pass verifies them. Part of the engine.
+"""Text in blocks: the joint-token head drafts K tokens in one pass, a second pass verifies them.
 
     round   cache | y            y: what the row has, but the cache not yet: its prompt, a picture, its last id
       draft   one pass over [y, K placeholders]: K ids; y is written to the cache
@@ -20,15 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from omni.finite import NotFiniteError
+from omni.errors import NotFiniteError
 from omni.generation.context import append_text
 from omni.generation.drafting import CacheCall, StateCall
-from omni.generation.reply import Drafted, Event
+from omni.generation.events import Drafted, Event
+from omni.generation.row import Row
+from omni.generation.runtime import Runtime
 from omni.heads.joint import Draft
 from omni.nn.cache import KVCache
 from omni.samplers.inverse_cdf import pick
@@ -36,52 +37,48 @@ from omni.samplers.token import masked_scores, token_law, token_noise
 from omni.samplers.verification import Verdict, agreed, block, rejection
 from omni.sequence.layout import Span, TokenSpan
 
-if TYPE_CHECKING:
-    from omni.generation.engine import Engine
-    from omni.generation.row import Row
-
 Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, and whether one more may follow them
 
 
-def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
     """One round for the rows that talk in blocks and agree in `Row.drafting`; the others of the cache stand still."""
-    assert engine.model.joint is not None
-    carries_on = engine.model.joint.head.carries_on and engine.model.joint.head.length > 1
+    assert runtime.model.joint is not None
+    carries_on = runtime.model.joint.head.carries_on and runtime.model.joint.head.length > 1
     again, options = bool(talking[0].leftover), talking[0].options
     draft: Draft | None = None
     start: Tensor | None = None
     if again:
         proposals = {row.number: row.leftover for row in talking}
     elif talking[0].state is not None:
-        draft = _carry_on(engine, talking, len(rows))
+        draft = _carry_on(runtime, talking, len(rows))
         proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
     else:
-        draft, start = _draft(engine, talking, rows, cache)
+        draft, start = _draft(runtime, talking, rows, cache)
         proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
-    wanted: Wanted = {row.number: _usable(engine, row, proposals[row.number]) for row in talking}
+    wanted: Wanted = {row.number: _usable(runtime, row, proposals[row.number]) for row in talking}
     base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
     for _ in range(options.sweeps):
-        for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
+        for row, hidden in _read_drafts(runtime, talking, rows, cache, start, wanted):
             ids = wanted[row.number][0]
-            redrawn = _plain(engine, row, ids, engine.model.token.read(hidden))[: len(ids)]
-            wanted[row.number] = _usable(engine, row, redrawn.tolist())
+            redrawn = _plain(runtime, row, ids, runtime.model.token.read(hidden))[: len(ids)]
+            wanted[row.number] = _usable(runtime, row, redrawn.tolist())
             cache.truncate(row.number, *(field[row.number] for field in base))
     reads = options.sweeps + (options.verify != "none")
     passes = (start is not None) + (reads if _is_read(start, wanted) else 0)
     if options.verify == "none":
         for row in talking:
             ids = wanted[row.number][0]
-            legal = _legal(engine, row, ids)
-            said = yield from _emit(engine, row, legal, Drafted(len(ids), len(legal), passes))
+            legal = _legal(runtime, row, ids)
+            said = yield from _emit(runtime, row, legal, Drafted(len(ids), len(legal), passes))
             row.pending = [TokenSpan(said, [False] * len(said))]
         return
-    for row, hidden in _read_drafts(engine, talking, rows, cache, start, wanted):
+    for row, hidden in _read_drafts(runtime, talking, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
-        verdict = _judge(engine, row, draft, ids, engine.model.token.read(hidden))
+        verdict = _judge(runtime, row, draft, ids, runtime.model.token.read(hidden))
         kept = int(verdict.kept[0])
         count = kept + 1 if whole or kept < len(ids) else kept
         trace = Drafted(len(ids), kept, passes, again)
-        said = yield from _emit(engine, row, verdict.ids[0, :count].tolist(), trace)
+        said = yield from _emit(runtime, row, verdict.ids[0, :count].tolist(), trace)
         m = len(said) - (start is not None)  # the last one goes in with the next pass; one of the last round may be in
         cache.truncate(r, *(field[r] + m for field in base))
         row.pending = [TokenSpan([said[-1]], [False])]
@@ -91,7 +88,7 @@ def speak(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KV
 
 
 def _read_drafts(
-    engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
+    runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
     """One pass over the draft of every talking row, written to the cache; the hidden states of each, `start` (R, W)
     before it first. Without a start, the last id of each row goes before its draft. An id that nothing may follow is
@@ -102,7 +99,7 @@ def _read_drafts(
         read = draft if whole else draft[:-1]
         ids[row.number] = [*_last(row), *read] if start is None else read
     if _is_read(start, wanted):
-        hidden = append_text(engine.model, cache, ids, engine.step, engine.control.pad)
+        hidden = append_text(runtime.model, cache, ids, runtime.step, runtime.control.pad)
         hidden = hidden if start is None else torch.cat([start.unsqueeze(1), hidden], 1)
     else:
         assert start is not None
@@ -123,16 +120,16 @@ def _last(row: Row) -> list[int]:
     return span.ids
 
 
-def _plain(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+def _plain(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
     """What plain decoding says in place of every id of a draft if those before it were right, and after it: as many ids
     as there are logits (K, V) or (K + 1, V)."""
     if not row.options.temperature:
-        return _scores(engine, row, ids, logits)[1]
-    laws = _laws(engine, row, ids, logits)
+        return _scores(runtime, row, ids, logits)[1]
+    laws = _laws(runtime, row, ids, logits)
     return pick(laws, laws.new_tensor(_noise(row, len(laws))))
 
 
-def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
+def _draft(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
     """What the head drafts for every row of the cache (of rows that do not talk it means nothing), and the hidden
     states (R, W) before the drafts; all that the talking rows have goes into the cache. The tokens' noise is the row's
     own; what a head draws besides (the number of a latent mixture) hangs on the batch, so with such a head "rejection"
@@ -141,30 +138,30 @@ def _draft(engine: Engine, talking: Sequence[Row], rows: Sequence[Row], cache: K
     spans: list[list[Span]] = [[] for _ in rows]
     for row in talking:
         spans[row.number] = _merged(row.pending)
-    joint = engine.model.joint
+    joint = runtime.model.joint
     assert joint is not None
     num = max(row.draft_length for row in talking)
     uniforms = torch.full((len(rows), num), 0.5, dtype=torch.float64)
     for row in talking:
         if row.options.temperature:
             uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
-    call = CacheCall(engine.model, cache, spans, engine.control.pad, engine.step)
+    call = CacheCall(runtime.model, cache, spans, runtime.control.pad, runtime.step)
     first = talking[0]
-    draft = joint.head.sample(call, uniforms.to(engine.device), first.key.fold("draft", first.num_tokens))
-    _require_sound(engine, talking, call, draft)
+    draft = joint.head.sample(call, uniforms.to(runtime.device), first.key.fold("draft", first.num_tokens))
+    _require_sound(runtime, talking, call, draft)
     if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft, call.start
     # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
-    logits, ids = engine.model.token.read(call.start), draft.ids.clone()
+    logits, ids = runtime.model.token.read(call.start), draft.ids.clone()
     for row in talking:
-        ids[row.number, 0] = _plain(engine, row, (), logits[row.number : row.number + 1])[0]
+        ids[row.number, 0] = _plain(runtime, row, (), logits[row.number : row.number + 1])[0]
     return replace(draft, ids=ids), call.start
 
 
-def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
+def _carry_on(runtime: Runtime, talking: Sequence[Row], num_rows: int) -> Draft:
     """What the head drafts after the last id of every talking row, from the hidden state before that id; as many rows
     as the cache has, of which the others mean nothing. Drawn as plain decoding draws, at the row's temperature."""
-    joint, first = engine.model.joint, talking[0]
+    joint, first = runtime.model.joint, talking[0]
     assert joint is not None and first.state is not None
     num = min(max(row.draft_length for row in talking), joint.head.length - 1)
     states, said = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
@@ -182,21 +179,21 @@ def _carry_on(engine: Engine, talking: Sequence[Row], num_rows: int) -> Draft:
                 ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
         return ids, law
 
-    call = StateCall(engine.model, states)
+    call = StateCall(runtime.model, states)
     drafting = joint.head.carry_on(call, said.to(states.device))
     chosen = [choose(0, next(drafting))]
     while len(chosen) < num:  # until nothing may follow in any row
         so_far = torch.stack([ids for ids, _ in chosen], 1)
-        if not any(_usable(engine, row, so_far[row.number].tolist())[1] for row in talking):
+        if not any(_usable(runtime, row, so_far[row.number].tolist())[1] for row in talking):
             break
         chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
     ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     draft = Draft(ids, laws if wants_laws else None, len(chosen))
-    _require_sound(engine, talking, call, draft)
+    _require_sound(runtime, talking, call, draft)
     return draft
 
 
-def _require_sound(engine: Engine, talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
+def _require_sound(runtime: Runtime, talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
     """NotFiniteError if the head drafted from logits, or by probabilities, that are not finite."""
     wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
     wrong = wrong if call.unsound is None else wrong | call.unsound
@@ -205,7 +202,7 @@ def _require_sound(engine: Engine, talking: Sequence[Row], call: CacheCall | Sta
     found = wrong.tolist()
     for row in talking:
         if found[row.number]:
-            logits = engine.model.token.read(call.start[row.number : row.number + 1])
+            logits = runtime.model.token.read(call.start[row.number : row.number + 1])
             masked_scores(logits, torch.zeros_like(logits), [row.num_tokens])  # raises where the head is not to blame
             raise NotFiniteError(
                 f"the joint-token head's draft from token {row.num_tokens + 1} of the reply on is not finite: its "
@@ -233,46 +230,46 @@ def _noise(row: Row, num: int) -> list[float]:
     return [token_noise(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
 
 
-def _usable(engine: Engine, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
+def _usable(runtime: Runtime, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
     """As much of a draft as one round can use, and whether one more token may follow: not past the ids that a round
     is allowed, nor past the id after which a picture begins or the turn ends."""
     ids, phase = list(ids[: row.draft_length]), row.phase
     for k, token in enumerate(ids):
-        phase = engine.following(row, phase, token)
+        phase = runtime.grammar.following(row, phase, token)
         if phase in ("block", "done"):
             return ids[: k + 1], False
     return ids, True
 
 
-def _masks(engine: Engine, row: Row, ids: Sequence[int], num: int) -> Tensor:
+def _masks(runtime: Runtime, row: Row, ids: Sequence[int], num: int) -> Tensor:
     """(num, V) additive: which ids may come in place of every id of a draft, and after it."""
     masks, phase = [], row.phase
     for token in (*ids, None)[:num]:
-        masks.append(engine.mask_of(row, phase))
-        if token is not None and engine.following(row, phase, token) not in ("block", "done"):
-            phase = engine.following(row, phase, token)
+        masks.append(runtime.grammar.mask_of(row, phase))
+        if token is not None and runtime.grammar.following(row, phase, token) not in ("block", "done"):
+            phase = runtime.grammar.following(row, phase, token)
     return torch.stack(masks)
 
 
-def _laws(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+def _laws(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
     """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
     phase."""
     temperature = row.options.temperature
     assert temperature is not None
-    return token_law(_scores(engine, row, ids, logits)[0], temperature, row.options.top_p)
+    return token_law(_scores(runtime, row, ids, logits)[0], temperature, row.options.top_p)
 
 
-def _scores(engine: Engine, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (K, V) or (K + 1, V), each under the mask of its phase, and the best id of each; see `masked_scores`."""
     numbers = range(row.num_tokens, row.num_tokens + len(logits))
-    return masked_scores(logits, _masks(engine, row, ids, len(logits)), numbers)
+    return masked_scores(logits, _masks(runtime, row, ids, len(logits)), numbers)
 
 
-def _judge(engine: Engine, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
+def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
     drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.verify, len(ids)
     if kind in ("coupled", "greedy"):
-        return agreed(drafted, _after_all(_plain(engine, row, ids, logits), K)[None])
-    log_p = _after_all(_laws(engine, row, ids, logits), K)[None]
+        return agreed(drafted, _after_all(_plain(runtime, row, ids, logits), K)[None])
+    log_p = _after_all(_laws(runtime, row, ids, logits), K)[None]
     if draft is None or draft.log_q is None:
         raise ValueError(
             f"verify = {kind!r} needs the laws that the draft was drawn from, which this model's joint-token head does "
@@ -290,17 +287,17 @@ def _after_all(each: Tensor, num: int) -> Tensor:
     return each if len(each) > num else torch.cat([each, each[-1:]])
 
 
-def _legal(engine: Engine, row: Row, ids: Sequence[int]) -> list[int]:
+def _legal(runtime: Runtime, row: Row, ids: Sequence[int]) -> list[int]:
     """An unverified draft up to its first id that may not come where it stands. The first always may (see `_draft`)."""
     phase = row.phase
     for k, token in enumerate(ids):
-        if engine.mask_of(row, phase)[token] == -torch.inf:
+        if runtime.grammar.mask_of(row, phase)[token] == -torch.inf:
             return list(ids[:k])
-        phase = engine.following(row, phase, token)
+        phase = runtime.grammar.following(row, phase, token)
     return list(ids)
 
 
-def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: Drafted) -> Iterator:
+def _emit(runtime: Runtime, row: Row, ids: Sequence[int], trace: Drafted) -> Iterator:
     """The row says ids until its state changes; yields events, returns those that were said."""
     row.note(trace)
     yield row.number, trace
@@ -308,7 +305,7 @@ def _emit(engine: Engine, row: Row, ids: Sequence[int], trace: Drafted) -> Itera
     for token in ids:
         said.append(token)
         row.num_tokens += 1
-        for event in engine.advance(row, token):
+        for event in runtime.grammar.advance(row, token):
             yield row.number, event
         if row.phase in ("block", "done") or row.forced:
             break

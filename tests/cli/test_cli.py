@@ -30,7 +30,7 @@ from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Text
 from omni.generation.contract import Check
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockDone, BlockStart, BlockStep, ImagePart, Stop, TextDelta
+from omni.generation.events import BlockDone, BlockStart, BlockStep, ImagePart, Stop, TextDelta
 from omni.generation.reply_files import default_folder, escape_markdown
 from omni.media.preparation import Limits, Preparation
 from omni.text.chat import messages_to_document

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
-from omni.cli.terminal import Printer, detect, palette_index, picture, safe_text
+from omni.cli.terminal import Printer, detect, palette_index, picture
 from omni.rng import Key
+from omni.safe_text import safe_text
 
 
 class Stream(io.StringIO):

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from omni.checkpoint import DamagedError, publish
+from omni.checkpoint import publish
 from omni.codecs import AutoencoderCodec, FsqCodec, autoencoders, load_codec
 from omni.codecs.autoencoders import _rms_norm, pictures_per_pass, to_pictures, use_fused_norms
+from omni.errors import DamagedError
 from omni.rng import Key
 from tests.codecs.test_codec import CONFIGS, TINY_DC, pictures
 
@@ -175,7 +176,7 @@ def test_statistics_and_sizes_without_sense_are_refused(settings: dict, said: st
 
 
 def test_statistics_keep_every_bit_and_bf16_stays_bf16(tmp_path) -> None:
-    from omni.model import BUNDLED
+    from omni.pretrained import BUNDLED
 
     codec = codec_of("AutoencoderDC")
     codec.mean, codec.deviation = Key(7).normal((4,)), Key(8).uniform((4,)) + 1e-8

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni.codecs import MAX_GRID, AutoencoderCodec, Codec, PixelCodec, PixelConfig, codecs, load_codec, psnr
-from omni.finite import NotFiniteError
+from omni.errors import NotFiniteError
 from omni.rng import Key
 
 TINY_DC = {

@@ -12,8 +12,9 @@ from omni.data.emoji_world.documents import EmojiWorld, prompt_of
 from omni.data.emoji_world.scene import Scene, single
 from omni.document import Text
 from omni.generation.contract import verify
-from omni.generation.reply import GenerationOptions, ImagePart, TextPart
-from omni.model import BUNDLED
+from omni.generation.events import ImagePart, TextPart
+from omni.generation.options import GenerationOptions
+from omni.pretrained import BUNDLED
 from omni.sequence.layout import LatentSpan
 
 pytestmark = pytest.mark.skipif(not (BUNDLED / "manifest.json").is_file(), reason="there is no bundled model")

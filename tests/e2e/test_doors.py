@@ -26,7 +26,7 @@ from omni.config import build
 from omni.document import Document, Image, Role, Text
 from omni.media import save_png
 from omni.media.preparation import Preparation
-from omni.model import BUNDLED
+from omni.pretrained import BUNDLED
 from train.build import assemble
 from train.data.latents import LatentMemo
 from train.recipe import Recipe

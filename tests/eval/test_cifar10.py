@@ -36,7 +36,7 @@ from eval.experiments.cifar.patches import (
 )
 from eval.experiments.cifar.pictures import SIDE, Order, Pictures, cropped, flipped, load_pictures
 from eval.suite import load_suite, load_tasks, main
-from omni.model import FlowCall
+from omni.losses import FlowCall
 from omni.objectives import OBJECTIVES, FlowObjective, Terms
 from omni.objectives.flow_matching import FlowMatching
 from omni.rng import Key

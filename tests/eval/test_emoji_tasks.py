@@ -15,7 +15,8 @@ from eval.suite import load_tasks
 from eval.task import TASKS, Context, Outcome
 from omni.data.emoji_world.documents import prompt_of
 from omni.document import Document, Image, Segment, Text
-from omni.generation.reply import ImagePart, Reply, TextPart
+from omni.generation.events import ImagePart, TextPart
+from omni.generation.reply import Reply
 
 load_tasks()
 Answer = Callable[[list[tuple[Segment, ...]], int], tuple[Segment, ...]]  # (all right answers, which request)

@@ -24,7 +24,7 @@ from eval.experiments.joint.pictures import LEVELS, law_picture, pair_law
 from eval.experiments.joint.toy import toy_batch, toy_model
 from eval.suite import load_suite, load_tasks, main
 from omni.heads.joint import JOINT_HEADS, Draft, JointConfig, JointHead
-from omni.joint import teacher_laws
+from omni.heads.joint.training import teacher_laws
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import pick

@@ -16,8 +16,9 @@ from omni.cli.commands import main
 from omni.config import load_json
 from omni.document import Document, Image, Role, Text, Video
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockStart, Stop
-from omni.model import BUNDLED, Omni, OmniConfig
+from omni.generation.events import BlockStart, Stop
+from omni.model import Omni, OmniConfig
+from omni.pretrained import BUNDLED
 from omni.sequence.context_limit import ContextWarning
 from omni.sequence.layout import context_length
 from omni.text import load_tokenizer

@@ -15,7 +15,8 @@ from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.generation.context import append_spans, refine_stream
 from omni.generation.denoise import block_noise
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockStep, GenerationOptions
+from omni.generation.events import BlockStep
+from omni.generation.options import GenerationOptions
 from omni.rng import Key
 from omni.samplers import SAMPLERS, Noise, State, Velocity
 from omni.sequence.guidance import Drop, drop, null_documents, open_turn, reduce

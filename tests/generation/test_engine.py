@@ -14,7 +14,8 @@ from omni.document import Document, Image, Role, Text, Video
 from omni.generation.context import append_spans, refine_stream
 from omni.generation.denoise import null_spans
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockDone, BlockStart, BlockStep, GenerationOptions, Stop, TextDelta, VideoPart
+from omni.generation.events import BlockDone, BlockStart, BlockStep, Stop, TextDelta, VideoPart
+from omni.generation.options import GenerationOptions
 from omni.rng import Key
 from omni.samplers.token import draw_token
 from omni.sequence.guidance import drop, reduce
@@ -89,10 +90,10 @@ def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -
 def test_a_forced_frame_rate_arrives_in_the_clip(model: omni.Omni, fps: float, rate: int) -> None:
     """The header's id is forced by its mask, whatever the logits are; the clip has the very number that was asked."""
     engine = Engine(model)
-    engine.allowed = {  # a clip of one chunk, chosen by the model itself
+    engine.grammar.allowed = {  # a clip of one chunk, chosen by the model itself
         name: torch.full_like(mask, -torch.inf).index_fill(0, torch.tensor(ids), 0)
         for (name, mask), ids in zip(
-            engine.allowed.items(),
+            engine.grammar.allowed.items(),
             ([engine.control.video], [engine.control.size(1)], [*map(engine.control.size, range(1, 65))],
              [engine.control.size(1)], [engine.control.size(1)]),
             strict=True,
@@ -141,7 +142,7 @@ def test_a_picture_beyond_the_budget_ends_the_reply(model: omni.Omni) -> None:
 
 def test_text_does_not_depend_on_a_budget_of_pictures_that_it_does_not_ask_for(model: omni.Omni) -> None:
     engine = Engine(model)
-    engine.allowed["text"][[engine.control.image, engine.control.video]] = -torch.inf
+    engine.grammar.allowed["text"][[engine.control.image, engine.control.video]] = -torch.inf
     with_pictures, without = (
         engine.generate("say", temperature=1.0, max_tokens=12, max_images=n, seed=3) for n in (16, 0)
     )
@@ -158,7 +159,7 @@ def test_a_forced_picture_needs_a_codec(tiny_model) -> None:  # noqa: ANN001
 def test_the_codec_goes_where_the_model_goes(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     seen: list[str] = []
     monkeypatch.setattr(PixelCodec, "to", lambda self, device: seen.append(str(device)) or self)
-    monkeypatch.setattr("omni.model.require_device", lambda name: name)
+    monkeypatch.setattr("omni.pretrained.require_device", lambda name: name)
     omni.from_pretrained(tiny_model, device="meta")
     assert seen == ["meta"]
 

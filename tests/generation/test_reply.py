@@ -16,7 +16,8 @@ import omni
 from omni import media
 from omni.checkpoint import verify
 from omni.document import Document, Image, Role, Text, Video
-from omni.generation.reply import ImagePart, Reply, TextPart, VideoPart, segments_of
+from omni.generation.events import ImagePart, TextPart, VideoPart
+from omni.generation.reply import Reply, segments_of
 from omni.generation.reply_files import read_messages
 from omni.rng import Key
 from omni.text.chat import messages_to_document

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import omni
-from omni.finite import NotFiniteError
+from omni.errors import NotFiniteError
 from omni.generation.engine import Engine
-from omni.generation.reply import Drafted, GenerationOptions, Reply
+from omni.generation.events import Drafted
+from omni.generation.options import GenerationOptions
+from omni.generation.reply import Reply
 from omni.generation.speculative import _noise
 from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
 from omni.model import Omni
@@ -75,14 +77,14 @@ def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:  # n
 
 
 def lift(engine: Engine) -> None:
-    mask = engine.allowed["text"]
+    mask = engine.grammar.allowed["text"]
     mask[engine.control.end] += 2.0
     mask[engine.control.image] += 4.0
 
 
 def text_alone(engine: Engine) -> Tensor:
     """Neither the end nor a picture may come."""
-    c, mask = engine.control, engine.allowed["text"]
+    c, mask = engine.control, engine.grammar.allowed["text"]
     mask[[c.end, c.image, c.video]] = -torch.inf
     return mask
 
@@ -119,8 +121,8 @@ def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: floa
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, temperature: float) -> None:
     """With lifted pictures every reply asks for one more than it may."""
-    engine.allowed["text"][engine.control.end] = -torch.inf
-    engine.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
+    engine.grammar.allowed["text"][engine.control.end] = -torch.inf
+    engine.grammar.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
     for budget in (0, 1):
         common = {"temperature": temperature, "max_tokens": 200, "max_images": budget, "steps": 1, "seed": 1}
         plain = engine.generate("say", tokens_per_pass=1, **common)
@@ -143,7 +145,7 @@ def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, m
 
     monkeypatch.setattr(KVCache, "write_fields", written)
     engine.step.enter = entered  # type: ignore[method-assign]
-    engine.allowed["text"][engine.control.end] = -torch.inf
+    engine.grammar.allowed["text"][engine.control.end] = -torch.inf
     reasons = set()
     for limit, seed in itertools.product((16, 30), range(2)):
         engine.model.config = engine.model.config.model_copy(update={"max_context": limit})
@@ -228,7 +230,7 @@ def four_ids_alone(engine: Engine) -> Engine:
     """The first four ids are likely, and no others may come."""
     with torch.no_grad():
         engine.model.token.embedding.weight[:4] *= 20
-    for mask in engine.allowed.values():
+    for mask in engine.grammar.allowed.values():
         mask[:] = -torch.inf
         mask[:4] = 0
     return engine

@@ -14,7 +14,8 @@ from torch import Tensor
 from omni.config import build
 from omni.heads import FlowHead, FlowHeadConfig
 from omni.heads.flow import Parametrisation, ScalarEmbedding, average_velocity
-from omni.model import FlowCall, Omni
+from omni.losses import FlowCall
+from omni.model import Omni
 from omni.rng import Key
 
 ALL: list[Parametrisation] = ["velocity", "simple_edm", "x"]

@@ -9,7 +9,7 @@ from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 from omni.generation.context import append_spans
 from omni.generation.drafting import CacheCall
 from omni.heads.joint import JOINT_HEADS, After, JointConfig, JointHead
-from omni.joint import BatchCall
+from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.nn.decode_step import TokenStep
 from omni.rng import Key

@@ -17,7 +17,7 @@ from eval.experiments.joint.toy import Budget, head_of, toy_batch, toy_call, toy
 from omni.heads.joint import JointConfig, Lesson
 from omni.heads.joint.latent_mixture import LatentMixture
 from omni.heads.joint.noise_kinds import draws_of
-from omni.joint import BatchCall
+from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.rng import Key
 from omni.samplers.inverse_cdf import pick

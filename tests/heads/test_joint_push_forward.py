@@ -19,7 +19,7 @@ from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
 from omni.heads.joint.push_forward import PushForward, block_bound, graded, semigroup_targets, set_task
-from omni.joint import BatchCall, teacher_laws
+from omni.heads.joint.training import BatchCall, teacher_laws
 from omni.model import Omni
 from omni.rng import Key
 from omni.samplers.inverse_cdf import interval, pick

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.experiments.joint.toy import head_of, toy_batch, toy_call, toy_model
 from omni.heads.joint import JOINT_HEADS, JointConfig
-from omni.joint import teacher_laws
+from omni.heads.joint.training import teacher_laws
 from omni.model import Omni
 from omni.rng import Key
 from omni.samplers.token import token_law

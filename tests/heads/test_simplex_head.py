@@ -28,7 +28,7 @@ from omni.heads.joint.simplex import (
     times_of,
     velocity_of,
 )
-from omni.joint import BatchCall
+from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.rng import Key
 from omni.samplers.flow_map import flow_map

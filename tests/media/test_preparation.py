@@ -15,7 +15,7 @@ import omni
 from omni.config import build
 from omni.document import Document, Image, Role, Text, Video
 from omni.generation.engine import Engine
-from omni.generation.reply import GenerationOptions
+from omni.generation.options import GenerationOptions
 from omni.media.preparation import Limits, Preparation, letterbox, prepare, prepare_clip, prepare_picture, target_size
 from omni.rng import Key
 

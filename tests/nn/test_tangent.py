@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import omni.sequence.mask
-from omni.model import FlowCall, Omni
+from omni.losses import FlowCall
+from omni.model import Omni
 from omni.nn.tangent import Dual, differentiate, lift
 from omni.nn.transformer import Block
 from omni.objectives import build_objective

@@ -64,7 +64,7 @@ def test_the_second_jump_passes_the_gradient_to_its_input_and_to_no_weight() -> 
 
 
 def test_through_the_model_the_gradient_of_the_second_jump_reaches_x_alone() -> None:
-    from omni.model import FlowCall
+    from omni.losses import FlowCall
 
     model = small_model(dtype=torch.float64)
     batch = random_batch(Key(1).fold("trajectory"))

@@ -153,7 +153,7 @@ def test_there_is_no_tangent_between_copies() -> None:
 
 
 def model_call(model):  # noqa: ANN001, ANN202
-    from omni.model import FlowCall
+    from omni.losses import FlowCall
 
     batch = random_batch(Key(11).fold("tangent"), num_documents=3, copies=3, rows=2)
     with torch.no_grad():

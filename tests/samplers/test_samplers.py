@@ -14,7 +14,8 @@ from torch import Tensor
 import omni
 from omni.cli.commands import parse
 from omni.cli.options import options_of
-from omni.generation.reply import BlockDone, GenerationOptions
+from omni.generation.events import BlockDone
+from omni.generation.options import GenerationOptions
 from omni.rng import Key
 from omni.samplers import GRIDS, SAMPLERS, Noise, State, Velocity, adds_noise, from_diffusers, knobs, time_grid
 

@@ -14,7 +14,7 @@ import torch
 
 from omni import media
 from omni.document import Document, Image, Role, Text, Video
-from omni.generation.reply import TextPart
+from omni.generation.events import TextPart
 from omni.text.chat import _base64, _PartReader, document_to_messages, messages_to_document
 
 PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(4, 6, 3)

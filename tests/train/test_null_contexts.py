@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from omni.model import FlowCall
+from omni.losses import FlowCall
 from omni.rng import Key
 from omni.sequence.guidance import drop, null_documents
 from omni.sequence.layout import Shape, pack

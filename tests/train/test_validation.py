@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni.data.source import KeptOut, document_digest
+from omni.data.digests import document_digest
+from omni.data.source import KeptOut
 from omni.document import Document, Image, Role, Text
 from omni.objectives import OBJECTIVES, FlowObjective, build_objective
 from omni.rng import Key

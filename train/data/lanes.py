@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from omni.cli.arguments import is_mistake, one_line
 from omni.codecs import Codec
 from omni.document import Image, Video
+from omni.errors import is_mistake, one_line
 from omni.sequence.layout import Batch
 from train.data.batch import Packed, TooManyCorrupt
 from train.data.loader import Loader

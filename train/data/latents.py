@@ -7,12 +7,12 @@ Shapes: t h w latents, C channels.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from omni.data.digests import media_digest
 from omni.document import Image, Video
 
 Latents = list[torch.Tensor]
@@ -49,14 +49,6 @@ class LatentMemo:
         while self.num_bytes > self.max_bytes and self._kept:
             _, dropped = self._kept.popitem(last=False)
             self.num_bytes -= _bytes_of(dropped)
-
-
-def media_digest(segment: Image | Video) -> bytes:
-    """16 bytes that identify the shape, the frame rate and the pixels."""
-    values, fps = (segment.pixels, None) if isinstance(segment, Image) else (segment.frames, segment.fps)
-    digest = hashlib.blake2b(repr((tuple(values.shape), fps)).encode(), digest_size=16)
-    digest.update(memoryview(values.contiguous().numpy()).cast("B"))
-    return digest.digest()
 
 
 def _bytes_of(latents: Latents) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omni.cli.arguments import exit_code
-from omni.model import Omni, from_pretrained
+from omni.model import Omni
+from omni.pretrained import from_pretrained
 from train.upcycling import with_copies
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from omni.cli.arguments import exit_code
 from omni.document import Image
-from omni.model import Omni, from_pretrained
+from omni.model import Omni
+from omni.pretrained import from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.tokenizer import decode_bytes

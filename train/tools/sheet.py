@@ -71,7 +71,7 @@ def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: 
 
 
 def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch.Tensor | None]:
-    from omni.generation.reply import GenerationOptions
+    from omni.generation.options import GenerationOptions
 
     steps = run.recipe.report.sheet_sampling_steps
     options = GenerationOptions(steps=steps, max_images=1, max_tokens=16, force_image=all(is_picture))

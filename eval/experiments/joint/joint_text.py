@@ -43,7 +43,7 @@ from omni.document import Document
 from omni.document import Text as TextSegment
 from omni.generation.context import append_spans
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelta
+from omni.generation.events import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelta
 from omni.heads.joint import build_head
 from omni.text.compose import header_length
 

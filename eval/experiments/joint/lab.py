@@ -24,7 +24,7 @@ from eval.experiments.joint.joints import Table, build_joint
 from eval.experiments.joint.toy import Budget, beside, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.config import Frozen
 from omni.heads.joint import JOINT_HEADS, JointConfig, build_head
-from omni.joint import teacher_laws
+from omni.heads.joint.training import teacher_laws
 from omni.model import Omni
 from omni.rng import Key
 

@@ -22,7 +22,7 @@ from eval.experiments.joint.decode import Pace, Rounds, decode_plain, decode_rou
 from eval.experiments.joint.toy import Budget, beside, head_of, optimise, toy_batch, toy_call, toy_model
 from omni.config import Frozen
 from omni.heads.joint import JointConfig, JointHead, build_head
-from omni.joint import BatchCall, joint_loss, teacher_laws
+from omni.heads.joint.training import BatchCall, joint_loss, teacher_laws
 from omni.model import Omni
 from omni.rng import Key
 from omni.sequence.layout import Batch

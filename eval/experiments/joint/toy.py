@@ -18,7 +18,7 @@ from torch import Tensor
 
 from omni.heads import FlowHeadConfig
 from omni.heads.joint import JointConfig, JointHead, Lesson
-from omni.joint import BatchCall, teacher_laws
+from omni.heads.joint.training import BatchCall, teacher_laws
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key

@@ -38,7 +38,8 @@ from eval.tasks.speed.comparison import (
     prompt_of,
 )
 from omni.generation.engine import Engine
-from omni.generation.reply import BlockDone, GenerationOptions
+from omni.generation.events import BlockDone
+from omni.generation.options import GenerationOptions
 from omni.model import Omni
 
 PROMPT = prompt_of(16)

@@ -31,7 +31,8 @@ from eval.tasks.speed.comparison import (
     prompt_of,
 )
 from omni.generation.engine import Engine
-from omni.generation.reply import GenerationOptions, Stop
+from omni.generation.events import Stop
+from omni.generation.options import GenerationOptions
 from omni.model import Omni
 
 EAGER = ("transformers dynamic", "transformers static")
@@ -94,7 +95,7 @@ def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = F
     """Greedy decoding of exactly `num_new` tokens after each prompt through the engine, events, text and all."""
     engine = Engine(model, compile)
     control = engine.control
-    engine.allowed["text"][[control.end, control.image, control.video]] = -torch.inf  # no earlier end
+    engine.grammar.allowed["text"][[control.end, control.image, control.video]] = -torch.inf  # no earlier end
     options = GenerationOptions(max_tokens=num_new)
 
     def run() -> None:

@@ -1,0 +1,39 @@
+"""Digests: the same for what shows and says the same. They identify media, documents, records and files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from omni.document import Document, Image, Text, Video
+
+
+def media_digest(segment: Image | Video) -> bytes:
+    """16 bytes that identify the shape, the frame rate and the pixels."""
+    values, fps = (segment.pixels, None) if isinstance(segment, Image) else (segment.frames, segment.fps)
+    digest = hashlib.blake2b(repr((tuple(values.shape), fps)).encode(), digest_size=16)
+    digest.update(memoryview(values.contiguous().numpy()).cast("B"))  # type: ignore[arg-type]
+    return digest.digest()
+
+
+def document_digest(document: Document) -> str:
+    """Of roles, texts and pixels, not of `meta`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for segment in document.segments:
+        content = segment.text if isinstance(segment, Text) else media_digest(segment).hex()
+        digest.update(json.dumps([type(segment).__name__, segment.role, segment.supervise, content]).encode())
+    return digest.hexdigest()
+
+
+def bytes_digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """Name, size and blake2b of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return f"{path.name}:{path.stat().st_size}:{digest.hexdigest()}"

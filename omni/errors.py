@@ -1,0 +1,84 @@
+"""Errors: the two kinds that programs tell apart, what is a mistake of the user's, and each as one line.
+
+A mistake is a ValueError whose message names the value and the way out. This file does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+MISTAKE, DAMAGED = 2, 4  # exit codes
+MAX_LINE = 1000
+SPACE = 1 << 16  # bytes that must be free where something is to be written
+
+
+class DamagedError(ValueError):
+    """A published directory is incomplete, or differs from its manifest."""
+
+
+class NotFiniteError(ValueError):
+    """A computed value is NaN, infinite, or far outside of its range. The message names what and where."""
+
+
+def is_mistake(error: BaseException) -> bool:
+    """ValueError is our way of saying what is wrong with an input; so is an ImportError that names an extra (it has no
+    `name`), and what the system says of files. Too deep a nesting and too large a request are inputs too. All else is
+    a bug."""
+    if isinstance(error, RecursionError) or is_out_of_memory(error):
+        return True
+    said = isinstance(error, ImportError) and error.name is None
+    return bool(str(error)) and (said or isinstance(error, ValueError | OSError))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of Python's memory, of torch's on the CPU, or of a device's; by name, for telling must not import torch."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, without line breaks; of a file its name and the system's reason."""
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply; make it flatter"
+    if is_out_of_memory(error):
+        return "out of memory: ask for less at once (text, pictures, their size), or take another device"
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
+
+
+def code_of(error: Exception) -> int:
+    """The exit code after an error."""
+    if isinstance(error, DamagedError):
+        return DAMAGED
+    return MISTAKE if is_mistake(error) else 1
+
+
+def check_place(path: Path, name: str, is_folder: bool = True) -> None:
+    """ValueError when the file or folder `path` (given as `name`) cannot be written. Tries it, and leaves nothing.
+
+    Made for work that takes a while and writes at its end: call it before the work.
+    """
+    kind = "folder" if is_folder else "file"
+    try:
+        if path.exists() and path.is_dir() != is_folder:
+            raise ValueError(f"{name} {str(path)!r} is a {'file' if is_folder else 'folder'}; name a {kind}")
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{name} {str(path)!r} is a link to nothing; name another {kind}")
+        blocked = [str(parent) for parent in path.parents if parent.exists() and not parent.is_dir()]
+        if blocked:
+            raise ValueError(f"{name} {str(path)!r}: {blocked[0]!r} is a file; name another {kind}")
+        there = next(parent for parent in (*path.parents, Path()) if parent.is_dir())
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.tmp-") as probe:
+            (Path(probe) / "probe").write_bytes(bytes(SPACE))
+            new = [part for part in path.relative_to(there).parts if part != ".."]
+            (Path(probe) / max(new, key=lambda part: len(os.fsencode(part)))).mkdir()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{name} {str(path)!r:.300} cannot be written: {reason}; name another {kind}") from None

@@ -1,0 +1,173 @@
+"""What may come next in a reply, and what an id does to its row: the state machine of a turn. No network in here.
+
+    phase     text -> (image) rows -> columns -> block -> text ... -> done
+              text -> (video) chunks -> rate -> rows -> columns -> block (chunks of them) -> text
+
+`mask_of` gives the ids that may come in a phase, `following` the phase after an id, as far as the id alone decides, and
+`advance` moves a row by one id and yields the events that follow from it.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from omni.codecs import CodecSpec
+from omni.document import Role, Text
+from omni.generation.events import BlockStart, Event, StopReason, TextDelta, TextPart
+from omni.generation.row import Media, Phase, Row
+from omni.model import OmniConfig
+from omni.sequence.context_limit import warn_if_nearly_full
+from omni.text.compose import frame_rate, header_length
+from omni.text.tokenizer import MAX_SIZE, Tokenizer
+
+LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its header, one latent, media_end
+
+
+class Grammar:
+    """Of one model: its tokenizer, the bounds of its config, and what its codec draws (None: no pictures)."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: OmniConfig, codec: CodecSpec | None, device: torch.device | str
+    ) -> None:
+        self.tokenizer, self.control, self.config, self.codec = tokenizer, tokenizer.control, config, codec
+        self.device = device
+        self.allowed = {phase: self._allowed(phase) for phase in ("text", "chunks", "rate", "rows", "columns")}
+
+    # ---- what may come ---------------------------------------------------------------------------------------------
+
+    def _allowed(self, phase: str) -> Tensor:
+        """(V,) additive: which ids may come in a phase. This is what makes the header well formed."""
+        c, config = self.control, self.config
+        mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
+        if phase == "text":
+            mask[: self.tokenizer.num_text] = 0
+            mask[c.end] = 0
+            mask[[c.image, c.video]] = 0
+        else:
+            largest = {"chunks": config.max_chunks, "rate": MAX_SIZE}.get(phase, config.max_grid)
+            mask[[c.size(n) for n in range(1, largest + 1)]] = 0
+        return mask
+
+    def mask_of(self, row: Row, phase: Phase) -> Tensor:
+        """(V,) additive: which ids may come next in a phase of this row."""
+        mask, fps = self.allowed[phase], row.options.fps
+        if phase != "rate" or fps is None:
+            return mask
+        only = torch.full_like(mask, -torch.inf)
+        only[self.control.size(frame_rate(fps))] = 0
+        return only
+
+    def may_draw(self, row: Row) -> bool:
+        return self.codec is not None and row.num_media < row.options.max_images
+
+    def following(self, row: Row, phase: Phase, token: int) -> Phase:
+        """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
+        c = self.control
+        if phase == "text" and token in (c.image, c.video):
+            if not self.may_draw(row):
+                return "done"
+            forced = token == c.image and row.options.image_size is not None
+            return "block" if forced else "rows" if token == c.image else "chunks"
+        if phase == "text":
+            return "done" if token == c.end else "text"
+        after: dict[Phase, Phase] = {"chunks": "rate", "rate": "rows", "rows": "columns", "columns": "block"}
+        return after.get(phase, phase)
+
+    def grid(self, media: Media) -> tuple[int, int, int]:
+        """(t, h, w) in latents of each block of a picture or clip whose header is complete."""
+        assert self.codec is not None
+        t = 1 if media.kind == "image" else self.codec.frames_per_chunk
+        return (t, media.rows, media.columns)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) in latents of pictures of (height, width) pixels. ValueError for a size that the model has not."""
+        if self.codec is None:
+            raise ValueError("this model draws no pictures: it has no codec")
+        _, rows, columns = self.codec.stride
+        largest = self.config.max_grid
+        grid = size[0] // rows, size[1] // columns
+        if size[0] % rows or size[1] % columns or max(grid) > largest:
+            raise ValueError(
+                f"image_size = {size[0]} x {size[1]} is none of this model's: it must be a multiple of "
+                f"{rows} x {columns} pixels, and at most {largest * rows} x {largest * columns}"
+            )
+        return grid
+
+    # ---- what an id does -------------------------------------------------------------------------------------------
+
+    def advance(self, row: Row, token: int) -> Iterator[Event]:
+        """Move the row's state machine by one id."""
+        row.length += 1
+        if row.phase != "text":
+            yield from self._advance_header(row, token)
+        elif token < self.tokenizer.num_text:
+            row.text += row.stream.push(token)
+            yield from self._emit(row)
+            if row.phase != "done" and (row.num_tokens >= row.options.max_tokens or row.length >= row.capacity):
+                yield from self._finish(row, "length")
+        elif token == self.control.end:
+            yield from self._finish(row, "end")
+        elif not self.may_draw(row):
+            yield from self._finish(row, "images")
+        elif not row.has_room(LEAST_MEDIA - 1):
+            yield from self._finish(row, "length")
+        else:
+            yield from self._close_text(row)
+            is_image = token == self.control.image
+            row.media = Media("image" if is_image else "video", row.num_media)
+            row.phase = "rows" if is_image else "chunks"
+            if is_image and row.options.image_size is not None:
+                row.forced += [self.control.size(n) for n in self.grid_of(row.options.image_size)]
+
+    def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
+        """The same by one size of a header. A picture or clip that has no room is not begun."""
+        media, size = row.media, self.control.size_of(token)
+        assert media is not None and size is not None
+        if row.phase == "chunks":
+            media.chunks, row.phase = size, "rate"
+        elif row.phase == "rate":
+            media.rate, row.phase = size, "rows"
+        elif row.phase == "rows":
+            media.rows, row.phase = size, "columns"
+        else:
+            media.columns, row.phase = size, "block"
+            grid = self.grid(media)
+            if row.has_room(media.chunks * math.prod(grid) + 1):
+                yield BlockStart(media.kind, media.index, grid)
+            else:
+                yield from self._finish(row, "length")
+
+    def _emit(self, row: Row) -> Iterator[Event]:
+        """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
+        for stop in row.options.stop:
+            at = row.text.find(stop)
+            if at >= 0:
+                row.text = row.text[:at]
+                yield from self._finish(row, "stop")
+                return
+        hold = max((len(s) for s in row.options.stop), default=1) - 1
+        end = len(row.text) - hold
+        if end > row.emitted:
+            yield TextDelta(row.text[row.emitted : end])
+            row.emitted = end
+
+    def _close_text(self, row: Row) -> Iterator[Event]:
+        row.text += row.stream.flush() if row.reason != "stop" else ""
+        if len(row.text) > row.emitted:
+            yield TextDelta(row.text[row.emitted :])
+        if row.text:
+            row.segments.append(Text(row.text, Role.ASSISTANT))
+            row.parts.append(TextPart(row.text))
+        row.text, row.emitted, row.stream = "", 0, self.tokenizer.stream()
+
+    def _finish(self, row: Row, reason: StopReason) -> Iterator[Event]:
+        row.reason = reason
+        yield from self._close_text(row)
+        row.phase = "done"
+        row.warned = row.warned or warn_if_nearly_full(row.length, row.capacity)

@@ -1,0 +1,65 @@
+"""The loss of a joint-token head: blocks beside a packed batch (heads.joint.base.JointCall in training).
+
+Legend: R rows, T context positions, B blocks, K tokens of a block, n positions of a pass, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni.heads.joint.backbone import Backbone, Reads, draft_pass, head_of
+from omni.heads.joint.base import Lesson
+from omni.nn.cache import Memory
+from omni.objectives.terms import Terms
+from omni.rng import Key
+from omni.sequence.layout import Batch
+from omni.sequence.placeholders import Blocks, Starts, choose_blocks
+
+
+@dataclass
+class BatchCall(Reads):
+    """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
+
+    model: Backbone
+    starts: Starts
+    hidden: Tensor
+    memory: Memory
+    frozen: bool = False
+    passes: int = 0
+
+    @property
+    def start(self) -> Tensor:
+        return self.hidden[self.starts.row, self.starts.at]
+
+    def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
+        self.passes += 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = draft_pass(self.model, inputs, self.starts, self.memory, causal, clean)
+            return torch.cat([self.start.unsqueeze(1).to(found.dtype), found], 1)
+
+    def target(self) -> BatchCall:
+        return BatchCall(self.model, self.starts, self.hidden.detach(), self.memory.detach(), frozen=True)
+
+
+def joint_loss(
+    model: Backbone, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key, progress: float = 1.0
+) -> dict[str, Terms]:
+    """The loss of the model's joint-token head on random blocks of a packed batch, by name."""
+    joint = head_of(model)
+    starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
+    call = BatchCall(model, starts, hidden, memory)
+    teacher = teacher_laws(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
+    return joint.head.loss(call, Lesson(blocks, teacher, key, progress))
+
+
+@torch.no_grad()
+def teacher_laws(model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks) -> Tensor:
+    """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass itself, whose hidden states (R, T, W) are
+    given. Past the end of a block the values mean nothing."""
+    K = blocks.ids.shape[1]
+    at = (starts.at[:, None] + torch.arange(K, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
+    logits = model.token.read(hidden[starts.row[:, None], at])
+    return logits.double().log_softmax(-1)

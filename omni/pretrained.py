@@ -1,0 +1,70 @@
+"""A model from a published directory (see Omni.save_pretrained): weights, tokenizer, codec, preparation, defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from omni.checkpoint import Published, manifest_digest
+from omni.codecs import read_codec
+from omni.config import build
+from omni.errors import DamagedError
+from omni.generation.options import check_defaults
+from omni.media.preparation import read_preparation
+from omni.model import Omni, OmniConfig
+from omni.nn.precision import require_device
+from omni.text import load_tokenizer
+from omni.weights import holds, unallocated
+
+CODEC_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
+    """Load a model directory (the bundled model by default). Every byte is checked against the manifest, and what the
+    manifest does not list is not read. A learned codec's network is built when it is first needed.
+
+    Raises ValueError naming the file if it is missing, damaged or not listed, or if a weight is missing, unknown,
+    misshapen, of integers or not finite, and for a device that is not here.
+    """
+    folder = BUNDLED if path is None else Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
+        )
+    require_device(device)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype} is no floating type; take torch.float32, torch.bfloat16 or torch.float64")
+    files = Published(folder)
+    config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
+    with unallocated():
+        model = Omni(config)
+    model.load_weights(files.tensors("model.safetensors"), str(folder / "model.safetensors"))
+    tokenizer, codec = files.folder("tokenizer"), files.folder("codec")
+    if TOKENIZER_CONFIG in tokenizer:
+        model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
+    if CODEC_CONFIG in codec:
+        model.codec = read_codec(codec).to(device)
+    defaults = files.table("generation.json") if "generation.json" in files else {}
+    stored = files.table("preparation.json") if "preparation.json" in files else None
+    model.preparation, model.defaults = read_preparation(stored, defaults, str(folder))
+    check_defaults(model.defaults, str(folder / "generation.json"))
+    model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
+    files.read_rest()
+    _check_attached(model, str(folder))
+    large = [name for name, value in model.state_dict().items() if not holds(dtype, value)]
+    if large:
+        raise ValueError(f"{folder}: {large[0]} has values that {dtype} cannot hold; take torch.bfloat16")
+    return model.to(device, dtype).eval()
+
+
+def _check_attached(model: Omni, source: str) -> None:
+    """ValueError if the tokenizer or the codec is another model's."""
+    config = model.config
+    if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
+        theirs = model.tokenizer.vocab_size
+        raise DamagedError(f"{source}: the tokenizer has {theirs} ids, vocab_size is {config.vocab_size}")
+    if model.codec is not None and model.codec.spec.channels != config.flow.channels:
+        theirs = model.codec.spec.channels
+        raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.flow.channels}")
