@@ -17,6 +17,7 @@ import torch
 
 from omni.checkpoint import publish
 from omni.config import load_json
+from omni.objectives import OBJECTIVES
 from train import checkpoint as state
 from train import loop
 from train.__main__ import main
@@ -72,6 +73,24 @@ def test_resume_at_every_step_and_twice(make_run: MakeRun, tmp_path: Path) -> No
             go(run, until)
         assert numbers(tmp_path / out) == numbers(tmp_path / "straight"), stop
         assert final_bytes(tmp_path / out, total) == final_bytes(tmp_path / "straight", total), stop
+
+
+TESTED = ("next_token", "flow_matching", "mean_flow")  # by the tests above
+CLIPS = tuple(f"data.{n}.{part}" for n in (0, 1) for part in ("name=moving_emoji", "options={num_frames=2}"))
+NEEDS = {"joint_tokens": ("heads.joint.length=4",)}
+NEEDS |= {name: ("batch.copies=4",) for name in ("drifting", "moment_matching")}
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES.names() if name not in TESTED])
+def test_every_objective_resumes_exactly(make_run: MakeRun, tmp_path: Path, name: str) -> None:
+    recipe = (f"objectives.2.name={name}", *CLIPS, *NEEDS.get(name, ()))
+    go(make_run(*recipe, out="straight"), 3)
+    go(make_run(*recipe, out="broken"), 2)
+    run = make_run(*recipe, out="broken")
+    loop.resume(run, lambda line: None)
+    go(run, 3)
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "straight")
+    assert final_bytes(tmp_path / "broken", 3) == final_bytes(tmp_path / "straight", 3)
 
 
 def test_resume_with_a_target_network(make_run: MakeRun, tmp_path: Path) -> None:
