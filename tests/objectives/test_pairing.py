@@ -10,7 +10,7 @@ import torch
 
 from omni.objectives.base import Items
 from omni.objectives.flow_matching import FlowMatching
-from omni.objectives.pairing import Pairing
+from omni.objectives.pairing import GROUP, Pairing
 from omni.rng import Key
 
 SIZES = (2, 1, 2, 2, 1, 2)
@@ -41,6 +41,18 @@ def test_transport_is_the_cheapest_of_all_orders() -> None:
         assert all(torch.equal(after[n], before[m]) for n, m in zip(members, best, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not paired.noise(Key(1))[paired.item < 0].any()
+
+
+def test_many_items_are_paired_in_groups() -> None:
+    num = 2 * GROUP + 3
+    latents = Key(0).normal((1, num, 2))
+    many = Items(latents, torch.arange(num)[None], [(n, 0, 0) for n in range(num)], pairing="transport")
+    before, after = replace(many, pairing="independent").noise(Key(1))[0], many.noise(Key(1))[0]
+    for start in range(0, num, GROUP):
+        group = slice(start, start + GROUP)
+        assert sorted(map(tuple, before[group].tolist())) == sorted(map(tuple, after[group].tolist()))
+    data = latents[0]
+    assert float((after - data).pow(2).sum()) < 0.6 * float((before - data).pow(2).sum())
 
 
 def test_only_the_noise_of_data_is_paired() -> None:
