@@ -16,6 +16,7 @@ from omni.config import build
 from omni.document import Document, Image, Role, Text, Video
 from omni.generation.engine import Engine
 from omni.generation.options import GenerationOptions
+from omni.generation.runtime import Runtime
 from omni.media.preparation import Limits, Preparation, letterbox, prepare, prepare_clip, prepare_picture, target_size
 from omni.rng import Key
 
@@ -246,15 +247,15 @@ def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monke
     model.preparation = Preparation(resize="letterbox", size=(16, 16))
     engine = Engine(model)
     appended: dict[int, list[Any]] = {}
-    append = Engine.append
+    append = Runtime.append
 
-    def watched(self: Engine, cache: Any, spans: Any) -> Any:
+    def watched(self: Runtime, cache: Any, spans: Any) -> Any:
         appended.setdefault(id(cache), []).extend(span for span in spans[0] if hasattr(span, "grid"))
         kept.append(cache)
         return append(self, cache, spans)
 
     kept: list[Any] = []  # so that no id is used twice
-    monkeypatch.setattr(Engine, "append", watched)
+    monkeypatch.setattr(Runtime, "append", watched)
     control, choose = engine.control, engine._choose
     script = [control.image, control.image, control.end]
     engine._choose = lambda rows, logits: choose(rows, logits) and [script.pop(0)]  # type: ignore[method-assign]
