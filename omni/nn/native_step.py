@@ -1,4 +1,4 @@
-"""The one-token step as native code, compiled when it is asked for: token_step.cpp, by the machine's C++ compiler.
+"""The one-token step as native code, compiled when it is asked for: native_step.cpp, by the machine's C++ compiler.
 
 A token is bound by reading the weights and by launching some twenty operations per layer. Here the whole step is one
 call, and weights whose values are exact in bfloat16 (as those of a published checkpoint are: it stores bfloat16) are
@@ -87,14 +87,14 @@ def is_exact_in_bf16(weight: Tensor) -> bool:
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """Compile token_step.cpp (a second or two, once per process) and load it."""
+    """Compile native_step.cpp (a second or two, once per process) and load it."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise ValueError(
             f"compile=True needs a C++ compiler ({', '.join(COMPILERS)}); install one or leave compile out"
         )
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "token_step.so"
+        target = Path(folder) / "native_step.so"
         for flags in ((*FLAGS, *THREADS), FLAGS):
             done = subprocess.run([compiler, *flags, "-o", target, SOURCE], capture_output=True, text=True, check=False)
             if done.returncode == 0:
