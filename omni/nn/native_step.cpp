@@ -1,5 +1,5 @@
-// One text token of one row against the KV cache, on the CPU: the arithmetic of step.py in loops that read every weight
-// once. Compiled at run time by compiled_step.py.
+// One text token of one row against the KV cache, on the CPU: the arithmetic of decode_step.py in loops that read every weight
+// once. Compiled at run time by native_step.py.
 //
 // Weights are float32 or bfloat16 (widened to float32 as they are read); activations, cache and sums are float32.
 //
