@@ -20,6 +20,7 @@ import torch
 from omni.checkpoint import Published, tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import build, digest
+from omni.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
 from omni.data.source import Source, build_source
 from omni.heads import FlowHeadConfig
 from omni.media.preparation import Preparation, target_size
@@ -133,12 +134,26 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+def check_alone(recipe: Recipe) -> None:
+    """Every key of a recipe whose tokenizer, codec or first weights are still to be made. ValueError as `assemble`."""
+    objectives, key = build_objectives(recipe), Key(recipe.seed)
+    config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
+    if recipe.train_only or config.joint is not None:  # what only the weights and the head tell
+        freeze_all_but(Omni(config), recipe.train_only or ("",))
+    build_held_out(recipe, build_mixture(recipe, key), key)
+
+
+def model_config(recipe: Recipe, vocab_size: int, channels: int, sampler: str) -> OmniConfig:
+    """The model's config.json, from [model], [heads] and what tokenizer and codec decide."""
     fields = dict(recipe.heads)
-    flow = {**fields.pop("flow", {}), "channels": codec.spec.channels}
-    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size, "sampler": sampler}
+    flow = {**fields.pop("flow", {}), "channels": channels}
+    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": vocab_size, "sampler": sampler}
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
-    model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
+    return build(fields, OmniConfig, "heads")
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+    model = Omni(model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     model.preparation = recipe.preparation
     if recipe.preparation.size is not None:
