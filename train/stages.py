@@ -60,7 +60,7 @@ from train.tools.average import average
 from train.tools.retokenize import convert
 from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
 
-RECORD = "recipe.json"  # what a stage was made by; models and codecs write theirs themselves
+RECORD = "recipe.json"  # what a stage was made by
 INPUTS = ("tokenizer", "codec", "init_from")
 # What may differ from the record of a finished stage: none of it is meant to change what the stage made.
 HARMLESS = (
@@ -93,9 +93,10 @@ class StageConfig(Frozen):
         given = [name for name in ("recipe", "tokenizer", "average", "retokenize") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"stage {self.name!r} has {' and '.join(given)}; give one")
-        for key in ("changes", "init"):
-            if getattr(self, key) and given in (["average"], ["retokenize"]):
-                raise ValueError(f"stage {self.name!r}: {key} has no effect on {given[0]}; leave it out")
+        kind = given[0] if given else "recipe"
+        for key, effective in (("changes", ("recipe", "tokenizer")), ("init", ("recipe",))):
+            if getattr(self, key) and kind not in effective:
+                raise ValueError(f"stage {self.name!r}: {key} has no effect on {kind}; leave it out")
         return self
 
 
@@ -172,6 +173,8 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
         recipe = build(merged(merged(table, listed.changes, "changes"), made, ""), TokenizerRecipe, origin)
         return Stage(listed.name, out, "tokenizer", recipe)
     if table.get("kind") == "codec":
+        if listed.init is not None:
+            raise ValueError("init has no effect on a codec; leave it out (changes.init_from names a codec directory)")
         return Stage(listed.name, out, "codec", build(merged(table, listed.changes, "changes"), CodecRecipe, origin))
     inputs = {("init_from" if kind == "model" else kind): path for kind, path in last.items()}
     if listed.init is not None:
@@ -286,19 +289,20 @@ def compare_with_record(stage: Stage) -> None:
 
 def make(stage: Stage) -> int:
     """Make one stage, or go on with it. Returns the exit code."""
+    stage.out.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(_settings(stage), indent=1) + "\n"
+    (stage.out / RECORD).write_text(record, encoding="utf-8")
     match stage.settings:
         case Recipe() as recipe:
             return runs.train_model(recipe, stage.out, bool(state.saved_steps(stage.out / "state")))
         case CodecRecipe() as recipe:
             return runs.train_codec(recipe, stage.out)
         case TokenizerRecipe() as recipe:
-            stage.out.mkdir(parents=True, exist_ok=True)
             train_tokenizer(recipe)
         case {"average": shares}:
             average(list(shares.items())).save_pretrained(stage.product)
         case {"retokenize": given}:
             convert(stage.product, given["model"], given["tokenizer"], with_pictures=given["pictures"] is not None)
-    (stage.out / RECORD).write_text(json.dumps(_settings(stage), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -174,6 +174,7 @@ def test_a_stopped_stage_goes_on_to_the_bit(listed: Path, monkeypatch: pytest.Mo
         ("stages.1.recipe={folder}/tiy.toml", "stage 'first': .*cannot read .*tiy.toml.*; did you mean 'tiny.toml'?"),
         ("stages.1.average.x=1", "stage 'first': average: 'x' is no earlier stage .*; models before it: none"),
         ("stages.3.changes.seed=1", "stage 'mean': changes has no effect on average"),
+        ("stages.0.init=first", "stage 'words': init has no effect on tokenizer"),
         ("stages.0.recipe=x", "stage 'words' has recipe and tokenizer; give one"),
         ("base=", "stage 'first': .*cannot read"),
         ("kinds=stages", "unknown key 'kinds'; did you mean 'kind'?"),
