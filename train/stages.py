@@ -60,7 +60,7 @@ from train.tools.average import average
 from train.tools.retokenize import convert
 from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
 
-RECORD = "recipe.json"  # what a stage was made by
+RECORD = "recipe.json"  # what a stage was made by; models and codecs write theirs themselves
 INPUTS = ("tokenizer", "codec", "init_from")
 # What may differ from the record of a finished stage: none of it is meant to change what the stage made.
 HARMLESS = (
@@ -176,7 +176,7 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
         if listed.init is not None:
             raise ValueError("init has no effect on a codec; leave it out (changes.init_from names a codec directory)")
         return Stage(listed.name, out, "codec", build(merged(table, listed.changes, "changes"), CodecRecipe, origin))
-    inputs = {("init_from" if kind == "model" else kind): path for kind, path in last.items()}
+    inputs: dict[str, str | None] = {("init_from" if kind == "model" else kind): last[kind] for kind in last}
     if listed.init is not None:
         inputs["init_from"] = None if listed.init == "none" else _model_of(listed.init, models, "init")
     for changes in (inputs, config.changes, listed.changes):
@@ -289,14 +289,13 @@ def compare_with_record(stage: Stage) -> None:
 
 def make(stage: Stage) -> int:
     """Make one stage, or go on with it. Returns the exit code."""
+    if isinstance(stage.settings, Recipe):
+        return runs.train_model(stage.settings, stage.out, bool(state.saved_steps(stage.out / "state")))
+    if isinstance(stage.settings, CodecRecipe):
+        return runs.train_codec(stage.settings, stage.out)
     stage.out.mkdir(parents=True, exist_ok=True)
-    record = json.dumps(_settings(stage), indent=1) + "\n"
-    (stage.out / RECORD).write_text(record, encoding="utf-8")
+    (stage.out / RECORD).write_text(json.dumps(_settings(stage), indent=1) + "\n", encoding="utf-8")
     match stage.settings:
-        case Recipe() as recipe:
-            return runs.train_model(recipe, stage.out, bool(state.saved_steps(stage.out / "state")))
-        case CodecRecipe() as recipe:
-            return runs.train_codec(recipe, stage.out)
         case TokenizerRecipe() as recipe:
             train_tokenizer(recipe)
         case {"average": shares}:
