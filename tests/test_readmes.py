@@ -44,12 +44,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 MOST_LINES, MOST_WORDS, MOST_FIGURES = 200, 1800, 12
 
-# Files that a README names and that are still to come. test_nothing_is_pending_that_is_there keeps the list short.
-PENDING = {
-    *("train/README.md", "train/LOG.md"),
-    *("train/recipes/bundled/stages.toml", "train/recipes/examples/moving_clips.toml"),
-}
-
 needs_bundled = pytest.mark.skipif(
     not (ROOT / "omni/bundled/manifest.json").is_file(), reason="there is no bundled model yet"
 )
@@ -79,7 +73,7 @@ def commands() -> list[str]:
 
 
 def is_there(path: str) -> bool:
-    return (ROOT / path).exists() or path in PENDING or path.startswith("runs/")
+    return (ROOT / path).exists() or path.startswith("runs/")
 
 
 @pytest.mark.parametrize("command", commands())
@@ -107,7 +101,7 @@ def _check_arguments(module: str, arguments: list[str]) -> None:
     given = [word for word in arguments if not word.startswith("--")]
     changes = [word for word in given if "=" in word and "device=" not in word]  # no GPU here
     paths = [word for word in given if "=" not in word]
-    if not paths or re.match(r"[A-Z]{2}", paths[0]) or paths[0] in PENDING:
+    if not paths or re.match(r"[A-Z]{2}", paths[0]):
         return
     if module == "eval":
         load_tasks()
@@ -184,14 +178,8 @@ def test_files_define_what_is_named_with_them(name: str) -> None:
     rows = re.findall(r"`([\w./]+\.py)`:\s+((?:`\w+`(?:,\s+|; its slow twin:\s+)?)+)", TEXTS[name])
     assert len(rows) >= {"README.md": 10, "omni/README.md": 50}.get(name, 0)
     for path, wanted in rows:
-        if path not in PENDING:
-            missing = set(re.findall(r"`(\w+)`", wanted)) - names_in(path)
-            assert not missing, f"{path} defines no {missing}"
-
-
-def test_nothing_is_pending_that_is_there() -> None:
-    there = {path for path in PENDING if (ROOT / path).exists()}
-    assert not there, f"take these out of PENDING: {sorted(there)}"
+        missing = set(re.findall(r"`(\w+)`", wanted)) - names_in(path)
+        assert not missing, f"{path} defines no {missing}"
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

@@ -135,12 +135,26 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+def check_alone(recipe: Recipe) -> None:
+    """Every key of a recipe whose tokenizer, codec or first weights are still to be made. ValueError as `assemble`."""
+    objectives, key = build_objectives(recipe), Key(recipe.seed)
+    config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
+    if recipe.train_only or config.joint is not None:  # what only the weights and the head tell
+        freeze_all_but(Omni(config), recipe.train_only or ("",))
+    build_held_out(recipe, build_mixture(recipe, key), key)
+
+
+def model_config(recipe: Recipe, vocab_size: int, channels: int, sampler: str) -> OmniConfig:
+    """The model's config.json, from [model], [heads] and what tokenizer and codec decide."""
     fields = dict(recipe.heads)
-    flow = {**fields.pop("flow", {}), "channels": codec.spec.channels}
-    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": tokenizer.vocab_size, "sampler": sampler}
+    flow = {**fields.pop("flow", {}), "channels": channels}
+    fields |= {"transformer": recipe.model.model_dump(), "vocab_size": vocab_size, "sampler": sampler}
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
-    model = Omni(build(fields, OmniConfig, "heads"), key.fold("model"))
+    return build(fields, OmniConfig, "heads")
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+    model = Omni(model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     model.preparation = recipe.preparation
     if recipe.preparation.size is not None:

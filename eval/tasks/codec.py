@@ -18,7 +18,7 @@ from omni.data.emoji_world.scene import scene_is_heldout, tone_is_heldout
 MAX_PSNR = 100.0  # stands for equal pictures, whose PSNR is infinite
 
 
-TRAIN_IT = "train it with `python -m train train/recipes/vae_emoji_fsq.toml`"
+TRAIN_IT = "train it with `python -m train train/recipes/bundled/codec_fsq.toml`"
 
 
 class CodecOptions(TaskOptions):

@@ -206,7 +206,7 @@ def test_schedule_and_noise() -> None:
     assert one == same != other
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("vae_*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*codec*.toml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(path: Path) -> None:
     parsed = load_toml(path, [], CodecRecipe)
     assert parsed.kind == "codec" and parsed.codec["class_name"] == "AutoencoderDC"
@@ -214,6 +214,6 @@ def test_recipes_are_valid(path: Path) -> None:
 
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(ValueError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
-        load_toml(RECIPES / "vae_emoji.toml", ["batchsize=3"], CodecRecipe)
+        load_toml(RECIPES / "bundled/codec.toml", ["batchsize=3"], CodecRecipe)
     with pytest.raises(ValueError, match="has no weights to train"):
         CodecRun(recipe("pixels"), Path("unused"))

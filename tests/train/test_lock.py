@@ -54,7 +54,7 @@ def test_a_second_run_is_refused_and_the_holder_is_named(tmp_path: Path) -> None
 def test_a_second_run_of_either_kind_ends_with_2(
     kind: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = recipe_file if kind == "model" else RECIPES / "vae_emoji.toml"
+    recipe = recipe_file if kind == "model" else RECIPES / "bundled/codec.toml"
     with hold(tmp_path / "out"):
         before = names(tmp_path / "out")
         assert main([str(recipe), "--out", str(tmp_path / "out")]) == 2
@@ -97,7 +97,7 @@ def test_several_processes_are_refused(
     kind: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = recipe_file if kind == "model" else RECIPES / "vae_emoji.toml"
+    recipe = recipe_file if kind == "model" else RECIPES / "bundled/codec.toml"
     assert main([str(recipe), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "WORLD_SIZE = 2" in said and "without torchrun" in said and said.count("\n") == 1

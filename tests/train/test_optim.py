@@ -8,7 +8,7 @@ import torch
 from omni.config import load_toml
 from omni.nn.precision import fast_bf16
 from omni.rng import Key
-from train import __main__ as program
+from train import runs
 from train.optim.muon import Muon, orthogonalise
 from train.recipe import Recipe
 
@@ -54,14 +54,14 @@ def test_muon_refuses_what_is_no_matrix() -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_autocast_follows_the_machine_unless_told(recipe_file, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:  # noqa: ANN001
     monkeypatch.setattr("train.recipe.fast_bf16", lambda device: fast)
-    monkeypatch.setattr(program, "fast_bf16", lambda device: fast)
+    monkeypatch.setattr(runs, "fast_bf16", lambda device: fast)
 
     def recipe(*overrides: str) -> Recipe:
         return load_toml(recipe_file, overrides, Recipe)
 
     assert recipe().autocasts is fast
     assert recipe("autocast=bf16").autocasts and not recipe("autocast=none").autocasts
-    said = program._precision(recipe("autocast=bf16"))
+    said = runs._precision(recipe("autocast=bf16"))
     assert ("far faster" in said) is not fast
-    assert program._precision(recipe("autocast=none")) == "float32 on cpu"
+    assert runs._precision(recipe("autocast=none")) == "float32 on cpu"
     assert isinstance(fast_bf16("cpu"), bool)

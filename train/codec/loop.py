@@ -1,11 +1,11 @@
 """Training of picture codecs on emoji scenes:  python -m train RECIPE.toml [key=value ...]  (kind = "codec").
 
-Reads a recipe (`train/recipes/vae_*.toml`), trains the autoencoder that it describes, and writes into the output
-directory: recipe.json, metrics.jsonl, samples.png (originals above their reconstructions), state/step-XXXXXXXX/ (for
-exact resume: run the same command again) and codec/, the finished codec (bf16 weights of the moving average, latents
-normalised over training pictures). Locks, signals, damaged states and steps that are not finite are as in loop.py;
-keys in CHANGEABLE may be others when it is resumed. Shapes: pictures (B, 3, H, W) in [-1, 1], raw latents (B, C, h, w),
-all channels last in memory. Does not train the transformer (loop.py).
+Reads a recipe (`train/recipes/bundled/codec.toml` is one), trains the autoencoder that it describes, and writes into
+the output directory: recipe.json, metrics.jsonl, samples.png (originals above their reconstructions),
+state/step-XXXXXXXX/ (for exact resume: run the same command again) and codec/, the finished codec (bf16 weights of the
+moving average, latents normalised over training pictures). Locks, signals, damaged states and steps that are not finite
+are as in train/loop.py; keys in CHANGEABLE may be others when it is resumed. Shapes: pictures (B, 3, H, W) in [-1, 1],
+raw latents (B, C, h, w), all channels last in memory. Does not train the transformer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CHANGEABLE = (
 
 
 class CodecRecipe(Frozen):
-    """A codec's training run; `train/recipes/vae_emoji.toml` explains the keys. `init_from`: a codec directory."""
+    """A codec's training run; `train/recipes/bundled/codec.toml` explains the keys. `init_from`: a codec directory."""
 
     kind: Literal["codec"] = "codec"
     seed: int = 0

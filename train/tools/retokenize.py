@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,12 +92,17 @@ def _old_ids(old: Tokenizer, data: bytes) -> list[int]:
     return [old.byte_id(byte) for byte in data]
 
 
+def convert(out: str | Path, model: str, tokenizer: str, with_pictures: bool) -> None:
+    """`retokenize` of a model directory and a tokenizer directory, to the model directory `out`."""
+    pictures = emoji_pictures() if with_pictures else None
+    retokenize(from_pretrained(model), load_tokenizer(tokenizer), pictures).save_pretrained(out)
+
+
 def main(arguments: Sequence[str]) -> int:
     def work() -> None:
         if len(arguments) not in (3, 5) or arguments[3:] not in ([], ["--pictures", "emoji_world"]):
             raise ValueError("usage: python -m train.tools.retokenize OUT MODEL TOKENIZER [--pictures emoji_world]")
-        pictures = emoji_pictures() if arguments[3:] else None
-        retokenize(from_pretrained(arguments[1]), load_tokenizer(arguments[2]), pictures).save_pretrained(arguments[0])
+        convert(*arguments[:3], with_pictures=bool(arguments[3:]))
 
     return exit_code(work)
 

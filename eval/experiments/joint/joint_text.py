@@ -239,7 +239,7 @@ class BlockOptions(TaskOptions):
 def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     """Text of heldout answers drafted in blocks, beside plain cached decoding of the same replies in the same run."""
     if context.model.joint is None:
-        raise ValueError("text_blocks needs a model with a joint-token head; train one with emoji_joint.toml")
+        raise ValueError("text_blocks needs a model with a joint-token head; see train/recipes/bundled")
     engine = Engine(context.model, compile=options.compile)
     prompts = [prompt_of(document) for document in requests(context, dict.fromkeys(KINDS, 1.0), options.requests)]
     own = {name: getattr(options, name) for name in ("verify", "adaptive", "recycle")}

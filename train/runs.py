@@ -1,0 +1,157 @@
+"""One recipe from its start to its end: a run of a model or of a codec, a dry run, a published state.
+
+Called by train.__main__ for one recipe and by train.stages for a list. What writes into an output directory holds its
+lock. Parses no command line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from omni.nn.precision import fast_bf16
+from train import loop
+from train.build import assemble, publish_model
+from train.checkpoint import saved_steps
+from train.codec import loop as codec_loop
+from train.lock import hold
+from train.metrics import Tracker
+from train.recipe import Recipe
+from train.sheet import draw_sheet
+from train.signals import EXIT_STOPPED, StopRequest
+
+
+def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
+    """The whole run of a model: build, restore, train, publish. Returns the exit code."""
+    torch.set_num_threads(recipe.threads)
+    with hold(out):
+        if not resume and saved_steps(out / "state"):
+            raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
+        run = assemble(recipe, out)
+        if resume:
+            loop.resume(run, lambda line: print(line, file=sys.stderr))
+        return _train(run)
+
+
+def _train(run: loop.Run) -> int:
+    recipe, out = run.recipe, run.out
+    (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
+    tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
+    tracker.say(_precision(recipe))
+    for change in run.changes:
+        tracker.metrics(run.progress.step, {"event": "recipe changed", **asdict(change)})
+    try:
+        finished = loop.train(run, tracker, stop, _sheets(tracker))
+        if finished:
+            publish_model(run, out / "model")
+            tracker.say(f"done after {run.progress.step} steps: {out / 'model'}")
+        else:
+            why = stop.received.name if stop.received else "stopped"
+            tracker.say(f"{why}: saved at step {run.progress.step}; continue with --resume")
+    finally:
+        stop.restore()
+        tracker.close()
+    return 0 if finished else EXIT_STOPPED
+
+
+def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
+    """The newest saved averages as a model directory."""
+    torch.set_num_threads(recipe.threads)
+    if directory.exists():
+        raise ValueError(f"{str(directory)!r} exists already; choose another directory to publish to")
+    run = assemble(recipe, out)
+    loop.resume(run, lambda line: print(line, file=sys.stderr), any_data=True)
+    print(publish_model(run, directory))
+    return 0
+
+
+def dry_run(recipe: Recipe, out: Path) -> int:
+    """Two real steps, nothing written; prints what the run would be."""
+    torch.set_num_threads(recipe.threads)
+    run = assemble(recipe, out)
+    parameters = loop.num_parameters(run.model)
+    loop.train_step(run, run.next())  # fills caches; the second step is the one that counts
+    started = time.perf_counter()
+    packed = run.next()
+    loaded = time.perf_counter()
+    run.waited = 0.0
+    metrics = loop.train_step(run, packed)
+    ended = time.perf_counter()
+    shapes = [f"{tuple(batch.ids.shape)} + {tuple(batch.item.shape)}" for batch in packed.batches]
+    used = sum(batch.num_positions for batch in packed.batches)
+    made = sum(batch.ids.numel() + batch.item.numel() for batch in packed.batches)
+    facts = {
+        "parameters": parameters,
+        "precision": _precision(recipe),
+        "of them with Muon": f"{_muon_share(run):.0%}",
+        "model file": f"{2 * parameters / 1e6:.1f} MB in bf16",
+        "a batch": f"{len(packed.documents)} documents, {used} positions ({used / made:.0%} of {', '.join(shapes)})",
+        "a step": f"{ended - started:.2f} s, of which loading {loaded - started + run.waited:.2f} s",
+        "steps in an hour": round(3600 / (ended - started)),
+        "loss": {k: round(v, 4) for k, v in metrics.items() if k.startswith("loss")},
+    }
+    if recipe.max_minutes is not None:
+        facts["steps in max_minutes"] = min(recipe.max_steps, round(60 * recipe.max_minutes / (ended - started)))
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
+    def sheet(run: loop.Run) -> None:
+        try:
+            draw_sheet(run, run.out / "sheets" / f"step-{run.progress.step:08d}.png")
+        except (ValueError, RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
+            tracker.say(f"no sample sheet at step {run.progress.step}: {type(error).__name__}: {error}")
+
+    return sheet
+
+
+def _precision(recipe: Recipe) -> str:
+    """What the forward pass computes in, and a warning where that is known to be slow."""
+    if not recipe.autocasts:
+        return f"float32 on {recipe.device}" + ("" if recipe.autocast == "none" else ", which has no fast bfloat16")
+    slow = "" if fast_bf16(recipe.device) else "; this device has no fast bfloat16: autocast=auto would be far faster"
+    return f"bfloat16 autocast on {recipe.device}{slow}"
+
+
+def _muon_share(run: loop.Run) -> float:
+    sizes = {name: p.numel() for name, p in run.model.named_parameters()}
+    return sum(sizes[name] for name in run.optimiser.members().get("muon", [])) / sum(sizes.values())
+
+
+def train_codec(recipe: codec_loop.CodecRecipe, out: Path) -> int:
+    """The whole run of a codec, which goes on where `out` has a state. Returns the exit code."""
+    torch.set_num_threads(1)
+    with hold(out):
+        stop = StopRequest()
+        try:
+            found = codec_loop.train(recipe, out, stop)
+        finally:
+            stop.restore()
+    if found is None:
+        return EXIT_STOPPED
+    print(json.dumps(found))
+    return 0
+
+
+def dry_run_codec(recipe: codec_loop.CodecRecipe, out: Path) -> int:
+    """Two real steps of a codec, nothing written; prints what the run would be."""
+    torch.set_num_threads(1)
+    run = codec_loop.CodecRun(recipe, out)
+    run.train_step()  # fills caches; the second step is the one that counts
+    started = time.perf_counter()
+    metrics = run.train_step()
+    seconds = time.perf_counter() - started
+    print(f"parameters: {loop.num_parameters(run.module):,}")
+    print(f"latents: {run.codec.spec.channels} channels, stride {run.codec.spec.stride}")
+    print(f"a step: {seconds:.2f} s, {recipe.last_step} of them {seconds * recipe.last_step / 60:.0f} minutes")
+    print(f"loss: {metrics['loss']:.4f}")
+    return 0

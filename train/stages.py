@@ -1,0 +1,338 @@
+"""A list of stages as one run:  python -m train STAGES.toml [key=value ...] [--out DIR] [--resume] [--dry-run]
+
+    kind = "stages"
+    out = "runs/mine"                       # stage NAME leaves its files in runs/mine/NAME
+    base = "recipes/mine.toml"              # the recipe of every stage that names none; or the table [base] itself
+
+    [[stages]]
+    name = "words"
+    tokenizer = "recipes/tokenizer.toml"    # a recipe of train.tools.tokenizer
+
+    [[stages]]
+    name = "pictures"
+    recipe = "recipes/codec.toml"           # a recipe of its own: of a codec, as its kind says
+
+    [[stages]]
+    name = "first"                          # the base recipe, and what this stage has otherwise
+    changes.max_steps = 1000
+
+    [[stages]]
+    name = "second"
+    changes.optimiser.rate = 1e-3
+    changes.data.0.options.mixture = { draw = 1.0 }     # in a list, digits are an index
+
+    [[stages]]
+    name = "mean"
+    average = { first = 0.3, second = 0.7 }             # train.tools.average, of earlier stages
+
+    [[stages]]
+    name = "other_words"
+    retokenize = { pictures = "emoji_world" }           # train.tools.retokenize, to the last tokenizer
+
+A recipe takes the tokenizer, the codec and the model (as init_from) of the last stages before it that made one. `init`
+names another stage for the model, or "none"; `changes` may name any path. `changes` of the whole file are those of
+every stage that trains a model (`changes.device=cuda`), its own come after them. Tables merge key by key, any other
+value replaces. Paths are relative to the current directory.
+
+With --resume a finished stage is passed over and one that has begun goes on. Trains nothing itself: see train.runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from omni.config import Frozen, build, nearest, parse_json, parse_toml
+from train import checkpoint as state
+from train import runs
+from train.build import assemble, check_alone
+from train.codec.loop import CodecRecipe, CodecRun
+from train.lock import hold
+from train.recipe import Recipe
+from train.tools.average import average
+from train.tools.retokenize import convert
+from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
+
+RECORD = "recipe.json"  # what a stage was made by; models and codecs write theirs themselves
+INPUTS = ("tokenizer", "codec", "init_from")
+# What may differ from the record of a finished stage: none of it is meant to change what the stage made.
+HARMLESS = (
+    *("device", "threads", "workers", "autocast", "compile", "latent_memory_mb", "report.*"),
+    *("max_nonfinite", "batch.max_corrupt", "batch.min_corrupt"),
+    *("eval_every", "eval_pictures", "final_pictures", "save_every"),
+)
+Kind = Literal["tokenizer", "codec", "model", "average", "retokenize"]
+
+
+class RetokenizeConfig(Frozen):
+    """pictures: whose pictures give the ids of names a code (see train.tools.retokenize)."""
+
+    pictures: Literal["emoji_world"] | None = None
+
+
+class StageConfig(Frozen):
+    """One stage: a recipe (of its own, or the base) with changes, or one step of a tool."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="of its folder")
+    recipe: Path | None = Field(None, description="of a model or a codec")
+    init: str | None = Field(None, description='earlier stage whose model to begin from, or "none"; else the last')
+    tokenizer: Path | None = Field(None, description="a recipe of a tokenizer")
+    average: dict[str, float] | None = Field(None, description="earlier stages that made a model, and their shares")
+    retokenize: RetokenizeConfig | None = None
+    changes: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> StageConfig:
+        given = [name for name in ("recipe", "tokenizer", "average", "retokenize") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"stage {self.name!r} has {' and '.join(given)}; give one")
+        kind = given[0] if given else "recipe"
+        for key, effective in (("changes", ("recipe", "tokenizer")), ("init", ("recipe",))):
+            if getattr(self, key) and kind not in effective:
+                raise ValueError(f"stage {self.name!r}: {key} has no effect on {kind}; leave it out")
+        return self
+
+
+class StagesConfig(Frozen):
+    """See the head of this file."""
+
+    kind: Literal["stages"] = "stages"
+    out: Path | None = Field(None, description="default: runs/ and the name of the file")
+    base: Path | dict[str, Any] | None = Field(None, description="recipe of the stages that name none")
+    changes: dict[str, Any] = Field({}, description="of every stage that trains a model, before its own")
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> StagesConfig:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages are named {twice[0]!r}; give each a name of its own")
+        return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is ready to be made. settings: what the record of a finished one is compared with."""
+
+    name: str
+    out: Path
+    kind: Kind
+    settings: Recipe | CodecRecipe | TokenizerRecipe | dict[str, Any]
+    inputs: tuple[str, ...] = ()  # paths that earlier stages make
+
+    @property
+    def product(self) -> Path:
+        return self.out / {"tokenizer": "tokenizer", "codec": "codec"}.get(self.kind, "model")
+
+    @property
+    def begun(self) -> bool:
+        return self.out.exists()
+
+    @property
+    def finished(self) -> bool:
+        last = "tokenizer_config.json" if self.kind == "tokenizer" else "manifest.json"
+        return (self.product / last).is_file()
+
+
+# --------------------------------------------------------------------------------------------- the plan
+
+
+def plan(config: StagesConfig, source: str, out: Path) -> list[Stage]:
+    """Every stage with its recipe built, so that a mistake in the last one shows before the first begins. ValueError
+    names the stage and the key."""
+    made: list[Stage] = []
+    for listed in config.stages:
+        with of_stage(listed.name):
+            made.append(_planned(listed, config, source, out / listed.name, made))
+    return made
+
+
+def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, earlier: list[Stage]) -> Stage:
+    models = {stage.name: str(stage.product) for stage in earlier if stage.product.name == "model"}
+    last = {stage.product.name: str(stage.product) for stage in earlier}
+    if listed.average is not None:
+        shares = {_model_of(name, models, "average"): share for name, share in listed.average.items()}
+        return Stage(listed.name, out, "average", {"average": shares}, tuple(shares))
+    if listed.retokenize is not None:
+        if "model" not in last or "tokenizer" not in last:
+            raise ValueError("retokenize: needs a stage that makes a model and one that makes a tokenizer before it")
+        given = {"model": last["model"], "tokenizer": last["tokenizer"]}
+        settings = {"retokenize": {**given, "pictures": listed.retokenize.pictures}}
+        return Stage(listed.name, out, "retokenize", settings, tuple(given.values()))
+    table, origin = _recipe_of(listed, config, source)
+    if listed.tokenizer is not None:
+        made = {"out": str(out / "tokenizer")}
+        recipe = build(merged(merged(table, listed.changes, "changes"), made, ""), TokenizerRecipe, origin)
+        return Stage(listed.name, out, "tokenizer", recipe)
+    if table.get("kind") == "codec":
+        if listed.init is not None:
+            raise ValueError("init has no effect on a codec; leave it out (changes.init_from names a codec directory)")
+        return Stage(listed.name, out, "codec", build(merged(table, listed.changes, "changes"), CodecRecipe, origin))
+    inputs: dict[str, str | None] = {("init_from" if kind == "model" else kind): last[kind] for kind in last}
+    if listed.init is not None:
+        inputs["init_from"] = None if listed.init == "none" else _model_of(listed.init, models, "init")
+    for changes in (inputs, config.changes, listed.changes):
+        table = merged(table, changes, "changes")
+    used = tuple(path for name, path in inputs.items() if path is not None and table[name] == path)
+    return Stage(listed.name, out, "model", build(table, Recipe, origin), used)
+
+
+def _model_of(name: str, models: Mapping[str, str], key: str) -> str:
+    if name in models:
+        return models[name]
+    known = nearest(name, models) or f"; models before it: {', '.join(models) or 'none'}"
+    raise ValueError(f"{key}: {name!r} is no earlier stage that makes a model{known}")
+
+
+def _recipe_of(listed: StageConfig, config: StagesConfig, source: str) -> tuple[dict[str, Any], str]:
+    """The table that a stage's changes go into, and what errors call it."""
+    path = listed.tokenizer or listed.recipe or config.base
+    if path is None:
+        raise ValueError(f"{source}: it has no recipe; give `recipe`, or `base` for all stages")
+    if isinstance(path, dict):
+        return path, f"{source}, base and changes"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        siblings = [other.name for other in path.parent.glob(f"*{path.suffix}")]
+        hint = nearest(path.name, siblings) or "; give the path of an existing file"
+        raise ValueError(f"{source}: cannot read {str(path)!r}: {error.strerror}{hint}") from None
+    return parse_toml(data, str(path)), f"{source}, changes of {path}"
+
+
+def merged(base: Any, changes: Any, where: str) -> Any:
+    """`base` with `changes`: tables key by key, a list where the keys of `changes` are its indices, all else replaced.
+    ValueError naming the key `where` for an index that the list has not."""
+    if isinstance(base, list) and isinstance(changes, Mapping) and all(key.isdecimal() for key in changes):
+        items = list(base)
+        for key, value in changes.items():
+            if int(key) >= len(items):
+                raise ValueError(f"{where}.{key}: there is no such item in a list of {len(items)}")
+            items[int(key)] = merged(items[int(key)], value, f"{where}.{key}")
+        return items
+    if isinstance(base, Mapping) and isinstance(changes, Mapping):
+        return {**base, **{key: merged(base.get(key), value, f"{where}.{key}") for key, value in changes.items()}}
+    return changes
+
+
+@contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Errors inside name the stage."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"stage {name!r}: {error}",)
+        raise
+
+
+# --------------------------------------------------------------------------------------------- making it
+
+
+def run(stages: list[Stage], resume: bool) -> int:
+    """Make every stage that is not finished, in order. Returns the exit code of the one that stopped, or 0."""
+    with hold(stages[0].out.parent):
+        begun = [stage.name for stage in stages if stage.begun]
+        if begun and not resume:
+            where = str(stages[0].out.parent)
+            raise ValueError(f"{where!r} holds {begun[0]!r} already; go on with --resume, or choose another --out")
+        check_finished(stages)
+        for stage in stages:
+            with of_stage(stage.name):
+                check(stage)
+        for number, stage in enumerate(stages, 1):
+            title = f"stage {number} of {len(stages)}, {stage.name!r}"
+            if stage.finished:
+                print(f"{title}: finished, {stage.product}", flush=True)
+                continue
+            print(f"{title}: {stage.kind}, to {stage.product}", flush=True)
+            with of_stage(stage.name):
+                code = make(stage)
+            if code:
+                print(f"{title}: stopped; go on with --resume", file=sys.stderr)
+                return code
+    return 0
+
+
+def check_finished(stages: list[Stage]) -> None:
+    """ValueError where a finished stage was made by other settings, or from one that is not there any more."""
+    unfinished = {str(stage.product): stage.name for stage in stages if not stage.finished}
+    for stage in stages:
+        if stage.finished:
+            with of_stage(stage.name):
+                for path in stage.inputs:
+                    if path in unfinished:
+                        again = f"remove {str(stage.out)!r} to make it again"
+                        raise ValueError(f"it is finished, and {unfinished[path]!r} before it is not; {again}")
+                compare_with_record(stage)
+
+
+def compare_with_record(stage: Stage) -> None:
+    """ValueError naming a key that is not what the finished stage was made by, unless it is HARMLESS."""
+    record = stage.out / RECORD
+    if not record.is_file():
+        raise ValueError(f"it is finished and has no {str(record)!r}; remove {str(stage.out)!r} to make it again")
+    saved, own = parse_json(record.read_bytes(), str(record)), _settings(stage)
+    saved = {**own, **saved}
+    for name in INPUTS:  # a path that is written otherwise is the same path
+        if isinstance(saved.get(name), str) and isinstance(own.get(name), str):
+            saved[name], own[name] = (str(Path(table[name]).resolve()) for table in (saved, own))
+    state.compare({"recipe": saved}, {"recipe": own}, HARMLESS, stage.out)
+
+
+def make(stage: Stage) -> int:
+    """Make one stage, or go on with it. Returns the exit code."""
+    if isinstance(stage.settings, Recipe):
+        return runs.train_model(stage.settings, stage.out, bool(state.saved_steps(stage.out / "state")))
+    if isinstance(stage.settings, CodecRecipe):
+        return runs.train_codec(stage.settings, stage.out)
+    stage.out.mkdir(parents=True, exist_ok=True)
+    (stage.out / RECORD).write_text(json.dumps(_settings(stage), indent=1) + "\n", encoding="utf-8")
+    match stage.settings:
+        case TokenizerRecipe() as recipe:
+            train_tokenizer(recipe)
+        case {"average": shares}:
+            average(list(shares.items())).save_pretrained(stage.product)
+        case {"retokenize": given}:
+            convert(stage.product, given["model"], given["tokenizer"], with_pictures=given["pictures"] is not None)
+    return 0
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    given = stage.settings
+    return dict(given) if isinstance(given, dict) else given.model_dump(mode="json")
+
+
+# --------------------------------------------------------------------------------------------- a dry run
+
+
+def dry_run(stages: list[Stage]) -> int:
+    """Build and check what every stage needs, train nothing, leave nothing; a line for each."""
+    check_finished(stages)
+    for stage in stages:
+        with of_stage(stage.name):
+            print(f"{stage.name}: {stage.kind}, {check(stage)}", flush=True)
+    return 0
+
+
+def check(stage: Stage) -> str:
+    """Builds what can be built of a stage and says how much that was. ValueError for a mistake."""
+    if stage.finished:
+        return f"finished, {stage.product}"
+    missing = [path for path in stage.inputs if not Path(path).is_dir()]
+    match stage.settings:
+        case Recipe() as recipe if missing:
+            check_alone(recipe)
+        case Recipe() as recipe:
+            assemble(recipe, stage.out)
+        case CodecRecipe() as recipe if recipe.init_from is None or Path(recipe.init_from).is_dir():
+            CodecRun(recipe, stage.out)
+    begun = "has begun" if stage.begun else "to be made"
+    return f"{begun}, checked without {missing[0]}" if missing else f"{begun}, checked"
