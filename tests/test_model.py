@@ -10,6 +10,7 @@ import omni
 from omni.generation.contract import verify
 from omni.nn.attention.backends import choose_backend
 from omni.nn.cache import KVCache
+from omni.nn.layer import Operations
 from omni.objectives import build_objective
 from omni.rng import Key
 from omni.sequence.layout import Stream
@@ -79,7 +80,10 @@ def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.Tensor, "rsqrt", lambda x: rsqrt(x).float())
     block = small_model().transformer.blocks[0].bfloat16()
     width = block.text.qkv.in_features
-    assert {x.dtype for x in block.text.heads(torch.ones(1, 4, width, dtype=torch.bfloat16))} == {torch.bfloat16}
+    operations = Operations(block.text, None, False, (torch.ones(()), torch.zeros(())))
+    x = operations.norm(block.text.attention_norm, torch.ones(1, 4, width, dtype=torch.bfloat16))
+    (q, k), v = operations.heads(block.text, operations.project(block.text, "qkv", x))
+    assert {part.dtype for part in (x, q, k, v)} == {torch.bfloat16}
     assert block.normalise(torch.ones(2, 6, width, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 

@@ -13,15 +13,17 @@ cache, used or not.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni.nn.cache import KVCache
+from omni.nn.layer import Activation, Layer, RMSNorm, activation, run_layer
 from omni.nn.lora import Gated
-from omni.nn.transformer import Layer, RMSNorm, Transformer, TransformerConfig
+from omni.nn.transformer import Transformer
 from omni.sequence.positions import rotary_table
 
 
@@ -98,7 +100,18 @@ class TokenStep:
         self, index: int, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, at: int, bias: Tensor | None,
         adapter: tuple[Gated, int] | None = None,
     ) -> Tensor:  # fmt: skip
-        return _layer(h, cos, sin, cache.k[index], cache.v[index], at, self.layers[index], self.c, bias, adapter)
+        """One layer of h (R n, W): writes slots `at` to `at + n`, reads the slots in use."""
+        keys, values, n, c = cache.k[index], cache.v[index], cos.shape[1], self.c
+        H = c.num_heads
+
+        def attention(qk: Tensor, v: Tensor) -> Tensor:
+            keys[:, :, at : at + n] = qk[:, :, H:].transpose(1, 2)
+            values[:, :, at : at + n] = v.transpose(1, 2)
+            past = keys[:, :, : at + n], values[:, :, : at + n]
+            q = qk[:, :, :H].transpose(1, 2)
+            return F.scaled_dot_product_attention(q, *past, attn_mask=bias, enable_gqa=c.num_kv_heads != H)
+
+        return run_layer(StepOperations(self.layers[index], cos, sin, adapter), c, h, attention)
 
     def _finish(self, h: Tensor) -> Tensor:
         return _rms_norm(h, self.norm)
@@ -108,7 +121,7 @@ class TokenStep:
         if self.table is None or self.table[0].shape[0] <= position:
             size = 1 << max(8, position.bit_length())
             every = torch.arange(size, device=like.device)[None, :, None].expand(1, size, 3)
-            cos, sin = rotary_table(every, self.c.head_dim, self.c.rope_base, like.dtype)
+            cos, sin = rotary_table(every, self.c.head_dim, self.c.rope_base, like.dtype, self.c.rotary)
             sign = torch.ones(self.c.head_dim, device=like.device, dtype=like.dtype)
             sign[: self.c.head_dim // 2] = -1
             self.table = (cos[0, 0], sin[0, 0] * sign)
@@ -133,42 +146,95 @@ def _staircase(num: int, clean: int, at: int, causal: bool, like: Tensor) -> Ten
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -math.inf)
 
 
-def _layer(
-    h: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: int, w: Layer, c: TransformerConfig,
-    bias: Tensor | None, adapter: tuple[Gated, int] | None,
-) -> Tensor:  # fmt: skip
-    """One layer, operation by operation: h (R n, W); writes slots `at` to `at + n`, reads the slots in use. `adapter`
-    adds to what comes behind so many clean tokens of each row."""
-    H, G, D, n = c.num_heads, c.num_kv_heads, c.head_dim, cos.shape[1]
-    x = _rms_norm(h, w.attention_norm)
-    qkv = _added(product(w.qkv.weight, x), "qkv", x, n, adapter).view(-1, n, H + 2 * G, D)
-    qk = qkv[:, :, : H + G]
-    qk = _normalised(qk, c.norm_eps)
-    qk[:, :, :H] *= w.q_norm.weight
-    qk[:, :, H:] *= w.k_norm.weight
-    qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-    keys[:, :, at : at + n] = qk[:, :, H:].transpose(1, 2)
-    values[:, :, at : at + n] = qkv[:, :, H + G :].transpose(1, 2)
-    past = keys[:, :, : at + n], values[:, :, : at + n]
-    o = F.scaled_dot_product_attention(qk[:, :, :H].transpose(1, 2), *past, attn_mask=bias, enable_gqa=H != G)
-    o = o.transpose(1, 2).reshape(-1, H * D)
-    h = _added(product(w.out.weight, o, h), "out", o, n, adapter)
-    x = _rms_norm(h, w.mlp_norm)
-    gate, up = _added(product(w.gate_up.weight, x), "gate_up", x, n, adapter).chunk(2, -1)
-    y = F.silu(gate) * up
-    return _added(product(w.down.weight, y, h), "down", y, n, adapter)
+class StepOperations:
+    """nn.layer's operations on tokens (R n, W), fused where that is faster: queries and keys are one tensor, and the
+    last projection of each half waits for the residual that it is added to. `adapter` adds to what comes behind so many
+    clean tokens of each row."""
+
+    def __init__(self, weights: Layer, cos: Tensor, sin: Tensor, adapter: tuple[Gated, int] | None = None) -> None:
+        self.weights, self.cos, self.sin, self.adapter = weights, cos, sin, adapter
+        self.num = cos.shape[1]
+
+    def routed(self, function: Callable, x: Tensor) -> Any:
+        return function(self.weights, x)
+
+    def norm(self, norm: RMSNorm, x: Tensor | Pending) -> Tensor:
+        return _rms_norm(x.alone() if isinstance(x, Pending) else x, norm)
+
+    def modulate(self, x: Tensor, scale: None, shift: None) -> Tensor:
+        return x
+
+    def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
+        return self.output(w, part, x).alone()
+
+    def output(self, w: Layer, part: str, x: Tensor) -> Pending:
+        return Pending(getattr(w, part), part, x, self)
+
+    def heads(self, w: Layer, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """(queries and keys (R, n, H + G, D), values (R, n, G, D))."""
+        c = w.c
+        H, G = c.num_heads, c.num_kv_heads
+        qkv = qkv.view(-1, self.num, H + 2 * G, c.head_dim)
+        qk = qkv[:, :, : H + G]
+        if c.qk_norm == "head":
+            qk = _normalised(qk, c.norm_eps)
+            qk[:, :, :H] *= w.q_norm.scale(qk.dtype)
+            qk[:, :, H:] *= w.k_norm.scale(qk.dtype)
+        return qk, qkv[:, :, H + G :]
+
+    def arrange(self, queries_keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        turned = queries_keys.roll(queries_keys.shape[-1] // 2, -1)
+        return torch.addcmul(queries_keys * self.cos, turned, self.sin), values
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(R, H, n, D) -> (R n, H D)."""
+        return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, -1)
+        return a, b
+
+    def activation(self, name: Activation, x: Tensor) -> Tensor:
+        return activation(name, x)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def add(self, h: Tensor, y: Tensor | Pending, gate: None, scale: float) -> Tensor:
+        if isinstance(y, Pending):
+            if scale == 1:
+                return y.onto(h)
+            y = y.alone()
+        return h + (y if scale == 1 else y * scale)
 
 
-def _added(y: Tensor, part: str, x: Tensor, n: int, adapter: tuple[Gated, int] | None) -> Tensor:
-    """y (R n, out), to whose placeholders the adapter has added what it makes of theirs in x (R n, in)."""
-    if adapter is not None:
-        gated, clean = adapter
-        y.view(-1, n, y.shape[1])[:, clean:] += gated(part, x.view(-1, n, x.shape[1])[:, clean:])
-    return y
+class Pending(NamedTuple):
+    """A projection of x (R n, in) that is not made yet."""
+
+    module: nn.Linear
+    part: str
+    x: Tensor
+    operations: StepOperations
+
+    def alone(self) -> Tensor:
+        return self._adapted(product(self.module.weight, self.x))
+
+    def onto(self, h: Tensor) -> Tensor:
+        """The projection plus h, in one operation."""
+        return self._adapted(product(self.module.weight, self.x, h))
+
+    def _adapted(self, y: Tensor) -> Tensor:
+        """With the bias, and to placeholders what the adapter makes of theirs in x."""
+        if self.module.bias is not None:
+            y = y + self.module.bias
+        if self.operations.adapter is not None:
+            (gated, clean), n = self.operations.adapter, self.operations.num
+            y.view(-1, n, y.shape[1])[:, clean:] += gated(self.part, self.x.view(-1, n, self.x.shape[1])[:, clean:])
+        return y
 
 
 def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
-    return _normalised(x, norm.eps) * norm.weight
+    return _normalised(x, norm.eps) * norm.scale(x.dtype)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

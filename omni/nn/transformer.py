@@ -9,7 +9,7 @@ All use one set of weights, or latents have a set of their own, which tokens nev
 generation expert: what is finished is read with the weights of text, and training the expert changes no context).
 With shared weights and no refine stream it is a plain decoder.
 
-RMSNorm, QK-norm, SwiGLU, grouped-query attention, rotary. Modulation follows adaLN with one shared projection and a
+A layer is nn.layer's, in one definition. Modulation follows adaLN with one shared projection and a
 table per layer (PixArt-alpha, arXiv 2310.00426); each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as
 in Terminal Velocity Matching (arXiv 2511.19797); eps = 1 keeps its slope at zero equal to 1.
 
@@ -30,94 +30,70 @@ from omni.config import Frozen
 from omni.nn.attention.backends import AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import KVCache, Memory, Pair, join
+from omni.nn.layer import (
+    NOT_MODULATED,
+    DualOperations,
+    Layer,
+    LayerSpec,
+    Operations,
+    RMSNorm,
+    refuse_unserved,
+    run_layer,
+)
 from omni.nn.lora import Gated
 from omni.nn.tail import Tail
-from omni.nn.tangent import Dual, add, lift, linear, product, rms_norm, silu
+from omni.nn.tangent import Dual, lift, linear
 from omni.sequence.layout import Stream
 from omni.sequence.mask import Fields
-from omni.sequence.positions import rotary_table, rotate
+from omni.sequence.positions import rotary_table
 
 
-class TransformerConfig(Frozen):
-    """Sizes of the transformer. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
+class ExpertSpec(Frozen):
+    """Weights of latents of another size than those of text: their width, MLP and the layers that have any."""
 
+    width: int = Field(ge=1, le=1 << 16)
+    mlp_width: int = Field(ge=1, le=1 << 18)
+    layers: tuple[int, ...] | None = None
+
+
+WEIGHTS_SERVED: dict[str, tuple[Any, ...]] = {
+    "expert": (None,),
+    "block_positions": ("grid",),
+    "block_markers": (False,),
+    "clean_frames": (False,),
+    "guidance_positions": ("own",),
+}
+
+
+class TransformerConfig(LayerSpec):
+    """A layer, how many of them, and which weights which positions have.
+
+    latent_weights: see the head of this file. expert: sizes of the latents' own weights where they are not those of the
+    text (pi0, arXiv 2410.24164; LMFusion, arXiv 2412.15188).
+    block_positions: the rotary coordinates of a block's latents, a "grid" or "one" for all of them (BAGEL).
+    block_markers: text ids that stand inside a refined block with the weights of text (BAGEL). clean_frames: latents of
+    a block that stay clean while the others are refined (Cosmos 3). guidance_positions: of a guidance branch, counted
+    by its "own" history, or "those" of the full one.
     `attention`: see nn.attention.backends. `tangents`: how derivatives of F are taken: "forward" mode with
     explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or
     "central" differences (any backend) with `tangent_step` (nn.tangent). None of it changes the weights.
     """
 
-    width: int = Field(default=320, ge=1, le=1 << 16)
     depth: int = Field(default=8, ge=1, le=1024)
-    num_heads: int = Field(default=5, ge=1, le=1024)
-    num_kv_heads: int = Field(default=5, ge=1, le=1024)
-    head_dim: int = Field(default=64, ge=2, le=1024)
-    mlp_width: int | None = Field(default=None, ge=1, le=1 << 18)
-    rope_base: float = Field(default=10000.0, gt=1, le=1e12)
-    norm_eps: float = Field(default=1e-6, ge=0, le=1)
     latent_weights: Literal["shared", "separate", "refine"] = "shared"
-    modulation_eps: float = Field(default=1.0, ge=0)
+    expert: ExpertSpec | None = None
+    block_positions: Literal["grid", "one"] = "grid"
+    block_markers: bool = False
+    clean_frames: bool = False
+    guidance_positions: Literal["own", "those"] = "own"
     attention: str | None = None
     tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
     tangent_step: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _check(self) -> TransformerConfig:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+    def _weights_are_served(self) -> TransformerConfig:
+        refuse_unserved(self, WEIGHTS_SERVED)
         return self
-
-    @property
-    def hidden(self) -> int:
-        return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # CUDA's autocast makes it float32 (torch 2.12 on): queries and keys would no longer be of the values' dtype.
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
-
-    def dual(self, x: Dual) -> Dual:
-        return rms_norm(x, self.weight.to(x.value.dtype), self.eps)
-
-
-class Layer(nn.Module):
-    """One set of layer weights: the projections around attention, and the MLP. Attention itself is in Block."""
-
-    def __init__(self, c: TransformerConfig) -> None:
-        super().__init__()
-        self.c = c
-        self.attention_norm = RMSNorm(c.width, c.norm_eps)
-        self.qkv = nn.Linear(c.width, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.out = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
-        self.mlp_norm = RMSNorm(c.width, c.norm_eps)
-        self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=False)
-        self.down = nn.Linear(c.hidden, c.width, bias=False)
-
-    def heads(self, x: Tensor, adapter: Gated | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., W), normalised -> q (..., H, D), k and v (..., G, D), with QK-norm."""
-        q, k, v = self.split(self.qkv(x) if adapter is None else self.qkv(x) + adapter("qkv", x))
-        return self.q_norm(q), self.k_norm(k), v
-
-    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        c = self.c
-        return qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
-
-    def mlp(self, x: Tensor, adapter: Gated | None = None) -> Tensor:
-        gate, up = (self.gate_up(x) if adapter is None else self.gate_up(x) + adapter("gate_up", x)).chunk(2, -1)
-        x = F.silu(gate) * up
-        return self.down(x) if adapter is None else self.down(x) + adapter("down", x)
-
-
-Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Block(nn.Module):
@@ -169,44 +145,20 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         latent: Tensor | bool,
-        modulation: Modulation | None = None,
+        modulation: Any = NOT_MODULATED,
         adapter: Gated | None = None,
     ) -> Tensor:
-        """The arithmetic of `forward`, on tensors."""
-        shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
-        if modulation is not None:
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        q, k, v = self._route(
-            lambda w, x, m: w.heads(_modulate(w.attention_norm(x), *m), adapter), h_RNW, latent, (scale_a, shift_a)
-        )
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = attention(rotate(q, *rotary), rotate(k, *rotary), v).transpose(1, 2).flatten(2)
-        delta = None if adapter is None else adapter("out", o)
-        (o,) = self._route(lambda w, x, m: (w.out(x),), o, latent, ())
-        o = o if delta is None else o + delta
-        h_RNW = h_RNW + (o if gate_a is None else o * gate_a)
-        (y,) = self._route(
-            lambda w, x, m: (w.mlp(_modulate(w.mlp_norm(x), *m), adapter),), h_RNW, latent, (scale_m, shift_m)
-        )
-        return h_RNW + (y if gate_m is None else y * gate_m)
+        """nn.layer.run_layer on tensors."""
+        operations = Operations(self.text, self.latent, latent, rotary, adapter)
+        return run_layer(operations, self.c, h_RNW, lambda qk, v: attention(qk[0], qk[1], v), modulation)
 
     def dual(
         self, h: Dual, rotary: tuple[Tensor, Tensor], attention: Callable[[Dual, Dual, Dual], Dual], modulation: Dual
     ) -> Dual:
-        """`layer` for the refine stream with its tangent, in the same order, rule by rule (see nn.tangent).
-
-        Plain arithmetic instead of torch.func.jvp, which multiplies by the zero tangents of weights and context.
-        """
-        w = self.latent if isinstance(self.latent, Layer) else self.text
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(Dual, *(m.chunk(6, -1) for m in modulation))
-        x = add(product(w.attention_norm.dual(h), scale_a), shift_a)
-        q, k, v = map(Dual, *(w.split(w.qkv(part)) for part in x))
-        q, k, v = (linear(lambda y: y.transpose(1, 2), y) for y in (w.q_norm.dual(q), w.k_norm.dual(k), v))
-        o = attention(linear(lambda y: rotate(y, *rotary), q), linear(lambda y: rotate(y, *rotary), k), v)
-        h = add(h, product(linear(lambda y: w.out(y.transpose(1, 2).flatten(2)), o), gate_a))
-        x = add(product(w.mlp_norm.dual(h), scale_m), shift_m)
-        gate, up = map(Dual, *(w.gate_up(part).chunk(2, -1) for part in x))
-        return add(h, product(linear(w.down, product(silu(gate), up)), gate_m))
+        """nn.layer.run_layer on Duals, for the refine stream with its tangent."""
+        weights = self.latent if isinstance(self.latent, Layer) else self.text
+        six = [Dual(*parts) for parts in zip(*(part.chunk(6, -1) for part in modulation), strict=True)]
+        return run_layer(DualOperations(weights, rotary), self.c, h, lambda qk, v: attention(qk[0], qk[1], v), six)
 
     def normalise(self, vectors_I6W: Tensor) -> Tensor:
         """Six vectors per copy, with this layer's own added, normalised: (I, 6 W). Scales and gates are around 1."""
@@ -216,27 +168,6 @@ class Block(nn.Module):
         v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
         return v.flatten(1).to(vectors_I6W.dtype)  # CUDA's autocast takes powers in float32
 
-    def _route(
-        self, function: Callable, x: Tensor, latent: Tensor | bool, modulation: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor, ...]:
-        """Apply `function(weights, x, modulation)` with the weights that each position belongs to."""
-        if self.latent is None or latent is False:
-            return function(self.text, x, modulation)
-        if latent is True:
-            return function(self.latent, x, modulation)
-        assert all(m is None for m in modulation), "the context stream is never modulated"
-        parts = [function(self.text, x[~latent], modulation), function(self.latent, x[latent], modulation)]
-        merged = []
-        for a, b in zip(*parts, strict=True):
-            out = a.new_empty(*x.shape[:2], *a.shape[1:])
-            out[~latent], out[latent] = a, b
-            merged.append(out)
-        return tuple(merged)
-
-
-def _modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    return x if scale is None or shift is None else x * scale + shift
-
 
 class Transformer(nn.Module):
     """See the head of this file. Hidden states in, hidden states out; heads embed and read."""
@@ -245,8 +176,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.c = c
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm = RMSNorm(c.width, c.norm_eps)
-        self.refine_norm = RMSNorm(c.width, c.norm_eps)
+        self.norm = RMSNorm(c.width, c.norm_eps, c.norm_offset)
+        self.refine_norm = RMSNorm(c.width, c.norm_eps, c.norm_offset)
         self.modulation = nn.Linear(c.width, 6 * c.width)
 
     def backend(self, device: torch.device) -> str:
@@ -270,7 +201,7 @@ class Transformer(nn.Module):
         device = value.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
         h = linear(lambda part: part.to(dtype), h) if isinstance(h, Dual) else h.to(dtype)
-        return h, rotary_table(position, self.c.head_dim, self.c.rope_base, dtype)
+        return h, rotary_table(position, self.c.head_dim, self.c.rope_base, dtype, self.c.rotary)
 
     # ---- context stream -------------------------------------------------------------------------------------------
 

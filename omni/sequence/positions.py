@@ -1,26 +1,99 @@
 """Rotary positions with three coordinates (time, row, column), in units of one text token or one latent cell.
 
-Frequency i of the head belongs to the axis i mod 3, so each axis has high and low frequencies. A text token has three
-equal coordinates, and then the table is exactly the ordinary 1-D rotary table of decoder language models
-(RoFormer, arXiv 2104.09864; half-split convention of Llama).
+A head of width D has D / 2 frequencies; frequency i turns the pair (i, i + D / 2) by position[axis(i)] frequency(i)
+(RoFormer, arXiv 2104.09864; the half-split convention of Llama). Which axis has which frequency is the RotarySpec's.
+A text token has three equal coordinates, which gives the ordinary 1-D rotary table of decoder language models.
 
 Legend: R rows, N positions, D head width.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from omni.config import Frozen
+
+Layout = Literal["modulo", "sections", "interleaved"]
+Scaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
+
+
+class RotarySpec(Frozen):
+    """Which axis each frequency belongs to, and how frequencies are spread.
+
+    layout: "modulo", frequency i is of axis i mod 3, so each axis has high and low ones; "sections", the first
+        sections[0] are of time, the next of rows, then of columns (Qwen2-VL, arXiv 2409.12191); "interleaved", those of
+        rows at 1, 4, 7, ... and of columns at 2, 5, 8, ... below 3 sections[1] and 3 sections[2], the rest of time
+        (Qwen3-VL, Cosmos 3).
+    bases: one base for each axis, whose frequencies are counted within the axis (SenseNova-U1); None: one for all,
+        counted through. partial: the share of D that turns at all. scaling: of the base for longer contexts.
+    """
+
+    layout: Layout = "modulo"
+    sections: tuple[int, int, int] | None = None
+    bases: tuple[float, float, float] | None = None
+    partial: float = Field(default=1.0, gt=0, le=1)
+    scaling: Scaling = "none"
+
+    def check(self, head_dim: int) -> None:
+        """ValueError for what does not fit a head of this width, or is not served yet."""
+        if self.scaling != "none":
+            raise ValueError(f"rotary.scaling = {self.scaling!r} is not served yet; served: 'none'")
+        if (self.sections is None) != (self.layout == "modulo"):
+            raise ValueError(
+                f"rotary.sections = {self.sections} with rotary.layout = {self.layout!r}: give both or none"
+            )
+        num = self.num_turning(head_dim)
+        if self.sections is not None and (min(self.sections) < 0 or sum(self.sections) != num):
+            raise ValueError(f"rotary.sections = {list(self.sections)} must add up to the {num} frequencies of a head")
+
+    def num_turning(self, head_dim: int) -> int:
+        """Frequencies that are not zero."""
+        return int(head_dim * self.partial) // 2
+
+    def axes(self, num: int, device: torch.device | str = "cpu") -> Tensor:
+        """(num,) int64: the axis of each frequency."""
+        index = torch.arange(num, device=device)
+        if self.sections is None:
+            return index % 3
+        if self.layout == "sections":
+            return torch.repeat_interleave(torch.arange(3), torch.tensor(self.sections)).to(device)
+        low = torch.tensor([3 * n for n in self.sections], device=device)[index % 3]
+        return torch.where(index < low, index % 3, 0)
+
+    def frequencies(self, head_dim: int, base: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """(D / 2,) in radians per unit of position; zero where nothing turns."""
+        num = self.num_turning(head_dim)
+        index = torch.arange(num, device=device)
+        if self.bases is None:
+            found = base ** (-index.to(dtype) * 2 / (2 * num))
+        else:
+            axes = self.axes(num, device)
+            found = torch.zeros(num, dtype=dtype, device=device)
+            for axis, own in enumerate(self.bases):
+                where = axes == axis
+                count = int(where.sum())
+                found[where] = own ** (-torch.arange(count, device=device).to(dtype) / max(count, 1))
+        return torch.nn.functional.pad(found, (0, head_dim // 2 - num))
 
 
 def rotary_table(
-    position: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32
+    position: Tensor,
+    head_dim: int,
+    base: float,
+    dtype: torch.dtype = torch.float32,
+    rotary: RotarySpec | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (R, 1, N, D), for `position` (R, N, 3). Angles are computed in float32 (float64 for float64)."""
+    rotary, device = rotary or RotarySpec(), position.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    index = torch.arange(head_dim // 2, device=position.device)
-    frequency = base ** (-index.to(work) * 2 / head_dim)
-    angle = position.to(work)[..., index % 3] * frequency  # (R, N, D/2)
+    frequency = rotary.frequencies(head_dim, base, work, device)
+    turning = rotary.axes(rotary.num_turning(head_dim), device)
+    axes = torch.nn.functional.pad(turning, (0, head_dim // 2 - len(turning)))
+    angle = position.to(work)[..., axes] * frequency  # (R, N, D/2)
     angle = torch.cat([angle, angle], -1).unsqueeze(1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -1,0 +1,312 @@
+"""One layer of the transformer: what published decoders vary in (LayerSpec), its weights, and its arithmetic, once.
+
+`run_layer` is the only definition. It is written over an object of operations, so that the same lines serve
+
+    Operations          tensors: the context stream, the refine stream (modulated), blocks of tokens (adapters)
+    DualOperations      a value with its tangent: the refine stream under forward-mode differentiation
+    StepOperations      a few tokens of every row against the cache, with fused operations (nn.decode_step)
+
+and a variant of a decoder is a field of the spec, a line here, and a refusal in the native step, whose code is its own.
+
+Legend: R rows, N positions, W width, H query heads, G key heads, D head width, M width of the MLP, I items (copies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from omni.config import Frozen
+from omni.nn import tangent
+from omni.nn.lora import Gated
+from omni.nn.tangent import Dual
+from omni.sequence.positions import RotarySpec, rotate
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+# Values that a spec can express and that no code serves yet: field -> what is served today.
+SERVED: dict[str, tuple[Any, ...]] = {
+    "qk_norm": ("head", "none"),
+    "activation": ("silu", "gelu", "gelu_tanh"),
+    "window": (None,),
+    "attention_cap": (None,),
+    "time": ("modulation",),
+}
+
+
+class LayerSpec(Frozen):
+    """What a layer is. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
+
+    qkv_bias, out_bias: of the projections before and after attention. qk_norm: RMSNorm of queries and keys, per "head",
+        per rotary "axis" (SenseNova-U1), or "none".
+    norm_placement: "before" attention and MLP (Llama), "after" them (OLMo 2, arXiv 2501.00656), or "both" (Gemma 2,
+        arXiv 2408.00118). norm_offset: the weight of a norm is norm_offset + w (1 in Gemma). norm_eps: of all norms.
+    activation: of the gate of the MLP: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
+    rope_base, rotary: see sequence.positions. window: positions that a query sees at most, itself included (Mistral).
+    attention_cap: c, scores are c tanh(s / c) (Gemma 2). residual_scale: of what attention and MLP add (Granite).
+    time: how the condition of a noisy block enters: "modulation" (adaLN, PixArt-alpha), or added to the "input" (BAGEL,
+        Lance, Cosmos 3). modulation_eps: of the normalised modulation vectors.
+    """
+
+    width: int = Field(default=320, ge=1, le=1 << 16)
+    num_heads: int = Field(default=5, ge=1, le=1024)
+    num_kv_heads: int = Field(default=5, ge=1, le=1024)
+    head_dim: int = Field(default=64, ge=2, le=1024)
+    mlp_width: int | None = Field(default=None, ge=1, le=1 << 18)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["none", "head", "axis"] = "head"
+    norm_placement: Literal["before", "after", "both"] = "before"
+    norm_offset: float = Field(default=0.0, ge=0, le=1)
+    norm_eps: float = Field(default=1e-6, ge=0, le=1)
+    activation: Activation = "silu"
+    rope_base: float = Field(default=10000.0, gt=1, le=1e12)
+    rotary: RotarySpec = RotarySpec()
+    window: int | None = Field(default=None, ge=1)
+    attention_cap: float | None = Field(default=None, gt=0)
+    residual_scale: float = Field(default=1.0, gt=0, le=1e3)
+    time: Literal["modulation", "input"] = "modulation"
+    modulation_eps: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> LayerSpec:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        self.rotary.check(self.head_dim)
+        return self
+
+    @model_validator(mode="after")
+    def _is_served(self) -> LayerSpec:
+        refuse_unserved(self, SERVED)
+        return self
+
+    @property
+    def hidden(self) -> int:
+        return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
+
+
+def refuse_unserved(spec: Frozen, served: dict[str, tuple[Any, ...]]) -> None:
+    """ValueError naming the first field whose value no code serves yet."""
+    for name, values in served.items():
+        value = getattr(spec, name)
+        if value not in values:
+            known = ", ".join(map(repr, values))
+            raise ValueError(f"{name} = {value!r} is not served yet; served: {known}")
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), times offset + weight."""
+
+    def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """What the normalised values are multiplied by, (width,)."""
+        weight = self.weight if not self.offset else self.weight + self.offset
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # CUDA's autocast makes it float32 (torch 2.12 on): queries and keys would no longer be of the values' dtype.
+        return F.rms_norm(x, x.shape[-1:], self.scale(x.dtype), self.eps).to(x.dtype)
+
+    def dual(self, x: Dual) -> Dual:
+        return tangent.rms_norm(x, self.scale(x.value.dtype), self.eps)
+
+
+class Layer(nn.Module):
+    """One set of layer weights: the projections around attention, and the MLP."""
+
+    def __init__(self, c: LayerSpec) -> None:
+        super().__init__()
+        self.c = c
+        norm = (c.norm_eps, c.norm_offset)
+        self.attention_norm = RMSNorm(c.width, *norm)
+        self.qkv = nn.Linear(c.width, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.qkv_bias)
+        if c.qk_norm == "head":
+            self.q_norm = RMSNorm(c.head_dim, *norm)
+            self.k_norm = RMSNorm(c.head_dim, *norm)
+        self.out = nn.Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias)
+        self.mlp_norm = RMSNorm(c.width, *norm)
+        self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=False)
+        self.down = nn.Linear(c.hidden, c.width, bias=False)
+        if c.norm_placement == "both":
+            self.attention_post_norm = RMSNorm(c.width, *norm)
+            self.mlp_post_norm = RMSNorm(c.width, *norm)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(..., H D + 2 G D) -> q (..., H, D), k and v (..., G, D)."""
+        c = self.c
+        return qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
+
+
+# ---- the arithmetic ------------------------------------------------------------------------------------------------
+
+NOT_MODULATED = (None,) * 6
+
+
+def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modulation: Any = NOT_MODULATED) -> Any:
+    """The residual stream h after attention and MLP.
+
+    o: operations, which know the weights of every position and the rotary table. attention(queries_keys, values) closes
+    over mask, cache and memory. modulation: (shift, scale, gate) of attention, then of the MLP; None: not modulated.
+    """
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+    norms_input, norms_output = c.norm_placement != "after", c.norm_placement != "before"
+
+    def heads(w: Layer, x: Any) -> Any:
+        x = o.norm(w.attention_norm, x) if norms_input else x
+        return o.heads(w, o.project(w, "qkv", o.modulate(x, scale_a, shift_a)))
+
+    def merged(w: Layer, x: Any) -> Any:
+        y = o.output(w, "out", x)
+        return o.norm(w.attention_post_norm if norms_input else w.attention_norm, y) if norms_output else y
+
+    def mlp(w: Layer, x: Any) -> Any:
+        x = o.norm(w.mlp_norm, x) if norms_input else x
+        gate, up = o.halves(o.project(w, "gate_up", o.modulate(x, scale_m, shift_m)))
+        y = o.output(w, "down", o.product(o.activation(c.activation, gate), up))
+        return o.norm(w.mlp_post_norm if norms_input else w.mlp_norm, y) if norms_output else y
+
+    mixed = o.merge(attention(*o.arrange(*o.routed(heads, h))))
+    h = o.add(h, o.routed(merged, mixed), gate_a, c.residual_scale)
+    return o.add(h, o.routed(mlp, h), gate_m, c.residual_scale)
+
+
+class Operations:
+    """On tensors (R, N, W). text, latent: the two sets of weights; `is_latent` (R, N) says which positions have the
+    second, or True or False for all of them. adapter: what placeholders of tokens add to the projections (nn.lora)."""
+
+    def __init__(
+        self, text: Layer, latent: Layer | None, is_latent: Tensor | bool, rotary: tuple[Tensor, Tensor],
+        adapter: Gated | None = None,
+    ) -> None:  # fmt: skip
+        self.text, self.latent, self.is_latent = text, latent, is_latent
+        self.rotary, self.adapter = rotary, adapter
+
+    def routed(self, function: Callable, x: Tensor) -> Any:
+        """function(weights, x) with the weights that each position belongs to; a tensor, or a tree of them."""
+        if self.latent is None or self.is_latent is False:
+            return function(self.text, x)
+        if self.is_latent is True:
+            return function(self.latent, x)
+        where = self.is_latent
+        parts = function(self.text, x[~where]), function(self.latent, x[where])
+        return _merged(*parts, where)
+
+    def norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        return norm(x)
+
+    def modulate(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return x if scale is None or shift is None else x * scale + shift
+
+    def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
+        """The projection named `part`."""
+        y = getattr(w, part)(x)
+        return y if self.adapter is None else y + self.adapter(part, x)
+
+    output = project
+
+    def heads(self, w: Layer, qkv: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """((q (..., H, D), k (..., G, D)), v (..., G, D)), with QK-norm."""
+        q, k, v = w.split(qkv)
+        return ((w.q_norm(q), w.k_norm(k)) if w.c.qk_norm == "head" else (q, k)), v
+
+    def arrange(self, queries_keys: tuple[Tensor, Tensor], values: Tensor) -> tuple[Any, Tensor]:
+        """Of `heads`, with the axis of heads before that of positions, queries and keys rotated."""
+        q, k = (rotate(x.transpose(1, 2), *self.rotary) for x in queries_keys)
+        return (q, k), values.transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(R, H, N, D) -> (R, N, H D)."""
+        return x.transpose(1, 2).flatten(2)
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, -1)
+        return a, b
+
+    def activation(self, name: Activation, x: Tensor) -> Tensor:
+        return activation(name, x)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def add(self, h: Tensor, y: Tensor, gate: Tensor | None, scale: float) -> Tensor:
+        y = y if scale == 1 else y * scale
+        return h + (y if gate is None else y * gate)
+
+
+def _merged(text: Any, latent: Any, where: Tensor) -> Any:
+    if isinstance(text, tuple):
+        return tuple(_merged(a, b, where) for a, b in zip(text, latent, strict=True))
+    out = text.new_empty(*where.shape, *text.shape[1:])
+    out[~where], out[where] = text, latent
+    return out
+
+
+def activation(name: Activation, x: Tensor) -> Tensor:
+    if name == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+class DualOperations:
+    """The same on Duals, rule by rule (see nn.tangent), for the refine stream with one set of weights.
+
+    Plain arithmetic instead of torch.func.jvp, which multiplies by the zero tangents of weights and context.
+    """
+
+    def __init__(self, weights: Layer, rotary: tuple[Tensor, Tensor]) -> None:
+        self.weights, self.rotary = weights, rotary
+
+    def routed(self, function: Callable, x: Dual) -> Any:
+        return function(self.weights, x)
+
+    def norm(self, norm: RMSNorm, x: Dual) -> Dual:
+        return norm.dual(x)
+
+    def modulate(self, x: Dual, scale: Dual, shift: Dual) -> Dual:
+        return tangent.add(tangent.product(x, scale), shift)
+
+    def project(self, w: Layer, part: str, x: Dual) -> Dual:
+        module = getattr(w, part)
+        if module.bias is None:
+            return tangent.linear(module, x)
+        return Dual(module(x.value), F.linear(x.tangent, module.weight))
+
+    output = project
+
+    def heads(self, w: Layer, qkv: Dual) -> tuple[tuple[Dual, Dual], Dual]:
+        q, k, v = map(Dual, *(w.split(part) for part in qkv))
+        return ((w.q_norm.dual(q), w.k_norm.dual(k)) if w.c.qk_norm == "head" else (q, k)), v
+
+    def arrange(self, queries_keys: tuple[Dual, Dual], values: Dual) -> tuple[Any, Dual]:
+        q, k = (tangent.linear(lambda y: rotate(y.transpose(1, 2), *self.rotary), x) for x in queries_keys)
+        return (q, k), tangent.linear(lambda y: y.transpose(1, 2), values)
+
+    def merge(self, x: Dual) -> Dual:
+        return tangent.linear(lambda y: y.transpose(1, 2).flatten(2), x)
+
+    def halves(self, x: Dual) -> tuple[Dual, Dual]:
+        a, b = map(Dual, *(part.chunk(2, -1) for part in x))
+        return a, b
+
+    def activation(self, name: Activation, x: Dual) -> Dual:
+        return tangent.silu(x) if name == "silu" else tangent.lift(lambda y: activation(name, y), x)
+
+    def product(self, a: Dual, b: Dual) -> Dual:
+        return tangent.product(a, b)
+
+    def add(self, h: Dual, y: Dual, gate: Dual, scale: float) -> Dual:
+        y = y if scale == 1 else tangent.linear(lambda part: part * scale, y)
+        return tangent.add(h, tangent.product(y, gate))
