@@ -9,7 +9,6 @@ Legend: R rows, T context positions, S refine positions, W width, C latent chann
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from omni.heads.joint import JointConfig, JointTokens
 from omni.losses import batch_losses
 from omni.media.preparation import AnySegment, Limits, Preparation, prepare
 from omni.nn.cache import Memory
+from omni.nn.declare import initialise
 from omni.nn.tangent import lift
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import Objective, Terms
@@ -79,7 +79,13 @@ class Omni(nn.Module):
         self.defaults: Mapping[str, Any] = {}
         self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the directory that it is from
         if not self.token.embedding.weight.is_meta:  # else a file's weights are to come (omni.weights)
-            initialise(self, key or Key(0))
+            self.initialise(key or Key(0))
+
+    def initialise(self, key: Key) -> None:
+        """Every weight as its module declares (nn.declare), keyed by name: adding a module changes no other weight."""
+        initialise(self, key)
+        if self.joint is not None:
+            self.joint.initialise(key)
 
     # ---- training forward -----------------------------------------------------------------------------------------
 
@@ -208,29 +214,3 @@ class Omni(nn.Module):
                 self.tokenizer.save(folder)
                 files["tokenizer"] = Path(folder)
             return publish(directory, files, info=info, replace=replace)
-
-
-@torch.no_grad()
-def initialise(model: Omni, key: Key) -> None:
-    """Weights keyed by parameter name: adding a module or sharding the model changes no other weight.
-
-    Matrices are normal with deviation 1/sqrt(fan in); residual outputs are scaled by 1/sqrt(2 depth); embeddings have
-    deviation 0.02; the velocity read-out, biases and modulation start at zero, so that what the flow head reads, its G,
-    starts at 0 (see heads.flow).
-    """
-    depth = model.config.transformer.depth
-    if model.joint is not None:
-        model.joint.initialise(key)
-    for name, parameter in model.named_parameters():
-        if name.startswith("joint."):
-            continue
-        if "norm" in name:
-            parameter.fill_(1.0)
-        elif parameter.ndim < 2 or "modulation" in name or name.startswith("flow.velocity"):
-            parameter.zero_()
-        else:
-            std = 0.02 if "embedding" in name else 1 / math.sqrt(parameter.shape[1])
-            if name.endswith((".out.weight", ".down.weight")) and name.startswith("transformer"):
-                std /= math.sqrt(2 * depth)
-            draws = key.fold("initialise", name).normal(tuple(parameter.shape)) * std
-            parameter.copy_(draws)

@@ -26,6 +26,7 @@ from omni.heads import FlowHeadConfig
 from omni.media.preparation import Preparation, target_size
 from omni.model import Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
+from omni.nn.declare import hidden_names
 from omni.objectives import OBJECTIVES, Objective
 from omni.pretrained import CODEC_CONFIG, TOKENIZER_CONFIG
 from omni.rng import Key
@@ -102,7 +103,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         model=model,
         objectives=objectives,
         loader=train(**own),
-        optimiser=Optimiser(model.named_parameters(), recipe.optimiser),
+        optimiser=Optimiser(model.named_parameters(), recipe.optimiser, hidden_names(model)),
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,

@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
+from omni.nn.declare import ZERO, Declared, of_linear
 from omni.nn.transformer import spread
 
 Parametrisation = Literal["velocity", "simple_edm", "x"]
@@ -79,6 +80,9 @@ class ScalarEmbedding(nn.Module):
         self.up = nn.Linear(2 * c.num_frequencies, width)
         self.down = nn.Linear(width, width)
 
+    def declare(self) -> dict[str, Declared]:
+        return of_linear("up", self.up) | of_linear("down", self.down)
+
     def forward(self, value_I: Tensor) -> Tensor:
         # Not kept as a buffer: model.to(bfloat16) would round it, which at time_scale 1000 is 30 radians.
         lowest, highest = math.log(0.25), math.log(self.c.max_frequency)
@@ -101,6 +105,11 @@ class FlowHead(nn.Module):
         self.guidance = ScalarEmbedding(width, c, 1.0)
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
+
+    def declare(self) -> dict[str, Declared]:
+        """The modulation and the read-out begin at zero, so that G, which the network reads out, does."""
+        read = of_linear("modulation", self.modulation, ZERO) | of_linear("velocity", self.velocity, ZERO)
+        return of_linear("clean", self.clean) | of_linear("noisy", self.noisy) | read
 
     def embed_clean(self, latents_RNC: Tensor) -> Tensor:
         """Finished latents, for the context stream: (R, N, C) -> (R, N, W)."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni.nn.declare import EMBEDDING, Declared
+
 
 class TokenHead(nn.Module):
     """Ids (R, N) int64 -> hidden (R, N, W); hidden (..., W) -> logits (..., V)."""
@@ -21,6 +23,10 @@ class TokenHead(nn.Module):
         self.logit_cap = logit_cap
         self.embedding = nn.Embedding(vocab_size, width)
         self.unembedding = None if tied else nn.Linear(width, vocab_size, bias=False)
+
+    def declare(self) -> dict[str, Declared]:
+        own = {"embedding.weight": EMBEDDING}
+        return own if self.unembedding is None else {**own, "unembedding.weight": EMBEDDING}
 
     def embed(self, ids_RN: Tensor) -> Tensor:
         return self.embedding(ids_RN)

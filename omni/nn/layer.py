@@ -13,7 +13,9 @@ Legend: R rows, N positions, W width, H query heads, G key heads, D head width, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.nn import tangent
+from omni.nn.declare import HIDDEN, Declared, of_linear
 from omni.nn.lora import Gated
 from omni.nn.tangent import Dual
 from omni.sequence.positions import RotarySpec, rotate
@@ -111,6 +114,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
         self.eps, self.offset = eps, offset
 
+    def declare(self) -> dict[str, Declared]:
+        return {"weight": Declared("constant", 1.0 - self.offset)}
+
     def scale(self, dtype: torch.dtype) -> Tensor:
         """What the normalised values are multiplied by, (width,)."""
         weight = self.weight if not self.offset else self.weight + self.offset
@@ -125,11 +131,12 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One set of layer weights: the projections around attention, and the MLP."""
+    """One set of layer weights: the projections around attention, and the MLP. depth: layers of the transformer; what a
+    layer adds begins 1 / sqrt(2 depth) times as large as what it is made of."""
 
-    def __init__(self, c: LayerSpec) -> None:
+    def __init__(self, c: LayerSpec, depth: int = 1) -> None:
         super().__init__()
-        self.c = c
+        self.c, self.depth = c, depth
         norm = (c.norm_eps, c.norm_offset)
         self.attention_norm = RMSNorm(c.width, *norm)
         self.qkv = nn.Linear(c.width, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.qkv_bias)
@@ -143,6 +150,13 @@ class Layer(nn.Module):
         if c.norm_placement == "both":
             self.attention_post_norm = RMSNorm(c.width, *norm)
             self.mlp_post_norm = RMSNorm(c.width, *norm)
+
+    def declare(self) -> dict[str, Declared]:
+        last = replace(HIDDEN, divisor=math.sqrt(2 * self.depth))
+        return {
+            **of_linear("qkv", self.qkv, HIDDEN), **of_linear("out", self.out, last),
+            **of_linear("gate_up", self.gate_up, HIDDEN), **of_linear("down", self.down, last),
+        }  # fmt: skip
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """(..., H D + 2 G D) -> q (..., H, D), k and v (..., G, D)."""

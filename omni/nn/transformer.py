@@ -30,6 +30,7 @@ from omni.config import Frozen
 from omni.nn.attention.backends import AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import KVCache, Memory, Pair, join
+from omni.nn.declare import ZERO, Declared, of_linear
 from omni.nn.layer import (
     NOT_MODULATED,
     DualOperations,
@@ -102,9 +103,12 @@ class Block(nn.Module):
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
         self.c = c
-        self.text = Layer(c)
-        self.latent = Layer(c) if c.latent_weights != "shared" else None
+        self.text = Layer(c, c.depth)
+        self.latent = Layer(c, c.depth) if c.latent_weights != "shared" else None
         self.modulation_table = nn.Parameter(torch.zeros(6, c.width))
+
+    def declare(self) -> dict[str, Declared]:
+        return {"modulation_table": ZERO}
 
     def forward(
         self,
@@ -179,6 +183,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.width, c.norm_eps, c.norm_offset)
         self.refine_norm = RMSNorm(c.width, c.norm_eps, c.norm_offset)
         self.modulation = nn.Linear(c.width, 6 * c.width)
+
+    def declare(self) -> dict[str, Declared]:
+        return of_linear("modulation", self.modulation, ZERO)
 
     def backend(self, device: torch.device) -> str:
         training = torch.is_grad_enabled() and self.modulation.weight.requires_grad

@@ -1,14 +1,14 @@
 """Optimisers behind one face: Muon for the hidden matrices of the transformer, AdamW for everything else.
 
 Muon (train/optim/muon.py; update RMS matched to AdamW's, arXiv 2502.16982) wants 2-D weights that map hidden to
-hidden: attention and feed-forward matrices. Embeddings, output heads, norms, biases and modulation stay with AdamW.
+hidden: attention and feed-forward matrices, which modules declare (omni.nn.declare). The rest stays with AdamW.
 The learning rate is `rate * multiplier`, set before every step from the schedule, so no scheduler has state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -17,8 +17,6 @@ from torch import nn
 
 from omni.config import Frozen
 from train.optim.muon import Muon
-
-_NOT_HIDDEN = ("embed", "modulat", "norm", "head", "readout", "scale", "table")
 
 
 class OptimiserConfig(Frozen):
@@ -44,12 +42,6 @@ class OptimiserConfig(Frozen):
         return self
 
 
-def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes this parameter: a 2-D weight inside the transformer that maps hidden to hidden."""
-    inside = name.startswith("transformer.") or ".transformer." in name
-    return inside and parameter.ndim == 2 and not any(part in name for part in _NOT_HIDDEN)
-
-
 def multiplier(config: OptimiserConfig, step: int, fraction: float) -> float:
     """Factor on every learning rate at `step` (from 0), when `fraction` in [0, 1] of the run is behind us.
 
@@ -73,18 +65,22 @@ def multiplier(config: OptimiserConfig, step: int, fraction: float) -> float:
 
 
 class Optimiser:
-    """One face over one or two torch optimisers. Parameters are known by name, and so is their state."""
+    """One face over one or two torch optimisers. Parameters are known by name, and so is their state. hidden: names of
+    those that Muon takes."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig) -> None:
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig, hidden: Collection[str] = ()
+    ) -> None:
         self.config = config
         named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self.names = {parameter: name for name, parameter in named}
-        hidden = [p for name, p in named if config.name == "muon" and is_hidden_matrix(name, p)]
-        taken = set(hidden)
+        muon_names = set(hidden) if config.name == "muon" else set()
+        matrices_of_muon = [p for name, p in named if name in muon_names]
+        taken = set(matrices_of_muon)
         rest = [p for _, p in named if p not in taken]
         self._parts: list[tuple[str, float, torch.optim.Optimizer]] = []
-        if hidden:
-            muon = Muon(hidden, config.muon_rate, config.weight_decay, config.momentum)
+        if taken:
+            muon = Muon(matrices_of_muon, config.muon_rate, config.weight_decay, config.momentum)
             self._parts.append(("muon", config.muon_rate, muon))
         if rest:
             matrices = [p for p in rest if p.ndim >= 2]

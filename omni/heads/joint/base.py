@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import Frozen, Registry, build
+from omni.nn.declare import declarations, fill
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.sequence.placeholders import Blocks
@@ -153,11 +154,12 @@ class JointHead(nn.Module, ABC):
 
     @torch.no_grad()
     def initialise(self, key: Key) -> None:
-        """Weights keyed by name: matrices normal with deviation 1/sqrt(fan in), norms one, vectors zero. Heads whose
-        weights start otherwise (at zero, at the identity) override it."""
+        """Weights keyed by name: as a module declares (nn.declare), else matrices normal with deviation 1/sqrt(fan in)
+        and vectors zero. Heads whose weights start otherwise (at zero, at the identity) override it."""
+        declared = declarations(self)
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
+            if name in declared:
+                fill(parameter, declared[name], key.fold(name))
             elif parameter.ndim < 2:
                 parameter.zero_()
             else:

@@ -1,0 +1,89 @@
+"""How a module's own weights begin, and which optimiser group they belong to: declared by the module, not guessed.
+
+A module that owns parameters (or whose linear layers do) has a method
+
+    def declare(self) -> dict[str, Declared]
+
+with an entry for each of them, by its name below the module. `declarations` collects them by their full names. Draws
+are keyed by full name: a module that is added, or sharded, changes no other weight. A parameter that is renamed keeps
+its old name as `drawn_as`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from omni.rng import Key
+
+Group = Literal["hidden", "other"]
+Start = Literal["fan_in", "embedding", "constant"]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """start: normal with deviation 1 / (divisor sqrt(fan in)) ("fan_in"), normal with deviation `value` ("embedding"),
+    or every number `value` ("constant"). group: "hidden" for a matrix that maps hidden states to hidden states, which
+    Muon takes. drawn_as: the full name in the key, where it is not the parameter's own."""
+
+    start: Start
+    value: float = 1.0
+    divisor: float = 1.0
+    group: Group = "other"
+    drawn_as: str | None = None
+
+
+FAN_IN, ZERO, ONE = Declared("fan_in"), Declared("constant", 0.0), Declared("constant", 1.0)
+HIDDEN = replace(FAN_IN, group="hidden")
+EMBEDDING = Declared("embedding", 0.02)
+
+
+def of_linear(name: str, module: nn.Linear, declared: Declared = FAN_IN) -> dict[str, Declared]:
+    """The weight of a linear layer as declared; its bias, if it has one, starts at zero."""
+    return {f"{name}.weight": declared} | ({} if module.bias is None else {f"{name}.bias": ZERO})
+
+
+def declarations(model: nn.Module) -> dict[str, Declared]:
+    """Of every module that declares, by full name. ValueError for a name that is no parameter, or is declared twice."""
+    parameters, found = {name for name, _ in model.named_parameters()}, dict[str, Declared]()
+    for prefix, module in model.named_modules():
+        declare = getattr(module, "declare", None)
+        for name, declared in ({} if declare is None else declare()).items():
+            full = f"{prefix}.{name}" if prefix else name
+            if full not in parameters or full in found:
+                raise ValueError(f"{type(module).__name__} declares {full!r}, which is no parameter, or declared twice")
+            found[full] = declared
+    return found
+
+
+def hidden_names(model: nn.Module) -> set[str]:
+    """Full names of the parameters of group "hidden"."""
+    return {name for name, declared in declarations(model).items() if declared.group == "hidden"}
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, key: Key) -> None:
+    """Every parameter as it is declared, but for those of modules below that have an `initialise` of their own.
+    ValueError naming a parameter that nobody declares."""
+    declared = declarations(model)
+    apart = tuple(f"{name}." for name, module in model.named_modules() if name and hasattr(module, "initialise"))
+    for name, parameter in model.named_parameters():
+        if name.startswith(apart):
+            continue
+        if name not in declared:
+            raise ValueError(f"no module declares how {name!r} begins; see omni.nn.declare")
+        fill(parameter, declared[name], key.fold("initialise", declared[name].drawn_as or name))
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter, declared: Declared, key: Key) -> None:
+    """One parameter, its draws from `key`."""
+    if declared.start == "constant":
+        parameter.fill_(declared.value)
+        return
+    std = declared.value if declared.start == "embedding" else 1 / math.sqrt(parameter.shape[1]) / declared.divisor
+    parameter.copy_(key.normal(tuple(parameter.shape)) * std)
