@@ -25,8 +25,17 @@ from torch import Tensor
 
 from omni.nn.cache import KVCache
 from omni.nn.decode_step import TokenStep
+from omni.nn.layer import LayerSpec
 from omni.nn.transformer import Transformer
 
+# Fields of a LayerSpec that the native code has no choice in: it serves their default. The others are arguments of it
+# (sizes, norm_eps), tables that it is given (rotary positions), or of the refine stream, which it has no part in.
+ARGUMENTS = {"width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "norm_eps", "rope_base", "rotary"}
+NATIVE = {
+    name: field.default
+    for name, field in LayerSpec.model_fields.items()
+    if name not in ARGUMENTS | {"time", "modulation_eps"}
+}
 SOURCE = Path(__file__).with_name("native_step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -39,6 +48,12 @@ class CompiledStep(TokenStep):
 
     def __init__(self, transformer: Transformer, output_weight: Tensor) -> None:
         super().__init__(transformer, output_weight)
+        for name, served in NATIVE.items():
+            if (value := getattr(self.c, name)) != served:
+                raise ValueError(
+                    f"compile=True has native code for layers with {name} = {served!r}, this model's have {value!r}; "
+                    "leave compile out"
+                )
         if output_weight.device.type != "cpu" or output_weight.dtype != torch.float32:
             raise ValueError(
                 f"compile=True serves float32 on the CPU, this model is {output_weight.dtype} on "

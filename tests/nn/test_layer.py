@@ -1,0 +1,146 @@
+"""One definition of a layer: every variant of a spec computes alike in context, refine, tangents and decoding."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from layouts import random_batch, small_model
+from torch import Tensor
+
+import omni.nn.decode_step
+import omni.nn.layer
+import omni.nn.transformer
+from omni.generation.context import append_ids
+from omni.generation.contract import EXACT, verify
+from omni.losses import FlowCall
+from omni.model import Omni
+from omni.nn.decode_step import TokenStep
+from omni.nn.layer import SERVED, LayerSpec
+from omni.nn.native_step import NATIVE, CompiledStep
+from omni.nn.transformer import WEIGHTS_SERVED, TransformerConfig
+from omni.rng import Key
+from omni.sequence.positions import RotarySpec, rotary_table
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qkv bias": {"qkv_bias": True},
+    "out bias": {"out_bias": True, "norm_placement": "after"},
+    "no QK-norm": {"qk_norm": "none"},
+    "norm after": {"norm_placement": "after"},
+    "norms before and after, offset": {"norm_placement": "both", "norm_offset": 1.0},
+    "exact GELU": {"activation": "gelu"},
+    "GELU by tanh": {"activation": "gelu_tanh", "latent_weights": "separate"},
+    "residual scale": {"residual_scale": 0.22, "latent_weights": "refine"},
+    "rotary sections": {"rotary": RotarySpec(layout="sections", sections=(2, 1, 1))},
+    "interleaved rotary sections": {"rotary": RotarySpec(layout="interleaved", sections=(2, 1, 1))},
+    "partial rotary, bases": {"rotary": RotarySpec(partial=0.75, bases=(1e4, 1e2, 1e2))},
+}
+
+
+def model_of(**spec: Any) -> Omni:
+    """Every part alive, biases and norms too."""
+    model = small_model(**spec)
+    with torch.no_grad():
+        for name, parameter in model.transformer.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(Key(3).fold(name).normal(tuple(parameter.shape)) * 0.3)
+            if "norm" in name:
+                parameter += Key(3).fold(name).normal(tuple(parameter.shape)) * 0.1
+    return model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_keep_the_contract(name: str) -> None:
+    """Training, cached and uncached outputs are one function; and the variant is not the plain layer."""
+    model = model_of(**VARIANTS[name])
+    found = {check.name: check for check in verify(model)}
+    assert all(check.holds for check in found.values()), found
+    assert any(check.bar == EXACT for check in found.values())
+
+
+def outputs(model: Omni) -> dict[str, Tensor]:
+    """What each of the four uses of the definition gives, on one batch: float64."""
+    model, batch = model.double(), random_batch(Key(4), num_documents=2, copies=2, rows=1)
+    batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
+    hidden, memory = model.context(batch)
+    t = torch.linspace(0.2, 0.9, batch.num_items, dtype=torch.float64)
+    call = FlowCall(model, batch, memory, torch.ones_like(t))
+    x, one = batch.refine_latents, torch.ones_like(t)
+    rate = call.derivative(x, t, 0.5 * t, torch.ones_like(x), one, 0.5 * one)
+    cache, step = model.transformer.new_cache(1, 8), TokenStep(model.transformer)
+    decoded = torch.stack([append_ids(model, cache, [n], step) for n in (3, 1, 4)])
+    return {"context": hidden, "refine": call(x, t, 0.5 * t), "derivative": rate, "decoding": decoded}
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tangents_of_variants_are_central_differences(name: str) -> None:
+    found, plain = outputs(model_of(**VARIANTS[name])), outputs(model_of())
+    central = outputs(model_of(**VARIANTS[name], tangents="central"))
+    assert far(found["derivative"], central["derivative"]) < 1e-6
+    assert max(far(found[use], plain[use]) for use in ("context", "refine", "decoding")) > 1e-3  # it does something
+
+
+@torch.no_grad()
+def test_one_constant_changes_all_four_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition with one constant changed: all uses are then those of the spec that has this constant."""
+    before, wanted = outputs(small_model()), outputs(small_model(residual_scale=0.5))
+    source, changed = inspect.getsource(omni.nn.layer.run_layer), dict(vars(omni.nn.layer))
+    assert source.count("c.residual_scale") == 2
+    exec(source.replace("c.residual_scale", "0.5"), changed)
+    for user in (omni.nn.transformer, omni.nn.decode_step):
+        monkeypatch.setattr(user, "run_layer", changed["run_layer"])
+    after = outputs(small_model())
+    for use, value in wanted.items():
+        assert far(before[use], value) > 1e-3 and far(after[use], value) < 1e-12, use
+
+
+def test_rotary_tables() -> None:
+    """By the formulas of the papers: which axis turns which pair, and how fast."""
+    position = torch.tensor([[[5, 7, 11]]])
+    angles = {
+        RotarySpec(layout="sections", sections=(2, 1, 1)): [5, 5 / 10, 7 / 100, 11 / 1000],
+        RotarySpec(layout="interleaved", sections=(2, 1, 1)): [5, 7 / 10, 11 / 100, 5 / 1000],
+        RotarySpec(partial=0.5): [5, 7 / 100, 0, 0],
+        RotarySpec(bases=(1e4, 1e2, 1e2)): [5, 7, 11, 5 / 100],
+    }
+    for spec, wanted in angles.items():
+        cos, sin = rotary_table(position, 8, 1e4, torch.float64, spec)
+        expected = torch.tensor([*wanted, *wanted], dtype=torch.float64)
+        torch.testing.assert_close(cos[0, 0, 0], expected.cos())
+        torch.testing.assert_close(sin[0, 0, 0], expected.sin())
+
+
+def test_values_without_code_are_refused_by_name() -> None:
+    layers = {"qk_norm": "axis", "activation": "relu2", "window": 8, "attention_cap": 50.0, "time": "input"}
+    assert layers.keys() == SERVED.keys()
+    for name, value in layers.items():
+        with pytest.raises(ValueError, match=f"{name} = {value!r} is not served yet; served: "):
+            LayerSpec(**{name: value})  # type: ignore[arg-type]
+    streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "those"}
+    assert streams.keys() | {"expert"} == WEIGHTS_SERVED.keys()
+    for name, value in streams.items():
+        with pytest.raises(ValueError, match=f"{name} = {value!r} is not served yet"):
+            TransformerConfig(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rotary.scaling = 'yarn' is not served yet"):
+        LayerSpec(rotary=RotarySpec(scaling="yarn"))
+    with pytest.raises(ValueError, match=r"rotary.sections = \[1, 1, 1\] must add up to the 32 frequencies"):
+        LayerSpec(rotary=RotarySpec(layout="sections", sections=(1, 1, 1)))
+
+
+@pytest.mark.parametrize("name", sorted(NATIVE))
+def test_the_native_step_refuses_other_layers_by_name(name: str) -> None:
+    others = {"norm_placement": "after", "norm_offset": 1.0, "activation": "gelu", "residual_scale": 0.5}
+    others |= {"qk_norm": "none", "qkv_bias": True, "out_bias": True}
+    if SERVED.get(name) == (None,):
+        return  # no layer has another value
+    model = small_model(**{name: others[name]})
+    with pytest.raises(ValueError, match=f"compile=True has native code for layers with {name} = "):
+        CompiledStep(model.transformer, model.token.output_weight)
