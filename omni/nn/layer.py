@@ -44,8 +44,8 @@ SERVED: dict[str, tuple[Any, ...]] = {
 class LayerSpec(Frozen):
     """What a layer is. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
 
-    qkv_bias, out_bias: of the projections before and after attention. qk_norm: RMSNorm of queries and keys, per "head",
-        per rotary "axis" (SenseNova-U1), or "none".
+    qkv_bias, out_bias, mlp_bias: of the projections before and after attention, and of the MLP's.
+    qk_norm: RMSNorm of queries and keys, per "head", per rotary "axis" (SenseNova-U1), or "none".
     norm_placement: "before" attention and MLP (Llama), "after" them (OLMo 2, arXiv 2501.00656), or "both" (Gemma 2,
         arXiv 2408.00118). norm_offset: the weight of a norm is norm_offset + w (1 in Gemma). norm_eps: of all norms.
     activation: of the gate of the MLP: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
@@ -62,6 +62,7 @@ class LayerSpec(Frozen):
     mlp_width: int | None = Field(default=None, ge=1, le=1 << 18)
     qkv_bias: bool = False
     out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: Literal["none", "head", "axis"] = "head"
     norm_placement: Literal["before", "after", "both"] = "before"
     norm_offset: float = Field(default=0.0, ge=0, le=1)
@@ -145,8 +146,8 @@ class Layer(nn.Module):
             self.k_norm = RMSNorm(c.head_dim, *norm)
         self.out = nn.Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias)
         self.mlp_norm = RMSNorm(c.width, *norm)
-        self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=False)
-        self.down = nn.Linear(c.hidden, c.width, bias=False)
+        self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=c.mlp_bias)
+        self.down = nn.Linear(c.hidden, c.width, bias=c.mlp_bias)
         if c.norm_placement == "both":
             self.attention_post_norm = RMSNorm(c.width, *norm)
             self.mlp_post_norm = RMSNorm(c.width, *norm)

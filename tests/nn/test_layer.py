@@ -28,6 +28,7 @@ from omni.sequence.positions import RotarySpec, rotary_table
 VARIANTS: dict[str, dict[str, Any]] = {
     "qkv bias": {"qkv_bias": True},
     "out bias": {"out_bias": True, "norm_placement": "after"},
+    "MLP bias": {"mlp_bias": True},
     "no QK-norm": {"qk_norm": "none"},
     "norm after": {"norm_placement": "after"},
     "norms before and after, offset": {"norm_placement": "both", "norm_offset": 1.0},
@@ -35,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GELU by tanh": {"activation": "gelu_tanh", "latent_weights": "separate"},
     "residual scale": {"residual_scale": 0.22, "latent_weights": "refine"},
     "rotary sections": {"rotary": RotarySpec(layout="sections", sections=(2, 1, 1))},
-    "interleaved rotary sections": {"rotary": RotarySpec(layout="interleaved", sections=(2, 1, 1))},
+    "interleaved rotary sections": {"head_dim": 16, "rotary": RotarySpec(layout="interleaved", sections=(6, 1, 1))},
     "partial rotary, bases": {"rotary": RotarySpec(partial=0.75, bases=(1e4, 1e2, 1e2))},
 }
 
@@ -82,7 +83,8 @@ def far(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tangents_of_variants_are_central_differences(name: str) -> None:
-    found, plain = outputs(model_of(**VARIANTS[name])), outputs(model_of())
+    sizes = {"head_dim": VARIANTS[name].get("head_dim", 8)}
+    found, plain = outputs(model_of(**VARIANTS[name])), outputs(model_of(**sizes))
     central = outputs(model_of(**VARIANTS[name], tangents="central"))
     assert far(found["derivative"], central["derivative"]) < 1e-6
     assert max(far(found[use], plain[use]) for use in ("context", "refine", "decoding")) > 1e-3  # it does something
@@ -138,7 +140,7 @@ def test_values_without_code_are_refused_by_name() -> None:
 @pytest.mark.parametrize("name", sorted(NATIVE))
 def test_the_native_step_refuses_other_layers_by_name(name: str) -> None:
     others = {"norm_placement": "after", "norm_offset": 1.0, "activation": "gelu", "residual_scale": 0.5}
-    others |= {"qk_norm": "none", "qkv_bias": True, "out_bias": True}
+    others |= {"qk_norm": "none", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
     if SERVED.get(name) == (None,):
         return  # no layer has another value
     model = small_model(**{name: others[name]})
