@@ -22,6 +22,10 @@ class NotFiniteError(ValueError):
     """A computed value is NaN, infinite, or far outside of its range. The message names what and where."""
 
 
+class RetiredKeyWarning(UserWarning):
+    """A key of a configuration that earlier versions had, and that changes nothing any more."""
+
+
 def is_mistake(error: BaseException) -> bool:
     """ValueError is our way of saying what is wrong with an input; so is an ImportError that names an extra (it has no
     `name`), and what the system says of files. Too deep a nesting and too large a request are inputs too. All else is

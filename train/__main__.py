@@ -16,11 +16,12 @@ recipe of a "model" (the default) or of a "codec" (train.codec.loop), or a list 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni.cli.arguments import Parser, exit_code, fail
+from omni.cli.arguments import Parser, exit_code, fail, warnings_in_lines
 from omni.config import load_toml, nearest, parse_toml
 from train import runs, stages
 from train.codec.loop import CodecRecipe
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(parser.parse_intermixed_args(arguments))
 
     try:
-        return exit_code(work)
+        with warnings_in_lines():
+            return exit_code(work)
     except TooManyNonFinite as error:
         return fail(error, EXIT_NOT_FINITE)
     except TooManyCorrupt as error:
@@ -73,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.publish and kind != "model":
         raise ValueError(f"--publish is for models, and {str(path)!r} is of kind {kind!r}")
     if kind == "stages":
-        listed = load_toml(path, overrides, stages.StagesConfig)
+        listed = load_toml(path, [re.sub(r"^changes\.", "last.", text) for text in overrides], stages.StagesConfig)
         plan = stages.plan(listed, str(path), options.out or listed.out or out)
         return stages.dry_run(plan) if options.dry_run else stages.run(plan, options.resume)
     if kind == "codec":

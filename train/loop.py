@@ -31,6 +31,8 @@ from train.optim.optimiser import Optimiser, OptimiserConfig, multiplier
 from train.optim.target import Target
 from train.recipe import Recipe, fraction_of
 
+FIRST_STEPS = 20  # of a run that must have something to learn from
+
 
 @dataclass
 class Run:
@@ -53,6 +55,7 @@ class Run:
     lanes: Lanes | None = None
     waited: float = 0.0  # seconds for lanes, within steps
     changes: Sequence[state.Change] = ()  # of the recipe, since the state that was resumed
+    learns: bool = False  # whether any step had something that an objective counts
     between_updates: bool = True  # weights, optimiser and averages are of one step, so that they can be saved
     _ahead: Packed | Exception | None = None
 
@@ -124,7 +127,19 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
     values |= unweighted(parts)
     positions = sum(batch.num_positions for batch in batches)
+    require_lesson(run, parts)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
+
+
+def require_lesson(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where none of the first steps had anything that an objective counts."""
+    run.learns = run.learns or any(term.count for part in parts for term in part.values())
+    first = min(FIRST_STEPS, run.recipe.max_steps)
+    if not run.learns and run.progress.step == first:
+        raise ValueError(
+            f"the first {first} steps had nothing to learn from: no segment of their documents is supervised for any "
+            "objective of this recipe; mark what is to be learnt (supervise = true)"
+        )
 
 
 def mean_of(terms: Sequence[Any]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from omni.config import Frozen
+from omni.errors import RetiredKeyWarning
 from omni.generation.options import GenerationOptions
 from omni.media.preparation import Preparation
 from omni.nn.precision import fast_bf16, require_device
@@ -127,7 +128,7 @@ class Recipe(Frozen):
                 f'coupling = {data["coupling"]!r} is no longer supported; leave it out (pairing = "transport" of an '
                 "objective pairs noise with data in another way)"
             )
-        warnings.warn("coupling = false is the only case and no longer a key; leave it out", stacklevel=2)
+        warnings.warn("coupling is no longer a key of recipes; remove it", RetiredKeyWarning, stacklevel=2)
         return without_retired(data)
 
     @field_validator("generation")

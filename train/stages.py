@@ -31,8 +31,8 @@
 
 A recipe takes the tokenizer, the codec and the model (as init_from) of the last stages before it that made one. `init`
 names another stage for the model, or "none"; `changes` may name any path. `changes` of the whole file are those of
-every stage that trains a model (`changes.device=cuda`), its own come after them. Tables merge key by key, any other
-value replaces. Paths are relative to the current directory.
+every stage that trains a model, its own come after them, and those of the command line (`changes.device=cuda`) last.
+Tables merge key by key, any other value replaces. Paths are relative to the current directory.
 
 With --resume a finished stage is passed over and one that has begun goes on. Trains nothing itself: see train.runs.
 """
@@ -107,6 +107,7 @@ class StagesConfig(Frozen):
     out: Path | None = Field(None, description="default: runs/ and the name of the file")
     base: Path | dict[str, Any] | None = Field(None, description="recipe of the stages that name none")
     changes: dict[str, Any] = Field({}, description="of every stage that trains a model, before its own")
+    last: dict[str, Any] = Field({}, description="the same, after its own: what the command line changes")
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -179,7 +180,7 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
     inputs: dict[str, str | None] = {("init_from" if kind == "model" else kind): last[kind] for kind in last}
     if listed.init is not None:
         inputs["init_from"] = None if listed.init == "none" else _model_of(listed.init, models, "init")
-    for changes in (inputs, config.changes, listed.changes):
+    for changes in (inputs, config.changes, listed.changes, config.last):
         table = merged(table, changes, "changes")
     used = tuple(path for name, path in inputs.items() if path is not None and table[name] == path)
     return Stage(listed.name, out, "model", build(table, Recipe, origin), used)

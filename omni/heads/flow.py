@@ -65,8 +65,8 @@ class FlowHeadConfig(Frozen):
             return data
         if data.get("choices"):
             raise ValueError(
-                f"choices = {list(data['choices'])}: noise that spells choices is no longer supported; train the model "
-                "again without, or use the version of Omni that trained it"
+                f"choices = {list(data['choices'])} is not supported by this version; train the model again without "
+                "it, or use the version of Omni that trained it"
             )
         return {name: value for name, value in data.items() if name not in ("choices", "choice_bits")}
 

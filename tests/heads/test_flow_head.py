@@ -267,7 +267,7 @@ def test_configuration_is_checked() -> None:
         ({"parametrisation": "edm"}, "parametrisation = 'edm'"),
         ({"time_scale": 0}, "time_scale = 0"),
         ({"min_time": 0.0}, "min_time = 0.0"),
-        ({"choices": ["a", "b"]}, r"choices = \['a', 'b'\]: noise that spells choices is no longer supported"),
+        ({"choices": ["a", "b"]}, r"choices = \['a', 'b'\] is not supported by this version"),
         ({"parametrization": "x"}, "did you mean 'parametrisation'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from omni.config import load_toml
+from omni.errors import RetiredKeyWarning
 from train.__main__ import main
 from train.lock import hold
 from train.metrics import read_metrics
@@ -74,7 +75,7 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(
 
 
 def test_a_retired_key_is_read_where_it_changed_nothing(recipe_file: Path) -> None:
-    with pytest.warns(UserWarning, match="no longer a key; leave it out"):
+    with pytest.warns(RetiredKeyWarning, match="coupling is no longer a key of recipes; remove it"):
         assert "coupling" not in load_toml(recipe_file, ["coupling=false"], Recipe).model_dump()
     with pytest.raises(ValueError, match="coupling = True is no longer supported; leave it out"):
         load_toml(recipe_file, ["coupling=true"], Recipe)

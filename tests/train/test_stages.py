@@ -246,6 +246,17 @@ def test_merged_by_hand() -> None:
     assert stages.merged({"a": 2}, {"a": {"b": 1}}, "") == {"a": {"b": 1}}
 
 
+def test_the_command_line_has_the_last_word(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over what the file says of all stages, and over what a stage says of itself."""
+    planned: list[list[stages.Stage]] = []
+    monkeypatch.setattr(stages, "dry_run", lambda plan: planned.append(plan) or 0)
+    for overrides in ([], ["changes.max_steps=7", "changes.seed=9"], ["stages.6.changes.max_steps=5"]):
+        assert main([str(listed), *overrides, "--dry-run", "--out", str(listed.parent / "out")]) == 0
+    steps = [[s.settings.max_steps for s in plan if s.kind == "model"] for plan in planned]  # type: ignore[union-attr]
+    assert steps == [[2, 2, 1], [7, 7, 7], [2, 2, 5]]
+    assert [s.settings.seed for s in planned[1] if s.kind == "model"] == [9, 9, 9]  # type: ignore[union-attr]
+
+
 # ------------------------------------------------------------------------------------------------ shipped recipes
 
 
@@ -269,14 +280,20 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("name", ["own_pictures", "own_chats", "moving_clips", "own_codec"])
-def test_examples_run_on_tiny_data(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["own_pictures", "own_chats", "from_bundled", "moving_clips", "own_codec"])
+def test_examples_run_on_tiny_data(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.train.test_data import write_messages, write_parquet
 
-    data = {"own_pictures": write_parquet, "own_chats": write_messages}
+    data = {"own_pictures": write_parquet, "own_chats": write_messages, "from_bundled": write_messages}
     own = [f"data.0.options.path={data[name](tmp_path)['path']}"] if name in data else []
     if own:  # a share of three records is none
         own += ['validation={data=[{name="moving_emoji"}], documents=2}']
+    if name == "from_bundled":  # the bundled sizes and weights
+        monkeypatch.chdir(ROOT)
+        assert main([str(RECIPES / "examples" / f"{name}.toml"), *own, "batch.shapes.0.rows=1", "--dry-run"]) == 0
+        return
     changes = ["batch_size=2"] if name == "own_codec" else [*SMALL, *own]
     assert main([str(RECIPES / "examples" / f"{name}.toml"), *changes, "--dry-run"]) == 0
     assert "a step: " in capsys.readouterr().out

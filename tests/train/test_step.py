@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from omni.config import build
+from omni.document import Document, Role, Text
 from omni.media import load_image
 from omni.objectives import Terms
 from omni.sequence.layout import Shape, pack
@@ -240,3 +241,12 @@ def test_train_only_leaves_every_bit_of_the_rest(make_run: MakeRun) -> None:
         assert torch.equal(run.ema.averages[name], before[name]) == (not name.startswith("joint.")), name
     with pytest.raises(ValueError, match="train_only = 'jiont' is the beginning of no weight's name"):
         make_run('train_only=["jiont"]')
+
+
+def test_a_run_with_nothing_to_learn_stops(make_run: MakeRun, tmp_path: Path) -> None:
+    """Documents whose segments nobody marked as supervised."""
+    lines = [Document((Text("hello"), Text("hi", Role.ASSISTANT))).to_json() for _ in range(3)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    run = make_run(f'data=[{{name="jsonl", options={{path="{tmp_path}/d.jsonl"}}}}]', "max_steps=3")
+    with pytest.raises(ValueError, match="the first 3 steps had nothing to learn from: no segment of their documents"):
+        loop.train(run, Tracker(run.out, 0, stream=io.StringIO()), lambda: False)

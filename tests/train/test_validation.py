@@ -166,7 +166,7 @@ def measured(make_run: MakeRun, tmp_path: Path) -> Run:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("validation.share=0.00001", "validation: no document can be held out by share = 1e-05; raise it"),
+        ("validation.share=0.00001", "validation: no document can be held out by validation.share = 1e-05; raise it"),
         ("validation.share=0.6", "validation.share = 0.6"),
         ("validation.steps=5", "give a share of the training data, or data of its own"),
         ('validation={share=0.1,data=[{name="emoji_world"}]}', "give a share of the training data, or data of its own"),

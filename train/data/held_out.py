@@ -56,7 +56,12 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
     if not documents:
         raise ValueError(
             "validation: no document can be held out"
-            + (f" by share = {share:g}; raise it, or give data of its own" if share else "; give other data")
+            + (
+                f" by validation.share = {share:g}; raise it (to 0.1 for some dozens of documents), give it data of "
+                "its own, or remove [validation]"
+                if share
+                else "; give other data"
+            )
         )
     return HeldOut(tuple(documents.values()), frozenset(documents), share or 0.0, key)
 
