@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from omni.heads.joint.backbone import Backbone
 from omni.heads.joint.training import joint_loss
 from omni.nn.cache import Memory
 from omni.nn.tangent import Dual, Form, differentiate
-from omni.objectives import FlowObjective, Objective, Terms
+from omni.objectives import Objective, Terms
 from omni.objectives.base import Items
-from omni.objectives.joint_tokens import JointTokenObjective
-from omni.objectives.next_token import NextToken
 from omni.rng import Key
 from omni.sequence.layout import IGNORE, Batch, Stream
 
@@ -39,9 +37,37 @@ class TrainedModel(Backbone, Protocol):
         ...
 
 
+class Contexts:
+    """The contexts of one network on one batch, made when they are first asked for. They do not depend on guidance, so
+    the calls that differ in it share them. frozen: results have no graph."""
+
+    def __init__(
+        self, model: TrainedModel, batch: Batch, memory: Memory, averages: TrainedModel | None, frozen: bool
+    ) -> None:
+        self.model, self.batch, self.memory = model, batch, memory
+        self.averages, self.frozen = averages, frozen
+
+    @cached_property
+    def null(self) -> Memory:
+        """Of the same items behind an empty history. ValueError where the batch has none."""
+        if self.batch.null is None:
+            raise ValueError("this batch has no null contexts; load it with null_contexts=True (guidance needs them)")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.model.context(self.batch.null)[1]
+
+    @cached_property
+    def target(self) -> Contexts:
+        """Of the target network: averaged weights, or the present ones without a graph."""
+        if self.averages is None:
+            return Contexts(self.model, self.batch, self.memory.detach(), None, frozen=True)
+        with torch.no_grad():
+            _, memory = self.averages.context(self.batch)
+        return Contexts(self.averages, self.batch, memory, None, frozen=True)
+
+
 @dataclass
-class FlowCall:
-    """F(x, t, s) of one batch: what an objective sees (see objectives.base.FlowCall). Closes over model and context.
+class BatchFlowCall:
+    """F(x, t, s) of one batch: implements objectives.base.FlowCall. Closes over model and context.
 
     `frozen`: results have no graph. `averages`: the target network, whose own context pass is made when first asked.
     """
@@ -52,6 +78,10 @@ class FlowCall:
     guidance: Tensor  # (I,) beta = 1 / w
     averages: TrainedModel | None = None
     frozen: bool = False
+    contexts: Contexts | None = None  # None: this call's own
+
+    def __post_init__(self) -> None:
+        self.contexts = self.contexts or Contexts(self.model, self.batch, self.memory, self.averages, self.frozen)
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -74,43 +104,27 @@ class FlowCall:
         with torch.autocast(point[0].device.type, enabled=False):  # half-precision differences are rounding
             return differentiate(self, point, direction, "central", c.tangent_step)
 
-    @cached_property
-    def _target(self) -> FlowCall:
-        if self.averages is None:
-            return replace(self, memory=self.memory.detach(), frozen=True)
-        with torch.no_grad():
-            _, memory = self.averages.context(self.batch)
-        return FlowCall(self.averages, self.batch, memory, self.guidance, frozen=True)
-
-    def target(self, graph: bool = False) -> FlowCall:
-        return replace(self._target, frozen=False) if graph else self._target
-
-    @cached_property
-    def _null(self) -> NullCall:
-        null = self.batch.null
-        if null is None:
-            raise ValueError("this batch has no null contexts; load it with null_contexts=True (guidance needs them)")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            _, memory = self.model.context(null)
-        return NullCall(replace(self, batch=null, memory=memory, guidance=torch.ones_like(self.guidance)), self.batch)
+    def target(self, graph: bool = False) -> BatchFlowCall:
+        assert self.contexts is not None
+        one = self.contexts.target
+        return BatchFlowCall(one.model, self.batch, one.memory, self.guidance, None, not graph, one)
 
     def null(self) -> NullCall:
-        return self._null
+        assert self.contexts is not None
+        memory, batch = self.contexts.null, self.batch.null
+        assert batch is not None
+        ones = torch.ones_like(self.guidance)
+        return NullCall(replace(self, batch=batch, memory=memory, guidance=ones, contexts=None), self.batch)
 
-    def guided(self, beta: Tensor) -> FlowCall:
-        call = replace(self, guidance=beta)
-        if "_null" in self.__dict__:  # contexts do not depend on guidance: those that were made are kept
-            call.__dict__["_null"] = self._null
-        if "_target" in self.__dict__:
-            call.__dict__["_target"] = self._target.guided(beta)
-        return call
+    def guided(self, beta: Tensor) -> BatchFlowCall:
+        return replace(self, guidance=beta)
 
 
 @dataclass
 class NullCall:
     """F without its condition: `call` has the same items in the same order, each in a row behind an empty history."""
 
-    call: FlowCall
+    call: BatchFlowCall
     batch: Batch
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -123,6 +137,45 @@ class NullCall:
         return out
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One context pass over a batch: hidden states (R, T, W) and memory; and what else losses depend on."""
+
+    model: TrainedModel
+    batch: Batch
+    hidden: Tensor
+    memory: Memory
+    averages: TrainedModel | None
+    progress: float
+
+
+def of_logits(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
+    where = one.batch.target != IGNORE
+    return {"": objective.loss(one.model.token.read(one.hidden[where]), one.batch.target[where])}
+
+
+def of_flow(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
+    batch = one.batch
+    if not batch.num_items:
+        return {"": Terms(one.hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)}
+    is_null = torch.tensor([uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device)
+    items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, one.progress, objective.pairing)
+    beta = torch.ones(batch.num_items, device=batch.ids.device)
+    # Where it wants no average, one that is kept for another objective is not its own.
+    own = one.averages if getattr(objective, "target_decay", None) else None
+    call = BatchFlowCall(one.model, batch, one.memory, beta, own)
+    return {"": objective.loss(call, objective.draw(items, key))}
+
+
+def of_placeholders(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
+    found = joint_loss(one.model, one.batch, one.hidden, one.memory, objective.blocks, key, one.progress)
+    return {f"/{name}": replace(term, weight=term.weight * objective.weight) for name, term in found.items()}
+
+
+# What an objective declares that it reads (Objective.reads): how it gets that from a pass.
+READERS = {"logits": of_logits, "flow": of_flow, "placeholders": of_placeholders}
+
+
 def batch_losses(
     model: TrainedModel,
     batch: Batch,
@@ -131,25 +184,11 @@ def batch_losses(
     averages: TrainedModel | None = None,
     progress: float = 1.0,
 ) -> dict[str, Terms]:
-    """Named (sum, count) terms of each objective; absent modalities give count 0. See Omni.loss."""
-    hidden, memory = model.context(batch)
+    """Named (sum, count) terms of each objective; absent modalities give count 0. See Omni.forward."""
+    one = Pass(model, batch, *model.context(batch), averages, progress)
     terms: dict[str, Terms] = {}
     for objective in objectives:
         name = type(objective).__name__
-        if isinstance(objective, JointTokenObjective):
-            found = joint_loss(model, batch, hidden, memory, objective.blocks, key.fold(name), progress)
-            terms |= {f"{name}/{n}": replace(t, weight=t.weight * objective.weight) for n, t in found.items()}
-        elif isinstance(objective, NextToken):
-            where = batch.target != IGNORE
-            terms[name] = objective.loss(model.token.read(hidden[where]), batch.target[where])
-        elif isinstance(objective, FlowObjective) and batch.num_items:
-            is_null = torch.tensor([uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device)
-            items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, progress, objective.pairing)
-            beta = torch.ones(batch.num_items, device=batch.ids.device)
-            # Where it wants no average, one that is kept for another objective is not its own.
-            own = averages if getattr(objective, "target_decay", None) else None
-            call = FlowCall(model, batch, memory, beta, own)
-            terms[name] = objective.loss(call, objective.draw(items, key.fold(name)))
-        elif isinstance(objective, FlowObjective):
-            terms[name] = Terms(hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)
+        found = READERS[objective.reads](objective, one, key.fold(name))
+        terms |= {f"{name}{part}": term for part, term in found.items()}
     return terms

@@ -1,7 +1,7 @@
 """Omni: transformer + token head + flow head, with a tokenizer, a codec and a preparation beside them.
 
-`loss` is the training forward: one context pass, and one refine pass (or as many as an objective asks for) that reads
-its keys and values. `extend` and `velocity` are what the engine calls: the same modules, with a cache for memory.
+`forward` is the training forward: one context pass, and one refine pass (or as many as an objective asks for) that
+reads its keys and values. `extend` and `velocity` are what the engine calls: the same modules, with a cache for memory.
 
 Legend: R rows, T context positions, S refine positions, W width, C latent channels, I items (copies), V vocabulary.
 """
@@ -93,7 +93,7 @@ class Omni(nn.Module):
         """The context stream of a batch: hidden states (R, T, W), and what the refine stream reads of it."""
         return self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
 
-    def loss(
+    def forward(
         self,
         batch: Batch,
         objectives: Sequence[Objective],
@@ -101,7 +101,7 @@ class Omni(nn.Module):
         averages: Omni | None = None,
         progress: float = 1.0,
     ) -> dict[str, Terms]:
-        """One context pass, then each objective. Returns named (sum, count) terms; absent modalities give count 0.
+        """The losses: one context pass, then each objective. Named (sum, count) terms; absent modalities give count 0.
 
         averages: the target network of objectives that want one (see `Objective.target_decay`).
         progress: the share of training that is done, for objectives with schedules.

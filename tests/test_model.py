@@ -102,7 +102,7 @@ def test_unknown_or_impossible_backend_is_refused() -> None:
 def test_flex_training_on_cpu_is_refused_not_silently_wrong() -> None:
     model = small_model(attention="flex").train()
     with pytest.raises(ValueError, match="no backward on the CPU"):
-        model.loss(random_batch(Key(1)), [build_objective("next_token")], Key(0))
+        model(random_batch(Key(1)), [build_objective("next_token")], Key(0))
 
 
 def test_text_logits_are_bit_identical_without_the_image_machinery() -> None:
@@ -126,7 +126,7 @@ def test_missing_modalities_give_zero_terms_not_errors() -> None:
     model = small_model()
     objectives = [build_objective("next_token"), build_objective("flow_matching")]
     [text_only], _ = pack([[TokenSpan([1, 2], [False, False])]], [Shape(1, 4, 4)], channels=4, pad_id=0)
-    terms = model.loss(text_only, objectives, Key(0))
+    terms = model(text_only, objectives, Key(0))
     assert terms["NextToken"].count == terms["FlowMatching"].count == 0
     assert float(terms["NextToken"].sum.detach()) == float(terms["FlowMatching"].sum.detach()) == 0
 

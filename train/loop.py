@@ -39,7 +39,7 @@ class Run:
     """The moving parts of a run. `identity` is what a resume compares (see train.checkpoint.load)."""
 
     recipe: Recipe
-    model: Any  # has .loss(batch, objectives, key, averages, progress) -> dict of Terms; an nn.Module
+    model: Any  # called with (batch, objectives, key, averages, progress) -> dict of Terms; an nn.Module
     objectives: Sequence[Any]
     loader: Loader
     optimiser: Optimiser
@@ -108,7 +108,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts, cache_enabled=False):
         averages = None if run.target is None else run.target.model
         key, progress = run.key.fold("draws"), run.fraction()
-        parts = [run.model.loss(batch, run.objectives, key, averages, progress) for batch in batches]
+        parts = [run.model(batch, run.objectives, key, averages, progress) for batch in batches]
     means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()

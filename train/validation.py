@@ -37,7 +37,7 @@ class Validation:
                 torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts),
             ):
                 batches = (batch.to(recipe.device) for step in self._steps for batch in step.batches)
-                parts = [run.model.loss(batch, run.objectives, self.key, target) for batch in batches]
+                parts = [run.model(batch, run.objectives, self.key, target) for batch in batches]
         finally:
             run.model.train()
         means = {name: float(mean_of([part[name] for part in parts])) for name in parts[0]}

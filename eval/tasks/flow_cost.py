@@ -96,7 +96,7 @@ def train_step(
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as in train.loop
-            [term] = model.loss(batch, [objective], key, averages).values()
+            [term] = model(batch, [objective], key, averages).values()
         (term.sum / term.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

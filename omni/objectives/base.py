@@ -160,7 +160,10 @@ class Items:
 
 
 class Objective(Frozen, ABC):
-    """An objective with its options. `kind` says what it reads: token logits or flow items.
+    """An objective with its options.
+
+    `reads`: what its loss is computed from, see omni.losses: next-token "logits" of supervised positions, a "flow" call
+    with items, or "placeholders" of joint tokens.
 
     An objective that reads `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
     of the average of the weights that the trainer keeps for it. None, 0 or no such field: the present weights serve.
@@ -169,12 +172,9 @@ class Objective(Frozen, ABC):
     that trains nothing that a sampler reads.
     """
 
+    reads: ClassVar[Literal["logits", "flow", "placeholders"]]
     samplers: ClassVar[tuple[str, ...]] = ()
     weight: float = 1.0
-
-    @property
-    @abstractmethod
-    def kind(self) -> Literal["token", "flow", "joint"]: ...
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,9 @@ class FlowObjective(Objective):
     pairing: of noise with data, see objectives.pairing.
     """
 
+    reads = "flow"
     time: TimeDistribution = TimeDistribution()
     pairing: Pairing = "independent"
-
-    @property
-    def kind(self) -> Literal["token", "flow"]:
-        return "flow"
 
     @property
     def needs_null(self) -> bool:

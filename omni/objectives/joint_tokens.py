@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from omni.objectives.base import OBJECTIVES, Objective
@@ -13,8 +11,5 @@ from omni.objectives.base import OBJECTIVES, Objective
 class JointTokenObjective(Objective):
     """blocks: how many blocks of placeholders every packed row carries, at random starts."""
 
+    reads = "placeholders"
     blocks: int = Field(default=8, ge=1)
-
-    @property
-    def kind(self) -> Literal["token", "flow", "joint"]:
-        return "joint"

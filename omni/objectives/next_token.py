@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -20,11 +18,8 @@ class NextToken(Objective):
     near 0 and the many unlikely ones far below.
     """
 
+    reads = "logits"
     z_loss: float = Field(default=0.0, ge=0)
-
-    @property
-    def kind(self) -> Literal["token", "flow"]:
-        return "token"
 
     def loss(self, logits_NV: Tensor, target_N: Tensor) -> Terms:
         """logits (N, V) of the supervised positions, target (N,) int64."""

@@ -35,7 +35,7 @@ def backward(model: Omni, averages: Omni, uids: list[int], share: float) -> None
     assert used == len(uids) and batch.num_items > 0
     batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
     objectives = [build_objective("terminal_velocity"), build_objective("mean_flow", power=0.0)]
-    terms = model.loss(batch, objectives, Key(5), averages)
+    terms = model(batch, objectives, Key(5), averages)
     (torch.stack([term.sum for term in terms.values()]).sum() * share).backward()
 
 

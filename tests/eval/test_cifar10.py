@@ -36,7 +36,7 @@ from eval.experiments.cifar.patches import (
 )
 from eval.experiments.cifar.pictures import SIDE, Order, Pictures, cropped, flipped, load_pictures
 from eval.suite import load_suite, load_tasks, main
-from omni.losses import FlowCall
+from omni.losses import BatchFlowCall
 from omni.objectives import OBJECTIVES, FlowObjective, Terms
 from omni.objectives.flow_matching import FlowMatching
 from omni.rng import Key
@@ -149,7 +149,7 @@ def test_drawing_and_training_see_one_network() -> None:
     labels = torch.arange(8)
     batch = with_latents(with_classes(learner.blank, labels), x)
     with torch.no_grad():
-        call = FlowCall(learner.model, batch, learner.model.context(batch)[1], torch.ones(8))
+        call = BatchFlowCall(learner.model, batch, learner.model.context(batch)[1], torch.ones(8))
         plain, null = call(x, t, s), call.null()(x, t, s)
         for w in (1.0, 1.5):
             drawing = velocity_of(learner.model, Method(objective="flow_matching", guidance=w), batch)
@@ -198,7 +198,7 @@ def test_training_learns_and_the_rehearsal_leaves_no_trace() -> None:
     assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), learner.model.parameters(), strict=True))
 
     def loss(each: Learner) -> float:
-        terms = [each.model.loss(each.batch(step), [FlowMatching()], Key(7))["FlowMatching"] for step in range(3)]
+        terms = [each.model(each.batch(step), [FlowMatching()], Key(7))["FlowMatching"] for step in range(3)]
         return sum(float(term.sum.detach()) for term in terms) / sum(term.count for term in terms)
 
     learner = learner_of(Method(objective="flow_matching"))

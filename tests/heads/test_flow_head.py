@@ -14,7 +14,7 @@ from torch import Tensor
 from omni.config import build
 from omni.heads import FlowHead, FlowHeadConfig
 from omni.heads.flow import Parametrisation, ScalarEmbedding, average_velocity
-from omni.losses import FlowCall
+from omni.losses import BatchFlowCall
 from omni.model import Omni
 from omni.rng import Key
 
@@ -32,13 +32,13 @@ def modelled(dtype: torch.dtype = torch.float64, **flow: object) -> Omni:
     return model
 
 
-def calling(model: Omni, dtype: torch.dtype = torch.float64) -> tuple[FlowCall, Tensor, Key]:
+def calling(model: Omni, dtype: torch.dtype = torch.float64) -> tuple[BatchFlowCall, Tensor, Key]:
     batch = random_batch(Key(11).fold("head"), num_documents=3, copies=3, rows=2)
     with torch.no_grad():
         batch = replace(batch, latents=batch.latents.to(dtype), refine_latents=batch.refine_latents.to(dtype))
         _, memory = model.context(batch)
     x = Key(12).fold("x").normal(tuple(batch.refine_latents.shape), torch.float64).to(dtype)
-    return FlowCall(model, batch, memory, torch.ones(batch.num_items)), x, Key(12)
+    return BatchFlowCall(model, batch, memory, torch.ones(batch.num_items)), x, Key(12)
 
 
 def jumped(output: Tensor, x: Tensor, t: float, s: float, parametrisation: Parametrisation) -> Tensor:

@@ -16,7 +16,7 @@ import omni.nn.layer
 import omni.nn.transformer
 from omni.generation.context import append_ids
 from omni.generation.contract import EXACT, verify
-from omni.losses import FlowCall
+from omni.losses import BatchFlowCall
 from omni.model import Omni
 from omni.nn.decode_step import TokenStep
 from omni.nn.layer import SERVED, LayerSpec
@@ -68,7 +68,7 @@ def outputs(model: Omni) -> dict[str, Tensor]:
     batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
     hidden, memory = model.context(batch)
     t = torch.linspace(0.2, 0.9, batch.num_items, dtype=torch.float64)
-    call = FlowCall(model, batch, memory, torch.ones_like(t))
+    call = BatchFlowCall(model, batch, memory, torch.ones_like(t))
     x, one = batch.refine_latents, torch.ones_like(t)
     rate = call.derivative(x, t, 0.5 * t, torch.ones_like(x), one, 0.5 * one)
     cache, step = model.transformer.new_cache(1, 8), TokenStep(model.transformer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import omni.sequence.mask
-from omni.losses import FlowCall
+from omni.losses import BatchFlowCall
 from omni.model import Omni
 from omni.nn.tangent import Dual, differentiate, lift
 from omni.nn.transformer import Block
@@ -29,10 +29,10 @@ def batch_of(dtype: torch.dtype = torch.float64):  # noqa: ANN201
     return replace(batch, latents=batch.latents.to(dtype), refine_latents=batch.refine_latents.to(dtype))
 
 
-def call_of(model: Omni, batch) -> FlowCall:  # noqa: ANN001
+def call_of(model: Omni, batch) -> BatchFlowCall:  # noqa: ANN001
     _, memory = model.context(batch)
     beta = 0.3 + 0.7 * torch.arange(batch.num_items, dtype=batch.latents.dtype) / batch.num_items
-    return FlowCall(model, batch, memory, beta)
+    return BatchFlowCall(model, batch, memory, beta)
 
 
 def points(batch) -> tuple[Point, Point]:  # noqa: ANN001
@@ -44,7 +44,7 @@ def points(batch) -> tuple[Point, Point]:  # noqa: ANN001
     return (x, t, 0.5 * t), (dx, dt, ds)
 
 
-def whole(call: FlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
+def whole(call: BatchFlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
     """The reference: one jvp around the whole network."""
 
     def function(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def test_central_differences_hold_under_autocast() -> None:
             assert far(found.float(), wanted) < 0.05  # differences of bfloat16 values are 0.3 away
 
 
-def losses(call: FlowCall, point: Point, direction: Point, form: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+def losses(call: BatchFlowCall, point: Point, direction: Point, form: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
     """A loss of F and its derivative, unlike for every element."""
     value, rate = form(call, point, direction)
     a, b = (Key(13).fold(n).normal(tuple(value.shape), torch.float64) for n in "ab")
@@ -107,7 +107,7 @@ def losses(call: FlowCall, point: Point, direction: Point, form: Callable[..., t
     return ((value * a + rate.pow(2) + value * rate * b) * mask).sum()
 
 
-def carried(call: FlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
+def carried(call: BatchFlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
     return call.with_derivative(*point, *direction)
 
 
@@ -149,7 +149,7 @@ def test_streamed_attention_carries_the_same_tangents_and_gradients() -> None:
     assert max(far(found[n], wanted[n]) for n in wanted if wanted[n].abs().max() > 0) < 1e-10
 
 
-def detached(call: FlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
+def detached(call: BatchFlowCall, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
     return call(*point), call.derivative(*point, *direction)
 
 
@@ -233,7 +233,7 @@ def test_autocast_loses_no_gradient(name: str) -> None:
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            [term] = model.loss(batch, [build_objective(name)], Key(9)).values()
+            [term] = model(batch, [build_objective(name)], Key(9)).values()
         (term.sum / term.count).backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     exact, low = grads

@@ -64,14 +64,14 @@ def test_the_second_jump_passes_the_gradient_to_its_input_and_to_no_weight() -> 
 
 
 def test_through_the_model_the_gradient_of_the_second_jump_reaches_x_alone() -> None:
-    from omni.losses import FlowCall
+    from omni.losses import BatchFlowCall
 
     model = small_model(dtype=torch.float64)
     batch = random_batch(Key(1).fold("trajectory"))
     batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
     _, memory = model.context(batch)
     t = torch.full((batch.num_items,), 0.6, dtype=torch.float64)
-    call = FlowCall(model, batch, memory, torch.ones_like(t)).target(graph=True)
+    call = BatchFlowCall(model, batch, memory, torch.ones_like(t)).target(graph=True)
     x = Key(2).normal(tuple(batch.refine_latents.shape), torch.float64).requires_grad_()
     wanted = torch.autograd.grad(call(x, t, 0 * t).pow(2).sum(), x)[0]
     InputGradient.apply(call, x, t, 0 * t).pow(2).sum().backward()

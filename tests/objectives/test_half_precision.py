@@ -37,7 +37,7 @@ def train(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
     for step in range(steps):
         batch = batches[step % len(batches)]
         with torch.autocast("cpu", torch.bfloat16):
-            found = model.loss(batch, [objective], Key(0).fold(step), averages, step / steps)
+            found = model(batch, [objective], Key(0).fold(step), averages, step / steps)
         term = next(iter(found.values()))
         (term.sum / max(term.count, 1)).backward()
         bad += int(not bool(term.sum.isfinite()))

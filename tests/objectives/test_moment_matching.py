@@ -325,7 +325,7 @@ def test_a_half_precision_model_trains_on_it() -> None:
     batch = random_batch(Key(2), num_documents=4, copies=4, rows=1)
     assert batch.num_items
     batch = replace(batch, latents=batch.latents.bfloat16(), refine_latents=batch.refine_latents.bfloat16())
-    term = model.loss(batch, [MomentMatching(groups="copies")], Key(0))["MomentMatching"]
+    term = model(batch, [MomentMatching(groups="copies")], Key(0))["MomentMatching"]
     term.sum.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert bool(term.sum.isfinite()) and gradients and all(bool(g.isfinite().all()) for g in gradients)

@@ -69,7 +69,7 @@ def test_objectives_are_keyed_and_blind_to_packing(name: str) -> None:
                 channels=CHANNELS, pad_id=PAD, copies=2, uids=group, fixed_shape=False,
             )  # fmt: skip
             cast = {"latents": batch.latents.double(), "refine_latents": batch.refine_latents.double()}
-            terms.append(model.loss(replace(batch, **cast), [objective], Key(seed))[type(objective).__name__])
+            terms.append(model(replace(batch, **cast), [objective], Key(seed))[type(objective).__name__])
         return torch.stack([term.sum.detach() for term in terms]).sum() / sum(term.count for term in terms)
 
     whole, again, split = total([[0, 1, 2, 3, 4, 5]]), total([[0, 1, 2, 3, 4, 5]]), total([[4, 1], [0, 2], [3, 5]])
@@ -86,7 +86,7 @@ def test_objectives_train(name: str) -> None:
     losses = []
     for _ in range(12):
         optimiser.zero_grad()
-        term = model.loss(batch, [objective], Key(9))[type(objective).__name__]
+        term = model(batch, [objective], Key(9))[type(objective).__name__]
         (term.sum / term.count).backward()
         optimiser.step()
         losses.append(float(term.sum.detach()) / term.count)
@@ -122,7 +122,7 @@ def test_objectives_are_finite_in_bf16(
     batch = random_batch(Key(2).fold("bf16"))
     batch = replace(batch, latents=batch.latents.bfloat16(), refine_latents=batch.refine_latents.bfloat16())
     objective = build_objective(name, **options)
-    term = model.loss(batch, [objective], Key(4))[type(objective).__name__]
+    term = model(batch, [objective], Key(4))[type(objective).__name__]
     assert batch.num_items >= 4 and term.sum.dtype == torch.float32 and torch.isfinite(term.sum)
     term.sum.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -153,7 +153,7 @@ def test_there_is_no_tangent_between_copies() -> None:
 
 
 def model_call(model):  # noqa: ANN001, ANN202
-    from omni.losses import FlowCall
+    from omni.losses import BatchFlowCall
 
     batch = random_batch(Key(11).fold("tangent"), num_documents=3, copies=3, rows=2)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def model_call(model):  # noqa: ANN001, ANN202
     key = Key(12)
     t = key.uniform((batch.num_items,), torch.float64) * 0.8 + 0.2
     x, v = (key.fold(n).normal(tuple(batch.refine_latents.shape), torch.float64) for n in "xv")
-    return FlowCall(model, batch, memory, torch.ones_like(t)), x, t, t * 0.5, v
+    return BatchFlowCall(model, batch, memory, torch.ones_like(t)), x, t, t * 0.5, v
 
 
 def test_time_draws_are_stratified_over_copies_and_keyed_by_item() -> None:

@@ -120,8 +120,8 @@ def test_guidance_runs_in_the_model(name: str) -> None:
     batch = random_batch(Key(2).fold("guided"))
     options = {"guidance_scale": 1.5, "bootstrap": 0.5} if name == "shortcut" else {"guidance": {"max_scale": 8.0}}
     objective = build_objective(name, **options)
-    term = model.loss(replace(batch, null=batch), [objective], Key(3))[type(objective).__name__]
+    term = model(replace(batch, null=batch), [objective], Key(3))[type(objective).__name__]
     term.sum.backward()
     assert torch.isfinite(term.sum) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     with pytest.raises(ValueError, match="null_contexts=True"):
-        model.loss(batch, [objective], Key(3))
+        model(batch, [objective], Key(3))

@@ -80,7 +80,7 @@ def test_perturbing_what_is_invisible_changes_no_bit_of_any_gradient() -> None:
     def gradients(documents: list) -> dict[str, torch.Tensor]:
         [batch], _ = pack(documents, [Shape(1, 200, 200)], channels=CHANNELS, pad_id=PAD)
         model.zero_grad()
-        terms = model.loss(batch, [build_objective("next_token"), build_objective("flow_matching")], Key(1))
+        terms = model(batch, [build_objective("next_token"), build_objective("flow_matching")], Key(1))
         sum(term.sum for term in terms.values()).backward()  # type: ignore[union-attr]
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -100,7 +100,7 @@ def test_seen_perturbation_does_change_the_gradient() -> None:
     def gradient(token: int) -> torch.Tensor:
         [batch], _ = pack([[TokenSpan([token], [False]), image]], [Shape(1, 8, 8)], channels=CHANNELS, pad_id=PAD)
         model.zero_grad()
-        model.loss(batch, [build_objective("flow_matching")], Key(1))["FlowMatching"].sum.backward()
+        model(batch, [build_objective("flow_matching")], Key(1))["FlowMatching"].sum.backward()
         return model.flow.velocity.weight.grad.clone()  # type: ignore[union-attr]
 
     assert not torch.equal(gradient(1), gradient(2))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from omni.losses import FlowCall
+from omni.losses import BatchFlowCall
 from omni.rng import Key
 from omni.sequence.guidance import drop, null_documents
 from omni.sequence.layout import Shape, pack
@@ -23,7 +23,7 @@ def loader_of(run: Run) -> Loader:
     return run.loader
 
 
-def flow_call(run: Run, batch, beta: float = 1.0) -> tuple[FlowCall, torch.Tensor, torch.Tensor]:  # noqa: ANN001
+def flow_call(run: Run, batch, beta: float = 1.0) -> tuple[BatchFlowCall, torch.Tensor, torch.Tensor]:  # noqa: ANN001
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if "modulation" in name or "velocity" in name:
@@ -31,7 +31,7 @@ def flow_call(run: Run, batch, beta: float = 1.0) -> tuple[FlowCall, torch.Tenso
         _, memory = run.model.context(batch)
     x = Key(1).normal(tuple(batch.refine_latents.shape))
     t = 0.2 + 0.6 * torch.arange(batch.num_items) / batch.num_items
-    return FlowCall(run.model, batch, memory, torch.full_like(t, beta)), x, t
+    return BatchFlowCall(run.model, batch, memory, torch.full_like(t, beta)), x, t
 
 
 def test_null_calls_equal_the_null_documents_alone(make_run: MakeRun) -> None:
@@ -60,7 +60,7 @@ def test_null_calls_equal_the_null_documents_alone(make_run: MakeRun) -> None:
                     there = torch.zeros_like(alone.refine_latents)
                     there[alone.item >= 0] = x[own]
                     s = t[index : index + n]
-                    wanted = FlowCall(run.model, alone, memory, torch.ones(n))(there, s, 0.5 * s)[alone.item >= 0]
+                    wanted = BatchFlowCall(run.model, alone, memory, torch.ones(n))(there, s, 0.5 * s)[alone.item >= 0]
                 assert float((found[own] - wanted).abs().max()) < 1e-5
                 assert float((plain[own] - wanted).abs().max()) > 1e-4  # the condition mattered
                 index += n

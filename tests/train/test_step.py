@@ -199,7 +199,7 @@ def test_packing_changes_neither_draws_nor_losses(make_run: MakeRun) -> None:
     for shapes in ([Shape(6, 256, 192)], [Shape(1, 2000, 2000)], [Shape(2, 128, 128), Shape(6, 256, 192)]):
         batches, used = pack(spans, shapes, channels=768, pad_id=run.loader.pad_id, copies=2)
         assert used == 6
-        parts = [run.model.loss(batch, run.objectives, run.key) for batch in batches]
+        parts = [run.model(batch, run.objectives, run.key) for batch in batches]
         means.append({name: float(loop.mean_of([part[name] for part in parts]).detach()) for name in parts[0]})
     for other in means[1:]:
         assert other == pytest.approx(means[0], rel=1e-5)

@@ -37,10 +37,10 @@ def test_the_loss_reads_it(make_run: MakeRun) -> None:
     with torch.no_grad():
         for model in (run.model, run.target.model):
             model.flow.velocity.weight.normal_(generator=torch.Generator().manual_seed(0))
-    own, same = (run.model.loss(batch, run.objectives, run.key, a) for a in (None, run.target.model))
+    own, same = (run.model(batch, run.objectives, run.key, a) for a in (None, run.target.model))
     with torch.no_grad():
         run.target.model.flow.velocity.weight.mul_(2)
-    other = run.model.loss(batch, run.objectives, run.key, run.target.model)
+    other = run.model(batch, run.objectives, run.key, run.target.model)
     values = [float(terms["TerminalVelocity"].sum.detach()) for terms in (own, same, other)]
     assert values[0] == pytest.approx(values[1], rel=1e-6) and abs(values[2] - values[0]) > 1e-3 * values[0]
 
@@ -74,7 +74,7 @@ def test_an_average_kept_for_another_objective_is_not_read(make_run: MakeRun, na
         objective = build_objective(name, target_decay=decay, **options)
         with torch.no_grad() if name != "consistency_trajectory" else torch.enable_grad():
             losses = [
-                float(run.model.loss(batch, [objective], Key(1), averages)[type(objective).__name__].sum.detach())
+                float(run.model(batch, [objective], Key(1), averages)[type(objective).__name__].sum.detach())
                 for averages in (None, run.target.model)
             ]
         assert (losses[0] == losses[1]) == same, (decay, losses)

@@ -159,7 +159,7 @@ class Learner:
         """Forward, backward, clip, AdamW, averages; `fraction` of the training is done."""
         batch, draws = self.batch(step), self.key.fold("draws", step)
         with in_half_precision(self.device):
-            [term] = self.model.loss(batch, [self.objective], draws, self.target, fraction).values()
+            [term] = self.model(batch, [self.objective], draws, self.target, fraction).values()
         (term.weight * term.sum / term.count).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         wrong = (~norm.isfinite()).float()

@@ -210,7 +210,7 @@ def omni_loss(model: Omni, samples: list[Sample], context: Context) -> Callable[
         return terms.weight * terms.sum.float() / max(terms.count, 1.0)
 
     def loss() -> Tensor:
-        terms = model.loss(pack_samples(model, samples), objectives, key)
+        terms = model(pack_samples(model, samples), objectives, key)
         return torch.stack([mean(one) for one in terms.values()]).sum()
 
     return loss
