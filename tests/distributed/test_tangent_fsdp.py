@@ -45,7 +45,7 @@ def models() -> tuple[Omni, Omni]:
 
 def worker(rank: int, world_size: int, folder: Path) -> None:
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
@@ -56,7 +56,6 @@ def worker(rank: int, world_size: int, folder: Path) -> None:
         block.forward = partial(checkpoint, partial(Block.forward, block), use_reentrant=False)  # type: ignore[method-assign]
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
     backward(model, averages, list(range(rank, NUM_DOCUMENTS, world_size)), world_size)  # gradients are averaged
     full = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}  # type: ignore[union-attr]
     if rank == 0:

@@ -47,7 +47,7 @@ def spoiled(run: Run, loss: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def poison(run: Run, steps: set[int], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = run.model.loss
+    real = run.model.forward
 
     def loss(batch: Any, objectives: Any, key: Any, *rest: Any) -> dict[str, Terms]:
         terms = real(batch, objectives, key, *rest)
@@ -55,7 +55,7 @@ def poison(run: Run, steps: set[int], how: str, monkeypatch: pytest.MonkeyPatch)
             terms["NextToken"] = dataclasses.replace(terms["NextToken"], sum=spoiled(run, terms["NextToken"].sum, how))
         return terms
 
-    monkeypatch.setattr(run.model, "loss", loss)
+    monkeypatch.setattr(run.model, "forward", loss)
 
 
 def test_what_is_spoiled_is_what_is_said(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
