@@ -16,7 +16,7 @@ from omni.nn.cache import KVCache
 from omni.nn.decode_step import TokenStep
 from omni.nn.lora import Adapters, Gated
 from omni.nn.tail import Tail
-from omni.sequence.layout import Span, Stream, TokenSpan, grid_positions, lay_out
+from omni.sequence.layout import Span, Stream, TokenSpan, context_tensors, grid_positions, lay_out
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,20 @@ def append_all(
         lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
         for r, row in enumerate(spans)
     ]
-    R, N = len(laid), max(len(one.ids) for one in laid)
-    ids = torch.full((R, N), pad_id, dtype=torch.int64)
-    latents = torch.zeros(R, N, model.flow.c.channels)
-    is_latent = torch.zeros(R, N, dtype=torch.bool)
-    block = torch.zeros(R, N, dtype=torch.int64)
-    position = torch.zeros(R, N, 3, dtype=torch.int64)
-    for r, one in enumerate(laid):
-        n = len(one.ids)
-        if n == 0:
-            continue
-        ids[r, :n] = torch.tensor(one.ids)
-        block[r, :n] = torch.tensor(one.block)
-        position[r, :n] = torch.tensor(one.position)
-        for i, z in enumerate(one.latents):
-            if z is not None:
-                latents[r, i], is_latent[r, i] = z, True
-    valid = [len(one.ids) for one in laid]
-    has_latents = bool(is_latent.any())
-    is_latent = is_latent.to(device)
-    h = model.embed_context(ids.to(device), latents.to(device) if has_latents else None, is_latent)
+    num = max(len(one.ids) for one in laid)
+    rows = context_tensors([[one] for one in laid], num, model.flow.c.channels, pad_id)
+    latents = rows.latents.to(device) if bool(rows.is_latent.any()) else None
+    is_latent, block, position = (part.to(device) for part in (rows.is_latent, rows.block, rows.position))
+    h = model.embed_context(rows.ids.to(device), latents, is_latent)
     behind = None
     if tail is not None:
         block_R = torch.tensor([one.next_block for one in laid], device=device)
         position_R = torch.tensor([one.next_position for one in laid], device=device)
-        behind = Tail(tail.inputs, block_R, position_R, tail.gated(N), tail.causal)
-    hidden = model.transformer.extend(h, block.to(device), position.to(device), is_latent, cache, valid, behind)
+        behind = Tail(tail.inputs, block_R, position_R, tail.gated(num), tail.causal)
+    hidden = model.transformer.extend(h, block, position, is_latent, cache, rows.valid, behind)
     for r, one in enumerate(laid):
         cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
-    return hidden, valid
+    return hidden, rows.valid
 
 
 def append_text(model: Backbone, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:

@@ -65,6 +65,11 @@ class Stream:
     document: index of the document in its row, -1 is padding. block: index of the block in its document.
     copy: 0 in the context stream, >= 1 in the refine stream (unique in a row), -1 padding of the refine stream.
     position: (R, length, 3) int64, (time, row, column) rotary coordinates. rank: order inside a copy, None is all 0.
+    bound: of the refine stream, the context blocks below it are read; None: those before the position's own block.
+
+    Several blocks of one request that read one another in one pass are one copy: `rank` says which reads which, and
+    `bound` where the finished context ends for all of them. Times are the items', whatever the copies are: a block, or
+    a single position, that has a time of its own is an item of its own (Transformer.refine).
     """
 
     document: Tensor
@@ -72,10 +77,11 @@ class Stream:
     copy: Tensor
     position: Tensor
     rank: Tensor | None = None
+    bound: Tensor | None = None
 
     @property
     def fields(self) -> Fields:
-        return Fields(self.document, self.block, self.copy, self.rank)
+        return Fields(self.document, self.block if self.bound is None else self.bound, self.copy, self.rank)
 
 
 @dataclass(frozen=True)
@@ -262,56 +268,88 @@ def lay_rows(
     return _assemble(rows, budget, refine, channels, pad_id, copies)
 
 
+@dataclass(frozen=True)
+class ContextTensors:
+    """Rows of the context stream: ids (R, N) int64, latents (R, N, C) float32 and is_latent (R, N) bool; document (-1
+    is padding) and block (R, N), position (R, N, 3), int64; valid: positions in use of each row."""
+
+    ids: Tensor
+    latents: Tensor
+    is_latent: Tensor
+    document: Tensor
+    block: Tensor
+    position: Tensor
+    valid: list[int]
+
+
+def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: int, pad_id: int) -> ContextTensors:
+    """The documents of each row, one after another: the one way from spans to tensors, for packing and for prefill."""
+    R = len(rows)
+    out = ContextTensors(
+        torch.full((R, length), pad_id, dtype=torch.int64), torch.zeros(R, length, channels),
+        torch.zeros(R, length, dtype=torch.bool), torch.full((R, length), -1, dtype=torch.int64),
+        torch.zeros(R, length, dtype=torch.int64), torch.zeros(R, length, 3, dtype=torch.int64), [],
+    )  # fmt: skip
+    for r, row in enumerate(rows):
+        i = 0
+        for d, one in enumerate(row):
+            at = slice(i, i + len(one.ids))
+            out.ids[r, at] = torch.tensor(one.ids, dtype=torch.int64)
+            where = [i + k for k, z in enumerate(one.latents) if z is not None]
+            if where:
+                out.latents[r, where] = torch.stack([z for z in one.latents if z is not None]).to(out.latents)
+                out.is_latent[r, where] = True
+            out.document[r, at] = d
+            out.block[r, at] = torch.tensor(one.block, dtype=torch.int64)
+            out.position[r, at] = torch.tensor(one.position, dtype=torch.int64).reshape(-1, 3)
+            i = at.stop
+        out.valid.append(i)
+    return out
+
+
 def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:
-    R = len(filled)
-    ids = torch.full((R, T), pad_id, dtype=torch.int64)
-    latents = torch.zeros(R, T, C)
-    is_latent = torch.zeros(R, T, dtype=torch.bool)
-    target = torch.full((R, T), IGNORE, dtype=torch.int64)
-    context, refine = _empty_stream(R, T, copy=0), _empty_stream(R, S, copy=-1)
-    refine_latents = torch.zeros(R, S, C)
+    R, padding = len(filled), _empty_stream(len(filled), T, copy=0)
+    laid = context_tensors([[one for _, one in row] for row in filled], T, C, pad_id)
+    block = torch.where(laid.document >= 0, laid.block, padding.block)
+    context = Stream(laid.document, block, padding.copy, laid.position)
+    refine, refine_latents = _empty_stream(R, S, copy=-1), torch.zeros(R, S, C)
     item = torch.full((R, S), -1, dtype=torch.int64)
     item_first: list[int] = []
     item_names: list[tuple[int, int, int]] = []
-    num_context = num_refine = 0
     for r, row in enumerate(filled):
-        i = j = copy_id = 0
+        j = copy_id = 0
         for d, (uid, one) in enumerate(row):
-            n = len(one.ids)
-            num_context += n
-            ids[r, i : i + n] = torch.tensor(one.ids, dtype=torch.int64)
-            follows = [t if flag else IGNORE for t, flag in zip(one.ids[1:], one.supervise[1:], strict=True)]
-            target[r, i : i + n] = torch.tensor([*follows, IGNORE], dtype=torch.int64)
-            where = [k for k, z in enumerate(one.latents) if z is not None]
-            if where:
-                index = torch.tensor(where) + i
-                latents[r, index] = torch.stack([z for z in one.latents if z is not None]).float()
-                is_latent[r, index] = True
-            context.document[r, i : i + n] = d
-            context.block[r, i : i + n] = torch.tensor(one.block, dtype=torch.int64)
-            context.position[r, i : i + n] = torch.tensor(one.position, dtype=torch.int64).reshape(-1, 3)
-            i += n
-            for block, span, p in one.blocks:
+            for block_index, span, p in one.blocks:
                 coordinates = torch.tensor(grid_positions(span.grid, p), dtype=torch.int64)
                 for c in range(copies):
-                    m = len(span.latents)
                     copy_id += 1
-                    at = slice(j, j + m)
+                    at = slice(j, j + len(span.latents))
                     refine_latents[r, at] = span.latents.float()
                     refine.document[r, at] = d
-                    refine.block[r, at] = block
+                    refine.block[r, at] = block_index
                     refine.copy[r, at] = copy_id
                     refine.position[r, at] = coordinates
                     item[r, at] = len(item_first)
                     item_first.append(r * S + j)
-                    item_names.append((uid, block, c))
-                    j += m
-                    num_refine += m
+                    item_names.append((uid, block_index, c))
+                    j = at.stop
     return Batch(
-        ids, latents, is_latent, target, context, refine_latents, refine, item,
+        laid.ids, laid.latents, laid.is_latent, _targets(filled, T), context, refine_latents, refine, item,
         torch.tensor(item_first, dtype=torch.int64), tuple(item_names),
-        tuple(uid for row in filled for uid, _ in row), num_context, num_refine,
+        tuple(uid for row in filled for uid, _ in row), sum(laid.valid), int((item >= 0).sum()),
     )  # fmt: skip
+
+
+def _targets(filled: list[list[tuple[int, LaidOut]]], T: int) -> Tensor:
+    """(R, T): the next id of the same document where it is supervised, else IGNORE."""
+    target = torch.full((len(filled), T), IGNORE, dtype=torch.int64)
+    for r, row in enumerate(filled):
+        follows: list[int] = []
+        for _, one in row:
+            follows += [t if flag else IGNORE for t, flag in zip(one.ids[1:], one.supervise[1:], strict=True)]
+            follows += [IGNORE] * bool(one.ids)
+        target[r, : len(follows)] = torch.tensor(follows, dtype=torch.int64)
+    return target
 
 
 def _empty_stream(rows: int, length: int, copy: int) -> Stream:

@@ -6,6 +6,9 @@ Every position is described by four integers (see `layout.Stream`): document, bl
         the key is context:  its block comes before the query's, or is the query's own and the query is context too
         the key is refine:   both belong to the same copy, and the key's rank is not above the query's
 
+Of a refine query, `block` is the bound of what it reads of the context: its own block's number, or an earlier one where
+the blocks between are not finished yet and stand beside it in one copy (`layout.Stream.bound`).
+
 So the context stream is causal over blocks and bidirectional inside one, a refine copy sees the context strictly
 before its block and itself, and nothing ever sees a refine copy but the copy itself. Ranks order the positions of one
 copy: all 0 in a block that sees all of itself (latents), 0, 1, 2, ... in one that is causal (tokens).
