@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from omni.nn.declare import FAN_IN, ZERO, Declared, declarations
 from omni.rng import Key
 
 PARTS = ("qkv", "out", "gate_up", "down")
@@ -27,6 +28,9 @@ class LowRank(nn.Module):
         super().__init__()
         self.down = nn.Linear(size_in, rank, bias=False)
         self.up = nn.Linear(rank, size_out, bias=False)
+
+    def declare(self) -> dict[str, Declared]:
+        return {"down.weight": FAN_IN, "up.weight": ZERO}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -69,8 +73,9 @@ class Adapters(nn.Module):
 @torch.no_grad()
 def initialise_adapters(adapters: Adapters, key: Key) -> None:
     """A normal with deviation 1/sqrt(fan in), keyed by name; B zero."""
+    declared = declarations(adapters)
     for name, parameter in adapters.named_parameters():
-        if ".up." in name:
+        if declared[name] == ZERO:
             parameter.zero_()
         else:
             parameter.copy_(key.fold("adapter", name).normal(tuple(parameter.shape)) / math.sqrt(parameter.shape[1]))

@@ -154,12 +154,12 @@ class JointHead(nn.Module, ABC):
 
     @torch.no_grad()
     def initialise(self, key: Key) -> None:
-        """Weights keyed by name: as a module declares (nn.declare), else matrices normal with deviation 1/sqrt(fan in)
-        and vectors zero. Heads whose weights start otherwise (at zero, at the identity) override it."""
+        """Weights keyed by name: constants as a module declares (nn.declare), other matrices normal with deviation
+        1/sqrt(fan in) and vectors zero. Heads whose weights start otherwise (at zero, at the identity) override it."""
         declared = declarations(self)
         for name, parameter in self.named_parameters():
-            if name in declared:
-                fill(parameter, declared[name], key.fold(name))
+            if name in declared and declared[name].start == "constant":
+                fill(parameter, declared[name], key)
             elif parameter.ndim < 2:
                 parameter.zero_()
             else:

@@ -90,13 +90,14 @@ class Circuit(JointHead):
     def initialise(self, key: Key) -> None:
         """Expanders and biases keyed normal, of size `noise` beside h; uniform root; moves near the identity."""
         c: CircuitConfig = self.config
-        for name, parameter in self.named_parameters():
-            if not name.startswith("expand"):
-                parameter.zero_()
-                continue
-            fan_in = 1 if name == "expand_bias" else parameter.shape[-2]
-            size = 1.0 if name == "expand_down" else c.noise
-            parameter.copy_(key.fold(name).normal(tuple(parameter.shape)) * size / math.sqrt(fan_in))
+        for parameter in self.parameters():
+            parameter.zero_()
+        sizes = {"expand_bias": c.noise, "expand_down": 1.0, "expand_up": c.noise, "expand": c.noise}
+        for name, size in sizes.items():
+            parameter = getattr(self, name, None)
+            if parameter is not None:
+                fan_in = 1 if parameter is self.expand_bias else parameter.shape[-2]
+                parameter.copy_(key.fold(name).normal(tuple(parameter.shape)) * size / math.sqrt(fan_in))
         if self.moves is not None:
             start = key.fold("moves").normal((self.num_moves, c.num_states, c.num_states))
             self.moves.bias.copy_((start + torch.eye(c.num_states)).flatten())
