@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.suite import load_suite, load_tasks, suite_path
+from eval.suite import load_suite, suite_path
 from omni.cli.commands import parse
 from omni.cli.options import flag_of
 from omni.codecs import codecs
@@ -104,7 +104,6 @@ def _check_arguments(module: str, arguments: list[str]) -> None:
     if not paths or re.match(r"[A-Z]{2}", paths[0]):
         return
     if module == "eval":
-        load_tasks()
         load_suite(suite_path(paths[0]), changes)
     elif module == "train":
         kind = tomllib.loads((ROOT / paths[0]).read_text(encoding="utf-8")).get("kind", "model")

@@ -35,13 +35,12 @@ from eval.experiments.cifar.patches import (
     with_latents,
 )
 from eval.experiments.cifar.pictures import SIDE, Order, Pictures, cropped, flipped, load_pictures
-from eval.suite import load_suite, load_tasks, main
+from eval.suite import load_suite, main
 from omni.losses import FlowCall
 from omni.objectives import OBJECTIVES, FlowObjective, Terms
 from omni.objectives.flow_matching import FlowMatching
 from omni.rng import Key
 
-load_tasks()
 ROOT = Path(__file__).parents[2]
 SUITE = str(ROOT / "eval" / "suites" / "cifar10.toml")
 FLOW_OBJECTIVES = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), FlowObjective)]

@@ -17,12 +17,11 @@ from eval.experiments.plane.flow_plane import plane_rows, verdicts
 from eval.experiments.plane.network import Count, PlaneCall, PlaneNetwork
 from eval.experiments.plane.run import Run
 from eval.plots import cloud
-from eval.suite import load_suite, load_tasks, main
+from eval.suite import load_suite, main
 from omni.objectives import OBJECTIVES, FlowObjective
 from omni.objectives.times import BatchNames, stratified_I, uniform_I
 from omni.rng import Key
 
-load_tasks()
 ROOT = Path(__file__).parents[2]
 SUITE = str(ROOT / "eval" / "suites" / "flow_maps.toml")
 

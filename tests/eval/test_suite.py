@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.suite import COLUMNS, format_value, load_suite, load_tasks, main, row_command
+from eval.suite import COLUMNS, format_value, load_suite, main, row_command
 from eval.task import TASKS, Bar, Context, Curve, Measure, Outcome, Panel, TaskOptions, task
-
-load_tasks()
 
 
 class ToyOptions(TaskOptions):
