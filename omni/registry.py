@@ -13,11 +13,14 @@ Names of the own packages win over entry points. This file knows no registry and
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from omni.config import nearest
@@ -111,6 +114,16 @@ class Registry(Generic[T]):
             raise ValueError(f"{what} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
         if name not in self._items:
             raise ValueError(f"{what}: {point.module} registers no {self.kind} of that name; register it there")
+
+
+def names_in_source(package: str, registry: str) -> list[str]:
+    """The names that the files of a package register with a decorator, read from the files: for `--help`, which must
+    not import torch. registry: the name of its variable. Names of installed packages are not among them."""
+    spec = importlib.util.find_spec(package)
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    texts = [path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")]
+    decorator = re.compile(rf"""^@{registry}\.register\(["'](\w+)["']\)""", re.MULTILINE)
+    return sorted(name for text in texts for name in decorator.findall(text))
 
 
 def _owner(point: metadata.EntryPoint) -> str:

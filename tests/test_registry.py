@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from omni.data.source import SOURCES
 from omni.heads.joint import JOINT_HEADS
 from omni.objectives import OBJECTIVES
 from omni.objectives.features import FEATURES
-from omni.registry import Registry
+from omni.registry import Registry, names_in_source
 from omni.samplers import GRIDS, SAMPLERS
 from omni.text.tokenizer import backends
 
@@ -98,6 +99,15 @@ def test_a_registry_reads_its_own_package_and_a_documented_group(registry: Regis
     assert registry.names() and registry.packages and f"`{registry.group}`" in readme
 
 
+@pytest.mark.parametrize(("registry", "variable"), [(SAMPLERS, "SAMPLERS"), (GRIDS, "GRIDS")])
+def test_help_reads_the_names_without_torch(registry: Registry, variable: str) -> None:
+    script = "import sys; from omni.registry import names_in_source\n"
+    script += f"print(*names_in_source('omni.samplers', {variable!r})); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    ours = [name for name in registry.names() if registry.get(name).__module__.startswith("omni.")]
+    assert done.stdout.split() == ours == names_in_source("omni.samplers", variable), done.stderr
+
+
 # ---- installed packages --------------------------------------------------------------------------------------------
 
 
@@ -169,8 +179,8 @@ HALVES = """
 from itertools import pairwise
 from omni.samplers import GRIDS, SAMPLERS, Call, State
 
-@SAMPLERS.register("midpoint_velocity")
-def midpoint_velocity(start, times, noise=None):
+@SAMPLERS.register("halves_sampler")
+def halves_sampler(start, times, noise=None):
     x, steps = start, len(times) - 1
     for n, (t, s) in enumerate(pairwise(times), 1):
         m = (t + s) / 2
@@ -187,14 +197,14 @@ def thirds(steps=3, start=None):
 def test_a_request_names_the_sampler_of_an_installed_package(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = {"omni.samplers": {"midpoint_velocity": "halves"}, "omni.grids": {"thirds": "halves"}}
+    points = {"omni.samplers": {"halves_sampler": "halves"}, "omni.grids": {"thirds": "halves"}}
     install(tmp_path, "omni-halves", points, {"halves": HALVES})
     monkeypatch.syspath_prepend(tmp_path)
     for registry in (SAMPLERS, GRIDS):
         monkeypatch.setattr(registry, "_items", dict(registry._items))
     model = living(tiny_model)
     picture = {"force_image": True, "image_size": (8, 8), "max_tokens": 1, "max_images": 1}
-    with pytest.raises(ValueError, match="sampler = 'midpoint_velocty': unknown sampler .* mean 'midpoint_velocity'"):
-        model.generate("x", sampler="midpoint_velocty", **picture)
-    reply = model.generate("x", sampler="midpoint_velocity", grid="thirds", **picture)
+    with pytest.raises(ValueError, match="sampler = 'hlaves_sampler': unknown sampler .* mean 'halves_sampler'"):
+        model.generate("x", sampler="hlaves_sampler", **picture)
+    reply = model.generate("x", sampler="halves_sampler", grid="thirds", **picture)
     assert isinstance(reply, omni.Reply) and reply.evaluations == 6 and len(reply.images) == 1
