@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import math
 import os
-import pkgutil
 import shlex
 import sys
 import time
@@ -66,20 +64,19 @@ class SuiteBase(Frozen):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-def load_tasks() -> None:
-    """Import every file of eval/tasks and of the laboratories; a file registers its tasks."""
-    import eval.experiments
-    import eval.tasks
-
-    for package in (eval.tasks, eval.experiments):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
-
-
 def suite_schema() -> type[SuiteBase]:
     """SuiteBase plus one table of options per registered task."""
-    tables: dict[str, Any] = {name: (TASKS.get(name).options, TASKS.get(name).options()) for name in TASKS.names()}
+    tables: dict[str, Any] = {name: _table(name) for name in TASKS.names()}
     return create_model("Suite", __base__=SuiteBase, **tables)
+
+
+def _table(name: str) -> tuple[Any, Any]:
+    """The type and default of a task's table. Of a plug-in that cannot be imported: any; the error comes if it runs."""
+    try:
+        options = TASKS.get(name).options
+    except ValueError:
+        return dict[str, Any], {}
+    return options, options()
 
 
 def load_suite(path: str | Path, overrides: Sequence[str]) -> SuiteBase:
@@ -186,7 +183,11 @@ def _parser() -> argparse.ArgumentParser:
 def list_tasks() -> str:
     lines = []
     for name in TASKS.names():
-        task = TASKS.get(name)
+        try:
+            task = TASKS.get(name)
+        except ValueError as error:  # a plug-in that cannot be imported
+            lines.append(f"{name}: {error}")
+            continue
         options = {k: v.default for k, v in task.options.model_fields.items() if k != "bars"}
         lines.append(f"{name}: {(task.run.__doc__ or '').strip().splitlines()[0]}")
         lines.append(f"    rows     {', '.join(task.rows)}")
@@ -203,7 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except ValueError as error:
         return fail(error)
-    load_tasks()
     if args.list:
         print(list_tasks())
         return 0

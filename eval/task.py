@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from pydantic import Field, field_validator
 
-from omni.config import Frozen, Registry
+from omni.config import Frozen
+from omni.registry import Registry
 from omni.rng import Key
 
 _BAR = re.compile(r"(>=|<=|==|>|<)\s*([-+]?\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?)")
@@ -155,7 +156,7 @@ class Task(Generic[OptionsType]):
         return self.rows_of(self.options())
 
 
-TASKS: Registry[Task[Any]] = Registry("task")
+TASKS: Registry[Task[Any]] = Registry("task", "eval.tasks", "eval.experiments", entry_points="omni.tasks")
 
 
 def task(

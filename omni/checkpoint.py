@@ -28,8 +28,7 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 
 from omni.config import Frozen, explain, parse_json, table_of
-from omni.errors import DamagedError
-from omni.finite import in_range
+from omni.errors import DamagedError, in_range
 
 MANIFEST = "manifest.json"
 FORMAT = 1

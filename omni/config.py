@@ -1,4 +1,4 @@
-"""Configuration is data: frozen, validated models read from TOML with `a.b=c` overrides, and open registries.
+"""Configuration is data: frozen, validated models read from TOML with `a.b=c` overrides.
 
 An unknown key or a bad value is a one-line ValueError that names where it came from (a file or an override) and
 suggests the nearest right key. Values of overrides are TOML literals or plain strings; nothing is evaluated.
@@ -16,15 +16,13 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema", bound=BaseModel)
-T = TypeVar("T")
-U = TypeVar("U", bound=Any)
 _Keys = tuple[str | int, ...]
 
 MAX_DEPTH = 64  # of lists and tables inside one another
@@ -379,47 +377,3 @@ def canonical_json(config: BaseModel | Mapping[str, Any]) -> str:
 def digest(config: BaseModel | Mapping[str, Any]) -> str:
     """128-bit blake2b of the canonical JSON, as 32 hex digits."""
     return hashlib.blake2b(canonical_json(config).encode("utf-8"), digest_size=16).hexdigest()
-
-
-# --------------------------------------------------------------------------------------------- registries
-
-
-class Registry(Generic[T]):
-    """An open table of named things of one kind: a new one is a new file that registers itself.
-
-    Example:
-        >>> samplers = Registry("sampler")
-        >>> @samplers.register("euler")
-        ... def euler(): ...
-        >>> samplers.names()
-        ['euler']
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._items: dict[str, Any] = {}
-
-    def register(self, name: str) -> Callable[[U], U]:
-        """Decorator that adds the class or function under `name`. Raises ValueError if the name is taken."""
-
-        def add(item: U) -> U:
-            if name in self._items:
-                raise ValueError(f"{self.kind} {name!r} is registered already, by {self._items[name]!r}")
-            self._items[name] = item
-            return item
-
-        return add
-
-    def get(self, name: str) -> T:
-        """The thing registered under `name`. Raises ValueError with the nearest name, or all of them."""
-        if name in self._items:
-            return self._items[name]
-        hint = nearest(str(name), self._items) or f"; known: {', '.join(self.names()) or 'none'}"
-        raise ValueError(f"unknown {self.kind} {name!r}{hint}")
-
-    def names(self) -> list[str]:
-        """Registered names, sorted."""
-        return sorted(self._items)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._items

@@ -5,9 +5,15 @@ A mistake is a ValueError whose message names the value and the way out. This fi
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MISTAKE, DAMAGED = 2, 4  # exit codes
 MAX_LINE = 1000
@@ -86,3 +92,24 @@ def check_place(path: Path, name: str, is_folder: bool = True) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{name} {str(path)!r:.300} cannot be written: {reason}; name another {kind}") from None
+
+
+# ---- values that must be finite -------------------------------------------------------------------------------------
+
+
+def in_range(values: Tensor, limit: float = sys.float_info.max) -> bool:
+    """Whether every value is finite and at most `limit` in size. One reduction; True for no values at all."""
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()  # either is NaN where any value is
+    return -limit <= low.item() and high.item() <= limit
+
+
+def require_finite(values: Tensor, what: str, way_out: str, limit: float = sys.float_info.max) -> None:
+    """NotFiniteError that names `what` (a plural) and the worst value, unless `in_range`."""
+    if in_range(values, limit):
+        return
+    low, high = (extreme.item() for extreme in values.aminmax())
+    worst = low if math.isnan(low) or -low > high else high
+    found = f"reach {worst:g}, beyond {limit:g}" if math.isfinite(worst) else f"are not finite ({worst})"
+    raise NotFiniteError(f"{what} {found}; {way_out}")

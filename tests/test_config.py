@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from omni.config import Frozen, Registry, build, canonical_json, digest, load_json, load_toml, parse_json, parse_toml
+from omni.config import Frozen, build, canonical_json, digest, load_json, load_toml, parse_json, parse_toml
 
 
 class Optimiser(Frozen):
@@ -109,22 +109,6 @@ def test_frozen_and_digest(recipe: Path) -> None:
     assert canonical_json({"b": 1, "a": [1.5]}) == '{"a":[1.5],"b":1}'
     with pytest.raises(ValueError):
         canonical_json({"a": float("nan")})
-
-
-def test_registry() -> None:
-    samplers: Registry[type] = Registry("sampler")
-
-    @samplers.register("euler")
-    class Euler:
-        pass
-
-    assert samplers.get("euler") is Euler and samplers.names() == ["euler"] and "euler" in samplers
-    with pytest.raises(ValueError, match="unknown sampler 'eular'; did you mean 'euler'"):
-        samplers.get("eular")
-    with pytest.raises(ValueError, match="known: euler"):
-        samplers.get("zzz")
-    with pytest.raises(ValueError, match="registered already"):
-        samplers.register("euler")(int)
 
 
 def _write(path: Path, text: str) -> Path:

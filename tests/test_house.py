@@ -22,7 +22,7 @@ TOPS = ("omni", "train", "eval")
 # Packages and files of omni from the bottom up. A file imports from its own level and from those below; what is not
 # named is a file of the folder that is.
 LEVELS = (
-    ("config", "rng", "errors", "finite", "document", "safe_text", "version"),
+    ("config", "registry", "rng", "errors", "document", "safe_text", "version"),
     ("checkpoint", "weights", "media", "sequence"),
     ("nn", "text", "codecs"),
     ("heads",),
@@ -206,6 +206,8 @@ def _is_module(path: Path) -> bool:
 def test_names_in_prose_exist() -> None:
     """In docstrings, comments and messages, and in the suites and recipes."""
     others = {"train.parquet", "train.splitlines"}  # a file of data, a variable
+    groups = "grids sources joint_heads tokenizers feature_maps tasks".split()  # of entry points
+    others |= {f"omni.{group}" for group in groups}
     paths = [path for path in files(*TOPS, "tests") if path != Path(__file__)]
     paths += [path for top in TOPS for path in (ROOT / top).rglob("*.toml")]
     found = [(name(path), dotted) for path in paths for dotted in unknown_names(path.read_text(encoding="utf-8"))]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.suite import load_suite, load_tasks, suite_path
+from eval.suite import load_suite, suite_path
 from omni.cli.commands import parse
 from omni.cli.options import flag_of
 from omni.codecs import codecs
@@ -104,7 +104,6 @@ def _check_arguments(module: str, arguments: list[str]) -> None:
     if not paths or re.match(r"[A-Z]{2}", paths[0]):
         return
     if module == "eval":
-        load_tasks()
         load_suite(suite_path(paths[0]), changes)
     elif module == "train":
         kind = tomllib.loads((ROOT / paths[0]).read_text(encoding="utf-8")).get("kind", "model")
@@ -185,13 +184,13 @@ def test_files_define_what_is_named_with_them(name: str) -> None:
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "registry", [OBJECTIVES, SAMPLERS, GRIDS, JOINT_HEADS, codecs, SOURCES], ids=lambda registry: registry.kind
-)
-def test_the_tour_has_all_that_can_be_chosen(registry) -> None:  # noqa: ANN001
-    ours = {name for name in registry.names() if registry.get(name).__module__.startswith("omni.")}
+def test_the_tour_names_what_is_registered() -> None:
+    """In the first column of its tables. A new file needs no line there."""
+    registries = (OBJECTIVES, SAMPLERS, GRIDS, JOINT_HEADS, codecs, SOURCES)
     chosen = TEXTS["omni/README.md"].partition("## What can be chosen")[2].partition("\n## ")[0]
-    assert ours and ours <= set(re.findall(r"`(\w+)`", chosen))
+    cells = re.findall(r"^\| (`.+?) \|", chosen, re.MULTILINE)
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert len(names) > 20 and all(any(name in registry for registry in registries) for name in names)
 
 
 def test_the_tour_has_every_option_and_flag() -> None:

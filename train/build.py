@@ -20,7 +20,6 @@ import torch
 from omni.checkpoint import Published, tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import build, digest
-from omni.data import emoji, files, parquet  # noqa: F401  (sources register themselves)
 from omni.data.source import Source, build_source
 from omni.heads import FlowHeadConfig
 from omni.media.preparation import Preparation, target_size

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from omni.checkpoint import publish
-from omni.config import Frozen, Registry
+from omni.config import Frozen
 from omni.document import Image, Video
-from omni.finite import require_finite
+from omni.errors import require_finite
+from omni.registry import Registry
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -195,7 +196,7 @@ class Codec(ABC):
         return self
 
 
-codecs: Registry[type[Codec]] = Registry("codec")
+codecs: Registry[type[Codec]] = Registry("codec", "omni.codecs", entry_points="omni.codecs")
 
 
 def to_bytes(pictures: Tensor) -> Tensor:

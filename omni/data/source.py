@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from omni.config import Frozen, Registry, build
+from omni.config import Frozen, build
 from omni.data.digests import document_digest
 from omni.document import Document
+from omni.registry import Registry
 from omni.rng import Key
 
 
@@ -87,7 +88,7 @@ class FiniteSource(Source):
         return self._positions
 
 
-SOURCES: Registry[type[Source]] = Registry("data source")
+SOURCES: Registry[type[Source]] = Registry("data source", "omni.data", entry_points="omni.sources")
 
 
 def build_source(name: str, options: dict[str, Any], key: Key, origin: str) -> Source:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omni.codecs.codec import MAX_LATENT
 from omni.document import Document, Role
-from omni.finite import in_range, require_finite
+from omni.errors import in_range, require_finite
 from omni.generation.context import refine_stream
 from omni.generation.events import BlockStep, Event
 from omni.generation.grammar import Grammar
@@ -20,8 +20,7 @@ from omni.generation.row import Row
 from omni.generation.runtime import Runtime
 from omni.nn.cache import KVCache
 from omni.rng import Key
-from omni.samplers import SAMPLERS
-from omni.samplers.schedule import State
+from omni.samplers import SAMPLERS, State, run_sampler
 from omni.sequence.guidance import Drop, open_turn, reduce
 from omni.sequence.layout import LatentSpan, Span, TokenSpan
 from omni.text.compose import block_header, compose
@@ -60,7 +59,7 @@ def draw(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache) ->
     x = (times[0] * noise()).to(*here)
     call = _guided_call(runtime, group, rows, cache, grid)
     extra = {} if options.gamma is None else {"gamma": options.gamma}
-    for state in SAMPLERS.get(options.sampler)(call, x, times, noise, **extra):
+    for state in run_sampler(SAMPLERS.get(options.sampler), call, x, times, noise, **extra):
         x = state.x
         if not in_range(x, MAX_LATENT):
             _refuse(group, x, state)

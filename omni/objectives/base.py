@@ -16,13 +16,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from omni.config import Frozen, Registry
+from omni.config import Frozen
 from omni.objectives.pairing import Pairing, transport
 from omni.objectives.terms import Terms
 from omni.objectives.times import Name, TimeDistribution, keys_I
+from omni.registry import Registry
 from omni.rng import Key, normals
 
-OBJECTIVES: Registry = Registry("objective")
+OBJECTIVES: Registry = Registry("objective", "omni.objectives", entry_points="omni.objectives")
 
 # Names of omni.samplers that read what an objective trains: F(x, t, t); F(x, t, s) for any s; F(x, t, 0).
 VELOCITY, JUMPS, TO_DATA = ("euler", "ddim", "heun"), ("flow_map", "gamma", "restart"), ("restart",)

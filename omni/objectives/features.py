@@ -21,11 +21,11 @@ from functools import lru_cache
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
-from omni.config import Registry
+from omni.registry import Registry
 from omni.rng import Key
 
 FeatureMap = Callable[[Tensor], Sequence[Tensor]]
-FEATURES: Registry[FeatureMap] = Registry("feature map")
+FEATURES: Registry[FeatureMap] = Registry("feature map", "omni.objectives", entry_points="omni.feature_maps")
 
 WIDTH = 32
 RUNS = (1, 4, 16)

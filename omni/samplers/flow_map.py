@@ -1,20 +1,19 @@
-"""Flow-map jumps: the network is told where the jump ends, x <- x + (s - t) F(x, t, s). Exact in any number of steps
+"""Flow-map jumps: the network reads where the jump ends, x <- x + (s - t) F(x, t, s). Exact in any number of steps
 for the exact map; one step is one evaluation. Also called pushforward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
-from omni.samplers.schedule import SAMPLERS, Noise, State, Velocity
+from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
 @SAMPLERS.register("flow_map")
-def flow_map(call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None) -> Iterator[State]:
-    """See samplers.schedule for the arguments; yields a State per jump."""
-    x = start.double()
-    steps = len(times) - 1
-    for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        x = x + (s - t) * call(x.to(start.dtype), t, s).double()
-        yield State(n + 1, steps, s, x)
+def flow_map(start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
+    """See samplers.base for the arguments; yields a State per jump."""
+    x, steps = start, len(times) - 1
+    for n, (t, s) in enumerate(pairwise(times), 1):
+        x = x + (s - t) * (yield Call(x, t, s))
+        yield State(n, steps, s, x)

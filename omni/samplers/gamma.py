@@ -11,23 +11,22 @@ gamma = 0 is the flow-map sampler (m = s, no noise), gamma = 1 is restart (m = 0
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
-from omni.samplers.schedule import SAMPLERS, Noise, State, Velocity
+from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
 @SAMPLERS.register("gamma")
-def gamma(call: Velocity, start: Tensor, times: list[float], noise: Noise, gamma: float = 0.5) -> Iterator[State]:
-    """See samplers.schedule for the arguments; yields a State per jump. ValueError if gamma is outside [0, 1]."""
+def gamma(start: Tensor, times: list[float], noise: Noise, gamma: float = 0.5) -> Sampling:
+    """See samplers.base for the arguments; yields a State per jump. ValueError if gamma is outside [0, 1]."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}; 0 adds no noise, 1 is restart")
-    x, kept = start.double(), math.sqrt(1 - gamma**2)
-    steps = len(times) - 1
-    for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    x, kept, steps = start, math.sqrt(1 - gamma**2), len(times) - 1
+    for n, (t, s) in enumerate(pairwise(times)):
         middle = kept * s / (1 - s + kept * s)
-        x = x + (middle - t) * call(x.to(start.dtype), t, middle).double()
+        x = x + (middle - t) * (yield Call(x, t, middle))
         if s > 0 and gamma > 0:
             x = (1 - s) / (1 - middle) * x + gamma * s * noise(n).to(x)
         yield State(n + 1, steps, s, x)

@@ -7,22 +7,20 @@ Two evaluations per step, one for the last, which is an Euler step: 2 n - 1 for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
-from omni.samplers.schedule import SAMPLERS, Noise, State, Velocity
+from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
 @SAMPLERS.register("heun")
-def heun(call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None) -> Iterator[State]:
-    """See samplers.schedule for the arguments; yields a State per step."""
-    x = start.double()
-    steps = len(times) - 1
-    for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        velocity = call(x.to(start.dtype), t, t).double()
-        if n + 1 < steps:
-            ahead = x + (s - t) * velocity
-            velocity = (velocity + call(ahead.to(start.dtype), s, s).double()) / 2
+def heun(start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
+    """See samplers.base for the arguments; yields a State per step."""
+    x, steps = start, len(times) - 1
+    for n, (t, s) in enumerate(pairwise(times), 1):
+        velocity = yield Call(x, t, t)
+        if n < steps:
+            velocity = (velocity + (yield Call(x + (s - t) * velocity, s, s))) / 2
         x = x + (s - t) * velocity
-        yield State(n + 1, steps, s, x)
+        yield State(n, steps, s, x)

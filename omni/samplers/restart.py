@@ -7,20 +7,19 @@ What a network that only knows jumps to 0 needs (consistency models). One step i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
-from omni.samplers.schedule import SAMPLERS, Noise, State, Velocity
+from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
 @SAMPLERS.register("restart")
-def restart(call: Velocity, start: Tensor, times: list[float], noise: Noise) -> Iterator[State]:
-    """See samplers.schedule for the arguments; yields a State per jump, noised to its time."""
-    x = start.double()
-    steps = len(times) - 1
-    for n, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        x = x - t * call(x.to(start.dtype), t, 0.0).double()
+def restart(start: Tensor, times: list[float], noise: Noise) -> Sampling:
+    """See samplers.base for the arguments; yields a State per jump, with the noise of its time."""
+    x, steps = start, len(times) - 1
+    for n, (t, s) in enumerate(pairwise(times)):
+        x = x - t * (yield Call(x, t, 0.0))
         if s > 0:
             x = (1 - s) * x + s * noise(n).to(x)
         yield State(n + 1, steps, s, x)

@@ -1,53 +1,21 @@
-"""The refinement axis: grids of times from noise (1) to data (0), and what a sampler takes and yields.
+"""The refinement axis: grids of times from noise (1) to data (0).
 
-A sampler is a free function sampler(call, start, times, noise, **knobs) -> Iterator[State], registered by name:
-
-    call(x, t, s)   F of x's shape: average velocity from t to s; at s = t the instantaneous one
-    start           the block at times[0], of any shape; the state is float64, `call` gets start's dtype
-    times           floats, strictly decreasing, from `time_grid`
-    noise(n)        standard normal of start's shape for jump n = 0, 1, ...; a pure function, so that the same seed
-                    gives the same picture alone and in a batch. Samplers without noise of their own ignore it.
+A grid is a function of (steps, start) that returns steps + 1 decreasing times. start: the first time, or None. A grid
+that fixes its number of steps gives `steps` that default.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from omni.config import Registry
+from omni.registry import Registry
 
-SAMPLERS: Registry = Registry("sampler")
-GRIDS: Registry = Registry("grid")
+Grid = Callable[[int, float | None], list[float]]
 
-Velocity = Callable[[Tensor, float, float], Tensor]
-Noise = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class State:
-    """After jump `step` of `steps`: the block at time `t`. x is float64, of the start's shape."""
-
-    step: int
-    steps: int
-    t: float
-    x: Tensor
-
-
-def adds_noise(sampler: str) -> bool:
-    """Whether a sampler draws noise on the way: then `noise` has no default."""
-    return inspect.signature(SAMPLERS.get(sampler)).parameters["noise"].default is inspect.Parameter.empty
-
-
-def knobs(sampler: str) -> list[str]:
-    """The options of a sampler beyond call, start, times and noise."""
-    return list(inspect.signature(SAMPLERS.get(sampler)).parameters)[4:]
-
-
-# ---- grids ---------------------------------------------------------------------------------------------------------
+GRIDS: Registry[Grid] = Registry("grid", "omni.samplers", entry_points="omni.grids")
 
 
 def time_grid(
@@ -84,7 +52,8 @@ def num_steps(grid: str | Sequence[float]) -> int | None:
     """The number of steps a grid fixes, or None where any number will do. ValueError for an unknown name."""
     if not isinstance(grid, str):
         return max(len(grid) - 1, 1)
-    return 2 if GRIDS.get(grid) is _midpoint else None
+    fixed = inspect.signature(GRIDS.get(grid)).parameters["steps"].default
+    return None if fixed is inspect.Parameter.empty else fixed
 
 
 @GRIDS.register("uniform")
@@ -106,7 +75,7 @@ def _edm(steps: int, start: float | None) -> list[float]:
 
 
 @GRIDS.register("midpoint")
-def _midpoint(steps: int, start: float | None) -> list[float]:
+def _midpoint(steps: int = 2, start: float | None = None) -> list[float]:
     """Two jumps that meet at eta = 1.4, t = .5833: IMM's two-step grid (arXiv 2503.07565)."""
     first, middle = 1.0 if start is None else start, 1.4 / 2.4
     if first <= middle:

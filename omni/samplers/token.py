@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omni.errors import NotFiniteError
-from omni.finite import in_range, require_finite
+from omni.errors import NotFiniteError, in_range, require_finite
 from omni.rng import Key
 from omni.samplers.inverse_cdf import pick
 

@@ -1,4 +1,4 @@
-"""A saved tokenizer, of whatever backend. A new backend is a file that registers itself, imported in `load_backend`."""
+"""A saved tokenizer, of whatever backend."""
 
 from __future__ import annotations
 
@@ -12,11 +12,4 @@ def load_tokenizer(directory: str | Path, read: Read | None = None) -> Tokenizer
     """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged.
     `read`: see Tokenizer.load."""
     directory, read = Path(directory), cache(read or from_disk(Path(directory)))
-    return load_backend(str(read_config(directory, read)["backend"])).load(directory, read)
-
-
-def load_backend(name: str) -> type[Tokenizer]:
-    """The tokenizer class of a backend name: bpe or sentencepiece. ValueError with the nearest name otherwise."""
-    from omni.text import bpe, sentencepiece  # noqa: F401  (importing a backend registers it)
-
-    return backends.get(name)
+    return backends.get(str(read_config(directory, read)["backend"])).load(directory, read)

@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from omni.config import Registry, parse_json
+from omni.config import parse_json
 from omni.document import Role
+from omni.registry import Registry
 
 MAX_SIZE = 64
 CONTROL_NAMES: tuple[str, ...] = (
@@ -38,7 +39,7 @@ MAX_BYTES = 256 << 20  # of a file
 Read = Callable[[str], bytes]
 _PROBE = " two  spaces\n\ttab \u2581 <unk></s><s><0x0A>\x00\u2028\ud800 \ufb01 \u212b e\u0301 "
 
-backends: Registry[type[Tokenizer]] = Registry("tokenizer backend")
+backends: Registry[type[Tokenizer]] = Registry("tokenizer backend", "omni.text", entry_points="omni.tokenizers")
 
 
 class ControlTokens:

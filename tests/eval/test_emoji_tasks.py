@@ -11,14 +11,12 @@ from PIL import Image as PILImage
 
 import eval.requests
 from eval.metrics.emoji_judge import Judge
-from eval.suite import load_tasks
 from eval.task import TASKS, Context, Outcome
 from omni.data.emoji_world.documents import prompt_of
 from omni.document import Document, Image, Segment, Text
 from omni.generation.events import ImagePart, TextPart
 from omni.generation.reply import Reply
 
-load_tasks()
 Answer = Callable[[list[tuple[Segment, ...]], int], tuple[Segment, ...]]  # (all right answers, which request)
 
 

@@ -6,11 +6,8 @@ import math
 
 import pytest
 
-from eval.suite import load_tasks
 from eval.task import TASKS, Context
 from eval.tasks.few_step import FewStepOptions, Line
-
-load_tasks()
 
 
 def test_rows_follow_from_lines() -> None:

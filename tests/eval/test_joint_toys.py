@@ -22,14 +22,13 @@ from eval.experiments.joint.lab import (
 )
 from eval.experiments.joint.pictures import LEVELS, law_picture, pair_law
 from eval.experiments.joint.toy import toy_batch, toy_model
-from eval.suite import load_suite, load_tasks, main
+from eval.suite import load_suite, main
 from omni.heads.joint import JOINT_HEADS, Draft, JointConfig, JointHead
 from omni.heads.joint.training import teacher_laws
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import pick
 
-load_tasks()
 ROOT = Path(__file__).parents[2]
 SMALL = LabOptions(width=16, depth=1, adapter_rank=2, backbone_steps=3, head_steps=3, rows=16, num_samples=600)
 SIZES = [

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from eval.metrics.emoji_judge import Judge
-from eval.suite import load_tasks
 from eval.task import TASKS, Context
 from omni.codecs import PixelCodec, PixelConfig
 from omni.heads import FlowHeadConfig
@@ -16,8 +15,6 @@ from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
 from omni.text.bpe import BPETokenizer
-
-load_tasks()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.peers import num_parameters, transfusion_loss
-from eval.suite import load_suite, load_tasks, main
+from eval.suite import load_suite, main
 from eval.task import TASKS, Context
 from eval.tasks.speed import comparison
 from eval.tasks.speed.comparison import DTYPES, Times, build_omni, num_prompt_ids, prompt_of
@@ -39,7 +39,6 @@ from eval.tasks.speed.training import (
 )
 from omni.sequence.layout import IGNORE
 
-load_tasks()
 SUITE = str(Path(__file__).parents[2] / "eval" / "suites" / "speed.toml")
 TASK_NAMES = ("speed_training", "speed_text", "speed_prefill", "speed_batch", "speed_image")
 SMALL = TrainingOptions(quick=True, batch=2, text=4, vocab_size=512)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from plugins import install
 
-from eval.suite import COLUMNS, format_value, load_suite, load_tasks, main, row_command
+from eval.suite import COLUMNS, format_value, load_suite, main, row_command
 from eval.task import TASKS, Bar, Context, Curve, Measure, Outcome, Panel, TaskOptions, task
-
-load_tasks()
 
 
 class ToyOptions(TaskOptions):
@@ -169,3 +168,16 @@ def test_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name}: " in printed for name in TASKS.names())
+
+
+def test_a_task_of_a_package_that_cannot_be_imported_is_said_where_it_is_wanted(
+    suite_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, "bad-tasks", {"omni.tasks": {"bad": "bad_tasks"}}, {"bad_tasks": "import no_such_module"})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([suite_file, "bad.anything=1", "--json", "rows.json"]) == 0
+    assert main(["--list"]) == 0
+    what = "task 'bad' of the installed package 'bad-tasks' cannot be imported: ModuleNotFoundError"
+    assert f"bad: {what}" in capsys.readouterr().out
+    assert main([suite_file, "tasks=bad"]) == 2
+    assert what in capsys.readouterr().err

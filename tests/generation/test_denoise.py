@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from scripted import living
@@ -18,7 +16,7 @@ from omni.generation.engine import Engine
 from omni.generation.events import BlockStep
 from omni.generation.options import GenerationOptions
 from omni.rng import Key
-from omni.samplers import SAMPLERS, Noise, State, Velocity
+from omni.samplers import SAMPLERS, Call, Noise, Sampling, State
 from omni.sequence.guidance import Drop, drop, null_documents, open_turn, reduce
 from omni.sequence.layout import LatentSpan, TokenSpan
 
@@ -41,15 +39,13 @@ class Spy:
         self.velocities: list[Tensor] = []
         self.noises: list[list[Tensor]] = []
 
-    def __call__(
-        self, call: Velocity, start: Tensor, times: list[float], noise: Noise | None = None
-    ) -> Iterator[State]:
+    def __call__(self, start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
         assert noise is not None
-        self.starts.append(start)
-        self.velocities.append(call(start, *TIMES))
+        self.starts.append(start.float())
+        self.velocities.append((yield Call(start, *TIMES)).float())
         self.noises.append([noise(0), noise(1)])
-        yield State(1, 2, 0.5, start.double() / 2)
-        yield State(2, 2, 0.0, start.double() / 4)
+        yield State(1, 2, 0.5, start / 2)
+        yield State(2, 2, 0.0, start / 4)
 
 
 @pytest.fixture

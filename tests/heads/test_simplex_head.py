@@ -31,7 +31,7 @@ from omni.heads.joint.simplex import (
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.rng import Key
-from omni.samplers.flow_map import flow_map
+from omni.samplers import SAMPLERS, run_sampler
 
 V = 3
 
@@ -216,9 +216,8 @@ def test_f_is_the_endpoint_in_the_houses_terms() -> None:
     kept = (s / t).view(-1, 1, 1)
     assert torch.allclose(x - (t - s).view(-1, 1, 1) * F, kept * x + (1 - kept) * head.scale * law)
     assert velocity_of(head, call)(x, t * 0, s * 0).isfinite().all()
-    *_, last = flow_map(
-        lambda x, t, s: velocity_of(head, call)(x, t + 0 * x[:, 0, 0], s + 0 * x[:, 0, 0]), x, [1.0, 0.0]
-    )
+    at_times = lambda x, t, s: velocity_of(head, call)(x, t + 0 * x[:, 0, 0], s + 0 * x[:, 0, 0])  # noqa: E731
+    *_, last = run_sampler(SAMPLERS.get("flow_map"), at_times, x, [1.0, 0.0])
     one = torch.ones(5).double()
     assert torch.allclose(last.x, head.scale * head.log_endpoint(call, x, one, 0 * one).exp())
 

@@ -13,7 +13,7 @@ from omni.objectives.flow_matching import FlowMatching
 from omni.objectives.straight import Straight, StraightDraw
 from omni.objectives.weighting import adaptive
 from omni.rng import Key
-from omni.samplers import SAMPLERS, time_grid
+from omni.samplers import SAMPLERS, run_sampler, time_grid
 
 
 class Line:
@@ -49,7 +49,7 @@ def test_lines_that_do_not_cross_are_exact_in_any_number_of_steps() -> None:
             at = [torch.full((len(x),), time).double() for time in (t, s)]
             return line(x[None], *at)[0]
 
-        states = list(SAMPLERS.get("flow_map")(velocity, draw.noise[0], time_grid(steps), lambda step: None))
+        states = list(run_sampler(SAMPLERS.get("flow_map"), velocity, draw.noise[0], time_grid(steps)))
         assert float((states[-1].x - draw.noise[0] @ M.T).abs().max()) < 1e-10
 
 

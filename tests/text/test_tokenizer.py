@@ -17,9 +17,8 @@ from omni.document import Role
 from omni.rng import Key
 from omni.text import load_tokenizer
 from omni.text.bpe import BPETokenizer
-from omni.text.loading import load_backend
 from omni.text.sentencepiece import SentencePieceTokenizer
-from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _any_of, decode_bytes
+from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _any_of, backends, decode_bytes
 from train.tools.tokenizer import main
 
 DATA = Path(__file__).parents[2] / "tokenizers_cfg"
@@ -225,7 +224,7 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="did you mean 'bpe'"):
-        load_backend("bbpe")
+        backends.get("bbpe")
 
 
 def test_same_corpus_same_file(tokenizer: Tokenizer, corpus: list[str]) -> None:

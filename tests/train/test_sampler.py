@@ -48,7 +48,7 @@ def sampler_of(recipe_file: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("name", FLOW)
 def test_a_one_line_change_of_objective_brings_its_sampler(name: str, recipe_file: Path) -> None:
     assert set(OBJECTIVES.get(name)().samplers) <= set(SAMPLERS.names())
-    assert sampler_of(recipe_file, *only(name)) == FIRST[name]
+    assert sampler_of(recipe_file, *only(name)) == FIRST.get(name, OBJECTIVES.get(name)().samplers[0])
 
 
 def test_the_published_model_has_it(recipe_file: Path, tmp_path: Path) -> None:

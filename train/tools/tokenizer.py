@@ -18,8 +18,7 @@ from pydantic import Field
 from omni.cli.arguments import exit_code
 from omni.config import Frozen, load_toml
 from omni.document import Text
-from omni.text.loading import load_backend
-from omni.text.tokenizer import Tokenizer
+from omni.text.tokenizer import Tokenizer, backends
 
 
 class TokenizerRecipe(Frozen):
@@ -37,7 +36,7 @@ class TokenizerRecipe(Frozen):
 
 def train_tokenizer(recipe: TokenizerRecipe) -> Tokenizer:
     """Train and save to recipe.out. Raises ValueError for an unknown backend, a missing or too small corpus."""
-    backend = load_backend(recipe.backend)
+    backend = backends.get(recipe.backend)
     tokenizer = backend.train(read_corpus(recipe), recipe.vocab_size)
     if recipe.phrases is not None:
         tokenizer = tokenizer.with_phrases(read_phrases(recipe.phrases))

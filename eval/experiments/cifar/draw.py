@@ -20,7 +20,7 @@ from eval.plots import INK, small_palette
 from omni.model import Omni
 from omni.nn.cache import Memory
 from omni.rng import Key
-from omni.samplers import SAMPLERS, time_grid
+from omni.samplers import SAMPLERS, run_sampler, time_grid
 from omni.sequence.layout import Batch
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def draw_pictures(model: Omni, method: Method, steps: int, canvas: Canvas, key: 
 
         with in_half_precision(device):
             call = velocity_of(model, method, with_classes(canvas.blank, canvas.labels[where]))
-            *_, last = SAMPLERS.get(method.sampler)(call, start, times, renoise, **method.sampler_options)
+            sampler = SAMPLERS.get(method.sampler)
+            *_, last = run_sampler(sampler, call, start, times, renoise, **method.sampler_options)
         found.append(last.x[: num - at])
     latents = torch.cat(found)
     if not bool(latents.isfinite().all()):

@@ -20,7 +20,7 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from omni.config import Registry
+from omni.registry import Registry
 from omni.rng import Key
 from omni.samplers.inverse_cdf import pick
 

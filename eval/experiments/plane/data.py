@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.config import Registry
 from omni.objectives.base import Items
 from omni.objectives.pairing import Pairing
 from omni.objectives.times import BatchNames
+from omni.registry import Registry
 from omni.rng import Key
 
 DATA_SETS: Registry[Callable[[Key, int], Tensor]] = Registry("data set")

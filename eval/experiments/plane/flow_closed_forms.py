@@ -36,7 +36,7 @@ from omni.objectives import FlowObjective, build_objective
 from omni.objectives.base import Draw, Terms
 from omni.objectives.times import BatchNames
 from omni.rng import Key
-from omni.samplers import SAMPLERS, adds_noise, time_grid
+from omni.samplers import SAMPLERS, adds_noise, run_sampler, time_grid
 
 LAWS = {"line": LINE, "plane": PLANE}
 
@@ -139,7 +139,7 @@ def sampler_measures(name: str, points: int, key: Key) -> Iterator[Measure]:
         return key.fold("renoise", step).normal((num, 2), torch.float64)
 
     def last(steps: int) -> Tensor:
-        return list(sampler(call, start, time_grid(steps), noise))[-1].x
+        return list(run_sampler(sampler, call, start, time_grid(steps), noise))[-1].x
 
     def error(steps: int) -> float:
         return float((last(steps) - PLANE.map(start, one, zero)).abs().max())

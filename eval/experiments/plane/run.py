@@ -22,7 +22,7 @@ from eval.experiments.plane.network import Count, PlaneCall, PlaneNetwork
 from omni.config import Frozen
 from omni.objectives import FlowObjective, build_objective
 from omni.rng import Key
-from omni.samplers import SAMPLERS, time_grid
+from omni.samplers import SAMPLERS, run_sampler, time_grid
 
 CHUNK = 1024  # points a pass when drawing: activations stay in the processor's cache
 
@@ -151,6 +151,6 @@ def draw_points(network: PlaneNetwork, method: Method, steps: int, options: RunO
         def noise(step: int, index: int = index, shape: tuple[int, ...] = tuple(start.shape)) -> Tensor:
             return key.fold("renoise", index, step).normal(shape)
 
-        states = sampler(velocity, start, time_grid(steps), noise, **method.sampler_options)
+        states = run_sampler(sampler, velocity, start, time_grid(steps), noise, **method.sampler_options)
         out.append(list(states)[-1].x.float())
     return torch.cat(out)

@@ -25,13 +25,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from omni.config import Frozen, Registry, build
+from omni.config import Frozen, build
 from omni.nn.declare import declarations, fill
 from omni.objectives.terms import Terms
+from omni.registry import Registry
 from omni.rng import Key
 from omni.sequence.placeholders import Blocks
 
-JOINT_HEADS: Registry = Registry("joint-token head")
+JOINT_HEADS: Registry = Registry("joint-token head", "omni.heads.joint", entry_points="omni.joint_heads")
 
 
 class JointCall(Protocol):

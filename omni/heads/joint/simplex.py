@@ -44,8 +44,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-import omni.objectives  # noqa: F401  (registration)
-import omni.samplers  # noqa: F401  (registration)
 from omni.config import Frozen
 from omni.heads.flow import FlowHeadConfig, ScalarEmbedding, average_velocity
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson
@@ -53,7 +51,7 @@ from omni.heads.joint.noise_kinds import TINY, draws_of
 from omni.objectives.base import OBJECTIVES, FlowCall, FlowObjective, Items
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.schedule import SAMPLERS, time_grid
+from omni.samplers import SAMPLERS, run_sampler, time_grid
 
 # ---- what both share -----------------------------------------------------------------------------------------------
 
@@ -186,7 +184,7 @@ class Simplex(JointHead):
             law = self.log_endpoint(call, x, x.new_full((B,), t), x.new_full((B,), s)).exp()
             return (x - self.scale * law) / t
 
-        *_, last = SAMPLERS.get(self.config.sampler)(velocity, noise, times)
+        *_, last = run_sampler(SAMPLERS.get(self.config.sampler), velocity, noise, times)
         return Draft(last.x.argmax(-1)[:, :n])
 
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:

@@ -10,8 +10,7 @@ from scripted import force, living
 
 from omni.codecs.codec import MAX_LATENT
 from omni.codecs.pixels import PixelCodec, PixelConfig
-from omni.errors import NotFiniteError
-from omni.finite import in_range, require_finite
+from omni.errors import NotFiniteError, in_range, require_finite
 from omni.generation.engine import Engine
 from omni.model import Omni
 from omni.samplers.token import masked_scores, token_law
