@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import json
 import re
 import reprlib
@@ -54,7 +53,7 @@ class Frozen(BaseModel):
 
     @classmethod
     def fields_by_key(cls) -> dict[str, FieldInfo]:
-        """The fields that a table may give, by their keys (see omni.grouped for a class whose keys are others)."""
+        """The fields by the keys that a table may give; omni.generation.grouped has more of these."""
         return cls.model_fields
 
 
@@ -448,13 +447,3 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._items
-
-
-def registered_names(package: str, registry: str) -> list[str]:
-    """Names that the files of `package` register, sorted, as its source has them: nothing is imported. What an
-    installed package adds is not among them."""
-    found = importlib.util.find_spec(package)
-    folders = [] if found is None else found.submodule_search_locations or []
-    texts = [path.read_text(encoding="utf-8") for folder in folders for path in Path(folder).glob("*.py")]
-    pattern = re.compile(rf"""^@{registry}\.register\(\s*["']([^"']+)["']""", re.MULTILINE)
-    return sorted(name for text in texts for name in pattern.findall(text))

@@ -7,13 +7,16 @@ A flag's text becomes a value here; whether the value is allowed is decided by t
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import re
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from omni.config import bounds_of, explain, registered_names
+from omni.config import bounds_of, explain
 from omni.generation.options import RENAMED, WHOLE_REQUEST, GenerationOptions
 
 RANDOM = "random"  # of --seed: a fresh one
@@ -92,6 +95,16 @@ def parse(name: str, text: Any) -> Any:
         if kind in kinds:
             return (_numbers([text], kind) or [text])[0]
     return text
+
+
+def registered_names(package: str, registry: str) -> list[str]:
+    """Names that the files of `package` register, sorted, as its source has them: nothing is imported. What an
+    installed package adds is not among them."""
+    found = importlib.util.find_spec(package)
+    folders = [] if found is None else found.submodule_search_locations or []
+    texts = [path.read_text(encoding="utf-8") for folder in folders for path in Path(folder).glob("*.py")]
+    pattern = re.compile(rf"""^@{registry}\.register\(\s*["']([^"']+)["']""", re.MULTILINE)
+    return sorted(name for text in texts for name in pattern.findall(text))
 
 
 def _numbers(texts: list[str], kind: type = float) -> list[Any] | None:

@@ -6,10 +6,11 @@
         .speculative  SpeculativeOptions  how text is drafted and verified
 
 Names are unique over the groups, so an option may be given flat, steps=4, or in its group, picture={"steps": 4} (see
-omni.grouped). It is read in its group alone: options.picture.steps. The command line (omni/cli/options.py) and the
-commands of `omni chat` are made from these fields; a model's generation.json and a recipe's [generation] are checked by
-them. To add an option, add a field with `_option`. A rule between options of one group is a validator of the group; one
-between groups is a validator of GenerationOptions. This file loads torch only to look up a sampler or a grid.
+omni.generation.grouped). It is read in its group alone, options.picture.steps: one way to read, which a type checker
+knows. The command line (omni/cli/options.py) and the commands of `omni chat` are made from these fields; a model's
+generation.json and a recipe's [generation] are checked by them. To add an option, add a field with `_option`. A rule
+between options of one group is a validator of the group; one between groups is a validator of GenerationOptions. This
+file loads torch only to look up a sampler or a grid.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from omni.config import Frozen, build, nearest
-from omni.grouped import Grouped
+from omni.generation.grouped import Grouped
 
 MAX_STEPS = 1000
 MAX_SIDE = 8192  # pixels
@@ -53,13 +54,15 @@ class _Options(Frozen):
         if not isinstance(data, Mapping):
             return data
         given = {name: value for name, value in data.items() if value is not None or name == "seed"}
-        return {name: value.tolist() if hasattr(value, "ndim") else value for name, value in given.items()}
+        return {name: _plain(value) for name, value in given.items()}
 
 
 class TextOptions(_Options):
     """How text is sampled. None is the model's own choice."""
 
-    temperature: float | None = _option(None, "of text; 0 takes the likeliest token", "T", in_chat=True, ge=0, le=100)
+    temperature: float | None = _option(
+        None, "temperature of text; 0 takes the likeliest token", "T", in_chat=True, ge=0, le=100
+    )
     top_p: float = _option(1.0, "keep the likeliest tokens whose probabilities sum to P", "P", ge=1e-6, le=1)
 
     @field_validator("temperature")
@@ -319,8 +322,12 @@ def check_defaults(defaults: Mapping[str, Any], source: str = "the model's gener
         raise ValueError(f"{source}: {key!r} is no default of a model's generation.json{way_out}")
     if unset := [name for name, value in flat.items() if value is None]:
         raise ValueError(f"{source}: {unset[0]} is null; leave it out or give it a value")
-    checked = build(flat, GenerationOptions, source).flat()
-    return {name: checked[name] for name in flat}
+    build(flat, GenerationOptions, source)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "ndim") else value
 
 
 def _is_number(value: Any) -> bool:
