@@ -97,3 +97,7 @@ class Grouped(Frozen):
     def changed(self, changes: Mapping[str, Any], source: str = "options") -> Self:
         """A copy with some values changed, flat or nested, all of it checked. A ValueError begins with `source`."""
         return build({**self.flat(), **self.flatten(changes, f"{source}: ")}, type(self), source)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As `changed`: pydantic's own copy would take a flat name unchecked, and lose it."""
+        return self.changed(update or {})

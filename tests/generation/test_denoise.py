@@ -272,7 +272,7 @@ DIFFERENT: list[dict[str, object]] = [
 def test_rows_of_different_options_keep_their_own(model: omni.Omni) -> None:
     """What may differ between rows that draw at the same time: each reply is the one of its options alone."""
     plain = GenerationOptions(**{**FORCED, "sampler": None, "steps": 2})
-    options = [plain.model_copy(update=change) for change in DIFFERENT]
+    options = [plain.changed(change) for change in DIFFERENT]
     prompt = Document(HISTORIES[0])
     together = model.generate_batch([prompt] * len(options), options, seeds=[5] * len(options))
     pictures = [torch.tensor(list(reply.images[0].tobytes())) for reply in together]

@@ -141,6 +141,7 @@ def test_an_option_may_be_given_flat_or_in_its_group() -> None:
     assert flat.changed({"picture": {"steps": 2}, "top_p": 0.5}) == GenerationOptions(
         steps=2, temperature=0.5, top_p=0.5, verify="coupled", seed=1
     )
+    assert flat.model_copy(update={"steps": 2}).picture.steps == 2
     assert check_defaults({"picture": {"steps": 4}, "temperature": 1.0}) == {"temperature": 1.0, "steps": 4}
 
 

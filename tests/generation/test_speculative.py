@@ -257,7 +257,7 @@ def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: 
     assert kept < sum(d.drafted for d in rounds) and (kept > 0 or not temperature)
     plain = options.changed({"tokens_per_pass": 1})
     for seed, reply in enumerate(replies):
-        assert reply.text == engine.generate("say", plain.model_copy(update={"seed": seed})).text
+        assert reply.text == engine.generate("say", plain.changed({"seed": seed})).text
     together = engine.generate_batch(["say"] * 8, options, seeds=range(8))
     assert [(r.text, r.drafts) for r in together] == [(r.text, r.drafts) for r in replies]
 

@@ -364,7 +364,7 @@ def pixels(reply: omni.Reply) -> Tensor:
 def test_a_picture_depends_on_its_seed_alone(model: omni.Omni, name: str, gamma: float | None) -> None:
     """Alone and in a batch, whatever the others' seeds and samplers are; another seed is another picture."""
     plain = GenerationOptions(steps=3, max_tokens=1, max_images=1, force_image=True, image_size=(8, 8))
-    mine = plain.model_copy(update={"sampler": name, "gamma": gamma})
+    mine = plain.changed({"sampler": name, "gamma": gamma})
     others = plain.model_copy(update={"sampler": "euler", "steps": 2})
     prompts = ["a", "draw something long", "b", "c"]
     together = model.generate_batch(prompts, [mine, mine, others, mine], seeds=[5, 6, 5, 7])
