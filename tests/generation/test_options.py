@@ -25,7 +25,7 @@ from omni.generation.options import (
 )
 from omni.samplers import GRIDS, SAMPLERS
 from omni.samplers.verification import VERIFICATIONS
-from train.recipe import Recipe
+from train.recipe import Recipe, without_retired
 
 WRONG: list[tuple[str, Any, str]] = [
     ("steps", 10**9, "steps = 1000000000: must be a whole number from 1 to 1000; or leave it out"),
@@ -184,6 +184,8 @@ def test_the_old_name_is_read_with_a_warning() -> None:
         assert parse(["generate", "--told-guidance", "2", "draw"]).options == wanted
     with pytest.warns(RetiredKeyWarning, match=r"\[generation\]: told_guidance"):
         assert Recipe._can_be_generated({"told_guidance": 2.0}) == {"guidance_embedding": 2.0}
+    saved = without_retired({"generation": {"told_guidance": 2.0}})  # a resume sees no change
+    assert saved == {"generation": {"guidance_embedding": 2.0}}
 
 
 @pytest.mark.parametrize(

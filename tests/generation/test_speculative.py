@@ -286,7 +286,7 @@ def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
     together = engine.generate_batch(prompts, options, seeds=[1, 2, 3, 4])
     for prompt, one, seed, reply in zip(prompts, options, [1, 2, 3, 4], together, strict=True):
         assert same(reply, engine.generate_batch([prompt], [one], seeds=[seed])[0])
-        assert all(d.drafted <= (one.tokens_per_pass or 0) for d in reply.drafts)
+        assert all(d.drafted <= (one.speculative.tokens_per_pass or 0) for d in reply.drafts)
 
 
 def test_what_the_caller_forces_holds(engine: Engine) -> None:
