@@ -12,32 +12,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eval.metrics.emoji_judge import Judge, Reading, calibrate
 from eval.task import Context, Panel, TaskOptions
+from omni.config import Frozen, with_new_names
 from omni.data.emoji_world import SIDE, Atlas, EmojiWorld, Scene
 from omni.data.emoji_world.documents import prompt_of
 from omni.document import Document, Text
-from omni.generation.options import GenerationOptions
+from omni.generation.options import RENAMED, GenerationOptions
 from omni.generation.reply import Reply
 from omni.samplers import SamplerName
 
 MAX_DOCUMENTS_PER_REQUEST = 1000
 
 
-class RequestOptions(TaskOptions):
+class PictureChoices(Frozen):
+    """How pictures are drawn, beside the number of steps. None is the model's own."""
+
+    sampler: SamplerName | None = None
+    guidance: float | None = None
+    guidance_embedding: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, data: Any) -> Any:
+        return with_new_names(data, RENAMED) if isinstance(data, Mapping) else data
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """As options of a request."""
+        return {name: getattr(self, name) for name in PictureChoices.model_fields}
+
+
+class RequestOptions(TaskOptions, PictureChoices):
     """How many requests, and how they are answered. kinds: only documents of these kinds (empty: all).
 
-    steps: jumps per picture, with guidance two evaluations each. guidance, told_guidance, sampler: None is the model's
-    own. batch: replies made together.
+    steps: jumps per picture, with guidance two evaluations each. batch: replies made together.
     """
 
     requests: int = Field(default=300, ge=1)
     steps: int = Field(default=8, ge=1)
-    guidance: float | None = None
-    told_guidance: float | None = None
-    sampler: SamplerName | None = None
     batch: int = Field(default=32, ge=1)
     kinds: tuple[str, ...] = ()
 
@@ -83,10 +98,7 @@ def replies(
     context: Context, documents: Sequence[Document], options: RequestOptions, **generation: Any
 ) -> tuple[list[Reply], str]:
     """A reply to each document without its last assistant turn, seeded by its number; and a note on the time."""
-    settings = GenerationOptions(
-        steps=options.steps, guidance=options.guidance, told_guidance=options.told_guidance, sampler=options.sampler,
-        **generation,
-    )  # fmt: skip
+    settings = GenerationOptions(steps=options.steps, **options.choices, **generation)
     prompts = [prompt_of(document) for document in documents]
     seeds = [reply_seed(context, number) for number in range(len(prompts))]
     start, answers = time.perf_counter(), []

@@ -14,6 +14,7 @@ import re
 import reprlib
 import tomllib
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from omni.errors import RetiredKeyWarning
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _Keys = tuple[str | int, ...]
@@ -45,6 +48,22 @@ class Frozen(BaseModel):
             raise ValueError(explain(error, type(self), type(self).__name__)) from None
 
     __init__.__pydantic_base_init__ = True  # pyright: ignore  (validation of data does not come through here)
+
+    @classmethod
+    def fields_by_key(cls) -> dict[str, FieldInfo]:
+        """The fields by the keys that a table may give; omni.generation.grouped has more of these."""
+        return cls.model_fields
+
+
+def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str], source: str = "") -> dict[str, Any]:
+    """`data` with each key of `renamed` under its new name, and a warning for it. ValueError where both are given.
+    `source` begins the line, such as "generation.json: "."""
+    for old, new in renamed.items():
+        if old in data and new in data:
+            raise ValueError(f"{source}{old} and {new} are both given; {old} is the old name of {new}: leave it out")
+        if old in data:
+            warnings.warn(f"{source}{old} is called {new} now; rename it", RetiredKeyWarning, stacklevel=3)
+    return {renamed.get(name, name): value for name, value in data.items()}
 
 
 # --------------------------------------------------------------------------------------------- reading
@@ -321,13 +340,18 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _fields_at(schema: type[BaseModel], keys: _Keys) -> list[str]:
     """Field names allowed in the table at `keys`; list indices and union tags in `keys` are stepped over."""
-    return [name for model in _models_at(schema, keys) for name in model.model_fields]
+    return [name for model in _models_at(schema, keys) for name in _fields_of(model)]
 
 
 def _field_at(schema: type[BaseModel], keys: _Keys) -> FieldInfo | None:
     """The field whose own value is at `keys`; None of an item of a list."""
     models = _models_at(schema, keys[:-1])
-    return next((m.model_fields[str(keys[-1])] for m in models if keys and keys[-1] in m.model_fields), None)
+    tables = [_fields_of(model) for model in models]
+    return next((fields[str(keys[-1])] for fields in tables if keys and keys[-1] in fields), None)
+
+
+def _fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return model.model_fields | (model.fields_by_key() if issubclass(model, Frozen) else {})
 
 
 def _models_at(schema: type[BaseModel], keys: _Keys) -> list[type[BaseModel]]:

@@ -29,7 +29,7 @@ class NotFiniteError(ValueError):
 
 
 class RetiredKeyWarning(UserWarning):
-    """A key of a configuration that earlier versions had, and that changes nothing any more."""
+    """A key of a configuration that earlier versions had: it has another name now, or no effect."""
 
 
 def is_mistake(error: BaseException) -> bool:

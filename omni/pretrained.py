@@ -48,8 +48,8 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         model.codec = read_codec(codec).to(device)
     defaults = files.table("generation.json") if "generation.json" in files else {}
     stored = files.table("preparation.json") if "preparation.json" in files else None
-    model.preparation, model.defaults = read_preparation(stored, defaults, str(folder))
-    check_defaults(model.defaults, str(folder / "generation.json"))
+    model.preparation, defaults = read_preparation(stored, defaults, str(folder))
+    model.defaults = check_defaults(defaults, str(folder / "generation.json"))
     model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
     files.read_rest()
     _check_attached(model, str(folder))

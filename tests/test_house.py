@@ -27,7 +27,10 @@ LEVELS = (
     ("nn", "text", "codecs"),
     ("heads",),
     ("objectives", "samplers"),
-    ("heads.joint", *(f"generation.{name}" for name in ("options", "events", "reply", "reply_files"))),  # plain data
+    (
+        "heads.joint",
+        *(f"generation.{name}" for name in ("grouped", "options", "events", "reply", "reply_files")),
+    ),  # plain data
     ("losses", "model", "pretrained"),
     ("generation",),
     ("data",),

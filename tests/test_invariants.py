@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import omni
 from omni.checkpoint import publish
 from omni.config import build
+from omni.errors import RetiredKeyWarning
 from omni.media.preparation import Preparation
 from omni.model import Omni, OmniConfig
 from omni.pretrained import BUNDLED
@@ -45,11 +47,15 @@ needs_bundled = pytest.mark.skipif(not (BUNDLED / "manifest.json").is_file(), re
 
 @needs_bundled
 def test_a_model_directory_of_format_1_loads(tmp_path: Path) -> None:
-    """Without a preparation and a longest context, with the size of pictures among the defaults."""
+    """Without a preparation and a longest context, with the size of pictures and an old name among the defaults."""
     kept = [path for path in sorted(BUNDLED.rglob("*")) if path.suffix == ".safetensors" or path.parent != BUNDLED]
     files = {path.relative_to(BUNDLED).as_posix(): path.read_bytes() for path in kept if path.is_file()}
     publish(tmp_path / "old", {**files, "config.json": FORMAT_1, "generation.json": GENERATION_1})
-    old, model = omni.from_pretrained(tmp_path / "old"), omni.from_pretrained()
+    with pytest.warns(RetiredKeyWarning, match="old/generation.json: told_guidance is called guidance_embedding now"):
+        old = omni.from_pretrained(tmp_path / "old")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetiredKeyWarning)
+        model = omni.from_pretrained()
     assert old.preparation == Preparation(resize="letterbox", size=(64, 64)) == model.preparation
     assert old.config.model_copy(update={"max_context": 512}) == model.config and old.defaults == model.defaults
     assert old.state_dict().keys() == model.state_dict().keys()

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from omni.config import Frozen
 from omni.errors import RetiredKeyWarning
-from omni.generation.options import GenerationOptions
+from omni.generation.options import RENAMED, GenerationOptions, check_defaults
 from omni.media.preparation import Preparation
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
@@ -134,8 +134,9 @@ class Recipe(Frozen):
     @field_validator("generation")
     @classmethod
     def _can_be_generated(cls, given: dict[str, Any]) -> dict[str, Any]:
-        GenerationOptions().resolved({"tokens_per_pass": 1, **given}, "[generation]")
-        return given
+        checked = check_defaults(given, "[generation]")
+        GenerationOptions().resolved({"tokens_per_pass": 1, **checked}, "[generation]")
+        return checked
 
     @field_validator("heads")
     @classmethod
@@ -175,8 +176,12 @@ class Recipe(Frozen):
 
 
 def without_retired(data: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON of a recipe without the keys that earlier versions had and that changed nothing."""
-    return {name: value for name, value in data.items() if name != "coupling" or value}
+    """JSON of a saved recipe without the keys that earlier versions had and that changed nothing; others under their
+    new names."""
+    kept = {name: value for name, value in data.items() if name != "coupling" or value}
+    if isinstance(options := kept.get("generation"), dict):
+        kept["generation"] = {RENAMED.get(name, name): value for name, value in options.items()}
+    return kept
 
 
 def fraction_of(max_steps: int, max_minutes: float | None, step: int, seconds: float) -> float:

@@ -14,38 +14,26 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from pydantic import Field, model_validator
 
-from eval.requests import RequestOptions, judge_of, requests
+from eval.requests import PictureChoices, RequestOptions, judge_of, requests
 from eval.task import Context, Curve, Measure, Outcome, Panel, task
 from eval.tasks.open import OpenOptions, open_requests
 from eval.tasks.pictures import exact_scenes
-from omni.config import Frozen
 from omni.data.emoji_world.documents import prompt_of
 from omni.generation.engine import Engine
 from omni.generation.events import BlockDone, BlockStart
 from omni.generation.options import GenerationOptions
-from omni.samplers import SamplerName
 
 KINDS = ("left", "right", "above", "below", "row")
 
 
-class Line(Frozen):
-    """model: a directory; None is the suite's. steps: jumps per picture, each two evaluations with guidance. sampler,
-    guidance, told_guidance: None: the model's."""
+class Line(PictureChoices):
+    """model: a directory; None is the suite's. steps: jumps per picture, each two evaluations with guidance."""
 
     model: str | None = None
     steps: tuple[int, ...] = (1, 2, 4, 8, 32)
-    sampler: SamplerName | None = None
-    guidance: float | None = None
-    told_guidance: float | None = None
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """What it says of how a picture is drawn, beside the number of steps."""
-        return self.model_dump(include={"sampler", "guidance", "told_guidance"})
 
 
 class FewStepOptions(RequestOptions):

@@ -29,23 +29,23 @@ from omni.cli.generate import (
     system_of,
     write_numbered,
 )
-from omni.cli.options import DEFAULT, FIELDS, changed_by, flag_of, in_group
+from omni.cli.options import DEFAULT, FIELDS, changed_by, chat_options, flag_of
 from omni.cli.terminal import Printer
 from omni.config import nearest
 from omni.document import Document, Image, Role, Segment, Text
 from omni.errors import MISTAKE, is_mistake
 from omni.generation.engine import Engine
-from omni.generation.options import EVERYDAY, GenerationOptions
+from omni.generation.options import GenerationOptions
 from omni.generation.reply_files import check_folder, write_chat
 
 NUM_SEEDS = 2**63
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Name -> (what follows it, what it does); the options of the first group have one each."""
+    """Name -> (what follows it, what it does); everyday options have one each."""
     options = {
         "/" + flag_of(name).removeprefix("--"): (str(extra["metavar"] or "on|off"), FIELDS[name].description or "")
-        for name in in_group(EVERYDAY)
+        for name in chat_options()
         if isinstance(extra := FIELDS[name].json_schema_extra, dict)
     }
     return {
@@ -162,7 +162,7 @@ class Chat:
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._attach,
             "/system": self._set_system,
-            **{"/" + flag_of(name).removeprefix("--"): self._setter(name) for name in in_group(EVERYDAY)},
+            **{"/" + flag_of(name).removeprefix("--"): self._setter(name) for name in chat_options()},
             "/save": self._save,
             "/reset": self._reset,
             "/help": self._help,
@@ -189,7 +189,7 @@ class Chat:
         request = (*self.history, *self.attached, Text(text))
         options = self.engine.resolve(self.options)
         assert options.seed is not None
-        options = options.model_copy(update={"seed": (options.seed + self.num_replies) % NUM_SEEDS})
+        options = options.changed({"seed": (options.seed + self.num_replies) % NUM_SEEDS})
         record = self.engine.record(options)
         document = Document((*self.system, *request))
         reply = show(self.engine.stream(document, options), self.printer, document, record)
@@ -222,7 +222,7 @@ class Chat:
             options = changed_by(self.options, name, words, command)
             self.engine.resolve(options)
             self.options = options
-            self.printer.line(f"{name} = {getattr(options, name)}")
+            self.printer.line(f"{name} = {options.flat()[name]}")
 
         command = "/" + flag_of(name).removeprefix("--")
         return change

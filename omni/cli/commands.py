@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        arguments = parse(argv)
+        with warnings_in_lines():
+            arguments = parse(argv)
     except SystemExit as stop:  # argparse: --help and --version
         return int(stop.code or 0)
     if arguments.command is None:
@@ -152,16 +153,15 @@ def _add_generate(commands: Any) -> None:
     sub.add_argument(
         "prompt", nargs="?", help="what you want; - reads it from standard input; a prompt like -x comes after --"
     )
-    everyday = sub.add_argument_group("what is asked for")
-    everyday.add_argument("--image", action="append", default=[], metavar="FILE", help="attach a picture (repeatable)")
-    _add_system(everyday)
+    whole = add_options(sub)
+    whole.add_argument("--image", action="append", default=[], metavar="FILE", help="attach a picture (repeatable)")
+    _add_system(whole)
     _add_model(sub)
     place = sub.add_argument_group("where the reply goes")
     place.add_argument("--out", metavar="DIR", help="where to write the reply (default: omni-out/001, 002, ...)")
     place.add_argument("--overwrite", action="store_true", help="replace an existing DIR that holds a reply")
     place.add_argument("--json", action="store_true", help="print reply.json, and nothing else, to standard output")
     _add_show(place)
-    add_options(sub, everyday)
     sub.set_defaults(run="omni.cli.generate:run")
 
 
@@ -176,11 +176,9 @@ def _add_chat(commands: Any) -> None:
         "that was not saved is written to omni-out when it ends. From a pipe, a line that fails is reported and the "
         "next one is read; the exit code is then 2.",
     )
-    everyday = sub.add_argument_group("what is asked for")
-    _add_system(everyday)
+    _add_system(add_options(sub))
     _add_model(sub)
     _add_show(sub.add_argument_group("what is shown"))
-    add_options(sub, everyday)
     sub.set_defaults(run="omni.cli.chat:run")
 
 

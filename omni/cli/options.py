@@ -14,35 +14,44 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from omni.config import bounds_of, explain
-from omni.generation.options import EVERYDAY, PICTURES, TEXT, GenerationOptions
+from omni.generation.options import RENAMED, WHOLE_REQUEST, GenerationOptions
+from omni.registry import names_in_source
 
 RANDOM = "random"  # of --seed: a fresh one
 DEFAULT = "default"  # in a chat: the field's own default again
 SWITCH = {"on": True, "off": False}  # in a chat; on the command line a flag is on
-FIELDS = GenerationOptions.model_fields
+FIELDS = GenerationOptions.fields_by_key()
 
 
 def flag_of(name: str) -> str:
     """The flag of a field: "max_tokens" -> "--max-tokens"."""
-    return "--" + (_about(FIELDS[name])["flag"] or name).replace("_", "-")
+    return _flag(_about(FIELDS[name])["flag"] or name)
 
 
-def in_group(group: str) -> list[str]:
-    """The fields of a group, in order."""
-    return [name for name, field in FIELDS.items() if _about(field)["group"] == group]
+def chat_options() -> list[str]:
+    """The fields that have a command in `omni chat`."""
+    return [name for name, field in FIELDS.items() if _about(field)["in_chat"]]
 
 
-def add_options(parser: argparse.ArgumentParser, everyday: Any) -> None:
-    """Flags for every field: those of the first group into `everyday`, the others into groups of their own."""
-    for group in (EVERYDAY, PICTURES, TEXT):
-        place = everyday if group == EVERYDAY else parser.add_argument_group(f"{group} (for experts)")
-        for name in in_group(group):
-            _add_flag(place, name, FIELDS[name])
+def add_options(parser: argparse.ArgumentParser) -> Any:
+    """A group of flags for each group of options. Returns the one of the whole request."""
+    groups = GenerationOptions.groups()
+    whole = parser.add_argument_group(WHOLE_REQUEST)
+    for name, field in GenerationOptions.model_fields.items():
+        if name in groups:
+            place = parser.add_argument_group(field.description)
+            for key, option in groups[name].model_fields.items():
+                _add_flag(place, key, option)
+        else:
+            _add_flag(whole, name, field)
+    for old in RENAMED:
+        whole.add_argument(_flag(old), dest=old, help=argparse.SUPPRESS)
+    return whole
 
 
 def options_of(arguments: argparse.Namespace) -> GenerationOptions:
     """The options that were given; the rest keep their defaults. ValueError that names the flag."""
-    given = {name: value for name in FIELDS if (value := getattr(arguments, name, None)) is not None}
+    given = {name: value for name in (*FIELDS, *RENAMED) if (value := getattr(arguments, name, None)) is not None}
     return checked({name: parse(name, value) for name, value in given.items()}, "command line")
 
 
@@ -52,7 +61,7 @@ def changed_by(options: GenerationOptions, name: str, texts: list[str], said: st
         value = FIELDS[name].default
     else:
         value = parse(name, texts if FIELDS[name].annotation == tuple[str, ...] else texts[0])
-    return checked({**options.model_dump(), name: value}, said, {name: said})
+    return checked({**options.flat(), name: value}, said, {name: said})
 
 
 def checked(values: dict[str, Any], source: str, names: dict[str, str] | None = None) -> GenerationOptions:
@@ -66,7 +75,8 @@ def checked(values: dict[str, Any], source: str, names: dict[str, str] | None = 
 
 def parse(name: str, text: Any) -> Any:
     """A field's value as text gives it. Text that is no number stays text, which the field then refuses by name."""
-    kinds = {FIELDS[name].annotation, *typing.get_args(FIELDS[name].annotation)}
+    field = FIELDS[RENAMED.get(name, name)]
+    kinds = {field.annotation, *typing.get_args(field.annotation)}
     if not isinstance(text, str):
         return text  # a switch, or the list of a flag that may be repeated
     if name == "seed" and text == RANDOM:
@@ -97,6 +107,10 @@ def _about(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _add_flag(place: Any, name: str, field: FieldInfo) -> None:
     about = (field.description or "").replace("%", "%%")
     if field.annotation is bool:
@@ -107,6 +121,7 @@ def _add_flag(place: Any, name: str, field: FieldInfo) -> None:
         place.add_argument(flag_of(name), dest=name, action="append", metavar=metavar, help=f"{about} (repeatable)")
         return
     notes = [bounds_of(field) if name != "seed" else f"a number, or {RANDOM}"]
+    notes += [", ".join(names_in_source(*names))] if (names := _about(field)["names"]) else []
     notes += [f"default {_plain(field.default)}"] if field.default is not None else []
     note = "; ".join(note for note in notes if note)
     place.add_argument(flag_of(name), dest=name, metavar=metavar, help=about + (f" ({note})" if note else ""))

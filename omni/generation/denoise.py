@@ -31,8 +31,8 @@ def groups(grammar: Grammar, rows: list[Row]) -> list[list[Row]]:
     groups: dict[object, list[Row]] = {}
     for row in rows:
         assert row.media is not None
-        o = row.options
-        guidance = (o.guidance, o.image_guidance, o.told_guidance)
+        o = row.options.picture
+        guidance = (o.guidance, o.image_guidance, o.guidance_embedding)
         at = (grammar.grid(row.media), tuple(o.times()), guidance, o.sampler, o.gamma)
         groups.setdefault(at, []).append(row)
     return list(groups.values())
@@ -40,7 +40,7 @@ def groups(grammar: Grammar, rows: list[Row]) -> list[list[Row]]:
 
 def draw(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
     """Refine one block of each row of the group; its latents are appended to `media.finished`."""
-    options = group[0].options
+    options = group[0].options.picture
     assert group[0].media is not None and options.sampler is not None
     grid = runtime.grammar.grid(group[0].media)
     count = grid[0] * grid[1] * grid[2]
@@ -89,7 +89,7 @@ def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: 
 
 def _guided_call(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache, grid: tuple[int, int, int]):  # noqa: ANN202
     """F(x, t, s) of the group, with all guidance branches of all rows in one pass; those of no weight are left out."""
-    options = group[0].options
+    options = group[0].options.picture
     w_text, w_image = options.guidance, options.image_guidance
     assert w_text is not None and w_image is not None
     weights: dict[Drop, float] = {"text": w_image - w_text, "all": 1.0 - w_image}
@@ -102,9 +102,9 @@ def _guided_call(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVC
     memory = memory_cache.memory(room=grid[0] * grid[1] * grid[2])
     stream = refine_stream(memory_cache, grid, runtime.device)
     B, K = memory_cache.rows, len(branches) + 1
-    assert options.told_guidance is not None
+    assert options.guidance_embedding is not None
     beta = torch.ones(B, device=runtime.device, dtype=torch.float32)
-    beta[: len(group)] = 1 / options.told_guidance  # reduced histories were trained at 1
+    beta[: len(group)] = 1 / options.guidance_embedding  # reduced histories were trained at 1
 
     def call(x: Tensor, t: float, s: float) -> Tensor:
         ones = torch.ones(B, device=x.device, dtype=torch.float32)

@@ -22,7 +22,6 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from omni.config import build
 from omni.document import Document, Image, Role, Text, Video
 from omni.generation.context import append_ids
 from omni.generation.denoise import draw, groups
@@ -34,7 +33,7 @@ from omni.generation.events import (
     VideoPart,
 )
 from omni.generation.grammar import LEAST_MEDIA, Grammar
-from omni.generation.options import GenerationOptions
+from omni.generation.options import GenerationOptions, check_defaults
 from omni.generation.reply import Reply
 from omni.generation.row import Row
 from omni.generation.runtime import Runtime
@@ -49,11 +48,6 @@ from omni.sequence.layout import LatentSpan, TokenSpan
 from omni.text.chat import messages_to_document
 from omni.text.compose import compose, prompt_length
 from omni.version import VERSION
-
-
-def changed(options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
-    """`options` with single ones changed, all of them checked."""
-    return build({**(options.model_dump() if options else {}), **changes}, GenerationOptions, "options")
 
 
 class Engine:
@@ -81,11 +75,11 @@ class Engine:
 
     def generate(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Reply:
         """The whole reply to a string, chat messages or a Document."""
-        return self.generate_batch([prompt], changed(options, changes))[0]
+        return self.generate_batch([prompt], (options or GenerationOptions()).changed(changes))[0]
 
     def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
         """The events of one reply, in order, as they happen. The last one is Stop."""
-        rows = self._rows([prompt], changed(options, changes), None)
+        rows = self._rows([prompt], (options or GenerationOptions()).changed(changes), None)
         for _, event in self._run(rows):
             yield event
 
@@ -103,7 +97,7 @@ class Engine:
         if isinstance(prompts, str | bytes | Mapping | Document) or not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a list of prompts, got a {type(prompts).__name__}; put it in a list")
         if isinstance(options, Mapping):
-            options = changed(None, options)
+            options = GenerationOptions().changed(options)
         many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
             raise ValueError(
@@ -117,7 +111,7 @@ class Engine:
                 document = messages_to_document(prompt, allow_paths=self.allow_paths)
             if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
                 raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
-            one = self.resolve(one if seeds is None else changed(one, {"seed": seeds[number]}))
+            one = self.resolve(one if seeds is None else one.changed({"seed": seeds[number]}))
             rows.append(Row(number, one, document.segments, self.tokenizer.stream()))
         return rows
 
@@ -126,16 +120,18 @@ class Engine:
         joint = self.model.config.joint
         length = 1 if joint is None else joint.length
         usual = 1 if isinstance(self.step, CompiledStep) else length  # native steps of one token are the faster way
-        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **self.model.defaults})
-        if (out.tokens_per_pass or 1) > length:
+        own = check_defaults(self.model.defaults)
+        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **own})
+        num = out.speculative.tokens_per_pass or 1
+        if num > length:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head draws {length}"
-            raise ValueError(f"tokens_per_pass = {out.tokens_per_pass} is too many: {why}; take at most {length}")
+            raise ValueError(f"tokens_per_pass = {num} is too many: {why}; take at most {length}")
         return out
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:
         """What makes a reply with resolved options, as JSON values: the same request has the same record."""
         return {
-            "options": options.model_dump(mode="json"),
+            "options": options.flat("json"),
             "model": dict(self.model.origin),
             "versions": {"omni": VERSION, "torch": torch.__version__},
         }
@@ -144,7 +140,7 @@ class Engine:
 
     def _begin(self, row: Row) -> None:
         """The prompt becomes what is pending. ValueError, before any pass, for what cannot be fulfilled."""
-        size = row.options.image_size
+        size = row.options.picture.image_size
         grid = None if size is None else self.grammar.grid_of(size)
         if row.options.force_image:
             if self.model.codec is None:
@@ -178,7 +174,7 @@ class Engine:
                     row.num_tokens += 1
                     yield from self._accept(row, row.forced.pop(0))
                 continue
-            together = [r for r in talking if (r.options.tokens_per_pass or 1) > 1]
+            together = [r for r in talking if (r.options.speculative.tokens_per_pass or 1) > 1]
             if together:
                 yield from speak(self.runtime, [r for r in together if r.drafting == together[0].drafting], rows, cache)
                 continue
@@ -205,11 +201,16 @@ class Engine:
         greedy = best_ids.tolist()
         chosen = []
         for row, best, score in zip(rows, greedy, scores, strict=True):
-            if not row.options.temperature:
+            if not row.options.text.temperature:
                 chosen.append(best)
             else:
                 chosen.append(
-                    draw_token(score, row.options.temperature, row.options.top_p, row.key.fold("token", row.num_tokens))
+                    draw_token(
+                        score,
+                        row.options.text.temperature,
+                        row.options.text.top_p,
+                        row.key.fold("token", row.num_tokens),
+                    )
                 )
             row.num_tokens += 1
         return chosen
@@ -239,18 +240,18 @@ class Engine:
         row.pending.append(TokenSpan([self.control.media_end], [False]))
         row.length += 1
         blocks = [z.reshape(*grid, -1) for z in media.finished]
-        o = row.options
-        assert o.steps is not None and o.seed is not None
+        o, seed = row.options.picture, row.options.seed
+        assert o.steps is not None and seed is not None
         part: ImagePart | VideoPart
         if media.kind == "image":
             pixels = codec.decode(blocks[0])[0].cpu()
             segment: Image | Video = Image(pixels, Role.ASSISTANT)
             picture = PILImage.fromarray(pixels.numpy(), "RGB")
-            part = ImagePart(picture, picture.height, picture.width, o.steps, o.seed, media.index, media.evaluations)
+            part = ImagePart(picture, picture.height, picture.width, o.steps, seed, media.index, media.evaluations)
         else:
             frames = codec.decode_video(blocks).cpu()
             segment = Video(frames, o.fps or media.rate, Role.ASSISTANT)
-            part = VideoPart(frames, segment.fps, o.steps, o.seed, media.index, media.evaluations)
+            part = VideoPart(frames, segment.fps, o.steps, seed, media.index, media.evaluations)
         row.segments.append(segment)
         row.latents[segment] = blocks
         row.parts.append(part)

@@ -56,7 +56,7 @@ class Grammar:
 
     def mask_of(self, row: Row, phase: Phase) -> Tensor:
         """(V,) additive: which ids may come next in a phase of this row."""
-        mask, fps = self.allowed[phase], row.options.fps
+        mask, fps = self.allowed[phase], row.options.picture.fps
         if phase != "rate" or fps is None:
             return mask
         only = torch.full_like(mask, -torch.inf)
@@ -72,7 +72,7 @@ class Grammar:
         if phase == "text" and token in (c.image, c.video):
             if not self.may_draw(row):
                 return "done"
-            forced = token == c.image and row.options.image_size is not None
+            forced = token == c.image and row.options.picture.image_size is not None
             return "block" if forced else "rows" if token == c.image else "chunks"
         if phase == "text":
             return "done" if token == c.end else "text"
@@ -122,8 +122,8 @@ class Grammar:
             is_image = token == self.control.image
             row.media = Media("image" if is_image else "video", row.num_media)
             row.phase = "rows" if is_image else "chunks"
-            if is_image and row.options.image_size is not None:
-                row.forced += [self.control.size(n) for n in self.grid_of(row.options.image_size)]
+            if is_image and row.options.picture.image_size is not None:
+                row.forced += [self.control.size(n) for n in self.grid_of(row.options.picture.image_size)]
 
     def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
         """The same by one size of a header. A picture or clip that has no room is not begun."""

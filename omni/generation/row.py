@@ -79,17 +79,19 @@ class Row:
     @property
     def drafting(self) -> tuple[str | None, int, bool, bool]:
         """Rows that agree in this can share a round of drafting."""
-        return self.options.verify, self.options.sweeps, bool(self.leftover), self.state is not None
+        o = self.options.speculative
+        return o.verify, o.sweeps, bool(self.leftover), self.state is not None
 
     @property
     def recycles(self) -> bool:
         """Whether the rest of a draft that fell may be the next one: only common noise can judge it."""
-        return self.options.recycle and not self.options.sweeps and self.options.verify in ("coupled", "greedy")
+        o = self.options.speculative
+        return o.recycle and not o.sweeps and o.verify in ("coupled", "greedy")
 
     @property
     def draft_length(self) -> int:
         """Tokens of the next draft, at most."""
-        budget = min(self.options.tokens_per_pass or 1, self.capacity - self.length)
+        budget = min(self.options.speculative.tokens_per_pass or 1, self.capacity - self.length)
         return budget if self.room is None else min(self.room, budget)
 
     def has_room(self, num: int) -> bool:
@@ -100,6 +102,6 @@ class Row:
         """A round has been. With `adaptive`, the next draft of the head is twice as long if all of its last one was
         kept, else two past what was."""
         self.drafts.append(drafted)
-        if self.options.adaptive and not drafted.again:
+        if self.options.speculative.adaptive and not drafted.again:
             whole = drafted.kept == drafted.drafted
             self.room = max(2 * drafted.drafted, 2) if whole else drafted.kept + 2

@@ -44,7 +44,7 @@ def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: 
     """One round for the rows that talk in blocks and agree in `Row.drafting`; the others of the cache stand still."""
     assert runtime.model.joint is not None
     carries_on = runtime.model.joint.head.carries_on and runtime.model.joint.head.length > 1
-    again, options = bool(talking[0].leftover), talking[0].options
+    again, options = bool(talking[0].leftover), talking[0].options.speculative
     draft: Draft | None = None
     start: Tensor | None = None
     if again:
@@ -123,7 +123,7 @@ def _last(row: Row) -> list[int]:
 def _plain(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
     """What plain decoding says in place of every id of a draft if those before it were right, and after it: as many ids
     as there are logits (K, V) or (K + 1, V)."""
-    if not row.options.temperature:
+    if not row.options.text.temperature:
         return _scores(runtime, row, ids, logits)[1]
     laws = _laws(runtime, row, ids, logits)
     return pick(laws, laws.new_tensor(_noise(row, len(laws))))
@@ -143,13 +143,13 @@ def _draft(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache:
     num = max(row.draft_length for row in talking)
     uniforms = torch.full((len(rows), num), 0.5, dtype=torch.float64)
     for row in talking:
-        if row.options.temperature:
+        if row.options.text.temperature:
             uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
     call = CacheCall(runtime.model, cache, spans, runtime.control.pad, runtime.step)
     first = talking[0]
     draft = joint.head.sample(call, uniforms.to(runtime.device), first.key.fold("draft", first.num_tokens))
     _require_sound(runtime, talking, call, draft)
-    if first.options.verify in ("rejection", "block"):  # they judge what was drawn from log_q
+    if first.options.speculative.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft, call.start
     # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
     logits, ids = runtime.model.token.read(call.start), draft.ids.clone()
@@ -167,15 +167,15 @@ def _carry_on(runtime: Runtime, talking: Sequence[Row], num_rows: int) -> Draft:
     states, said = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
     for row in talking:
         states[row.number], said[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
-    wants_laws = first.options.verify in ("rejection", "block")
+    wants_laws = first.options.speculative.verify in ("rejection", "block")
     noise = {row.number: _noise(row, num) for row in talking}
 
     def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, law = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
         for row in talking:
-            temperature = row.options.temperature or 0.0
+            temperature = row.options.text.temperature or 0.0
             if temperature or wants_laws:
-                own = law[row.number] = token_law(logits[row.number].float(), temperature, row.options.top_p)
+                own = law[row.number] = token_law(logits[row.number].float(), temperature, row.options.text.top_p)
                 ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
         return ids, law
 
@@ -225,7 +225,7 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 def _noise(row: Row, num: int) -> list[float]:
     """The noise of the row's next tokens, the same that plain decoding has for them. Of "block", whose verdict hangs on
     tokens that it then throws away, every round has its own: theirs is no longer uniform once the verdict is known."""
-    if row.options.verify == "block":
+    if row.options.speculative.verify == "block":
         return [token_noise(row.key.fold("block token", row.num_tokens, k)) for k in range(num)]
     return [token_noise(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
 
@@ -254,9 +254,9 @@ def _masks(runtime: Runtime, row: Row, ids: Sequence[int], num: int) -> Tensor:
 def _laws(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
     """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
     phase."""
-    temperature = row.options.temperature
+    temperature = row.options.text.temperature
     assert temperature is not None
-    return token_law(_scores(runtime, row, ids, logits)[0], temperature, row.options.top_p)
+    return token_law(_scores(runtime, row, ids, logits)[0], temperature, row.options.text.top_p)
 
 
 def _scores(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,7 +266,7 @@ def _scores(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> t
 
 
 def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
-    drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.verify, len(ids)
+    drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.speculative.verify, len(ids)
     if kind in ("coupled", "greedy"):
         return agreed(drafted, _after_all(_plain(runtime, row, ids, logits), K)[None])
     log_p = _after_all(_laws(runtime, row, ids, logits), K)[None]

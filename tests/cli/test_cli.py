@@ -31,6 +31,7 @@ from omni.document import Document, Image, Role, Text
 from omni.generation.contract import Check
 from omni.generation.engine import Engine
 from omni.generation.events import BlockDone, BlockStart, BlockStep, ImagePart, Stop, TextDelta
+from omni.generation.options import GenerationOptions
 from omni.generation.reply_files import default_folder, escape_markdown
 from omni.media.preparation import Limits, Preparation
 from omni.text.chat import messages_to_document
@@ -51,7 +52,7 @@ def scripted(number: int = 2, fail_after: int | None = None) -> Callable[..., It
             yield BlockStart("image", index, (1, 2, 2))
             yield BlockStep(index, 1, 1, torch.zeros(4, 48))
             picture = PillowImage.fromarray(RED.numpy())
-            yield BlockDone(index, ImagePart(picture, 8, 8, options.steps or 8, options.seed, index, 15))
+            yield BlockDone(index, ImagePart(picture, 8, 8, options.picture.steps or 8, options.seed, index, 15))
         yield TextDelta("The end.")
         yield Stop("end")
 
@@ -74,7 +75,7 @@ def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for module in (cli_generate, cli_chat):
         monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
         parts = {"__init__": _init, "stream": scripted(), "resolve": lambda self, options: options.resolved({})}
-        parts["record"] = lambda self, options: {"options": options.model_dump(mode="json"), "model": {}}
+        parts["record"] = lambda self, options: {"options": options.flat("json"), "model": {}}
         monkeypatch.setattr(module, "Engine", type("FakeEngine", (), parts))
     return monkeypatch
 
@@ -261,7 +262,7 @@ def test_progress_does_not_wipe_the_text(monkeypatch: pytest.MonkeyPatch) -> Non
     """Both streams on one screen: before the progress line clears its line, the text's line must be finished."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    events = scripted(1)(None, None, SimpleNamespace(steps=1, seed=0))
+    events = scripted(1)(None, None, GenerationOptions(steps=1, seed=0))
     cli_generate.show(events, cli_generate.Printer(screen, "none"), Document((Text("x"),)), {})
     written = screen.getvalue()
     assert "drawing a picture: 1/1" in written
@@ -512,7 +513,7 @@ def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:
     assert chat(lines, fake, "--seed", "5") == 0
     kinds = [[type(segment).__name__ for segment in document.segments] for document, _ in seen]
     assert kinds == [["Image", "Text"], ["Image", "Text", "Text", "Image", "Text", "Text"], ["Text"]]
-    assert [(options.seed, options.steps) for _, options in seen] == [(5, 8), (6, 3), (5, 3)]
+    assert [(options.seed, options.picture.steps) for _, options in seen] == [(5, 8), (6, 3), (5, 3)]
     verify(at / "c")
     data = json.loads((at / "c/chat.json").read_text())
     assert [message["role"] for message in data["messages"]] == ["user", "assistant"] * 2
@@ -558,10 +559,10 @@ def test_chat_settings_are_the_flags(fake: Any, at: Path, capsys: Any) -> None:
     assert chat(lines, fake, "--max-images", "2") == 0
     (first, options), (second, later), (_, last) = seen
     assert first.segments[0] == Text("be brief", Role.SYSTEM) and len(first.segments) == 2
-    assert options.stop == ("the end", "cat") and options.image_size == (8, 16)
+    assert options.stop == ("the end", "cat") and options.picture.image_size == (8, 16)
     assert (options.max_tokens, options.force_image, options.max_images) == (9, True, 2)
     assert [type(segment) for segment in second.segments] == [Text, Text, Text] and later.stop == ()
-    assert later.image_size is None and not later.force_image
+    assert later.picture.image_size is None and not later.force_image
     assert later.seed != last.seed and later.seed > 1000
     assert json.loads((at / "c/chat.json").read_text())["options"]["seed"] == last.seed
 

@@ -60,7 +60,7 @@ class KnownModel:
         return prompt
 
     def generate_batch(self, prompts: list[Document], options: Any, seeds: list[int]) -> list[Reply]:
-        assert len(prompts) == len(seeds) and options.steps >= 1
+        assert len(prompts) == len(seeds) and options.picture.steps >= 1
         right_answers = [tuple(self.originals[id(p)].turns())[-1][1] for p in prompts]
         if self.answer is unchanged:
             return [self.reply(p, (p.images()[-1],)) for p in prompts]

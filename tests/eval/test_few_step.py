@@ -30,7 +30,7 @@ def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
         scenes=1,
         draws=0,
         timed=1,
-        lines={"m": Line(steps=(1, 3)), "outside": Line(steps=(2,), guidance=2.0, told_guidance=1.0)},
+        lines={"m": Line(steps=(1, 3)), "outside": Line(steps=(2,), guidance=2.0, guidance_embedding=1.0)},
         reference=("m", 3),
     )
     outcome = TASKS.get("few_step").run(Context(say=lambda _: None), options)

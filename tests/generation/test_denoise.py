@@ -95,7 +95,7 @@ def branch(
 )
 def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_image: float, evaluations: int) -> None:
     """F_all + w_images (F_text - F_all) + w (F - F_text), of two rows in one pass; a branch of weight 0 is not run."""
-    options = GenerationOptions(guidance=w_text, image_guidance=w_image, told_guidance=2.0, **FORCED)
+    options = GenerationOptions(guidance=w_text, image_guidance=w_image, guidance_embedding=2.0, **FORCED)
     documents = [Document(history) for history in HISTORIES]
     replies = Engine(model).generate_batch(documents, options, seeds=[1, 2])
     assert [reply.evaluations for reply in replies] == [evaluations] * 2
@@ -260,7 +260,7 @@ def test_steps_are_told_block_by_block(model: omni.Omni, spy: Spy) -> None:
 
 
 DIFFERENT: list[dict[str, object]] = [
-    {}, {"steps": 3}, {"guidance": 2.0}, {"image_guidance": 2.0}, {"told_guidance": 2.0}, {"sampler": "heun"},
+    {}, {"steps": 3}, {"guidance": 2.0}, {"image_guidance": 2.0}, {"guidance_embedding": 2.0}, {"sampler": "heun"},
     {"sampler": "gamma", "gamma": 0.3}, {"sampler": "gamma", "gamma": 0.9}, {"image_size": (8, 8)}, {"shift": 3.0},
 ]  # fmt: skip
 
@@ -268,7 +268,7 @@ DIFFERENT: list[dict[str, object]] = [
 def test_rows_of_different_options_keep_their_own(model: omni.Omni) -> None:
     """What may differ between rows that draw at the same time: each reply is the one of its options alone."""
     plain = GenerationOptions(**{**FORCED, "sampler": None, "steps": 2})
-    options = [plain.model_copy(update=change) for change in DIFFERENT]
+    options = [plain.changed(change) for change in DIFFERENT]
     prompt = Document(HISTORIES[0])
     together = model.generate_batch([prompt] * len(options), options, seeds=[5] * len(options))
     pictures = [torch.tensor(list(reply.images[0].tobytes())) for reply in together]

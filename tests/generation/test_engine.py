@@ -227,8 +227,8 @@ def test_a_network_trained_with_guidance_is_told_it(model: omni.Omni, monkeypatc
 
     monkeypatch.setattr(model, "velocity", listening)
     plain = {"force_image": True, "image_size": (8, 8), "steps": 1, "max_tokens": 1, "max_images": 1}
-    for told_guidance, guidance in ((None, 1.0), (2.0, 1.0), (2.0, 3.0)):
-        model.generate("draw", guidance=guidance, told_guidance=told_guidance, **plain)
+    for embedding, guidance in ((None, 1.0), (2.0, 1.0), (2.0, 3.0)):
+        model.generate("draw", guidance=guidance, guidance_embedding=embedding, **plain)
     assert told == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
 
 
@@ -379,7 +379,7 @@ def test_draws_follow_temperature_and_top_p() -> None:
         ({"image_size": (7, 8)}, "7 x 8"),
         ({"max_tokens": 0}, "max_tokens = 0: must be a whole number from 1 to 1000000"),
         ({"top_p": 0.9}, "no effect at temperature 0"),
-        ({"told_guidance": 0.0}, "told_guidance = 0.0: must be a number from 0.001 to 100"),
+        ({"guidance_embedding": 0.0}, "guidance_embedding = 0.0: must be a number from 0.001 to 100"),
         ({"adaptive": True}, "adaptive = True has no effect on one token a pass"),
         ({"force_image": True, "max_images": 0}, "max_images of at least 1, got 0"),
     ],

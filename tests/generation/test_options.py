@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,10 +15,18 @@ import torch
 
 from omni.cli import options as cli_options
 from omni.cli.commands import build_parser, parse
-from omni.generation.options import MAX_STEPS, GenerationOptions, check_defaults
+from omni.errors import RetiredKeyWarning
+from omni.generation.options import (
+    MAX_STEPS,
+    GenerationOptions,
+    PictureOptions,
+    SpeculativeOptions,
+    check_defaults,
+)
+from omni.registry import names_in_source
 from omni.samplers import GRIDS, SAMPLERS
 from omni.samplers.verification import VERIFICATIONS
-from train.recipe import Recipe
+from train.recipe import Recipe, without_retired
 
 WRONG: list[tuple[str, Any, str]] = [
     ("steps", 10**9, "steps = 1000000000: must be a whole number from 1 to 1000; or leave it out"),
@@ -70,7 +80,9 @@ def test_a_value_out_of_bounds_is_one_line(name: str, value: Any, message: str) 
     assert "\n" not in line and len(line) < 500
 
 
-FRACTIONS = [n for n, f in GenerationOptions.model_fields.items() if float in {f.annotation, *get_args(f.annotation)}]
+FRACTIONS = [
+    n for n, f in GenerationOptions.fields_by_key().items() if float in {f.annotation, *get_args(f.annotation)}
+]
 
 
 @pytest.mark.parametrize("name", FRACTIONS)
@@ -82,17 +94,17 @@ def test_no_option_takes_what_is_not_finite(name: str, value: float) -> None:
 
 def test_an_unknown_option_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown key 'stpes'; did you mean 'steps'"):
-        GenerationOptions(stpes=3)  # type: ignore[call-arg]
+        GenerationOptions(stpes=3)
 
 
 def test_what_people_write_is_taken() -> None:
-    assert GenerationOptions(stop="dog").stop == ("dog",) and GenerationOptions(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert GenerationOptions(stop="dog").stop == ("dog",) and GenerationOptions(stop=["a", "b"]).stop == ("a", "b")
     given: dict[str, Any] = {"steps": np.int64(4), "guidance": torch.tensor(2.0), "image_size": [8, 16]}
-    plain = GenerationOptions(**given, grid=np.array([1, 0.5, 0]))  # type: ignore[arg-type]
+    plain = GenerationOptions(**given, grid=np.array([1, 0.5, 0])).picture
     assert (plain.steps, plain.guidance, plain.image_size, plain.grid) == (4, 2.0, (8, 16), (1.0, 0.5, 0.0))
-    assert GenerationOptions(max_tokens=None, stop=None, top_p=None) == GenerationOptions()  # type: ignore[arg-type]
-    assert GenerationOptions(temperature=0).resolved({}).temperature == 0.0
-    many = GenerationOptions(grid=tuple(1 - n / MAX_STEPS for n in range(MAX_STEPS + 1))).resolved({})
+    assert GenerationOptions(max_tokens=None, stop=None, top_p=None) == GenerationOptions()
+    assert GenerationOptions(temperature=0).resolved({}).text.temperature == 0.0
+    many = GenerationOptions(grid=tuple(1 - n / MAX_STEPS for n in range(MAX_STEPS + 1))).resolved({}).picture
     assert many.steps == MAX_STEPS and len(many.times()) == MAX_STEPS + 1
 
 
@@ -107,10 +119,74 @@ def test_options_survive_json() -> None:
     resolved = GenerationOptions(grid=(1.0, 0.4, 0.0), stop="x", image_size=(8, 8)).resolved({})
     assert GenerationOptions.model_validate_json(resolved.model_dump_json()) == resolved
     assert GenerationOptions.model_validate(resolved.model_dump(mode="json")) == resolved
-    schema = GenerationOptions.model_json_schema()["properties"]
+    assert GenerationOptions(**resolved.flat("json")) == GenerationOptions(**resolved.flat()) == resolved
+    schema = GenerationOptions.model_json_schema()
     json.dumps(schema)
-    assert schema["steps"]["anyOf"][0] == {"maximum": 1000, "minimum": 1, "type": "integer"}
-    assert schema["max_images"]["description"]
+    steps = schema["$defs"]["PictureOptions"]["properties"]["steps"]
+    assert steps["anyOf"][0] == {"maximum": 1000, "minimum": 1, "type": "integer"}
+    assert schema["properties"]["max_images"]["description"]
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_option_may_be_given_flat_or_in_its_group() -> None:
+    flat = GenerationOptions(steps=4, temperature=0.5, verify="coupled", seed=1)
+    nested = {"picture": {"steps": 4}, "text": {"temperature": 0.5}, "speculative": {"verify": "coupled"}}
+    assert GenerationOptions(**nested, seed=1) == flat == GenerationOptions.model_validate({**nested, "seed": 1})
+    assert (
+        GenerationOptions(picture=PictureOptions(steps=4), text={"temperature": 0.5}, verify="coupled", seed=1) == flat
+    )
+    mixed = GenerationOptions(steps=4, picture={"sampler": "heun", "guidance": None}, guidance=2.0)
+    assert (mixed.picture.steps, mixed.picture.sampler, mixed.picture.guidance) == (4, "heun", 2.0)
+    assert flat.changed({"picture": {"steps": 2}, "top_p": 0.5}) == GenerationOptions(
+        steps=2, temperature=0.5, top_p=0.5, verify="coupled", seed=1
+    )
+    assert flat.model_copy(update={"steps": 2}).picture.steps == 2
+    assert check_defaults({"picture": {"steps": 4}, "temperature": 1.0}) == {"temperature": 1.0, "steps": 4}
+
+
+def test_names_are_unique_over_the_groups() -> None:
+    own = [name for name in GenerationOptions.model_fields if name not in GenerationOptions.groups()]
+    names = [*own, *(name for group in GenerationOptions.groups().values() for name in group.model_fields)]
+    assert len(set(names)) == len(names) == len(GenerationOptions.fields_by_key()) > 20
+    assert not set(names) & GenerationOptions.groups().keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 4, "picture": {"steps": 4}}, "steps is given twice, as steps and as picture.steps; leave one out"),
+        ({"steps": 4, "picture": PictureOptions(steps=8)}, "steps is given twice"),
+        ({"picture": {"steps": 0}}, ": steps = 0: must be a whole number from 1 to 1000"),
+        ({"picture": {"stpes": 4}}, "unknown key 'picture.stpes'; did you mean 'steps'"),
+        ({"picture": {"temperature": 1.0}}, "unknown key 'picture.temperature'; did you mean 'text.temperature'"),
+        ({"pictures": {"steps": 4}}, "unknown key 'pictures'; did you mean 'picture'"),
+        ({"picture": 3}, "picture = 3"),
+        ({"told_guidance": 2.0, "guidance_embedding": 2.0}, "are both given; told_guidance is the old name"),
+        ({"verify": "greedy", "temperature": 1.0}, "^GenerationOptions: verify = 'greedy' has no meaning at temp"),
+        ({"gamma": 0.5, "sampler": "euler"}, "^GenerationOptions: gamma = 0.5 means nothing to the sampler"),
+        ({"recycle": True, "sweeps": 2}, "^GenerationOptions: recycle has no effect"),
+    ],
+)
+def test_errors_name_the_flat_key(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerationOptions(**given)
+
+
+def test_the_old_name_is_read_with_a_warning() -> None:
+    wanted = GenerationOptions(guidance_embedding=2.0)
+    for given in ({"told_guidance": 2.0}, {"picture": {"told_guidance": 2.0}}):
+        with pytest.warns(RetiredKeyWarning, match="^told_guidance is called guidance_embedding now; rename it$"):
+            assert GenerationOptions(**given) == wanted
+    with pytest.warns(RetiredKeyWarning, match="^here: told_guidance is called"):
+        assert check_defaults({"told_guidance": 2.0}, "here") == {"guidance_embedding": 2.0}
+    with pytest.warns(RetiredKeyWarning):
+        assert parse(["generate", "--told-guidance", "2", "draw"]).options == wanted
+    with pytest.warns(RetiredKeyWarning, match=r"\[generation\]: told_guidance"):
+        assert Recipe._can_be_generated({"told_guidance": 2.0}) == {"guidance_embedding": 2.0}
+    saved = without_retired({"generation": {"told_guidance": 2.0}})  # a resume sees no change
+    assert saved == {"generation": {"guidance_embedding": 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -156,22 +232,31 @@ def sub_parser(command: str) -> Any:
 def test_every_field_has_one_flag_and_every_group_a_title(command: str) -> None:
     parser = sub_parser(command)
     destinations = [action.dest for action in parser._actions]
-    assert all(destinations.count(name) == 1 for name in GenerationOptions.model_fields)
+    assert all(destinations.count(name) == 1 for name in GenerationOptions.fields_by_key())
     groups = {group.title: [action.dest for action in group._group_actions] for group in parser._action_groups}
-    assert set(groups["what is asked for"]) >= {
-        *("steps", "seed", "guidance", "image_size", "temperature", "max_tokens", "max_images", "system", "stop")
-    }
-    assert len(groups["what is asked for"]) <= 12 and "sampler" in groups["how pictures are sampled (for experts)"]
-    assert "tokens_per_pass" in groups["how text is sampled and drafted (for experts)"]
+    assert set(groups["the whole request"]) >= {"seed", "max_tokens", "max_images", "stop", "force_image", "system"}
+    assert groups["text"] == ["temperature", "top_p"]
+    assert groups["pictures and clips"] == list(PictureOptions.model_fields)
+    assert groups["speculative decoding"] == list(SpeculativeOptions.model_fields)
 
 
 def test_help_tells_the_bounds_of_the_fields_and_every_name() -> None:
     shown = " ".join(sub_parser("generate").format_help().split())
     for words in ("(from 1 to 1000)", "(from 0 to 1000; default 16)", "(from 1e-06 to 1; default 1)"):
         assert words in shown
-    for names, field in ((SAMPLERS.names(), "sampler"), (GRIDS.names(), "grid"), (VERIFICATIONS, "verify")):
-        told = GenerationOptions.model_fields[field].description or ""
-        assert all(re.search(rf"\b{name}\b", told) for name in names if name != "ddim"), field
+    for names in (SAMPLERS.names(), GRIDS.names()):
+        assert f"({', '.join(names)})" in shown
+    verifications = SpeculativeOptions.model_fields["verify"].description or ""
+    assert all(re.search(rf"\b{name}\b", verifications) for name in VERIFICATIONS)
+
+
+def test_names_of_registries_are_read_without_torch() -> None:
+    assert names_in_source("omni.samplers", "SAMPLERS") == SAMPLERS.names()
+    assert names_in_source("omni.samplers", "GRIDS") == GRIDS.names()
+    program = (
+        "import sys; from omni.cli.commands import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_flags_become_options() -> None:

@@ -249,15 +249,15 @@ def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: 
 
     engine.step.append = counted  # type: ignore[method-assign]
     options = GenerationOptions(temperature=temperature, max_tokens=40, max_images=0)
-    replies = [engine.generate("say", options.model_copy(update={"seed": seed})) for seed in range(8)]
+    replies = [engine.generate("say", options.changed({"seed": seed})) for seed in range(8)]
     rounds = [d for reply in replies for d in reply.drafts[1:]]
     assert all(d.passes == 1 and d.drafted < K for d in rounds)
     assert len(lengths) == len(replies) + len(rounds) and max(lengths) == K  # the last id and what was drafted after it
     kept = sum(d.kept for d in rounds)
     assert kept < sum(d.drafted for d in rounds) and (kept > 0 or not temperature)
-    plain = options.model_copy(update={"tokens_per_pass": 1})
+    plain = options.changed({"tokens_per_pass": 1})
     for seed, reply in enumerate(replies):
-        assert reply.text == engine.generate("say", plain.model_copy(update={"seed": seed})).text
+        assert reply.text == engine.generate("say", plain.changed({"seed": seed})).text
     together = engine.generate_batch(["say"] * 8, options, seeds=range(8))
     assert [(r.text, r.drafts) for r in together] == [(r.text, r.drafts) for r in replies]
 
@@ -286,7 +286,7 @@ def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
     together = engine.generate_batch(prompts, options, seeds=[1, 2, 3, 4])
     for prompt, one, seed, reply in zip(prompts, options, [1, 2, 3, 4], together, strict=True):
         assert same(reply, engine.generate_batch([prompt], [one], seeds=[seed])[0])
-        assert all(d.drafted <= (one.tokens_per_pass or 0) for d in reply.drafts)
+        assert all(d.drafted <= (one.speculative.tokens_per_pass or 0) for d in reply.drafts)
 
 
 def test_what_the_caller_forces_holds(engine: Engine) -> None:

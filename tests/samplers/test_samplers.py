@@ -309,27 +309,30 @@ def test_options_name_the_nearest_sampler_and_grid() -> None:
 
 def test_the_request_goes_before_the_models_own_grid() -> None:
     own = {"steps": 4, "grid": [1.0, 0.5, 0.0], "sampler": "gamma", "gamma": 0.3}
-    plain = GenerationOptions().resolved(own)
+    plain = GenerationOptions().resolved(own).picture
     assert plain.times() == [1.0, 0.5, 0.0] and plain.steps == 2 and plain.gamma == 0.3
-    assert GenerationOptions(steps=4).resolved(own).times() == time_grid(4)
-    assert GenerationOptions(sampler="flow_map").resolved(own).gamma is None
-    assert GenerationOptions(sampler="gamma").resolved({}).gamma == 0.5  # said, so that a record of it is whole
-    assert GenerationOptions(grid="edm").resolved({"steps": 3, "start_time": 1.0}).times() == time_grid(3, grid="edm")
-    assert GenerationOptions(grid="midpoint").resolved({}).steps == 2
-    assert GenerationOptions(grid=(0.9, 0.4, 0.0)).resolved({"shift": 3.0, "steps": 8}).times() == [0.9, 0.4, 0.0]
-    assert GenerationOptions(start_time=0.994, steps=2).resolved({"shift": 1.0}).times() == [0.994, 0.497, 0.0]
+    assert GenerationOptions(steps=4).resolved(own).picture.times() == time_grid(4)
+    assert GenerationOptions(sampler="flow_map").resolved(own).picture.gamma is None
+    assert GenerationOptions(sampler="gamma").resolved({}).picture.gamma == 0.5  # so a record of it is whole
+    edm = GenerationOptions(grid="edm").resolved({"steps": 3, "start_time": 1.0})
+    assert edm.picture.times() == time_grid(3, grid="edm")
+    assert GenerationOptions(grid="midpoint").resolved({}).picture.steps == 2
+    as_given = GenerationOptions(grid=(0.9, 0.4, 0.0)).resolved({"shift": 3.0, "steps": 8})
+    assert as_given.picture.times() == [0.9, 0.4, 0.0]
+    later = GenerationOptions(start_time=0.994, steps=2).resolved({"shift": 1.0})
+    assert later.picture.times() == [0.994, 0.497, 0.0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 32])
 def test_the_command_line_names_budget_and_sampler(steps: int) -> None:
     words = ["--steps", str(steps), "--sampler", "gamma", "--gamma", "0.4", "--grid", "edm", "--start-time", "0.994"]
-    options = options_of(parse(["generate", "draw", *words, "--shift", "2"])).resolved({})
+    options = options_of(parse(["generate", "draw", *words, "--shift", "2"])).resolved({}).picture
     assert (options.steps, options.sampler, options.gamma, options.grid) == (steps, "gamma", 0.4, "edm")
     assert options.times() == time_grid(steps, 2.0, "edm", 0.994)
 
 
 def test_the_command_line_refuses_in_one_line() -> None:
-    assert options_of(parse(["generate", "x", "--grid", "1,0.6,0"])).grid == (1.0, 0.6, 0.0)
+    assert options_of(parse(["generate", "x", "--grid", "1,0.6,0"])).picture.grid == (1.0, 0.6, 0.0)
     for words, message in (
         (["--sampler", "eular"], "sampler = 'eular': unknown sampler 'eular'; did you mean 'euler'"),
         (["--grid", "edmm"], "unknown grid 'edmm'; did you mean 'edm'"),
@@ -354,7 +357,7 @@ def pixels(reply: omni.Reply) -> Tensor:
 def test_a_picture_depends_on_its_seed_alone(model: omni.Omni, name: str, gamma: float | None) -> None:
     """Alone and in a batch, whatever the others' seeds and samplers are; another seed is another picture."""
     plain = GenerationOptions(steps=3, max_tokens=1, max_images=1, force_image=True, image_size=(8, 8))
-    mine = plain.model_copy(update={"sampler": name, "gamma": gamma})
+    mine = plain.changed({"sampler": name, "gamma": gamma})
     others = plain.model_copy(update={"sampler": "euler", "steps": 2})
     prompts = ["a", "draw something long", "b", "c"]
     together = model.generate_batch(prompts, [mine, mine, others, mine], seeds=[5, 6, 5, 7])
