@@ -236,7 +236,7 @@ def run_method(lab: Lab, method: Method, canvas: Canvas, key: Key) -> Run:
     options = lab.options
     learner = Learner(method, options.train, lab.pictures, lab.patches, key.fold("train"))
     trained = train(learner, 60 * options.minutes_per_objective)
-    if learner.has_diverged:
+    if learner.guard.too_many:
         raise ValueError(f"stopped after {trained.nonfinite} steps that were not finite, of {trained.steps}")
     distances, drawn = {}, {}
     for n in options.numbers(method):
