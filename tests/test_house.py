@@ -50,6 +50,7 @@ OPTIONAL = {
     "pyarrow": {"omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},
     "scipy": {"omni/objectives/pairing.py"},
+    "matplotlib": {"train/charts.py"},
 }
 
 

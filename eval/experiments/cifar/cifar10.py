@@ -48,6 +48,7 @@ from omni.media import save_png
 from omni.nn.precision import require_device
 from omni.rng import Key
 from omni.sequence.layout import Batch
+from train.charts import require_matplotlib
 
 PASS = 500  # pictures drawn at once
 
@@ -161,6 +162,7 @@ def cifar10(context: Context, options: Cifar10Options) -> Outcome:
     """Flow-map objectives on CIFAR-10 at equal device time, by Frechet distance at 1 to 8 evaluations."""
     if options.data is None:
         raise ValueError("cifar10 reads files: give cifar10.data=FOLDER, which holds train.parquet and test.parquet")
+    require_matplotlib()
     with float32_products("highest" if options.train.tangents == "central" else "high"):
         lab, judged = prepare(context, options)
         results = run_all(context, lab)
