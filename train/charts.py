@@ -36,8 +36,7 @@ def require_matplotlib() -> Any:
 
 def new_figure(width: int, height: int) -> Figure:
     """An empty figure of this many pixels."""
-    figure = require_matplotlib().figure.Figure((width / DPI, height / DPI), DPI, layout="constrained")
-    return figure
+    return require_matplotlib().figure.Figure((width / DPI, height / DPI), DPI, layout="constrained")
 
 
 def charts(
@@ -50,22 +49,26 @@ def charts(
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     legend = 40 + 7 * max((len(name) for name in names), default=0)
     figure = new_figure(size[0] * len(panels) + legend, max(size[1], 30 + 18 * len(names)))
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, lines) in zip(row, panels.items(), strict=True):
-        axes.set(title=title, xlabel=x_label, ylabel=y_label if axes is row[0] else "")
-        axes.grid(color="#e2e2e2", linewidth=0.7)
-        for name, line in lines.items():
-            shown = [(x, y) for x, y in line if math.isfinite(y) and (not log or min(x, y) > 0)]
-            axes.plot(*zip(*shown, strict=True) if shown else ([], []), label=name, **_style(names.index(name), log))
-        if log:
-            _log_axes(axes, sorted({x for line in lines.values() for x, _ in line if x > 0}))
-    handles = {label: h for axes in row for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if names:
-        figure.legend([handles[n] for n in names], names, loc="outside right upper", fontsize=8, frameon=False)
+    handles: dict[str, Any] = {}
+    with require_matplotlib().rc_context({"text.parse_math": False}):
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, lines) in zip(row, panels.items(), strict=True):
+            axes.set(title=title, xlabel=x_label, ylabel=y_label if axes is row[0] else "")
+            axes.grid(color="#e2e2e2", linewidth=0.7)
+            for name, line in lines.items():
+                shown = [(x, y) for x, y in line if math.isfinite(y) and (not log or min(x, y) > 0)]
+                [handles[name]] = axes.plot(
+                    *zip(*shown, strict=True) if shown else ([], []), **_style(names, name, log)
+                )
+            if log:
+                _log_axes(axes, sorted({x for line in lines.values() for x, _ in line if x > 0}))
+        if names:
+            figure.legend([handles[n] for n in names], names, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def _style(number: int, marked: bool) -> dict[str, Any]:
+def _style(names: Sequence[str], name: str, marked: bool) -> dict[str, Any]:
+    number = names.index(name)
     marker = MARKERS[number // 10 % len(MARKERS)] if marked else ""
     return {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.5, "marker": marker, "markersize": 4}
 

@@ -6,6 +6,7 @@ The matrices are views of the kernels, which have to be channels-last in memory,
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from train.optim.muon import Muon
@@ -35,4 +36,4 @@ class KernelOptimiser(Optimiser):
 
 def _matrix(kernel: Tensor) -> Tensor:
     """(outputs, inputs, rows, columns) -> (outputs, rows * columns * inputs): a view of a channels-last kernel."""
-    return kernel.permute(0, 2, 3, 1).reshape(kernel.shape[0], -1)
+    return rearrange(kernel, "o i h w -> o (h w i)")
