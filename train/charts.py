@@ -57,9 +57,8 @@ def charts(
             axes.grid(color="#e2e2e2", linewidth=0.7)
             for name, line in lines.items():
                 shown = [(x, y) for x, y in line if math.isfinite(y) and (not log or min(x, y) > 0)]
-                [handles[name]] = axes.plot(
-                    *zip(*shown, strict=True) if shown else ([], []), **_style(names, name, log)
-                )
+                style = _style(names.index(name), log)
+                [handles[name]] = axes.plot([x for x, _ in shown], [y for _, y in shown], **style)
             if log:
                 _log_axes(axes, sorted({x for line in lines.values() for x, _ in line if x > 0}))
         if names:
@@ -67,8 +66,7 @@ def charts(
     return figure
 
 
-def _style(names: Sequence[str], name: str, marked: bool) -> dict[str, Any]:
-    number = names.index(name)
+def _style(number: int, marked: bool) -> dict[str, Any]:
     marker = MARKERS[number // 10 % len(MARKERS)] if marked else ""
     return {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.5, "marker": marker, "markersize": 4}
 

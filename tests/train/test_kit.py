@@ -74,7 +74,7 @@ def test_an_optimiser_multiplies_the_rates_of_its_parts() -> None:
     assert a.weight.grad is None and optimiser.members() == {"a": ["0"], "b": ["0"]}
 
 
-def test_a_step_that_is_left_out_on_the_device_changes_nothing_and_is_counted() -> None:
+def test_a_refusal_on_the_device_changes_nothing_and_is_counted() -> None:
     live = layer(1.0)
     optimiser = Optimiser({"adam": torch.optim.Adam(live.parameters(), lr=0.1, fused=True)})
     guard = DeviceGuard(1, torch.device("cpu"))

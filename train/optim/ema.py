@@ -88,7 +88,6 @@ class AveragedModel(Generic[Module]):
         follow(list(self.model.parameters()), self._live, decay)
         self.num_updates += 1
 
-    @torch.no_grad()
     def restart(self) -> None:
         """Begin again, as a copy of the present weights."""
         torch._foreach_copy_(list(self.model.parameters()), [p.detach() for p in self._live])
