@@ -15,9 +15,10 @@ import torch
 
 from eval.results import Row, TaskResult
 from eval.task import Curve, Panel
+from train.charts import charts, to_svg
 
 MAX_PANELS = 60
-COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a")
+CURVE = (520, 260)  # pixels
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1f2328}
 table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;border-bottom:1px solid #d0d7de;text-align:left}
@@ -27,7 +28,7 @@ td.yes{background:#dafbe1}code{font-size:12px}h2{margin-top:2.5rem}
 figure{margin:0;border:1px solid #d0d7de;border-radius:6px;padding:.6rem}figure.wrong{border:2px solid #d1242f}
 figcaption{font-size:13px;overflow-wrap:anywhere}.side{display:flex;flex-wrap:wrap;gap:.5rem;margin-top:.4rem}
 .side div{font-size:11px;color:#57606a}img{image-rendering:pixelated;min-width:96px;border:1px solid #eee;display:block}
-.note{color:#57606a;font-size:13px;white-space:pre-wrap}svg text{font-size:11px;fill:#57606a}
+.note{color:#57606a;font-size:13px;white-space:pre-wrap}
 """
 
 
@@ -94,31 +95,12 @@ def image_tag(pixels: torch.Tensor) -> str:
     return f"<img alt='' width='96' src='data:image/png;base64,{data}'>"
 
 
-def _curve(curve: Curve, width: int = 640, height: int = 240, margin: int = 44) -> str:
-    points = [point for line in curve.lines.values() for point in line]
-    if not points:
+def _curve(curve: Curve) -> str:
+    """The curve as inline SVG; where matplotlib is missing, what to install."""
+    if not any(curve.lines.values()):
         return ""
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / ((x_high - x_low) or 1.0)
-        up = (y - y_low) / ((y_high - y_low) or 1.0)
-        return margin + across * (width - 2 * margin), height - margin - up * (height - 2 * margin)
-
-    parts = [f"<svg width='{width}' height='{height}' role='img'>"]
-    parts.append(f"<text x='{margin}' y='16'>{escape(curve.title)}</text>")
-    for i, (name, line) in enumerate(curve.lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in line))
-        parts.append(f"<polyline fill='none' stroke='{colour}' stroke-width='1.5' points='{path}'/>")
-        at = f"x='{width - margin}' y='{16 + 13 * i}' text-anchor='end'"
-        parts.append(f"<text {at} style='fill:{colour}'>{escape(name)}</text>")
-    labels = ((x_low, margin, "start"), (x_high, width - margin, "end"))
-    for value, at, anchor in labels:
-        parts.append(f"<text x='{at}' y='{height - margin + 16}' text-anchor='{anchor}'>{value:g}</text>")
-    for value, at in ((y_low, height - margin), (y_high, margin)):
-        parts.append(f"<text x='{margin - 4}' y='{at + 4}' text-anchor='end'>{value:.3g}</text>")
-    parts.append(f"<text x='{width / 2:.0f}' y='{height - 8}' text-anchor='middle'>{escape(curve.x_label)}</text>")
-    parts.append(f"<text x='4' y='{margin - 12}'>{escape(curve.y_label)}</text></svg>")
-    return "".join(parts)
+    try:
+        figure = charts({curve.title: curve.lines}, curve.x_label, curve.y_label, CURVE)
+    except ImportError as error:
+        return f"<p class='note'>{escape(curve.title)}: {escape(str(error))}</p>"
+    return f"<div>{to_svg(figure)}</div>"

@@ -40,7 +40,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 CALLABLES_ALONE = {"objectives", "samplers"}  # they see callables: nothing above level 1 but one another
 GENERATE = ("omni.model", "omni.generation.engine")  # the one exception: the late import in Omni.generate
 
-CORE = {"torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
+CORE = {"torch", "numpy", "einops", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
 OPTIONAL = {
     "diffusers": {"omni/codecs/upstream.py"},
@@ -53,6 +53,7 @@ OPTIONAL = {
     "pyarrow": {"omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},
     "scipy": {"omni/objectives/pairing.py"},
+    "matplotlib": {"train/charts.py"},
 }
 
 
@@ -292,7 +293,7 @@ def test_import_omni_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    heavy = {*OPTIONAL, "fastapi", "uvicorn", "datasets", "pandas", "scipy", "matplotlib", "einops", "huggingface_hub"}
+    heavy = {*OPTIONAL, "fastapi", "uvicorn", "datasets", "pandas", "scipy", "matplotlib", "huggingface_hub"}
     assert not heavy & set(done.stdout.split())
 
 

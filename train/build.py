@@ -40,7 +40,7 @@ from train.data.mixture import Mixture
 from train.guard import Guard
 from train.loop import Run
 from train.optim.ema import Ema
-from train.optim.optimiser import Optimiser
+from train.optim.optimiser import build_optimiser
 from train.optim.target import build_target
 from train.recipe import DataConfig, Recipe
 from train.sampler import choose_sampler
@@ -102,7 +102,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         model=model,
         objectives=objectives,
         loader=train(**own),
-        optimiser=Optimiser(model.named_parameters(), recipe.optimiser, hidden_names(model)),
+        optimiser=build_optimiser(model.named_parameters(), recipe.optimiser, hidden_names(model)),
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,

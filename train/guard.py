@@ -1,7 +1,8 @@
 """Non-finite guard: a NaN or infinity in the loss or the gradient norm never reaches the weights.
 
 Such a step is skipped (weights, optimiser and averages stay as they were), counted, and reported with the indices
-of its documents; too many in a row stop the run with exit code 3.
+of its documents; too many in a row stop the run with exit code 3. `DeviceGuard` does as much without waiting for the
+device.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 class TooManyNonFinite(RuntimeError):
@@ -35,3 +39,30 @@ class Guard:
                 f"gradient norm {grad_norm}, documents {span}; lower optimiser.rate or look at these documents"
             )
         return False
+
+
+class DeviceGuard:
+    """Refuses steps by their gradient norm and counts them, all on the device: the host learns of them late.
+
+    limit: more refusals than this, in a row or not, are too many.
+    """
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.limit = limit
+        self.num_skipped = torch.zeros((), device=device)
+        self._seen = torch.zeros((), pin_memory=device.type == "cuda")  # of a step or two ago
+
+    def refuses(self, norm: Tensor) -> Tensor:
+        """1.0 where the norm is not finite, else 0.0: see Optimiser.step."""
+        wrong = (~norm.isfinite()).float()
+        self.num_skipped += wrong
+        self._seen.copy_(self.num_skipped, non_blocking=True)
+        return wrong
+
+    @property
+    def too_many(self) -> bool:
+        return float(self._seen) > self.limit
+
+    def restart(self) -> None:
+        self.num_skipped.zero_()
+        self._seen.zero_()

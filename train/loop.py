@@ -113,7 +113,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()
     run.look_ahead()
-    loss, grad_norm = float(total.detach()), run.optimiser.clip()
+    loss, grad_norm = float(total.detach()), float(run.optimiser.clip())
     rate = multiplier(recipe.optimiser, step, run.fraction())
     if run.guard.accepts(step, loss, grad_norm, packed.documents):
         run.between_updates = False

@@ -7,7 +7,6 @@ depend on them. A ratio is the median over rounds of step / flow-matching step o
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable
 
@@ -23,6 +22,7 @@ from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
 from omni.rng import Key
 from omni.sequence.layout import Batch, LatentSpan, Shape, TokenSpan, pack
+from train.optim.target import build_target
 
 BASE = "flow_matching"
 METHODS = {
@@ -91,8 +91,8 @@ def train_step(
     device = batch.ids.device
     objective = build_objective(name, **objective_options)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    decay = getattr(objective, "target_decay", None)
-    averages = copy.deepcopy(model).requires_grad_(False) if decay else None
+    target = build_target(model, [objective])
+    averages = None if target is None else target.model
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as in train.loop
@@ -101,9 +101,8 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        if averages is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(averages.parameters()), list(model.parameters()), 1.0 - decay)
+        if target is not None:
+            target.update()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from omni.codecs.autoencoder_config import (
@@ -187,11 +188,11 @@ class AutoencoderCodec(Codec):
 
     def normalised(self, raw: Tensor) -> Tensor:
         """(B, C, h, w) -> normalised (B, h, w, C)."""
-        return (raw.permute(0, 2, 3, 1) - self.mean) / self.deviation
+        return (rearrange(raw, "b c h w -> b h w c") - self.mean) / self.deviation
 
     def denormalised(self, latents: Tensor) -> Tensor:
         """Inverse of `normalised`."""
-        return (latents * self.deviation + self.mean).permute(0, 3, 1, 2)
+        return rearrange(latents * self.deviation + self.mean, "b h w c -> b c h w")
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """In passes of one shape for each size of picture: kernels differ from shape to shape, and so do last bits."""
@@ -214,7 +215,7 @@ class AutoencoderCodec(Codec):
         total = torch.zeros(self.spec.channels, dtype=torch.float64)
         square, count = total.clone(), 0
         for pixels in batches:
-            raw = self.transmit(self.encode_pictures(to_pictures(pixels))).double().transpose(0, 1).flatten(1)
+            raw = rearrange(self.transmit(self.encode_pictures(to_pictures(pixels))).double(), "b c h w -> c (b h w)")
             total, square, count = total + raw.sum(1), square + raw.square().sum(1), count + raw.shape[1]
         mean = total / count
         deviation = (square / count - mean.square()).clamp_min(1e-12).sqrt()
@@ -253,12 +254,12 @@ class AutoencoderCodec(Codec):
 
 def to_pictures(pixels: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)
+    return rearrange(pixels.float() / 127.5 - 1, "b h w c -> b c h w")
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded and clipped. NotFiniteError for NaN and infinity."""
-    return to_bytes(pictures).permute(0, 2, 3, 1).contiguous()
+    return rearrange(to_bytes(pictures), "b c h w -> b h w c").contiguous()
 
 
 # -------------------------------------------------------------------------------------------------- diffusers

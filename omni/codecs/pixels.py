@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
@@ -50,13 +51,9 @@ class PixelCodec(Codec):
         return self.configuration.model_dump(mode="json")
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        batch, height, width, _ = pixels.shape
         p = self.configuration.patch
-        patches = pixels.reshape(batch, height // p, p, width // p, p, 3).transpose(2, 3)
-        return patches.reshape(batch, height // p, width // p, p * p * 3).float() / 127.5 - 1
+        return rearrange(pixels, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p).float() / 127.5 - 1
 
     def _decode(self, latents: Tensor) -> Tensor:
-        batch, rows, columns, _ = latents.shape
         p = self.configuration.patch
-        patches = latents.reshape(batch, rows, columns, p, p, 3).transpose(2, 3)
-        return to_bytes(patches.reshape(batch, rows * p, columns * p, 3))
+        return to_bytes(rearrange(latents, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p))

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -226,10 +227,9 @@ def _resize(pixels: Tensor, size: Size) -> Tensor:
         return pixels
     parts = []
     for part in pixels.reshape(-1, height, width, 3).split(max(1, RESIZE_PIXELS // (height * width))):
-        part = F.interpolate(
-            part.permute(0, 3, 1, 2).float(), size=size, mode="bilinear", antialias=True, align_corners=False
-        )
-        parts.append(part.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+        part = rearrange(part, "n h w c -> n c h w").float()
+        part = F.interpolate(part, size=size, mode="bilinear", antialias=True, align_corners=False)
+        parts.append(rearrange(part.round().clamp(0, 255).to(torch.uint8), "n c h w -> n h w c"))
     return torch.cat(parts).reshape(*pixels.shape[:-3], *size, 3)
 
 

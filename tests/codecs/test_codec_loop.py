@@ -106,12 +106,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_many_end_the_run(
     run = CodecRun(recipe(max_nonfinite=2), tmp_path)
     spoil(run, monkeypatch, {1, 3, 4})
     run.train_step()
-    state = {name: p.detach().clone() for name, p in (*run.module.named_parameters(), *run.optimiser.tensors().items())}
-    averages = {name: value.clone() for name, value in run.average.items()}
+    state = {
+        name: p.detach().clone() for name, p in (*run.module.named_parameters(), *run.optimiser.state_tensors().items())
+    }
+    averages = {name: value.clone() for name, value in run.ema.averages.items()}
     run.train_step()
-    now = dict((*run.module.named_parameters(), *run.optimiser.tensors().items()))
+    now = dict((*run.module.named_parameters(), *run.optimiser.state_tensors().items()))
     assert all(torch.equal(now[name], value) for name, value in state.items())
-    assert all(torch.equal(run.average[name], value) for name, value in averages.items())
+    assert all(torch.equal(run.ema.averages[name], value) for name, value in averages.items())
     assert (run.step, run.guard.num_skipped) == (2, 1) and all(p.grad is None for p in run.module.parameters())
     run.train_step()
     run.train_step()

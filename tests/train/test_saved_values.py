@@ -19,7 +19,7 @@ from train.checkpoint import Change, Progress
 from train.data.batch import PIECES
 from train.guard import Guard, TooManyNonFinite
 from train.optim.ema import Ema
-from train.optim.optimiser import Optimiser, OptimiserConfig
+from train.optim.optimiser import Optimiser, OptimiserConfig, build_optimiser
 from train.optim.target import Target
 
 # ---- the guard -----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ IDENTITY: dict[str, Any] = {"recipe": {"seed": 3, "model": {"depth": 2}, "worker
 
 def parts(value: float, width: int = 2) -> tuple[Small, Ema, Optimiser]:
     model = Small(value, width)
-    optimiser = Optimiser(model.named_parameters(), build({"name": "adamw"}, OptimiserConfig, "test"))
+    optimiser = build_optimiser(model.named_parameters(), build({"name": "adamw"}, OptimiserConfig, "test"))
     return model, Ema(model, 0.9), optimiser
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni.checkpoint import load_tensors, publish, read_bytes
 from omni.codecs import AutoencoderCodec, codecs, load_codec, psnr
@@ -33,7 +33,9 @@ from omni.rng import Key
 from train import checkpoint as state
 from train.guard import Guard, TooManyNonFinite
 from train.metrics import drop_from, json_row
-from train.optim.muon import Muon
+from train.optim.ema import Ema
+from train.optim.kernels import KernelOptimiser
+from train.optim.schedule import fall, rise
 
 STATE, RECIPE, KIND = "state.safetensors", "recipe.json", "codec training state"
 KEEP = 2  # states
@@ -97,58 +99,9 @@ class SceneSource:
         return torch.stack([render(scene, self.atlas) for scene in scenes])
 
 
-class Optimiser:
-    """Muon on convolution kernels, each seen as an (outputs, inputs x window) matrix; AdamW on the rest.
-
-    The matrices are views of the channels-last kernels, so Muon updates them in place.
-    """
-
-    def __init__(self, module: nn.Module, recipe: CodecRecipe) -> None:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.kernels = [p for p in trained if p.ndim == 4]
-        self.others = [p for p in trained if p.ndim != 4]
-        self.matrices = [_matrix(p.detach()) for p in self.kernels]
-        self.muon = Muon(self.matrices, recipe.learning_rate, recipe.weight_decay)
-        self.adam = torch.optim.AdamW(self.others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def step(self, learning_rate: float) -> None:
-        """One update; clears the gradients."""
-        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
-            assert kernel.grad is not None and matrix.data_ptr() == kernel.data_ptr(), "a kernel was moved"
-            matrix.grad = _matrix(kernel.grad)
-        for optimiser in (self.muon, self.adam):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate
-            optimiser.step()
-        for parameter in self.kernels + self.others:
-            parameter.grad = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The optimisers' state as flat named tensors."""
-        named: dict[str, Tensor] = {}
-        for name, optimiser, parameters in (("muon", self.muon, self.matrices), ("adam", self.adam, self.others)):
-            for i, parameter in enumerate(parameters):
-                named |= {f"{name}.{i}.{key}": value for key, value in optimiser.state[parameter].items()}
-        return named
-
-    def load(self, named: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`."""
-        for name, optimiser, parameters in (("muon", self.muon, self.matrices), ("adam", self.adam, self.others)):
-            for i, parameter in enumerate(parameters):
-                prefix = f"{name}.{i}."
-                state = {k.removeprefix(prefix): v.clone() for k, v in named.items() if k.startswith(prefix)}
-                optimiser.state[parameter] = state
-
-
-def _matrix(kernel: Tensor) -> Tensor:
-    """(outputs, inputs, rows, columns) -> (outputs, rows * columns * inputs): a view of a channels-last kernel."""
-    return kernel.permute(0, 2, 3, 1).reshape(kernel.shape[0], -1)
-
-
 def learning_rate_at(step: int, recipe: CodecRecipe) -> float:
     """Linear warm-up, then linear decay to zero."""
-    warmup = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
-    return recipe.learning_rate * warmup * (1 - step / recipe.steps)
+    return recipe.learning_rate * rise(step, recipe.warmup_steps) * fall(step / recipe.steps, "linear")
 
 
 def loss_terms(codec: AutoencoderCodec, pictures: Tensor, recipe: CodecRecipe, key: Key) -> dict[str, Tensor]:
@@ -182,8 +135,8 @@ class CodecRun:
         self.keeps_latents = False  # only the decoder is trained: the latents stay those of init_from, to the bit
         self.codec = self._build()
         self.module = self.codec.module.to(memory_format=torch.channels_last).train()
-        self.optimiser = Optimiser(self.module, recipe)
-        self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self.optimiser = KernelOptimiser(self.module, recipe.weight_decay)
+        self.ema = Ema(self.module, recipe.ema_decay, start=11)
         self.step = 0
         self.guard = Guard(recipe.max_nonfinite)
         self.changes: list[state.Change] = []
@@ -213,24 +166,19 @@ class CodecRun:
         pixels = self.train_scenes.pixels(self.step * recipe.batch_size, recipe.batch_size)
         terms = loss_terms(self.codec, to_pictures(pixels), recipe, self.key.fold("step", self.step))
         terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], 1.0)
+        norm = self.optimiser.clip()
         pictures = range(self.step * recipe.batch_size, (self.step + 1) * recipe.batch_size)
         if self.guard.accepts(self.step, terms["loss"].item(), norm.item(), pictures):
             self.optimiser.step(learning_rate_at(self.step, recipe))
-            decay = min(recipe.ema_decay, (self.step + 1) / (self.step + 11))
-            live = [p.detach() for p in self.module.parameters()]
-            torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)  # type: ignore[attr-defined]
-        self.module.zero_grad(set_to_none=True)
+            self.ema.update(self.step)  # the decay warms up with steps, those that are left out among them
+        self.optimiser.zero_grad()
         self.step += 1
         return {name: value.item() for name, value in terms.items()} | {"gradient_norm": norm.item()}
-
-    def averaged(self) -> _Averaged:
-        return _Averaged(self.module, self.average)
 
     def evaluate(self, count: int) -> dict[str, float]:
         """Mean PSNR (dB) of held-out pictures with the averaged weights: clean, and latents with 15 % noise."""
         clean, noisy = [], []
-        with self.averaged(), torch.no_grad():
+        with self.ema.applied(), torch.no_grad():
             for start in range(0, count, 64):
                 pixels = self.heldout_scenes.pixels(start, min(64, count - start))
                 latents = self.codec.encode_pictures(to_pictures(pixels))
@@ -245,9 +193,9 @@ class CodecRun:
 
     def save(self) -> None:
         """Publish everything that exact resume needs as state/step-XXXXXXXX; the last KEEP of them stay."""
-        tensors = {f"average.{name}": value for name, value in self.average.items()}
+        tensors = {f"average.{name}": value for name, value in self.ema.averages.items()}
         tensors |= {f"live.{name}": p.detach() for name, p in self.module.named_parameters()}
-        tensors |= {f"optimiser.{name}": value for name, value in self.optimiser.tensors().items()}
+        tensors |= {f"optimiser.{_dotted(name)}": value for name, value in self.optimiser.state_tensors().items()}
         tensors["step"] = torch.tensor(self.step)
         limit = self.guard.limit
         tensors["nonfinite"] = torch.tensor([self.guard.num_skipped, self.guard.num_in_row % limit])
@@ -273,9 +221,9 @@ class CodecRun:
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(part["live."][name])
-                self.average[name].copy_(part["average."][name])
-        self.optimiser.load(part["optimiser."])
         self.step = int(tensors["step"])
+        self.ema.load(part["average."], self.step)
+        self.optimiser.load_state_tensors({name.replace(".", "/"): v for name, v in part["optimiser."].items()})
         self.guard.num_skipped, self.guard.num_in_row = tensors["nonfinite"].tolist()
         say(f"resumed {directory} at step {self.step} of {self.recipe.last_step}")
         for change in self.changes:
@@ -287,7 +235,7 @@ class CodecRun:
 
     def publish(self, directory: Path) -> None:
         """Write the averaged weights as a codec directory, its latents normalised over training pictures."""
-        with self.averaged():
+        with self.ema.applied():
             if not self.keeps_latents:
                 count = self.recipe.statistics_pictures
                 self.codec.normalise_over(
@@ -298,7 +246,7 @@ class CodecRun:
     def sample_sheet(self) -> None:
         """samples.png: 16 held-out pictures in pairs of rows, the original above its reconstruction."""
         pixels = self.heldout_scenes.pixels(0, 16)
-        with self.averaged(), torch.no_grad():
+        with self.ema.applied(), torch.no_grad():
             latents = self.codec.transmit(self.codec.encode_pictures(to_pictures(pixels)))
             restored = to_pixels(self.codec.decode_pictures(latents))
         rows = [torch.cat(list(part[i : i + 8]), dim=1) for i in (0, 8) for part in (pixels, restored)]
@@ -307,23 +255,9 @@ class CodecRun:
         )
 
 
-class _Averaged:
-    """Context manager: the module computes with the moving average of its weights inside."""
-
-    def __init__(self, module: nn.Module, average: Mapping[str, Tensor]) -> None:
-        self.module, self.average = module, average
-
-    def __enter__(self) -> None:
-        self.live = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        self._set(self.average)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self.live)
-
-    @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(values[name])
+def _dotted(name: str) -> str:
+    """How a state of a codec writes `<part>/<number>/<slot>`."""
+    return name.replace("/", ".")
 
 
 def train(

@@ -1,31 +1,50 @@
-"""Exponential moving average of the weights, in float32, with a decay that warms up.
+"""Exponential moving averages of weights: own <- d own + (1 - d) live, after each update of the live weights.
 
-decay(n) = min(decay, (1 + n) / (10 + n)) after n updates, so early weights fade soon. Buffers are not averaged.
+`Ema` keeps float32 tensors by name, for checkpoints. `AveragedModel` is a second model, for sampling while training
+and for target networks. The decay d warms up, so early weights fade soon; buffers are not averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def warmed_decay(decay: float, num_updates: int, start: int = 10) -> float:
+    """min(decay, (1 + n) / (start + n)) after n updates."""
+    return min(decay, (1 + num_updates) / (start + num_updates))
+
+
+@torch.no_grad()
+def follow(averages: Sequence[Tensor], live: Sequence[Tensor], decay: float) -> None:
+    """averages <- decay averages + (1 - decay) live, in place; dtypes are equal."""
+    torch._foreach_lerp_(list(averages), [tensor.detach() for tensor in live], 1.0 - decay)
 
 
 class Ema:
-    """Averages of a module's named parameters. `applied()` lends them to the module for a while."""
+    """Averages of a module's named parameters, float32. `applied()` lends them to the module for a while.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.num_updates = decay, 0
+    start: of the decay's warm-up (see warmed_decay).
+    """
+
+    def __init__(self, module: nn.Module, decay: float, start: int = 10) -> None:
+        self.decay, self.start, self.num_updates = decay, start, 0
         self._live = dict(module.named_parameters())
         self.averages = {name: p.detach().to(torch.float32, copy=True) for name, p in self._live.items()}
 
-    @torch.no_grad()
-    def update(self) -> None:
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+    def update(self, number: int | None = None) -> None:
+        """number: of updates before this one, where the caller counts otherwise."""
+        number = self.num_updates if number is None else number
         live = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.averages.values()), live, 1.0 - decay)
-        self.num_updates += 1
+        follow(list(self.averages.values()), live, warmed_decay(self.decay, number, self.start))
+        self.num_updates = number + 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -37,7 +56,7 @@ class Ema:
         finally:
             self._copy(kept)
 
-    def load(self, averages: Mapping[str, torch.Tensor], num_updates: int) -> None:
+    def load(self, averages: Mapping[str, Tensor], num_updates: int) -> None:
         """Raises ValueError when names or shapes differ from the module's."""
         for name, value in self.averages.items():
             if name not in averages or averages[name].shape != value.shape:
@@ -46,6 +65,30 @@ class Ema:
         self.num_updates = num_updates
 
     @torch.no_grad()
-    def _copy(self, values: Mapping[str, torch.Tensor]) -> None:
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._live.items():
             parameter.copy_(values[name])
+
+
+class AveragedModel(Generic[Module]):
+    """`model`: a copy of the given one, on its device and in its dtype, without gradients, whose weights follow.
+
+    warms_up: whether the decay does; the copy starts as the model in any case. The attributes `tokenizer` and `codec`
+    of the model are shared with the copy.
+    """
+
+    def __init__(self, model: Module, decay: float, warms_up: bool = True) -> None:
+        self.decay, self.warms_up, self.num_updates = decay, warms_up, 0
+        self._live = list(model.parameters())
+        shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec")) if part}
+        self.model = copy.deepcopy(model, shared).requires_grad_(False)
+
+    def update(self) -> None:
+        decay = warmed_decay(self.decay, self.num_updates) if self.warms_up else self.decay
+        follow(list(self.model.parameters()), self._live, decay)
+        self.num_updates += 1
+
+    def restart(self) -> None:
+        """Begin again, as a copy of the present weights."""
+        torch._foreach_copy_(list(self.model.parameters()), [p.detach() for p in self._live])
+        self.num_updates = 0

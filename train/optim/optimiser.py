@@ -1,22 +1,23 @@
-"""Optimisers behind one face: Muon for the hidden matrices of the transformer, AdamW for everything else.
+"""Optimisers behind one face: any torch optimisers whose rates share a schedule.
 
-Muon (train/optim/muon.py; update RMS matched to AdamW's, arXiv 2502.16982) wants 2-D weights that map hidden to
-hidden: attention and feed-forward matrices, which modules declare (omni.nn.declare). The rest stays with AdamW.
-The learning rate is `rate * multiplier`, set before every step from the schedule, so no scheduler has state.
+`build_optimiser` makes the one of a model: Muon for its hidden matrices, AdamW for everything else. Muon
+(train/optim/muon.py; update RMS matched to AdamW's, arXiv 2502.16982) wants 2-D weights that map hidden to hidden:
+attention and feed-forward matrices, which modules declare (omni.nn.declare). A learning rate is a part's own rate times
+a factor that is given with every step (train/optim/schedule.py), so no scheduler has state.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from omni.config import Frozen
 from train.optim.muon import Muon
+from train.optim.schedule import Decay, fall, rise
 
 
 class OptimiserConfig(Frozen):
@@ -29,7 +30,7 @@ class OptimiserConfig(Frozen):
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = Field(0.95, ge=0, lt=1)
     warmup_steps: int = Field(100, ge=0)
-    decay: Literal["linear", "cosine", "wsd", "none"] = "cosine"
+    decay: Decay = "cosine"
     decay_fraction: float = Field(0.25, gt=0, le=1, description="wsd: share of the run spent falling")
     schedule_steps: int | None = Field(None, ge=1, description="steps of the decay; else it spans the run")
     min_factor: float = Field(0.0, ge=0, le=1, description="what the decay falls to, as a share of the rate")
@@ -48,88 +49,81 @@ def multiplier(config: OptimiserConfig, step: int, fraction: float) -> float:
     With `schedule_steps` the decay is over that many steps, however long the run is: a longer run goes on at
     `min_factor`, and the rate of a step does not change when the run is made longer.
     """
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule_steps is not None:
         fraction = step / config.schedule_steps
-    fraction = min(max(fraction, 0.0), 1.0)
-    match config.decay:
-        case "linear":
-            fall = 1.0 - fraction
-        case "cosine":
-            fall = 0.5 * (1.0 + math.cos(math.pi * fraction))
-        case "wsd":
-            fall = min(1.0, (1.0 - fraction) / config.decay_fraction)
-        case _:
-            fall = 1.0
-    return warm * (config.min_factor + (1.0 - config.min_factor) * fall)
+    return rise(step, config.warmup_steps) * fall(fraction, config.decay, config.min_factor, config.decay_fraction)
 
 
 class Optimiser:
-    """One face over one or two torch optimisers. Parameters are known by name, and so is their state. hidden: names of
-    those that Muon takes."""
+    """One face over torch optimisers. Their state is known by the names of the parameters.
+
+    parts: by name; the rates that they come with are multiplied by the factor of each step. parameters: whose gradients
+    are clipped and cleared, in the order of the norm's sum; by default those of the parts. names: of the parameters of
+    the parts, in the state; by default a parameter's number within its part. clip: largest gradient norm.
+    """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig, hidden: Collection[str] = ()
+        self,
+        parts: Mapping[str, torch.optim.Optimizer],
+        parameters: Sequence[Tensor] | None = None,
+        names: Mapping[Tensor, str] | None = None,
+        clip: float = 1.0,
     ) -> None:
-        self.config = config
-        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        self.names = {parameter: name for name, parameter in named}
-        muon_names = set(hidden) if config.name == "muon" else set()
-        matrices_of_muon = [p for name, p in named if name in muon_names]
-        taken = set(matrices_of_muon)
-        rest = [p for _, p in named if p not in taken]
-        self._parts: list[tuple[str, float, torch.optim.Optimizer]] = []
-        if taken:
-            muon = Muon(matrices_of_muon, config.muon_rate, config.weight_decay, config.momentum)
-            self._parts.append(("muon", config.muon_rate, muon))
-        if rest:
-            matrices = [p for p in rest if p.ndim >= 2]
-            vectors = [p for p in rest if p.ndim < 2]
-            groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-            groups.append({"params": vectors, "weight_decay": 0.0})
-            adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.rate, betas=config.betas, eps=1e-8)
-            self._parts.append(("adamw", config.rate, adamw))
+        self.parts, self.max_norm = dict(parts), clip
+        self.names = names or {p: str(n) for part in parts.values() for n, p in enumerate(_parameters(part))}
+        self.parameters = list(self.names if parameters is None else parameters)
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["initial_lr"] = group["lr"]
 
     def members(self) -> dict[str, list[str]]:
-        """Optimiser name -> sorted names of its parameters."""
-        return {
-            name: sorted(self.names[p] for group in part.param_groups for p in group["params"])
-            for name, _, part in self._parts
-        }
+        """Name of a part -> sorted names of its parameters."""
+        return {name: sorted(self.names[p] for p in _parameters(part)) for name, part in self.parts.items()}
 
-    def step(self, multiplier: float) -> None:
-        for _, rate, part in self._parts:
+    def step(self, factor: float, left_out: Tensor | None = None) -> None:
+        """One update, at `factor` times the rate of each part.
+
+        left_out: 1.0 on the device where the step must change nothing, else 0.0 (see train.guard). Only the fused
+        optimisers of torch heed it.
+        """
+        for part in self.parts.values():
+            if left_out is not None:
+                assert part.defaults.get("fused"), "an optimiser that is not fused would take the step"
+                part.found_inf = left_out  # type: ignore[attr-defined]  # as GradScaler does
             for group in part.param_groups:
-                group["lr"] = rate * multiplier
+                group["lr"] = group["initial_lr"] * factor
             part.step()
 
     def zero_grad(self) -> None:
-        for _, _, part in self._parts:
+        for part in self.parts.values():
             part.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
-    def clip(self) -> float:
-        """Scale all gradients to norm at most `clip`; returns the norm before. A non-finite norm changes nothing."""
-        with_grad = [p for p in self.names if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
-        if bool(torch.isfinite(norm)):
-            torch.nn.utils.clip_grads_with_norm_(with_grad, self.config.clip, norm)
-        return float(norm)
+    def clip(self) -> Tensor:
+        """Scale all gradients to norm at most `clip`; returns the norm before, on the device, and does not wait for it.
+        Where the norm is not finite the gradients are of no use, and the step has to be left out."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """All optimiser state as flat tensors named `<optimiser>/<parameter>/<slot>`."""
-        flat: dict[str, torch.Tensor] = {}
-        for part_name, _, part in self._parts:
+    def forget(self) -> None:
+        """Drop all state, as before the first step."""
+        for part in self.parts.values():
+            part.state.clear()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All optimiser state as flat tensors named `<part>/<parameter>/<slot>`."""
+        flat: dict[str, Tensor] = {}
+        for part_name, part in self.parts.items():
             for parameter, slots in part.state.items():
                 for slot, value in slots.items():
-                    assert isinstance(value, torch.Tensor), f"optimiser slot {slot} is not a tensor"
+                    assert isinstance(value, Tensor), f"optimiser slot {slot} is not a tensor"
                     flat[f"{part_name}/{self.names[parameter]}/{slot}"] = value
         return flat
 
-    def load_state_tensors(self, flat: Mapping[str, torch.Tensor]) -> None:
+    def load_state_tensors(self, flat: Mapping[str, Tensor]) -> None:
         """Inverse of state_tensors. Raises ValueError when a tensor belongs to no parameter here."""
-        known = {(part_name, self.names[p]): (part, p) for part_name, _, part in self._parts for p in _parameters(part)}
-        for _, _, part in self._parts:
-            part.state.clear()
+        known = {(name, self.names[p]): (part, p) for name, part in self.parts.items() for p in _parameters(part)}
+        self.forget()
         for full_name, value in flat.items():
             part_name, name, slot = full_name.split("/")
             if (part_name, name) not in known:
@@ -139,5 +133,26 @@ class Optimiser:
             part.state[parameter][slot] = value
 
 
-def _parameters(part: torch.optim.Optimizer) -> list[nn.Parameter]:
+def _parameters(part: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in part.param_groups for p in group["params"]]
+
+
+def build_optimiser(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig, hidden: Collection[str] = ()
+) -> Optimiser:
+    """Muon for the parameters whose names are in `hidden`, AdamW for the others that require gradients."""
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    of_muon = [p for name, p in trained.items() if config.name == "muon" and name in hidden]
+    taken = set(of_muon)
+    rest = [p for p in trained.values() if p not in taken]
+    parts: dict[str, torch.optim.Optimizer] = {}
+    if of_muon:
+        parts["muon"] = Muon(of_muon, config.muon_rate, config.weight_decay, config.momentum)
+    if rest:
+        matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+        groups.append({"params": vectors, "weight_decay": 0.0})
+        used = [group for group in groups if group["params"]]
+        parts["adamw"] = torch.optim.AdamW(used, lr=config.rate, betas=config.betas, eps=1e-8)
+    names = {parameter: name for name, parameter in trained.items()}
+    return Optimiser(parts, names=names, clip=config.clip)

@@ -1,32 +1,24 @@
 """The target network of objectives that have one: a second model that follows the first, for `FlowCall.target()`.
 
 After each optimiser step its weights become decay * own + (1 - decay) * the model's (Terminal Velocity Matching, arXiv
-2511.19797, section 4: 0.99). Unlike train.optim.ema, whose averages are what is published, it starts as a copy, has no
-warm-up and takes part in the loss.
+2511.19797, section 4: 0.99). Unlike the averages that are published, it has no warm-up and takes part in the loss.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+
+from train.optim.ema import AveragedModel, Module
 
 
-class Target:
-    """`model`: a copy of the given one, on its device, without gradients; tokenizer and codec are shared with it."""
+class Target(AveragedModel[Module]):
+    """An averaged model without a warm-up that can be saved."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self._live = list(model.parameters())
-        shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec")) if part}
-        self.model = copy.deepcopy(model, shared).requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in self._live], 1.0 - self.decay)
+    def __init__(self, model: Module, decay: float) -> None:
+        super().__init__(model, decay, warms_up=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -40,7 +32,7 @@ class Target:
             value.copy_(saved[name])
 
 
-def build_target(model: nn.Module, objectives: Sequence[Any]) -> Target | None:
+def build_target(model: Module, objectives: Sequence[Any]) -> Target[Module] | None:
     """The target network that the objectives want. None when they want none, or one of decay 0: the present weights.
 
     Raises ValueError when they want different ones.

@@ -48,6 +48,7 @@ from omni.media import save_png
 from omni.nn.precision import require_device
 from omni.rng import Key
 from omni.sequence.layout import Batch
+from train.charts import require_matplotlib
 
 PASS = 500  # pictures drawn at once
 
@@ -161,6 +162,7 @@ def cifar10(context: Context, options: Cifar10Options) -> Outcome:
     """Flow-map objectives on CIFAR-10 at equal device time, by Frechet distance at 1 to 8 evaluations."""
     if options.data is None:
         raise ValueError("cifar10 reads files: give cifar10.data=FOLDER, which holds train.parquet and test.parquet")
+    require_matplotlib()
     with float32_products("highest" if options.train.tangents == "central" else "high"):
         lab, judged = prepare(context, options)
         results = run_all(context, lab)
@@ -236,7 +238,7 @@ def run_method(lab: Lab, method: Method, canvas: Canvas, key: Key) -> Run:
     options = lab.options
     learner = Learner(method, options.train, lab.pictures, lab.patches, key.fold("train"))
     trained = train(learner, 60 * options.minutes_per_objective)
-    if learner.has_diverged:
+    if learner.guard.too_many:
         raise ValueError(f"stopped after {trained.nonfinite} steps that were not finite, of {trained.steps}")
     distances, drawn = {}, {}
     for n in options.numbers(method):

@@ -19,9 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from eval.experiments.cifar.pictures import NUM_CLASSES, Order, Pictures, cropped, flipped
-from eval.experiments.plane.run import schedule
+from eval.experiments.plane.run import factor_at
 from omni.config import Frozen
 from omni.rng import Key
+from train.optim.optimiser import Optimiser
 
 CHUNK = 1000  # pictures a pass of the features
 
@@ -82,20 +83,19 @@ def train_classifier(pictures: Pictures, options: ClassifierOptions, key: Key) -
     """In bfloat16 on CUDA, on flipped and cropped pictures."""
     device, batch = pictures.labels.device, min(options.batch, len(pictures))
     classifier = Classifier(options, key).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.SGD(
+    sgd = torch.optim.SGD(
         classifier.parameters(), lr=options.rate, momentum=0.9, nesterov=True, weight_decay=5e-4, foreach=True
     )
+    optimiser = Optimiser({"sgd": sgd})
     order = Order(len(pictures), batch, key, device)
     steps = max(1, round(options.epochs * len(pictures) / batch))
     for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = options.rate * schedule(step / steps, warmup=0.2)
         rows, draws = order.rows(step), key.fold("augment", step)
         pixels = cropped(flipped(pictures.pixels[rows], draws), draws)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = F.cross_entropy(classifier(pixels).float(), pictures.labels[rows], label_smoothing=0.1)
         loss.backward()
-        optimiser.step()
+        optimiser.step(factor_at(step / steps, warmup=0.2))
         optimiser.zero_grad()
     return classifier.eval()
 

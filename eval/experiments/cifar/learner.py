@@ -11,7 +11,6 @@ objective with more than `nonfinite_steps` of them stops.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from eval.experiments.cifar.patches import VOCAB_SIZE, Patches, lay_pictures, with_classes, with_latents
 from eval.experiments.cifar.pictures import Order, Pictures, flipped
-from eval.experiments.plane.run import schedule
+from eval.experiments.plane.run import factor_at
 from omni.config import Frozen
 from omni.heads import FlowHeadConfig
 from omni.model import Omni, OmniConfig
@@ -33,6 +31,10 @@ from omni.objectives import FlowObjective, build_objective
 from omni.rng import Key
 from omni.samplers import SamplerName
 from omni.sequence.layout import Batch
+from train.guard import DeviceGuard
+from train.optim.ema import AveragedModel
+from train.optim.optimiser import Optimiser
+from train.optim.target import build_target
 
 REHEARSALS = 3  # steps before the clock starts
 
@@ -137,17 +139,17 @@ class Learner:
         self.blank = lay_pictures(rows, patches, method.copies)
         self.order = Order(len(pictures), rows, key, self.device)
         self.model = build_model(options, method, patches.shape[1], key.fold("network")).to(self.device).train()
-        self.parameters = list(self.model.parameters())
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.decay: float | None = getattr(self.objective, "target_decay", None)
-        self.target = copy.deepcopy(self.average) if self.decay else None
+        self.average = AveragedModel(self.model, options.decay)
+        self.target = build_target(self.model, [self.objective])
         if options.compile:  # the average is only drawn from, which keeps the plain code
-            for module in filter(None, (self.model, self.target)):
-                compile_blocks(module.transformer)
-        self.optimiser = torch.optim.AdamW(self.parameters, betas=options.betas, weight_decay=0.0, fused=True)
-        self.nonfinite = torch.zeros((), device=self.device)
-        self.nonfinite_seen = torch.zeros((), pin_memory=self.device.type == "cuda")  # of a step or two ago
-        self.updates = 0
+            compile_blocks(self.model.transformer)
+            if self.target is not None:
+                compile_blocks(self.target.model.transformer)
+        adamw = torch.optim.AdamW(
+            self.model.parameters(), lr=self.rate, betas=options.betas, weight_decay=0.0, fused=True
+        )
+        self.optimiser = Optimiser({"adamw": adamw}, clip=options.clip)
+        self.guard = DeviceGuard(options.nonfinite_steps, self.device)
 
     def batch(self, step: int) -> Batch:
         rows, key = self.order.rows(step), self.key.fold("data", step)
@@ -158,45 +160,29 @@ class Learner:
     def step(self, step: int, fraction: float) -> None:
         """Forward, backward, clip, AdamW, averages; `fraction` of the training is done."""
         batch, draws = self.batch(step), self.key.fold("draws", step)
+        averages = None if self.target is None else self.target.model
         with in_half_precision(self.device):
-            [term] = self.model(batch, [self.objective], draws, self.target, fraction).values()
+            [term] = self.model(batch, [self.objective], draws, averages, fraction).values()
         (term.weight * term.sum / term.count).backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
-        wrong = (~norm.isfinite()).float()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * schedule(fraction, self.options.warmup)
-        self.optimiser.found_inf = wrong  # type: ignore[attr-defined]  # as GradScaler tells it: then it does nothing
-        self.optimiser.step()
+        left_out = self.guard.refuses(self.optimiser.clip())
+        self.optimiser.step(factor_at(fraction, self.options.warmup), left_out)
         self.optimiser.zero_grad()
-        self.nonfinite += wrong
-        self.nonfinite_seen.copy_(self.nonfinite, non_blocking=True)
-        self.updates += 1
-        follow(self.average, self.parameters, min(self.options.decay, self.updates / (self.updates + 9)))
-        if self.target is not None and self.decay is not None:
-            follow(self.target, self.parameters, self.decay)
-
-    @property
-    def has_diverged(self) -> bool:
-        return float(self.nonfinite_seen) > self.options.nonfinite_steps
+        self.average.update()
+        if self.target is not None:
+            self.target.update()
 
     def rehearse(self) -> None:
         """Some steps that leave no trace but what they compiled and allocated."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        kept = [parameter.clone() for parameter in parameters]
         for step in range(REHEARSALS):
             self.step(step, 0.0)
-        with torch.no_grad():
-            for module in filter(None, (self.model, self.average, self.target)):
-                torch._foreach_copy_(list(module.parameters()), kept)
-        self.optimiser.state.clear()
-        self.nonfinite.zero_()
-        self.nonfinite_seen.zero_()
-        self.updates = 0
-
-
-@torch.no_grad()
-def follow(average: Omni, parameters: list[nn.Parameter], decay: float) -> None:
-    """average <- decay average + (1 - decay) parameters."""
-    torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+        torch._foreach_copy_(parameters, kept)
+        self.average.restart()
+        if self.target is not None:
+            self.target.restart()
+        self.optimiser.forget()
+        self.guard.restart()
 
 
 def in_half_precision(device: torch.device) -> torch.autocast:
@@ -212,13 +198,18 @@ def train(learner: Learner, seconds: float) -> Trained:
     learner.rehearse()
     start = now = clock(True)
     step = 0
-    while now - start < seconds and not learner.has_diverged:
+    while now - start < seconds and not learner.guard.too_many:
         learner.step(step, (now - start) / seconds)
         now = clock(False)
         step += 1
     end = clock(True)
     return Trained(
-        learner.average.eval(), step, end - start, start - begin, int(learner.nonfinite), learner.blank.num_items
+        learner.average.model.eval(),
+        step,
+        end - start,
+        start - begin,
+        int(learner.guard.num_skipped),
+        learner.blank.num_items,
     )
 
 

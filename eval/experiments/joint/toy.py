@@ -9,7 +9,6 @@ Legend: B rows, P positions before the block, K tokens of a block, V ids.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +23,10 @@ from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
 from omni.sequence.layout import IGNORE, Batch, Stream
 from omni.sequence.placeholders import Blocks, Starts
+from train.optim.optimiser import Optimiser
+from train.optim.schedule import fall, rise
+
+WARMUP_STEPS = 100
 
 Draw = Callable[[Key, int], tuple[Tensor, Tensor]]  # (prefix (B, P - 1), block (B, K)) int64 of a number of rows
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -132,15 +135,13 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
 def optimise(parameters: list[Tensor], steps: int, budget: Budget, loss: Loss) -> dict[str, list[float]]:
     """`steps` steps on the sum of what `loss` (of step and progress) gives by name; its values, of every step."""
     losses: dict[str, list[float]] = {}
-    optimiser = torch.optim.AdamW(parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    adamw = torch.optim.AdamW(parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = Optimiser({"adamw": adamw})
     for step in range(steps):
-        rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = budget.rate * rate
         found = loss(step, step / steps)
         torch.stack(list(found.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimiser.clip()
+        optimiser.step(rise(step, WARMUP_STEPS) * fall(step / steps, "cosine"))
         optimiser.zero_grad()
         for name, value in found.items():
             losses.setdefault(name, []).append(float(value.detach()))

@@ -27,6 +27,7 @@ from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from omni.config import nearest
 from omni.media import save_png
 from omni.rng import Key
+from train.charts import require_matplotlib
 
 SUITES = Path(__file__).parents[2] / "suites"
 Results = Mapping[tuple[str, str], Sequence[Run]]  # (data set, method) -> one run per seed
@@ -101,6 +102,7 @@ def plane_rows(options: PlaneOptions) -> list[str]:
 @task("flow_plane", PlaneOptions, rows=plane_rows)
 def flow_plane(context: Context, options: PlaneOptions) -> Outcome:
     """Every objective on 2-D data at one budget, by sliced Wasserstein distance at 1 to 32 evaluations."""
+    require_matplotlib()
     results = run_all(context, options)
     floors = {data_set: floor(data_set, options.run, context.key("floor")) for data_set in options.data_sets}
     measures = [*verdicts(results, options)]

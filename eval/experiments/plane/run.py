@@ -6,8 +6,6 @@ of the steps; what it spends beside, and its wall time, is reported with the res
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +21,10 @@ from omni.config import Frozen
 from omni.objectives import FlowObjective, build_objective
 from omni.rng import Key
 from omni.samplers import SAMPLERS, run_sampler, time_grid
+from train.optim.ema import AveragedModel
+from train.optim.optimiser import Optimiser
+from train.optim.schedule import fall, rise_over
+from train.optim.target import build_target
 
 CHUNK = 1024  # points a pass when drawing: activations stay in the processor's cache
 
@@ -100,41 +102,29 @@ def train(method: Method, data_set: str, options: RunOptions, key: Key) -> tuple
         raise ValueError(f"{method.objective!r} is not an objective on latents; the plane has nothing else")
     draw_data = DATA_SETS.get(data_set)
     network = PlaneNetwork(key.fold("network"), width=options.width, depth=options.depth)
-    average = copy.deepcopy(network).requires_grad_(False)
-    decay: float | None = getattr(objective, "target_decay", None)
-    target = None if decay is None else copy.deepcopy(network).requires_grad_(False)
-    parameters = list(network.parameters())
-    optimiser = torch.optim.Adam(parameters, lr=method.rate, betas=(0.9, method.beta2), fused=True)
+    average, target = AveragedModel(network, options.decay), build_target(network, [objective])
+    adam = torch.optim.Adam(network.parameters(), lr=method.rate, betas=(0.9, method.beta2), fused=True)
+    optimiser = Optimiser({"adam": adam})
     count, steps, start = Count(), 0, time.process_time()
     while count.gradient < options.budget:
         fraction = count.gradient / options.budget
-        for group in optimiser.param_groups:
-            group["lr"] = method.rate * schedule(fraction, options.warmup)
         drawn = key.fold("draw", steps)
         items = plane_items(draw_data(key.fold("data", steps), method.batch), fraction, objective.pairing)
-        call = PlaneCall(network, items, target, count=count)
+        call = PlaneCall(network, items, None if target is None else target.model, count=count)
         terms = objective.loss(call, objective.draw(items, drawn))
         (terms.weight * terms.sum / terms.count).backward()
-        optimiser.step()
+        optimiser.step(factor_at(fraction, options.warmup))
         optimiser.zero_grad()
         steps += 1
-        follow(average, parameters, min(options.decay, steps / (steps + 9)))
-        if target is not None and decay is not None:
-            follow(target, parameters, decay)
-    return average, steps, count, time.process_time() - start
+        average.update()
+        if target is not None:
+            target.update()
+    return average.model, steps, count, time.process_time() - start
 
 
-def schedule(fraction: float, warmup: float) -> float:
-    """Factor on the rate: up over `warmup`, then down a cosine to a hundredth."""
-    rise = min(1.0, (fraction + 1e-3) / warmup) if warmup else 1.0
-    return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
-
-
-@torch.no_grad()
-def follow(average: PlaneNetwork, parameters: list[torch.nn.Parameter], decay: float) -> None:
-    """average <- decay average + (1 - decay) parameters."""
-    for own, parameter in zip(average.parameters(), parameters, strict=True):
-        own.lerp_(parameter, 1 - decay)
+def factor_at(fraction: float, warmup: float) -> float:
+    """Factor on the rate: up over the share `warmup` of the run, and down a cosine to a hundredth."""
+    return rise_over(fraction, warmup) * fall(fraction, "cosine", min_factor=0.01)
 
 
 @torch.no_grad()
