@@ -26,7 +26,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     manifest does not list is not read. A learned codec's network is built when it is first needed.
 
     Raises ValueError naming the file if it is missing, damaged or not listed, or if a weight is missing, unknown,
-    misshapen, of integers or not finite, and for a device that is not here.
+    misshapen, of integers or not finite, and for a device that is not available.
     """
     folder = BUNDLED if path is None else Path(path)
     if not folder.is_dir():

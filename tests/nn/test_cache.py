@@ -123,7 +123,7 @@ def test_a_cut_must_be_inside_the_row() -> None:
     cache = KVCache(1, 1, 1, 4, 2)
     cache.advance([2])
     for length in (-1, 3):
-        with pytest.raises(ValueError, match=f"cannot truncate row 0 of length 2 to {length}"):
+        with pytest.raises(ValueError, match=f"cannot truncate batch row 0 of length 2 to {length}"):
             cache.truncate(0, length, 0, 0)
     cache.truncate(0, 2, 2, 2)
     cache.truncate(0, 0, 0, 0)

@@ -39,7 +39,7 @@ def test_weights_begin_as_declared() -> None:
 
 
 def test_what_nobody_declares_is_named() -> None:
-    with pytest.raises(ValueError, match="no module declares how '0.extra' begins"):
+    with pytest.raises(ValueError, match="no module declares the initialisation of '0.extra'"):
         module = nn.Sequential(Two())
         module[0].declare = lambda: of_linear("first", module[0].first) | {"second.weight": EMBEDDING}  # type: ignore
         initialise(module, Key(0))

@@ -269,7 +269,7 @@ def test_refusals() -> None:
     refused(r"dk is \(2, 2, 5, 8\)", dk=some[:, :, :5])
     refused("dv is torch.float64", dv=some.double())
     refused("convert first", **{name: some.half() for name in NAMES if "q" not in name}, q=some.half(), dq=some.half())
-    refused("no multiple of 3 key heads", k=torch.zeros(2, 3, 6, 8))
+    refused("not a multiple of 3 key heads", k=torch.zeros(2, 3, 6, 8))
     refused("a dense mask is bool", mask=torch.ones(2, 1, 6, 9))
     refused(r"\(2, 1, 6, 9\)", mask=torch.ones(2, 6, 9, dtype=torch.bool))
     refused(r"keys \(2, 6\)", mask=AttentionMask(fields, fields))

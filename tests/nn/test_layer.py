@@ -124,14 +124,14 @@ def test_values_without_code_are_refused_by_name() -> None:
     layers = {"qk_norm": "axis", "activation": "relu2", "window": 8, "attention_cap": 50.0, "time": "input"}
     assert layers.keys() == SERVED.keys()
     for name, value in layers.items():
-        with pytest.raises(ValueError, match=f"{name} = {value!r} is not served yet; served: "):
+        with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet; implemented: "):
             LayerSpec(**{name: value})  # type: ignore[arg-type]
     streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "those"}
     assert streams.keys() | {"expert"} == WEIGHTS_SERVED.keys()
     for name, value in streams.items():
-        with pytest.raises(ValueError, match=f"{name} = {value!r} is not served yet"):
+        with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet"):
             TransformerConfig(**{name: value})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rotary.scaling = 'yarn' is not served yet"):
+    with pytest.raises(ValueError, match="rotary.scaling = 'yarn' is not implemented yet"):
         LayerSpec(rotary=RotarySpec(scaling="yarn"))
     with pytest.raises(ValueError, match=r"rotary.sections = \[1, 1, 1\] must add up to the 32 frequencies"):
         LayerSpec(rotary=RotarySpec(layout="sections", sections=(1, 1, 1)))
@@ -144,5 +144,5 @@ def test_the_native_step_refuses_other_layers_by_name(name: str) -> None:
     if SERVED.get(name) == (None,):
         return  # no layer has another value
     model = small_model(**{name: others[name]})
-    with pytest.raises(ValueError, match=f"compile=True has native code for layers with {name} = "):
+    with pytest.raises(ValueError, match=f"compile=True supports layers with {name} = "):
         CompiledStep(model.transformer, model.token.output_weight)

@@ -160,7 +160,7 @@ def test_rows_without_documents_shrink_to_almost_nothing() -> None:
     ("spans", "need"), [([text(*range(9))], "9 context and 0"), ([latent((1, 2, 3))], "6 context and 12")]
 )
 def test_what_no_row_can_hold_is_named(spans: list[Span], need: str) -> None:
-    message = f"document 5 needs {need} refine positions, but a row holds 8 and 11; raise one or shorten it"
+    message = f"document 5 needs {need} refine positions, but a batch row has 8 and 11; raise one or shorten it"
     with pytest.raises(ValueError, match=message):
         pack([spans], [Shape(1, 8, 3), Shape(1, 7, 11)], channels=C, pad_id=PAD, copies=2, uids=[5])
 
