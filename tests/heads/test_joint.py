@@ -204,7 +204,7 @@ def test_placeholders_go_through_the_last_layers_alone() -> None:
         for parameter in model.transformer.blocks[0].parameters():
             parameter.zero_()
         assert torch.equal(before, BatchCall(model, starts, hidden, memory)(inputs))
-    with pytest.raises(ValueError, match="joint.depth = 3 is more layers than the 2"):
+    with pytest.raises(ValueError, match="joint.depth = 3 exceeds the 2 layers"):
         joint_model(depth=3)
 
 

@@ -133,7 +133,7 @@ def test_carrying_on_is_the_law_given_what_was_said() -> None:
         with pytest.raises(StopIteration):
             walk.send(ids[:, -1])
     assert call.passes == 1
-    with pytest.raises(ValueError, match="goes 4 tokens past a hidden state; 4 leave it none"):
+    with pytest.raises(ValueError, match="drafts 4 tokens after a hidden state; 4 leave none"):
         head.carry_on(call, ids)
 
 

@@ -268,13 +268,13 @@ def test_what_cannot_be_had_is_refused() -> None:
     with pytest.raises(ValueError, match="passes = 0 for 3 tokens: this head takes 1 or more"):
         head.sample(call, u, Key(0), 0)
     for options, message in (
-        ({"objective": "mean_flow"}, "takes derivatives"),
+        ({"objective": "mean_flow"}, "needs derivatives"),
         ({"objective": "terminal_velocity"}, "guidance"),
         ({"objective": "shortcut", "objective_options": {"guidance_scale": 2.0}}, "null contexts"),
         ({"objective": "shortcut", "objective_options": {"target_decay": 0.99}}, "target_decay = 0.99"),
         ({"objective": "shortcut", "objective_options": {"levels": 2}}, "levels"),
         ({"objective": "short_cut"}, "did you mean 'shortcut'"),
-        ({"objective": "next_token"}, "none of flows"),
+        ({"objective": "next_token"}, "not a flow objective"),
         ({"objective": "shortcut", "semigroup_share": 0.5}, "semigroup_share has no effect"),
         ({"min_time": 0.1}, "min_time has no effect"),
         ({"semigroup_share": 0, "semigroup_weight": 1.0}, "semigroup_weight has no effect"),
