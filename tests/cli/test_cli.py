@@ -226,7 +226,7 @@ def test_an_impossible_folder_is_refused_before_the_work(
     (at / "f").write_text("mine")
     (at / "link").symlink_to("nowhere")
     for folder, message in (
-        ("link", "'link' is a link to nothing"),
+        ("link", "'link' is a broken link"),
         (".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'"), ("new/" + "a" * 300, "File name too long"),
         ("a" * 250, "File name too long"), ("/proc/new/r", "cannot be written"),
     ):  # fmt: skip
