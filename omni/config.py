@@ -1,4 +1,4 @@
-"""Configuration: frozen, validated models read from TOML with `a.b=c` overrides, and open registries.
+"""Configuration is data: frozen, validated models read from TOML with `a.b=c` overrides, and open registries.
 
 An unknown key or a bad value is a one-line ValueError that names its source (a file or an override) and suggests the
 nearest valid key. Values of overrides are TOML literals or plain strings; nothing is evaluated. Derived values are

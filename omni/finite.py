@@ -1,7 +1,7 @@
-"""Values that must be finite: the logits, latents and pixels that a network computes.
+"""Values that must be finite: what a network computes where it is used, that is logits, latents and pixels.
 
-They raise an error instead of a reply of "!!!!" or a black picture. Weights are checked on loading (omni.checkpoint);
-training skips a step that is not finite (train.guard).
+An error, not a reply of "!!!!" or a black picture. Weights are checked when they are loaded (omni.checkpoint); training
+skips a step that is not finite (train.guard).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from omni.errors import NotFiniteError
 
 
 def in_range(values: Tensor, limit: float = sys.float_info.max) -> bool:
-    """Whether every value is finite and at most `limit` in magnitude. One reduction; True for no values."""
+    """Whether every value is finite and at most `limit` in size. One reduction; True for no values at all."""
     if values.numel() == 0:
         return True
-    low, high = torch.aminmax(values)  # both are NaN if any value is
+    low, high = torch.aminmax(values)  # either is NaN where any value is
     return -limit <= low.item() and high.item() <= limit
 
 
 def require_finite(values: Tensor, what: str, way_out: str, limit: float = sys.float_info.max) -> None:
-    """NotFiniteError naming `what` (a plural) and the worst value, unless `in_range`."""
+    """NotFiniteError that names `what` (a plural) and the worst value, unless `in_range`."""
     if in_range(values, limit):
         return
     low, high = (extreme.item() for extreme in torch.aminmax(values))

@@ -67,7 +67,7 @@ class Adapters(nn.Module):
 
 @torch.no_grad()
 def initialise_adapters(adapters: Adapters, key: Key) -> None:
-    """A: normal with deviation 1/sqrt(fan in), keyed by name; B: zero."""
+    """A normal with deviation 1/sqrt(fan in), keyed by name; B zero."""
     for name, parameter in adapters.named_parameters():
         if ".up." in name:
             parameter.zero_()

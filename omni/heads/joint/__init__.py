@@ -1,4 +1,4 @@
-"""Joint-token heads, one per file; importing this package registers them. `base` has the contract."""
+"""Joint-token heads, one per file; importing this package registers them. See `base` for the contract."""
 
 from omni.heads.joint import circuits, latent_mixture, masked, product, push_forward, sequential, simplex  # noqa: F401
 from omni.heads.joint.base import JOINT_HEADS, After, Draft, JointCall, JointHead, Lesson, LogProb, build_head

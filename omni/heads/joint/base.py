@@ -157,8 +157,8 @@ class JointHead(nn.Module, ABC):
 
     @torch.no_grad()
     def initialise(self, key: Key) -> None:
-        """Weights keyed by name: as declared (nn.declare); else matrices normal with deviation 1/sqrt(fan in), vectors
-        zero. Heads with other initial values (zero, the identity) override this."""
+        """Weights keyed by name: as a module declares (nn.declare), else matrices normal with deviation 1/sqrt(fan in)
+        and vectors zero. Heads whose weights start otherwise (at zero, at the identity) override it."""
         declared = declarations(self)
         for name, parameter in self.named_parameters():
             if name in declared:

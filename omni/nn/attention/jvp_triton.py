@@ -6,18 +6,18 @@
     grad_k    keys resident: gradients of k and dk;   grad_v: keys resident: gradients of v and dv
               each once for own keys and once for the context, whose tangents are zero: half of the products are skipped
 
-Weights are rounded to operands. Where keys or values have a large common part, it multiplies the rounding error of the
-sum of weights. So the forward divides by the sum of the rounded weights. The tangent's weights sum to 0 exactly; the
-forward subtracts their rounded sum times the mean value. grad_q does the same with the mean keys (`means`).
+Weights are rounded to operands. A large common part of keys or values multiplies the rounding error of their sum. So
+the forward divides by the sum of the rounded weights. The tangent's weights sum to 0 exactly; the forward subtracts
+their rounded sum times the mean value. grad_q does the same with the mean keys (`means`).
 
 No kernel keeps more than two wide accumulators, to save registers. There are no atomics, so results repeat. Lists omit
-tiles where nothing is visible. Where all is visible there are no lists; where tiles divide the lengths (EVEN) there are
-no bounds. Products of bf16 accumulate in float32; float32 operands are split into three products of tf32 (FLOAT32),
-which keep about 21 bits of each.
+tiles where nothing is visible. Where all is visible there are no lists; where tiles divide the lengths (EVEN), no
+bounds. Products of bf16 accumulate in float32; float32 operands are split into three products of tf32 (FLOAT32), which
+keep about 21 bits of each.
 
-`load` imports Triton, not this file: until then the functions below are plain. Triton's interpreter
-(TRITON_INTERPRET=1 before Triton's first import) runs them without a GPU. It multiplies the bit patterns of bf16 tiles
-as integers and truncates where a GPU rounds; so under it (EMULATE) tiles are float32 with rounded values.
+`load` imports Triton; until then the functions below are plain. Triton's interpreter (TRITON_INTERPRET=1 before
+Triton's first import) runs them without a GPU. It multiplies the bit patterns of bf16 tiles as integers and truncates
+where a GPU rounds; so under it (EMULATE) tiles are float32 with rounded values.
 
 Legend: R batch rows, H query heads, G key heads, Q queries, T context keys, S own keys, D head width; BQ, BK tile
 sizes. A tensor of four axes is (pointer, stride of rows, stride of heads, stride of positions).
