@@ -83,9 +83,7 @@ class Published:
                 found = cls(root) if root == directory else cls(root).folder(directory.relative_to(root).as_posix())
                 if found.files or root == directory:
                     return found
-        raise DamagedError(
-            f"{directory} is not listed in a {MANIFEST} in it or above it, so its bytes cannot be checked"
-        )
+        raise DamagedError(f"{directory} is in no {MANIFEST} in it or above it, so its bytes cannot be checked")
 
     def folder(self, name: str) -> Published:
         """The view of a subdirectory, listed or not."""
@@ -297,9 +295,7 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
         raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(data) != entry["bytes"]:
         size = path.stat().st_size
-        raise DamagedError(
-            f"{path} has {size} bytes, not {entry['bytes']}: it was truncated or changed; download it again"
-        )
+        raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it is cut or changed; download it again")
     if _digest(data) != entry["blake2b"]:
         raise DamagedError(_damaged(path))
     return data

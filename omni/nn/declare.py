@@ -56,9 +56,7 @@ def declarations(model: nn.Module) -> dict[str, Declared]:
         for name, declared in ({} if declare is None else declare()).items():
             full = f"{prefix}.{name}" if prefix else name
             if full not in parameters or full in found:
-                raise ValueError(
-                    f"{type(module).__name__} declares {full!r}, which is no parameter or is declared twice"
-                )
+                raise ValueError(f"{type(module).__name__} declares {full!r}, which is no parameter, or declared twice")
             found[full] = declared
     return found
 

@@ -87,9 +87,7 @@ def test_tangents_of_variants_are_central_differences(name: str) -> None:
     found, plain = outputs(model_of(**VARIANTS[name])), outputs(model_of(**sizes))
     central = outputs(model_of(**VARIANTS[name], tangents="central"))
     assert far(found["derivative"], central["derivative"]) < 1e-6
-    assert (
-        max(far(found[use], plain[use]) for use in ("context", "refine", "decoding")) > 1e-3
-    )  # control: it has an effect
+    assert max(far(found[use], plain[use]) for use in ("context", "refine", "decoding")) > 1e-3  # an effect
 
 
 @torch.no_grad()

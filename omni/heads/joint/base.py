@@ -177,9 +177,7 @@ class JointHead(nn.Module, ABC):
     def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
         """Recurrent drafting: yields logits (B, V) of one id after another, at most K - m, after ids `said` (B, m) that
         follow call.start and that no pass has read; receives the chosen ids (B,). Only for heads with `carries_on`."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no recurrent drafting; it drafts from a pass of the backbone"
-        )
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
 
     def fits(self, given: Tensor) -> int:
         """n of ids or uniforms (B, n). ValueError unless 1 <= n <= K."""

@@ -88,9 +88,7 @@ def check(x: Inputs) -> None:
     if far * LONGEST_TILE >= 1 << 31:
         raise ValueError(f"positions {far} elements apart are too far for 32-bit offsets; make the inputs contiguous")
     if R * H > MAX_PROGRAMS:
-        raise ValueError(
-            f"{R} rows of {H} heads exceed {MAX_PROGRAMS} parallel programs; give fewer batch rows per call"
-        )
+        raise ValueError(f"{R} batch rows of {H} heads exceed {MAX_PROGRAMS} parallel programs; give fewer rows")
     if _interpreting():
         if device.type != "cpu":
             raise ValueError(f"Triton's interpreter (TRITON_INTERPRET=1) needs CPU tensors here, got {device}")
@@ -125,9 +123,7 @@ class _Side:
             return part, part.stride(0), part.stride(1)
         queries, keys = self.seen.fields(slice(None), self.keys)
         if queries.rank is not None or keys.rank is not None:
-            raise ValueError(
-                "Triton attention does not support ranks inside a copy; use tangents = 'streamed' for tokens"
-            )
+            raise ValueError("Triton attention has no ranks inside a copy; use tangents = 'streamed' for tokens")
         # A query of the same document sees a key if its limit is above the key's block, or if it is of the key's copy.
         limit, context, most = queries.block + (queries.copy == 0), keys.copy == 0, torch.iinfo(torch.int32)
         block, copy = keys.block.masked_fill(~context, most.max), keys.copy.masked_fill(context, most.min)

@@ -338,10 +338,7 @@ def grad_q(
     lse_tile, mu_tile = _per_query(lse, head, at, num_q, float("inf")), _per_query(mu, head, at, num_q, 0.0)
     s1_tile, s2_tile = _per_query(s1, head, at, num_q, 0.0), _per_query(s2, head, at, num_q, 0.0)
     acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
-    left, left_t = (
-        tl.zeros([BQ], tl.float32),
-        tl.zeros([BQ], tl.float32),
-    )  # sums of the rounded weights; the exact sum is 0
+    left, left_t = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the rounded weights; exactly: 0
     if CONTEXT:
         acc, acc_t, left, left_t = _sweep_q(
             acc, acc_t, left, left_t, q_tile, dq_tile, c, dc, lse_tile, mu_tile, s1_tile, s2_tile, k_context, k_context,
