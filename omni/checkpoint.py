@@ -83,7 +83,7 @@ class Published:
                 found = cls(root) if root == directory else cls(root).folder(directory.relative_to(root).as_posix())
                 if found.files or root == directory:
                     return found
-        raise DamagedError(f"{directory} is in no {MANIFEST} in it or above it, so its bytes cannot be checked")
+        raise DamagedError(f"no {MANIFEST} in {directory} or above lists it, so its bytes cannot be checked")
 
     def folder(self, name: str) -> Published:
         """The view of a subdirectory, listed or not."""

@@ -84,7 +84,7 @@ def test_weights_of_other_kinds_are_refused(model: Path, capsys: Any, dtype: tor
     tensors["token.embedding.weight"] = tensors["token.embedding.weight"].to(dtype)
     checkpoint.save_tensors(model / "model.safetensors", tensors)
     listed(model)
-    refused(model, capsys, "model.safetensors: token.embedding.weight is of torch.", "torch.float32")
+    refused(model, capsys, "model.safetensors: token.embedding.weight has dtype torch.", "torch.float32")
 
 
 @pytest.mark.parametrize("head", JOINT_HEADS.names())

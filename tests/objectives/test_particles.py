@@ -32,7 +32,7 @@ def ragged() -> Items:
 def test_copies_of_a_block_are_together() -> None:
     items = gaussian_items(PLANE, num=2, copies=4)
     assert lists(items, 2, "copies") == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(ValueError, match="has 4 copies of a block but the objective needs particles=3.*batch.copies"):
+    with pytest.raises(ValueError, match="has 4 copies of a block, but the objective needs particles=3.*batch.copies"):
         group_items(items, 3, "copies")
     with pytest.raises(ValueError, match="has 1 copies .* particles=4"):
         group_items(cloud(PLANE, 8), 4, "copies")
