@@ -157,7 +157,7 @@ def test_a_shorter_block_scores_its_marginal(name: str) -> None:
         assert abs(terms["circuit"].count - len(everything) * weight.sum().item()) < 1e-8
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)

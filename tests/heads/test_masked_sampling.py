@@ -78,7 +78,7 @@ def test_more_passes_have_the_mean_distribution_over_orders(schedule: str) -> No
         call = small_call(num)
         draft = head.sample(call, u, Key(1), passes)
         assert call.passes == passes and (draft.log_q is None) == (passes > 1)
-        assert total_variation(draft.ids, laws[passes]) < 0.016  # exact draws: .01
+        assert total_variation(draft.ids, laws[passes]) < 0.016  # exact samples: .01
     assert all((laws[4] - laws[n]).abs().sum() / 2 > 0.05 for n in (1, 2)), "passes of this head differ"
 
 

@@ -112,7 +112,7 @@ def test_one_step_is_a_generative_moment_matching_network(kind: str) -> None:
     data = items.flat(items.latents).flatten(1)
 
     def k(a: Tensor, b: Tensor) -> float:
-        d = max(math.sqrt(float((a - b).pow(2).sum())), 1e-8)  # the published floor
+        d = max(math.sqrt(float((a - b).pow(2).sum())), 1e-8)  # the published lower bound
         of = {"laplace": lambda h: math.exp(-d / h / 4), "rbf": lambda h: math.exp(-(d**2) / h**2 / 8)}[kind]
         return (of(0.5) + of(2.0)) / 2
 

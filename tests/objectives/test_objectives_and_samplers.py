@@ -75,7 +75,7 @@ def test_objectives_are_keyed_and_independent_of_packing(name: str) -> None:
 
     whole, again, split = total([[0, 1, 2, 3, 4, 5]]), total([[0, 1, 2, 3, 4, 5]]), total([[4, 1], [0, 2], [3, 5]])
     assert torch.equal(whole, again) and not torch.equal(whole, total([[0, 1, 2, 3, 4, 5]], seed=6))
-    assert abs(float(whole - split)) < 1e-6 * abs(float(whole))  # noise is drawn in float32; sums reorder
+    assert abs(float(whole - split)) < 1e-6 * abs(float(whole))  # noise is sampled in float32; sums reorder
 
 
 @pytest.mark.parametrize("name", FLOW)
