@@ -1,12 +1,12 @@
-"""Published directories: weights and small files under one manifest of digests. Complete and verified, or absent.
+"""Published directories: weights and small files under one manifest of digests. Complete and checked, or absent.
 
-`publish` writes every file into a temporary sibling, syncs it, writes `manifest.json` last, and renames the
-whole: a reader sees a finished directory or none. safetensors has no integrity check of its own (one flipped
-payload bit loads silently), so `load_tensors` hashes the very bytes that it parses, and a damaged file never
-becomes weights. Nothing here reads or writes pickle. Scope: one local POSIX file system, one writer per directory.
+`publish` writes every file into a temporary sibling, syncs it, writes `manifest.json` last, and renames the whole: a
+reader finds a finished directory or none. safetensors has no integrity check (a flipped payload bit loads silently), so
+`load_tensors` hashes the bytes that it parses; a damaged file never becomes weights. Nothing here reads or writes
+pickle. Scope: one local POSIX file system, one writer per directory.
 
 manifest.json: {"format": 1, "files": {name: {"bytes": int, "blake2b": hex}}, "info": {...}, "blake2b": hex}
-where the last digest covers the manifest's own other fields. Names are relative POSIX paths.
+The last digest covers the manifest's other fields. Names are relative POSIX paths.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_MANIFEST_BYTES = 4 << 20
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 
 Content = bytes | str | Path | Mapping[str, torch.Tensor]
-"""What a published file may be made of: raw bytes, text (UTF-8), a file or directory to copy, or named tensors."""
+"""The content of a published file: raw bytes, text (UTF-8), a file or directory to copy, or named tensors."""
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -46,7 +46,7 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one safetensors file atomically. Only `publish` adds a digest; use that for anything that is kept."""
+    """Write one safetensors file atomically, without a digest. Use `publish` for files that are kept."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -58,14 +58,14 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 class Published:
-    """A published directory, for reading: each file is checked against the manifest as it is read, and what the
-    manifest does not list is not there. `folder` gives a view of one directory inside.
+    """Reader of a published directory. Each file is checked against the manifest when it is read; files that the
+    manifest does not list do not exist for it. `folder` returns the view of a subdirectory.
 
-    files: what the manifest lists, relative name -> {"bytes": int, "blake2b": hex}. root: the directory that is viewed.
+    files: the listed files, relative name -> {"bytes": int, "blake2b": hex}. root: the directory of the view.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Reads the manifest. DamagedError if there is none or it is damaged."""
+        """Reads the manifest. DamagedError if it is missing or damaged."""
         self.root = Path(directory)
         self.manifest = read_manifest(self.root)
         self.files: Mapping[str, Mapping[str, Any]] = self.manifest["files"]
@@ -74,34 +74,33 @@ class Published:
 
     @classmethod
     def around(cls, directory: str | Path) -> Published:
-        """The view of a directory by the manifest in it, or else by the nearest of the two above that lists anything in
-        it. DamagedError if there is none."""
+        """The view of a directory by its own manifest, or else by the nearest of the two directories above that lists
+        files in it. DamagedError if there is none."""
         directory = Path(directory).absolute()
         for root in (directory, *directory.parents[:2]):
             if (root / MANIFEST).is_file():
                 found = cls(root) if root == directory else cls(root).folder(directory.relative_to(root).as_posix())
                 if found.files or root == directory:
                     return found
-        raise DamagedError(f"{directory} is listed in no {MANIFEST} beside or above it, so its bytes cannot be checked")
+        raise DamagedError(f"no {MANIFEST} in {directory} or above lists it, so its bytes cannot be checked")
 
     def folder(self, name: str) -> Published:
-        """The view of a directory inside, whether or not anything in it is listed."""
+        """The view of a subdirectory, listed or not."""
         found = copy.copy(self)
         found._prefix, found.root = f"{self._prefix}{name}/", self.root / name
         found.files = {k.removeprefix(f"{name}/"): v for k, v in self.files.items() if k.startswith(f"{name}/")}
         return found
 
     def __contains__(self, name: str) -> bool:
-        """Whether a file is listed. DamagedError for one that is there and is not: it would not be checked, and
-        somebody meant it to be read."""
+        """Whether a file is listed. DamagedError for a file that exists and is not listed: it cannot be checked."""
         if name not in self.files and (self.root / name).is_file():
             raise DamagedError(
-                f"{self.root / name} is not listed in {MANIFEST}, so it is not read; remove it, or save the model anew"
+                f"{self.root / name} is not listed in {MANIFEST}, so it is not read; remove it, or save the model again"
             )
         return name in self.files
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file. DamagedError if it is not listed, missing, or not as it was published."""
+        """The bytes of one file. DamagedError if it is not listed, missing or changed."""
         if name not in self:
             raise DamagedError(f"{self.root / name} is missing in {MANIFEST}: the directory is incomplete")
         data = _read_checked(self.root / name, self.files[name])
@@ -109,7 +108,7 @@ class Published:
         return data
 
     def read_rest(self) -> None:
-        """Check the listed files that nobody has read through this reader or its views."""
+        """Check the listed files that this reader and its views have not read."""
         for name in sorted(name for name in self.files if self._prefix + name in self._unread):
             self.read(name)
 
@@ -122,24 +121,24 @@ class Published:
             raise DamagedError(str(error)) from None
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a safetensors file, on the CPU. DamagedError if it is none, or holds NaN or infinities."""
+        """The tensors of a safetensors file, on the CPU. DamagedError for another format, NaN or infinities."""
         path, data = self.root / name, self.read(name)
         try:
             tensors = safetensors.torch.load(data)
-        except Exception as error:  # SafetensorError, and what torch and the reader raise of odd headers
+        except Exception as error:  # SafetensorError, and other errors of torch and the reader for odd headers
             said = f"{path} is not a safetensors file ({error}); publish or download it again"
             raise DamagedError(" ".join(said.split())) from None
         for key, value in tensors.items():
             if not _is_finite(value):
                 bad = int((~torch.isfinite(value.float())).sum())
                 raise DamagedError(
-                    f"{path}: {key} has {bad} values that are NaN or infinite; take an earlier checkpoint"
+                    f"{path}: {key} has {bad} values that are NaN or infinite; use an earlier checkpoint"
                 )
         return tensors
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    """Integers are; of complex numbers both parts must be."""
+    """True for integers; for complex numbers, both parts must be finite."""
     if value.is_complex():
         value = torch.view_as_real(value)
     if not value.is_floating_point():
@@ -150,9 +149,8 @@ def _is_finite(value: torch.Tensor) -> bool:
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of one file of a published directory, on the CPU, checked against the manifest that lists it.
 
-    The manifest is looked for beside the file and in the two directories above it. Raises DamagedError (a
-    ValueError) when there is none, when the digest differs, when the file is not safetensors, or for a NaN or an
-    infinity.
+    The manifest is in the file's directory or in one of the two above. Raises DamagedError (a ValueError) without a
+    manifest, for a wrong digest, another format, a NaN or an infinity.
     """
     path = Path(path)
     return Published.around(path.parent).tensors(path.name)
@@ -173,17 +171,17 @@ def publish(
     """Write `files` as `directory`, all or nothing, and return its path.
 
     Args:
-        directory: the directory to make. Its parents are made too.
+        directory: the directory to create, with its parents.
         files: relative name -> content (see Content; a Path to a directory is copied whole), or a function that
-            writes them into the empty directory it is given.
-        info: JSON values kept in the manifest (format versions, step, provenance).
-        replace: allow an existing directory; it is moved aside first and put back if the rename fails.
+            writes them into an empty directory.
+        info: JSON values stored in the manifest (format versions, step, provenance).
+        replace: allow an existing directory; it is moved aside first and restored if the rename fails.
 
-    Raises ValueError on an unsafe name or when the directory exists and `replace` is false.
+    Raises ValueError for an unsafe name, or if the directory exists and `replace` is false.
     """
     directory = Path(directory)
     if directory.exists() and not replace:
-        raise ValueError(f"{directory} exists already; remove it or choose another name")
+        raise ValueError(f"{directory} already exists; remove it or choose another name")
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -204,14 +202,14 @@ def publish(
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a published directory, checked against its own digest; the files are not read."""
+    """The manifest of a published directory, checked against its own digest; does not read the files."""
     path = Path(directory) / MANIFEST
     try:
         with path.open("rb") as stream:
             data = stream.read(_MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(
-            f"{directory} has no {MANIFEST}: not a published directory, or a half-copied one; copy it again"
+            f"{directory} has no {MANIFEST}: it is not a published directory, or a partial copy; copy it again"
         ) from None
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -250,22 +248,23 @@ class _Manifest(Frozen):
 
 
 def manifest_digest(directory: str | Path) -> str:
-    """32 hex digits that name a published directory: the digest of its manifest, which holds those of its files."""
+    """32 hex digits that identify a published directory: the digest of its manifest, which has those of its files."""
     return hashlib.blake2b((Path(directory) / MANIFEST).read_bytes(), digest_size=16).hexdigest()
 
 
 def verify(directory: str | Path) -> dict[str, Any]:
-    """Read every listed file and compare size and digest; returns the manifest. Raises DamagedError naming the file."""
+    """Digest check: read every listed file and compare size and digest; returns the manifest. DamagedError names the
+    file."""
     published = Published(directory)
     published.read_rest()
     return published.manifest
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Clear what `publish` and `save_tensors` leave in `folder` when their process is killed.
+    """Remove what `publish` and `save_tensors` leave in `folder` if their process is killed.
 
-    Half-written temporaries go. A directory that was moved aside for its successor is put back where that never came,
-    and goes where it did. For the only writer of `folder`: of another's work in progress this would make an end.
+    Deletes partial temporaries. A directory that was moved aside is restored if its successor is missing, else deleted.
+    Only for the single writer of `folder`: it deletes another writer's work in progress.
     """
     folder = Path(folder)
     found = [(match, path) for path in _entries(folder) if (match := _LEFTOVER.fullmatch(path.name))]
@@ -285,8 +284,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
-            raise DamagedError(f"{path} is listed in {MANIFEST} but is no file; download it again")
+        if path.exists() and not path.is_file():  # reading a pipe may never end
+            raise DamagedError(f"{path} is listed in {MANIFEST} but is not a file; download it again")
         with path.open("rb") as stream:
             data = stream.read(entry["bytes"] + 1) if path.stat().st_size > entry["bytes"] else stream.read()
     except (FileNotFoundError, NotADirectoryError):
@@ -295,7 +294,7 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
         raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(data) != entry["bytes"]:
         size = path.stat().st_size
-        raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it was cut or changed; get it again")
+        raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it is cut or changed; download it again")
     if _digest(data) != entry["blake2b"]:
         raise DamagedError(_damaged(path))
     return data

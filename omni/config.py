@@ -1,8 +1,8 @@
 """Configuration is data: frozen, validated models read from TOML with `a.b=c` overrides.
 
-An unknown key or a bad value is a one-line ValueError that names where it came from (a file or an override) and
-suggests the nearest right key. Values of overrides are TOML literals or plain strings; nothing is evaluated.
-Derived values are functions elsewhere; this file knows no setting of Omni's.
+An unknown key or a bad value is a one-line ValueError that names its source (a file or an override) and suggests the
+nearest valid key. Values of overrides are TOML literals or plain strings; nothing is evaluated. Derived values are
+functions elsewhere; this file does not define any setting of Omni's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from omni.errors import RetiredKeyWarning
 Schema = TypeVar("Schema", bound=BaseModel)
 _Keys = tuple[str | int, ...]
 
-MAX_DEPTH = 64  # of lists and tables inside one another
+MAX_DEPTH = 64  # of nested lists and tables
 MAX_FILE_BYTES = 16 << 20  # of a configuration
 MAX_OVERRIDE = 10_000  # characters
 _PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)"""
@@ -36,18 +36,18 @@ _LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*\[*[ \t]*(?:{_PART}[ \t]*\.[ \t]*){{{
 
 
 class Frozen(BaseModel):
-    """Base of every configuration: immutable, unknown keys refused, infinities and NaN refused."""
+    """Base of every configuration: immutable; unknown keys, infinities and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, /, **data: Any) -> None:
-        """ValueError in one line, as `build` raises it."""
+        """One-line ValueError, as in `build`."""
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise ValueError(explain(error, type(self), type(self).__name__)) from None
 
-    __init__.__pydantic_base_init__ = True  # pyright: ignore  (validation of data does not come through here)
+    __init__.__pydantic_base_init__ = True  # pyright: ignore  (validation of data does not call this)
 
     @classmethod
     def fields_by_key(cls) -> dict[str, FieldInfo]:
@@ -72,9 +72,9 @@ def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str], source: 
 def load_toml(path: str | Path, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read the TOML file at `path`, apply `overrides` (each "a.b=c", later ones win), validate as `schema`.
 
-    An override's value is a TOML literal (`3`, `true`, `[1, 2]`, `"x"`) or else the string as written. A number in a
-    key path indexes a list: `objectives.0.weight=2`. Raises ValueError (one line) for a missing or malformed file,
-    an unknown key, a bad value or a malformed override.
+    The value of an override is a TOML literal (`3`, `true`, `[1, 2]`, `"x"`), else a plain string. A number in a key
+    path indexes a list: `objectives.0.weight=2`. Raises a one-line ValueError for a missing or malformed file, an
+    unknown key, a bad value or a malformed override.
     """
     path = Path(path)
     return build(_read(path, parse_toml), schema, str(path), overrides)
@@ -87,15 +87,15 @@ def load_json(path: str | Path, schema: type[Schema], overrides: Sequence[str] =
 
 
 def parse_json(data: str | bytes, source: str) -> Any:
-    """The value of a JSON text (bytes: UTF-8). One-line ValueError that names `source` for what is no JSON, or nests
-    more than MAX_DEPTH deep: what reads it further may recurse."""
+    """The value of a JSON text (bytes: UTF-8). One-line ValueError naming `source` for invalid JSON, or for nesting
+    deeper than MAX_DEPTH: later readers may recurse."""
     return _parsed(json.loads, "JSON", _decoded(data, "JSON", source), source)
 
 
 def parse_toml(data: str | bytes, source: str) -> dict[str, Any]:
-    """The table of a TOML text, in the same manner."""
+    """The table of a TOML text; errors as in `parse_json`."""
     text = _decoded(data, "TOML", source)
-    if _LONG_KEY.search(text):  # the parser's time grows with the square of a key's parts
+    if _LONG_KEY.search(text):  # the parser's time is quadratic in the parts of a key
         raise ValueError(f"{source}: a key of more than {MAX_DEPTH} parts; nest less deeply")
     return _parsed(tomllib.loads, "TOML", text, source)
 
@@ -105,7 +105,7 @@ def _parsed(parse: Callable[[str], Any], kind: str, text: str, source: str) -> A
         value = parse(text)
     except RecursionError:
         raise ValueError(_too_deep(source)) from None
-    except ValueError as error:  # both parsers' own errors are
+    except ValueError as error:  # both parsers raise subclasses
         raise ValueError(f"{source!r} is not valid {kind}: {error}") from None
     check_depth(value, source)
     return value
@@ -119,7 +119,7 @@ def _decoded(data: str | bytes, kind: str, source: str) -> str:
 
 
 def check_depth(value: Any, source: str) -> None:
-    """ValueError that names `source` if mappings and sequences nest more than MAX_DEPTH deep."""
+    """ValueError naming `source` if mappings and sequences nest deeper than MAX_DEPTH."""
     level, depth = [value], 0
     while level := [node for node in level if isinstance(node, Mapping | list | tuple)]:
         depth += 1
@@ -129,7 +129,7 @@ def check_depth(value: Any, source: str) -> None:
 
 
 def _too_deep(source: str) -> str:
-    return f"{source!r} nests lists or tables more than {MAX_DEPTH} deep; nothing of Omni's does"
+    return f"{source!r} nests lists or tables more than {MAX_DEPTH} deep; use fewer levels"
 
 
 def build(data: Mapping[str, Any], schema: type[Schema], source: str, overrides: Sequence[str] = ()) -> Schema:
@@ -165,12 +165,12 @@ def _read(path: Path, parse: Callable[[bytes, str], Any]) -> dict[str, Any]:
         hint = nearest(path.name, siblings) or "; give the path of an existing file"
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}{hint}") from None
     if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{str(path)!r} has more than {MAX_FILE_BYTES:,} bytes; no configuration is as long")
+        raise ValueError(f"{str(path)!r} has more than {MAX_FILE_BYTES:,} bytes; use a smaller configuration")
     return table_of(parse(data, str(path)), str(path))
 
 
 def table_of(data: Any, source: str) -> dict[str, Any]:
-    """`data`, which must be a table of keys. ValueError that names `source` otherwise."""
+    """`data` if it is a table of keys. Else ValueError naming `source`."""
     if not isinstance(data, dict):
         raise ValueError(f"{source!r} holds a {type(data).__name__}, not a table of keys")
     return data
@@ -211,7 +211,7 @@ def _assign(tree: dict[str, Any], keys: _Keys, value: Any, override: str) -> Non
     for depth, key in enumerate(keys):
         index: Any = str(key) if isinstance(node, dict) else key
         if isinstance(node, list) and (not isinstance(key, int) or key >= len(node)):
-            raise ValueError(f"override {override!r}: {key!r} is no index of a list of {len(node)}")
+            raise ValueError(f"override {override!r}: {key!r} is not an index of a list of {len(node)}")
         if not isinstance(node, list | dict):
             parent = ".".join(map(str, keys[:depth]))
             raise ValueError(f"override {override!r}: {parent!r} is the value {node!r}, not a table")
@@ -224,7 +224,7 @@ def _assign(tree: dict[str, Any], keys: _Keys, value: Any, override: str) -> Non
 
 
 def _reread_as_text(tree: Any, error: ValidationError, sources: Mapping[_Keys, tuple[str, str]]) -> bool:
-    """`name=8` for a text field means the text "8": put the raw text back where text was wanted."""
+    """Restore the raw text of overrides whose field is text: `name=8` is then "8". Returns whether any changed."""
     changed = False
     for item in error.errors(include_url=False):
         keys = tuple(item["loc"])
@@ -243,7 +243,7 @@ def _reread_as_text(tree: Any, error: ValidationError, sources: Mapping[_Keys, t
 def explain(
     error: ValidationError, schema: type[BaseModel], source: str, overrides: Mapping[_Keys, str] | None = None
 ) -> str:
-    """One line for a ValidationError: source, key, value, and the nearest right key of an unknown one."""
+    """One line for a ValidationError: source, key, value, and for an unknown key the nearest valid one."""
     items = error.errors(include_url=False)
     lines = [_explain_item(item, schema, source, overrides or {}) for item in items[:3]]
     more = f" (and {len(items) - 3} more)" if len(items) > 3 else ""
@@ -268,7 +268,7 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
 
 
 class _Short(reprlib.Repr):
-    """A repr of bounded length, in bounded time, of a value of any size."""
+    """A repr of bounded length, in bounded time, for a value of any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ _OF_NUMBERS = ("greater_than", "less_than", "int_", "float_", "finite_number")
 
 
 def _wanted(item: ErrorDetails, field: FieldInfo) -> str | None:
-    """What a value should have been, from the field itself, and a way out; None where pydantic's words have to do."""
+    """The valid range of a field, and a way out; None to use pydantic's message."""
     types_of = set(typing.get_args(field.annotation)) | {field.annotation}
     if item["type"].startswith("bool_"):
         return "must be true or false"
@@ -305,7 +305,7 @@ def _wanted(item: ErrorDetails, field: FieldInfo) -> str | None:
 
 
 def bounds_of(field: FieldInfo) -> str:
-    """The bounds of a number, "from 1 to 1000" or "at least 1"; empty where it has none."""
+    """The bounds of a number, "from 1 to 1000" or "at least 1"; empty without bounds."""
     pairs = ((name, getattr(one, name, None)) for one in field.metadata for name in _BOUNDS)
     found = {name: bound for name, bound in pairs if bound is not None}
     if found.keys() == {"ge", "le"}:
@@ -314,12 +314,12 @@ def bounds_of(field: FieldInfo) -> str:
 
 
 def _plain(bound: float) -> str:
-    """A bound as people write it: 1000, 0.001, 1e-06."""
+    """A bound in short form: 1000, 0.001, 1e-06."""
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The text `; did you mean 'x'?` for the nearest of `known`, or nothing when none is near."""
+    """The text `; did you mean 'x'?` for the nearest of `known`; empty if none is near."""
     pool = sorted(set(known))
     lowered = {candidate.lower(): candidate for candidate in pool}
     matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
@@ -332,7 +332,7 @@ def _known(names: Iterable[str]) -> str:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every model class an annotation mentions: unions, lists, dicts, Annotated."""
+    """Every model class in an annotation: unions, lists, dicts, Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
@@ -344,7 +344,7 @@ def _fields_at(schema: type[BaseModel], keys: _Keys) -> list[str]:
 
 
 def _field_at(schema: type[BaseModel], keys: _Keys) -> FieldInfo | None:
-    """The field whose own value is at `keys`; None of an item of a list."""
+    """The field at `keys`; None for an item of a list."""
     models = _models_at(schema, keys[:-1])
     tables = [_fields_of(model) for model in models]
     return next((fields[str(keys[-1])] for fields in tables if keys and keys[-1] in fields), None)
@@ -372,7 +372,7 @@ def _is_tag(model: type[BaseModel], tag: str) -> bool:
 
 
 def _elsewhere(name: str, schema: type[BaseModel]) -> str:
-    """A key that is right one or more tables below: `lr` -> did you mean 'optimiser.lr'?"""
+    """A valid key one or more tables below: `lr` -> did you mean 'optimiser.lr'?"""
     dotted = _dotted_fields(schema, "", 0)
     found = [key for key in dotted if key.rpartition(".")[2] == name]
     return f"; did you mean {found[0]!r}?" if found else ""

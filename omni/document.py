@@ -1,8 +1,8 @@
 """Document: ordered segments of text, images and videos, each with a role and a supervise flag.
 
-The one currency between datasets, chat, the engine, evaluation and the command line. Plain data, no model.
-Consecutive segments of one role form one turn. Media are uint8 RGB tensors: an image is (H, W, 3), a video
-is (T, H, W, 3). `supervise` says whether the training loss covers the segment.
+The common data type of datasets, chat, the engine, evaluation and the command line. Plain data, no model. Consecutive
+segments of one role are one turn. Media are uint8 RGB tensors: an image is (H, W, 3), a video is (T, H, W, 3).
+`supervise`: whether the training loss covers the segment.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from omni.config import nearest, parse_json
 
-# What one Document may hold when it is read from JSON or from chat messages.
-MAX_DOCUMENT_PIXELS = 200_000_000  # of all its pictures and frames
+# Limits of one Document read from JSON or from chat messages.
+MAX_DOCUMENT_PIXELS = 200_000_000  # of all pictures and frames
 MAX_DOCUMENT_FRAMES = 10_000  # pictures and frames of clips
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_VALUES = 2_000_000  # a value of JSON takes up to 100 bytes of memory
@@ -37,7 +37,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of literal text. It never contains control tokens, whatever it spells."""
+    """Literal text. It never contains control tokens, whatever its characters."""
 
     text: str
     role: Role = Role.USER
@@ -87,14 +87,14 @@ Segment = Text | Image | Video
 
 
 def check_fps(value: Any, name: str = "fps") -> float:
-    """Frames per second as a float. ValueError, naming `name`, for what is no number from MIN_FPS to MAX_FPS."""
+    """Frames per second as a float. ValueError naming `name` unless it is a number from MIN_FPS to MAX_FPS."""
     if isinstance(value, bool) or not isinstance(value, Real) or not MIN_FPS <= float(value) <= MAX_FPS:
         raise ValueError(f"{name} must be a number above 0, got {value!r:.40}; give one from {MIN_FPS} to {MAX_FPS:g}")
     return float(value)
 
 
 class Budget:
-    """What may still come into one document. `take` raises ValueError before the bound is passed."""
+    """The remaining size of one document. `take` raises ValueError before the limit is exceeded."""
 
     def __init__(self, max_pixels: int = MAX_DOCUMENT_PIXELS, max_frames: int = MAX_DOCUMENT_FRAMES) -> None:
         self.max_pixels, self.max_frames = max_pixels, max_frames
@@ -121,7 +121,7 @@ def _check_media(value: torch.Tensor, ndim: int, name: str, shape: str) -> None:
 
 @dataclass(frozen=True)
 class Document:
-    """Ordered segments plus free metadata (`meta` must be JSON-serialisable; the model never sees it)."""
+    """Ordered segments plus free metadata (`meta` must be JSON-serialisable; it is not an input of the model)."""
 
     segments: tuple[Segment, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -152,10 +152,10 @@ class Document:
         max_frames: int = MAX_DOCUMENT_FRAMES,
         max_bytes: int = MAX_JSON_BYTES,
     ) -> Document:
-        """Inverse of `to_json`. Raises ValueError, in one line, for anything else.
+        """Inverse of `to_json`. Raises a one-line ValueError for anything else.
 
-        The text is not trusted: shapes are counted against `max_pixels` and `max_frames` (of all pictures and clips
-        together) before media are unpacked, and memory is taken as the bytes come.
+        The text is untrusted: shapes are counted against `max_pixels` and `max_frames` (of all pictures and clips
+        together) before media are decompressed, and memory is allocated as bytes arrive.
         """
         data = _known(parse_bounded(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",))
         segments, meta = data["segments"], data.get("meta", {})
@@ -174,7 +174,7 @@ class Document:
 
 
 def parse_bounded(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON text, called `name` in errors. ValueError for what is no JSON, too large or too deep."""
+    """The value of a JSON text, called `name` in errors. ValueError for invalid, too large or too deep JSON."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a str of JSON, got {type(text).__name__}")
     if len(text) > max_bytes:
@@ -185,7 +185,7 @@ def parse_bounded(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def _known(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`data`, once it is a mapping with the keys `needed` and no others than these and `optional`."""
+    """`data` as a mapping with the keys `needed` and none but these and `optional`. ValueError otherwise."""
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be a mapping, got {type(data).__name__}")
     for key in needed:
@@ -218,14 +218,14 @@ def _unpack_media(data: Mapping[str, Any], ndim: int, budget: Budget) -> torch.T
     try:
         raw = _inflate(base64.b64decode(packed, validate=True), num_bytes)
     except (binascii.Error, zlib.error, ValueError) as error:
-        raise ValueError(f"zlib is no base64 of zlib data: {error}; write it with Document.to_json()") from None
+        raise ValueError(f"zlib is not base64 of zlib data: {error}; write it with Document.to_json()") from None
     if len(raw) != num_bytes:
         raise ValueError(f"media bytes do not match their shape {shape}")
     return torch.frombuffer(raw, dtype=torch.uint8).reshape(shape)
 
 
 def _inflate(data: bytes, num_bytes: int) -> bytearray:
-    """The decompressed bytes, at most one more than `num_bytes`, in pieces: a wrong claim takes no memory."""
+    """The decompressed bytes, at most `num_bytes` + 1, piece by piece: a false size allocates no memory."""
     inflater, out = zlib.decompressobj(), bytearray()
     while len(out) <= num_bytes and not inflater.eof:
         piece = inflater.decompress(data, min(num_bytes + 1 - len(out), 1 << 20))

@@ -1,4 +1,4 @@
-"""Errors: the two kinds that programs tell apart, what is a mistake of the user's, and each as one line.
+"""Errors: two exception types that programs distinguish, the definition of a user's mistake, and one-line messages.
 
 A mistake is a ValueError whose message names the value and the way out. This file does not import torch.
 """
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 MISTAKE, DAMAGED = 2, 4  # exit codes
 MAX_LINE = 1000
-SPACE = 1 << 16  # bytes that must be free where something is to be written
+SPACE = 1 << 16  # bytes that must be free before a write
 
 
 class DamagedError(ValueError):
-    """A published directory is incomplete, or differs from its manifest."""
+    """A published directory is incomplete or differs from its manifest."""
 
 
 class NotFiniteError(ValueError):
-    """A computed value is NaN, infinite, or far outside of its range. The message names what and where."""
+    """A computed value is NaN, infinite or far out of range. The message names the value and its place."""
 
 
 class RetiredKeyWarning(UserWarning):
@@ -33,9 +33,8 @@ class RetiredKeyWarning(UserWarning):
 
 
 def is_mistake(error: BaseException) -> bool:
-    """ValueError is our way of saying what is wrong with an input; so is an ImportError that names an extra (it has no
-    `name`), and what the system says of files. Too deep a nesting and too large a request are inputs too. All else is
-    a bug."""
+    """Whether the user can fix the cause. True for a ValueError, an ImportError that names an extra (its `name` is
+    None), an OSError, too deep nesting and too large a request. All else is a bug."""
     if isinstance(error, RecursionError) or is_out_of_memory(error):
         return True
     said = isinstance(error, ImportError) and error.name is None
@@ -43,7 +42,7 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of Python's memory, of torch's on the CPU, or of a device's; by name, for telling must not import torch."""
+    """Of Python, of torch on the CPU, or of a device; by class name, so that torch is not imported."""
     names = {base.__name__ for base in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -51,11 +50,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What the error says, without line breaks; of a file its name and the system's reason."""
+    """The error's message without line breaks; for a file its name and the system's reason."""
     if isinstance(error, RecursionError):
         return "the input is nested too deeply; make it flatter"
     if is_out_of_memory(error):
-        return "out of memory: ask for less at once (text, pictures, their size), or take another device"
+        return "out of memory: use less at once (text, pictures, their size), or another device"
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -71,16 +70,16 @@ def code_of(error: Exception) -> int:
 
 
 def check_place(path: Path, name: str, is_folder: bool = True) -> None:
-    """ValueError when the file or folder `path` (given as `name`) cannot be written. Tries it, and leaves nothing.
+    """ValueError if the file or folder `path` (given as `name`) cannot be written. Writes a probe and removes it.
 
-    Made for work that takes a while and writes at its end: call it before the work.
+    Call it before long work that writes at its end.
     """
     kind = "folder" if is_folder else "file"
     try:
         if path.exists() and path.is_dir() != is_folder:
             raise ValueError(f"{name} {str(path)!r} is a {'file' if is_folder else 'folder'}; name a {kind}")
         if path.is_symlink() and not path.exists():
-            raise ValueError(f"{name} {str(path)!r} is a link to nothing; name another {kind}")
+            raise ValueError(f"{name} {str(path)!r} is a broken link; name another {kind}")
         blocked = [str(parent) for parent in path.parents if parent.exists() and not parent.is_dir()]
         if blocked:
             raise ValueError(f"{name} {str(path)!r}: {blocked[0]!r} is a file; name another {kind}")

@@ -1,6 +1,6 @@
-"""Objectives on a packed batch: one context pass, and F(x, t, s) over its memory as objectives call it.
+"""The losses of objectives on a packed batch: one context pass, and F(x, t, s) over its memory.
 
-Legend: R rows, T context positions, S refine positions, W width, C latent channels, I items (copies).
+Legend: R batch rows, T context positions, S refine positions, W width, C latent channels, I items (copies).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from omni.sequence.layout import IGNORE, Batch, Stream
 
 
 class TrainedModel(Backbone, Protocol):
-    """What the losses need of a model: `omni.model.Omni` is one."""
+    """The model interface of the losses: `omni.model.Omni` implements it."""
 
     def context(self, batch: Batch) -> tuple[Tensor, Memory]:
-        """The context stream: hidden states (R, T, W), and what the refine stream reads of it."""
+        """The context stream: hidden states (R, T, W), and the memory that the refine stream attends to."""
         ...
 
     def velocity(
@@ -38,8 +38,8 @@ class TrainedModel(Backbone, Protocol):
 
 
 class Contexts:
-    """The contexts of one network on one batch, made when they are first asked for. They do not depend on guidance, so
-    the calls that differ in it share them. frozen: results have no graph."""
+    """The contexts of one network on one batch, computed on first use. They do not depend on guidance: calls that
+    differ only in guidance share them. frozen: results have no graph."""
 
     def __init__(
         self, model: TrainedModel, batch: Batch, memory: Memory, averages: TrainedModel | None, frozen: bool
@@ -49,15 +49,15 @@ class Contexts:
 
     @cached_property
     def null(self) -> Memory:
-        """Of the same items behind an empty history. ValueError where the batch has none."""
+        """The memory of the same items after an empty history. ValueError if the batch has none."""
         if self.batch.null is None:
-            raise ValueError("this batch has no null contexts; load it with null_contexts=True (guidance needs them)")
+            raise ValueError("this batch has no null contexts, which guidance needs; load it with null_contexts=True")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.model.context(self.batch.null)[1]
 
     @cached_property
     def target(self) -> Contexts:
-        """Of the target network: averaged weights, or the present ones without a graph."""
+        """The contexts of the target network: averaged weights, or the present ones without a graph."""
         if self.averages is None:
             return Contexts(self.model, self.batch, self.memory.detach(), None, frozen=True)
         with torch.no_grad():
@@ -69,7 +69,7 @@ class Contexts:
 class BatchFlowCall:
     """F(x, t, s) of one batch: implements objectives.base.FlowCall. Closes over model and context.
 
-    `frozen`: results have no graph. `averages`: the target network, whose own context pass is made when first asked.
+    `frozen`: results have no graph. `averages`: the target network; its own context pass runs on first use.
     """
 
     model: TrainedModel
@@ -97,11 +97,11 @@ class BatchFlowCall:
         return self._dual("carried", (x, t, s), (dx, dt, ds))
 
     def _dual(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
-        """F and its derivative, as the model takes derivatives."""
+        """F and its derivative, by the model's method of derivatives."""
         c = self.model.transformer.c
         if c.tangents != "central":
             return differentiate(self, point, direction, form)
-        with torch.autocast(point[0].device.type, enabled=False):  # half-precision differences are rounding
+        with torch.autocast(point[0].device.type, enabled=False):  # differences in half precision are rounding errors
             return differentiate(self, point, direction, "central", c.tangent_step)
 
     def target(self, graph: bool = False) -> BatchFlowCall:
@@ -122,7 +122,8 @@ class BatchFlowCall:
 
 @dataclass
 class NullCall:
-    """F without its condition: `call` has the same items in the same order, each in a row behind an empty history."""
+    """F without its condition: `call` has the same items in the same order, each in a batch row after an empty
+    history."""
 
     call: BatchFlowCall
     batch: Batch
@@ -139,7 +140,7 @@ class NullCall:
 
 @dataclass(frozen=True)
 class Pass:
-    """One context pass over a batch: hidden states (R, T, W) and memory; and what else losses depend on."""
+    """One context pass over a batch, hidden states (R, T, W) and memory; and the other inputs of losses."""
 
     model: TrainedModel
     batch: Batch
@@ -161,7 +162,7 @@ def of_flow(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
     is_null = torch.tensor([uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device)
     items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, one.progress, objective.pairing)
     beta = torch.ones(batch.num_items, device=batch.ids.device)
-    # Where it wants no average, one that is kept for another objective is not its own.
+    # The average may belong to another objective; this one uses it only if it declares a decay.
     own = one.averages if getattr(objective, "target_decay", None) else None
     call = BatchFlowCall(one.model, batch, one.memory, beta, own)
     return {"": objective.loss(call, objective.draw(items, key))}
@@ -172,7 +173,7 @@ def of_placeholders(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
     return {f"/{name}": replace(term, weight=term.weight * objective.weight) for name, term in found.items()}
 
 
-# What an objective declares that it reads (Objective.reads): how it gets that from a pass.
+# From the declared input of an objective (Objective.reads) to the function that computes it.
 READERS = {"logits": of_logits, "flow": of_flow, "placeholders": of_placeholders}
 
 
@@ -184,7 +185,7 @@ def batch_losses(
     averages: TrainedModel | None = None,
     progress: float = 1.0,
 ) -> dict[str, Terms]:
-    """Named (sum, count) terms of each objective; absent modalities give count 0. See Omni.forward."""
+    """Named (sum, count) terms of each objective; absent modalities have count 0. See Omni.forward."""
     one = Pass(model, batch, *model.context(batch), averages, progress)
     terms: dict[str, Terms] = {}
     for objective in objectives:

@@ -1,9 +1,10 @@
-"""Omni: transformer + token head + flow head, with a tokenizer, a codec and a preparation beside them.
+"""Omni: transformer, token head and flow head, with an attached tokenizer, codec and media preparation.
 
-`forward` is the training forward: one context pass, and one refine pass (or as many as an objective asks for) that
-reads its keys and values. `extend` and `velocity` are what the engine calls: the same modules, with a cache for memory.
+`forward` is the training forward: one context pass, and one refine pass (or as many as an objective needs) that
+attends to its keys and values. The engine calls `extend` and `velocity`: the same modules, with a cache as memory.
 
-Legend: R rows, T context positions, S refine positions, W width, C latent channels, I items (copies), V vocabulary.
+Legend: R batch rows, T context positions, S refine positions, W width, C latent channels, I items (copies), V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
 
 
 class OmniConfig(Frozen):
-    """Everything that fixes the shapes of the weights. `vocab_size` counts text and control ids.
+    """All settings that determine the shapes of the weights. `vocab_size` counts text and control ids.
 
-    `sampler` names the sampler that suits the flow head: "euler" after flow matching, "flow_map" after a two-time
-    objective. `max_grid` bounds the header the model may write, in latents. `max_context`: positions of a prompt and
+    `sampler`: the default sampler of the flow head: "euler" after flow matching, "flow_map" after a two-time objective.
+    `max_grid`: bound of the header that the model may generate, in latents. `max_context`: positions of a prompt and
     its reply together (see sequence.context_limit). logit_cap: see heads.token. joint: a joint-token head, or None.
     """
 
@@ -77,12 +78,13 @@ class Omni(nn.Module):
         self.codec: Codec | None = None
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
-        self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the directory that it is from
-        if not self.token.embedding.weight.is_meta:  # else a file's weights are to come (omni.weights)
+        self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the source directory
+        if not self.token.embedding.weight.is_meta:  # else load_weights fills them (omni.weights)
             self.initialise(key or Key(0))
 
     def initialise(self, key: Key) -> None:
-        """Every weight as its module declares (nn.declare), keyed by name: adding a module changes no other weight."""
+        """Initialise every weight as its module declares (nn.declare), keyed by name: adding a module changes no other
+        weight."""
         initialise(self, key)
         if self.joint is not None:
             self.joint.initialise(key)
@@ -90,7 +92,7 @@ class Omni(nn.Module):
     # ---- training forward -----------------------------------------------------------------------------------------
 
     def context(self, batch: Batch) -> tuple[Tensor, Memory]:
-        """The context stream of a batch: hidden states (R, T, W), and what the refine stream reads of it."""
+        """The context stream of a batch: hidden states (R, T, W), and the memory that the refine stream attends to."""
         return self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
 
     def forward(
@@ -101,15 +103,15 @@ class Omni(nn.Module):
         averages: Omni | None = None,
         progress: float = 1.0,
     ) -> dict[str, Terms]:
-        """The losses: one context pass, then each objective. Named (sum, count) terms; absent modalities give count 0.
+        """The losses: one context pass, then each objective. Named (sum, count) terms; absent modalities have count 0.
 
-        averages: the target network of objectives that want one (see `Objective.target_decay`).
-        progress: the share of training that is done, for objectives with schedules.
+        averages: the target network of objectives that use one (see `Objective.target_decay`).
+        progress: the completed share of training, for objectives with schedules.
         """
         return batch_losses(self, batch, objectives, key, averages, progress)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Hidden states (R, T, W) of the context stream's input."""
+        """The input (R, T, W) of the context stream."""
         return self.embed_context(batch.ids, batch.latents, batch.is_latent)
 
     def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
@@ -122,9 +124,9 @@ class Omni(nn.Module):
     def velocity(
         self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory
     ) -> Tensor:
-        """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C). The same call in training and in sampling.
+        """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C), in training and in sampling.
 
-        Of x, t, s as `Dual`s it is F with its derivative, a Dual (see nn.tangent).
+        If x, t, s are `Dual`s: F with its derivative, a Dual (see nn.tangent).
         """
         condition = lift(lambda t, s: self.flow.condition(t, s, guidance), t, s)
         noisy = lift(lambda x, t: self.flow.embed(x, t, item), x, t)
@@ -142,7 +144,7 @@ class Omni(nn.Module):
     def generate_batch(
         self, prompts: Sequence[Any], options: Any = None, seeds: Sequence[int] | None = None
     ) -> list[Reply]:
-        """Many replies at once; rows share passes. `seeds` overrides the seed of each row."""
+        """Several replies at once; requests share passes. `seeds` overrides the seed of each request."""
         from omni.generation.engine import Engine
 
         return Engine(self).generate_batch(prompts, options, seeds)
@@ -150,7 +152,7 @@ class Omni(nn.Module):
     # ---- documents ------------------------------------------------------------------------------------------------
 
     def spans(self, document: Document, generation_prompt: bool = False) -> list[Span]:
-        """The document, its media prepared, as token and latent spans, through the attached tokenizer and codec."""
+        """The document, its media prepared, as token and latent spans, by the attached tokenizer and codec."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer; set model.tokenizer or load it with omni.from_pretrained")
         document = Document(tuple(self.prepare(s) for s in document.segments), document.meta)
@@ -162,7 +164,7 @@ class Omni(nn.Module):
 
     @property
     def limits(self) -> Limits:
-        """What the codec and this model can take. ValueError for a model without a codec."""
+        """The limits of the codec and this model. ValueError for a model without a codec."""
         if self.codec is None:
             raise ValueError(
                 "this model has no codec for pictures; set model.codec or load it with omni.from_pretrained"
@@ -174,15 +176,16 @@ class Omni(nn.Module):
         return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most)
 
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: they are prepared."""
-        limits = self.limits  # without a codec, an error
+        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: `prepare` is
+        applied."""
+        limits = self.limits  # raises without a codec
         assert self.codec is not None
         return self.codec.encode_media([prepare(segment, self.preparation, limits) for segment in segments])
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def load_weights(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Strict: every weight must be there, with its shape, and no other. DamagedError naming `source` otherwise."""
+        """Strict: every weight must be present with its shape, and no other. Else DamagedError naming `source`."""
         load_weights(self, tensors, source)
 
     def save_pretrained(
@@ -195,8 +198,8 @@ class Omni(nn.Module):
         """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
         manifest.json.
 
-        dtype: what the transformer's and the heads' weights are rounded to; bfloat16, the default, halves the file and
-        keeps three digits. The codec is not rounded: its weights and its normalisation are stored as they are.
+        dtype: of the stored weights of the transformer and the heads; bfloat16, the default, halves the file and keeps
+        three digits. The codec is not rounded: its weights and its normalisation are stored unchanged.
         """
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",

@@ -1,4 +1,5 @@
-"""A model from a published directory (see Omni.save_pretrained): weights, tokenizer, codec, preparation, defaults."""
+"""Load a model from a published directory (see Omni.save_pretrained): weights, tokenizer, codec, preparation,
+defaults."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 
 def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
-    """Load a model directory (the bundled model by default). Every byte is checked against the manifest, and what the
-    manifest does not list is not read. A learned codec's network is built when it is first needed.
+    """Load a model directory (default: the bundled model). Every byte is checked against the manifest; files that it
+    does not list are not read. A learned codec builds its network on first use.
 
-    Raises ValueError naming the file if it is missing, damaged or not listed, or if a weight is missing, unknown,
-    misshapen, of integers or not finite, and for a device that is not here.
+    Raises ValueError naming the file if one is missing, damaged or not listed, or if a weight is missing, unknown, not
+    finite, or of wrong shape or kind; and for an unavailable device.
     """
     folder = BUNDLED if path is None else Path(path)
     if not folder.is_dir():
@@ -35,7 +36,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         )
     require_device(device)
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype = {dtype} is no floating type; take torch.float32, torch.bfloat16 or torch.float64")
+        raise ValueError(f"dtype = {dtype} is not a floating type; use torch.float32, torch.bfloat16 or torch.float64")
     files = Published(folder)
     config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
     with unallocated():
@@ -55,12 +56,12 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     _check_attached(model, str(folder))
     large = [name for name, value in model.state_dict().items() if not holds(dtype, value)]
     if large:
-        raise ValueError(f"{folder}: {large[0]} has values that {dtype} cannot hold; take torch.bfloat16")
+        raise ValueError(f"{folder}: {large[0]} has values out of the range of {dtype}; use torch.bfloat16")
     return model.to(device, dtype).eval()
 
 
 def _check_attached(model: Omni, source: str) -> None:
-    """ValueError if the tokenizer or the codec is another model's."""
+    """ValueError if the tokenizer or the codec does not fit the model."""
     config = model.config
     if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
         theirs = model.tokenizer.vocab_size

@@ -1,7 +1,7 @@
 """Keyed randomness: the only place in Omni that seeds a generator.
 
-A `Key` is a seed plus a path of folds, e.g. `Key(0).fold("noise", step, sample)`. The same path gives
-the same draws in any process, at any world size, after any resume: nothing needs to be saved.
+A `Key` is a seed plus a path of folds, e.g. `Key(0).fold("noise", step, sample)`. The same path gives the same samples
+in any process, at any world size, after any resume: no random state is saved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-# SplitMix64's odd constants as signed integers, which is what torch has.
+# SplitMix64's odd constants, as signed integers for torch.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
@@ -52,18 +52,17 @@ class Key:
         return random.Random(self.integer())
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Standard normal draws on the CPU; move them to a device afterwards (same bits everywhere)."""
+        """Standard normal samples, on the CPU; move them to a device afterwards (same bits everywhere)."""
         return torch.randn(shape, generator=self.generator(), dtype=dtype)
 
     def uniform(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Uniform draws in [0, 1) on the CPU."""
+        """Uniform samples in [0, 1), on the CPU."""
         return torch.rand(shape, generator=self.generator(), dtype=dtype)
 
     def each(self, names: torch.Tensor) -> torch.Tensor:
         """names int64 (N, K) -> int64 (N,): 64 bits for every name, a function of (key, name) alone.
 
-        Thousands of keys at once, on the names' device: what `fold(*name)` is for one. Feed them to `uniforms` and
-        `normals`.
+        The vectorised `fold(*name)`, on the names' device. The results are keys for `uniforms` and `normals`.
         """
         bits = torch.full(names.shape[:1], self.integer(), dtype=torch.int64, device=names.device)
         for column in names.unbind(1):
@@ -72,23 +71,24 @@ class Key:
 
 
 def fresh_seed() -> int:
-    """63 bits from the system's source of randomness: the seed of a request that gives none. Record it."""
+    """63 bits from the system's source of randomness: the seed of a request without one. Record it."""
     return secrets.randbits(63)
 
 
 def uniforms(keys: torch.Tensor, counter: int | torch.Tensor = 0) -> torch.Tensor:
-    """Draw number `counter` of every key of `Key.each`, both broadcast: float64 in [0, 1), the same bits on any device.
+    """Sample number `counter` of every key of `Key.each`, both broadcast: float64 in [0, 1), the same bits on any
+    device.
 
-    The generator is SplitMix64 (Steele, Lea, Flood 2014), whose n-th output needs no other.
+    The generator is SplitMix64 (Steele, Lea, Flood 2014); its n-th output does not depend on earlier ones.
     """
     counter = torch.as_tensor(counter, device=keys.device)
     return _shifted(_mixed(keys + (counter + 1) * _GOLDEN), 11).to(torch.float64) * 2.0**-53
 
 
 def normals(keys: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
-    """Two standard normal draws for each (key, counter), both int64, broadcast: float32 (..., 2).
+    """Two standard normal samples for each (key, counter), both int64, broadcast: float32 (..., 2).
 
-    Box and Muller's of two 32-bit uniforms, in float64. The last bit may differ between devices, as sines do.
+    Box-Muller from two 32-bit uniforms, in float64. The last bit may differ between devices, as sines do.
     """
     bits = _mixed(keys + (counter + 1) * _GOLDEN)
     radius = (-2 * torch.log((_shifted(bits, 32).to(torch.float64) + 0.5) * 2.0**-32)).sqrt()

@@ -1,4 +1,4 @@
-"""Text that is harmless to print, whoever wrote it."""
+"""Text that is safe to print, from any source."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import unicodedata
 
 
 def safe_text(text: str) -> str:
-    """`text` with every control character made visible, so that printing it cannot move, colour or retitle anything.
+    """`text` with every control character made visible: printing it cannot move, colour or retitle anything.
 
-    C0 controls (but newline and tab) and DEL become their Unicode pictures (ESC is shown as U+241B), C1 controls,
-    line separators, lone surrogates and bidirectional overrides become U+FFFD. Character by character, so a sequence
-    that arrives in two pieces is as harmless as a whole one.
+    C0 controls (except newline and tab) and DEL become their Unicode pictures (ESC is shown as U+241B); C1 controls,
+    line separators, lone surrogates and bidirectional overrides become U+FFFD. Works character by character: a sequence
+    split in two pieces is as safe as a whole one.
     """
     return "".join(map(_safe_character, text))
 

@@ -1,4 +1,4 @@
-"""From the tensors of a file to the weights of a module: built without memory of its own, then filled, strictly."""
+"""Module weights from the tensors of a file: modules are built without memory of their own, then filled, strictly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omni.errors import DamagedError
 
 
 class _WithoutDraws(TorchFunctionMode):
-    """Initialisations that a file's weights would replace."""
+    """Skips random initialisation; a file's weights replace it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -25,8 +25,8 @@ class _WithoutDraws(TorchFunctionMode):
 
 @contextmanager
 def unallocated() -> Iterator[None]:
-    """Modules built inside take no memory and no time for initialisation: `load_weights` fills them. So a
-    configuration of absurd sizes is found by comparing shapes, not by running out of memory."""
+    """Modules built inside use no memory and no time for initialisation; `load_weights` fills them. So a configuration
+    of absurd sizes fails in the comparison of shapes, not by exhausting memory."""
     with torch.device("meta"), _WithoutDraws():
         yield
 
@@ -39,25 +39,25 @@ def holds(dtype: torch.dtype, value: torch.Tensor) -> bool:
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Set the weights of a module, unallocated or not, in its own dtypes. Strict: every one must be there, with its
-    shape and of its kind, floating or not, and no other. DamagedError naming `source` and the first that is amiss."""
+    """Set the weights of a module, unallocated or not, in its own dtypes. Strict: each must be present with its shape
+    and kind, floating or not, and no other. Else DamagedError naming `source` and the first wrong weight."""
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
         raise DamagedError(
-            f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; they do not belong to the "
+            f"{source}: missing weights {missing[:3]}, unknown weights {unknown[:3]}; they do not match the "
             "configuration, config.json"
         )
     for name, value in tensors.items():
         wanted = own[name]
         if value.shape != wanted.shape:
             raise DamagedError(
-                f"{source}: {name} has shape {tuple(value.shape)}, config.json wants {tuple(wanted.shape)}"
+                f"{source}: {name} has shape {tuple(value.shape)}, config.json needs {tuple(wanted.shape)}"
             )
         if value.is_complex() or value.is_floating_point() != wanted.is_floating_point():
-            raise DamagedError(f"{source}: {name} is of {value.dtype}, which cannot stand for {wanted.dtype}")
+            raise DamagedError(f"{source}: {name} has dtype {value.dtype}, which does not convert to {wanted.dtype}")
         if not holds(wanted.dtype, value):
-            raise DamagedError(f"{source}: {name} has values that {wanted.dtype} cannot hold; give smaller weights")
+            raise DamagedError(f"{source}: {name} has values out of the range of {wanted.dtype}; use smaller weights")
     if any(value.is_meta for value in own.values()):
         copies = {name: value.to(own[name].dtype, copy=True) for name, value in tensors.items()}
         module.load_state_dict(copies, assign=True)

@@ -78,7 +78,7 @@ def test_a_failure_while_writing_leaves_the_previous_directory(tmp_path: Path) -
         checkpoint.publish(directory, {"a": b"new", "b": tmp_path / "absent"}, replace=True)
     assert checkpoint.verify(directory) == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         make(directory)
     checkpoint.publish(directory, {"a": b"new"}, replace=True)
     assert set(checkpoint.verify(directory)["files"]) == {"a"}

@@ -85,7 +85,7 @@ def test_bad_values_name_key_and_value(recipe: Path) -> None:
 def test_malformed_input(recipe: Path) -> None:
     assert "not of the form" in _error(recipe, "steps")
     assert "not a table" in _error(recipe, "steps.deep=1")
-    assert "no index" in _error(recipe, "objectives.9.copies=1")
+    assert "not an index" in _error(recipe, "objectives.9.copies=1")
     assert "not valid TOML" in _error(_write(recipe, "steps = "))
     assert "did you mean 'recipe.toml'" in _error(recipe.with_name("recipes.toml"))
     assert "cannot read" in _error(recipe.parent)

@@ -69,7 +69,7 @@ def test_the_error_names_the_token(model: Omni, monkeypatch: pytest.MonkeyPatch)
 
 def test_scores_that_leave_nothing_are_named() -> None:
     no = -math.inf
-    with pytest.raises(NotFiniteError, match="no id may be token 8 of the reply"):
+    with pytest.raises(NotFiniteError, match="the mask leaves no id for token 8 of the reply"):
         masked_scores(torch.ones(2, 2), torch.tensor([[0.0, no], [no, no]]), [6, 7])
     with pytest.raises(NotFiniteError, match="logits of token 8 of the reply are all 0"):
         masked_scores(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.zeros(2), [6, 7])
@@ -86,7 +86,7 @@ def test_a_mask_that_leaves_nothing_is_an_error(model: Omni) -> None:
     engine = Engine(model)
     engine.grammar.allowed["text"][:] = -math.inf
     for temperature in (0.0, 1.0):
-        with pytest.raises(NotFiniteError, match="no id may be token 1 of the reply"):
+        with pytest.raises(NotFiniteError, match="the mask leaves no id for token 1 of the reply"):
             engine.generate("hello", temperature=temperature)
 
 

@@ -88,7 +88,7 @@ def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyP
 
 
 def test_a_device_that_is_not_here_is_named(tiny_model) -> None:  # noqa: ANN001
-    with pytest.raises(ValueError, match="device 'gpu' is not here; use cpu"):
+    with pytest.raises(ValueError, match="device 'gpu' is not available; use cpu"):
         omni.from_pretrained(tiny_model, device="gpu")
 
 
@@ -151,7 +151,7 @@ def test_cache_fork_is_independent_and_truncate_forgets() -> None:
     assert fork.lengths == [2, 2, 6] and float(cache.k.abs().sum()) > 0
     cache.truncate(0, 3, 3, 3)
     assert cache.lengths == [3, 2] and bool((cache.document[0, 3:] == -2).all())
-    with pytest.raises(ValueError, match="cannot truncate row 0"):
+    with pytest.raises(ValueError, match="cannot truncate batch row 0"):
         cache.truncate(0, 9, 0, 0)
     both = cache.stack(fork)
     assert both.rows == 5 and both.lengths == [3, 2, 2, 2, 6]

@@ -1,4 +1,4 @@
-"""Heads embed a block into hidden states and read a prediction out of them: the only place that knows channels, ids."""
+"""Heads embed blocks into hidden states and compute predictions from them. Only heads depend on channels and ids."""
 
 from omni.heads.flow import FlowHead, FlowHeadConfig
 from omni.heads.token import TokenHead

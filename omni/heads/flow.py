@@ -1,12 +1,12 @@
 """The flow-map head: average velocity F(x, t, s, context) of a block of latents.
 
-House convention: t = 1 is noise, t = 0 data, s <= t is where the jump ends; the jump is x + (s - t) F. The head embeds
-noisy latents and the condition (t, t - s, guidance) and reads F; the transformer between the two is not its business.
-Time inputs are sinusoids with angular frequencies up to `max_frequency` (kept low so that derivatives in t and s stay
-tame: flow maps are trained through them), then an MLP each, summed.
+Convention: t = 1 is noise, t = 0 data, s <= t the end of the jump; the jump is x + (s - t) F. The head embeds noisy
+latents and the condition (t, t - s, guidance), and computes F from hidden states; the transformer is elsewhere. A time
+input is embedded by sinusoids with angular frequencies up to `max_frequency`, then by an MLP of its own; the embeddings
+are added. Low frequencies keep derivatives in t and s small: flow maps are trained through them.
 
-F is affine in what the network reads out, G; so every parametrisation has the same jump, and no objective or sampler
-knows which one it is. With n^2 = (1 - t)^2 + t^2, data and noise of deviation 1:
+F is affine in the network's output G. So every parametrisation has the same jump, and objectives and samplers do not
+depend on it. With n^2 = (1 - t)^2 + t^2, data and noise of deviation 1:
 
     velocity      F = G                             jump x - (t - s) G         (flow matching, MeanFlow, TVM)
     simple_edm    F = ((2 t - 1) / n^2) x + G / n   jump c_skip x + c_out G    (IMM, arXiv 2503.07565; see below)
@@ -17,7 +17,7 @@ knows which one it is. With n^2 = (1 - t)^2 + t^2, data and noise of deviation 1
 The denoiser of EDM and CTM (arXiv 2206.00364, 2310.02279) is simple_edm with -G. In simple_edm G has deviation of about
 1 at every t.
 
-Legend: R rows, S positions, C channels, W width, I items (copies).
+Legend: R batch rows, S positions, C channels, W width, I items (copies).
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ Parametrisation = Literal["velocity", "simple_edm", "x"]
 
 
 class FlowHeadConfig(Frozen):
-    """What fixes the flow head.
+    """The configuration of the flow head.
 
-    channels: latents' channels.
-    time_scale: multiplies t and t - s before they are embedded. 1 for what is trained through derivatives in time
-        (they are multiplied too), 1000 as IMM has it, which tells nearly equal times apart.
+    channels: channels of the latents.
+    time_scale: factor of t and t - s before embedding. 1 for objectives with derivatives in time, which it multiplies
+    too;
+        1000 in IMM, which separates nearly equal times.
     max_frequency: of the embedding, in radians per unit of (scaled) time.
-    parametrisation: what the network reads out, see the head of this file.
-    scale_input: x is divided by n before it is embedded (EDM's c_in), so that its deviation is 1 at every t.
-    min_time: of "x" alone: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x and G still
-        has a right value, x - min_time F, but is no longer the data. JiT's (arXiv 2511.13720).
+    parametrisation: the meaning of the network's output, see the module docstring.
+    scale_input: divide x by n before embedding (EDM's c_in), so that its deviation is 1 at every t.
+    min_time: for "x" only: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x. The optimal
+    G
+        is then x - min_time F, not the data. From JiT (arXiv 2511.13720).
     """
 
     channels: int = Field(default=64, ge=1, le=1 << 16)
@@ -60,12 +62,12 @@ class FlowHeadConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _without_choices(cls, data: Any) -> Any:
-        """Format 1 of config.json could have `choices`: numbers that the noise spells. No model has them any more."""
+        """Format 1 of config.json had `choices` and `choice_bits`; no model has them now."""
         if not isinstance(data, dict) or not data.keys() & {"choices", "choice_bits"}:
             return data
         if data.get("choices"):
             raise ValueError(
-                f"choices = {list(data['choices'])} is not supported by this version; train the model again without "
+                f"choices = {list(data['choices'])} is not supported by this version; retrain the model without "
                 "it, or use the version of Omni that trained it"
             )
         return {name: value for name, value in data.items() if name not in ("choices", "choice_bits")}
@@ -84,7 +86,7 @@ class ScalarEmbedding(nn.Module):
         return of_linear("up", self.up) | of_linear("down", self.down)
 
     def forward(self, value_I: Tensor) -> Tensor:
-        # Not kept as a buffer: model.to(bfloat16) would round it, which at time_scale 1000 is 30 radians.
+        # Not a buffer: model.to(bfloat16) would round it; at time_scale 1000 the error is 30 radians.
         lowest, highest = math.log(0.25), math.log(self.c.max_frequency)
         octaves = torch.linspace(lowest, highest, self.c.num_frequencies, device=value_I.device, dtype=torch.float32)
         angle = value_I[:, None] * (octaves.exp() * self.scale).to(value_I.dtype)
@@ -93,7 +95,7 @@ class ScalarEmbedding(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Embeds clean latents for the context stream and noisy ones for the refine stream; reads velocities."""
+    """Embeds clean latents for the context stream and noisy ones for the refine stream; computes F."""
 
     def __init__(self, width: int, c: FlowHeadConfig) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ class FlowHead(nn.Module):
         self.velocity = nn.Linear(width, c.channels)
 
     def declare(self) -> dict[str, Declared]:
-        """The modulation and the read-out begin at zero, so that G, which the network reads out, does."""
+        """The modulation and the output projection start at zero, so the network's output G does too."""
         read = of_linear("modulation", self.modulation, ZERO) | of_linear("velocity", self.velocity, ZERO)
         return of_linear("clean", self.clean) | of_linear("noisy", self.noisy) | read
 
@@ -122,13 +124,13 @@ class FlowHead(nn.Module):
         return self.noisy(x_RSC)
 
     def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:
-        """(I, W) from the start and end times, and the guidance input beta = 1 / w (1 is no guidance)."""
+        """(I, W) from the start and end times, and the guidance embedding of beta = 1 / w (1: no guidance)."""
         return self.time(t_I) + self.gap(t_I - s_I) + self.guidance(guidance_I)
 
     def read(self, hidden_RSW: Tensor, condition_IW: Tensor, item: Tensor | None, x_RSC: Tensor, t_I: Tensor) -> Tensor:
-        """F (R, S, C) of x at t; `item` (R, S) says which condition and time a position has (None: each row its own).
+        """F (R, S, C) of x at t. `item` (R, S): the condition and time of each position (None: one item per batch row).
 
-        Of another parametrisation than velocity in x's dtype, computed in t's (float32 or better).
+        Except for "velocity", computed in t's dtype (float32 or better) and returned in x's.
         """
         vectors = self.modulation(torch.nn.functional.silu(condition_IW))
         scale, shift = spread(vectors.to(hidden_RSW.dtype), item).chunk(2, -1)
@@ -141,7 +143,7 @@ class FlowHead(nn.Module):
 def average_velocity(
     output: Tensor, x: Tensor, t: Tensor, parametrisation: Parametrisation, min_time: float = 0.05
 ) -> Tensor:
-    """F from the network's output G at (x, t): all broadcast; see the head of this file. The same for every s."""
+    """F from the network's output G at (x, t): all broadcast; see the module docstring. Independent of s."""
     if parametrisation == "velocity":
         return output
     if parametrisation == "x":
@@ -156,5 +158,5 @@ def _deviation(t: Tensor) -> Tensor:
 
 
 def _at(t_I: Tensor, item: Tensor | None) -> Tensor:
-    """(I,) -> (R, S, 1), or (R, 1, 1) where `item` is None. Never in half precision."""
+    """(I,) -> (R, S, 1), or (R, 1, 1) if `item` is None. Never in half precision."""
     return spread(t_I.unsqueeze(-1), item)

@@ -1,9 +1,9 @@
 """The token head: embedding of ids and next-token logits, with tied weights by default.
 
-With `logit_cap` c the logits are c tanh(x / c), as in Gemma 2 (arXiv 2408.00118, section 2): they stay inside (-c, c),
-where float32 has more digits, and the cross-entropy cannot drive the unlikely ones ever further down.
+With `logit_cap` c the logits are c tanh(x / c), as in Gemma 2 (arXiv 2408.00118, section 2). They stay in (-c, c),
+where float32 is more precise, and the cross-entropy cannot lower the logits of unlikely ids without bound.
 
-Legend: R rows, N positions, W width, V vocabulary.
+Legend: R batch rows, N positions, W width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class TokenHead(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, W): the matrix that reads logits."""
+        """(V, W): the matrix of the output projection."""
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
 
     def read(self, hidden: Tensor) -> Tensor:
         return self.cap(F.linear(hidden, self.output_weight))
 
     def cap(self, logits: Tensor) -> Tensor:
-        """What `read` makes of plain products; in float32 or better, where tanh does not round to 1.
+        """Capped logits of plain products; computed in float32 or better, where tanh does not round to 1.
 
-        Outside of training an infinite product becomes NaN: its tanh is 1, which is a score like any other.
+        Without gradients, an infinite product becomes NaN; its capped value would be finite and hide it.
         """
         if self.logit_cap is None:
             return logits

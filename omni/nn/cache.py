@@ -1,6 +1,6 @@
-"""The KV cache: pre-allocated, one length per row, with fork and truncate. Only the context stream is ever written.
+"""The KV cache: allocated ahead, one length per batch row, with fork and truncate. Only the context stream writes it.
 
-Legend: L layers, R rows, G key heads, M capacity in positions, D head width, N new positions.
+Legend: L layers, R batch rows, G key heads, M capacity in positions, D head width, N new positions.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 @dataclass(frozen=True)
 class Memory:
-    """What the refine stream reads: per layer keys and values (R, G, K, D), and the K positions' fields.
+    """The keys and values that the refine stream attends to: per layer (R, G, K, D), and the fields of the K positions.
 
-    `room`: the same, per layer, with N free slots behind them (R, G, K + N, D), for the block's own keys and values.
+    `room`: per layer (R, G, K + N, D), the same followed by N free slots for the block's own keys and values.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     fields: Fields
-    uniform: bool = False  # True: every key is visible to every refine query, so no mask is needed
+    uniform: bool = False  # True: every refine query sees every key; no mask is needed
     room: list[Pair] | None = None
-    masks: list[tuple[Stream, AttentionMask]] = field(default_factory=list)  # the last one that was asked for
+    masks: list[tuple[Stream, AttentionMask]] = field(default_factory=list)  # of the last stream
 
     def mask(self, stream: Stream) -> AttentionMask:
-        """Who of a refine stream sees what of [memory, stream]; kept while the same stream asks."""
+        """The visibility from a refine stream to [memory, stream]; cached for the last stream."""
         if not self.masks or self.masks[0][0] is not stream:
             self.masks[:] = [(stream, AttentionMask(stream.fields, self.fields.then(stream.fields)))]
         return self.masks[0][1]
@@ -42,13 +42,14 @@ class Memory:
         return list(zip(self.keys, self.values, strict=True))
 
     def detach(self) -> Memory:
-        """The same memory without a graph."""
+        """The same memory, detached from the graph."""
         keys, values = [k.detach() for k in self.keys], [v.detach() for v in self.values]
         return replace(self, keys=keys, values=values, room=None)
 
 
 def join(past: Pair, own: Pair, room: Pair | None) -> Pair:
-    """Keys and values (R, G, K + N, D): the memory's, then the block's own, written into the room if there is one."""
+    """Keys and values (R, G, K + N, D): the memory's, then the block's own, written into the room where there is
+    one."""
     if room is None:
         keys, values = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(past, own, strict=True))
         return keys, values
@@ -58,9 +59,9 @@ def join(past: Pair, own: Pair, room: Pair | None) -> Pair:
 
 
 class KVCache:
-    """Keys and values of the context of R rows, and the bookkeeping to continue each row.
+    """Keys and values of the context of R batch rows, and where the layout of each row continues.
 
-    `lengths[r]` positions are in use in row r; `next_position[r]` and `next_block[r]` continue its layout.
+    Row r has `lengths[r]` used positions; its next position is `next_position[r]`, its next block `next_block[r]`.
     """
 
     def __init__(
@@ -93,13 +94,14 @@ class KVCache:
         return min(self.lengths) == max(self.lengths)
 
     def reserve(self, extra: int) -> None:
-        """Make room for `extra` more positions in every row, doubling the capacity when it must grow."""
+        """Ensure room for `extra` more positions in every batch row; at least double the capacity when it must grow."""
         need = self.longest + extra
         if need > self.capacity:
             self._widen(max(need, 2 * self.capacity))
 
     def write_fields(self, block: Tensor, valid: list[int]) -> None:
-        """Announce N new positions per row: `block` (R, N) int64; the first `valid[r]` count. Call `advance` after."""
+        """Set the fields of N new positions per batch row: `block` (R, N) int64; the first `valid[r]` count. Call
+        `advance` after the layers have written."""
         self.reserve(block.shape[1])
         for r, n in enumerate(valid):
             at = slice(self.lengths[r], self.lengths[r] + n)
@@ -107,7 +109,8 @@ class KVCache:
             self.document[r, at] = 0
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (R, G, N, D) after each row's length; returns views (R, G, longest + N, D) of all that is stored."""
+        """Write k, v (R, G, N, D) after the length of each batch row; returns views (R, G, longest + N, D) of the
+        whole."""
         n = k.shape[2]
         if self.uniform:
             at = slice(self.lengths[0], self.lengths[0] + n)
@@ -127,8 +130,8 @@ class KVCache:
         return Fields(self.document[:, :end], self.block[:, :end], torch.zeros_like(self.block[:, :end]))
 
     def memory(self, room: int = 0) -> Memory:
-        """The finished context, as the refine stream reads it, with `room` for the keys and values of blocks of exactly
-        that many positions in unused slots of the cache. Good until the cache is written again."""
+        """The context for the refine stream. `room`: free slots for the keys and values of blocks of exactly that many
+        positions. Valid until the next write to the cache."""
         self.reserve(room)
         end = self.longest
 
@@ -139,7 +142,7 @@ class KVCache:
         return Memory(views(self.k, end), views(self.v, end), self.fields(end), self.uniform, own)
 
     def fork(self, rows: list[int]) -> KVCache:
-        """An independent copy of the given rows (a row may be repeated)."""
+        """An independent copy of the given batch rows; a row may occur more than once."""
         other = object.__new__(KVCache)
         index = torch.tensor(rows, device=self.k.device)
         other.k, other.v = self.k.index_select(1, index), self.v.index_select(1, index)
@@ -149,14 +152,14 @@ class KVCache:
         return other
 
     def truncate(self, row: int, length: int, next_position: int, next_block: int) -> None:
-        """Forget what row `row` holds past `length`; the caller says where its layout continues."""
+        """Discard the positions of batch row `row` from `length` on; the caller gives where its layout continues."""
         if not 0 <= length <= self.lengths[row]:
-            raise ValueError(f"cannot truncate row {row} of length {self.lengths[row]} to {length}")
+            raise ValueError(f"cannot truncate batch row {row} of length {self.lengths[row]} to {length}")
         self.document[row, length:] = EMPTY
         self.lengths[row], self.next_position[row], self.next_block[row] = length, next_position, next_block
 
     def stack(self, other: KVCache) -> KVCache:
-        """A new cache with the rows of `self` followed by those of `other`."""
+        """A new cache: the batch rows of `self`, then those of `other`."""
         out = self.fork(list(range(self.rows)))
         theirs = other.fork(list(range(other.rows)))
         width = max(out.capacity, theirs.capacity)
@@ -170,7 +173,7 @@ class KVCache:
         return out
 
     def _widen(self, capacity: int) -> None:
-        """To exactly `capacity` positions, more than there are."""
+        """Grow to exactly `capacity` positions; `capacity` exceeds the present one."""
         more = (0, capacity - self.capacity)
         self.k, self.v = (torch.nn.functional.pad(store, (0, 0, *more)) for store in (self.k, self.v))
         self.block = torch.nn.functional.pad(self.block, more)

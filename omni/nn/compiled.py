@@ -1,8 +1,8 @@
-"""torch.compile for training, applied from outside: the model's code knows nothing of it.
+"""torch.compile for training, applied from outside: the model's code does not depend on it.
 
-One compiled function serves all layers (weights are its inputs), and another all layers with their tangents; shapes are
-static, so batches must have fixed shapes. Compiling costs minutes on a small CPU and saves a fifth of each step there;
-the last bits of the losses change. Modules in evaluation mode keep the plain code. Needs a C++ compiler at run time.
+One compiled function serves all layers (weights are inputs); another serves all layers with tangents. Shapes are
+static: batches must have fixed shapes. On a small CPU, compiling takes minutes and saves a fifth of each step. The last
+bits of the losses change. Modules in evaluation mode run the eager code. Needs a C++ compiler at run time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import nn
 
 from omni.nn.transformer import Block, Transformer
 
-MAX_VARIANTS = 64  # two streams, every shape, and the growing list of keys that each layer of the context appends to
+MAX_VARIANTS = 64  # two streams, every shape, and a key list that grows with each context layer
 
 
 def compile_blocks(transformer: Transformer) -> None:
-    """Replace the training forward of every block. Raises ValueError when there is no C++ compiler."""
+    """Compile the training forward of every layer. Raises ValueError without a C++ compiler."""
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise ValueError("compile=true needs a C++ compiler (such as g++); install one or leave it false")
+        raise ValueError("compile=true needs a C++ compiler (such as g++); install one, or set compile=false")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)  # type: ignore[attr-defined]
     for plain in (Block.layer, Block.dual):
         compiled = torch.compile(plain, dynamic=False)

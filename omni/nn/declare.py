@@ -1,12 +1,12 @@
-"""How a module's own weights begin, and which optimiser group they belong to: declared by the module, not guessed.
+"""Modules declare the initialisation and the optimiser group of their own weights.
 
-A module that owns parameters (or whose linear layers do) has a method
+A module that owns parameters, directly or in its linear layers, has a method
 
     def declare(self) -> dict[str, Declared]
 
-with an entry for each of them, by its name below the module. `declarations` collects them by their full names. Draws
-are keyed by full name: a module that is added, or sharded, changes no other weight. A parameter that is renamed keeps
-its old name as `drawn_as`.
+with one entry per parameter, by its name below the module. `declarations` collects them by full name. The full name
+keys the random initial values: adding or sharding a module changes no other weight. A renamed parameter keeps its old
+name in `drawn_as`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Start = Literal["fan_in", "embedding", "constant"]
 
 @dataclass(frozen=True)
 class Declared:
-    """start: normal with deviation 1 / (divisor sqrt(fan in)) ("fan_in"), normal with deviation `value` ("embedding"),
-    or every number `value` ("constant"). group: "hidden" for a matrix that maps hidden states to hidden states, which
-    Muon takes. drawn_as: the full name in the key, where it is not the parameter's own."""
+    """start: "fan_in" is normal with deviation 1 / (divisor sqrt(fan in)); "embedding" is normal with deviation
+    `value`; "constant" is `value`. group: "hidden" for matrices from hidden states to hidden states, which Muon
+    updates. drawn_as: the full name in the key, if not the parameter's own."""
 
     start: Start
     value: float = 1.0
@@ -43,12 +43,13 @@ EMBEDDING = Declared("embedding", 0.02)
 
 
 def of_linear(name: str, module: nn.Linear, declared: Declared = FAN_IN) -> dict[str, Declared]:
-    """The weight of a linear layer as declared; its bias, if it has one, starts at zero."""
+    """The weight of a linear layer as declared; a bias starts at zero."""
     return {f"{name}.weight": declared} | ({} if module.bias is None else {f"{name}.bias": ZERO})
 
 
 def declarations(model: nn.Module) -> dict[str, Declared]:
-    """Of every module that declares, by full name. ValueError for a name that is no parameter, or is declared twice."""
+    """The declarations of all modules, by full name. ValueError for a name that is no parameter or is declared
+    twice."""
     parameters, found = {name for name, _ in model.named_parameters()}, dict[str, Declared]()
     for prefix, module in model.named_modules():
         declare = getattr(module, "declare", None)
@@ -67,21 +68,21 @@ def hidden_names(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, key: Key) -> None:
-    """Every parameter as it is declared, but for those of modules below that have an `initialise` of their own.
-    ValueError naming a parameter that nobody declares."""
+    """Initialise every parameter as declared, except those of submodules with their own `initialise`. ValueError names
+    an undeclared parameter."""
     declared = declarations(model)
     apart = tuple(f"{name}." for name, module in model.named_modules() if name and hasattr(module, "initialise"))
     for name, parameter in model.named_parameters():
         if name.startswith(apart):
             continue
         if name not in declared:
-            raise ValueError(f"no module declares how {name!r} begins; see omni.nn.declare")
+            raise ValueError(f"no module declares the initialisation of {name!r}; see omni.nn.declare")
         fill(parameter, declared[name], key.fold("initialise", declared[name].drawn_as or name))
 
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, declared: Declared, key: Key) -> None:
-    """One parameter, its draws from `key`."""
+    """Initialise one parameter; random values come from `key`."""
     if declared.start == "constant":
         parameter.fill_(declared.value)
         return

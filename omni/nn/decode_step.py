@@ -1,13 +1,14 @@
-"""A few text tokens per row against the cache: the hot path of decoding, the same arithmetic as Transformer.extend and
+"""The decoding step: a few text tokens per batch row against the cache. Same arithmetic as Transformer.extend and
 Transformer.draft.
 
-At one token the cost is reading the weights and launching operations. So a single row uses matrix-vector products,
-residual sums ride on them, q and k are normed and rotated together, and the norm is written out (torch's composite
-rms_norm takes three times as long at this size). It serves rows of equal length; others go through `extend`. The
-contract (omni.generation.contract) compares both. `native_step.CompiledStep` is the step of one token as native code.
+For one token, the cost is reading weights and launching operations. So a single batch row uses matrix-vector products,
+residual sums are fused into them, and q and k are normalised and rotated together. The norm is written out: torch's
+composite rms_norm takes three times as long at this size. The step serves batch rows of equal length; others use
+`extend`. The contract check (omni.generation.contract) compares both. `native_step.CompiledStep` is the one-token step
+in native code.
 
-Legend: R rows, n tokens of each, W width, H query heads, G key heads, D head width, V vocabulary, K positions of the
-cache, used or not.
+Legend: R batch rows, n tokens of each, W width, H query heads, G key heads, D head width, V vocabulary, K positions of
+the cache, used or not.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from omni.sequence.positions import rotary_table
 
 
 class TokenStep:
-    """`step(h, cache)` appends one position to every row: h (R, W) -> normalised hidden states (R, W);
-    `read(hidden)` gives the logits (R, V), before any cap, by `output_weight` (V, W), where there is one."""
+    """`step(h, cache)` appends one position to every batch row: h (R, W) -> normalised hidden states (R, W).
+    `read(hidden)` returns the logits (R, V) before any cap, with `output_weight` (V, W) if given."""
 
     def __init__(self, transformer: Transformer, output_weight: Tensor | None = None) -> None:
         self.c = transformer.c
@@ -45,14 +46,15 @@ class TokenStep:
         return self._finish(self._append(h, cache, 1))
 
     def append(self, h: Tensor, cache: KVCache) -> Tensor:
-        """The same for n tokens of every row: (R, n, W) -> (R, n, W)."""
+        """`step` for n tokens of every batch row: (R, n, W) -> (R, n, W)."""
         return self._finish(self._append(h.flatten(0, 1), cache, h.shape[1])).view(h.shape)
 
     def draft(
         self, tokens: Tensor, placeholders: Tensor, cache: KVCache, adapters: Sequence[Gated], causal: bool
     ) -> Tensor:
-        """Append tokens (R, c, W), c at least 1; placeholders (R, p, W) behind them read them in the same pass, through
-        the last layers alone, one for each of `adapters` (without a gate), and are not kept. (R, c + p, W)."""
+        """Append tokens (R, c, W), c >= 1. In the same pass, placeholders (R, p, W) after them attend to them, in the
+        last layers only, one layer for each of `adapters` (ungated); placeholders are not cached. Returns (R, c + p,
+        W)."""
         clean, num = tokens.shape[1], tokens.shape[1] + placeholders.shape[1]
         cache.reserve(num)
         at, first = self.enter(cache, clean), self.c.depth - len(adapters)
@@ -72,7 +74,7 @@ class TokenStep:
         return product(self.output_weight, hidden)
 
     def enter(self, cache: KVCache, num: int = 1) -> int:
-        """Announce `num` positions per row; returns the first slot that they take."""
+        """Set the fields of `num` new positions per batch row; returns their first slot."""
         cache.reserve(num)
         at = cache.lengths[0]
         for r in range(cache.rows):
@@ -100,7 +102,7 @@ class TokenStep:
         self, index: int, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, at: int, bias: Tensor | None,
         adapter: tuple[Gated, int] | None = None,
     ) -> Tensor:  # fmt: skip
-        """One layer of h (R n, W): writes slots `at` to `at + n`, reads the slots in use."""
+        """One layer on h (R n, W): writes slots `at` to `at + n`, attends to the used slots."""
         keys, values, n, c = cache.k[index], cache.v[index], cos.shape[1], self.c
         H = c.num_heads
 
@@ -117,7 +119,7 @@ class TokenStep:
         return _rms_norm(h, self.norm)
 
     def rotary_row(self, position: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, signed sin), each (D,): with the sign, rotating is x cos + roll(x, D/2) sin."""
+        """(cos, signed sin), each (D,): rotation is x cos + roll(x, D/2) sin."""
         if self.table is None or self.table[0].shape[0] <= position:
             size = 1 << max(8, position.bit_length())
             every = torch.arange(size, device=like.device)[None, :, None].expand(1, size, 3)
@@ -128,16 +130,16 @@ class TokenStep:
         return self.table[0][position], self.table[1][position]
 
     def _rotary(self, positions: list[int], num: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`rotary_row` of `num` positions of every row, each (R, n, 1, D)."""
-        self.rotary_row(max(positions) + num - 1, like)  # the table must be long enough for all of them
+        """`rotary_row` for `num` positions of every batch row, each (R, n, 1, D)."""
+        self.rotary_row(max(positions) + num - 1, like)  # extends the table
         assert self.table is not None
         cos, sin = (torch.stack([part[first : first + num] for first in positions]).unsqueeze(2) for part in self.table)
         return cos, sin
 
 
 def _staircase(num: int, clean: int, at: int, causal: bool, like: Tensor) -> Tensor | None:
-    """(n, at + n): 0 where a new position sees a slot, -inf where not; None where a single one sees all. The first
-    `clean` positions are causal; the others are too, or see one another."""
+    """(n, at + n): 0 where a new position sees a slot, else -inf; None for a single position, which sees all. The first
+    `clean` positions are causal; the others are causal, or see one another."""
     if num == 1:
         return None
     seen = torch.ones(num, at + num, dtype=torch.bool, device=like.device).tril(at)
@@ -148,8 +150,8 @@ def _staircase(num: int, clean: int, at: int, causal: bool, like: Tensor) -> Ten
 
 class StepOperations:
     """nn.layer's operations on tokens (R n, W), fused where that is faster: queries and keys are one tensor, and the
-    last projection of each half waits for the residual that it is added to. `adapter` adds to what comes behind so many
-    clean tokens of each row."""
+    last projection of attention and of the MLP is added to its residual in one operation. `adapter`: an adapter, and
+    how many clean tokens of each batch row it skips."""
 
     def __init__(self, weights: Layer, cos: Tensor, sin: Tensor, adapter: tuple[Gated, int] | None = None) -> None:
         self.weights, self.cos, self.sin, self.adapter = weights, cos, sin, adapter
@@ -209,7 +211,7 @@ class StepOperations:
 
 
 class Pending(NamedTuple):
-    """A projection of x (R n, in) that is not made yet."""
+    """A projection of x (R n, in) that is not computed yet."""
 
     module: nn.Linear
     part: str
@@ -224,7 +226,7 @@ class Pending(NamedTuple):
         return self._adapted(product(self.module.weight, self.x, h))
 
     def _adapted(self, y: Tensor) -> Tensor:
-        """With the bias, and to placeholders what the adapter makes of theirs in x."""
+        """y plus the bias, and at placeholders plus the adapter's output."""
         if self.module.bias is not None:
             y = y + self.module.bias
         if self.operations.adapter is not None:
@@ -244,7 +246,8 @@ def _normalised(x: Tensor, eps: float) -> Tensor:
 
 
 def product(weight: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x (R, in) times weight (out, in) transposed, plus the residual (R, out): a matrix-vector product for one row."""
+    """x (R, in) times the transpose of weight (out, in), plus the residual (R, out). One batch row: a matrix-vector
+    product."""
     if x.shape[0] > 1:
         y = F.linear(x, weight)
         return y if residual is None else y + residual

@@ -1,14 +1,16 @@
-"""One layer of the transformer: what published decoders vary in (LayerSpec), its weights, and its arithmetic, once.
+"""One layer of the transformer: how published decoders differ (LayerSpec), the weights, and the arithmetic, defined
+once.
 
-`run_layer` is the only definition. It is written over an object of operations, so that the same lines serve
+`run_layer` is the only definition. It is written over an object of operations:
 
     Operations          tensors: the context stream, the refine stream (modulated), blocks of tokens (adapters)
     DualOperations      a value with its tangent: the refine stream under forward-mode differentiation
-    StepOperations      a few tokens of every row against the cache, with fused operations (nn.decode_step)
+    StepOperations      a few tokens of every batch row against the cache, with fused operations (nn.decode_step)
 
-and a variant of a decoder is a field of the spec, a line here, and a refusal in the native step, whose code is its own.
+To add a decoder variant: a field of the spec, a line in `run_layer`, and a refusal in the native step, which has code
+of its own.
 
-Legend: R rows, N positions, W width, H query heads, G key heads, D head width, M width of the MLP, I items (copies).
+Legend: R batch rows, N positions, W width, H query heads, G key heads, D head width, M width of the MLP, I items.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from omni.nn.tangent import Dual
 from omni.sequence.positions import RotarySpec, rotate
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-# Values that a spec can express and that no code serves yet: field -> what is served today.
+# Fields with values that are not implemented yet: field -> the implemented values.
 SERVED: dict[str, tuple[Any, ...]] = {
     "qk_norm": ("head", "none"),
     "activation": ("silu", "gelu", "gelu_tanh"),
@@ -42,17 +44,17 @@ SERVED: dict[str, tuple[Any, ...]] = {
 
 
 class LayerSpec(Frozen):
-    """What a layer is. `mlp_width` None means 8/3 of the width, rounded up to a multiple of 32.
+    """The definition of a layer. `mlp_width` None: 8/3 of the width, rounded up to a multiple of 32.
 
-    qkv_bias, out_bias, mlp_bias: of the projections before and after attention, and of the MLP's.
+    qkv_bias, out_bias, mlp_bias: biases of the projections before and after attention, and of the MLP.
     qk_norm: RMSNorm of queries and keys, per "head", per rotary "axis" (SenseNova-U1), or "none".
     norm_placement: "before" attention and MLP (Llama), "after" them (OLMo 2, arXiv 2501.00656), or "both" (Gemma 2,
-        arXiv 2408.00118). norm_offset: the weight of a norm is norm_offset + w (1 in Gemma). norm_eps: of all norms.
-    activation: of the gate of the MLP: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
-    rope_base, rotary: see sequence.positions. window: positions that a query sees at most, itself included (Mistral).
-    attention_cap: c, scores are c tanh(s / c) (Gemma 2). residual_scale: of what attention and MLP add (Granite).
-    time: how the condition of a noisy block enters: "modulation" (adaLN, PixArt-alpha), or added to the "input" (BAGEL,
-        Lance, Cosmos 3). modulation_eps: of the normalised modulation vectors.
+        arXiv 2408.00118). norm_offset: a norm multiplies by norm_offset + w (1 in Gemma). norm_eps: of all norms.
+    activation: of the MLP's gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
+    rope_base, rotary: see sequence.positions. window: the most positions a query sees, itself included (Mistral).
+    attention_cap: c; scores are c tanh(s / c) (Gemma 2). residual_scale: factor of the residual branches (Granite).
+    time: how the condition enters a noisy block: "modulation" (adaLN, PixArt-alpha), or added to the "input" (BAGEL,
+        Lance, Cosmos 3). modulation_eps: epsilon of the normalised modulation vectors.
     """
 
     width: int = Field(default=320, ge=1, le=1 << 16)
@@ -96,12 +98,12 @@ class LayerSpec(Frozen):
 
 
 def refuse_unserved(spec: Frozen, served: dict[str, tuple[Any, ...]]) -> None:
-    """ValueError naming the first field whose value no code serves yet."""
+    """ValueError naming the first field whose value is not implemented yet."""
     for name, values in served.items():
         value = getattr(spec, name)
         if value not in values:
             known = ", ".join(map(repr, values))
-            raise ValueError(f"{name} = {value!r} is not served yet; served: {known}")
+            raise ValueError(f"{name} = {value!r} is not implemented yet; implemented: {known}")
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -119,12 +121,12 @@ class RMSNorm(nn.Module):
         return {"weight": Declared("constant", 1.0 - self.offset)}
 
     def scale(self, dtype: torch.dtype) -> Tensor:
-        """What the normalised values are multiplied by, (width,)."""
+        """The factor of the normalised values, (width,)."""
         weight = self.weight if not self.offset else self.weight + self.offset
         return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # CUDA's autocast makes it float32 (torch 2.12 on): queries and keys would no longer be of the values' dtype.
+        # CUDA's autocast returns float32 (torch 2.12 on); queries and keys must keep the dtype of the values.
         return F.rms_norm(x, x.shape[-1:], self.scale(x.dtype), self.eps).to(x.dtype)
 
     def dual(self, x: Dual) -> Dual:
@@ -132,8 +134,8 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One set of layer weights: the projections around attention, and the MLP. depth: layers of the transformer; what a
-    layer adds begins 1 / sqrt(2 depth) times as large as what it is made of."""
+    """One set of layer weights: the projections around attention, and the MLP. depth: layers of the transformer; the
+    last projections of attention and MLP start smaller by the factor 1 / sqrt(2 depth)."""
 
     def __init__(self, c: LayerSpec, depth: int = 1) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ NOT_MODULATED = (None,) * 6
 def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modulation: Any = NOT_MODULATED) -> Any:
     """The residual stream h after attention and MLP.
 
-    o: operations, which know the weights of every position and the rotary table. attention(queries_keys, values) closes
+    o: operations; they hold the weights of every position and the rotary table. attention(queries_keys, values) closes
     over mask, cache and memory. modulation: (shift, scale, gate) of attention, then of the MLP; None: not modulated.
     """
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
@@ -199,8 +201,8 @@ def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modul
 
 
 class Operations:
-    """On tensors (R, N, W). text, latent: the two sets of weights; `is_latent` (R, N) says which positions have the
-    second, or True or False for all of them. adapter: what placeholders of tokens add to the projections (nn.lora)."""
+    """Operations on tensors (R, N, W). text, latent: the two sets of weights. is_latent: (R, N), True where a position
+    uses the second set; or one bool for all. adapter: what placeholders add to the projections (nn.lora)."""
 
     def __init__(
         self, text: Layer, latent: Layer | None, is_latent: Tensor | bool, rotary: tuple[Tensor, Tensor],
@@ -210,7 +212,7 @@ class Operations:
         self.rotary, self.adapter = rotary, adapter
 
     def routed(self, function: Callable, x: Tensor) -> Any:
-        """function(weights, x) with the weights that each position belongs to; a tensor, or a tree of them."""
+        """function(weights, x) with the weights of each position; returns a tensor, or nested tuples of tensors."""
         if self.latent is None or self.is_latent is False:
             return function(self.text, x)
         if self.is_latent is True:
@@ -233,12 +235,12 @@ class Operations:
     output = project
 
     def heads(self, w: Layer, qkv: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """((q (..., H, D), k (..., G, D)), v (..., G, D)), with QK-norm."""
+        """((q (..., H, D), k (..., G, D)), v (..., G, D)), after QK-norm."""
         q, k, v = w.split(qkv)
         return ((w.q_norm(q), w.k_norm(k)) if w.c.qk_norm == "head" else (q, k)), v
 
     def arrange(self, queries_keys: tuple[Tensor, Tensor], values: Tensor) -> tuple[Any, Tensor]:
-        """Of `heads`, with the axis of heads before that of positions, queries and keys rotated."""
+        """The output of `heads` with the head axis before the position axis; queries and keys rotated."""
         q, k = (rotate(x.transpose(1, 2), *self.rotary) for x in queries_keys)
         return (q, k), values.transpose(1, 2)
 
@@ -276,9 +278,9 @@ def activation(name: Activation, x: Tensor) -> Tensor:
 
 
 class DualOperations:
-    """The same on Duals, rule by rule (see nn.tangent), for the refine stream with one set of weights.
+    """The same operations on Duals, rule by rule (see nn.tangent), for the refine stream with one set of weights.
 
-    Plain arithmetic instead of torch.func.jvp, which multiplies by the zero tangents of weights and context.
+    Not torch.func.jvp, which multiplies by the zero tangents of weights and context.
     """
 
     def __init__(self, weights: Layer, rotary: tuple[Tensor, Tensor]) -> None:

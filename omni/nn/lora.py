@@ -1,9 +1,9 @@
-"""Low-rank adapters that act on placeholders of tokens alone: LoRA (arXiv 2106.09685), gated as in arXiv 2507.11851.
+"""Low-rank adapters at placeholders of tokens only: LoRA (arXiv 2106.09685), gated as in arXiv 2507.11851.
 
-Every projection y = W x of a layer becomes y + B A x at placeholders and stays y everywhere else, so a model that is
-given a joint-token head computes the same bits as before wherever it has no placeholders. B starts at zero.
+Every projection y = W x of a layer is y + B A x at placeholders and y at all other positions: adding a joint-token head
+changes no bit at other positions. B starts at zero.
 
-Legend: W width, H query heads, G key heads, D head width, M width of the MLP, r rank.
+Legend: R batch rows, S positions, W width, H query heads, G key heads, D head width, M width of the MLP, r rank.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LowRank(nn.Module):
 
 
 class LayerAdapter(nn.Module):
-    """What placeholders add to the four projections of one layer, by name."""
+    """The low-rank terms of the four projections of one layer, by name."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], rank: int) -> None:
         super().__init__()
@@ -46,27 +46,26 @@ class LayerAdapter(nn.Module):
 
 @dataclass(frozen=True)
 class Gated:
-    """A layer's adapter in one pass. `gate` (R, S, 1) is 1 at placeholders and 0 at clean tokens among them; None is 1
-    everywhere."""
+    """A layer's adapter in one pass. `gate` (R, S, 1): 1 at placeholders, 0 at clean tokens; None: 1 everywhere."""
 
     adapter: LayerAdapter
     gate: Tensor | None
 
     def __call__(self, part: str, x: Tensor) -> Tensor:
-        """(R, S, out): what is added to the projection `part` of x (R, S, in)."""
+        """The term (R, S, out) to add to the projection `part` of x (R, S, in)."""
         y = self.adapter.parts[part](x)
         return y if self.gate is None else y * self.gate.to(y.dtype)
 
 
 class Adapters(nn.Module):
-    """One LayerAdapter for every layer that placeholders go through."""
+    """One LayerAdapter for every layer that placeholders pass through."""
 
     def __init__(self, depth: int, sizes: Sequence[tuple[int, int]], rank: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(LayerAdapter(sizes, rank) for _ in range(depth))
 
     def gated(self, gate: Tensor | None) -> list[Gated]:
-        """The adapters of the layers, switched per position by `gate` (R, S, 1)."""
+        """The adapters of the layers, each with `gate` (R, S, 1)."""
         return [Gated(layer, gate) for layer in self.layers]  # type: ignore[arg-type]
 
 

@@ -1,13 +1,11 @@
-"""The one-token step as native code, compiled when it is asked for: native_step.cpp, by the machine's C++ compiler.
+"""The one-token step as native code: native_step.cpp, compiled on demand by the machine's C++ compiler.
 
-A token is bound by reading the weights and by launching some twenty operations per layer. Here the whole step is one
-call, and weights whose values are exact in bfloat16 (as those of a published checkpoint are: it stores bfloat16) are
-read from a bfloat16 copy, which halves the bytes and loses nothing: products, activations and sums stay float32. Other
-weights are read as they are, in float32; the log says which. (Products compiled by torch.compile reached about half
-the speed of these.)
+The cost of a token is reading the weights and launching some twenty operations per layer. Here the whole step is one
+call. Where every weight is exact in bfloat16, as in a published checkpoint, a bfloat16 copy is read: half the bytes,
+no loss. Products, activations and sums stay float32. Other weights are read in float32; the log records this. Products
+compiled by torch.compile reached about half of this speed.
 
-Serves a single row in float32 on the CPU; more rows go through the ordinary step. The copies are of the weights at the
-time of construction.
+Serves a single batch row in float32 on the CPU; more rows use the eager step. The weights are copied at construction.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ from omni.nn.decode_step import TokenStep
 from omni.nn.layer import LayerSpec
 from omni.nn.transformer import Transformer
 
-# Fields of a LayerSpec that the native code has no choice in: it serves their default. The others are arguments of it
-# (sizes, norm_eps), tables that it is given (rotary positions), or of the refine stream, which it has no part in.
+# The native code takes these fields as arguments (sizes, norm_eps) or tables (rotary positions). Of all other fields it
+# serves the default only, except those of the refine stream, which it does not run.
 ARGUMENTS = {"width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "norm_eps", "rope_base", "rotary"}
 NATIVE = {
     name: field.default
@@ -39,19 +37,20 @@ NATIVE = {
 SOURCE = Path(__file__).with_name("native_step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-THREADS = ("-fopenmp",)  # left out where the compiler has no OpenMP; the step then uses one thread
+THREADS = ("-fopenmp",)  # omitted if the compiler has no OpenMP; the step then uses one thread
 _log = logging.getLogger("omni")
 
 
 class CompiledStep(TokenStep):
-    """A TokenStep that is compiled. Raises ValueError when there is no compiler, or nothing that it could serve."""
+    """A compiled TokenStep. Raises ValueError without a compiler, or for a model that the native code does not
+    serve."""
 
     def __init__(self, transformer: Transformer, output_weight: Tensor) -> None:
         super().__init__(transformer, output_weight)
         for name, served in NATIVE.items():
             if (value := getattr(self.c, name)) != served:
                 raise ValueError(
-                    f"compile=True has native code for layers with {name} = {served!r}, this model's have {value!r}; "
+                    f"compile=True supports layers with {name} = {served!r} only, this model has {value!r}; "
                     "leave compile out"
                 )
         if output_weight.device.type != "cpu" or output_weight.dtype != torch.float32:
@@ -63,7 +62,7 @@ class CompiledStep(TokenStep):
         matrices = [m.weight for w in self.layers for m in (w.qkv, w.out, w.gate_up, w.down)] + [output_weight]
         self.dtype = torch.bfloat16 if all(map(is_exact_in_bf16, matrices)) else torch.float32
         if self.dtype == torch.float32:
-            _log.info("compiled step: weights that bfloat16 does not hold are read in float32, at about half the speed")
+            _log.info("compiled step: some weights are not exact in bfloat16; reading float32, at about half the speed")
         name = str(self.dtype).removeprefix("torch.")
         self._step, self._read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
         norms = [n.weight for w in self.layers for n in (w.attention_norm, w.q_norm, w.k_norm, w.mlp_norm)]

@@ -1,5 +1,5 @@
-"""Which devices there are, and which low precision one computes fast. A wrong guess is costly: where a CPU lacks
-bfloat16 instructions, its bfloat16 products are about a hundred times slower than float32 ones."""
+"""The available devices, and whether bfloat16 is fast on one. On a CPU without bfloat16 instructions, bfloat16 products
+are about a hundred times slower than float32 ones."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def fast_bf16(device: torch.device | str = "cpu") -> bool:
 
 
 def require_device(name: str) -> str:
-    """`name`, if torch can compute on it here. ValueError that names those which are here otherwise."""
+    """`name`, if torch can compute on it. Else ValueError with the available devices."""
     try:
-        there = torch.empty(0, device=name).device.type != "meta"  # which computes nothing
-    except Exception:  # torch raises anything, with pages of text
+        there = torch.empty(0, device=name).device.type != "meta"  # the meta device computes nothing
+    except Exception:  # torch raises many types, with pages of text
         there = False
     if not there:
-        raise ValueError(f"device {name!r:.60} is not here; use {' or '.join(devices())}") from None
+        raise ValueError(f"device {name!r:.60} is not available; use {' or '.join(devices())}") from None
     return name
 
 
 def devices() -> list[str]:
-    """The devices that torch can compute on here."""
+    """The devices that torch can compute on."""
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return [*found, "mps"] if torch.backends.mps.is_available() else found

@@ -1,6 +1,6 @@
-"""Placeholders of joint tokens in the pass that appends the context before them to a cache.
+"""Placeholders of joint tokens in the same pass that appends the context before them to a cache.
 
-Legend: R rows, N appended positions, n placeholders, W width.
+Legend: R batch rows, N appended positions, n placeholders, W width.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from omni.sequence.mask import Fields
 
 @dataclass(frozen=True)
 class Tail:
-    """n placeholders behind what is appended to a cache: they read it in the same pass, and nothing of them is kept.
+    """n placeholders after the positions that a pass appends to a cache: they attend to it in that pass and are not
+    cached.
 
-    inputs (R, n, W), which go through the last layers alone, one for each of `adapters` (gated: zero at what is
-    appended). block, position (R,) int64: the number and the rotary coordinate that the first of them has.
+    inputs (R, n, W): they pass through the last layers only, one layer for each of `adapters`, whose gate is 0 at
+    appended positions. block, position (R,) int64: block number and rotary coordinate of the first placeholder.
     """
 
     inputs: Tensor
@@ -32,7 +33,7 @@ class Tail:
 
     @property
     def fields(self) -> Fields:
-        """(R, n) of them all: one copy of a block in the refine stream."""
+        """(R, n): all placeholders of a batch row are one copy of a block in the refine stream."""
         block = self.block[:, None].expand(self.inputs.shape[:2])
         step = torch.arange(block.shape[1], device=block.device).expand_as(block)
         return Fields(
@@ -45,7 +46,7 @@ class Tail:
         return (self.position[:, None] + step).unsqueeze(-1).expand(-1, -1, 3)
 
     def keys(self, cache: KVCache, num: int) -> Fields:
-        """Of every slot that is in use after a pass over `num` appended positions and the tail wrote theirs."""
+        """The fields of all used slots, after `num` appended positions and the tail."""
         own, n = self.fields, self.inputs.shape[1]
         known = cache.fields(cache.longest + num + n)
         parts = [part.clone() for part in (known.document, known.block, known.copy, known.ranks)]

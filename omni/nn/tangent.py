@@ -1,15 +1,15 @@
 """Forward-mode derivatives of the refine stream, layer by layer, in three forms.
 
-A `Dual` is a value with its tangent. The trunk threads Duals, and each part takes the derivative of its own local
-function: layers by the rules below (plain arithmetic, so that autograd, compilers, activation checkpoints and the
-gathering of sharded parameters see ordinary tensors), the small ends by torch.func.jvp (`lift`). One jvp around the
-whole network breaks checkpoints and multiplies zero tangents. rCM (arXiv 2510.08431) threads tangents the same way.
-Keys and values of the context enter as constants, and two copies never see one another: a tangent between copies
-would make MeanFlow and TVM silently wrong.
+A `Dual` is a value with its tangent. The transformer passes Duals from part to part, and each part differentiates its
+own function: layers by the rules below (ordinary arithmetic on ordinary tensors, as autograd, compilers, activation
+checkpoints and sharded parameters need), the small modules at both ends by torch.func.jvp (`lift`). One jvp around the
+whole network breaks checkpoints and multiplies zero tangents. rCM (arXiv 2510.08431) passes tangents the same way. Keys
+and values of the context are constants. Two copies never see one another: a tangent between copies would silently
+falsify MeanFlow and TVM.
 
     two_pass   the tangent without a graph, for stop-gradient targets: no activation is kept
     carried    value and tangent with a graph: gradients flow through both (reverse over forward)
-    central    (F(p + h d) - F(p - h d)) / 2h: any kernel, and the oracle of the other two; its graph is F's
+    central    (F(p + h d) - F(p - h d)) / 2h: any kernel; the test oracle of the other two; its graph is F's
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Dual(NamedTuple):
 
 
 def lift(function: Callable[..., Tensor], *arguments: Any) -> Any:
-    """function(*arguments) of tensors; where some are Duals, the Dual of its value (the others are constants)."""
+    """function(*arguments) of tensors; if some are Duals, the Dual of its value (the others are constants)."""
     at = [n for n, argument in enumerate(arguments) if isinstance(argument, Dual)]
     if not at:
         return function(*arguments)
@@ -85,8 +85,8 @@ def differentiate(
 
     Args:
         function: takes tensors and returns one; for `two_pass` and `carried` it also takes Duals and returns one.
-        form: see the head of this file.
-        step: h of `central`; None: 1e-6 in float64, 1e-3 in float32 (below that, rounding errors outweigh).
+        form: see the module docstring.
+        step: h of `central`; None: 1e-6 in float64, 1e-3 in float32 (smaller steps lose to rounding).
     """
     if form == "central":
         h = step or (1e-6 if point[0].dtype == torch.float64 else 1e-3)

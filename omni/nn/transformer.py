@@ -1,19 +1,19 @@
-"""The transformer in two streams: context (finished, clean, cached) and refine (what is being generated).
+"""The transformer in two streams: context (finished, clean, cached) and refine (in generation).
 
-    context(h, stream)          causal over blocks; writes a cache or returns the Memory that refine reads
-    refine(h, ..., memory)      modulated by a condition vector per copy; reads the memory and itself; writes nothing
-    draft(h, ..., memory)       the same for blocks of tokens: not modulated, adapters instead
+    context(h, stream)          causal over blocks; fills a cache, or returns the Memory that refine attends to
+    refine(h, ..., memory)      modulated by a condition vector per copy; attends to the memory and itself; no writes
+    draft(h, ..., memory)       the same for blocks of tokens: not modulated; adapters instead
 
-All use one set of weights, or latents have a set of their own, which tokens never touch: in both streams with
-`latent_weights = "separate"` (mixture of transformers, arXiv 2411.04996); in the refine stream alone with "refine" (a
-generation expert: what is finished is read with the weights of text, and training the expert changes no context).
-With shared weights and no refine stream it is a plain decoder.
+Either all positions share one set of weights, or latents have their own, which tokens never use. With
+`latent_weights = "separate"` latents use it in both streams (mixture of transformers, arXiv 2411.04996). With "refine"
+they use it in the refine stream only: finished blocks use the text weights, and training the latents' weights leaves
+the context unchanged. With shared weights and no refine stream the module is an ordinary decoder.
 
-A layer is nn.layer's, in one definition. Modulation follows adaLN with one shared projection and a
-table per layer (PixArt-alpha, arXiv 2310.00426); each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as
-in Terminal Velocity Matching (arXiv 2511.19797); eps = 1 keeps its slope at zero equal to 1.
+nn.layer defines a layer. Modulation follows adaLN with one shared projection and a table per layer (PixArt-alpha,
+arXiv 2310.00426). Each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as in Terminal Velocity Matching
+(arXiv 2511.19797); eps = 1 keeps its slope at zero equal to 1.
 
-Legend: R rows, N positions (T context, S refine), W width, H query heads, G key heads, D head width, I items (copies).
+Legend: R batch rows, N positions (T context, S refine), W width, H query heads, G key heads, D head width, I items.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from omni.sequence.positions import rotary_table
 
 
 class ExpertSpec(Frozen):
-    """Weights of latents of another size than those of text: their width, MLP and the layers that have any."""
+    """Sizes of the latents' own weights where they differ from the text's: width, MLP width, and the layers that have
+    them."""
 
     width: int = Field(ge=1, le=1 << 16)
     mlp_width: int = Field(ge=1, le=1 << 18)
@@ -67,17 +68,17 @@ WEIGHTS_SERVED: dict[str, tuple[Any, ...]] = {
 
 
 class TransformerConfig(LayerSpec):
-    """A layer, how many of them, and which weights which positions have.
+    """The layer, the number of layers, and the weights of each class of positions.
 
-    latent_weights: see the head of this file. expert: sizes of the latents' own weights where they are not those of the
-    text (pi0, arXiv 2410.24164; LMFusion, arXiv 2412.15188).
-    block_positions: the rotary coordinates of a block's latents, a "grid" or "one" for all of them (BAGEL).
-    block_markers: text ids that stand inside a refined block with the weights of text (BAGEL). clean_frames: latents of
-    a block that stay clean while the others are refined (Cosmos 3). guidance_positions: of a guidance branch, counted
-    by its "own" history, or "those" of the full one.
-    `attention`: see nn.attention.backends. `tangents`: how derivatives of F are taken: "forward" mode with
-    explicit softmax, the same with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or
-    "central" differences (any backend) with `tangent_step` (nn.tangent). None of it changes the weights.
+    latent_weights: see the module docstring. expert: sizes of the latents' own weights where they differ from the
+    text's (pi0, arXiv 2410.24164; LMFusion, arXiv 2412.15188).
+    block_positions: the rotary coordinates of a block's latents: a "grid", or "one" for all of them (BAGEL).
+    block_markers: text ids inside a refined block use the text weights (BAGEL). clean_frames: some latents of a block
+    stay clean while the others are refined (Cosmos 3). guidance_positions: a guidance branch counts positions by its
+    "own" history, or has "those" of the full one.
+    `attention`: see nn.attention.backends. `tangents`: the derivative of F: "forward" mode with explicit softmax, or
+    with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or "central" differences (any
+    backend) of step `tangent_step` (nn.tangent). Neither changes the weights.
     """
 
     depth: int = Field(default=8, ge=1, le=1024)
@@ -98,7 +99,7 @@ class TransformerConfig(LayerSpec):
 
 
 class Block(nn.Module):
-    """One layer of the transformer, serving both streams."""
+    """One layer of the transformer, for both streams."""
 
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
@@ -119,12 +120,14 @@ class Block(nn.Module):
         condition: tuple[Tensor | Dual, Tensor | None] | None = None,
         adapter: Gated | None = None,
     ) -> Any:
-        """Latents of the refine stream: h_RNW, or a Dual of it, through the layer; the same type comes back.
-        No `condition`, the context stream and blocks of tokens: (h_RNW, k, v), its keys and values too: what has a
-        gradient must be an output, or sharded weights would not be gathered for it.
+        """Apply the layer.
 
-        `attention(q, k, v)` closes over mask, cache and memory; `latent` says which positions are latents.
-        `condition`: six vectors per copy (I, 6, W), a Dual with h_RNW, and the copy of each position, or None.
+        With `condition` (latents of the refine stream): h_RNW, or a Dual of it -> the same type. Without (context
+        stream and blocks of tokens): returns (h_RNW, k, v). Keys and values are outputs because FSDP gathers sharded
+        weights in the backward only for outputs.
+
+        `attention(q, k, v)` closes over mask, cache and memory. `latent`: which positions are latents.
+        `condition`: six vectors per copy (I, 6, W), a Dual if h_RNW is one, and the copy of each position, or None.
         `adapter`: what placeholders of tokens add to the projections (see nn.lora).
         """
         if condition is None:
@@ -165,7 +168,7 @@ class Block(nn.Module):
         return run_layer(DualOperations(weights, rotary), self.c, h, lambda qk, v: attention(qk[0], qk[1], v), six)
 
     def normalise(self, vectors_I6W: Tensor) -> Tensor:
-        """Six vectors per copy, with this layer's own added, normalised: (I, 6 W). Scales and gates are around 1."""
+        """The six vectors per copy plus the layer's own table, normalised: (I, 6 W). Scales and gates are around 1."""
         vectors_I6W = vectors_I6W + self.modulation_table.to(vectors_I6W.dtype)
         power = vectors_I6W.pow(2).mean(-1, keepdim=True)
         v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
@@ -174,7 +177,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """See the head of this file. Hidden states in, hidden states out; heads embed and read."""
+    """See the module docstring. Hidden states in, hidden states out; heads embed inputs and compute predictions."""
 
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
@@ -192,18 +195,18 @@ class Transformer(nn.Module):
         return choose_backend(self.c.attention, device.type, training)
 
     def _block_backend(self, device: torch.device) -> str:
-        """The same for a pass against memory, which flash-attn cannot mask."""
+        """The backend of a pass against memory; flash-attn cannot mask it."""
         backend = self.backend(device)
         return "sdpa" if backend == "flash" else backend
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache for `rows` rows, on the device and in the dtype of the weights."""
+        """An empty cache for `rows` batch rows, on the device and in the dtype of the weights."""
         weight = self.modulation.weight
         c = self.c
         return KVCache(c.depth, rows, c.num_kv_heads, capacity, c.head_dim, weight.device, weight.dtype)
 
     def _enter(self, h: Any, position: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """The residual stream (or a Dual of it) and its rotary table, in autocast's dtype when autocast is on."""
+        """The residual stream (or a Dual of it) and its rotary table, in autocast's dtype if autocast is on."""
         value = h.value if isinstance(h, Dual) else h
         device = value.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
@@ -213,7 +216,7 @@ class Transformer(nn.Module):
     # ---- context stream -------------------------------------------------------------------------------------------
 
     def context(self, h_RTW: Tensor, stream: Stream, is_latent: Tensor) -> tuple[Tensor, Memory]:
-        """The whole context at once, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
+        """The whole context in one pass, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
         backend = self.backend(h_RTW.device)
         mask = AttentionMask(stream.fields, stream.fields)
         h_RTW, rotary = self._enter(h_RTW, stream.position)
@@ -235,9 +238,9 @@ class Transformer(nn.Module):
         self, h_RNW: Tensor, block: Tensor, position: Tensor, is_latent: Tensor | bool, cache: KVCache,
         valid: list[int], tail: Tail | None = None,
     ) -> Tensor:  # fmt: skip
-        """Append N positions to every row of the cache; of row r only the first `valid[r]` count, the rest is padding.
+        """Append N positions to every batch row of the cache. Of row r the first `valid[r]` count; the rest is padding.
 
-        block: (R, N) int64. position: (R, N, 3). Returns normalised hidden states (R, N, W), with a tail of n
+        block: (R, N) int64. position: (R, N, 3). Returns normalised hidden states (R, N, W); with a tail of n
         placeholders (R, N + n, W).
         """
         n = h_RNW.shape[1]
@@ -273,10 +276,10 @@ class Transformer(nn.Module):
     def refine(
         self, h_RSW: Tensor | Dual, stream: Stream, memory: Memory, condition_IW: Tensor | Dual, item: Tensor | None
     ) -> Any:
-        """Copies of blocks, each reading the context before its block and itself.
+        """Copies of blocks; each attends to the context before its block and to itself.
 
-        condition_IW: one vector per copy; item: (R, S) int64, which copy a position belongs to (negative: padding), or
-        None when every row is one copy. Returns normalised hidden states (R, S, W); Duals in, a Dual out.
+        condition_IW: one vector per copy. item: (R, S) int64, the copy of each position (negative: padding), or None if
+        every batch row is one copy. Returns normalised hidden states (R, S, W); for Duals, a Dual.
         """
         backend = self._block_backend(stream.position.device)
         mask = None if memory.uniform and item is None else memory.mask(stream)
@@ -302,10 +305,10 @@ class Transformer(nn.Module):
         adapters: Sequence[Gated | None],
         layers: range | None = None,
     ) -> Tensor:
-        """Blocks of tokens in the refine stream: like `refine`, but with the weights of text, the final norm of the
-        context stream and no modulation; instead the adapter of each layer. h_RSW: placeholders, or clean tokens that
-        stand before them in their block. layers: only these (None: all). Returns hidden states (R, S, W), normalised
-        after the last layer of the transformer. Writes nothing.
+        """Blocks of tokens in the refine stream: like `refine`, with the text weights, the final norm of the context
+        stream, no modulation, and the adapter of each layer. h_RSW: placeholders, or clean tokens before them in their
+        block. layers: the layers to run (None: all). Returns hidden states (R, S, W), normalised after the last layer
+        of the transformer. Writes nothing.
         """
         layers = range(self.c.depth) if layers is None else layers
         backend = self._block_backend(stream.position.device)
@@ -322,7 +325,7 @@ class Transformer(nn.Module):
         return self.norm(h_RSW) if layers.stop == self.c.depth else h_RSW
 
     def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask | None) -> Dual:
-        """Attention with its tangent, as `tangents` names it."""
+        """Attention with its tangent, by the method `tangents`."""
         if self.c.tangents in ("forward", "central"):
             return attend_dual(q, k, v, *past, mask)
         k_past, v_past = (part.to(q.value.dtype) for part in past)
@@ -333,7 +336,7 @@ class Transformer(nn.Module):
 
 
 def spread(value_IX: Tensor, item: Tensor | None) -> Tensor:
-    """(I, X) per copy -> (R, S, X) per position; with `item` None, one copy per row: (R, 1, X)."""
+    """(I, X) per copy -> (R, S, X) per position; with `item` None, one copy per batch row: (R, 1, X)."""
     if item is None:
         return value_IX.unsqueeze(1)
     return value_IX.index_select(0, item.clamp(min=0).flatten()).unflatten(0, item.shape)

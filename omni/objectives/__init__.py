@@ -1,4 +1,4 @@
-"""Training objectives, one file each, registered by name. An objective sees a callable, never a model."""
+"""Training objectives, one file each, registered by name. An objective depends on a callable, never on a model."""
 
 from omni.objectives.base import OBJECTIVES, FlowObjective, Objective, Terms, build_objective
 

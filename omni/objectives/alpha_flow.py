@@ -3,8 +3,8 @@
 m = alpha s + (1 - alpha) t,  z = x_t - (t - m) v~
 e = |F(x_t, t, s) - alpha v~ - (1 - alpha) sg F(z, m, s)|^2      loss = e / alpha * (alpha / sg(e + c))^p
 
-v~ is the sample's v (or its guided one); with v~ = sg F(x_t, t, m) and alpha = 1/2 it is a shortcut model. Where alpha
-is clamped to 0 the loss is MeanFlow's, the limit of its gradient; at 1 there is one forward. s = 0 is discrete
+v~ is the sample's v (or its guided one); with v~ = sg F(x_t, t, m) and alpha = 1/2 it is a shortcut model. If alpha is
+clamped to 0, the loss is MeanFlow's, the limit of its gradient; at 1 there is one forward. s = 0 is discrete
 consistency training. At s = t the gradient is flow matching's for every alpha.
 """
 
@@ -28,7 +28,7 @@ from omni.rng import Key
 class AlphaFlow(GuidedObjective):
     """alpha: fixed, or None for a sigmoid from 1 to 0 over [start, end] of training with slope `temperature`.
 
-    clamp: alpha below it is 0 and above 1 - clamp is 1. velocity: v~ is the "data"'s or, for alpha < 1, the
+    clamp: alpha below it is 0, alpha above 1 - clamp is 1. velocity: v~ is the "data"'s or, for alpha < 1, the
     "network"'s. diagonal: share of items at s = t. power, offset: of the adaptive weight (of the mean square); power 0
     leaves e / alpha.
     """
@@ -87,7 +87,7 @@ class AlphaFlow(GuidedObjective):
         return v - draw.items.expand(t - s) * call.derivative(draw.x, t, s, v, one, zero)
 
     def _velocity(self, call: FlowCall, draw: GuidedDraw, v: Tensor, m: Tensor) -> Tensor:
-        """v~ (R, S, C): at s = t the data's in any case, which anchors the diagonal."""
+        """v~ (R, S, C). At s = t it is always the data's, which anchors the diagonal."""
         if self.velocity == "data":
             return v
         own = call(draw.x, draw.t, m).to(v.dtype)

@@ -1,8 +1,8 @@
-"""What objectives share: Terms, the callable they see, keyed draws of noise, means per item.
+"""Shared by objectives: Terms, the callable that they train, keyed noise, means per item.
 
 Time: t = 1 is noise, t = 0 data, s <= t. x_t = (1 - t) x0 + t eps, v = eps - x0, jump x + (s - t) F.
 
-Legend: R rows, S refine positions, C channels, I items (noisy copies of blocks).
+Legend: R batch rows, S refine positions, C channels, I items (noisy copies of blocks).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omni.rng import Key, normals
 
 OBJECTIVES: Registry = Registry("objective", "omni.objectives", entry_points="omni.objectives")
 
-# Names of omni.samplers that read what an objective trains: F(x, t, t); F(x, t, s) for any s; F(x, t, 0).
+# Names of omni.samplers by the values they use: F(x, t, t); F(x, t, s) for any s; F(x, t, 0).
 VELOCITY, JUMPS, TO_DATA = ("euler", "ddim", "heun"), ("flow_map", "gamma", "restart"), ("restart",)
 
 
@@ -45,41 +45,42 @@ class FlowCall(Protocol):
         ...
 
     def target(self, graph: bool = False) -> FlowCall:
-        """The target network: averaged weights where the trainer keeps them (see `Objective.target_decay`), else the
-        present ones. Its results have no graph, or with `graph` one that reaches x and the weights."""
+        """The target network: averaged weights if the trainer keeps them (see `Objective.target_decay`), else the
+        present ones. Without `graph` its results have no graph; with `graph` gradients reach x and the weights."""
         ...
 
     def null(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """F(x, t, s) of the same items with their condition dropped, without guidance. ValueError where the batch has
-        no null contexts."""
+        """F(x, t, s) of the same items without their condition and without guidance. ValueError if the batch has no
+        null contexts."""
         ...
 
     def guided(self, beta: Tensor) -> FlowCall:
-        """The same call, told the guidance beta = 1 / w (I,) of every item; 1 is no guidance and the default."""
+        """The same call with the guidance embedding of beta = 1 / w (I,) for each item; 1, the default, is no
+        guidance."""
         ...
 
 
 @dataclass(frozen=True)
 class Items:
-    """The noisy copies of a batch: clean latents and, per position, which copy it belongs to (-1 is padding)."""
+    """The noisy copies of a batch: clean latents, and the copy of each position (-1: padding)."""
 
     latents: Tensor  # (R, S, C)
     item: Tensor  # (R, S)
     names: Sequence[Name]  # (document, block, copy) of each item
-    is_null: Tensor | None = None  # (I,) bool: the items whose condition was dropped; None: of none
-    progress: float = 1.0  # the share of training that is done, for schedules
+    is_null: Tensor | None = None  # (I,) bool: items without their condition; None: all have it
+    progress: float = 1.0  # the completed share of training, for schedules
     pairing: Pairing = "independent"
 
     def __len__(self) -> int:
         return len(self.names)
 
     def expand(self, value_I: Tensor) -> Tensor:
-        """(I,) -> (R, S, 1), each position with the value of its item; in the latents' dtype."""
+        """(I,) -> (R, S, 1): each position has the value of its item, in the latents' dtype."""
         return value_I.to(self.latents.dtype)[self.item.clamp(min=0)].unsqueeze(-1)
 
     @cached_property
     def mask(self) -> Tensor:
-        """(R, S) bool: what is not padding."""
+        """(R, S) bool: False on padding."""
         return self.item >= 0
 
     @cached_property
@@ -88,7 +89,7 @@ class Items:
         return self.total(torch.ones(self.item.shape, device=self.item.device))
 
     def total(self, value_RS: Tensor) -> Tensor:
-        """(R, S) -> (I,): the sum of a value over each item's positions, in the value's dtype; padding ignored."""
+        """(R, S) -> (I,): the sum over each item's positions, in the value's dtype, without padding."""
         index = self.item.clamp(min=0).flatten()
         out = torch.zeros(len(self.names), device=value_RS.device, dtype=value_RS.dtype)
         return out.index_add(0, index, torch.where(self.mask, value_RS, 0).flatten())
@@ -98,7 +99,7 @@ class Items:
         return self.total(value_RS) / self.counts.to(value_RS.dtype).clamp(min=1)
 
     def terms(self, loss_I: Tensor, weight: float, raw_I: Tensor | None = None) -> Terms:
-        """A loss per item, as a sum over latents: an item counts by its number of positions. raw_I: see Terms.raw."""
+        """A loss per item, as a sum over latents: an item's weight is its number of positions. raw_I: see Terms.raw."""
         counts = self.counts.to(loss_I.dtype)
         raw = None if raw_I is None else (raw_I.detach() * counts).sum()
         return Terms((loss_I * counts).sum(), float(self.counts.sum()), weight, raw)
@@ -108,10 +109,10 @@ class Items:
         sizes = set(self.counts.tolist())
         if len(sizes) > 1:
             raise ValueError(
-                f"items of {sorted(int(n) for n in sizes)} latents in one batch; this objective compares whole blocks, "
-                "so give it pictures of one size"
+                f"items of {sorted(int(n) for n in sizes)} latents in one batch; this objective compares whole blocks: "
+                "use pictures of one size"
             )
-        return value_RSC[self.mask].unflatten(0, (len(self.names), -1))  # items stand in flat order (layout.pack)
+        return value_RSC[self.mask].unflatten(0, (len(self.names), -1))  # items are in flat order (layout.pack)
 
     def unflat(self, value_INC: Tensor) -> Tensor:
         """Inverse of `flat`; zero on padding."""
@@ -120,14 +121,14 @@ class Items:
         return out
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
-        """(R, S, C) standard normal, zero on padding; an item's depends on (key, document, block, copy) alone, but for
-        the noise of purpose "noise", which is what data is paired with, where `pairing` is "transport"."""
+        """(R, S, C) standard normal, zero on padding. An item's noise depends on (key, document, block, copy) alone.
+        The exception is purpose "noise", which is paired with data, under pairing "transport"."""
         device, C = self.latents.device, self.latents.shape[-1]
-        if device.type == "mps":  # which has no float64
+        if device.type == "mps":  # no float64 there
             return replace(self, latents=self.latents.cpu(), item=self.item.cpu()).noise(key, purpose).to(device)
         if not len(self):
             return torch.zeros_like(self.latents)
-        pairs = -(-C // 2)  # a draw makes two numbers
+        pairs = -(-C // 2)  # each counter gives two numbers
         counter = self.offsets.unsqueeze(-1) * pairs + torch.arange(pairs, device=device)
         keys = keys_I(self.names, key.fold(purpose), device)[self.item.clamp(min=0)]
         drawn = normals(keys.unsqueeze(-1), counter).flatten(-2)[..., :C]
@@ -135,14 +136,15 @@ class Items:
         return self.paired(drawn.to(self.latents.dtype), purpose)
 
     def paired(self, noise: Tensor, purpose: str) -> Tensor:
-        """The noise (R, S, C) in the order that `pairing` gives it; of other purposes than "noise" as it is."""
+        """The noise (R, S, C) reordered by `pairing`; unchanged for other purposes than "noise"."""
         if self.pairing == "independent" or purpose != "noise":
             return noise
         return transport(noise, self.latents, self.item, self.counts)
 
     @cached_property
     def offsets(self) -> Tensor:
-        """(R, S) int64: the place of each position inside its item, 0 on padding (an item's positions are in a row)."""
+        """(R, S) int64: the index of each position in its item, 0 on padding. The positions of an item are
+        contiguous."""
         place = torch.arange(self.item.numel(), device=self.item.device).view_as(self.item)
         index, far = self.item.clamp(min=0), self.item.numel()
         first = torch.full((max(len(self), 1),), far, device=self.item.device)
@@ -150,7 +152,7 @@ class Items:
         return torch.where(self.mask, place - first[index], 0)
 
     def times(self, *values_I: Tensor) -> tuple[Tensor, ...]:
-        """Times as drawn (float64, CPU) -> on the latents' device, in float32 or better: never in half precision."""
+        """Sampled times (float64, CPU) -> on the latents' device, in float32 or better: never in half precision."""
         dtype = torch.promote_types(self.latents.dtype, torch.float32)
         return tuple(value.to(self.latents.device, dtype) for value in values_I)
 
@@ -163,14 +165,13 @@ class Items:
 class Objective(Frozen, ABC):
     """An objective with its options.
 
-    `reads`: what its loss is computed from, see omni.losses: next-token "logits" of supervised positions, a "flow" call
-    with items, or "placeholders" of joint tokens.
+    `reads`: the input of its loss, see omni.losses: next-token "logits" of supervised positions, a "flow" call with
+    items, or "placeholders" of joint tokens.
 
-    An objective that reads `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
-    of the average of the weights that the trainer keeps for it. None, 0 or no such field: the present weights serve.
+    An objective that uses `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
+    of the averaged weights that the trainer keeps for it. None, 0 or no such field: the present weights.
 
-    `samplers`: names of omni.samplers that read what this objective trains, the usual one first. Empty for an objective
-    that trains nothing that a sampler reads.
+    `samplers`: names of omni.samplers that the trained values support, the usual one first; may be empty.
     """
 
     reads: ClassVar[Literal["logits", "flow", "placeholders"]]
@@ -180,7 +181,7 @@ class Objective(Frozen, ABC):
 
 @dataclass(frozen=True)
 class Draw:
-    """Noisy inputs and the pieces of the target: x_t, v, noise (R, S, C), times t, s (I,). Objectives may extend it."""
+    """Noisy inputs and parts of the target: x_t, v, noise (R, S, C), times t, s (I,). Objectives may extend it."""
 
     x: Tensor
     v: Tensor
@@ -191,7 +192,7 @@ class Draw:
 
 
 class FlowObjective(Objective):
-    """An objective on latent blocks: `draw` makes noisy inputs, `loss` compares the callable with its target.
+    """An objective on latent blocks: `draw` samples noisy inputs, `loss` compares the callable with its target.
 
     pairing: of noise with data, see objectives.pairing.
     """
@@ -202,7 +203,7 @@ class FlowObjective(Objective):
 
     @property
     def needs_null(self) -> bool:
-        """Whether `loss` reads `FlowCall.null()`, so that batches must carry null contexts."""
+        """Whether `loss` uses `FlowCall.null()`; batches must then have null contexts."""
         return False
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
@@ -220,7 +221,7 @@ class FlowObjective(Objective):
 
 
 def build_objective(name: str, **options: Any) -> Objective:
-    """The objective registered as `name`, with its options validated. Raises ValueError with the nearest known name."""
+    """The objective registered as `name`, with validated options. ValueError with the nearest known name."""
     return OBJECTIVES.get(name)(**options)
 
 

@@ -3,12 +3,12 @@
 loss = w(t, r) d(f(x_t, t, 0), sg f(x_r, r, 0)),   f(x, t, 0) = x - t F(x, t, 0)
 
 The schedule of (t, r) is ECT's (arXiv 2406.14548) or iCT's (arXiv 2310.14189): see consistency_schedule. The target
-has the present weights: no average (iCT's main correction). Where r = 0 it is x0 itself, by the form of f.
+uses the present weights, not an average (iCT's main correction). At r = 0 it is x0 itself, by the form of f.
 
 w is 1 / (sigma_t - sigma_r) in the papers' clock, sigma = t / (1 - t): `ve`, (1 - t)(1 - r) / (t - r); or 1 / (t - r)
-in the house's: `house`, which does not fade towards t = 1. f_t - f_r is about (t - r) df/dt, so with a root-like
-distance either keeps the scale of the loss as the gap closes. The papers share the dropout mask between the two
-passes; the house's network has no dropout. With guidance x_r = x_t - (t - r) v_g.
+in Omni's time: `house`, which does not vanish towards t = 1. f_t - f_r is about (t - r) df/dt, so with a root-like
+distance both keep the scale of the loss as the gap closes. The papers share the dropout mask between the two passes;
+Omni's network has no dropout. With guidance x_r = x_t - (t - r) v_g.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from omni.rng import Key
 
 @dataclass(frozen=True)
 class ConsistencyDraw(GuidedDraw):
-    """`r` (I,): the earlier time; `x_r` (R, S, C): the same line there. s = 0."""
+    """`r` (I,): the earlier time; `x_r` (R, S, C): the point of the same line there. s = 0."""
 
     r: Tensor
     x_r: Tensor
@@ -41,8 +41,9 @@ class Consistency(GuidedObjective):
     """schedule: "ect", "ict" or a table with `kind` and that schedule's options. time: the density of t.
 
     distance: None is the schedule's own (ect: norm, the un-squared error; ict: pseudo_huber with `huber_c`, per root
-    mean square: the paper's c is 0.00054 sqrt(dim) of the norm). min_gap: t - r is at least this, in house time (0 in
-    the papers): below, rounding in the network outweighs what differs.
+    mean
+    square: the paper's c is 0.00054 sqrt(dim) of the norm). min_gap: the smallest t - r, in Omni's time (0 in the
+    papers); below it rounding in the network exceeds the difference.
     """
 
     samplers = TO_DATA

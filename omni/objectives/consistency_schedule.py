@@ -1,11 +1,11 @@
-"""The pairs (t, r), r < t, of discrete consistency training, and how they close as training goes on.
+"""The pairs (t, r), r < t, of discrete consistency training, and how their gap closes during training.
 
 ect   r = max(0, t (1 - (1 + k sigmoid(-t)) / q^(stage + 1)))                                 (arXiv 2406.14548)
 ict   neighbours on EDM's grid of N nodes; N doubles from 10 to 1280; the density of t, cell by cell
                                                                                               (arXiv 2310.14189)
 
-There t and r are noise levels sigma of data of deviation `data_std`; the house's time is t = sigma / (sigma +
-data_std). So the published density log sigma ~ N(-1.1, 2.0) is log_normal(-1.1, 2.0) with shift 1 / data_std.
+There t and r are noise levels sigma of data of deviation `data_std`; Omni's time is t = sigma / (sigma + data_std).
+So the published density log sigma ~ N(-1.1, 2.0) is log_normal(-1.1, 2.0) with shift 1 / data_std.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from omni.rng import Key
 
 
 class ConsistencySchedule(Frozen):
-    """`distance`: the one its paper uses."""
+    """`distance`: that of the paper."""
 
     distance: ClassVar[Distance]
     data_std: float = Field(default=0.5, gt=0)
 
     @abstractmethod
     def draw(self, time: TimeDistribution, names: Sequence[Name], key: Key, progress: float) -> tuple[Tensor, Tensor]:
-        """(t, r), each (I,) float64, house times, 0 <= r <= t."""
+        """(t, r), each (I,) float64, in Omni's time, 0 <= r <= t."""
 
 
 class EasySchedule(ConsistencySchedule):
     """ECT. stage: fixed, or None for 0, 1, ..., num_stages - 1 in equal shares of training.
 
-    The paper doubles every so many steps, to about eight stages; q = 256 and one stage is its one-hour recipe.
+    The paper increases the stage at fixed intervals, to about eight; q = 256 and one stage is its one-hour recipe.
     """
 
     kind: Literal["ect"] = "ect"
@@ -65,7 +65,7 @@ class EasySchedule(ConsistencySchedule):
 
 
 class ImprovedSchedule(ConsistencySchedule):
-    """iCT. first, last: cells of the grid at the start and the end of training; the lowest node is r = 0."""
+    """iCT. first, last: grid cells at the start and the end of training; the lowest node is r = 0."""
 
     kind: Literal["ict"] = "ict"
     distance: ClassVar[Distance] = "pseudo_huber"
@@ -83,7 +83,7 @@ class ImprovedSchedule(ConsistencySchedule):
     def draw(self, time: TimeDistribution, names: Sequence[Name], key: Key, progress: float) -> tuple[Tensor, Tensor]:
         grid = karras_times(self.num_nodes(progress), self.rho, self.sigma_min, self.sigma_max, self.data_std)
         low = self.sigma_min / (self.sigma_min + self.data_std)
-        edges = time.cumulative(torch.where(grid == 0, low, grid))  # the paper's lowest edge, which grid calls 0
+        edges = time.cumulative(torch.where(grid == 0, low, grid))  # the paper's lowest edge; it is 0 in `grid`
         u = edges[0] + (edges[-1] - edges[0]) * stratified_I(names, key, "time")
         cell = torch.searchsorted(edges, u, right=True).clamp(1, len(grid) - 1)
         return grid[cell], grid[cell - 1]

@@ -4,12 +4,12 @@ estimate = f_sg(f(x_t, t, s), s, 0)               gradient through the inner jum
 target   = sg f_sg(f_sg(x_u, u, s), s, 0)         s <= u < t
 loss     = d(estimate, target) + a |F(x_t', t', t') - v|^2
 
-f_sg is the target network. Without a teacher x_u is the point on the same line through x0 and eps, where the paper
-solves from x_t to u; the distance is of latents, not LPIPS; there is no adversarial loss. The second term is the
-paper's denoising loss as flow matching, at its own times. Its weight in the paper is the ratio of the two gradients on
-the last layer, which an objective, having no layers, cannot read: it is the number a.
+f_sg is the target network. Without a teacher, x_u is the point on the same line through x0 and eps, where the paper
+solves from x_t to u. The distance is in latents, not LPIPS; there is no adversarial loss. The second term is the
+paper's denoising loss as flow matching, at its own times. In the paper its weight is the ratio of the two gradients on
+the last layer, which an objective cannot access; here it is the number a.
 
-Legend: I items; R rows, S positions, C channels.
+Legend: I items; R batch rows, S positions, C channels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from omni.rng import Key
 
 @dataclass(frozen=True)
 class TrajectoryDraw(Draw):
-    """`u` (I,), x_u (R, S, C): the point that the target starts from; `velocity_t`: the time of the second term."""
+    """`u` (I,), x_u (R, S, C): the start of the target; `velocity_t`: the time of the second term."""
 
     u: Tensor
     x_u: Tensor
@@ -49,9 +49,9 @@ class TrajectoryDraw(Draw):
 
 @OBJECTIVES.register("consistency_trajectory")
 class ConsistencyTrajectory(FlowObjective):
-    """time: of the denoising term, log sigma ~ N(-1.2, 1.2). t, u, s lie on EDM's grid of `num_nodes` nodes.
+    """time: of the denoising term, log sigma ~ N(-1.2, 1.2). t, u, s are on EDM's grid of `num_nodes` nodes.
 
-    t is a uniform node above 0, u lies 1 to max_steps nodes below it (39; 17 on CIFAR), s is a uniform node up to u.
+    t is a uniform node above 0, u is 1 to max_steps nodes below it (39; 17 on CIFAR), s is a uniform node up to u.
     velocity_weight: a. distance, huber_c: d, of the mean square. target_decay: of the target network's average.
     """
 
@@ -96,7 +96,7 @@ class ConsistencyTrajectory(FlowObjective):
 
 
 class InputGradient(torch.autograd.Function):
-    """call(x, t, s) whose gradient reaches x and nothing else: not the weights, not the context."""
+    """call(x, t, s) whose gradient reaches x only: not the weights, not the context."""
 
     @staticmethod
     def forward(ctx: Any, call: FlowCall, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

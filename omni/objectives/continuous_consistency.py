@@ -1,17 +1,17 @@
-"""Continuous-time consistency training, sCM's sCT (arXiv 2410.11081), in house coordinates.
+"""Continuous-time consistency training, sCM's sCT (arXiv 2410.11081), in Omni's coordinates.
 
 sCM's path is x_tau = cos(tau) x0 + sin(tau) eps. With tan tau = t / (1 - t) and n = sqrt((1 - t)^2 + t^2) it is
 x_tau = x_t / n, dt / dtau = n^2, and sCM's network is (1 - 2t) / n x_t + n F(x_t, t, 0). Its tangent
-cos(tau) df/dtau, f = x_t - t F, split as sCM splits it, then is
+cos(tau) df/dtau, f = x_t - t F, split as in sCM, is
 
     g = (1 - t)^2 / n (v - F) + r t (1 - t) ((2t - 1) / n (v - F) - n dF/dt)      d/dt along (v, 1, 0); r: 0 -> 1
     g <- g / (|g| + c)                                                           over all of a block's latents
     loss = |n (F - sg F) - sg g|^2 / D
 
 At r = 1 and without the normalisation g = (1 - t) n (v - F - t dF/dt): MeanFlow's residual at s = 0, times a weight.
-The derivative is taken along (k v, k, 0) with k = t (1 - t) n, as sCM does, so that nothing overflows near noise.
-sCM's prior weight 1 / tan(tau) is already in g. Its learned weight exp(w(tau)) is left out, since an objective has no
-parameters; power = 1 divides by each item's own error instead. The target has the present weights.
+The derivative is taken along (k v, k, 0) with k = t (1 - t) n, as in sCM, so that nothing overflows near noise. sCM's
+prior weight 1 / tan(tau) is already in g. Its learned weight exp(w(tau)) is omitted, since an objective has no
+parameters; power = 1 divides by each item's own error instead. The target uses the present weights.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from omni.rng import Key
 class ContinuousConsistency(GuidedObjective):
     """time: log(sigma) ~ N(-0.8, 1.6) of data of deviation 0.5 (ImageNet-512; ImageNet-64: -1, 1.6; CIFAR: -1, 1.4).
 
-    normalise: |g| is the paper's "norm"; or "rms", the root mean square, which does not shrink the gradient as blocks
-    grow (the house's: the loss shares a network with text); or "none". offset: c. warmup: r rises from 0 to 1 over
+    normalise: |g| is the paper's "norm"; or "rms", the root mean square, with gradients that do not shrink for larger
+    blocks (Omni's default: the network is shared with text); or "none". offset: c. warmup: r rises from 0 to 1 over
     this share of training (the paper: 10,000 steps). power, power_offset: of the adaptive weight.
     """
 

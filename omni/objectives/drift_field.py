@@ -1,11 +1,11 @@
-"""The drift V of generative drifting (arXiv 2602.04770): attraction to data less repulsion from one's own kind.
+"""The drift V of generative drifting (arXiv 2602.04770): attraction to data minus repulsion from generated particles.
 
     joint   A = sqrt(max(softmax over targets * softmax over particles, floor)) of logits -d / tau, times the weight of
             the target;  V = sum_+ A_+ (y_+ - x) * sum A_-  -  sum_- A_- (y_- - x) * sum A_+           (released code)
     row     V = sum_+ k (y_+ - x) / sum_+ k  -  sum_- k (y_- - x) / sum_- k,  k = weight exp(-d / tau)      (the paper)
 
-Both change sign when positives and negatives change places, hence V = 0 in the mean where the two have one law; the
-converse is not promised. Nothing here has a graph.
+Both change sign if positives and negatives are swapped. So V = 0 in expectation if both have one distribution; the
+converse need not hold. Nothing here has a graph.
 
 Legend: G groups, M particles, T targets (K negatives, then P positives), D numbers in a vector.
 """
@@ -20,22 +20,23 @@ from torch import Tensor
 
 from omni.objectives.kernels import pairwise_distance
 
-FAR = 100.0  # mean distances that are added to the distance of a particle to itself
+FAR = 100.0  # mean distances; added to the distance of a particle to itself
 
 Affinity = Literal["joint", "row"]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What drives the particles: vectors (G, T, D), negatives first; weight (G, T); which are a particle's own."""
+    """The targets of the particles: vectors (G, T, D), negatives first; weight (G, T); own: each particle's own
+    targets."""
 
     vectors: Tensor
     num_negatives: int
     weight: Tensor
-    own: Tensor  # (M, T) bool: the particle itself, and what came of the same x0
+    own: Tensor  # (M, T) bool: the particle itself, and targets from the same x0
 
     def swapped(self) -> Targets:
-        """Positives for negatives and the reverse."""
+        """Positives and negatives swapped."""
         k = self.num_negatives
         vectors, weight, own = (
             torch.cat([value.narrow(dim, k, value.shape[dim] - k), value.narrow(dim, 0, k)], dim)
@@ -45,8 +46,8 @@ class Targets:
 
 
 def distances(x_GMD: Tensor, targets: Targets, *, per_group: bool) -> tuple[Tensor, Tensor]:
-    """(G, M, T) from particles to targets, a particle's own put out of reach; and the mean before that, weighted,
-    over each group (G, 1, 1) or over all (1, 1, 1)."""
+    """(G, M, T) from particles to targets, with FAR added for a particle's own; and the weighted mean before that, over
+    each group (G, 1, 1) or over all (1, 1, 1)."""
     found = pairwise_distance(x_GMD, targets.vectors)
     dims = (1, 2) if per_group else (0, 1, 2)
     weight = targets.weight[:, None].expand_as(found)
@@ -70,7 +71,7 @@ def joint_coefficients(cost_GMT: Tensor, weight_GT: Tensor, num_negatives: int, 
 
 
 def row_coefficients(cost_GMT: Tensor, weight_GT: Tensor, num_negatives: int, floor: float) -> Tensor:
-    """The same for the paper's field, in which each side has mass 1; there is no floor to apply."""
+    """The same for the paper's field, in which each side has mass 1; `floor` is not used."""
     logits = weight_GT.log()[:, None] - cost_GMT
     negative, positive = logits[..., :num_negatives].softmax(-1), logits[..., num_negatives:].softmax(-1)
     return torch.cat([-negative, positive], -1)

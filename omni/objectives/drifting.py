@@ -1,24 +1,24 @@
-"""Generative drifting (arXiv 2602.04770): move what is generated along V, from its own kind towards the data.
+"""Generative drifting (arXiv 2602.04770): move generated particles along V, away from one another, towards the data.
 
     x = phi(f(x_t, t, s)) / c,   loss = mean |x - sg(x + V)|^2,   V = sum over tau of V_tau / rms(V_tau)
 
 phi is a feature map, V_tau the field of `drift_field`: the particles of a group are one another's negatives, and the
-group's clean latents (at s > 0: samples of p_s) its positives. c = mean distance / sqrt(D), and distances are in mean
-distances, so that temperatures have one meaning everywhere. The defaults are the released loss. t = 1, s = 0 unless
-`pairs` says otherwise; then x_t and x_s come of one x0, and a particle does not see its own positive.
+group's clean latents (at s > 0: samples of p_s) are its positives. c = mean distance / sqrt(D). Distances are in units
+of the mean distance, so a temperature has the same meaning everywhere. The defaults are the released loss. t = 1, s = 0
+unless `pairs` differs; then x_t and x_s share one x0, and a particle does not see its own positive.
 
-The value of the loss says nothing: with one temperature V has mean square 1, so it is 1 (exactly, whatever the
-network does); with three it moves between 1 and 9 with how far they agree. What falls in training is the mean square
-of V_tau before it is normalised: `force`, which is `Terms.raw`, or the reported value with report = "force" (gradients
-are the same). With few particles most of that is sampling noise. And few are not stable: each side of V has mass 1
-however far it is, so two particles, each the only negative of the other, push apart without end.
+The loss value is not informative: with one temperature V has mean square 1, so it is exactly 1, whatever the network
+computes; with three it is between 1 and 9, depending on how far they agree. What falls in training is the mean square
+of V_tau before normalisation: `force`, which is `Terms.raw`, or the reported value with report = "force" (gradients are
+the same). With few particles most of it is sampling noise. Few particles are also unstable: each side of V has mass 1
+at any distance, so two particles, each the only negative of the other, move apart without bound.
 
-Guidance: the clean latents of items whose condition was dropped are more negatives for all others of their size in
-the batch, with weight (alpha - 1) (n_generated - 1) / n_null; the network is told beta = 1 / alpha. A batch without
-such items has alpha = 1.
+Guidance: the clean latents of items without their condition are extra negatives for all others of their size in the
+batch, with weight (alpha - 1) (n_generated - 1) / n_null; the guidance embedding is of beta = 1 / alpha. In a batch
+without such items alpha = 1.
 
-Without a trained feature map this did not work on ImageNet [paper]; and it wants many positives of a context, which
-documents with one caption each do not give: "mixed" groups then match the law over contexts, not within one.
+Without a trained feature map this failed on ImageNet [paper]. It also needs many positives per context, which documents
+with one caption each do not give: "mixed" groups then match the distribution over contexts, not within one.
 
 Legend: I items, G groups, M particles, N latents, C channels, T targets, D numbers in a feature vector.
 """
@@ -43,8 +43,9 @@ from omni.rng import Key
 
 
 class SampleGuidance(Frozen):
-    """alpha of a group: 1 with probability `plain`, else in [1, max_scale] with density alpha^-power. Off at 1; the
-    paper's 4, power 3 (or 5), plain 0.5."""
+    """alpha of a group: 1 with probability `plain`, else in [1, max_scale] with density alpha^-power. max_scale = 1 is
+    off; the
+    paper: max_scale 4, power 3 (or 5), plain 0.5."""
 
     max_scale: float = Field(default=1.0, ge=1)
     power: float = Field(default=3.0, ge=0)
@@ -72,7 +73,7 @@ class DriftDraw(Draw):
 
 @dataclass(frozen=True)
 class Goal:
-    """Of one kind of group and one feature family: where particles are and are to go, both in units of c.
+    """For one kind of group and one feature family: the particles and their targets, both in units of c.
 
     `x` (G, M, D) has a graph, `goal` has none; `force` (G, M): mean square of V_tau, summed over temperatures.
     """
@@ -84,13 +85,14 @@ class Goal:
 
 @OBJECTIVES.register("drifting")
 class Drifting(ParticleObjective):
-    """particles: how many of a group, the paper's 64 per class. temperatures: the tau above, in mean distances.
+    """particles: the size of a group; the paper: 64 per class. temperatures: tau above, in mean distances.
 
-    features: a name in FEATURES. affinity: "joint" (released) or "row" (the paper's field), with `floor` under the
-    product of the joint one. unit_distance: distances and coordinates in mean distances; without, tau is in the
-    features' own units. unit_force: each V_tau by its root mean square. scope: over what those means are taken. The
-    released code's "batch" makes a loss depend on what else stands in the batch; the house's "group" does not.
-    The paper's plain field is affinity="row", unit_force=false.
+    features: a name in FEATURES. affinity: "joint" (released) or "row" (the paper's field); `floor`: the lower bound of
+    the joint one's product. unit_distance: distances and coordinates in mean distances; else tau is in units of the
+    features.
+    unit_force: each V_tau divided by its root mean square. scope: the range of those means. With the released code's
+    "batch" a loss depends on the rest of the batch; with "group", Omni's default, it does not. The paper's plain field
+    is affinity="row", unit_force=false.
     """
 
     pairs: Literal["below", "zero", "one_step"] = "one_step"
@@ -141,7 +143,7 @@ class Drifting(ParticleObjective):
 
     @torch.no_grad()
     def force(self, call: FlowCall, draw: DriftDraw) -> Tensor:
-        """(I,): the mean square of V before it is normalised, summed over temperatures, mean over feature families."""
+        """(I,): the mean square of V before normalisation, summed over temperatures, mean over feature families."""
         return self._force(self.goals(call, draw), draw)
 
     def _force(self, goals: Iterable[list[Goal]], draw: DriftDraw) -> Tensor:
@@ -149,7 +151,7 @@ class Drifting(ParticleObjective):
         return draw.groups.spread(torch.zeros_like(draw.t), found)
 
     def goals(self, call: FlowCall, draw: DriftDraw) -> Iterator[list[Goal]]:
-        """By kind of group, one goal per feature family."""
+        """One goal per feature family, for each kind of group."""
         items = draw.items
         told = call if self.guidance.is_off else call.guided(1 / draw.alpha)
         y = land(told, draw.x, draw.t, draw.s, items)
@@ -164,7 +166,7 @@ class Drifting(ParticleObjective):
             ]
 
     def goal(self, x_GMD: Tensor, targets: Targets) -> Goal:
-        """x and where it drifts to, in units of c."""
+        """x and its target under drift, in units of c."""
         per_group, dim, particles = self.scope == "group", x_GMD.shape[-1], x_GMD.detach()
         with torch.no_grad():
             distance, mean = distances(particles, targets, per_group=per_group)
@@ -191,13 +193,13 @@ class Drifting(ParticleObjective):
         return Targets(vectors, num + extra.shape[1], torch.cat([one, weight, one], 1), own)
 
     def _guided(self, items: Items) -> Tensor:
-        """(I,) bool: items with a condition, of a size that some item without one has."""
+        """(I,) bool: items with a condition, of the size of some item without one."""
         if items.is_null is None or self.guidance.is_off:
             return torch.zeros(len(items), dtype=torch.bool, device=items.latents.device)
         return ~items.is_null & torch.isin(items.counts, items.counts[items.is_null])
 
     def _nulls(self, items: Items, members_GM: Tensor) -> Tensor | None:
-        """(1, K): the items without condition of the members' size; None where the members need none."""
+        """(1, K): the items without condition of the members' size; None if the members need none."""
         first = members_GM[0, 0]
         if items.is_null is None or self.guidance.is_off or bool(items.is_null[first]):
             return None

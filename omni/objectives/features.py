@@ -1,14 +1,14 @@
 """Feature maps for objectives that compare pictures: latents (B, N, C) -> families of vectors, each (B, D).
 
     latents       one family, the latents themselves
-    projections   and, of a fixed random two-layer network on every latent, means and deviations over 1, 4 and 16 runs
-                  of consecutive latents: statistics at several scales, with nothing trained
+    projections   also, from a fixed random two-layer network on every latent, means and deviations over 1, 4 and 16
+                  runs of consecutive latents: statistics at several scales, without training
 
 Another map is one function registered by name, such as a frozen encoder:
 
     FEATURES.register("mine")(lambda x_BNC: [encoder(x_BNC).flatten(1)])
 
-It must let gradients through, and treat pictures one by one (no batch statistics).
+It must pass gradients and treat pictures independently (no batch statistics).
 
 Legend: B pictures, N latents, C channels, H width, D numbers in a feature vector.
 """
@@ -52,7 +52,7 @@ def projections(x_BNC: Tensor) -> list[Tensor]:
 
 @lru_cache
 def _weights(channels: int) -> tuple[Tensor, Tensor]:
-    """(C, H), (H, H) float32: fixed by the number of channels alone."""
+    """(C, H), (H, H) float32: they depend on the number of channels alone."""
     key = Key(0).fold("feature projections", channels)
     return tuple(
         key.fold(name).normal((rows, WIDTH)) * (2 / rows) ** 0.5

@@ -1,12 +1,13 @@
-"""Improved MeanFlow (arXiv 2512.02012): MeanFlow as a regression of the velocity, by a network that sees x_t alone.
+"""Improved MeanFlow (arXiv 2512.02012): MeanFlow as a regression of the velocity, by a network whose input is x_t
+alone.
 
 V    = F(x_t, t, s) + (t - s) sg(d/dt F(x_t, t, s))     total derivative along (u, 1, 0), u = sg F(x_t, t, t)
 loss = adp |V - v_g|^2 + a adp |F(x_t, t, t) - v_g|^2   adp(e) = e / sg(e + c)^p
 
-The tangent u is the network's own velocity, not the sample's v, which makes the target free of that noise. The paper
-reads u from a second head that shares the trunk; here it is the diagonal of F, which is what the head would learn, and
-the second term trains it on every item. The paper's network is told t - s, guidance and its interval by tokens, not t:
-that is architecture, not objective.
+The tangent u is the network's own velocity, not the sample's v, so the target does not have that noise. In the paper u
+is from a second head on shared layers; here it is the diagonal of F, the optimum of that head, and the second term
+trains it on every item. The paper's network takes t - s, guidance and its interval as tokens, not t: that is
+architecture, not objective.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from omni.rng import Key
 class ImprovedMeanFlow(GuidedObjective):
     """Times as in MeanFlow; `diagonal`: share of items at s = t. velocity_weight: a above.
 
-    power, offset: the adaptive weight's p and c (of the mean square). guidance: off by default; the paper draws
-    w ~ w^-power on [1, 8] with mix "inverse", which is the default of `mix` here: guidance = {max_scale = 8}.
+    power, offset: the adaptive weight's p and c (of the mean square). guidance: off by default; the paper samples
+    w ~ w^-power on [1, 8] with mix "inverse", the default of `mix` here: guidance = {max_scale = 8}.
     """
 
     samplers = (*JUMPS, *VELOCITY)

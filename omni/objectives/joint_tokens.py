@@ -1,4 +1,4 @@
-"""Training of the model's joint-token head, beside the ordinary losses or after them; the loss itself is the head's."""
+"""Training of the model's joint-token head, beside other objectives or after them; the head defines the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omni.objectives.base import OBJECTIVES, Objective
 
 @OBJECTIVES.register("joint_tokens")
 class JointTokenObjective(Objective):
-    """blocks: how many blocks of placeholders every packed row carries, at random starts."""
+    """blocks: the number of blocks of placeholders in every packed batch row, at random starts."""
 
     reads = "placeholders"
     blocks: int = Field(default=8, ge=1)

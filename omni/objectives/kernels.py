@@ -1,15 +1,15 @@
 """Kernels between particles, and the squared maximum mean discrepancy (MMD, arXiv 0805.2368) of two groups.
 
-With d = |a - b|_2, e = d^2 / D and a scale w of each group, over which `bandwidths` h the first two are averaged:
+With d = |a - b|_2, e = d^2 / D and a scale w of each group; the first two kernels are averaged over `bandwidths` h:
 
     laplace        exp(-(w / h) max(d, floor) / D)          (arXiv 2503.07565, section 4: floor 1e-8)
     rbf            exp(-(w / h)^2 d^2 / (2 D))
-    energy         -sqrt(e)                                 w has no part in these three: conditionally positive
-    squared        -e                                       definite, they turn one particle into consistency training
+    energy         -sqrt(e)                                 these three do not use w; they are conditionally positive
+    squared        -e                                       definite; with one particle: consistency training
     pseudo_huber   huber_c - sqrt(e + huber_c^2)
 
-A constant added to a kernel drops out of the discrepancy, so the first two are returned less 1, which keeps digits
-where D is large and every kernel value close to 1. Gradients at distance 0 are 0.
+A constant added to a kernel cancels in the discrepancy. So the first two are returned minus 1, which keeps precision
+where D is large and every kernel value is close to 1. Gradients at distance 0 are 0.
 
 Legend: G groups, M and K particles, D numbers in each.
 """
@@ -27,7 +27,7 @@ from omni.objectives.weighting import distance
 
 
 class Kernel(Frozen):
-    """See the head of this file. Bandwidths multiply the reach 1 / w: larger is wider."""
+    """See the module docstring. Bandwidths multiply the length scale 1 / w: larger is wider."""
 
     kind: Literal["laplace", "rbf", "energy", "squared", "pseudo_huber"] = "laplace"
     bandwidths: tuple[float, ...] = (1.0,)
@@ -55,15 +55,16 @@ class Kernel(Frozen):
 
 
 def pairwise_distance(a_GMD: Tensor, b_GKD: Tensor) -> Tensor:
-    """(G, M, K) Euclidean, from differences: |a|^2 + |b|^2 - 2ab has no digits left for near particles."""
+    """(G, M, K) Euclidean, from differences: |a|^2 + |b|^2 - 2ab has no precision for near particles."""
     return torch.cdist(a_GMD, b_GKD, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def squared_discrepancy(y_GMD: Tensor, z_GMD: Tensor, kernel: Kernel, scale_G: Tensor, *, diagonals: bool) -> Tensor:
     """(G,): mean over pairs of k(y, y') + k(z, z') - 2 k(y, z').
 
-    With the diagonals j = k it is the V-statistic, never negative for a positive definite kernel. Without, particles
-    of different number being independent, it is unbiased: 0 in the mean where y and z have one law.
+    With the diagonals j = k it is the V-statistic, never negative for a positive definite kernel. Without them,
+    particles of different index being independent, it is unbiased: 0 in expectation if y and z have one
+    distribution.
     """
     total = kernel(y_GMD, y_GMD, scale_G) + kernel(z_GMD, z_GMD, scale_G) - 2 * kernel(y_GMD, z_GMD, scale_G)
     if diagonals:

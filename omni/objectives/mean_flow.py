@@ -21,12 +21,12 @@ from omni.rng import Key
 
 @OBJECTIVES.register("mean_flow")
 class MeanFlow(GuidedObjective):
-    """Times are the larger and the smaller of two draws.
+    """Times are the larger and the smaller of two samples.
 
-    time: their density; end: that of the second draw where it differs. The paper's: mean -0.4, std 1 for both; CIFAR:
-    (-2, 2) for both, later (-0.6, 1.6) and (-4, 1.6). diagonal: share of items trained at s = t: the house's 0.5; the
-    paper's 0.75 (ImageNet), 0.25 (CIFAR). power, offset: the adaptive weight's p and c, of the mean square: the paper's
-    1 and 1e-3 (0.75 on CIFAR, c = 0.01 in the released ImageNet code); power 0 is plain L2.
+    time: their density; end: that of the second if it differs. The paper: mean -0.4, std 1 for both; CIFAR: (-2, 2) for
+    both, later (-0.6, 1.6) and (-4, 1.6). diagonal: share of items trained at s = t: 0.5 by default; the paper: 0.75
+    (ImageNet), 0.25 (CIFAR). power, offset: the adaptive weight's p and c, of the mean square: the paper's 1 and 1e-3
+    (0.75 on CIFAR, c = 0.01 in the released ImageNet code); power 0 is plain L2.
     """
 
     samplers = (*JUMPS, *VELOCITY)

@@ -1,4 +1,4 @@
-"""Inductive Moment Matching (arXiv 2503.07565): what lands at s from t is to have the law of what lands there from r.
+"""Inductive Moment Matching (arXiv 2503.07565): jumps from t and from r to s should have one distribution.
 
 For a group of M particles that share s <= r < t, with x_t and x_r on one line through (x0, eps),
 
@@ -7,19 +7,19 @@ For a group of M particles that share s <= r < t, with x_t and x_r on one line t
     r   = max(s, min(t - min_gap, eta^-1(eta_t - 160 / 2^k))),   eta = t / (1 - t)
     w   = sigmoid(b - lambda) / 2 (-dlambda/dt) (1 - t)^a / ((1 - t)^2 + t^2)                 (eq. 13)
 
-and the kernel of `kernels`, whose scale is 1 / |c_out(s, t)| = 1 / (t - s) with this f: the two-time c_out, not the
-1 / t of c_out(t) that a well-known port uses.
+with the kernel of `kernels`. Its scale is 1 / |c_out(s, t)| = 1 / (t - s) for this f: the two-time c_out, not the 1 / t
+of c_out(t) that a well-known port uses.
 
 Special cases: one particle, s = 0 and the kernel -d^2 is twice consistency training; t = 1, r = s = 0 (pairs =
 "one_step") is a generative moment matching network (arXiv 1502.02761).
 
-What the paper leaves open, and the choice here
+Choices that the paper leaves open
     contexts     see `particles`: "mixed" groups (the paper's, where a label is a context), or "copies"
-    dropout      whether the two passes share it: the house's network has none
+    dropout      whether the two passes share it: Omni's network has none
     r = s        the target is then x_s itself, exactly: f(x, s, s) = x
-    s near t     the scale of the kernel grows as distances shrink; t - s is held at `gap_floor` in it, no more
-    c_in         the network's business, not the objective's (house networks see x itself)
-    ranks        a group never leaves the batch it stands in; one that is cut is smaller
+    s near t     the kernel's scale grows as distances shrink; in it t - s is at least `gap_floor`
+    c_in         of the network, not the objective (Omni's networks take x itself)
+    ranks        a group never leaves its batch; a group cut by the batch's edge is smaller
 
 Legend: I items, G groups, M particles, D numbers in a particle.
 """
@@ -42,7 +42,7 @@ from omni.rng import Key
 
 
 def inner_time(t: Tensor, s: Tensor, k: float, min_gap: float) -> Tensor:
-    """r(s, t) of the head of this file, float64. eta(r) = eta(t) - 160 / 2^k in a form that holds at t = 1."""
+    """r(s, t) of the module docstring, float64. eta(r) = eta(t) - 160 / 2^k in a form that is valid at t = 1."""
     step = 160 / 2**k * (1 - t)
     r = torch.where(step < t, (t - step) / (1 - step), 0.0)  # step < t <= 1, so the quotient is in (0, 1]
     return torch.maximum(s, torch.minimum(t - min_gap, r))
@@ -50,7 +50,7 @@ def inner_time(t: Tensor, s: Tensor, k: float, min_gap: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MomentDraw(Draw):
-    """`r` (I,): the time of the target; `x_r` (R, S, C): the same lines there. Both x are of float32 or better."""
+    """`r` (I,): the time of the target; `x_r` (R, S, C): the same lines there. Both x are float32 or better."""
 
     r: Tensor
     x_r: Tensor
@@ -59,18 +59,18 @@ class MomentDraw(Draw):
 
 @OBJECTIVES.register("moment_matching")
 class MomentMatching(ParticleObjective):
-    """time: t is uniform in [0, 0.994], the paper's for latents (pixels: low 0.006). particles: the paper's 4.
-    One is consistency training: as good on easy 2-D data while r is near t, and collapsing at pairs = "one_step".
+    """time: t is uniform in [0, 0.994], the paper's for latents (pixels: low 0.006). particles: the paper's 4. One is
+    consistency training: as good on easy 2-D data if r is near t; it collapses at pairs = "one_step".
 
     k: r is 160 / 2^k below t in the clock eta; the paper's 12 for ImageNet latents, 15 for CIFAR (10 to 15 usable).
-    min_gap: t - r is at least this: the house's 1e-4, the paper's for half precision; 0 in its TF32 runs. Without, t -
-    r is 1.4e-6 at t = 0.994 and k = 12.
+    min_gap: the smallest t - r: 1e-4, the paper's for half precision; 0 in its TF32 runs. Without it, t - r is 1.4e-6
+    at t = 0.994 and k = 12.
     weighting: "elbo" with `bias` (b: 4 for latents, 5 for CIFAR) and `power` (a: 1; 2 for many steps or half
     precision), or "one".
-    kernel: the paper's Laplace; `output`: whose c_out scales it. "velocity" is 1 / (t - s). For a network that predicts
-    otherwise "simple_edm" is sqrt((1 - t)^2 + t^2) / (t - s) and "x" is t / (t - s).
-    root: the square root of a group's discrepancy is minimised, which some moment matching networks do.
-    target_decay: the present weights serve for y_r, the paper's choice; a decay gives it averaged ones.
+    kernel: the paper's Laplace; `output`: whose c_out scales it. "velocity" is 1 / (t - s). For networks with other
+    outputs "simple_edm" is sqrt((1 - t)^2 + t^2) / (t - s) and "x" is t / (t - s).
+    root: minimise the square root of a group's discrepancy, as in some moment matching networks.
+    target_decay: None: y_r uses the present weights, as in the paper; else averaged ones.
     """
 
     k: float = Field(default=12.0, ge=0)
@@ -101,7 +101,7 @@ class MomentMatching(ParticleObjective):
         return MomentDraw(x, noise - broad.latents, t, s, items, noise, r, x_r, groups)
 
     def loss(self, call: FlowCall, draw: MomentDraw) -> Terms:
-        """The discrepancy of a group, times w(t), for each of its items."""
+        """A group's discrepancy times w(t), for each of its items."""
         weight = elbo_sigmoid(draw.t, self.bias, self.power) if self.weighting == "elbo" else torch.ones_like(draw.t)
         found = self.discrepancy(call, draw)
         return draw.items.terms(weight * found, self.weight, found)
@@ -115,7 +115,7 @@ class MomentMatching(ParticleObjective):
         return draw.groups.spread(torch.zeros_like(draw.t), found)
 
     def particle_pairs(self, call: FlowCall, draw: MomentDraw) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(y_t, y_r, scale of the kernel): (G, M, D) with a graph, (G, M, D) without, (G,); by kind of group."""
+        """(y_t, y_r, scale of the kernel) for each kind of group: (G, M, D) with a graph, (G, M, D) without, (G,)."""
         t, s, items = draw.t, draw.s, draw.items
         with torch.no_grad():
             y_r = land(call if self.target_decay is None else call.target(), draw.x_r, draw.r, s, items)

@@ -1,4 +1,5 @@
-"""Next token: cross-entropy at the supervised positions of the context stream, and a z-loss for the logits' level."""
+"""Next token: cross-entropy at the supervised positions of the context stream, and a z-loss on the scale of the
+logits."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from omni.objectives.base import OBJECTIVES, Objective, Terms
 class NextToken(Objective):
     """Sum of -log p(next id) + z_loss log(Z)^2, count = number of supervised ids; Z is the sum of exponentiated logits.
 
-    z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5). It pulls Z to 1, so that the level of the logits, which the
-    cross-entropy leaves free, does not drift; at its minimum p is what it would be without. Likely ids then have logits
-    near 0 and the many unlikely ones far below.
+    z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5). It moves Z to 1, so that the level of the logits, which the
+    cross-entropy does not fix, does not drift; at its minimum p is unchanged. Likely ids then have logits near 0, and
+    the many unlikely ones far below.
     """
 
     reads = "logits"

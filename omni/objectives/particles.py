@@ -1,16 +1,17 @@
 """Particles: items in groups that share their times, for objectives that compare distributions.
 
-    copies   M consecutive copies of one block: one context, one x0, M draws of noise
+    copies   M consecutive copies of one block: one context, one x0, M noises
     mixed    items of M consecutive documents (document // M), each with its own context and x0: its n-th supervised
-             block, copy by copy. The group compares the law over all of its contexts together (as Algorithm 3 of
-             arXiv 2503.07565 does with labels)
+             block, copy by copy. The group compares the distribution over all of its contexts together (as Algorithm 3
+             of arXiv 2503.07565 does with labels)
 
-What a group shares is keyed by its name, (document, block, copy // M) or (document // M, n, copy). Copies of a block
-stay together, so "copies" is blind to packing. A "mixed" group is what a batch has of it: with documents in order,
-batches that hold whole runs of M documents give the same groups, and one cut by the edge of a batch is smaller.
+A group's shared values are keyed by its name, (document, block, copy // M) or (document // M, n, copy). Copies of a
+block stay together, so "copies" does not depend on packing. A "mixed" group consists of its members in the batch: with
+documents in order, batches of whole runs of M documents give the same groups; a group cut by the edge of a batch is
+smaller.
 
-"copies" has a price. Given x0 the particles of time t and of time r have different laws even at the exact flow map
-unless x0 is all that the context admits (a caption for one picture); "mixed" has no such bias.
+"copies" is biased. Given x0, the particles of time t and of time r have different distributions even at the exact flow
+map, unless the context determines x0 (a caption of one picture). "mixed" has no such bias.
 
 Legend: I items, G groups of one size, M particles in each, N latents of an item, C channels, D = N C.
 """
@@ -37,7 +38,7 @@ Grouping = Literal["copies", "mixed"]
 class Groups:
     """`members`: (G, M) item numbers, one tensor per kind (number of particles, latents of each, condition dropped).
 
-    `names`: what is drawn once per group is keyed by these; `index` (I,) says which of them an item has.
+    `names`: the keys of the values of each group; `index` (I,): the index in `names` of each item.
     """
 
     members: Sequence[Tensor]
@@ -45,15 +46,15 @@ class Groups:
     index: Tensor
 
     def spread(self, values_I: Tensor, found: Sequence[Tensor]) -> Tensor:
-        """(I,): of each kind in `members` a tensor (G, M) or (G, 1), put where its items are; like `values_I` else."""
+        """(I,): for each kind in `members` a tensor (G, M) or (G, 1), placed at its items; `values_I` elsewhere."""
         for members, value in zip(self.members, found, strict=True):
             values_I = values_I.index_put((members,), value.expand(members.shape).to(values_I.dtype))
         return values_I
 
 
 def group_items(items: Items, num: int, how: Grouping, *, apart: bool = False) -> Groups:
-    """Items in groups of `num`. Those of different size are never together; nor, if `apart`, those whose condition was
-    dropped and those whose was not.
+    """Items in groups of `num`. Items of different size are never together; nor, if `apart`, items with and without
+    their condition.
 
     Raises ValueError if `how` is "copies" and the copies of a block are not a multiple of `num`.
     """
@@ -63,7 +64,7 @@ def group_items(items: Items, num: int, how: Grouping, *, apart: bool = False) -
     dropped = [False] * len(items) if items.is_null is None or not apart else items.is_null.tolist()
     found: dict[tuple[int, float, bool], list[int]] = {}
     for n, kind in enumerate(zip(index, items.counts.tolist(), dropped, strict=True)):
-        if kind[1]:  # an item without latents, a block that is not there, is in no group and has no loss
+        if kind[1]:  # an item without latents (an absent block) has no group and no loss
             found.setdefault(kind, []).append(n)
     kinds: dict[tuple[int, float, bool], list[list[int]]] = {}
     for (_, size, is_null), members in found.items():
@@ -83,7 +84,7 @@ def _named_groups(names: Sequence[Name], num: int, how: Grouping) -> tuple[list[
         wanted = [(document, block, copy // num) for document, block, copy in names]
     else:
         seen: dict[int, int] = {}
-        place: dict[tuple[int, int], int] = {}  # which of its document's supervised blocks a block is
+        place: dict[tuple[int, int], int] = {}  # the index of a block among its document's supervised ones
         for document, block in blocks:
             place[document, block] = seen.get(document, 0)
             seen[document] = place[document, block] + 1
@@ -93,7 +94,7 @@ def _named_groups(names: Sequence[Name], num: int, how: Grouping) -> tuple[list[
 
 
 def _batch_groups(names: BatchNames, num: int, how: Grouping) -> tuple[list[int], BatchNames]:
-    """The same for names that number the places of a batch."""
+    """The same for BatchNames."""
     if how == "copies":
         check_copies(names.copies, num)
         return [n // num for n in range(len(names))], BatchNames(-(-len(names) // num), names.copies // num)
@@ -105,7 +106,7 @@ def _batch_groups(names: BatchNames, num: int, how: Grouping) -> tuple[list[int]
 def check_copies(copies: int, num: int) -> None:
     if copies % num:
         raise ValueError(
-            f"the batch has {copies} copies of a block and the objective wants particles={num} of each; set "
+            f"the batch has {copies} copies of a block, but the objective needs particles={num} of each; set "
             f"batch.copies to a multiple of {num}, or groups='mixed'"
         )
 
@@ -113,18 +114,18 @@ def check_copies(copies: int, num: int) -> None:
 def gather(items: Items, value_RSC: Tensor, members_GM: Tensor) -> Tensor:
     """(R, S, C) -> (G, M, N, C): the latents of each particle, in order. All members must be of one size."""
     counts = items.counts.long()
-    first = counts.cumsum(0) - counts  # items stand in flat order (layout.pack)
+    first = counts.cumsum(0) - counts  # items are in flat order (layout.pack)
     place = torch.arange(int(counts[members_GM[0, 0]]), device=counts.device)
     return value_RSC[items.mask][first[members_GM][..., None] + place]
 
 
 def wide(items: Items) -> Items:
-    """The same items in float32 or better: in half precision x_t and x_r round to one another."""
+    """The same items in float32 or better: in half precision x_t and x_r round to the same values."""
     return replace(items, latents=items.latents.to(torch.promote_types(items.latents.dtype, torch.float32)))
 
 
 def land(call: FlowCall, x: Tensor, t: Tensor, s: Tensor, items: Items) -> Tensor:
-    """f(x, t, s) (R, S, C) in float32 or better; the network is given x in the dtype of the batch."""
+    """f(x, t, s) (R, S, C) in float32 or better; the network's input is x in the dtype of the batch."""
     wider = torch.promote_types(x.dtype, torch.float32)
     gap = (s - t).to(wider)[items.item.clamp(min=0)].unsqueeze(-1)
     return x.to(wider) + gap * call(x.to(items.latents.dtype), t, s).to(wider)
@@ -135,7 +136,7 @@ class ParticleObjective(FlowObjective, ABC):
 
     pairs    below      t from `time`, s uniform in [its low, t]
              zero       t from `time`, s = 0
-             one_step   t = 1, s = 0, whatever the density
+             one_step   t = 1, s = 0; `time` is not used
     """
 
     time: TimeDistribution = TimeDistribution(kind="uniform", low=0.0, high=0.994)

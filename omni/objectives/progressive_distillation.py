@@ -1,19 +1,18 @@
-"""Progressive distillation (arXiv 2202.00512) guided (arXiv 2210.03142), in one training, along its own path.
+"""Progressive distillation (arXiv 2202.00512), guided (arXiv 2210.03142), in one training, along its own path.
 
-From the item's noise the target network walks to the data in `fine` equal steps, guided by w, and long jumps learn
-where it went: with x_i the states of that walk and k = fine / n,
+From the item's noise the target network integrates to the data in `fine` equal steps, guided by w, and long jumps learn
+the result: with x_i the states of that path and k = fine / n,
 
     F(x_i, t_i, t_{i+k}) = (x_i - x_{i+k}) / (t_i - t_{i+k})     for every n in `jumps` and each of its n jumps
     F(x_t, t, t) = v                                             flow matching, `velocity_weight` times
 
-The loss is a mean over jumps, those of length 1/n with weight n: the longer a jump, the more of its error is what one
-pass cannot tell yet, and that would drown the rest. The paper halves the number of steps again and again, with a new
-teacher each time; here the teacher is the average of the present weights, and all lengths are learnt at once. Unlike a
-shortcut, whose x_t is between data and noise, a jump is learnt where a sampler goes: in the emoji world that was the
-difference between better and no better.
+The loss is a mean over jumps; those of length 1/n have weight n, since the error of longer jumps is larger and would
+dominate. The paper halves the number of steps repeatedly, with a new teacher each time; here the teacher is the average
+of the present weights, and all lengths are trained at once. Unlike a shortcut, whose x_t is between data and noise, a
+jump is trained at the sampler's own states; in the emoji world this decided whether it improved at all.
 
-Jumps are told beta = 1 / w; the walk and the velocity are at beta = 1, so that one network has both fields. Without the
-velocity nothing here reads data, and what the walk starts from is all that jumps can learn.
+Jumps have the guidance embedding of beta = 1 / w; the path and the velocity have beta = 1, so one network has both
+fields. Without the velocity term nothing depends on data, and jumps learn from the initial network only.
 
 Legend: I items.
 """
@@ -32,10 +31,11 @@ from omni.objectives.target_guidance import guide, tell
 
 @OBJECTIVES.register("progressive_distillation")
 class ProgressiveDistillation(FlowObjective):
-    """time: of the flow-matching term. fine: steps of the walk. walk: by jumps F(x, t, s), or Euler steps along the
+    """time: of the flow-matching term. fine: steps of the path. walk: by jumps F(x, t, s), or Euler steps along the
     velocity F(x, t, t). jumps: how many jumps from noise to data, each a divisor of `fine`. guidance_scale: w, 1 is
-    none. target_decay: of the average that walks. A step costs fine (with guidance twice) evaluations without a
-    gradient, and sum(jumps) and one with."""
+    none.
+    target_decay: of the averaged weights of the path. A training step costs fine (with guidance twice) evaluations
+    without a gradient, and sum(jumps) + 1 with one."""
 
     samplers = ("flow_map", *VELOCITY)
     fine: int = Field(default=8, ge=2)

@@ -4,12 +4,12 @@ b1 = F(x_t, t, m),  x' = x_t + (m - t) b1,  b2 = F(x', m, s),  m = (t + s) / 2  
 target = clip((b1 + b2) / 2)   for the keyed share `bootstrap` of the items, whose d = t - s is 1, 1/2, ..., 2/M
 target = v, at s = t           for the others (flow matching)
 
-The paper's network is told log2(1/d) and the finest step 1/M stands for the instantaneous velocity. Here that velocity
+The paper's network takes log2(1/d), and the finest step 1/M represents the instantaneous velocity. Here that velocity
 is the diagonal, so the two halves of the finest jump, 2/M, are Euler steps along F(x, t, t). Only that level is guided
-(with the target network's own null velocity); the coarser ones inherit it. The paper's network is told nothing of it;
-with `tell_guidance` jumps are told beta = 1 / w, and the velocity stays plain at beta = 1, so that one network has both
-fields and a guided jump is one evaluation (guided distillation, arXiv 2210.03142, within one training).
-Every item passes through every evaluation, so the two of the target are not saved on flow-matching items.
+(with the target network's own null velocity); coarser levels inherit it. The paper has no guidance embedding. With
+`tell_guidance`, jumps have the guidance embedding of beta = 1 / w and the velocity keeps beta = 1. One network then has
+both fields, and a guided jump is one evaluation (guided distillation, arXiv 2210.03142, in one training). Every item
+passes through every evaluation: flow-matching items do not save the two of the target.
 
 Legend: I items.
 """
@@ -28,12 +28,12 @@ from omni.rng import Key
 
 @OBJECTIVES.register("shortcut")
 class Shortcut(FlowObjective):
-    """time: of the flow-matching items, and of both ends where not `dyadic` (then jumps have any length).
+    """time: of the flow-matching items, and of both ends if not `dyadic` (then jumps have any length).
 
-    num_levels: log2 M. shares: how often each level is drawn, the longest jump first; None: equally often. bootstrap:
-    share of items that bootstrap. clip: bound of x' and of the target, for latents of unit scale; None: none.
+    num_levels: log2 M. shares: the probability of each level, the longest jump first; None: equal. bootstrap: share of
+    items that bootstrap. clip: bound of x' and of the target, for latents of unit scale; None: none.
     guidance_scale: w of the finest level, 1 is none (the paper: 1.5). tell_guidance: see above. target_decay: of the
-    average behind the target. The paper also found weight decay 0.1 needed for stability; that is the optimiser's.
+    average behind the target. The paper also needs weight decay 0.1 for stability; that is the optimiser's.
     """
 
     samplers = ("flow_map", *VELOCITY)
@@ -51,11 +51,11 @@ class Shortcut(FlowObjective):
     def _check(self) -> Shortcut:
         if self.shares is not None:
             if len(self.shares) != self.num_levels or min(self.shares) < 0 or sum(self.shares) == 0:
-                raise ValueError(f"shares must be {self.num_levels} weights, one a level, got {list(self.shares)}")
+                raise ValueError(f"shares must be {self.num_levels} weights, one per level, got {list(self.shares)}")
             if not self.dyadic:
                 raise ValueError("shares has no effect with dyadic=false, whose jumps have any length; leave it out")
         if self.tell_guidance and self.guidance_scale == 1:
-            raise ValueError("tell_guidance has nothing to tell at guidance_scale 1; raise it, or leave it out")
+            raise ValueError("tell_guidance has no effect at guidance_scale 1; raise it, or leave tell_guidance out")
         return self
 
     @property
@@ -97,7 +97,7 @@ class Shortcut(FlowObjective):
         return squared_error(told(draw.x, draw.t, draw.s), target, draw.items, self.weight)
 
     def _told(self, call: FlowCall, items: Items, where_I: Tensor) -> FlowCall:
-        """The call, told the guidance where it is in the field that is asked for."""
+        """The call with the guidance embedding of the scale at items of `where`, if `tell_guidance`."""
         return tell(call, items, self.guidance_scale, where_I) if self.tell_guidance else call
 
     def _two_halves(self, network: FlowCall, draw: Draw) -> Tensor:
@@ -113,7 +113,7 @@ class Shortcut(FlowObjective):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _velocity(self, network: FlowCall, x: Tensor, t: Tensor, s: Tensor, finest: Tensor, items: Items) -> Tensor:
-        """F (R, S, C), guided at the finest level where the item has its condition."""
+        """F (R, S, C), guided at the finest level for items with their condition."""
         x = x.to(items.latents.dtype)
         own = self._told(network, items, ~finest)(x, t, s)
         w = self.guidance_scale

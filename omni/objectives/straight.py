@@ -1,20 +1,20 @@
-"""Straight jumps: every jump along the line from noise to its data, at once.
+"""Rectified jumps: every jump along the line from noise to its data, trained at once.
 
     F(x_t, t, s) = eps - x0        for the jumps of 1, 2, ... equal steps from noise to data
 
-This is the average velocity of the flow wherever lines do not cross, and then one step is as right as N. Lines of noise
-and data that are paired independently do cross: a single jump learns the mean of all data. It is for pairs whose lines
-do not (rectified flow, arXiv 2209.03003; pairing = "transport", where they cross less often). Between the two, jumps
-are Euler steps of flow matching on the same pairs, right as N grows.
+This is the average velocity of the flow where lines do not cross; one step is then as accurate as N. Lines of
+independently paired noise and data cross: a single jump learns the mean of all data. Use pairs whose lines do not cross
+(rectified flow, arXiv 2209.03003) or cross less often (pairing = "transport"). Between the two, jumps are Euler steps
+of flow matching on the same pairs, accurate for large N.
 
-A jump may answer for the likeliest of several ends instead of their mean: of a loss that levels off for far misses,
-e / (e + offset)^power of an item's mean square (MeanFlow's adaptive weight, arXiv 2505.13447), the best answer to a
-noise that leads to one end with odds of 2 to 1 lies beside that end, where the square's lies a third of the way to the
-other. Of independent pairs the likeliest end is no sample.
+A jump may predict the likeliest of several ends instead of their mean, by a loss that levels off for large errors,
+e / (e + offset)^power of an item's mean square (MeanFlow's adaptive weight, arXiv 2505.13447). For a noise that leads
+to one of two ends with odds of 2 to 1, its optimum is near the likelier end; the optimum of the square is a third of
+the way to the other. Of independent pairs the likeliest end is not a sample.
 
 One evaluation an item: with probability `velocity` an item trains F(x_t, t, t) instead, at a time of `time`. Jumps have
-the guidance input 1 / w, as if they had been guided, so one network keeps both fields. A velocity is a mean: its loss
-is always the square.
+the guidance embedding of 1 / w, as guided jumps do, so one network has both fields. A velocity is a mean: its loss is
+always the square.
 
 Legend: I items.
 """
@@ -35,17 +35,19 @@ from omni.rng import Key
 
 @dataclass(frozen=True)
 class StraightDraw(Draw):
-    """`beta` (I,): what an item's jump is told of guidance."""
+    """`beta` (I,): the guidance embedding's input, for each item's jump."""
 
     beta: Tensor
 
 
 @OBJECTIVES.register("straight")
 class Straight(FlowObjective):
-    """jumps: how many equal jumps from noise to data, with `shares` of the items (equal ones where empty); a jump of
-    them is any of the n. velocity: share of items that train F(x_t, t, t). told_guidance: w, 1 is none.
+    """jumps: how many equal jumps from noise to data, with probabilities `shares` (equal if empty); an item trains one
+    of the n jumps. velocity: share of items that train F(x_t, t, t). told_guidance: w of the guidance embedding, 1 is
+    none.
 
-    power, offset: of the jumps' weight (offset / (e + offset))^power; power 0 is the square."""
+    power, offset: of the jumps' weight (offset / (e + offset))^power; power 0 is the square.
+    """
 
     samplers = ("flow_map", *VELOCITY)
     jumps: tuple[int, ...] = (1, 2, 4, 8)

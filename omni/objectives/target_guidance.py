@@ -1,4 +1,4 @@
-"""Guidance in training: the guided velocity takes the place of v, so that a guided step is one evaluation.
+"""Guidance in training: the guided velocity replaces v, so that a guided step is one evaluation.
 
     v_g = w (1 - k) v + (1 - w (1 - k) - k) F(x_t, t, t, null) + k F(x_t, t, t)                  w: scale, k: mix
 
@@ -6,10 +6,10 @@
     k fixed        MeanFlow's omega, kappa with w = omega / (1 - kappa)             (arXiv 2505.13447)
     k = 1 - 1/w    v + (1 - 1/w) (F - F_null)                  improved MeanFlow (arXiv 2512.02012)
 
-All three have the same fixed point w E[v] + (1 - w) F_null. The network is told beta = 1 / w; the null branch and items
-whose condition was dropped learn plain v at beta = 1. Outside the interval [low, high] of t the velocity is plain and w
-is still told, since w then names the whole field along the path. Improved MeanFlow also draws and tells the interval:
-the house's network has no input for it. With scale 1 nothing here runs and no null context is needed.
+All three have the same fixed point w E[v] + (1 - w) F_null. The guidance embedding is of beta = 1 / w; the null branch
+and items without their condition train plain v at beta = 1. Outside the interval [low, high] of t the velocity is
+plain, with the same embedding of w, which stands for the whole field along the path. Improved MeanFlow also samples and
+embeds the interval; Omni's network has no input for it. At scale 1 nothing here runs and no null context is needed.
 
 Legend: I items.
 """
@@ -31,10 +31,10 @@ from omni.rng import Key
 
 
 class TargetGuidance(Frozen):
-    """How much guidance, where in time, and from which network.
+    """The amount of guidance, its interval of time, and the network that it uses.
 
-    scale: w, 1 is none. max_scale: where given, w is drawn from [scale, max_scale] with density w^-power (improved
-    MeanFlow: 1, 8 and power 1). mix: k above; "inverse" is 1 - 1/w. averaged: the velocities in it come from
+    scale: w, 1 is none. max_scale: if given, w is sampled from [scale, max_scale] with density w^-power (improved
+    MeanFlow: 1, 8 and power 1). mix: k above; "inverse" is 1 - 1/w. averaged: its velocities come from
     `FlowCall.target()`, an average of decay `average_decay`, instead of the present weights.
     MeanFlow's best run: scale 2.5, mix 0.92, interval [0.3, 0.8].
     """
@@ -63,7 +63,7 @@ class TargetGuidance(Frozen):
         return self.scale == 1.0 and self.max_scale is None
 
     def draw(self, items: Items, key: Key) -> Tensor | None:
-        """The scale w (I,) of each item, 1 where its condition was dropped; None: no guidance at all."""
+        """The scale w (I,) of each item, 1 for items without their condition; None: no guidance."""
         if self.is_off:
             return None
         u = uniform_I(items.names, key, "guidance")
@@ -73,7 +73,8 @@ class TargetGuidance(Frozen):
         return w if items.is_null is None else torch.where(items.is_null, 1.0, w)
 
     def apply(self, call: FlowCall, draw: GuidedDraw) -> tuple[FlowCall, Tensor]:
-        """The call, told the guidance of each item, and the velocity (R, S, C) its targets are made of, no graph."""
+        """The call with the guidance embedding of each item, and the velocity (R, S, C) of its targets, without a
+        graph."""
         if draw.scale is None:
             return call, draw.v
         w, t, items = draw.scale, draw.t, draw.items
@@ -82,19 +83,20 @@ class TargetGuidance(Frozen):
         mix = 1 - 1 / w if self.mix == "inverse" else torch.full_like(w, self.mix)
         with torch.no_grad():
             null = network.null()(draw.x, t, t)
-            own = null if self.mix == 0 else network(draw.x, t, t)  # unread at mix 0
+            own = null if self.mix == 0 else network(draw.x, t, t)  # not used at mix 0
             guided = guided_velocity(draw.v, own, null, items.expand(w), items.expand(mix))
         inside = items.expand((w > 1) & (t >= self.low) & (t <= self.high)) > 0
         return told, torch.where(inside, guided.to(draw.v.dtype), draw.v)
 
 
 def guided_velocity(v: Tensor, own: Tensor, null: Tensor, w: Tensor | float, mix: Tensor | float = 0.0) -> Tensor:
-    """v_g of the head of this file, elementwise. v: the sample's velocity; own, null: the network's two."""
+    """v_g of the module docstring, elementwise. v: the sample's velocity; own, null: the network's two."""
     return w * (1 - mix) * v + (1 - w * (1 - mix) - mix) * null + mix * own
 
 
 def tell(call: FlowCall, items: Items, w: float, where_I: Tensor | None = None) -> FlowCall:
-    """The call, told beta = 1 / w for items that have their condition (of `where_I` alone), and 1 for the others."""
+    """The call with the guidance embedding of beta = 1 / w for items with their condition (in `where_I`), and 1 for
+    others."""
     return call.guided(torch.where(_conditioned(items, where_I), 1 / w, 1.0))
 
 
@@ -108,20 +110,20 @@ def guide(
 
 
 def _conditioned(items: Items, where_I: Tensor | None) -> Tensor:
-    """(I,) bool: the items that have their condition, of `where_I` alone where it is given."""
+    """(I,) bool: the items with their condition, in `where_I` if given."""
     where = torch.ones(len(items), dtype=torch.bool, device=items.latents.device) if where_I is None else where_I
     return where if items.is_null is None else where & ~items.is_null
 
 
 @dataclass(frozen=True)
 class GuidedDraw(Draw):
-    """`scale`: guidance w (I,) of each item, None without guidance."""
+    """`scale`: guidance w (I,) of each item; None without guidance."""
 
     scale: Tensor | None
 
 
 class GuidedObjective(FlowObjective, ABC):
-    """An objective whose velocity may be guided: `loss` begins with `call, v = self.guidance.apply(call, draw)`."""
+    """An objective whose velocity may be guided: `loss` starts with `call, v = self.guidance.apply(call, draw)`."""
 
     guidance: TargetGuidance = TargetGuidance()
 
@@ -131,7 +133,7 @@ class GuidedObjective(FlowObjective, ABC):
 
     @property
     def target_decay(self) -> float | None:
-        """Of the average that the trainer keeps for `guidance.averaged`; else None."""
+        """The decay of the averaged weights for `guidance.averaged`; else None."""
         return self.guidance.average_decay if self.guidance.averaged and not self.guidance.is_off else None
 
     def draw(self, items: Items, key: Key) -> GuidedDraw:

@@ -1,13 +1,13 @@
-"""Terminal Velocity Matching (arXiv 2511.19797): where a jump ends, it moves with the velocity of that place.
+"""Terminal Velocity Matching (arXiv 2511.19797): the end of a jump moves with the velocity at that point.
 
     f(x_t, t, s) = x_t + (s - t) F(x_t, t, s)
     df/ds        = F + (s - t) dF/ds                            (x_t and t held; gradients flow through dF/ds too)
     terminal     = beta^2 |df/ds - sg F_target(sg f, s, s)|^2   (0 where s = t)
     flow         = beta^2 |F(x_s', s', s') - sg(w v + (1 - w) F_target(x_s', s', s' | no condition))|^2
-    loss         = terminal + flow,  beta = 1 / w the guidance that F is told, s' a time of its own
+    loss         = terminal + flow,  beta = 1 / w in F's guidance embedding, s' a time of its own
 
-F_target is an average of the weights (`target_decay`). `scaled`: w F stands for F in f, df/ds, at the landing point and
-in the flow term, so that F itself hardly depends on w; never for the velocity without condition.
+F_target has averaged weights (`target_decay`). `scaled`: w F replaces F in f, df/ds, at the end point and in the flow
+term, so that F itself depends little on w; never for the velocity without condition.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class TerminalDraw(Draw):
 class TerminalVelocity(FlowObjective):
     """`time`: of s'. `pair`: of (t, s). `target_decay`: of the target's average; None or 0: the present weights.
 
-    guidance_scale: w of every item; or guidance_range (low, high): beta uniform in [1 / high, 1 / low]. Items whose
-    condition was dropped have w = 1. detach_tangent: no gradient through dF/ds, cheaper and biased. scaled: see above;
-    the engine's jumps do not multiply F by w, so it is for study, with a call of one's own.
-    The defaults are the published values, but for guidance, which is off (published: w of 1.75 to 2.5; beta in [0, 1],
-    that is w without bound, is not offered).
+    guidance_scale: w of every item; or guidance_range (low, high): beta uniform in [1 / high, 1 / low]. Items without
+    their condition have w = 1. detach_tangent: no gradient through dF/ds; cheaper, and biased. scaled: see above; the
+    engine's jumps do not multiply F by w, so it is for experiments with a call of their own. The defaults are the
+    published values, except guidance, which is off (published: w of 1.75 to 2.5; beta in [0, 1], which makes w
+    unbounded, is not supported).
     """
 
     samplers = (*JUMPS, *VELOCITY)
@@ -90,7 +90,7 @@ class TerminalVelocity(FlowObjective):
         return draw.items.terms(draw.beta.pow(2) * error, self.weight, error)
 
     def terminal_error(self, call: FlowCall, draw: TerminalDraw) -> Tensor:
-        """(I,) mean over a block of |df/ds - velocity at the landing point|^2."""
+        """(I,) mean over a block of |df/ds - velocity at the end point|^2."""
         x, t, s, expand = draw.x, draw.t, draw.s, draw.items.expand
         direction = torch.zeros_like(x), torch.zeros_like(t), torch.ones_like(s)
         if self.detach_tangent:

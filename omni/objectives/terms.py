@@ -1,4 +1,4 @@
-"""Terms: a loss as a sum and a count, divided once, by the global count, by whoever adds them up."""
+"""Terms: a loss as a sum and a count. The trainer adds them up and divides once, by the global count."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Terms:
     """A loss as (sum, count): the trainer divides once, by the global count. `weight` multiplies it in the total.
 
-    raw: the sum of the same errors without weights that depend on them or on the time, for the log alone; None where
-    it is `sum`.
+    raw: the sum of the same errors without weights that depend on them or on the time, for the log only; None if it
+    equals `sum`.
     """
 
     sum: Tensor

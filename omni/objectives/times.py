@@ -1,7 +1,7 @@
-"""How objectives draw times. t = 1 is noise, t = 0 data, and s <= t is where a jump ends.
+"""The distributions of times. t = 1 is noise, t = 0 data, and s <= t is the end of a jump.
 
-One time has a density (`TimeDistribution`); a pair (t, s) is made of two by a rule (`PairDistribution`). Every draw is
-keyed by its item's name (document, block, copy), so it depends on neither packing nor micro-batching.
+One time has a density (`TimeDistribution`); a pair (t, s) combines two by a rule (`PairDistribution`). Every sample is
+keyed by its item's name (document, block, copy), so it depends neither on packing nor on micro-batches.
 
 Legend: I items (noisy copies of blocks).
 """
@@ -22,10 +22,10 @@ Name = tuple[int, int, int]  # (document, block, copy)
 
 
 class BatchNames(Sequence[Name]):
-    """Names (n // copies, 0, n % copies) of items that only ever stand in one batch, such as points of toy data.
+    """Names (n // copies, 0, n % copies) of items of one batch, such as points of toy data.
 
-    What is drawn for them comes from one generator per (key, purpose), far faster than one per name; so it
-    depends on the place in the batch and on `num`, and items that may be packed otherwise must not be named so.
+    Their random values come from one generator per (key, purpose), far faster than one per name. So they depend on the
+    index in the batch and on `num`: do not use such names for items that may be packed otherwise.
     """
 
     def __init__(self, num: int, copies: int = 1) -> None:
@@ -55,7 +55,7 @@ def uniform_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
 
 
 def stratified_I(names: Sequence[Name], key: Key, purpose: str) -> Tensor:
-    """(I,) float64 in [0, 1): the copies of one block are spread evenly from one keyed offset."""
+    """(I,) float64 in [0, 1): the copies of one block are evenly spaced from one keyed offset."""
     if isinstance(names, BatchNames):
         n = torch.arange(len(names))
         return (uniform_I(names, key, purpose)[n - n % names.copies] + n % names.copies / names.copies) % 1.0
@@ -69,8 +69,8 @@ def karras_times(num: int, rho: float, sigma_min: float, sigma_max: float, data_
     """(num,) float64, ascending: EDM's grid of noise levels (arXiv 2206.00364, eq. 5) as times.
 
     sigma_i = (sigma_min^(1/rho) + i / (num - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho and t = sigma / (sigma +
-    data_std): the levels are those of data of deviation `data_std` (0.5 in EDM), house latents have deviation 1. The
-    lowest node is 0, where the house has its boundary f(x, 0, 0) = x; EDM has its own at sigma_min.
+    data_std). The levels are those of data of deviation `data_std` (0.5 in EDM); Omni's latents have deviation 1. The
+    lowest node is 0, where Omni has its boundary condition f(x, 0, 0) = x; EDM's is at sigma_min.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigma = (low + (high - low) * torch.linspace(0, 1, num, dtype=torch.float64)) ** rho
@@ -123,9 +123,9 @@ class TimeDistribution(Frozen):
 
 
 class PairDistribution(Frozen):
-    """How t and s <= t are drawn together.
+    """The joint distribution of t and s <= t.
 
-    max_min   (max, min) of two independent draws, `time` and `end`                    (MeanFlow, arXiv 2505.13447)
+    max_min   (max, min) of two independent samples, `time` and `end`                  (MeanFlow, arXiv 2505.13447)
     below     t from `time`, s uniform in [low, t]                                     (IMM, arXiv 2503.07565)
     zero      t from `time`, s = 0                                                     (consistency models)
     gap       g from `gap`, s from `time` truncated to [0, 1 - g], t = s + g           (TVM, arXiv 2511.19797)
@@ -156,7 +156,7 @@ class PairDistribution(Frozen):
         return t, torch.where(same, t, s)
 
     def _truncated(self, high: Tensor, u: Tensor) -> Tensor:
-        """A draw of `time` given that it is at most `high`: quantile(u P(time <= high)), by bisection of quantile."""
+        """A sample of `time` given that it is at most `high`: quantile(u P(time <= high)), by bisection of quantile."""
         low_u, high_u = torch.zeros_like(u), torch.ones_like(u)
         for _ in range(60):
             middle = (low_u + high_u) / 2

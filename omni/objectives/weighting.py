@@ -1,4 +1,4 @@
-"""Weights of a loss per item, as small functions over (I,) tensors. Weights never carry a gradient.
+"""Weights of a loss per item, as functions of (I,) tensors. Weights never have a gradient.
 
 Legend: I items. e: mean square error of an item; t, s: its times.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def adaptive(e: Tensor, power: float, offset: float) -> Tensor:
     """e / sg(e + offset)^power (MeanFlow, arXiv 2505.13447, eq. 22). Power 0 is the plain square, 1 near a logarithm;
-    power 1/2 weighs like the norm itself (ECT, arXiv 2406.14548)."""
+    power 1/2 has the gradient of the norm itself (ECT, arXiv 2406.14548)."""
     return e if power == 0 else e / (e.detach() + offset).pow(power)
 
 
@@ -34,7 +34,7 @@ Distance = Literal["l2", "pseudo_huber", "norm"]
 
 
 def distance(e: Tensor, kind: Distance, c: float) -> Tensor:
-    """What is minimised of a mean square error: itself, its pseudo-Huber form, or its root (ECT, arXiv 2406.14548)."""
+    """The minimised function of a mean square error: identity, pseudo-Huber, or root (ECT, arXiv 2406.14548)."""
     if kind == "l2":
         return e
     return pseudo_huber(e, c) if kind == "pseudo_huber" else e.clamp(min=1e-16).sqrt()  # the root's slope at 0: 0

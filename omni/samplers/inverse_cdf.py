@@ -1,7 +1,7 @@
-"""Noise to id and back: one uniform and the cumulative distribution, in the order of ids. All drawing of ids is this.
+"""Inverse-CDF samples: from a uniform to an id and back, in the order of ids. All sampling of ids uses this.
 
-The order is fixed, so that what a uniform means changes little when the law does: a head that learns the map from noise
-to ids learns from it (heads.joint.push_forward), and two laws under one noise agree often (samplers.verification).
+The order is fixed, so similar distributions map a uniform to similar ids. A head can learn the map from noise to ids
+(heads.joint.push_forward), and samples of two distributions with one uniform often agree (samplers.verification).
 
 Legend: V vocabulary.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def pick(log_p: Tensor, u: Tensor) -> Tensor:
-    """The id that uniform noise names: min{v : F(v) > u}, F the cumulative distribution in the order of ids.
+    """The inverse-CDF sample at u: min{v : F(v) > u}, F the cumulative distribution in the order of ids.
 
-    log_p (..., V), normalised or not; u (...) in [0, 1) -> (...) int64. In float64; an id of probability zero is never
-    given, whatever is rounded.
+    log_p (..., V), normalised or not; u (...) in [0, 1) -> (...) int64. Computed in float64; rounding never gives an id
+    of probability zero.
     """
     p = log_p.double().softmax(-1)
     cumulative = p.cumsum(-1)
@@ -26,7 +26,8 @@ def pick(log_p: Tensor, u: Tensor) -> Tensor:
 
 
 def interval(log_p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(lower, width) of the noise that `pick` maps to ids: u in [lower, lower + width). All of ids' shape, float64."""
+    """(lower, width) of the uniforms that `pick` maps to ids: u in [lower, lower + width). All of ids' shape,
+    float64."""
     p = log_p.double().softmax(-1)
     cumulative = p.cumsum(-1)
     upper = cumulative.gather(-1, ids.unsqueeze(-1)).squeeze(-1)

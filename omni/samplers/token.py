@@ -1,6 +1,6 @@
-"""Drawing one id from logits, by a key: temperature and nucleus (top-p, arXiv 1904.09751).
+"""Sampling one id from logits with a key: temperature and nucleus (top-p, arXiv 1904.09751).
 
-Legend: N scores, V vocabulary.
+Legend: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from omni.samplers.inverse_cdf import pick
 
 def masked_scores(logits_NV: Tensor, mask: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The scores of N tokens, float32 (N, V) logits + mask, and the (first) best id of each, (N,) int64. mask: (V,) or
-    (N, V), 0 or -inf. numbers: of the tokens in the reply, from 0, for the error.
+    (N, V), 0 or -inf. numbers: the index of each token in the reply, from 0, for the error.
 
-    NotFiniteError where a logit is NaN or infinite, where the mask leaves no id, and where all logits are 0: the final
-    norm makes that of a hidden state whose square overflows.
+    NotFiniteError if a logit is NaN or infinite, if the mask leaves no id, or if all logits are 0, which the final norm
+    returns for a hidden state whose square overflows.
     """
     scores = logits_NV.float() + mask
     top, ids = scores.max(-1)
@@ -36,13 +36,13 @@ def _require_sound(logits_V: Tensor, best: float, number: int) -> None:
     what, way_out = f"the logits of token {number + 1} of the reply", "check the model's files with `omni verify`"
     require_finite(logits_V, what, f"a weight is damaged, or too large for the model's dtype: {way_out}")
     if not math.isfinite(best):
-        raise NotFiniteError(f"no id may be token {number + 1} of the reply: every one is masked; {way_out}")
+        raise NotFiniteError(f"the mask leaves no id for token {number + 1} of the reply; {way_out}")
     if not logits_V.any():
-        raise NotFiniteError(f"{what} are all 0: a hidden state overflowed, so a weight is too large; {way_out}")
+        raise NotFiniteError(f"{what} are all 0: a hidden state overflowed because a weight is too large; {way_out}")
 
 
 def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """(..., V) float64 log-probabilities of softmax(score / temperature) restricted to its top-p nucleus, the smallest
+    """(..., V) float64 log-probabilities of softmax(score / temperature), restricted to the top-p nucleus: the smallest
     set of most probable ids with at least that mass. Temperature 0: all mass on the (first) largest score."""
     if temperature == 0:
         law = torch.full(score.shape, -torch.inf, dtype=torch.float64, device=score.device)
@@ -58,10 +58,10 @@ def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
 
 
 def token_noise(key: Key) -> float:
-    """The uniform that decides one token, whether it is drawn alone or in a block."""
+    """The uniform of one token, in autoregressive and in speculative decoding."""
     return key.python().random()
 
 
 def draw_token(score_V: Tensor, temperature: float, top_p: float, key: Key) -> int:
-    """A keyed draw from `token_law`."""
+    """The inverse-CDF sample of `token_law` at the key's uniform."""
     return int(pick(token_law(score_V, temperature, top_p), torch.tensor(token_noise(key), dtype=torch.float64)))

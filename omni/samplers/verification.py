@@ -1,20 +1,21 @@
-"""Verification: how many of K drafted tokens stand, given the laws that plain decoding has for each of them.
+"""Draft verification: how many of K drafted tokens are accepted, given the target probabilities of each.
 
-Lossless, that is, what is emitted has exactly the law of drawing token by token from p:
+Lossless: emitted tokens have exactly the distribution of autoregressive decoding from p:
 
-    coupled     y_k = pick(p_k, u_k) with the token's own noise, as long as the draft said the same: exact for
-                ANY draft, and for a given u the very ids of plain decoding. Greedy, where p_k is one id. A token
-                keeps its u in every round that comes to it: drafts may hang on the noise of later tokens.
-    rejection   keep x_k with probability min(1, p_k(x_k) / q_k(x_k)); at the first refusal draw from the excess of p_k
-                over q_k                                          (arXiv 2211.17192, 2302.01318)
-    block       the longest prefix by a joint test: never keeps fewer than rejection in expectation
+    coupled     y_k is the inverse-CDF sample of p_k at the token's own uniform u_k; x_k is accepted while x_k = y_k.
+                Exact for ANY draft. For a given u the ids are those of autoregressive decoding. Greedy decoding is the
+                case where p_k is one id. A token keeps its u in all rounds: drafts may depend on the noise of later
+                tokens.
+    rejection   accept x_k with probability min(1, p_k(x_k) / q_k(x_k)); at the first rejection sample from the excess
+                of p_k over q_k                                   (arXiv 2211.17192, 2302.01318)
+    block       the longest prefix by a joint test: in expectation accepts at least as many as rejection
                                                                   (arXiv 2403.10444, algorithm 2)
 
-The last two need that x_k was drawn from the given q_k; q_k may depend on all that was drawn before (so also on noise
-that is not in the ids), not on the coins used here. "none" keeps drafts as they are: lossy, for study, and nothing to
-compute. Every kind here emits at least one token: after n kept ones the (n + 1)-th is drawn here.
+The last two need x_k sampled from the given q_k. q_k may depend on all earlier samples, including noise that is not in
+the ids, but not on the coins used here. "none" accepts all drafts: lossy, for experiments; it needs no computation.
+Every kind emits at least one token: after n accepted ones, the (n + 1)-th is sampled here.
 
-Legend: B rows, K drafted tokens, V vocabulary.
+Legend: B batch rows, K drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ VERIFICATIONS = (*LOSSLESS, "none")
 
 @dataclass(frozen=True)
 class Verdict:
-    """ids (B, K + 1): of row b the first `kept[b] + 1` are emitted; the last of these is the one drawn here."""
+    """ids (B, K + 1): of batch row b the first `kept[b] + 1` are emitted; the last of these is sampled here."""
 
     ids: Tensor
     kept: Tensor  # (B,) int64, 0..K
 
 
 def coupled(draft: Tensor, log_p: Tensor, uniforms: Tensor) -> Verdict:
-    """draft (B, K); log_p (B, K + 1, V): laws after each prefix of the draft; uniforms (B, K + 1): the noise."""
+    """draft (B, K); log_p (B, K + 1, V): log-probabilities after each prefix of the draft; uniforms (B, K + 1)."""
     return agreed(draft, pick(log_p, uniforms))
 
 
 def agreed(draft: Tensor, plain: Tensor) -> Verdict:
-    """The same, given what plain decoding says after each prefix of the draft: plain (B, K + 1)."""
+    """The same, given the ids of autoregressive decoding after each prefix of the draft: plain (B, K + 1)."""
     return Verdict(plain, _leading(plain[:, :-1] == draft))
 
 
 def rejection(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: Tensor) -> Verdict:
-    """log_q (B, K, V): the laws the draft was drawn from. coins (B, K), uniforms (B, K + 1) in [0, 1), independent of
-    the draft and of one another."""
+    """log_q (B, K, V): the log-probabilities that the draft was sampled from. coins (B, K), uniforms (B, K + 1) in [0,
+    1), independent of the draft and of one another."""
     p, q = log_p.double().exp(), log_q.double().exp()
     at = draft.unsqueeze(-1)
     ratio = p[:, :-1].gather(-1, at).squeeze(-1) / q.gather(-1, at).squeeze(-1).clamp(min=1e-300)
@@ -79,7 +80,7 @@ def block(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: 
 
 
 def _finish(draft: Tensor, kept: Tensor, excess: Tensor, p: Tensor, uniforms: Tensor) -> Verdict:
-    """The drawn token after the kept ones: from the excess there, or, where rounding left none, from p itself."""
+    """The token after the accepted ones, sampled from the excess there; if rounding left none, from p itself."""
     rows = torch.arange(len(draft), device=draft.device)
     law = excess[rows, kept]
     law = torch.where(law.sum(-1, keepdim=True) > 0, law, p[rows, kept])
@@ -90,5 +91,5 @@ def _finish(draft: Tensor, kept: Tensor, excess: Tensor, p: Tensor, uniforms: Te
 
 
 def _leading(flags: Tensor) -> Tensor:
-    """(B, K) bool -> (B,): how many are true before the first that is not."""
+    """(B, K) bool -> (B,): the number of true flags before the first false one."""
     return flags.long().cumprod(-1).sum(-1)

@@ -1,1 +1,1 @@
-"""Where everything stands: layout, mask, rotary positions, what guidance drops. Integers; no network."""
+"""Layout, mask, rotary positions, and the reduced histories of guidance. Integers only; no network."""

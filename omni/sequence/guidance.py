@@ -1,17 +1,17 @@
-"""Guidance for interleaved history: what is dropped, in training and at inference, by one function.
+"""Guidance for interleaved history: one function drops conditions, in training and at inference.
 
     reduce(segments, "text")     every text segment is emptied; pictures and clips stay
-    reduce(segments, "images")   every picture and clip goes; text stays
+    reduce(segments, "images")   pictures and clips are removed; text stays
     reduce(segments, "all")      both
 
-Roles and turn ends stay, so that a null context is an ordinary document. Training draws a keyed share of documents,
-picks the last supervised picture, and conditions it on the reduced history (`drop`); inference reduces the history in
-front of the picture that it is about to draw, and combines
+Roles and turn ends stay: a null context is an ordinary document. In training, for a keyed share of documents, `drop`
+conditions the last supervised picture on the reduced history. Inference reduces the history before the picture that it
+generates, and combines
 
     F = F_all + w_images (F_text - F_all) + w (F - F_text)        (InstructPix2Pix, arXiv 2211.09800, eq. 3)
 
-where F_text has the text dropped, F_all everything. w = w_images = 1 is no guidance and costs nothing;
-w_images = 1 alone needs no F_all.
+where F_text has the text dropped and F_all everything. w = w_images = 1 is no guidance and has no cost; w_images = 1
+alone needs no F_all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Drop = Literal["text", "images", "all"]
 
 
 def reduce(segments: Sequence[Segment], what: Drop) -> tuple[Segment, ...]:
-    """The history without what is dropped. Turns survive as empty text, so the control tokens stay in place."""
+    """The reduced history. Each turn stays, if need be as empty text: the control tokens keep their order."""
     out: list[Segment] = []
     for role, turn in Document(tuple(segments)).turns():
         kept = [
@@ -39,16 +39,16 @@ def reduce(segments: Sequence[Segment], what: Drop) -> tuple[Segment, ...]:
 
 
 def drop(document: Document, what: Drop) -> Document | None:
-    """The training form: history before the last supervised picture reduced, that picture alone supervised.
+    """Training: the history before the last supervised picture is reduced, and only that picture is supervised.
 
-    None when the document has no supervised picture or clip.
+    None if the document has no supervised picture or clip.
     """
     targets = _targets(document)
     return _reduced(document, targets[-1], what) if targets else None
 
 
 def null_documents(document: Document) -> list[Document]:
-    """For every supervised picture or clip, in order, the document that has it alone behind an empty history."""
+    """For each supervised picture or clip, in order: a document with it alone after an empty history."""
     return [_reduced(document, index, "all") for index in _targets(document)]
 
 
@@ -64,5 +64,5 @@ def _reduced(document: Document, index: int, what: Drop) -> Document:
 
 
 def open_turn(before: Sequence[Segment], role: Role) -> list[Segment]:
-    """The history with the turn of `role` open at its end, even when nothing of that turn stands there yet."""
+    """The history, ending in a turn of `role`; the turn may be empty."""
     return list(before) if before and before[-1].role == role else [*before, Text("", role)]

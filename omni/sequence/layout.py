@@ -1,16 +1,16 @@
-"""Layout: documents, as spans of token ids and latents, packed into rows of positions.
+"""Layout: documents, as spans of token ids and latents, packed into batch rows of positions.
 
-A document reaches this module as spans: `TokenSpan` (ids) and `LatentSpan` (one block of latents). `pack` lays many
-documents in R rows. Every row has two streams:
+A document is a list of spans: `TokenSpan` (ids) and `LatentSpan` (one block of latents). `pack` packs many documents
+into R batch rows. Every batch row has two streams:
 
     context stream (T positions)   the ids and the CLEAN latents of every block, in order
-    refine stream  (S positions)   copies of supervised latent blocks, to be noised by an objective
+    refine stream  (S positions)   copies of supervised latent blocks; an objective adds noise to them
 
-What a position may see derives from integers (document, block, copy, rank) alone: see `mask.visible`. A text token is
-a block of one; an image is one block; a video is a row of chunk blocks.
+Visibility depends on integers (document, block, copy, rank) alone: see `mask.visible`. A text token is a block of one;
+an image is one block; a video is a sequence of chunk blocks.
 
-Legend: R rows, T context positions, S refine positions, C latent channels, N latents of one block.
-This module knows no tokenizer, no codec, no network.
+Legend: R batch rows, T context positions, S refine positions, C latent channels, N latents of one block.
+This module does not depend on a tokenizer, a codec or a network.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from omni.sequence.mask import Fields
 
-IGNORE = -100  # target of a position that carries no next-token loss
+IGNORE = -100  # target of a position without next-token loss
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Ids in order; `supervise[i]` says whether predicting `ids[i]` is covered by the loss."""
+    """Ids in order; `supervise[i]`: whether the loss covers the prediction of `ids[i]`."""
 
     ids: list[int]
     supervise: list[bool]
@@ -60,16 +60,16 @@ Span = TokenSpan | LatentSpan
 
 @dataclass(frozen=True)
 class Stream:
-    """Integer description of the positions of one stream of R rows; all tensors (R, length) unless said.
+    """The positions of one stream of R batch rows, as integers; all tensors (R, length) unless noted.
 
-    document: index of the document in its row, -1 is padding. block: index of the block in its document.
-    copy: 0 in the context stream, >= 1 in the refine stream (unique in a row), -1 padding of the refine stream.
-    position: (R, length, 3) int64, (time, row, column) rotary coordinates. rank: order inside a copy, None is all 0.
-    bound: of the refine stream, the context blocks below it are read; None: those before the position's own block.
+    document: index of the document in its batch row; -1 is padding. block: index of the block in its document.
+    copy: 0 in the context stream, >= 1 in the refine stream (unique in a batch row), -1 padding of the refine stream.
+    position: (R, length, 3) int64, (time, row, column) rotary coordinates. rank: order inside a copy; None: all 0.
+    bound: refine stream only: the copy sees context blocks below it; None: those before the position's own block.
 
-    Several blocks of one request that read one another in one pass are one copy: `rank` says which reads which, and
-    `bound` where the finished context ends for all of them. Times are the items', whatever the copies are: a block, or
-    a single position, that has a time of its own is an item of its own (Transformer.refine).
+    Several blocks of one request that see one another in one pass are one copy: `rank` gives the order of visibility,
+    and `bound` the end of the finished context for all of them. Times belong to items, not to copies: a block, or a
+    single position, with a time of its own is an item of its own (Transformer.refine).
     """
 
     document: Tensor
@@ -86,7 +86,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed batch. `item` numbers the refine copies over the whole batch (-1 on padding)."""
+    """One packed batch. `item` numbers the refine copies over the whole batch (-1: padding)."""
 
     ids: Tensor  # (R, T) int64; pad id on latents and padding
     latents: Tensor  # (R, T, C) float32; zero where not latent
@@ -97,12 +97,12 @@ class Batch:
     refine: Stream
     item: Tensor  # (R, S) int64 in 0..num_items-1, or -1
     item_first: Tensor  # (num_items,) int64: flat index r*S+s of the first position of each item
-    item_names: tuple[tuple[int, int, int], ...] = ()  # (document uid, block, copy) of each item: what keys its noise
+    item_names: tuple[tuple[int, int, int], ...] = ()  # (document uid, block, copy) of each item; the key of its noise
     documents: tuple[int, ...] = ()  # uids of the packed documents
     num_context: int = 0  # context positions that are not padding
     num_refine: int = 0
-    dropped: frozenset[int] = frozenset()  # uids of the documents whose condition was dropped
-    null: Batch | None = None  # the same items, in the same order, each behind a history without content
+    dropped: frozenset[int] = frozenset()  # uids of documents without their condition
+    null: Batch | None = None  # the same items, in the same order, each after an empty history
 
     @property
     def num_items(self) -> int:
@@ -131,7 +131,7 @@ class Batch:
 
 @dataclass
 class LaidOut:
-    """One document laid out alone: Python lists of one entry per context position, and its refine blocks."""
+    """The layout of one document: lists with one entry per context position, and its refine blocks."""
 
     ids: list[int]
     latents: list[Tensor | None]
@@ -146,10 +146,10 @@ class LaidOut:
 def lay_out(
     spans: Sequence[Span], pad_id: int, *, start_position: int = 0, start_block: int = 0, trim_tail: bool = False
 ) -> LaidOut:
-    """Lay out one document. Text advances the rotary position by one; a block of grid (t, h, w) at position p has the
-    coordinates (p + time, p + row, p + column) and the next position is p + max(t, h, w), so that text keeps the
-    ordinary 1-D rotary positions of a decoder language model. `trim_tail` leaves a last supervised block, and whatever
-    follows it, out of the context stream: nothing reads it there.
+    """Lay out one document. A text token advances the rotary position by one. A block of grid (t, h, w) at position p
+    has coordinates (p + time, p + row, p + column); the next position is p + max(t, h, w). So text has the ordinary 1-D
+    rotary positions of a decoder language model. `trim_tail` leaves a last supervised block, and all spans after it,
+    out of the context stream: no position sees them there.
     """
     out = LaidOut([], [], [], [], [], [], start_position, start_block)
     last = _last_supervised(spans) if trim_tail else None
@@ -180,13 +180,13 @@ def lay_out(
 
 
 def context_length(spans: Sequence[Span], trim_tail: bool = False) -> int:
-    """How many context positions `lay_out` makes of a document, without laying it out."""
+    """The number of context positions that `lay_out` makes of a document."""
     last = _last_supervised(spans) if trim_tail else None
     return sum(len(span.ids) if isinstance(span, TokenSpan) else len(span.latents) for span in spans[:last])
 
 
 def _last_supervised(spans: Sequence[Span]) -> int | None:
-    """Index of the last latent span, if it is supervised and no supervised latents follow."""
+    """Index of the last latent span if it is supervised, else None."""
     indices = [i for i, s in enumerate(spans) if isinstance(s, LatentSpan)]
     if indices and spans[indices[-1]].supervise:  # type: ignore[union-attr]
         return indices[-1]
@@ -194,14 +194,14 @@ def _last_supervised(spans: Sequence[Span]) -> int | None:
 
 
 def grid_positions(grid: tuple[int, int, int], p: int) -> list[tuple[int, int, int]]:
-    """(time, row, column) coordinates of a block that starts at rotary position p, in row-major order."""
+    """(time, row, column) coordinates of a block whose first rotary position is p, in row-major order."""
     t, h, w = grid
     return [(p + a, p + b, p + c) for a in range(t) for b in range(h) for c in range(w)]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of one size: `rows` rows of `budget` context and `refine_budget` refine positions."""
+    """`rows` batch rows, each of `budget` context and `refine_budget` refine positions."""
 
     rows: int
     budget: int
@@ -219,12 +219,12 @@ def pack(
     trim: Sequence[bool] | None = None,
     fixed_shape: bool = True,
 ) -> tuple[list[Batch], int]:
-    """Pack documents, in order, each into the first row that has room, and stop at the first that fits in none.
+    """Pack documents in order, each into the first batch row with room; stop at the first that fits in none.
 
-    Several shapes make several batches that one training step adds up: short documents share short rows (attention
-    costs less there), long ones have long rows. Returns (one batch per shape, number of documents used): a loader's
-    state is then one integer. `trim[i]` leaves the last block of document i out of the context (see `lay_out`). With
-    `fixed_shape` the tensors have exactly the shape's size; else they shrink to what is used.
+    Several shapes give several batches, which one training step accumulates: short documents share short rows, where
+    attention costs less; long ones have long rows. Returns (one batch per shape, number of documents used), so that a
+    loader's state is one integer. `trim[i]` leaves the last block of document i out of the context (see `lay_out`).
+    With `fixed_shape` tensors have exactly the shape's size; else they shrink to the used size.
 
     Raises ValueError if a document alone exceeds every shape.
     """
@@ -236,7 +236,7 @@ def pack(
         need = (len(one.ids), copies * sum(len(span.latents) for _, span, _ in one.blocks))
         if not any(need[0] <= shape.budget and need[1] <= shape.refine_budget for shape in shapes):
             raise ValueError(
-                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but a row holds "
+                f"document {uids[number]} needs {need[0]} context and {need[1]} refine positions, but a batch row has "
                 f"{max(s.budget for s in shapes)} and {max(s.refine_budget for s in shapes)}; raise one or shorten it"
             )
         for shape, used, members in rows:
@@ -260,7 +260,7 @@ def pack(
 def lay_rows(
     documents: Sequence[Sequence[Span]], *, channels: int, pad_id: int, copies: int, uids: Sequence[int]
 ) -> Batch:
-    """One document per row, in order, its last block left out of the context; rows as long as the longest."""
+    """One document per batch row, in order, without its last block in the context; rows are as long as the longest."""
     laid = [lay_out(spans, pad_id, trim_tail=True) for spans in documents]
     budget = max((len(one.ids) for one in laid), default=1)
     refine = max((copies * sum(len(span.latents) for _, span, _ in one.blocks) for one in laid), default=1)
@@ -270,8 +270,8 @@ def lay_rows(
 
 @dataclass(frozen=True)
 class ContextTensors:
-    """Rows of the context stream: ids (R, N) int64, latents (R, N, C) float32 and is_latent (R, N) bool; document (-1
-    is padding) and block (R, N), position (R, N, 3), int64; valid: positions in use of each row."""
+    """Batch rows of the context stream: ids (R, N) int64, latents (R, N, C) float32, is_latent (R, N) bool; document
+    (-1 is padding) and block (R, N), position (R, N, 3), int64; valid: the number of used positions of each row."""
 
     ids: Tensor
     latents: Tensor
@@ -283,7 +283,7 @@ class ContextTensors:
 
 
 def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: int, pad_id: int) -> ContextTensors:
-    """The documents of each row, one after another: the one way from spans to tensors, for packing and for prefill."""
+    """The documents of each batch row, concatenated. Packing and prefill both use this function."""
     R = len(rows)
     out = ContextTensors(
         torch.full((R, length), pad_id, dtype=torch.int64), torch.zeros(R, length, channels),
@@ -341,7 +341,7 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
 
 
 def _targets(filled: list[list[tuple[int, LaidOut]]], T: int) -> Tensor:
-    """(R, T): the next id of the same document where it is supervised, else IGNORE."""
+    """(R, T): the next id of the same document if supervised, else IGNORE."""
     target = torch.full((len(filled), T), IGNORE, dtype=torch.int64)
     for r, row in enumerate(filled):
         follows: list[int] = []
@@ -353,7 +353,7 @@ def _targets(filled: list[list[tuple[int, LaidOut]]], T: int) -> Tensor:
 
 
 def _empty_stream(rows: int, length: int, copy: int) -> Stream:
-    """Padding: document -1, and blocks that count up so that a padded position sees padding only, itself included."""
+    """Padding: document -1; block numbers increase, so that a padded position sees only padding, itself included."""
     return Stream(
         torch.full((rows, length), -1, dtype=torch.int64),
         torch.arange(length).expand(rows, length).clone(),

@@ -1,19 +1,19 @@
-"""Who may see whom: ONE predicate, lowered to a dense mask (CPU) or FlexAttention (GPU), with a slow oracle beside it.
+"""Visibility: one predicate, lowered to a dense mask (CPU) or FlexAttention (GPU), and a slow test oracle.
 
-Every position is described by four integers (see `layout.Stream`): document, block, copy, rank.
+Every position has four integers (see `layout.Stream`): document, block, copy, rank.
 
     a query sees a key  iff  they are of one document, and
-        the key is context:  its block comes before the query's, or is the query's own and the query is context too
-        the key is refine:   both belong to the same copy, and the key's rank is not above the query's
+        the key is context:  its block precedes the query's; or it is the query's own block and the query is context
+        the key is refine:   both are of the same copy, and the key's rank is not above the query's
 
-Of a refine query, `block` is the bound of what it reads of the context: its own block's number, or an earlier one where
-the blocks between are not finished yet and stand beside it in one copy (`layout.Stream.bound`).
+For a refine query, `block` is the bound of the visible context: its own block's number, or an earlier one if the blocks
+between are unfinished and in the same copy (`layout.Stream.bound`).
 
-So the context stream is causal over blocks and bidirectional inside one, a refine copy sees the context strictly
-before its block and itself, and nothing ever sees a refine copy but the copy itself. Ranks order the positions of one
-copy: all 0 in a block that sees all of itself (latents), 0, 1, 2, ... in one that is causal (tokens).
+So the context stream is causal over blocks and bidirectional inside one. A refine copy sees the context strictly before
+its block, and itself. No other position sees it. Ranks order the positions of one copy: all 0 in a bidirectional block
+(latents); 0, 1, 2, ... in a causal one (tokens).
 
-Legend: R rows, Q queries, K keys.
+Legend: R batch rows, Q queries, K keys.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def flex(queries: Fields, keys: Fields):  # noqa: ANN201
 
 
 def oracle(queries: Fields, keys: Fields) -> Tensor:
-    """The rule told again in plain Python, position by position: slow and obviously right. Tests compare with it."""
+    """The rule again in plain Python, position by position: slow and simple. Tests compare with it."""
     q_rows = zip(*(p.tolist() for p in (queries.document, queries.block, queries.copy, queries.ranks)), strict=True)
     k_rows = zip(*(p.tolist() for p in (keys.document, keys.block, keys.copy, keys.ranks)), strict=True)
     out = []
@@ -91,11 +91,11 @@ def oracle(queries: Fields, keys: Fields) -> Tensor:
             for k_document, k_block, k_copy, k_rank in zip(*k_row, strict=True):
                 if document != k_document:
                     seen = False
-                elif k_copy == 0 and copy == 0:  # context reads context
+                elif k_copy == 0 and copy == 0:  # context sees context
                     seen = k_block <= block
                 elif k_copy == 0:  # refinement reads the context strictly before its block
                     seen = k_block < block
-                else:  # a key in the refine stream is private to its copy, and to those who come after it there
+                else:  # a refine key: only later or equal ranks of its own copy see it
                     seen = k_copy == copy and k_rank <= rank
                 out[-1][-1].append(seen)
     return torch.tensor(out, dtype=torch.bool)

@@ -1,15 +1,15 @@
-"""Blocks of tokens in the refine stream: where they start, what they should say, and the stream of their positions.
+"""Blocks of tokens in the refine stream: their starts, their target ids, and the stream of their positions.
 
-A block starts after a position of the context stream (its START, whose hidden state reads the block's first token) and
-has up to K tokens. In a pass it is one copy of n positions: clean tokens, if any, that follow the start, then
-placeholders. Its positions see the clean context up to the start and, of the block itself, what has no higher rank:
+A block starts after a position of the context stream, its START, whose hidden state predicts the block's first token.
+It has up to K tokens. In a pass it is one copy of n positions: clean tokens, if any, after the start, then
+placeholders. Its positions see the clean context up to the start and, in the block, positions of no higher rank:
 
     causal   ranks 0, 1, 2, ...: every position sees those before it
     block    all placeholders have one rank, above the clean tokens: they see one another
 
-Training lays N blocks of every row beside its ordinary text ("staircase"; cost (T + N K) / T of the text pass).
+In training every batch row of text has N blocks beside it ("staircase"; cost (T + N K) / T of the text pass).
 
-Legend: R rows, T context positions, B = R N blocks, K tokens of a block, n positions of a block in a pass.
+Legend: R batch rows, T context positions, B = R N blocks, K tokens of a block, n positions of a block in a pass.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from omni.sequence.layout import IGNORE, Batch, Stream
 
 @dataclass(frozen=True)
 class Starts:
-    """Where B blocks start: flat row-major (row, number). `position`: rotary coordinate of the block's first token."""
+    """Where B blocks start: flat row-major (batch row, number). `position`: rotary coordinate of the block's first
+    token."""
 
     row: Tensor  # (B,) int64
     at: Tensor  # (B,) int64, index in the context stream
-    document: Tensor  # (B,) int64, -1 for a block that is not there
-    block: Tensor  # (B,) int64: the number that the block's first token has in its document
+    document: Tensor  # (B,) int64, -1 for an absent block
+    block: Tensor  # (B,) int64: the block index of the block's first token
     position: Tensor  # (B,) int64
     per_row: int  # N
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What B blocks of K tokens should say. `valid` (B, K): a prefix of each; ids are 0 where it is False.
+    """The target ids of B blocks of K tokens. `valid` (B, K): a prefix of each; ids are 0 where it is False.
 
-    names: (document uid, offset of the start in its document, 0), which keys whatever is drawn for a block.
+    names: (document uid, offset of the start in its document, 0), the key of a block's random values.
     """
 
     ids: Tensor  # (B, K) int64
@@ -52,10 +53,10 @@ class Blocks:
 
 
 def choose_blocks(batch: Batch, length: int, per_row: int, key: Key) -> tuple[Starts, Blocks]:
-    """`per_row` random starts in every row of a packed batch, among text positions whose next id is supervised.
+    """`per_row` random starts in every batch row of a packed batch, at text positions whose next id is supervised.
 
-    A block runs until K ids, or until the next id is not supervised (where a picture begins or a turn ends). Which
-    starts are taken depends on the documents of the row, what is drawn for one on (document, offset) alone.
+    A block ends after K ids, or where the next id is not supervised (where a picture begins or a turn ends). The chosen
+    starts depend on the documents of the batch row; the random value of a start depends on (document, offset) alone.
     """
     R, T = batch.ids.shape
     device = batch.ids.device
@@ -100,7 +101,8 @@ def choose_blocks(batch: Batch, length: int, per_row: int, key: Key) -> tuple[St
 
 
 def block_stream(starts: Starts, num: int, causal: bool, clean: int = 0) -> Stream:
-    """The refine stream (R, N num) of one pass: `num` positions a block, the first `clean` of them clean tokens."""
+    """The refine stream (R, N num) of one pass: `num` positions a block, of which the first `clean` are clean
+    tokens."""
     N = starts.per_row
     step = torch.arange(num, device=starts.at.device)
     rank = step if causal else step.clamp(max=clean)
@@ -124,7 +126,7 @@ def _offsets(document: Tensor) -> Tensor:
 
 
 def _uids(batch: Batch) -> list[list[int]]:
-    """The uids of every row's documents, in order."""
+    """The uids of each batch row's documents, in order."""
     names, out = iter(batch.documents), []
     for row in batch.context.document.max(1).values.tolist():
         out.append([next(names) for _ in range(row + 1)])

@@ -1,10 +1,10 @@
 """Rotary positions with three coordinates (time, row, column), in units of one text token or one latent cell.
 
-A head of width D has D / 2 frequencies; frequency i turns the pair (i, i + D / 2) by position[axis(i)] frequency(i)
-(RoFormer, arXiv 2104.09864; the half-split convention of Llama). Which axis has which frequency is the RotarySpec's.
-A text token has three equal coordinates, which gives the ordinary 1-D rotary table of decoder language models.
+A head of width D has D / 2 frequencies; frequency i rotates the pair (i, i + D / 2) by position[axis(i)] frequency(i)
+(RoFormer, arXiv 2104.09864; the half-split convention of Llama). RotarySpec assigns axes to frequencies. A text token
+has three equal coordinates, which gives the 1-D rotary table of decoder language models.
 
-Legend: R rows, N positions, D head width.
+Legend: R batch rows, N positions, D head width.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ Scaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
 
 class RotarySpec(Frozen):
-    """Which axis each frequency belongs to, and how frequencies are spread.
+    """The axis of each frequency, and the frequencies.
 
     layout: "modulo", frequency i is of axis i mod 3, so each axis has high and low ones; "sections", the first
         sections[0] are of time, the next of rows, then of columns (Qwen2-VL, arXiv 2409.12191); "interleaved", those of
         rows at 1, 4, 7, ... and of columns at 2, 5, 8, ... below 3 sections[1] and 3 sections[2], the rest of time
         (Qwen3-VL, Cosmos 3).
-    bases: one base for each axis, whose frequencies are counted within the axis (SenseNova-U1); None: one for all,
-        counted through. partial: the share of D that turns at all. scaling: of the base for longer contexts.
+    bases: one base per axis, with frequencies counted within the axis (SenseNova-U1); None: one base, frequencies
+    counted
+        over all axes. partial: the share of D that rotates. scaling: of the base, for longer contexts.
     """
 
     layout: Layout = "modulo"
@@ -39,9 +40,9 @@ class RotarySpec(Frozen):
     scaling: Scaling = "none"
 
     def check(self, head_dim: int) -> None:
-        """ValueError for what does not fit a head of this width, or is not served yet."""
+        """ValueError if the values do not fit a head of this width, or are not implemented yet."""
         if self.scaling != "none":
-            raise ValueError(f"rotary.scaling = {self.scaling!r} is not served yet; served: 'none'")
+            raise ValueError(f"rotary.scaling = {self.scaling!r} is not implemented yet; implemented: 'none'")
         if (self.sections is None) != (self.layout == "modulo"):
             raise ValueError(
                 f"rotary.sections = {self.sections} with rotary.layout = {self.layout!r}: give both or none"
@@ -51,7 +52,7 @@ class RotarySpec(Frozen):
             raise ValueError(f"rotary.sections = {list(self.sections)} must add up to the {num} frequencies of a head")
 
     def num_turning(self, head_dim: int) -> int:
-        """Frequencies that are not zero."""
+        """The number of nonzero frequencies."""
         return int(head_dim * self.partial) // 2
 
     def axes(self, num: int, device: torch.device | str = "cpu") -> Tensor:
@@ -65,7 +66,7 @@ class RotarySpec(Frozen):
         return torch.where(index < low, index % 3, 0)
 
     def frequencies(self, head_dim: int, base: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """(D / 2,) in radians per unit of position; zero where nothing turns."""
+        """(D / 2,) in radians per unit of position; zero for dimensions that do not rotate."""
         num = self.num_turning(head_dim)
         index = torch.arange(num, device=device)
         if self.bases is None:

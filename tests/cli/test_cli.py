@@ -227,7 +227,7 @@ def test_an_impossible_folder_is_refused_before_the_work(
     (at / "f").write_text("mine")
     (at / "link").symlink_to("nowhere")
     for folder, message in (
-        ("link", "'link' is a link to nothing"),
+        ("link", "'link' is a broken link"),
         (".", "'.'"), ("f/r", "'f' is a file"), ("..", "'..'"), ("new/" + "a" * 300, "File name too long"),
         ("a" * 250, "File name too long"), ("/proc/new/r", "cannot be written"),
     ):  # fmt: skip
@@ -357,11 +357,11 @@ BAD = [
     (["generate", "x", "--size", "9" * 5000 + "x8"], 2, "must be (height, width) in pixels"),
     (["generate", "draw", "a", "cat"], 2, "put quotes around the prompt"),
     (["generate", "-draw"], 2, "a prompt that begins with - comes after --"),
-    (["generate", "x", "--device", "mps"], 2, "device 'mps' is not here; use cpu"),
-    (["generate", "x", "--device", "cuda:9"], 2, "device 'cuda:9' is not here; use cpu"),
-    (["generate", "x", "--device", "nonsense"], 2, "device 'nonsense' is not here; use cpu"),
-    (["generate", "x", "--device", "meta"], 2, "device 'meta' is not here"),
-    (["generate", "x", "--device", ""], 2, "device '' is not here"),
+    (["generate", "x", "--device", "mps"], 2, "device 'mps' is not available; use cpu"),
+    (["generate", "x", "--device", "cuda:9"], 2, "device 'cuda:9' is not available; use cpu"),
+    (["generate", "x", "--device", "nonsense"], 2, "device 'nonsense' is not available; use cpu"),
+    (["generate", "x", "--device", "meta"], 2, "device 'meta' is not available"),
+    (["generate", "x", "--device", ""], 2, "device '' is not available"),
     (["generate", "x", "--out", "a" * 300], 2, "File name too long"),
     (["generate", "x", "--out", "/proc/here"], 2, "'/proc/here' cannot be written"),
     (["inspect", "deep.json"], 2, "deep.json' is no Document"),

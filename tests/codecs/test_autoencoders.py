@@ -202,7 +202,7 @@ def test_a_saved_codec_is_built_when_it_is_first_needed(tmp_path) -> None:
     wide = {**codec.config(), "model": {**codec.config()["model"], "block_out_channels": [65536, 65536]}}
     publish(tmp_path / "wide", {"config.json": json.dumps(wide), "model.safetensors": codec.weights()})
     wrong = load_codec(tmp_path / "wide")
-    with pytest.raises(DamagedError, match="has shape .*, config.json wants"):  # and terabytes were not asked for
+    with pytest.raises(DamagedError, match="has shape .*, config.json needs"):  # and terabytes were not asked for
         wrong.encode(pixels)
 
 
@@ -255,7 +255,7 @@ def test_errors_name_the_value_and_the_way_out(tmp_path, monkeypatch) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="of class 'UNet2DModel'; known autoencoders"):
         load_codec(tmp_path)
-    with pytest.raises(ValueError, match="do not belong to the configuration"):
+    with pytest.raises(ValueError, match="do not match the configuration"):
         AutoencoderCodec.from_config(config, "test").load_weights({"x": torch.zeros(1)}, "weights")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'omni-flow\[vae\]'"):

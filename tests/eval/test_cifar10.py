@@ -353,7 +353,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
         ("cifar10.methods.mean_flow.head={channels=3}", "follow from the patches"),
         ("cifar10.methods.mean_flow.objective=next_token", "is not an objective on latents"),
         ("cifar10.train={width=100}", "no multiple of head_dim"),
-        ("cifar10.device=abacus", "is not here"),
+        ("cifar10.device=abacus", "is not available"),
     ):
         with pytest.raises(ValueError, match=message):
             load_suite(SUITE, [change])

@@ -165,9 +165,9 @@ def test_the_codec_goes_where_the_model_goes(tiny_model, monkeypatch: pytest.Mon
 
 
 def test_what_computes_nothing_is_refused(tiny_model) -> None:  # noqa: ANN001
-    with pytest.raises(ValueError, match="device 'meta' is not here; use cpu"):
+    with pytest.raises(ValueError, match="device 'meta' is not available; use cpu"):
         omni.from_pretrained(tiny_model, device="meta")
-    with pytest.raises(ValueError, match="dtype = torch.int32 is no floating type; take torch.float32"):
+    with pytest.raises(ValueError, match="dtype = torch.int32 is not a floating type; use torch.float32"):
         omni.from_pretrained(tiny_model, dtype=torch.int32)
 
 

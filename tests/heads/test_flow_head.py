@@ -1,4 +1,4 @@
-"""The flow head: one F for every parametrisation, its identities, derivatives, and what half precision leaves of it."""
+"""The flow head: one F for every parametrisation, its identities, its derivatives, and its precision in bf16."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from omni.model import Omni
 from omni.rng import Key
 
 ALL: list[Parametrisation] = ["velocity", "simple_edm", "x"]
-# t and every s <= t, among them the ends of both
+# t and every s <= t, with the ends of both
 TIMES = [(t, s) for t in (0.05, 0.3, 0.5, 0.994, 1.0) for s in (0.0, 0.02, 0.3, 0.5, 0.994, 1.0) if s <= t]
 
 
 def modelled(dtype: torch.dtype = torch.float64, **flow: object) -> Omni:
-    """A small model whose every part is alive, with another flow head."""
+    """A small model without zero parts, with another flow head."""
     plain = small_model(dtype=dtype)
     config = plain.config.model_copy(update={"flow": plain.config.flow.model_copy(update=flow)})
     model = Omni(config, Key(0)).to(dtype).eval()
@@ -60,7 +60,7 @@ def test_jumps_are_the_published_ones(t: float, s: float) -> None:
     }
     for name, (skip, out) in published.items():
         assert float((jumped(output, x, t, s, name) - (skip * x + out * output)).abs().max()) < 1e-12, name
-        if s < t:  # and the test can tell: another skip or sign is another jump
+        if s < t:  # control: another skip or sign is another jump
             assert float((jumped(output, x, t, s, name) - (skip * x - out * output)).abs().max()) > 1e-3, name
 
 
@@ -82,7 +82,7 @@ def test_the_denoiser_of_edm_is_simple_edm_with_the_other_sign(t: float) -> None
 
 
 def test_outputs_that_give_the_exact_map() -> None:
-    """Each parametrisation can be right: solved for G at the exact F of a Gaussian, it gives that F back."""
+    """Each parametrisation can be exact: solved for G at the exact F of a Gaussian, it returns that F."""
     x = Key(0).normal((50, 2), torch.float64)
     for t, s in TIMES:
         time, end = (torch.tensor(value, dtype=torch.float64) for value in (t, s))
@@ -94,7 +94,7 @@ def test_outputs_that_give_the_exact_map() -> None:
 
 
 def test_x_is_clamped_near_the_data() -> None:
-    """Below min_time F = (x - G) / min_time: finite, continuous, and above it exact."""
+    """Below min_time F = (x - G) / min_time: finite and continuous; above it exact."""
     x, output = torch.tensor([2.0]).double(), torch.tensor([1.0]).double()
     F = [float(average_velocity(output, x, torch.tensor(t).double(), "x", 0.05)) for t in (0.0, 0.049999, 0.05, 0.1)]
     assert [round(f, 6) for f in F] == [20.0, 20.0, 20.0, 10.0]
@@ -105,7 +105,7 @@ def test_x_is_clamped_near_the_data() -> None:
 
 
 def before(head: FlowHead, hidden: Tensor, x: Tensor, t: Tensor, s: Tensor, beta: Tensor, item: Tensor) -> list[Tensor]:
-    """What the head gave before it had parametrisations, written out: embedding, condition, F."""
+    """The head before parametrisations, written out: embedding, condition, F."""
 
     def embedding(part: ScalarEmbedding, value: Tensor) -> Tensor:
         octaves = torch.linspace(math.log(0.25), math.log(head.c.max_frequency), head.c.num_frequencies)
@@ -120,7 +120,7 @@ def before(head: FlowHead, hidden: Tensor, x: Tensor, t: Tensor, s: Tensor, beta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_velocity_is_what_it_was_bit_for_bit(dtype: torch.dtype) -> None:
+def test_velocity_equals_the_head_before_parametrisations_to_the_bit(dtype: torch.dtype) -> None:
     head = FlowHead(16, FlowHeadConfig(channels=4, num_frequencies=8))
     with torch.no_grad():
         for name, parameter in head.named_parameters():
@@ -166,7 +166,7 @@ def test_scaled_input_is_the_network_at_a_scaled_x() -> None:
 @pytest.mark.parametrize("scale_input", [False, True])
 @pytest.mark.parametrize("parametrisation", ALL)
 def test_derivatives_equal_central_differences(parametrisation: Parametrisation, scale_input: bool) -> None:
-    """In x, t and s at once, float64; below min_time too. Both forms the objectives ask for."""
+    """In x, t and s together, float64; below min_time too. Both forms that objectives use."""
     model = modelled(parametrisation=parametrisation, scale_input=scale_input)
     call, x, key = calling(model)
     t = key.fold("t").uniform((call.batch.num_items,), torch.float64) * 0.8 + 0.15
@@ -180,13 +180,13 @@ def test_derivatives_equal_central_differences(parametrisation: Parametrisation,
     for found in (call.derivative(x, t, s, dx, dt, ds), call.with_derivative(x, t, s, dx, dt, ds)[1].detach()):
         assert float((found - wanted)[mask].abs().max()) < 1e-6 * float(wanted[mask].abs().max())
     assert float((call.with_derivative(x, t, s, dx, dt, ds)[0].detach() - value)[mask].abs().max()) < 1e-12
-    if parametrisation != "velocity":  # the part that does not go through the network is there
+    if parametrisation != "velocity":  # control: the part outside of the network is not zero
         without = call.derivative(x, t, s, dx, 0 * dt, ds)
         assert float((without - wanted)[mask].abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("parametrisation", ALL)
-def test_a_new_model_is_calm(parametrisation: Parametrisation) -> None:
+def test_a_new_model_has_the_affine_part_only(parametrisation: Parametrisation) -> None:
     """At initialisation G = 0, so F is its affine part: finite, and 0 for velocity."""
     config = modelled(parametrisation=parametrisation).config
     model = Omni(config, Key(3)).double().eval()
@@ -221,7 +221,7 @@ def test_bf16_is_finite_everywhere(parametrisation: Parametrisation, time_scale:
 
 
 def test_time_embeddings_survive_bf16_weights() -> None:
-    """Frequencies stay float32 when the model is cast: at scale 1000 rounding them would give other embeddings."""
+    """Frequencies stay float32 when the model is cast: at scale 1000 rounding would change the embeddings."""
     config = FlowHeadConfig(channels=4, num_frequencies=32, time_scale=1000.0)
     full = ScalarEmbedding(16, config, config.time_scale)
     with torch.no_grad():
@@ -239,8 +239,8 @@ def test_time_embeddings_survive_bf16_weights() -> None:
     assert float((spoiled - wanted).abs().max()) > 0.3 * float(wanted.abs().max())
 
 
-def test_scale_1000_tells_nearly_equal_times_apart() -> None:
-    """IMM's r and t: .994 and 1e-4 below it, in bf16. At scale 1, which derivatives in time want, they are one."""
+def test_scale_1000_separates_nearly_equal_times() -> None:
+    """IMM's r and t: .994 and 1e-4 below it, in bf16. At scale 1, which derivatives in time need, they are equal."""
     moved = {}
     for scale in (1.0, 1000.0):
         embedding = ScalarEmbedding(16, FlowHeadConfig(num_frequencies=16, time_scale=scale), scale).bfloat16()
@@ -253,7 +253,7 @@ def test_scale_1000_tells_nearly_equal_times_apart() -> None:
 
 
 def test_guidance_is_not_a_time() -> None:
-    """time_scale leaves the embedding of beta alone."""
+    """time_scale does not change the guidance embedding."""
     heads = [FlowHead(16, FlowHeadConfig(channels=4, num_frequencies=8, time_scale=scale)) for scale in (1.0, 1000.0)]
     heads[1].load_state_dict(heads[0].state_dict())
     one, zero = torch.ones(1), torch.zeros(1)
@@ -274,5 +274,5 @@ def test_configuration_is_checked() -> None:
             build(data, FlowHeadConfig, "heads.flow")
 
 
-def test_a_configuration_of_before_without_choices_is_read() -> None:
+def test_format_1_without_choices_is_read() -> None:
     assert build({"channels": 12, "choices": [], "choice_bits": 8}, FlowHeadConfig, "x") == FlowHeadConfig(channels=12)

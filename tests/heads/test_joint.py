@@ -1,4 +1,4 @@
-"""Blocks of tokens in the refine stream: where they stand, what they see, and that training and decoding agree."""
+"""Blocks of tokens in the refine stream: positions and visibility; training equals decoding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ K, N = 4, 3
 
 @JOINT_HEADS.register("probe")
 class Probe(JointHead):
-    """Placeholders, and nothing that reads them: for what stands before heads."""
+    """Placeholders without outputs, for tests that need no head."""
 
     layout = "causal"
 
@@ -34,7 +34,7 @@ class Probe(JointHead):
 
 
 def joint_model(head: str = "probe", seed: int = 0, depth: int | None = None, **options: object) -> Omni:
-    """A small model with a joint-token head whose adapters are not at their zero start."""
+    """A small model with a joint-token head whose adapters are not zero."""
     plain = small_model(seed)
     joint = JointConfig(head=head, length=K, adapter_rank=2, depth=depth, options=options)
     config = plain.config.model_copy(update={"joint": joint})
@@ -47,7 +47,7 @@ def joint_model(head: str = "probe", seed: int = 0, depth: int | None = None, **
     return model.eval()
 
 
-def test_a_block_says_what_follows_its_start_and_ends_where_supervision_does() -> None:
+def test_a_block_has_the_ids_after_its_start_and_ends_where_supervision_ends() -> None:
     for n in range(20):
         batch = random_batch(Key(n), rows=3)
         starts, blocks = choose_blocks(batch, K, N, Key(n))
@@ -92,7 +92,8 @@ def test_blocks_have_one_rule_in_mask_flex_and_oracle(causal: bool) -> None:
 
 
 def test_the_rule_of_blocks_in_words() -> None:
-    """Start after T1 of T0 T1 T2, one clean token c and two placeholders p, q: nobody sees T2, which is what c says."""
+    """Start after T1 of T0 T1 T2, one clean token c and two placeholders p, q: none sees T2, which is the target of
+    c."""
     [batch], _ = pack([[TokenSpan([1, 2, 3], [False, False, True])]], [Shape(1, 3, 0)], channels=4, pad_id=PAD)
     starts, blocks = choose_blocks(batch, 3, 1, Key(0))
     assert blocks.ids.tolist() == [[3, 0, 0]]
@@ -105,9 +106,9 @@ def test_the_rule_of_blocks_in_words() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("clean", [0, 2])
 @pytest.mark.parametrize("depth", [None, 1])
-def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int, depth: int | None) -> None:
-    """The contract for joint-token blocks: the same placeholders after the same text, packed or behind a cache, there
-    by the general pass or by that of decoding."""
+def test_training_pass_equals_the_pass_against_a_cache(causal: bool, clean: int, depth: int | None) -> None:
+    """The contract for joint-token blocks: the same placeholders after the same text, packed or against a cache; with
+    the cache by `extend` or by the decoding step."""
     model = joint_model(depth=depth)
     spans = [
         TokenSpan([5, 6], [False, True]),
@@ -142,7 +143,7 @@ def test_training_pass_equals_the_pass_behind_a_cache(causal: bool, clean: int, 
 
 
 def _cut(spans: list, i: int) -> tuple[list, TokenSpan]:
-    """What stands before context position i, as spans, and the id at i as one."""
+    """The spans before context position i, and the id at i as one."""
     out, at = [], 0
     for span in spans:
         n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
@@ -156,8 +157,8 @@ def _cut(spans: list, i: int) -> tuple[list, TokenSpan]:
 
 
 @pytest.mark.parametrize("depth", [None, 1])
-def test_clean_tokens_in_a_block_read_what_text_reads(depth: int | None) -> None:
-    """The continuation by clean ids inside a block = the context stream, adapters or not."""
+def test_clean_tokens_in_a_block_see_what_text_sees(depth: int | None) -> None:
+    """The continuation by clean ids inside a block equals the context stream, with or without adapters."""
     model = joint_model(depth=depth)
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
     [batch], _ = pack([[TokenSpan(ids, [True] * 8)]], [Shape(1, 8, 0)], channels=CHANNELS, pad_id=PAD)
@@ -174,7 +175,7 @@ def test_clean_tokens_in_a_block_read_what_text_reads(depth: int | None) -> None
 
 
 def test_adapters_act_on_placeholders_alone() -> None:
-    """The autoregressive path of a model with a joint-token head has the bits it had without."""
+    """A joint-token head changes no bit of the autoregressive path."""
     plain, model = small_model(), joint_model()
     batch = random_batch(Key(1))
     with torch.inference_mode():
@@ -193,7 +194,7 @@ def test_adapters_act_on_placeholders_alone() -> None:
         assert torch.equal(first[:, :2], second[:, :2]) and not torch.equal(first[:, 2], second[:, 2])
 
 
-def test_placeholders_go_through_the_last_layers_alone() -> None:
+def test_placeholders_pass_through_the_last_layers_only() -> None:
     model, batch = joint_model(depth=1), random_batch(Key(1))
     assert model.joint is not None and model.joint.adapters is not None and len(model.joint.adapters.layers) == 1
     starts, _ = choose_blocks(batch, K, N, Key(0))
@@ -204,11 +205,11 @@ def test_placeholders_go_through_the_last_layers_alone() -> None:
         for parameter in model.transformer.blocks[0].parameters():
             parameter.zero_()
         assert torch.equal(before, BatchCall(model, starts, hidden, memory)(inputs))
-    with pytest.raises(ValueError, match="joint.depth = 3 is more layers than the 2"):
+    with pytest.raises(ValueError, match="joint.depth = 3 exceeds the 2 layers"):
         joint_model(depth=3)
 
 
-def test_a_model_without_a_head_says_so() -> None:
+def test_a_model_without_a_head_raises() -> None:
     model = small_model()
     batch = random_batch(Key(1))
     starts, _ = choose_blocks(batch, K, N, Key(0))
@@ -217,7 +218,7 @@ def test_a_model_without_a_head_says_so() -> None:
 
 
 @pytest.mark.parametrize("depth", [None, 1])
-def test_the_users_contract_covers_blocks(depth: int | None) -> None:
+def test_contract_check_covers_blocks(depth: int | None) -> None:
     from omni.generation.contract import verify
 
     checks = verify(joint_model(depth=depth))

@@ -35,7 +35,7 @@ def circuit(name: str, length: int, seed: int = 0, **options: object) -> Circuit
     return head
 
 
-# ---- the slow oracle: p(x_1 .. x_m) as a sum over every assignment of latent states, in plain Python ----------------
+# ---- test oracle: p(x_1 .. x_m) as a sum over every assignment of latent states, in plain Python -------------------
 
 
 def places(name: str, length: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -96,7 +96,7 @@ def test_a_tree_of_seven() -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_laws_are_read_off_the_start(name: str, rank: int) -> None:
+def test_probabilities_are_computed_from_the_start(name: str, rank: int) -> None:
     """Entry by entry: emissions from the expanded start, root and moves linear in it."""
     head, call = circuit(name, 4, expander_rank=rank), tiny_call(2)
     laws, weights = head.laws(call), dict(head.named_parameters())
@@ -139,7 +139,7 @@ def test_conditionals_are_ratios_of_marginals_and_chain_to_the_joint(name: str) 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_block_cut_short_scores_its_marginal(name: str) -> None:
+def test_a_shorter_block_scores_its_marginal(name: str) -> None:
     K, gamma = 4, 0.7
     head, everything = circuit(name, K, gamma=gamma), all_blocks(4)
     joint = probabilities(head)[0].view([VOCABULARY] * K)
@@ -157,11 +157,11 @@ def test_a_block_cut_short_scores_its_marginal(name: str) -> None:
         assert abs(terms["circuit"].count - len(everything) * weight.sum().item()) < 1e-8
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_both_ways_of_drawing_have_the_law_of_log_prob(name: str) -> None:
+def test_both_ways_of_sampling_have_the_distribution_of_log_prob(name: str) -> None:
     K, num = 3, 200_000
     head, u = circuit(name, K), uniforms(num, K, Key(5))
     law = probabilities(head)[0]
@@ -175,7 +175,7 @@ def test_both_ways_of_drawing_have_the_law_of_log_prob(name: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_latent_states_have_their_joint_law(name: str, length: int) -> None:
+def test_latent_states_have_their_joint_distribution(name: str, length: int) -> None:
     """Pairs (z_first, z_last) of the ancestral form, against the plain sum."""
     head, num = circuit(name, length), 40_000
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_latent_states_have_their_joint_law(name: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_draw_is_a_function_of_the_uniforms(name: str) -> None:
+def test_a_sample_is_a_function_of_the_uniforms(name: str) -> None:
     head, call, u = circuit(name, 4), tiny_call(50), uniforms(50, 4, Key(2))
     with torch.no_grad():
         draft = head.sample(call, u, Key(0))
@@ -229,7 +229,7 @@ def test_gradients(name: str, rank: int) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_annealing_softens_responsibilities_and_bounds_the_loss(name: str) -> None:
-    """At half of the annealing emissions stand to the power 0.75: (0.5 + 1) / 2."""
+    """Halfway through annealing the power of emissions is 0.75 = (0.5 + 1) / 2."""
     K, gamma, power = 4, 0.9, 0.75
     head, ids, lengths = circuit(name, K, anneal=0.5), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]]), [4, 3]
     call = tiny_call(2)
@@ -246,7 +246,7 @@ def test_annealing_softens_responsibilities_and_bounds_the_loss(name: str) -> No
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_balance_is_what_the_use_of_states_lacks_in_entropy(name: str) -> None:
+def test_balance_is_the_missing_entropy_of_states(name: str) -> None:
     K = 3
     head, ids, lengths = circuit(name, K, balance=0.1), torch.tensor([[0, 1, 2], [2, 2, 1], [1, 1, 0]]), [3, 1, 2]
     call = tiny_call(3)
@@ -265,7 +265,7 @@ def test_balance_is_what_the_use_of_states_lacks_in_entropy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_states_start_apart_and_near_the_model_itself(name: str) -> None:
+def test_states_start_distinct_and_near_the_model(name: str) -> None:
     heads = [tiny_head(name, 3, size=0.0, num_states=R, noise=noise) for noise in (0.5, 1e-4)]
     for head in heads:
         assert isinstance(head, Circuit)
@@ -283,7 +283,7 @@ def test_states_start_apart_and_near_the_model_itself(name: str) -> None:
 # ---- what is refused, and the real model ----------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     head, call = circuit("hmm", 3), tiny_call(2)
     with pytest.raises(ValueError, match="passes = 2 for"):
         head.sample(call, uniforms(2, 3, Key(0)), Key(0), passes=2)
@@ -296,6 +296,6 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_behind_a_real_model(name: str) -> None:
+def test_with_a_real_model(name: str) -> None:
     head = check_behind_a_real_model(name, "circuit", {"num_states": 2})
     assert head.width == 16 != WIDTH

@@ -1,6 +1,6 @@
-"""The mixture over one number against quadrature, its bounds, and a block that it ties together.
+"""The mixture over one number against quadrature, its bounds, and a block that it couples.
 
-Legend: B blocks, K tokens, V ids, M numbers.
+Legend: B blocks of tokens, K tokens, V ids, M values of lambda.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ K, V = 3, 3
 
 
 def tiny(**options: object) -> tuple[Omni, LatentMixture]:
-    """Width 16, float64, laws far from uniform that change with lambda."""
+    """Width 16, float64; probabilities far from uniform that depend on lambda."""
     model = alive_model("latent_mixture", K, V - 1, 10, 0.5, **{"frequencies": 1, **options})
     head = head_of(model)
     assert isinstance(head, LatentMixture)
@@ -42,13 +42,13 @@ def all_blocks() -> Tensor:
 
 
 def exact_law(model: Omni, head: LatentMixture, grid: int = 4000) -> Tensor:
-    """(V^K,): the mean over lambda of a product of laws, by midpoints."""
+    """(V^K,): the mean over lambda of a product of distributions, by the midpoint rule."""
     laws = head.laws(toy_call(model, empty(grid), K), (torch.arange(grid).double() + 0.5) / grid).exp()
     return torch.stack([laws[:, torch.arange(K), ids].prod(-1).mean() for ids in all_blocks()])
 
 
 @torch.no_grad()
-def test_samples_and_bounds_against_the_exact_law() -> None:
+def test_samples_and_bounds_against_the_exact_distribution() -> None:
     model, head = tiny(num_samples=64)
     law, N = exact_law(model, head), 40000
     assert abs(float(law.sum()) - 1) < 1e-12
@@ -117,8 +117,9 @@ def test_the_loss_is_log_mean_exp_over_valid_prefixes_and_its_gradient_is_right(
 
 
 @torch.no_grad()
-def test_given_lambda_the_laws_are_those_of_the_draw() -> None:
-    """What rejection verification needs: ids are picked from log_q, and log_q does not know the uniforms."""
+def test_given_lambda_ids_are_sampled_from_log_q() -> None:
+    """The requirement of rejection verification: ids are sampled from log_q, and log_q does not depend on the
+    uniforms."""
     model, head = tiny()
     call = toy_call(model, empty(50), K)
     u = uniforms(50, K, Key(0))
@@ -141,7 +142,7 @@ def test_given_lambda_the_laws_are_those_of_the_draw() -> None:
         head.sample(call, uniforms(50, 4, Key(0)), Key(1))
 
 
-def test_a_trained_mixture_ties_its_tokens() -> None:
+def test_a_trained_mixture_couples_its_tokens() -> None:
     """Two equal tokens of two: every product has TV .414 or more."""
 
     def pairs(key: Key, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Noise and its inverse: what it names, and that noise of random tokens is the prior again.
+"""Noise and its inverse: the id of a noise, and the prior from the noise of random tokens.
 
-Legend: N draws, S numbers of a token's noise, V ids.
+Legend: N samples, S numbers of a token's noise, V ids.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ KINDS: tuple[NoiseKind, ...] = ("uniform", "tree", "gumbel")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [2, 7, 64])
-def test_inverted_noise_names_its_token(kind: NoiseKind, vocab_size: int) -> None:
-    """At the edges of the draws too, and for tokens of small probability beside zeros."""
+def test_inverted_noise_maps_to_its_token(kind: NoiseKind, vocab_size: int) -> None:
+    """Also for uniforms at the edges, and for tokens of small probability beside zeros."""
     noise, N = build_noise(kind, vocab_size, 8, 4), 1600
     for n, sharpness in enumerate((1.0, 6.0)):
         log_p = Key(n).fold("law").normal((N, vocab_size), torch.float64).mul(sharpness)
@@ -42,7 +42,7 @@ def test_inverted_noise_names_its_token(kind: NoiseKind, vocab_size: int) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inverted_noise_of_random_tokens_is_the_prior(kind: NoiseKind) -> None:
-    """Kolmogorov-Smirnov in every number, and no correlation between two: ids must not show through."""
+    """Kolmogorov-Smirnov in every number, and no correlation between two: noise must not reveal ids."""
     N, V = 20000, 5
     noise = build_noise(kind, V, 8, 4)
     log_p = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05], dtype=torch.float64).log()
@@ -62,7 +62,7 @@ def _ks(u: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_noise_from_the_prior_draws_the_law(kind: NoiseKind) -> None:
+def test_noise_from_the_prior_gives_the_distribution(kind: NoiseKind) -> None:
     N, V = 40000, 6
     noise = build_noise(kind, V, 8, 4)
     p = torch.tensor([0.3, 0.0, 0.1, 0.35, 0.0, 0.25], dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_noise_from_the_prior_draws_the_law(kind: NoiseKind) -> None:
         assert torch.equal(ids >= 4, pick(p.log().expand(N, 1, V), u) >= 4), "the root's branch is plain decoding's"
 
 
-def test_a_tree_is_walked_by_hand() -> None:
+def test_a_tree_by_hand() -> None:
     noise = build_noise("tree", 5, 8, 4)
     p = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15], dtype=torch.float64)
     for draw in Key(0).uniform((200, 3), torch.float64):

@@ -1,6 +1,6 @@
-"""The push-forward head against enumeration and against an oracle, and a head trained briefly.
+"""The push-forward head against enumeration and against a test oracle, and a head trained briefly.
 
-Legend: B blocks, K tokens, S numbers of a token's noise, V ids of a task, W width.
+Legend: B blocks of tokens, K tokens, S numbers of a token's noise, V ids of a task, W width.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ KINDS: tuple[NoiseKind, ...] = ("uniform", "tree", "gumbel")
 
 @dataclass
 class OracleCall:
-    """What a perfectly trained backbone would be: its categorical read-out is the true chain, its decode read-out says
-    the token that the noise names. Hidden states are [logits of C (V), logits of O (V), a scratch of two]."""
+    """A perfectly trained backbone: its categorical output is the true chain, its decode output the token of the noise.
+    Hidden states are [logits of C (V), logits of O (V), two scratch numbers]."""
 
     joint: Tensor  # (V,) * K
-    noise: Tensor  # placeholders carry it as it is
+    noise: Tensor  # placeholders hold it unchanged
     rows: int
     passes: int = 0
 
@@ -76,7 +76,7 @@ class OracleCall:
 
 
 def oracle_head(V: int, K: int, **options: object) -> PushForward:
-    """Placeholders carry the uniform in their second number; the decode matrix takes O's logits in place of C's."""
+    """Placeholders hold the uniform in their second number; the decode matrix selects O's logits instead of C's."""
     head = build_head("push_forward", options, K, V, 2 * V + 2).double()
     assert isinstance(head, PushForward)
     head.noise.embed = lambda noise: torch.nn.functional.pad(noise, (1, 2 * V))
@@ -92,7 +92,7 @@ def _joint(V: int, K: int) -> Tensor:
     return p / p.sum()
 
 
-def test_with_an_oracle_every_number_of_passes_is_plain_decoding() -> None:
+def test_with_an_oracle_every_number_of_passes_equals_autoregressive_decoding() -> None:
     V, K, N = 3, 4, 500
     call, u = OracleCall(_joint(V, K), torch.zeros(0), N), uniforms(N, K, Key(0))
     plain = torch.zeros(N, 0, dtype=torch.int64)
@@ -133,7 +133,7 @@ def test_losses_of_an_oracle_are_its_entropy_and_zero() -> None:
 
 
 def test_the_semigroup_is_cut_in_both_ways_under_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's key has no step in it: the documents of a batch say where its blocks are cut."""
+    """The key of a run has no step in it: the documents of a batch decide where its blocks are cut."""
     V, K = 3, 4
     head, call, seen = oracle_head(V, K), OracleCall(_joint(V, K), torch.zeros(0), 2), set()
     compose = head.compose
@@ -155,7 +155,7 @@ def test_the_semigroup_is_cut_in_both_ways_under_one_key(monkeypatch: pytest.Mon
 
 
 def tiny(K: int, V: int, seed: int = 0, **options: object) -> tuple[Omni, PushForward]:
-    """A model of width 16 in float64 whose laws are far from uniform and whose head is off its start."""
+    """A model of width 16 in float64; probabilities are far from uniform and the head is not at its start."""
     config = JointConfig(head="push_forward", length=K, adapter_rank=2, options=options)
     model = toy_model(config, V, Key(seed), width=16, depth=1).double().eval()
     with torch.no_grad():
@@ -183,8 +183,8 @@ def empty(rows: int) -> Tensor:
 
 
 def exact_law(model: Omni, head: PushForward, K: int, grid: int) -> Tensor:
-    """(V^K,) law of categorical mode in one pass, uniform noise: the volume of noise that says each block, by midpoints
-    of the interval of every token, token by token."""
+    """(V^K,) distribution of categorical mode in one pass, uniform noise: the volume of the noise of each block, by
+    midpoints of the interval of every token, token by token."""
     V = head.vocab_size
     noise, mass, code = torch.zeros(1, 0, 1).double(), torch.ones(1).double(), torch.zeros(1, dtype=torch.int64)
     for k in range(K):
@@ -207,8 +207,9 @@ def all_blocks(V: int, K: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_bounds_stand_in_order_below_the_exact_law() -> None:
-    """Enumeration of V^K blocks: the law by volumes of noise = the histogram of samples; ELBO < IWAE < its log."""
+def test_bounds_are_ordered_below_the_exact_log_probability() -> None:
+    """Enumeration of V^K blocks: probabilities by volumes of noise = the histogram of samples; ELBO < IWAE < the exact
+    log."""
     K, V = 3, 3
     model, head = tiny(K, V - 1, frequencies=1, mode="categorical", num_samples=32)
     law = exact_law(model, head, K, 24)
@@ -233,7 +234,7 @@ def test_bounds_stand_in_order_below_the_exact_law() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("intervals", ["teacher", "own"])
 def test_gradients_against_central_differences(kind: NoiseKind, intervals: str) -> None:
-    """Of `loss`, against differences of the same pass with the noise and the targets held where they were."""
+    """Of `loss`, against differences of the same pass with fixed noise and targets."""
     target = {"categorical_target": "teacher"} if intervals == "teacher" else {"decay": 0.8}
     model, head = tiny(3, 4, noise=kind, intervals=intervals, semigroup_share=0.5, **target)
     ids = Key(3).uniform((6, 3)).mul(4).long()
@@ -284,7 +285,7 @@ def test_only_a_valid_prefix_counts_and_an_impossible_token_ends_it(kind: NoiseK
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_passes_are_counted_and_draws_keyed(kind: NoiseKind) -> None:
+def test_passes_are_counted_and_samples_keyed(kind: NoiseKind) -> None:
     K = 4
     model, head = tiny(K, 5, noise=kind)
     u = uniforms(200, K, Key(0))
@@ -302,7 +303,7 @@ def test_passes_are_counted_and_draws_keyed(kind: NoiseKind) -> None:
             if first.log_q is not None:
                 assert torch.equal(head.noise.pick(first.log_q, noise), first.ids)
     plain = empty(200)
-    for k in range(K):  # K passes are plain decoding
+    for k in range(K):  # K passes are autoregressive decoding
         call = toy_call(model, plain, 1)
         now = head.noise.pick(call.read(call.start), noise[:, k])
         plain = torch.cat([plain, now.unsqueeze(-1)], 1)
@@ -310,7 +311,7 @@ def test_passes_are_counted_and_draws_keyed(kind: NoiseKind) -> None:
 
 
 @torch.no_grad()
-def test_a_draft_behind_a_cache_is_the_draft_beside_a_batch() -> None:
+def test_draft_with_a_cache_equals_draft_with_a_batch() -> None:
     model, head = tiny(4, 5)
     u = uniforms(1, 4, Key(0))
     for mode in ("decode", "categorical"):
@@ -325,7 +326,7 @@ def test_a_draft_behind_a_cache_is_the_draft_beside_a_batch() -> None:
             assert torch.equal(found.ids, other.ids)
 
 
-def test_bad_requests_say_what_to_do() -> None:
+def test_invalid_requests_name_the_way_out() -> None:
     _, head = tiny(4, 5)
     call = OracleCall(_joint(6, 2), torch.zeros(0), 1)
     with pytest.raises(ValueError, match="1 to 4 tokens"):
@@ -353,7 +354,7 @@ def pairs(key: Key, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def test_a_trained_head_uses_its_noise() -> None:
-    """Equal pairs: any product has TV .5 or more; with the noise of other blocks the head falls to that."""
+    """Equal pairs: any product has TV .5 or more; with the noise of other blocks the head is no better."""
     config = JointConfig(head="push_forward", length=2, adapter_rank=16, options={"semigroup_share": 0.0})
     model = toy_model(config, 4, Key(0), width=32, depth=1)
     budget = Budget(backbone_steps=120, head_steps=200, rows=64, rate=1e-2)

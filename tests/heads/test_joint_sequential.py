@@ -58,7 +58,7 @@ def slow_log_prob(head: Sequential, start: list[float], ids: list[int]) -> float
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
-def test_log_prob_is_that_of_a_plain_loop(length: int) -> None:
+def test_log_prob_equals_a_plain_loop(length: int) -> None:
     head, call = sequential(length), tiny_call(5)
     ids = torch.randint(0, VOCABULARY, (5, length), generator=Key(1).generator())
     found = head.log_prob(call, ids, Key(0))
@@ -73,7 +73,7 @@ def test_probabilities_sum_to_one() -> None:
         assert (probabilities(sequential(length)).sum(-1) - 1).abs().max() < 1e-10
 
 
-def test_conditionals_are_ratios_of_marginals_and_a_block_cut_short_scores_its_marginal() -> None:
+def test_conditionals_are_ratios_of_marginals_and_a_shorter_block_scores_its_marginal() -> None:
     K = 4
     head, everything = sequential(K), all_blocks(K)
     joint = probabilities(head)[0].view([VOCABULARY] * K)
@@ -94,13 +94,13 @@ def test_conditionals_are_ratios_of_marginals_and_a_block_cut_short_scores_its_m
         assert abs(term.sum.item() + taken[:, :m].sum().item()) < 1e-8
 
 
-def test_the_first_law_is_the_models_own() -> None:
+def test_the_first_distribution_is_the_models_own() -> None:
     head, call = sequential(3), tiny_call(4)
     law = head.conditionals(call, torch.zeros(4, 3, dtype=torch.int64))[:, 0]
     assert torch.equal(law, call.read(call.start).log_softmax(-1))
 
 
-def test_draws_have_the_law_of_log_prob() -> None:
+def test_samples_have_the_distribution_of_log_prob() -> None:
     K, num = 3, 200_000
     head, u = sequential(K), uniforms(num, K, Key(5))
     law = probabilities(head)[0]
@@ -109,7 +109,7 @@ def test_draws_have_the_law_of_log_prob() -> None:
     assert float((law - 1 / len(law)).abs().sum() / 2) > 0.1
 
 
-def test_a_draw_is_a_function_of_the_uniforms() -> None:
+def test_a_sample_is_a_function_of_the_uniforms() -> None:
     head, call, u = sequential(4), tiny_call(50), uniforms(50, 4, Key(2))
     with torch.no_grad():
         draft = head.sample(call, u, Key(0))
@@ -121,7 +121,7 @@ def test_a_draw_is_a_function_of_the_uniforms() -> None:
     assert call.passes == 1
 
 
-def test_carrying_on_is_the_law_given_what_was_said() -> None:
+def test_recurrent_drafting_equals_the_conditionals_after_emitted_ids() -> None:
     K = 4
     head, call = sequential(K), tiny_call(6)
     ids = torch.randint(0, VOCABULARY, (6, K), generator=Key(4).generator())
@@ -133,7 +133,7 @@ def test_carrying_on_is_the_law_given_what_was_said() -> None:
         with pytest.raises(StopIteration):
             walk.send(ids[:, -1])
     assert call.passes == 1
-    with pytest.raises(ValueError, match="goes 4 tokens past a hidden state; 4 leave it none"):
+    with pytest.raises(ValueError, match="drafts 4 tokens after a hidden state; 4 leave none"):
         head.carry_on(call, ids)
 
 
@@ -154,7 +154,7 @@ def test_gradients() -> None:
     assert worst_gradient_error(head, value) < 1e-7
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     head, call = sequential(3), tiny_call(2)
     with pytest.raises(ValueError, match="passes = 2"):
         head.sample(call, uniforms(2, 3, Key(0)), Key(0), passes=2)
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_refused() -> None:
         tiny_head("sequential", 3, expansion=0)
 
 
-def test_behind_a_real_model() -> None:
+def test_with_a_real_model() -> None:
     head = check_behind_a_real_model("sequential", "sequential", {})
     assert isinstance(head, Sequential) and head.length == 3
-    assert head.step.merge.weight.shape == (16, 2 * 16)  # of the toy model's width, state and token beside each other
+    assert head.step.merge.weight.shape == (16, 2 * 16)  # the toy model's width; state and token concatenated

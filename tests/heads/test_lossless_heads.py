@@ -1,7 +1,9 @@
-"""Every head behind every verification that it allows: the output has plain decoding's law, by simulation.
+"""Every head under every verification that it supports: emitted tokens have the distribution of autoregressive
+decoding.
 
-Three tokens over three ids from a random model, in rounds: rows that have said the same so far share their passes, and
-plain decoding's laws come from a table of all strings. `slow`: 200,000 draws, as the promise says; by default a tenth.
+Three tokens over three ids from a random model, in rounds. Requests with the same ids so far share their passes; the
+probabilities of autoregressive decoding are a table over all strings. `slow`: 200,000 samples, as documented; by
+default a tenth.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from omni.rng import Key
 from omni.samplers.token import token_law
 from omni.samplers.verification import block, coupled, rejection
 
-V, K, LENGTH = 3, 2, 3  # ids (and BOS, which nobody may say), drafted tokens, tokens of a reply
+V, K, LENGTH = 3, 2, 3  # ids (and BOS, which is masked), drafted tokens, tokens of a reply
 HEADS = {
     "product": ("product", {}),
     "cp": ("cp", {"num_states": 3}),
@@ -35,11 +37,11 @@ HEADS = {
     "masked": ("masked", {}),
     "simplex": ("simplex", {}),
 }
-WITHOUT_LAWS = ("push_forward", "simplex")  # of these, drafts can be verified by common noise alone
+WITHOUT_LAWS = ("push_forward", "simplex")  # these support verification by common noise only
 
 
 def random_model(name: str) -> Omni:
-    """Every weight of the head drawn, those too that would start at zero."""
+    """All weights of the head are random, also those that start at zero."""
     head, options = HEADS[name]
     joint = JointConfig(head=head, length=K, adapter_rank=2, options=options)
     model = toy_model(joint, V, Key(0), width=16, depth=1)
@@ -53,7 +55,7 @@ def random_model(name: str) -> Omni:
 
 @torch.inference_mode()
 def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ...], Tensor]:
-    """log P(. | x) (V + 1,) of plain decoding after every string that a round can look at."""
+    """log P(. | x) (V + 1,) of autoregressive decoding after every string that a round can reach."""
     found = {}
     n = LENGTH + K
     ids = torch.tensor(list(itertools.product(range(V), repeat=n)))
@@ -68,8 +70,8 @@ def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ..
 
 @torch.inference_mode()
 def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: int) -> Tensor:
-    """(V^LENGTH,) int64: how many of `num` replies say each string. Drafts as in the engine: a token has one number in
-    all rounds that come to it (tokens of a simplex hang on the noise of later ones too), but with "block"."""
+    """(V^LENGTH,) int64: how many of `num` replies equal each string. Drafts as in the engine: a token keeps its
+    uniform in all rounds (tokens of a simplex also depend on the noise of later ones), except with "block"."""
     counts = torch.zeros(V**LENGTH, dtype=torch.int64)
     own = Key(2).fold(kind, "own").uniform((num, LENGTH + K), torch.float64)
     waiting = {(): torch.arange(num)}
@@ -107,7 +109,7 @@ def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: in
 
 
 def _strings(length: int) -> list[tuple[int, ...]]:
-    """Over V + 1 ids; one that says BOS stands for any other, as nobody reaches what comes after it."""
+    """Over V + 1 ids; the one with BOS stands for any other, as no token after it is reached."""
     every = itertools.product(range(V + 1), repeat=length)
     return [tuple(min(i, V - 1) for i in x) for x in every]
 
@@ -151,14 +153,14 @@ def test_lossless(name: str, kind: str, num: int, setting: tuple[float, float]) 
     p = exact(laws)
     assert abs(float(p.sum()) - 1) < 1e-9
     found = replies(model, kind, laws, num).double() / num
-    # Of num exact draws the total variation is about half of the sum of sqrt(2 p (1 - p) / (pi num)).
+    # The total variation of num exact samples is about half of the sum of sqrt(2 p (1 - p) / (pi num)).
     expected = float((2 * p * (1 - p) / (math.pi * num)).sqrt().sum()) / 2
     assert float((found - p).abs().sum()) / 2 < 2 * expected
 
 
 @pytest.mark.parametrize("name", ["product", "masked"])
-def test_the_control_is_found_out(name: str) -> None:
-    """Drafts that nobody verifies have another law."""
+def test_unverified_drafts_differ(name: str) -> None:
+    """Control: drafts without verification have another distribution."""
     model = random_model(name)
     laws = laws_of(model, 1.0, 1.0)
     num, key = 20_000, Key(3)
@@ -176,6 +178,6 @@ def _pairs(laws: dict[tuple[int, ...], Tensor]) -> Tensor:
     return out
 
 
-def test_every_head_is_here() -> None:
+def test_every_head_is_tested() -> None:
     ours = {name for name in JOINT_HEADS.names() if JOINT_HEADS.get(name).__module__.startswith("omni.")}
     assert {head for head, _ in HEADS.values()} == ours

@@ -1,6 +1,6 @@
-"""The masked-block head: what passes cost with exact conditionals, the bound, the loss, and a real model.
+"""The masked-block head: the cost of passes with exact conditionals, the bound, the loss, and a real model.
 
-Legend: B blocks, K tokens, V vocabulary, W width, N strings of a joint's support or draws.
+Legend: B blocks of tokens, K tokens, V vocabulary, W width, N strings of a joint's support, or samples.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from omni.sequence.placeholders import Blocks
 
 
 @pytest.mark.parametrize("name", ["parity8", "equal_pairs4", "sticky4", "permutation4", "permutation5"])
-def test_what_passes_cost_with_exact_conditionals_is_the_floor(name: str) -> None:
-    """The divergence from the joint, in the mean over orders; of parity all orders cost alike, so a few are enough."""
+def test_passes_with_exact_conditionals_cost_the_lower_bound(name: str) -> None:
+    """The divergence from the joint, in the mean over orders. For parity all orders cost the same, so a few are
+    enough."""
     joint = build_joint(name)
     assert isinstance(joint, Table)
     head, call, n = oracle_head(joint), OracleCall(joint, len(joint.p)), joint.length
@@ -63,7 +64,7 @@ def test_the_bound_of_exact_conditionals_is_the_log_probability() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("num", [1, 2, 4])
-def test_the_bound_is_the_mean_over_orders_and_below_the_law_of_revealing_one_by_one(num: int) -> None:
+def test_the_bound_is_the_mean_over_orders_and_below_the_log_probability_of_revealing_one_by_one(num: int) -> None:
     head, ids = masked_head(4), all_blocks(num)
     call = small_call(len(ids))
     orders = list(itertools.permutations(range(num)))
@@ -118,7 +119,8 @@ def test_masks_of_valid_prefixes(schedule: str) -> None:
 
 
 def test_the_loss_is_the_bound_in_the_mean() -> None:
-    """4000 names of one block: its loss is an unbiased draw of the bound, whatever the schedule, of a prefix too."""
+    """4000 names of one block: its loss is an unbiased estimate of the bound, for every schedule and for a prefix
+    too."""
     rows, n, block = 4000, 4, torch.tensor([2, 0, 1, 1])
     for length, schedule in itertools.product((4, 3), ("linear", "cosine")):
         head = masked_head(n, schedule=schedule)
@@ -134,7 +136,7 @@ def test_the_loss_is_the_bound_in_the_mean() -> None:
         assert abs(float(each.mean()) + bound) < 4 * float(each.std()) / math.sqrt(rows)
 
 
-def test_terms_of_a_block_hang_on_its_name_alone() -> None:
+def test_terms_of_a_block_depend_on_its_name_alone() -> None:
     ids = torch.randint(0, VOCABULARY, (12, K), generator=Key(1).generator())
     head, lengths = masked_head(), [3, 2, 1, 3, 0, 3] * 2
     whole = lesson_of(ids, lengths)
@@ -198,7 +200,7 @@ def test_flags_and_options() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True)) and not torch.equal(one[0], other[0])
 
 
-def test_behind_a_cache_the_laws_are_those_beside_the_batch() -> None:
+def test_probabilities_with_a_cache_equal_those_with_a_batch() -> None:
     n, V = 3, 4
     model = toy_model(JointConfig(head="masked", length=n, adapter_rank=2), V, Key(0), width=16, depth=1).double()
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""What a masked-block head draws in one pass and in more, against enumeration and against a plain loop over tokens.
+"""Samples of a masked-block head in one pass and in more, against enumeration and against a plain loop over tokens.
 
-Legend: B blocks, K tokens, V vocabulary, W width, N strings of a joint's support or draws.
+Legend: B blocks of tokens, K tokens, V vocabulary, W width, N strings of a joint's support, or samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omni.samplers.inverse_cdf import pick
 
 @torch.no_grad()
 def draw_slowly(head: Masked, uniform: list[float], passes: int, gumbel: list[list[float]]) -> list[int]:
-    """One block, token by token, `gumbel` a list for each pass. For "confidence" and "entropy"."""
+    """One block, token by token; `gumbel`: a list for each pass. For "confidence" and "entropy"."""
     n = len(uniform)
     ids: list[int | None] = [None] * n
     for i in range(passes):
@@ -53,7 +53,7 @@ def draw_slowly(head: Masked, uniform: list[float], passes: int, gumbel: list[li
 
 
 @torch.no_grad()
-def test_one_pass_has_the_law_that_it_says() -> None:
+def test_one_pass_samples_from_its_log_q() -> None:
     num = 200_000
     head, call, u = masked_head(), small_call(num), uniforms(num, K, Key(5))
     draft = head.sample(call, u, Key(0))
@@ -68,7 +68,7 @@ def test_one_pass_has_the_law_that_it_says() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_more_passes_have_the_mean_law_over_orders(schedule: str) -> None:
+def test_more_passes_have_the_mean_distribution_over_orders(schedule: str) -> None:
     num = 100_000
     head, everything, u = masked_head(4, schedule=schedule), all_blocks(4), uniforms(num, 4, Key(6))
     laws = {}
@@ -78,7 +78,7 @@ def test_more_passes_have_the_mean_law_over_orders(schedule: str) -> None:
         call = small_call(num)
         draft = head.sample(call, u, Key(1), passes)
         assert call.passes == passes and (draft.log_q is None) == (passes > 1)
-        assert total_variation(draft.ids, laws[passes]) < 0.016  # exact draws: .01
+        assert total_variation(draft.ids, laws[passes]) < 0.016  # exact samples: .01
     assert all((laws[4] - laws[n]).abs().sum() / 2 > 0.05 for n in (1, 2)), "passes of this head differ"
 
 
@@ -109,7 +109,7 @@ def test_confident_and_certain_tokens_first(options: dict[str, object]) -> None:
 
 
 @torch.no_grad()
-def test_a_generous_bound_needs_fewer_passes_and_gumbel_noise_shuffles() -> None:
+def test_a_large_bound_needs_fewer_passes_and_gumbel_noise_shuffles() -> None:
     rows, n = 500, 4
     u = uniforms(rows, n, Key(2))
     call = small_call(rows)
@@ -132,7 +132,7 @@ def test_sizes_of_reveals() -> None:
 
 
 @torch.no_grad()
-def test_draws_are_keyed_and_a_function_of_the_uniforms() -> None:
+def test_samples_are_keyed_and_a_function_of_the_uniforms() -> None:
     head, u = masked_head(4), uniforms(300, 4, Key(3))
     for passes in (1, 3):
         ids, again, other = (head.sample(small_call(300), u, Key(k), passes).ids for k in (0, 0, 9))
@@ -150,7 +150,7 @@ def test_draws_are_keyed_and_a_function_of_the_uniforms() -> None:
 
 
 @torch.no_grad()
-def test_with_exact_conditionals_n_passes_draw_from_the_joint() -> None:
+def test_with_exact_conditionals_n_passes_sample_the_joint() -> None:
     num = 20_000
     for joint in (equal_pairs("pairs", 2), build_joint("parity4")):
         assert isinstance(joint, Table)

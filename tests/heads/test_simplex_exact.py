@@ -1,10 +1,10 @@
-"""The flow map on the simplex against an exact one, integrated finely.
+"""The flow map on the simplex against an exact one, integrated in small steps.
 
-The exact map of a known joint: the posterior of a string given x_t is by Bayes' rule, the diagonal D(x, t, t) its
-marginals, and the path dx/dt = (x - c D) / t. In y = x / t and a = c (1 - t) / t that is dy/da = D, which is
-integrated by Runge and Kutta's rule in float64.
+The exact map of a known joint: the posterior of a string given x_t is by Bayes' rule, the diagonal D(x, t, t) is its
+marginals, and the path is dx/dt = (x - c D) / t. In y = x / t and a = c (1 - t) / t that is dy/da = D, integrated by
+Runge-Kutta in float64.
 
-Legend: B blocks, K tokens, V ids, N strings.
+Legend: B blocks of tokens, K tokens, V ids, N strings.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def posterior(x: Tensor, t: float, scale: float) -> Tensor:
-    """(B, K, V): marginals of the posterior over strings, each judged by the density of x (B, K, V) around it."""
+    """(B, K, V): marginals of the posterior over strings, each weighted by its density at x (B, K, V)."""
     distance = (x.unsqueeze(1) - scale * (1 - t) * POINTS).pow(2).sum((-1, -2))
     weights = (LAW.log() - distance / (2 * t * t)).softmax(-1)
     return (weights @ POINTS.flatten(1)).view_as(x)
 
 
 def carried(x: Tensor, t: float, s: float, scale: float, steps: int) -> Tensor:
-    """x at t, carried to s > 0 along the exact path."""
+    """x at t, mapped to s > 0 along the exact path."""
     start, end = scale * (1 - t) / t, scale * (1 - s) / s
     y, h = x / t, (end - start) / steps
 
@@ -57,8 +57,8 @@ def carried(x: Tensor, t: float, s: float, scale: float, steps: int) -> Tensor:
 
 
 def exact_endpoint(scale: float, steps: int = 2000) -> Map:
-    """D(x, t, s) of the exact map, for times that are the same in all blocks; s = 0 is carried to a = 40, where every
-    law is one-hot to 1e-12 but for paths that start on a border."""
+    """D(x, t, s) of the exact map, for times equal in all blocks; s = 0 is integrated to a = 40, where every
+    distribution is one-hot to 1e-12, except for paths that start on a border."""
 
     def endpoint(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         at, to = float(t[0]), float(s[0])
@@ -94,12 +94,12 @@ def distance(ids: Tensor) -> float:
     return float((frequency - LAW).abs().sum() / 2)
 
 
-NOWHERE = None  # a call that is never asked
+NOWHERE = None  # never called
 
 
 @torch.no_grad()
-def test_euler_of_the_exact_diagonal_draws_the_joint() -> None:
-    """20,000 exact draws are .006 off on average; that 64 Euler steps are off by .01 at most is our allowance."""
+def test_euler_on_the_exact_diagonal_samples_the_joint() -> None:
+    """20,000 exact samples have a mean error of .006; 64 Euler steps may have .01."""
     u = uniforms(20000, K, Key(0))
     found = {}
     for steps in (1, 2, 64):
@@ -110,12 +110,12 @@ def test_euler_of_the_exact_diagonal_draws_the_joint() -> None:
 
 
 @torch.no_grad()
-def test_the_exact_map_draws_the_joint_in_any_number_of_jumps() -> None:
-    """And the very strings of a fine Euler, but for those near a border."""
+def test_the_exact_map_samples_the_joint_in_any_number_of_jumps() -> None:
+    """The strings equal those of a fine Euler, except near a border."""
     u = uniforms(2000, K, Key(0))
     said = exact_endpoint(told().scale, steps=100)
     once = told(said).sample(NOWHERE, u, Key(1), 1).ids
-    assert distance(once) < 0.035  # .020 on average for exact draws
+    assert distance(once) < 0.035  # .020 on average for exact samples
     assert (told(said).sample(NOWHERE, u, Key(1), 3).ids == once).all(-1).float().mean() > 0.999
     fine = told(sampler="euler").sample(NOWHERE, u, Key(1), 200).ids
     assert (fine == once).all(-1).float().mean() > 0.98
@@ -124,8 +124,8 @@ def test_the_exact_map_draws_the_joint_in_any_number_of_jumps() -> None:
 
 
 @torch.no_grad()
-def test_scale_moves_the_clock_and_nothing_else() -> None:
-    """In the clock of decoding errors, steps are the same in a for every scale, and so are the strings."""
+def test_scale_changes_the_clock_only() -> None:
+    """In the clock of decoding errors, steps in a are equal for every scale, and so are the strings."""
     u = uniforms(1000, K, Key(0))
     first, second = (told(sampler="euler", scale=c).sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0))
     assert torch.equal(first, second)
@@ -134,8 +134,8 @@ def test_scale_moves_the_clock_and_nothing_else() -> None:
 
 
 @torch.no_grad()
-def test_two_jumps_of_the_exact_map_make_its_one() -> None:
-    """Each jump is integrated by itself, in as many steps as its error of about 1e-11 takes."""
+def test_two_jumps_of_the_exact_map_equal_one() -> None:
+    """Each jump is integrated separately, with an error of about 1e-11."""
     scale, B = 1.5, 20
     head = told(exact_endpoint(scale, steps=1000), scale=scale)
     for t, m, s in ((0.9, 0.35, 0.3), (0.95, 0.6, 0.3)):
@@ -149,7 +149,7 @@ def test_two_jumps_of_the_exact_map_make_its_one() -> None:
         assert (expected - rough).abs().max() < 1e-10
         assert (law - expected).abs().max() < 1e-10
         assert expected.min() > -1e-12 and (expected.sum(-1) - 1).abs().max() < 1e-12, "a law again"
-        a, b, c = (1 - t, 1 - m, 1 - s)  # as arXiv 2604.09784 and 2602.16813 count time: 0 is noise
+        a, b, c = (1 - t, 1 - m, 1 - s)  # the time of arXiv 2604.09784 and 2602.16813: 0 is noise
         share = (b - a) * (1 - c) / ((c - a) * (1 - b))
         landing = carried(x, t, m, scale, 1000)
         convex = share * first + (1 - share) * head.said(landing, times[1], times[2])

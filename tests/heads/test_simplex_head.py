@@ -1,8 +1,8 @@
 """The flow map on the simplex on a small model: passes, keys, losses, and a head trained briefly.
 
-Against the exact map of a known joint it is held in test_simplex_exact.
+test_simplex_exact compares with the exact map of a known joint.
 
-Legend: B blocks, K tokens, V ids.
+Legend: B blocks of tokens, K tokens, V ids.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ V = 3
 
 
 def tiny(length: int = 3, **options: object) -> tuple[Omni, Simplex]:
-    """Width 16, float64, laws far from uniform that change with the state and the times."""
+    """Width 16, float64; probabilities far from uniform that depend on the state and the times."""
     model = alive_model("simplex", length, V - 1, 20, 0.3, **options)
     head = head_of(model)
     assert isinstance(head, Simplex)
@@ -49,7 +49,7 @@ def empty(rows: int) -> Tensor:
 
 
 def lesson(model: Omni, ids: Tensor, valid: Tensor | None = None, first: int = 0) -> tuple[BatchCall, Lesson]:
-    """Blocks named first, first + 1, ..., of which `valid` counts."""
+    """Blocks named first, first + 1, ...; `valid` of each counts."""
     batch, starts, blocks = toy_batch(empty(len(ids)), ids, V - 1)
     call = BatchCall(model, starts, *model.context(batch))
     names = tuple((first + n, 0, 0) for n in range(len(ids)))
@@ -96,7 +96,7 @@ def test_one_pass_is_the_endpoint_of_noise_and_every_step_costs_a_pass() -> None
 
 
 @torch.no_grad()
-def test_draws_are_keyed_and_the_noise_and_times_are_read() -> None:
+def test_samples_are_keyed_and_depend_on_noise_and_times() -> None:
     model, head = tiny()
     call, u = toy_call(model, empty(300), 3), uniforms(300, 3, Key(0))
     ids = head.sample(call, u, Key(1), 2).ids
@@ -114,7 +114,7 @@ def test_draws_are_keyed_and_the_noise_and_times_are_read() -> None:
     assert (said - head.log_endpoint(call, moved, half, zero))[:, 0].abs().max() > 0.01, "all see one another"
 
 
-def test_at_its_start_the_head_reads_as_the_model_does() -> None:
+def test_initial_head_equals_the_model() -> None:
     model = toy_model(JointConfig(head="simplex", length=2, adapter_rank=2), V, Key(0), width=16, depth=1)
     head = head_of(model)
     assert isinstance(head, Simplex) and not head.decoder.any() and head.enter.weight.any()
@@ -161,8 +161,8 @@ def test_the_gradient_is_that_of_the_loss_with_its_targets_held() -> None:
     assert worst_slope(head, value, gradients(head, value())) < 1e-6
 
 
-def test_jumps_begin_when_the_diagonal_has_been_learned() -> None:
-    """And are a share of blocks, half of them to the end, half of those from noise."""
+def test_jumps_start_at_semigroup_from() -> None:
+    """Jumps are a share of blocks; half of them end at 0, half of those start from noise."""
     model, head = tiny(semigroup_share=0.6, semigroup_from=0.3)
     for progress, passes in ((0.29, 1), (0.3, 3)):
         call, given = lesson(model, random_ids(8))
@@ -182,7 +182,7 @@ def test_jumps_begin_when_the_diagonal_has_been_learned() -> None:
 
 @pytest.mark.parametrize("name", ["flow_matching", "shortcut", "consistency_trajectory"])
 def test_the_frameworks_objectives_train_the_head(name: str) -> None:
-    """Their value and gradient through the head's F, against the objective on a network whose target is a copy."""
+    """Value and gradient through the head's F, against the objective on a network with a copy as its target."""
     options = {"shortcut": {"bootstrap": 0.6, "num_levels": 2}}.get(name, {})
     model, head = tiny(objective=name, objective_options=options)
     call, given = lesson(model, random_ids(8))
@@ -207,8 +207,8 @@ def test_the_frameworks_objectives_train_the_head(name: str) -> None:
 
 
 @torch.no_grad()
-def test_f_is_the_endpoint_in_the_houses_terms() -> None:
-    """Jumps of F land where those of D do; below min_time F is held finite."""
+def test_f_has_the_jumps_of_the_endpoint() -> None:
+    """Jumps of F end where those of D do; below min_time F is finite."""
     model, head = tiny(objective="shortcut", min_time=0.1)
     call, x = toy_call(model, empty(5), 3), Key(0).normal((5, 3, V), torch.float64)
     t, s = torch.linspace(0.2, 0.9, 5).double(), torch.linspace(0.0, 0.5, 5).double()
@@ -223,7 +223,7 @@ def test_f_is_the_endpoint_in_the_houses_terms() -> None:
 
 
 @pytest.mark.parametrize("objective", ["simplex", "shortcut"])
-def test_losses_are_keyed_by_block_whatever_it_is_packed_with(objective: str) -> None:
+def test_losses_are_keyed_by_block_for_any_packing(objective: str) -> None:
     model, head = tiny(objective=objective)
     ids = random_ids(8)
     whole = head.loss(*lesson(model, ids))
@@ -254,7 +254,7 @@ def test_a_short_block_repeats_its_last_id(objective: str) -> None:
     assert all(term.count == 0 and float(term.sum.detach()) == 0 for term in nothing.values())
 
 
-def test_what_cannot_be_had_is_refused() -> None:
+def test_unsupported_calls_and_options_are_refused() -> None:
     model, head = tiny()
     call, u = toy_call(model, empty(2), 3), uniforms(2, 3, Key(0))
     assert (head.universal, head.exact, head.order, head.layout) == (True, False, "any", "block")
@@ -267,13 +267,13 @@ def test_what_cannot_be_had_is_refused() -> None:
     with pytest.raises(ValueError, match="passes = 0 for 3 tokens: this head takes 1 or more"):
         head.sample(call, u, Key(0), 0)
     for options, message in (
-        ({"objective": "mean_flow"}, "takes derivatives"),
+        ({"objective": "mean_flow"}, "needs derivatives"),
         ({"objective": "terminal_velocity"}, "guidance"),
         ({"objective": "shortcut", "objective_options": {"guidance_scale": 2.0}}, "null contexts"),
         ({"objective": "shortcut", "objective_options": {"target_decay": 0.99}}, "target_decay = 0.99"),
         ({"objective": "shortcut", "objective_options": {"levels": 2}}, "levels"),
         ({"objective": "short_cut"}, "did you mean 'shortcut'"),
-        ({"objective": "next_token"}, "none of flows"),
+        ({"objective": "next_token"}, "not a flow objective"),
         ({"objective": "shortcut", "semigroup_share": 0.5}, "semigroup_share has no effect"),
         ({"min_time": 0.1}, "min_time has no effect"),
         ({"semigroup_share": 0, "semigroup_weight": 1.0}, "semigroup_weight has no effect"),
@@ -286,8 +286,8 @@ def test_what_cannot_be_had_is_refused() -> None:
     assert head.objective is None
 
 
-def test_a_trained_head_ties_its_tokens_in_one_pass() -> None:
-    """Two equal tokens of two: every product has TV .414 or more, and half of its draws are equal."""
+def test_a_trained_head_couples_its_tokens_in_one_pass() -> None:
+    """Two equal tokens of two: every product has TV .414 or more, and half of its samples are equal."""
 
     def pairs(key: Key, rows: int) -> tuple[Tensor, Tensor]:
         first = torch.randint(0, 2, (rows, 1), generator=key.generator())

@@ -1,4 +1,5 @@
-"""The KV cache against lists of positions: whatever is written, forked, cut and stacked, each row holds its own."""
+"""The KV cache against lists of positions: after writes, forks, cuts and stacks, each batch row holds its own
+positions."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ L, G, D = 2, 3, 5
 
 @dataclass
 class Plain:
-    """One row, told simply: a list of (block, number of the position), and where its layout goes on."""
+    """One batch row as a list of (block, number of the position), and where its layout continues."""
 
     positions: list[tuple[int, int]] = field(default_factory=list)
     next_position: int = 0
@@ -34,7 +35,7 @@ def content(layer: int, number: int) -> Tensor:
 
 
 def write(cache: KVCache, rows: list[Plain], valid: list[int], first: int, width: int) -> None:
-    """`width` positions for every row, of which the first `valid[r]` count."""
+    """`width` positions for every batch row; the first `valid[r]` count."""
     numbers = torch.arange(first, first + len(rows) * width).reshape(len(rows), width)
     block = torch.tensor([[row.next_block + n for n in range(width)] for row in rows])
     cache.write_fields(block, valid)
@@ -74,7 +75,7 @@ def check(cache: KVCache, rows: list[Plain]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_cache_holds_what_lists_hold(seed: int) -> None:
+def test_cache_equals_lists(seed: int) -> None:
     random = Key(seed).fold("cache").python()
     cache, rows, number = KVCache(L, 2, G, 3, D), [Plain(), Plain()], 1
     for _ in range(12):
@@ -102,7 +103,7 @@ def test_a_cache_holds_what_lists_hold(seed: int) -> None:
         check(cache, rows)
 
 
-def test_the_capacity_doubles_or_is_what_is_needed() -> None:
+def test_capacity_doubles_or_grows_to_the_need() -> None:
     cache = KVCache(1, 2, 1, 4, 2)
     assert (cache.capacity, cache.rows, cache.longest, cache.uniform) == (4, 2, 0, True)
     cache.reserve(4)
@@ -119,11 +120,11 @@ def test_the_capacity_doubles_or_is_what_is_needed() -> None:
         cache.advance([1])
 
 
-def test_a_cut_must_be_inside_the_row() -> None:
+def test_truncate_outside_of_the_row_raises() -> None:
     cache = KVCache(1, 1, 1, 4, 2)
     cache.advance([2])
     for length in (-1, 3):
-        with pytest.raises(ValueError, match=f"cannot truncate row 0 of length 2 to {length}"):
+        with pytest.raises(ValueError, match=f"cannot truncate batch row 0 of length 2 to {length}"):
             cache.truncate(0, length, 0, 0)
     cache.truncate(0, 2, 2, 2)
     cache.truncate(0, 0, 0, 0)
@@ -135,7 +136,7 @@ def stream_of(rows: int, length: int) -> Stream:
     return Stream(zeros, zeros + 9, zeros + 1, zeros[..., None].expand(rows, length, 3))
 
 
-def test_memory_is_what_is_in_use_and_its_room_lies_behind_it() -> None:
+def test_memory_is_the_used_slots_followed_by_room() -> None:
     rows = [Plain(), Plain()]
     cache = KVCache(L, 2, G, 4, D)
     write(cache, rows, [3, 1], 1, 3)
@@ -158,12 +159,12 @@ def test_memory_is_what_is_in_use_and_its_room_lies_behind_it() -> None:
     assert cache.memory().uniform
 
 
-def test_keys_of_the_past_take_the_dtype_of_the_blocks_own() -> None:
+def test_join_casts_past_keys_to_the_dtype_of_own_keys() -> None:
     past, own = (torch.ones(1, 1, 2, 2),) * 2, (torch.ones(1, 1, 1, 2, dtype=torch.bfloat16),) * 2
     assert all(part.dtype == torch.bfloat16 and part.shape == (1, 1, 3, 2) for part in join(past, own, None))
 
 
-def test_the_mask_is_made_once_for_a_stream() -> None:
+def test_mask_is_cached_for_a_stream() -> None:
     cache = KVCache(1, 2, 1, 4, 2)
     cache.write_fields(torch.tensor([[0, 1], [0, 1]]), [2, 1])
     cache.advance([2, 1])

@@ -1,4 +1,4 @@
-"""Initial weights and optimiser groups are declared by modules: all of them, once, and drawn by full names."""
+"""Modules declare initial weights and optimiser groups: each parameter once; random values are keyed by full name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Two(nn.Module):
         return of_linear("first", self.first, HIDDEN) | {"second.weight": second, "extra": ONE}
 
 
-def test_weights_begin_as_declared() -> None:
+def test_initial_weights_are_as_declared() -> None:
     two = Two()
     initialise(two, Key(0))
     assert not two.first.bias.any() and torch.equal(two.extra, torch.ones(5))
@@ -38,8 +38,8 @@ def test_weights_begin_as_declared() -> None:
     torch.testing.assert_close(renamed.second.weight, Key(0).fold("initialise", "old.weight").normal((2, 4)) / 4)
 
 
-def test_what_nobody_declares_is_named() -> None:
-    with pytest.raises(ValueError, match="no module declares how '0.extra' begins"):
+def test_undeclared_parameter_raises() -> None:
+    with pytest.raises(ValueError, match="no module declares the initialisation of '0.extra'"):
         module = nn.Sequential(Two())
         module[0].declare = lambda: of_linear("first", module[0].first) | {"second.weight": EMBEDDING}  # type: ignore
         initialise(module, Key(0))

@@ -1,4 +1,5 @@
-"""The step of a few tokens: eager and compiled, against Transformer.extend; and what the compiled one refuses."""
+"""The decoding step of a few tokens: eager and compiled, against Transformer.extend; and the compiled step's
+refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ SHAPES = {
 
 
 class Extend(TokenStep):
-    """The oracle: never serves, so that `append_ids` goes through Transformer.extend."""
+    """The test oracle: it never serves, so `append_ids` uses Transformer.extend."""
 
     def serves(self, cache) -> bool:  # noqa: ANN001
         return False
@@ -61,7 +62,7 @@ def test_step_equals_extend(shape: str, rows: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_many_tokens_at_once_equal_extend(shape: str, rows: int) -> None:
-    """Ids by pieces of 1 to 5, in a cache that must grow, also after a part of it was forgotten."""
+    """Ids in pieces of 1 to 5, in a cache that must grow, also after a truncation."""
     model = small_model(**SHAPES[shape])
     found = []
     for step in steps(model, TokenStep, Extend):
@@ -82,7 +83,7 @@ def test_many_tokens_at_once_equal_extend(shape: str, rows: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("exact", [True, False])
 def test_compiled_step_equals_extend(shape: str, exact: bool) -> None:
-    """With weights that bfloat16 holds, read in bfloat16; with others, in float32: never rounded."""
+    """Weights that are exact in bfloat16 are read in bfloat16; others in float32, never rounded."""
     model = small_model(**SHAPES[shape])
     if exact:
         model.to(torch.bfloat16).to(torch.float32)
@@ -91,7 +92,7 @@ def test_compiled_step_equals_extend(shape: str, exact: bool) -> None:
     assert relative(decode(model, compiled), decode(model, extend)) < 1e-5
     rounded = small_model(**SHAPES[shape])
     rounded.to(torch.bfloat16).to(torch.float32)
-    if not exact:  # the control: rounding the weights would be seen
+    if not exact:  # control: rounded weights fail
         assert relative(decode(rounded, *steps(rounded, CompiledStep)), decode(model, extend)) > 1e-4
 
 
@@ -109,7 +110,7 @@ def test_compiled_step_with_threads_and_with_rows() -> None:
 
 
 @needs_compiler
-def test_the_bundled_model_says_the_same_compiled() -> None:
+def test_bundled_model_emits_the_same_text_compiled() -> None:
     model = omni.from_pretrained()
     compiled, step = steps(model, CompiledStep, TokenStep)
     assert compiled.dtype == torch.bfloat16  # type: ignore[attr-defined]
@@ -130,7 +131,7 @@ def test_compile_without_a_compiler_names_the_way_out(monkeypatch: pytest.Monkey
 
 
 @needs_compiler
-def test_a_source_that_does_not_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # noqa: ANN001
+def test_compile_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # noqa: ANN001
     (tmp_path / "broken.cpp").write_text("int main( {\n")
     load_library.cache_clear()
     monkeypatch.setattr(native_step, "SOURCE", tmp_path / "broken.cpp")
@@ -139,6 +140,6 @@ def test_a_source_that_does_not_compile_is_said_in_one_line(monkeypatch: pytest.
     assert "\n" not in str(error.value)
 
 
-def test_compile_serves_float32_alone() -> None:
+def test_compile_refuses_other_dtypes() -> None:
     with pytest.raises(ValueError, match=r"this model is torch\.bfloat16 on cpu; load it with dtype=torch\.float32"):
         steps(small_model(dtype=torch.bfloat16), CompiledStep)

@@ -1,10 +1,10 @@
-"""Attention with its tangent: values, tangents and all gradients equal autograd's, in linear memory; what it refuses.
+"""Attention with its tangent: values, tangents and all gradients equal autograd's, in linear memory; refusals.
 
 The Triton kernels run in Triton's interpreter, in a process of its own (this file as a script): the interpreter must be
-chosen before Triton is first imported, and torch imports it here and there.
+enabled before Triton is first imported, and torch imports it in several places.
 
-Scale of an error: root mean square of the difference over the root mean square of the exact result. To round the exact
-result to bfloat16 costs 1.7e-3 of it; `peak` divides by the largest magnitude of the exact result instead.
+Error measure: root mean square of the difference over the root mean square of the exact result. Rounding the exact
+result to bfloat16 gives 1.7e-3; `peak` divides by the largest magnitude of the exact result instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Mask = AttentionMask | Tensor | None
 
 
 def draw(R: int, H: int, G: int, Q: int, T: int, D: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """The eight inputs, and the cotangents of o and do, as float64 that `dtype` can hold. T = 0: no context."""
+    """The eight inputs, and the cotangents of o and do, as float64 values exact in `dtype`. T = 0: no context."""
     query, own, context = (R, H, Q, D), (R, G, Q, D), (R, G, T, D)
     shapes = [query, own, own, query, own, own, context, context, query, query]
     return [Key(7).fold(n).normal(shape, torch.float64).to(dtype).double() for n, shape in enumerate(shapes)]
@@ -71,7 +71,7 @@ def results(function: Callable[..., tuple[Tensor, Tensor]], drawn: list[Tensor],
 
 
 def errors(backend: str, drawn: list[Tensor], mask: Mask, dtype: torch.dtype) -> tuple[dict[str, float], float]:
-    """The error of every result, and the largest `peak` error; see the head of this file."""
+    """The error of every result, and the largest `peak` error; see the module docstring."""
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         k_context, v_context = inputs[6:]
@@ -80,7 +80,7 @@ def errors(backend: str, drawn: list[Tensor], mask: Mask, dtype: torch.dtype) ->
     wanted = results(lambda *inputs: oracle(*inputs, mask), drawn, torch.float64)
     found = results(function, drawn, dtype)
     pairs = [(n, a, b) for n, a, b in zip(RESULTS, found, wanted, strict=True) if b.numel()]
-    zero = [bool(b.norm() < 1e-9) for _, _, b in pairs]  # there the error is absolute
+    zero = [bool(b.norm() < 1e-9) for _, _, b in pairs]  # then the error is absolute
     peaks = [
         float((a - b).pow(2).mean().sqrt() / b.abs().max()) for (_, a, b), z in zip(pairs, zero, strict=True) if not z
     ]
@@ -112,7 +112,7 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-3}
 @pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("backend", ["math", "streamed"])
 def test_random_layouts(backend: str, dtype: torch.dtype) -> None:
-    """Masks of random batches, context or none, grouped queries; tiles are small, so that there are many of them."""
+    """Masks of random batches, context or none, grouped queries; tiles are small, so there are many."""
     for seed in range(2 if dtype == torch.bfloat16 else 4):
         mask, R, Q, T = random_layout(seed, context=seed != 1)
         found, _ = errors(backend, draw(R, 4, 1 + seed % 2, Q, T, 6, dtype), mask, dtype)
@@ -136,7 +136,7 @@ def test_ragged_lengths(kind: str, length: int, tile: int) -> None:
 
 
 def test_the_comparison_can_fail() -> None:
-    """Against the oracle of another mask, or another tangent, every error is large."""
+    """Control: against the oracle of another mask, or another tangent, every error is large."""
     mask, R, Q, T = random_layout(0)
     drawn = draw(R, 2, 2, Q, T, 6)
     found = results(lambda *x: attend_with_tangent(*x, mask, "streamed"), drawn, torch.float64)
@@ -158,7 +158,7 @@ def test_a_query_that_sees_nothing_gives_zeros() -> None:
 
 
 def test_a_large_common_part_of_keys_and_values_costs_no_accuracy_in_bf16() -> None:
-    """Row sums taken from outputs that were rounded to bf16 would put 14% of error into the gradient of dq here."""
+    """Row sums of outputs rounded to bf16 would give the gradient of dq an error of 14% here."""
     drawn = draw(1, 2, 1, 96, 40, 64)
     for n in (1, 2, 4, 6, 7):
         drawn[n] += 4 * Key(9).fold("common", n % 5).normal((64,), torch.float64)
@@ -168,7 +168,7 @@ def test_a_large_common_part_of_keys_and_values_costs_no_accuracy_in_bf16() -> N
 
 
 def test_gradients_of_one_output_or_one_input() -> None:
-    """Cotangents of o alone or do alone; inputs of which only some need a gradient; no graph at all."""
+    """Cotangents of o alone or do alone; only some inputs need a gradient; no graph at all."""
     mask, R, Q, T = random_layout(2)
     drawn = draw(R, 2, 1, Q, T, 4)
     for output in (0, 1):
@@ -201,7 +201,7 @@ class Largest(TorchDispatchMode):
 
 
 def memory(backend: str, length: int) -> tuple[int, int]:
-    """Elements of the largest tensor that is made or saved, and elements saved in all, at one head of 8."""
+    """Elements of the largest tensor made or saved, and of all saved tensors, at one head of 8."""
     drawn = [x.float() for x in draw(1, 1, 1, length, 0, 8)]
     inputs = [x.requires_grad_() for x in drawn[:6]]
     i = torch.arange(length).expand(1, -1)
@@ -218,17 +218,17 @@ def memory(backend: str, length: int) -> tuple[int, int]:
     return max(largest.elements, *saved), sum(saved)
 
 
-def test_memory_grows_with_the_length() -> None:
-    """No tensor of length x length is made or saved at 4096; saved are inputs, outputs and two numbers a query."""
+def test_memory_is_linear_in_the_length() -> None:
+    """At 4096 no tensor is length x length; inputs, outputs and two numbers per query are saved."""
     largest, saved = memory("streamed", 4096)
     assert largest <= jvp_inputs.MAX_PREDICATE < 4096 * 4096 / 4
     assert saved == 4096 * (8 * 8 + 2)
-    largest, saved = memory("math", 512)  # the measure sees the quadratic form
+    largest, saved = memory("math", 512)  # control: the quadratic form fails
     assert largest >= 512 * 512 and saved > 2 * 512 * 512
 
 
 def test_hidden_tiles_are_not_computed(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 4 copies of 64 latents, a tile of queries meets only tiles of its own copy."""
+    """With 4 copies of 64 latents, a tile of queries visits only tiles of its own copy."""
     i = torch.arange(256).expand(1, -1)
     fields = Fields(torch.zeros_like(i), torch.zeros_like(i), 1 + i // 64)
     drawn = draw(1, 1, 1, 256, 0, 4)
@@ -269,7 +269,7 @@ def test_refusals() -> None:
     refused(r"dk is \(2, 2, 5, 8\)", dk=some[:, :, :5])
     refused("dv is torch.float64", dv=some.double())
     refused("convert first", **{name: some.half() for name in NAMES if "q" not in name}, q=some.half(), dq=some.half())
-    refused("no multiple of 3 key heads", k=torch.zeros(2, 3, 6, 8))
+    refused("not a multiple of 3 key heads", k=torch.zeros(2, 3, 6, 8))
     refused("a dense mask is bool", mask=torch.ones(2, 1, 6, 9))
     refused(r"\(2, 1, 6, 9\)", mask=torch.ones(2, 6, 9, dtype=torch.bool))
     refused(r"keys \(2, 6\)", mask=AttentionMask(fields, fields))
@@ -309,8 +309,8 @@ def test_autocast_gives_its_dtype_and_float32_sums() -> None:
     assert all(torch.equal(a.double(), b) for a, b in zip((*outputs, *gradients), wanted, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no CUDA")
-def test_the_gpu_task_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error needs a machine without CUDA")
+def test_gpu_task_without_cuda_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "suite.toml").write_text('title = "GPU"\ntasks = ["jvp_attention"]\n')
     assert evaluate([str(tmp_path / "suite.toml"), "--html", str(tmp_path / "report.html")]) == 2
     said = capsys.readouterr().err
@@ -343,9 +343,9 @@ def triton_cases() -> dict[str, tuple[list[Tensor], Mask, torch.dtype]]:
 
 
 def common_part(drawn: list[Tensor]) -> list[Tensor]:
-    """Four deviations, the same at all positions, added to keys, values and the tangents of keys; bf16 can hold it."""
+    """Four deviations, equal at all positions and exact in bf16, added to keys, values and the tangents of keys."""
     drawn = list(drawn)
-    for same in ((1, 6), (2, 7), (4,)):  # the context's like the own
+    for same in ((1, 6), (2, 7), (4,)):  # the context's like the own keys'
         part = 4 * Key(9).fold("common", same[0]).normal((drawn[1].shape[-1],), torch.float64)
         for n in same:
             drawn[n] = (drawn[n] + part).bfloat16().double()
@@ -354,7 +354,7 @@ def common_part(drawn: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    """What this file prints as a script."""
+    """The output of this file as a script."""
     here = Path(__file__).parents[1]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -365,17 +365,17 @@ def interpreted() -> dict[str, Any]:
 @needs_triton
 @pytest.mark.parametrize("case", triton_cases())
 def test_triton_equals_the_oracle(case: str, interpreted: dict[str, Any]) -> None:
-    """float32: 1e-5. bfloat16: 2e-3 of the largest magnitude, and 3e-3 of the root mean square, of which rounding of
-    the result is 1.7e-3 and rounding of the weights as operands as much again."""
+    """float32: 1e-5. bfloat16: 2e-3 of the largest magnitude, and 3e-3 of the root mean square; of these, rounding the
+    result is 1.7e-3, and rounding the weights to operands as much again."""
     found, peak = interpreted[case]
     assert max(found.values()) < (3e-3 if "bfloat16" in case else 1e-5), found
     assert peak < (2e-3 if "bfloat16" in case else 1e-5)
-    assert len(found) >= 8  # those of an empty context are left out
+    assert len(found) >= 8  # without those of an empty context
 
 
 @needs_triton
 def test_triton_outside_its_domain(interpreted: dict[str, Any]) -> None:
-    assert interpreted["the wrong mask"] > 0.05  # the comparison can fail
+    assert interpreted["the wrong mask"] > 0.05  # control
     assert "head widths 64 and 128, got 32; use 'streamed'" in interpreted["refused"]
     refused("needs CUDA tensors, got cpu" if "TRITON_INTERPRET" not in os.environ else "widths", backend="triton",
             **{name: torch.zeros(2, 2, 6, 64) for name in NAMES})  # fmt: skip
@@ -385,7 +385,7 @@ def test_triton_outside_its_domain(interpreted: dict[str, Any]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", triton_cases())
 def test_triton_on_a_gpu(case: str) -> None:
-    """The same bounds with the built-in tiles, on the machine that they are for."""
+    """The same bounds with the built-in tiles, on a GPU."""
     drawn, mask, dtype = triton_cases()[case]
     if isinstance(mask, AttentionMask):
         sides = ([x if x is None else x.cuda() for x in vars(fields).values()] for fields in (mask.queries, mask.keys))

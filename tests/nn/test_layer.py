@@ -1,4 +1,4 @@
-"""One definition of a layer: every variant of a spec computes alike in context, refine, tangents and decoding."""
+"""One definition of a layer: every variant of a spec is equal in context, refine, tangents and decoding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def model_of(**spec: Any) -> Omni:
-    """Every part alive, biases and norms too."""
+    """A model without zero parts: biases and norms are random too."""
     model = small_model(**spec)
     with torch.no_grad():
         for name, parameter in model.transformer.named_parameters():
@@ -55,7 +55,7 @@ def model_of(**spec: Any) -> Omni:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_keep_the_contract(name: str) -> None:
-    """Training, cached and uncached outputs are one function; and the variant is not the plain layer."""
+    """Training, cached and uncached outputs are one function, and the variant differs from the default layer."""
     model = model_of(**VARIANTS[name])
     found = {check.name: check for check in verify(model)}
     assert all(check.holds for check in found.values()), found
@@ -63,7 +63,7 @@ def test_variants_keep_the_contract(name: str) -> None:
 
 
 def outputs(model: Omni) -> dict[str, Tensor]:
-    """What each of the four uses of the definition gives, on one batch: float64."""
+    """The results of the four uses of the definition, on one batch: float64."""
     model, batch = model.double(), random_batch(Key(4), num_documents=2, copies=2, rows=1)
     batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
     hidden, memory = model.context(batch)
@@ -87,12 +87,12 @@ def test_tangents_of_variants_are_central_differences(name: str) -> None:
     found, plain = outputs(model_of(**VARIANTS[name])), outputs(model_of(**sizes))
     central = outputs(model_of(**VARIANTS[name], tangents="central"))
     assert far(found["derivative"], central["derivative"]) < 1e-6
-    assert max(far(found[use], plain[use]) for use in ("context", "refine", "decoding")) > 1e-3  # it does something
+    assert max(far(found[use], plain[use]) for use in ("context", "refine", "decoding")) > 1e-3  # an effect
 
 
 @torch.no_grad()
 def test_one_constant_changes_all_four_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition with one constant changed: all uses are then those of the spec that has this constant."""
+    """With one constant of the definition changed, all uses equal those of the spec with that constant."""
     before, wanted = outputs(small_model()), outputs(small_model(residual_scale=0.5))
     source, changed = inspect.getsource(omni.nn.layer.run_layer), dict(vars(omni.nn.layer))
     assert source.count("c.residual_scale") == 2
@@ -105,7 +105,7 @@ def test_one_constant_changes_all_four_alike(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_rotary_tables() -> None:
-    """By the formulas of the papers: which axis turns which pair, and how fast."""
+    """By the formulas of the papers: the axis and the frequency of each pair."""
     position = torch.tensor([[[5, 7, 11]]])
     angles = {
         RotarySpec(layout="sections", sections=(2, 1, 1)): [5, 5 / 10, 7 / 100, 11 / 1000],
@@ -120,18 +120,18 @@ def test_rotary_tables() -> None:
         torch.testing.assert_close(sin[0, 0, 0], expected.sin())
 
 
-def test_values_without_code_are_refused_by_name() -> None:
+def test_unimplemented_values_are_refused_by_name() -> None:
     layers = {"qk_norm": "axis", "activation": "relu2", "window": 8, "attention_cap": 50.0, "time": "input"}
     assert layers.keys() == SERVED.keys()
     for name, value in layers.items():
-        with pytest.raises(ValueError, match=f"{name} = {value!r} is not served yet; served: "):
+        with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet; implemented: "):
             LayerSpec(**{name: value})  # type: ignore[arg-type]
     streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "those"}
     assert streams.keys() | {"expert"} == WEIGHTS_SERVED.keys()
     for name, value in streams.items():
-        with pytest.raises(ValueError, match=f"{name} = {value!r} is not served yet"):
+        with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet"):
             TransformerConfig(**{name: value})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rotary.scaling = 'yarn' is not served yet"):
+    with pytest.raises(ValueError, match="rotary.scaling = 'yarn' is not implemented yet"):
         LayerSpec(rotary=RotarySpec(scaling="yarn"))
     with pytest.raises(ValueError, match=r"rotary.sections = \[1, 1, 1\] must add up to the 32 frequencies"):
         LayerSpec(rotary=RotarySpec(layout="sections", sections=(1, 1, 1)))
@@ -142,7 +142,7 @@ def test_the_native_step_refuses_other_layers_by_name(name: str) -> None:
     others = {"norm_placement": "after", "norm_offset": 1.0, "activation": "gelu", "residual_scale": 0.5}
     others |= {"qk_norm": "none", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
     if SERVED.get(name) == (None,):
-        return  # no layer has another value
+        return  # no spec has another value
     model = small_model(**{name: others[name]})
-    with pytest.raises(ValueError, match=f"compile=True has native code for layers with {name} = "):
+    with pytest.raises(ValueError, match=f"compile=True supports layers with {name} = "):
         CompiledStep(model.transformer, model.token.output_weight)

@@ -1,4 +1,5 @@
-"""Tangents of the refine stream: three forms agree, gradients flow through, copies stay apart, memory stays low."""
+"""Tangents of the refine stream: three forms agree, gradients flow through, copies are independent, memory stays
+low."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_central_differences_in_float32_and_with_another_step() -> None:
     for step, bound in ((None, 5e-3), (0.3, 1e3)):
         found = call_of(small_model(tangents="central", tangent_step=step), batch).derivative(*point, *direction)
         assert far(found, wanted) < bound
-    assert far(found, wanted) > 5e-2  # a step of 0.3 is no derivative
+    assert far(found, wanted) > 5e-2  # control: a step of 0.3 is not a derivative
 
 
 def test_central_differences_hold_under_autocast() -> None:
@@ -96,11 +97,11 @@ def test_central_differences_hold_under_autocast() -> None:
     call = call_of(small_model(tangents="central"), batch)
     with torch.autocast("cpu", torch.bfloat16):
         for found in (call.derivative(*point, *direction), call.with_derivative(*point, *direction)[1]):
-            assert far(found.float(), wanted) < 0.05  # differences of bfloat16 values are 0.3 away
+            assert far(found.float(), wanted) < 0.05  # differences of bfloat16 values have an error of 0.3
 
 
 def losses(call: BatchFlowCall, point: Point, direction: Point, form: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
-    """A loss of F and its derivative, unlike for every element."""
+    """A loss of F and its derivative, with different weights for every element."""
     value, rate = form(call, point, direction)
     a, b = (Key(13).fold(n).normal(tuple(value.shape), torch.float64) for n in "ab")
     mask = (call.batch.item >= 0).unsqueeze(-1)
@@ -112,7 +113,7 @@ def carried(call: BatchFlowCall, point: Point, direction: Point) -> tuple[Tensor
 
 
 def gradients(model: Omni, form: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Of `losses` in every weight, the context's included."""
+    """Of `losses`, for every weight, the context's included."""
     batch = batch_of()
     model.zero_grad()
     losses(call_of(model, batch), *points(batch), form).backward()
@@ -135,10 +136,10 @@ def test_gradients_through_the_tangent() -> None:
     slope = sum((found[n] * along[n]).sum() for n in found)
     assert far(slope, (values[0] - values[1]) / (2 * h)) < 1e-6
     cut = sum((g * along[n]).sum() for n, g in gradients(model, detached).items())
-    assert far(cut, (values[0] - values[1]) / (2 * h)) > 1e-3  # the tangent's share is not small
+    assert far(cut, (values[0] - values[1]) / (2 * h)) > 1e-3  # control: the tangent's share is large
 
 
-def test_streamed_attention_carries_the_same_tangents_and_gradients() -> None:
+def test_streamed_attention_has_the_same_tangents_and_gradients() -> None:
     """`tangents="streamed"`: the model's derivative and the gradients through it, as with explicit softmax."""
     batch = batch_of()
     plain = small_model(dtype=torch.float64, attention="math")
@@ -154,7 +155,7 @@ def detached(call: BatchFlowCall, point: Point, direction: Point) -> tuple[Tenso
 
 
 def test_there_is_no_tangent_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trap: copies that see one another have a tangent of one another. With the copy part of the mask it is 0."""
+    """Copies that see one another would have tangents of one another. With the copy in the mask these are 0."""
     model, batch = small_model(dtype=torch.float64), batch_of()
     (x, t, s), (dx, dt, ds) = points(batch)
     first = batch.item == 0
@@ -192,7 +193,7 @@ def test_checkpointed_layers_give_the_same_gradients() -> None:
 
 
 def saved_bytes(step: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that a forward pass hands to autograd to keep until backward; all of them at its end."""
+    """Bytes of the tensors that autograd saves in a forward pass until the backward."""
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def saved_bytes(step: Callable[[], Tensor]) -> int:
     return total
 
 
-def test_two_pass_keeps_no_more_activations_than_a_plain_step() -> None:
+def test_two_pass_saves_no_more_activations_than_a_step_without_tangents() -> None:
     model = small_model().train()
     batch = batch_of(torch.float32)
     point, direction = points(batch)
@@ -228,7 +229,7 @@ def test_two_pass_keeps_no_more_activations_than_a_plain_step() -> None:
 
 @pytest.mark.parametrize("name", ["mean_flow", "terminal_velocity"])
 def test_autocast_loses_no_gradient(name: str) -> None:
-    """A derivative without a graph comes before the forward that needs one; casts of weights must not be shared."""
+    """A derivative without a graph precedes a forward with one; they must not share casts of weights."""
     model, batch, grads = small_model().train(), random_batch(Key(2).fold("train"), num_documents=2), []
     for enabled in (False, True):
         model.zero_grad()
@@ -242,7 +243,7 @@ def test_autocast_loses_no_gradient(name: str) -> None:
     assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 0.1
 
 
-def test_lift_treats_what_is_no_dual_as_constant() -> None:
+def test_lift_treats_other_arguments_as_constants() -> None:
     a, b = torch.tensor(2.0), torch.tensor(3.0)
     assert float(lift(torch.mul, a, b)) == 6.0
     assert tuple(map(float, lift(torch.mul, Dual(a, torch.tensor(1.0)), b))) == (6.0, 3.0)

@@ -30,8 +30,8 @@ def gradients(objective: FlowObjective, call: NetworkCall, draw: GuidedDraw) -> 
 @pytest.mark.parametrize("law", [LINE, PLANE])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 0.9])
 def test_residual_vanishes_at_the_exact_map(law: Gaussian, alpha: float) -> None:
-    """alpha = 0 with the marginal velocity as tangent; alpha > 0 with the network's average velocity, which keeps z on
-    the path."""
+    """alpha = 0 with the marginal velocity as tangent; alpha > 0 with the network's average velocity, so that z stays
+    on the path."""
     draw = draw_of(law)
     draw = replace(draw, v=law.velocity(draw.x, draw.items.expand(draw.t)))
     objective = AlphaFlow(alpha=alpha, power=0.0, velocity="network" if alpha else "data")
@@ -75,7 +75,7 @@ def test_alpha_to_zero_has_the_gradient_of_mean_flow() -> None:
 
 
 def test_alpha_one_half_with_the_network_as_velocity_is_a_shortcut_model() -> None:
-    """The same gradient and value, the factor 1 / alpha = 2 aside. No clipping; jumps longer than the finest."""
+    """The same gradient and value, up to the factor 1 / alpha = 2. No clipping; jumps longer than the finest."""
     draw = draw_of(PLANE, diagonal=0.3)
     call = network_call(draw.items)
     shortcut = Shortcut(clip=None, num_levels=20)
@@ -87,7 +87,7 @@ def test_alpha_one_half_with_the_network_as_velocity_is_a_shortcut_model() -> No
     assert abs(float((alpha.loss(call, same).sum - 2 * shortcut.loss(call, same).sum).detach())) < 1e-9
 
 
-def test_on_the_diagonal_the_gradient_is_flow_matching_whatever_alpha() -> None:
+def test_on_the_diagonal_the_gradient_is_flow_matching_for_every_alpha() -> None:
     draw = draw_of(PLANE, diagonal=1.0)
     call = network_call(draw.items)
     wanted = gradients(AlphaFlow(alpha=1.0, power=0.0), call, draw)

@@ -23,7 +23,7 @@ TIME = Consistency().time
 
 
 def on_path(draw: ConsistencyDraw, law: Gaussian) -> ConsistencyDraw:
-    """x_r on the trajectory of the flow instead of on the sample's line."""
+    """x_r on the path of the flow instead of the sample's line."""
     items = draw.items
     return replace(draw, x_r=law.map(draw.x, items.expand(draw.t), items.expand(draw.r)))
 
@@ -43,7 +43,7 @@ def test_residual_vanishes_at_the_exact_map_on_the_path(law: Gaussian, schedule:
 @pytest.mark.parametrize("distance", [None, "l2"])
 @pytest.mark.parametrize("progress", [0.3, 1.0])
 def test_gradient_equals_central_differences(schedule: str, distance: str | None, progress: float) -> None:
-    """The steps are small: late in training the root of the error bends on the scale of the gap t - r."""
+    """Steps are small: late in training the root of the error curves at the scale of the gap t - r."""
     items = replace(gaussian_items(PLANE, num=3), progress=progress)
     for guidance in (TargetGuidance(), TargetGuidance(scale=2.0)):
         objective = Consistency(schedule=schedule, distance=distance, guidance=guidance)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_weights_are_one_over_the_gap_in_either_clock() -> None:
     assert torch.isfinite(edge).all()
 
 
-def test_gaps_are_not_smaller_than_asked_for() -> None:
+def test_gaps_are_at_least_min_gap() -> None:
     items = gaussian_items(PLANE, num=500, size=1)
     for gap in (0.0, 1e-4, 1e-2):
         draw = Consistency(min_gap=gap, schedule={"kind": "ect", "stage": 18}).draw(items, Key(0))  # type: ignore[arg-type]

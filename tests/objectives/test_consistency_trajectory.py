@@ -1,4 +1,4 @@
-"""Consistency trajectory models: on the path at the exact map, the gradient through the inner jump alone, the grid."""
+"""Consistency trajectory models: the path at the exact map, the gradient through the inner jump only, the grid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_residual_vanishes_at_the_exact_map_on_the_path(law: Gaussian) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"distance": "pseudo_huber", "velocity_weight": 0.0, "huber_c": 0.1}])
 def test_gradient_equals_central_differences(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second jump as a plain evaluation of held weights: what moves is its input."""
+    """The second jump evaluates fixed weights; only its input varies."""
 
     class Plain:
         @staticmethod
@@ -45,10 +45,11 @@ def test_gradient_equals_central_differences(options: dict, monkeypatch: pytest.
 
 
 def test_the_second_jump_passes_the_gradient_to_its_input_and_to_no_weight() -> None:
-    """Live weights in both jumps: the same gradient as with the second one's held, and another with none held."""
+    """Trainable weights in both jumps: the gradient equals that with the second jump's fixed, and differs with none
+    fixed."""
     items = gaussian_items(PLANE, num=4)
     call = network_call(items)
-    leaky = replace(call, held=call.live)  # as the trainer without an average: the target is the network itself
+    leaky = replace(call, held=call.live)  # as in training without an average: the target is the network itself
     objective = ConsistencyTrajectory(velocity_weight=0.0)
     draw = objective.draw(items, Key(1))
     held = torch.autograd.grad(objective.loss(call, draw).sum, list(call.live.values()))
@@ -63,7 +64,7 @@ def test_the_second_jump_passes_the_gradient_to_its_input_and_to_no_weight() -> 
     assert max(float((a - b).abs().max()) for a, b in zip(held, other, strict=True)) > 1e-3
 
 
-def test_through_the_model_the_gradient_of_the_second_jump_reaches_x_alone() -> None:
+def test_in_the_model_the_gradient_of_the_second_jump_reaches_x_only() -> None:
     from omni.losses import BatchFlowCall
 
     model = small_model(dtype=torch.float64)
@@ -102,7 +103,7 @@ def test_second_term_is_flow_matching_at_its_own_times() -> None:
     assert not torch.equal(t, draw.t)
 
 
-def test_both_are_brought_to_time_zero_by_the_averaged_weights() -> None:
+def test_averaged_weights_make_both_jumps_to_time_zero() -> None:
     items = gaussian_items(PLANE, num=8)
     call = network_call(items)
     other = replace(call, held={name: 1.5 * value for name, value in call.held.items()})

@@ -1,4 +1,4 @@
-"""sCM in house coordinates: its tangent against its own definition on the circle, and against MeanFlow."""
+"""sCM in Omni's coordinates: its tangent against its own definition on the circle, and against MeanFlow."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_it_is_mean_flow_at_time_zero_up_to_a_weight() -> None:
             assert float(g.abs().max()) > 1e-4
 
 
-def test_normalised_tangents_have_the_size_the_paper_gives_them() -> None:
+def test_normalised_tangents_have_the_published_size() -> None:
     """A block's loss is (|g| / (|g| + c))^2 / D, in the norm; without the 1 / D in root mean squares."""
     items = gaussian_items(PLANE, num=1)
     draw = ContinuousConsistency().draw(items, Key(0))
@@ -97,7 +97,7 @@ def test_normalised_tangents_have_the_size_the_paper_gives_them() -> None:
 
 
 def test_nothing_overflows_near_noise() -> None:
-    """The derivative is asked for along a direction that vanishes at t = 1 and t = 0."""
+    """The direction of the derivative vanishes at t = 1 and t = 0."""
     items = gaussian_items(PLANE, num=4)
     objective = ContinuousConsistency()
     draw = objective.draw(items, Key(0))

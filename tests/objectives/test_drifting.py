@@ -1,4 +1,4 @@
-"""Generative drifting: the field, the released loss and what is constant in it, guidance, features, gradients."""
+"""Generative drifting: the field, the released loss and its constants, guidance, features, gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS: list[Affinity] = ["joint", "row"]
 
 
 def random_targets(num: int = 5, positives: int = 4, negatives: int = 6, groups: int = 2) -> tuple[Tensor, Targets]:
-    """Particles apart from their negatives, so that none is its own target."""
+    """Particles distinct from their negatives: none is its own target."""
     x = Key(0).normal((groups, num, 3), DOUBLE)
     vectors = Key(1).normal((groups, negatives + positives, 3), DOUBLE)
     weight = 0.5 + Key(2).uniform((groups, negatives + positives), DOUBLE)
@@ -74,7 +74,7 @@ def test_the_papers_field_is_two_mean_shifts() -> None:
 
 
 def released(x: Tensor, extra: Tensor, y: Tensor, extra_weight: float, taus: tuple[float, ...]) -> tuple[float, Tensor]:
-    """(loss, V) of one group by the published recipe, number by number: x (M, D), extra (K, D), y (P, D)."""
+    """(loss, V) of one group by the released code, number by number: x (M, D), extra (K, D), y (P, D)."""
     targets = [*x, *extra, *y]
     weight = [1.0] * len(x) + [extra_weight] * len(extra) + [1.0] * len(y)
     M, T, D, split = len(x), len(targets), x.shape[1], len(x) + len(extra)
@@ -98,7 +98,7 @@ def released(x: Tensor, extra: Tensor, y: Tensor, extra_weight: float, taus: tup
 
 @pytest.mark.parametrize("taus", [(0.02, 0.05, 0.2), (0.2,)])
 def test_the_loss_is_the_released_one(taus: tuple[float, ...]) -> None:
-    """t = 1, s = 0, one group of 6 with two items whose condition was dropped, alpha > 1; written out as a loop."""
+    """t = 1, s = 0, one group of 6 with two items without condition, alpha > 1; written as a loop."""
     items = replace(gaussian_items(PLANE, num=6, size=2), is_null=torch.tensor([0, 0, 1, 0, 1, 0]).bool())
     guidance = SampleGuidance(max_scale=4.0, plain=0.0)
     objective = Drifting(temperatures=taus, guidance=guidance)
@@ -117,8 +117,8 @@ def test_the_loss_is_the_released_one(taus: tuple[float, ...]) -> None:
     assert torch.equal(call.log[-1][3], 1 / draw.alpha)  # type: ignore[arg-type]  (the network is told)
 
 
-def test_one_temperature_makes_a_constant_loss_and_the_force_does_not() -> None:
-    """V over its root mean square has mean square 1 whatever the network does; with three it moves."""
+def test_one_temperature_makes_the_loss_constant_but_not_the_force() -> None:
+    """V over its root mean square has mean square 1 for every network; with three temperatures it varies."""
     items = cloud(PLANE, 800)
     values, forces, three = [], [], []
     for error in (0.0, 0.3, 0.9):
@@ -136,7 +136,7 @@ def test_one_temperature_makes_a_constant_loss_and_the_force_does_not() -> None:
     assert forces[0] < forces[1] < forces[2] and max(three) - min(three) > 0.01
 
 
-def test_what_is_reported_does_not_change_the_gradient() -> None:
+def test_report_does_not_change_the_gradient() -> None:
     items = gaussian_items(PLANE, num=8)
     gradients = []
     for report in ("loss", "force"):
@@ -186,9 +186,9 @@ def test_the_field_is_zero_in_the_population_at_the_exact_map(law: Gaussian, num
 
 
 @pytest.mark.parametrize("law", [LINE, PLANE])
-def test_so_it_is_between_any_two_times(law: Gaussian) -> None:
-    """f(x_t, t, s) against samples of p_s, each particle blind to its own positive. V . (x - mean), which shows a wrong
-    deviation, is 0 in the mean at the exact map; at the objective's own particles."""
+def test_the_field_is_zero_between_any_two_times(law: Gaussian) -> None:
+    """f(x_t, t, s) against samples of p_s; no particle sees its own positive. V . (x - mean), which detects a wrong
+    deviation, is 0 in expectation at the exact map, at the objective's own particles."""
     objective, items = Drifting(particles=50, pairs="below", **FIELD), cloud(law, 10_000)  # type: ignore[arg-type]
     draw = objective.draw(items, Key(0))
     for error, is_wrong in ((0.0, False), (0.6, True)):
@@ -214,7 +214,7 @@ def test_gradient_equals_central_differences_with_v_held(options: dict, how: str
 
 
 def test_no_gradient_passes_through_v() -> None:
-    """d loss / d x is -2 V / (M D c), as it is if V is a constant."""
+    """d loss / d x is -2 V / (M D c), with V constant."""
     objective = Drifting()
     x, targets = random_targets(num=6)
     targets = replace(targets, own=torch.eye(6, 10, dtype=torch.bool))
@@ -225,7 +225,7 @@ def test_no_gradient_passes_through_v() -> None:
     assert torch.allclose(found[0], -2 * (goal.goal - goal.x).detach()[0] / (x.numel() * c), rtol=1e-9)
 
 
-def test_only_the_scope_batch_depends_on_other_groups() -> None:
+def test_only_scope_batch_depends_on_other_groups() -> None:
     items = gaussian_items(PLANE, num=16)
     moved = replace(items, latents=items.latents * (1 + (items.item[..., None] >= 8)))
     for scope, is_same in (("group", True), ("batch", False)):
@@ -234,7 +234,7 @@ def test_only_the_scope_batch_depends_on_other_groups() -> None:
         assert torch.equal(*found) == is_same
 
 
-def test_guidance_is_drawn_from_the_published_density() -> None:
+def test_guidance_has_the_published_density() -> None:
     items = cloud(LINE, 20_000)
     items = replace(items, is_null=torch.arange(20_000) % 10 == 0)
     objective = Drifting(particles=2, guidance=SampleGuidance(max_scale=4.0))
@@ -290,7 +290,7 @@ def test_options_are_checked() -> None:
 
 @pytest.mark.parametrize("options", [{}, FIELD, {"features": "projections"}])
 def test_half_precision_is_finite_at_extreme_times(options: dict) -> None:
-    """Also for groups of one, and for particles that all fall on one point."""
+    """Also for groups of one, and for particles at one point."""
     items = gaussian_items(PLANE, num=9, size=4)
     items = replace(items, latents=items.latents.bfloat16())
     weight = torch.full((2, 2), 0.3, dtype=torch.bfloat16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A thousand steps of every objective under bfloat16 at the times where half precision hurts: nothing is not finite."""
+"""Steps of every objective under bfloat16, at times where half precision is critical: all values stay finite."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FLOW = sorted(name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(n
 
 
 def at_the_edges(self: TimeDistribution, u: Tensor) -> Tensor:
-    """A quantile function whose only times are TIMES: with two draws t - s is 1e-3 often, and 0 and 0.999 too."""
+    """A quantile function whose only times are TIMES: with two samples t - s is often 1e-3, and also 0 and 0.999."""
     return TIMES[(u * len(TIMES)).long().clamp(max=len(TIMES) - 1)]
 
 
 def train(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many values were not finite among losses, gradients and, at the end, weights."""
+    """The number of values that are not finite among losses, gradients and, at the end, weights."""
     monkeypatch.setattr(TimeDistribution, "quantile", at_the_edges)
     objective = build_objective(name)
     assert isinstance(objective, FlowObjective)

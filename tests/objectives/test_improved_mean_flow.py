@@ -1,4 +1,4 @@
-"""Improved MeanFlow: its compound velocity at the exact map, its gradient, and how it relates to MeanFlow."""
+"""Improved MeanFlow: its compound velocity at the exact map, its gradient, and its relation to MeanFlow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RightOnTheDiagonal(GaussianCall):
 
 @pytest.mark.parametrize("law", [LINE, PLANE])
 def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
-    """Both terms, once v is the marginal velocity."""
+    """Both terms, if v is the marginal velocity."""
     items = gaussian_items(law)
     objective = ImprovedMeanFlow(diagonal=0.0, power=0.0)
     draw = objective.draw(items, Key(0))
@@ -39,8 +39,8 @@ def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
 
 @pytest.mark.parametrize("law", [LINE, PLANE])
 def test_compound_velocity_needs_no_marginal_velocity_as_tangent(law: Gaussian) -> None:
-    """Where MeanFlow's target has the noise of the sample's v in its tangent, V does not: at the exact map its error
-    against the sample's v is the irreducible one of the diagonal, at every item."""
+    """MeanFlow's target has the noise of the sample's v in its tangent; V does not. At the exact map, V's error against
+    the sample's v is the irreducible error of the diagonal, at every item."""
     items = gaussian_items(law)
     draw = ImprovedMeanFlow(diagonal=0.0).draw(items, Key(0))
     call = GaussianCall(items, law)
@@ -59,8 +59,8 @@ def test_gradient_equals_central_differences(options: dict) -> None:
         assert gradient_error(lambda call, o=objective, d=draw: o.loss(call, d).sum, network_call(items)) < 1e-6
 
 
-def test_with_the_diagonal_right_it_is_mean_flow() -> None:
-    """A map right on the diagonal and wrong off it, v the marginal velocity: the same number."""
+def test_with_an_exact_diagonal_it_is_mean_flow() -> None:
+    """A map exact on the diagonal and wrong off it, v the marginal velocity: the same value."""
     items = gaussian_items(PLANE)
     draw = ImprovedMeanFlow(diagonal=0.0).draw(items, Key(0))
     draw = replace(draw, v=PLANE.velocity(draw.x, items.expand(draw.t)))
@@ -73,7 +73,7 @@ def test_with_the_diagonal_right_it_is_mean_flow() -> None:
 def test_the_papers_mix_is_the_default_of_any_guidance() -> None:
     for given, mix in (({"max_scale": 8.0}, "inverse"), ({"max_scale": 8.0, "mix": 0.0}, 0.0)):
         assert ImprovedMeanFlow(guidance=given).guidance.mix == mix  # type: ignore[arg-type]
-    assert ImprovedMeanFlow(guidance=TargetGuidance(scale=2.0)).guidance.mix == 0.0  # made elsewhere, whole
+    assert ImprovedMeanFlow(guidance=TargetGuidance(scale=2.0)).guidance.mix == 0.0  # a complete TargetGuidance
 
 
 def test_at_s_equal_t_it_is_flow_matching_twice() -> None:
@@ -84,7 +84,7 @@ def test_at_s_equal_t_it_is_flow_matching_twice() -> None:
     assert abs(float((found.sum - 1.5 * FlowMatching().loss(call, draw).sum).detach())) < 1e-9
 
 
-def test_the_network_is_told_the_drawn_guidance_everywhere_but_in_the_null_branch() -> None:
+def test_guidance_embedding_is_the_sampled_scale_except_in_the_null_branch() -> None:
     items = gaussian_items(PLANE, num=50)
     objective = ImprovedMeanFlow(guidance=TargetGuidance(max_scale=8.0, mix="inverse"))
     draw, call = objective.draw(items, Key(0)), network_call(items)

@@ -1,4 +1,4 @@
-"""MeanFlow: its identity at the exact map, its gradient, and what it reduces to."""
+"""MeanFlow: its identity at the exact map, its gradient, and its special cases."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def test_gradient_equals_central_differences(options: dict) -> None:
         assert gradient_error(lambda call, o=objective, d=draw: o.loss(call, d).sum, network_call(items)) < 1e-6
 
 
-def test_the_harness_sees_a_missing_stop_gradient() -> None:
-    """The control of the test above: a loss whose gradient omits a part that does move is caught."""
+def test_the_harness_detects_a_missing_stop_gradient() -> None:
+    """Control of the test above: it detects a loss whose gradient omits a varying part."""
     items = gaussian_items(PLANE, num=3)
     draw = MeanFlow().draw(items, Key(1))
 
     def leaky(call) -> Tensor:  # noqa: ANN001
         flow = call(draw.x, draw.t, draw.s)
-        return (flow.data * flow).sum()  # `.data` stops the gradient and is not held
+        return (flow.data * flow).sum()  # `.data` stops the gradient but varies
 
     assert gradient_error(leaky, network_call(items)) > 1e-3
 
 
 def test_residual_is_minus_the_derivative_of_the_map_along_the_line() -> None:
-    """Relation of the Eulerian family: d/dt f(x_t, t, s) along (v, 1, 0) = -(F - target)."""
+    """Identity of the Eulerian family: d/dt f(x_t, t, s) along (v, 1, 0) = -(F - target)."""
     items = gaussian_items(PLANE, num=8)
     call = network_call(items)
     draw = MeanFlow(diagonal=0.0).draw(items, Key(0))
@@ -81,7 +81,7 @@ def test_times_may_have_two_densities_and_a_share_on_the_diagonal() -> None:
 
 
 def test_guidance_enters_the_tangent_as_well_as_the_target() -> None:
-    """With the guided velocity of an exact unguided map the residual is the guided one, not zero."""
+    """With the guided velocity, the residual of an exact unguided map is the guided one, not zero."""
     items = gaussian_items(PLANE)
     objective = MeanFlow(diagonal=0.0, power=0.0, guidance=TargetGuidance(scale=2.0))
     draw = objective.draw(items, Key(0))

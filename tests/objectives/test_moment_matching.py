@@ -1,4 +1,5 @@
-"""Inductive moment matching: population discrepancy, reductions to consistency training and GMMN, times, gradients."""
+"""Inductive moment matching: population discrepancy, consistency training and GMMN as special cases, times,
+gradients."""
 
 from __future__ import annotations
 
@@ -43,14 +44,14 @@ NUMBERS = [pytest.param(20_000, id="20k"), pytest.param(100_000, id="100k", mark
 @pytest.mark.parametrize("law", [LINE, PLANE])
 @pytest.mark.parametrize("options", [{"k": 4.0}, {"pairs": "one_step"}], ids=["inductive", "gmmn"])
 def test_population_discrepancy_is_zero_at_the_exact_map(law: Gaussian, options: dict, num: int) -> None:
-    """Within 4 standard errors at the exact map, beyond 6 at a wrong one. (A wide step from t to r: a map that is wrong
-    at t is wrong at a near r in the same way, which is what induction is about, and shows less.)"""
+    """Within 4 standard errors at the exact map, beyond 6 at a wrong one. The step from t to r is wide: a map that is
+    wrong at t is wrong in the same way at a near r, as induction assumes, and the discrepancy is smaller."""
     assert abs(standard_errors(unbiased(law, num, 0.0, **options))) < 4
     assert standard_errors(unbiased(law, num, 0.6, **options)) > 6
 
 
 def test_copies_of_one_point_are_biased_unless_the_point_is_all_there_is() -> None:
-    """What `particles` says of "copies": given x0, the exact map lands elsewhere from t than from r."""
+    """The bias of "copies" (see `particles`): given x0, the exact map has other ends from t than from r."""
     objective = MomentMatching(particles=50, groups="copies", k=6.0)
     narrow = Gaussian(PLANE.mean, PLANE.covariance * 1e-10)
     for law, is_biased in ((PLANE, True), (narrow, False)):
@@ -76,7 +77,7 @@ def test_one_particle_at_s_0_is_twice_consistency_training(kernel: str, distance
     consistency = Consistency(distance=distance, clock="house")  # type: ignore[arg-type]
     given = consistency.draw(items, Key(0))
     given = replace(given, x=draw.x, t=draw.t, s=draw.s, r=draw.r, x_r=draw.x_r)
-    # the house's consistency loss is weighted by 1 / (t - r); one item at a time, that divides out
+    # Omni's consistency loss has the weight 1 / (t - r); for one item at a time it divides out
     for n in range(len(items)):
         one = Items(items.latents[:, 3 * n : 3 * n + 3], torch.zeros(1, 3, dtype=torch.int64), [items.names[n]])
         cut = {name: getattr(given, name)[:, 3 * n : 3 * n + 3] for name in ("x", "v", "noise", "x_r")}
@@ -88,7 +89,7 @@ def test_one_particle_at_s_0_is_twice_consistency_training(kernel: str, distance
 
 
 def double_loop(x: Tensor, y: Tensor, k) -> float:  # noqa: ANN001
-    """MMD^2 of two samples (M, D), as it is written."""
+    """MMD^2 of two samples (M, D), by its definition."""
     total = 0.0
     for j in range(len(x)):
         for i in range(len(x)):
@@ -111,7 +112,7 @@ def test_one_step_is_a_generative_moment_matching_network(kind: str) -> None:
     data = items.flat(items.latents).flatten(1)
 
     def k(a: Tensor, b: Tensor) -> float:
-        d = max(math.sqrt(float((a - b).pow(2).sum())), 1e-8)  # the published floor
+        d = max(math.sqrt(float((a - b).pow(2).sum())), 1e-8)  # the published lower bound
         of = {"laplace": lambda h: math.exp(-d / h / 4), "rbf": lambda h: math.exp(-(d**2) / h**2 / 8)}[kind]
         return (of(0.5) + of(2.0)) / 2
 
@@ -124,7 +125,7 @@ def test_one_step_is_a_generative_moment_matching_network(kind: str) -> None:
     assert abs(float(both.sum.detach()) / both.count - double_loop(generated, data, k) ** 0.5) < 1e-9
 
 
-def test_gradient_of_the_gaussian_kernel_is_attraction_less_repulsion() -> None:
+def test_gradient_of_the_gaussian_kernel_is_attraction_minus_repulsion() -> None:
     """d MMD^2 / d x_j = -(2 / (N h^2)) (attraction - repulsion), h^2 = D / w^2 here."""
     x, y = (Key(n).normal((1, 6, 3), DOUBLE) for n in range(2))
     x.requires_grad_()
@@ -145,7 +146,7 @@ def test_gradient_of_the_gaussian_kernel_is_attraction_less_repulsion() -> None:
 
 
 @pytest.mark.parametrize("kind", ["laplace", "rbf", "energy", "squared", "pseudo_huber"])
-def test_kernels_are_what_they_say_and_safe_at_distance_zero(kind: str) -> None:
+def test_kernels_equal_their_formulas_and_have_finite_gradients_at_distance_zero(kind: str) -> None:
     a, b = (Key(n).normal((2, 3, 4), DOUBLE) for n in range(2))
     b[0, 0] = a[0, 0]
     w = torch.tensor([0.8, 3.0], dtype=DOUBLE)
@@ -168,8 +169,8 @@ def test_kernels_are_what_they_say_and_safe_at_distance_zero(kind: str) -> None:
     assert bool(torch.autograd.grad(kernel(a, b, w)[0, 0, 0], a)[0].eq(0).all())
 
 
-def test_distance_keeps_the_digits_of_near_particles() -> None:
-    """In float32 at |x| = 30, a difference of 1e-3: by |a|^2 + |b|^2 - 2ab it would be lost."""
+def test_distance_is_precise_for_near_particles() -> None:
+    """In float32 at |x| = 30, a difference of 1e-3: |a|^2 + |b|^2 - 2ab would lose it."""
     a = torch.full((1, 40, 64), 30.0)
     assert abs(float(pairwise_distance(a, a + 1e-3)[0, 3, 5]) / 8e-3 - 1) < 1e-2
 
@@ -188,7 +189,7 @@ def test_the_scale_of_the_kernel_is_the_two_time_one() -> None:
 
 
 def test_times_are_the_papers() -> None:
-    """t uniform in [0, .994], s uniform below it, eta(r) = eta(t) - 160 / 2^k where the gap allows and s does not."""
+    """t uniform in [0, .994], s uniform below it, eta(r) = eta(t) - 160 / 2^k unless the gap or s bounds it."""
     items = cloud(LINE, 40_000)
     objective = MomentMatching(min_gap=0.0)
     draw = objective.draw(items, Key(0))
@@ -203,7 +204,7 @@ def test_times_are_the_papers() -> None:
     assert float(pixels.s.min()) >= 0.006
 
 
-def test_gaps_are_those_that_were_measured_and_the_floor_holds() -> None:
+def test_gaps_equal_the_documented_ones_and_min_gap_holds() -> None:
     t, zero = torch.tensor([0.994, 0.5, 1.0], dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
     gap = t - inner_time(t, zero, 12.0, 0.0)
     assert 1.3e-6 < float(gap[0]) < 1.5e-6 and 0.9e-2 < float(gap[1]) < 1.1e-2 and float(gap[2]) == 0
@@ -233,7 +234,7 @@ def test_at_r_equal_s_the_target_is_x_s() -> None:
         assert torch.equal(y_r, gather(items, draw.x_r, members).flatten(2))
 
 
-def test_present_weights_unless_a_decay_is_asked_for() -> None:
+def test_present_weights_unless_target_decay() -> None:
     items = gaussian_items(PLANE, num=8)
 
     class Marked:
@@ -289,7 +290,7 @@ def test_weight_is_the_elbo_times_sigmoid() -> None:
 
 @pytest.mark.parametrize("kind", ["laplace", "rbf", "energy", "pseudo_huber"])
 def test_half_precision_is_finite_at_extreme_times(kind: str) -> None:
-    """A bf16 network and bf16 latents: 0 non-finite values, and a gradient that is not all zero."""
+    """A bf16 network and bf16 latents: all values are finite, and the gradient is not all zero."""
     items = gaussian_items(PLANE, num=16, size=4)
     items = replace(items, latents=items.latents.bfloat16())
     objective = MomentMatching(kernel=Kernel(kind=kind))  # type: ignore[arg-type]
@@ -332,7 +333,7 @@ def test_a_half_precision_model_trains_on_it() -> None:
 
 
 def test_the_gap_survives_half_precision_latents() -> None:
-    """x_t and x_r of bf16 latents differ by (t - r) v in float32, where bf16 would round them to one another."""
+    """x_t and x_r of bf16 latents differ by (t - r) v in float32; in bf16 they would round to equal values."""
     items = gaussian_items(PLANE, num=16)
     items = replace(items, latents=items.latents.bfloat16())
     draw = at_times(MomentMatching(), items, 0.99, 0.0)
@@ -341,8 +342,8 @@ def test_the_gap_survives_half_precision_latents() -> None:
     assert float((draw.x.bfloat16() == draw.x_r.bfloat16()).float().mean()) > 0.9
 
 
-def test_jump_of_the_exact_map_is_what_lands() -> None:
-    """`land` is `jump`, and is right."""
+def test_land_equals_jump_of_the_exact_map() -> None:
+    """`land` equals `jump`, and is correct."""
     items = gaussian_items(PLANE, num=4)
     objective = MomentMatching()
     draw = objective.draw(items, Key(0))
@@ -360,7 +361,7 @@ def mixture(key: Key, num: int) -> Tensor:
 
 
 def trained(objective: MomentMatching, steps: int = 100, num: int = 128) -> float:
-    """Energy distance of one jump from t = 1 to the data, after Adam on a small network. Each point a document."""
+    """Energy distance of one jump from t = 1 to the data, after Adam on a small network. Each point is a document."""
     sizes = [(4, 64), (64, 64), (64, 2)]
     weights = [(Key(0).fold(n).normal(size) * (2 / size[0]) ** 0.5 * (n < 2)) for n, size in enumerate(sizes)]
     parameters = [w.requires_grad_() for w in weights] + [torch.zeros(b, requires_grad=True) for _, b in sizes]
@@ -386,8 +387,8 @@ def trained(objective: MomentMatching, steps: int = 100, num: int = 128) -> floa
         return float(squared_discrepancy(points, wanted, Kernel(kind="energy"), one[:1], diagonals=True))
 
 
-def test_four_particles_keep_the_law_where_one_collapses() -> None:
-    """At the widest step from r to t a lone particle is drawn to the middle of the data; four repel one another."""
+def test_four_particles_match_the_distribution_where_one_collapses() -> None:
+    """At the widest step from r to t, one particle moves to the mean of the data; four repel one another."""
     one, four = (trained(MomentMatching(pairs="one_step", particles=m)) for m in (1, 4))
     inductive = trained(MomentMatching(k=5.0, particles=4))
     assert one > 0.2 and four < 0.05 and inductive < 0.2, (one, four, inductive)

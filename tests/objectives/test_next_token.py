@@ -1,4 +1,5 @@
-"""Next token: the oracle is a sum over positions; the z-loss fixes the scale of the logits, not what they say."""
+"""Next token: the test oracle is a sum over positions; the z-loss fixes the scale of the logits, not the
+probabilities."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def test_equals_a_sum_over_positions(z_loss: float) -> None:
     assert found.count == 6 and float(found.sum) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_z_loss_leaves_the_probabilities() -> None:
-    """Free logits fitted to counts 1, 2, 5: with it they become log probabilities, from wherever they began."""
+def test_z_loss_keeps_the_probabilities() -> None:
+    """Free logits fitted to counts 1, 2, 5: with it they become log-probabilities, from any start."""
     target = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2])
     objective = build_objective("next_token", z_loss=0.1)
     logits = torch.full((3,), 7.0, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,5 @@
-"""Objectives over the registry: keyed, exact where the exact map is known, blind to packing. See also test_samplers."""
+"""All registered objectives: keyed, exact where the exact map is known, independent of packing. See also
+test_samplers."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from omni.sequence.layout import Shape, pack
 
 FLOW = [n for n in OBJECTIVES.names() if issubclass(OBJECTIVES.get(n), FlowObjective)]
 
-# Options under which an objective's value is the size of its residual: adaptive weights and normalisation hide it.
+# Options that make an objective's value the size of its residual, without adaptive weights and normalisation.
 PLAIN: dict[str, dict[str, object]] = {
     "alpha_flow": {"power": 0.0},
     "continuous_consistency": {"normalise": "none"},
-    # alone: two particles, each the only negative of the other, push apart without end
+    # alone: two particles, each the only negative of the other, move apart without bound
     "drifting": {
         "particles": 1,
         "affinity": "row",
@@ -35,7 +36,7 @@ PLAIN: dict[str, dict[str, object]] = {
     "mean_flow": {"power": 0.0},
 }
 
-# Groups of copies are blind to packing; mixed ones are what a batch has of a run of documents (objectives.particles).
+# Groups of copies do not depend on packing; mixed ones depend on the documents of a batch (objectives.particles).
 GROUPED: dict[str, dict[str, object]] = {
     name: {"groups": "copies", "particles": 2} for name in ("drifting", "moment_matching")
 }
@@ -55,8 +56,8 @@ def test_flow_matching_reaches_its_irreducible_loss(law: Gaussian) -> None:
 
 
 @pytest.mark.parametrize("name", FLOW)
-def test_objectives_are_keyed_and_blind_to_packing(name: str) -> None:
-    """Same key, same loss bits; other key, other loss; and the sum does not depend on the packing."""
+def test_objectives_are_keyed_and_independent_of_packing(name: str) -> None:
+    """Same key, same loss bits; other key, other loss; the sum does not depend on the packing."""
     model = small_model(dtype=torch.float64)
     documents = [random_spans(Key(n).fold("packing"), 4) for n in range(6)]
     objective = build_objective(name, **GROUPED.get(name, {}))
@@ -74,12 +75,12 @@ def test_objectives_are_keyed_and_blind_to_packing(name: str) -> None:
 
     whole, again, split = total([[0, 1, 2, 3, 4, 5]]), total([[0, 1, 2, 3, 4, 5]]), total([[4, 1], [0, 2], [3, 5]])
     assert torch.equal(whole, again) and not torch.equal(whole, total([[0, 1, 2, 3, 4, 5]], seed=6))
-    assert abs(float(whole - split)) < 1e-6 * abs(float(whole))  # noise is drawn in float32; sums reorder
+    assert abs(float(whole - split)) < 1e-6 * abs(float(whole))  # noise is sampled in float32; sums reorder
 
 
 @pytest.mark.parametrize("name", FLOW)
 def test_objectives_train(name: str) -> None:
-    """A few AdamW steps on one batch lower the loss at fixed draws."""
+    """A few AdamW steps on one batch lower the loss at fixed random values."""
     model = small_model().train()
     batch, objective = random_batch(Key(2).fold("train")), build_objective(name, **PLAIN.get(name, {}))
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -107,7 +108,7 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
 def test_objectives_are_finite_in_bf16(
     name: str, options: dict[str, object], gap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, latents and activations in bf16: loss and gradients at the times where each is known to break."""
+    """Weights, latents and activations in bf16: loss and gradients at the critical times of each."""
 
     def start(self: object, names: Sequence[Name], key: Key, purpose: str = "time") -> Tensor:
         return torch.tensor([(1e-3, 0.5, 0.994, 1.0)[n % 4] for n in range(len(names))], dtype=torch.float64)
@@ -143,7 +144,7 @@ def test_derivative_of_the_model_equals_central_differences() -> None:
 
 
 def test_there_is_no_tangent_between_copies() -> None:
-    """The trap: were copies to see one another, moving one would move another's F."""
+    """If copies saw one another, moving one would move another's F."""
     model = small_model(dtype=torch.float64)
     call, x, t, s, v = model_call(model)
     only = (call.batch.item == 0).unsqueeze(-1)
@@ -165,7 +166,7 @@ def model_call(model):  # noqa: ANN001, ANN202
     return BatchFlowCall(model, batch, memory, torch.ones_like(t)), x, t, t * 0.5, v
 
 
-def test_time_draws_are_stratified_over_copies_and_keyed_by_item() -> None:
+def test_times_are_stratified_over_copies_and_keyed_by_item() -> None:
     items = Items(torch.zeros(1, 4, 1), torch.arange(4)[None], [(7, 0, c) for c in range(4)])
     t = TimeDistribution(kind="uniform").draw(items.names, Key(0), "time")
     assert torch.allclose(t.sort().values.diff(), torch.full((3,), 0.25).double(), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Noise paired with data: by transport it is the same noise, in the order of least cost."""
+"""Pairing of noise with data: transport permutes the noise to the least cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blocks(value: torch.Tensor, of: Items) -> list[torch.Tensor]:
     return [value[of.item == n] for n in range(6)]
 
 
-def test_transport_is_the_cheapest_of_all_orders() -> None:
+def test_transport_is_the_permutation_of_least_cost() -> None:
     independent, paired = items("independent"), items("transport")
     before, after = (blocks(one.noise(Key(1)), one) for one in (independent, paired))
     data = blocks(independent.latents, independent)
@@ -64,7 +64,7 @@ def test_only_the_noise_of_data_is_paired() -> None:
     assert empty.noise(Key(1)).shape == (1, 0, 3)
 
 
-def test_without_scipy_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_the_error_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(ValueError, match=r"pairing = 'transport' needs scipy; pip install 'omni-flow\[pairing\]'"):
         items("transport").noise(Key(1))

@@ -1,4 +1,4 @@
-"""Groups of particles: who is together, what a group shares, and what is refused."""
+"""Groups of particles: their members, their shared values, and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lists(items: Items, num: int, how: str, **options: bool) -> list[list[int]]:
 
 
 def ragged() -> Items:
-    """Documents 4..7, some with two blocks (numbered as blocks are: not alike), of 1 or 2 latents; two copies each."""
+    """Documents 4..7, some with two blocks (with different block numbers), of 1 or 2 latents; two copies each."""
     blocks = [(4, 1, 1), (4, 3, 2), (5, 2, 1), (6, 1, 2), (6, 2, 2), (7, 9, 1)]
     names = [(document, block, copy) for document, block, _ in blocks for copy in range(2)]
     sizes = torch.tensor([size for _, _, size in blocks for _ in range(2)])
@@ -32,7 +32,7 @@ def ragged() -> Items:
 def test_copies_of_a_block_are_together() -> None:
     items = gaussian_items(PLANE, num=2, copies=4)
     assert lists(items, 2, "copies") == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(ValueError, match="has 4 copies of a block and the objective wants particles=3.*batch.copies"):
+    with pytest.raises(ValueError, match="has 4 copies of a block, but the objective needs particles=3.*batch.copies"):
         group_items(items, 3, "copies")
     with pytest.raises(ValueError, match="has 1 copies .* particles=4"):
         group_items(cloud(PLANE, 8), 4, "copies")
@@ -42,14 +42,14 @@ def test_mixed_groups_are_of_runs_of_documents_by_place_copy_and_size() -> None:
     assert sorted(lists(ragged(), 4, "mixed")) == [[0, 4, 10], [1, 5, 11], [2, 8], [3, 9], [6], [7]]
 
 
-def test_dropped_conditions_stand_apart_if_asked() -> None:
+def test_items_without_condition_are_apart_if_apart() -> None:
     items = replace(gaussian_items(PLANE, num=4), is_null=torch.tensor([False, True, False, True]))
     assert lists(items, 4, "mixed") == [[0, 1, 2, 3]]
     assert lists(items, 4, "mixed", apart=True) == [[0, 2], [1, 3]]
 
 
-def test_what_a_group_shares_does_not_depend_on_the_batch() -> None:
-    """Half of the groups alone have the names they have in the whole."""
+def test_shared_values_of_a_group_do_not_depend_on_the_batch() -> None:
+    """Half of the groups alone have the names that they have in the whole."""
     for how in ("copies", "mixed"):
         whole, half = gaussian_items(PLANE, num=8, copies=2), gaussian_items(PLANE, num=4, copies=2)
         late = replace(half, names=list(whole.names)[8:])
@@ -59,8 +59,8 @@ def test_what_a_group_shares_does_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize(("copies", "how"), [(1, "mixed"), (4, "mixed"), (4, "copies"), (2, "copies")])
-def test_numbered_names_group_as_named_ones_do(copies: int, how: str) -> None:
-    """The fast way for toy data and the general one give the same groups, the last one incomplete."""
+def test_batch_names_give_the_same_groups(copies: int, how: str) -> None:
+    """The fast path for toy data and the general one give the same groups; the last one is incomplete."""
     items = cloud(PLANE, 7, copies)
     assert isinstance(items.names, BatchNames)
     named = Items(items.latents, items.item, list(items.names))
@@ -73,8 +73,8 @@ def test_numbered_names_group_as_named_ones_do(copies: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options"), [("drifting", {}), ("moment_matching", {"kernel": {"kind": "energy"}, "particles": 1})]
 )
-def test_items_without_latents_do_no_harm(name: str, options: dict) -> None:
-    """A block of tokens that is not there (heads.joint.simplex) is an item of no latents."""
+def test_items_without_latents_have_no_group(name: str, options: dict) -> None:
+    """An absent block of tokens (heads.joint.simplex) is an item without latents."""
     items = Items(Key(0).normal((2, 2, 2), torch.float64), torch.tensor([[0, 0], [-1, -1]]), ((0, 0, 0), (-2, 1, 0)))
     objective = build_objective(name, **options)
     loss = objective.loss(GaussianCall(items, PLANE), objective.draw(items, Key(0)))

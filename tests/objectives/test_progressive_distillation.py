@@ -1,4 +1,4 @@
-"""Progressive distillation: exact at the exact map, the walk, what it teaches, and what is told of guidance."""
+"""Progressive distillation: exact at the exact map, the path, its targets, and the guidance embedding."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
     assert exact < 1e-8 < 1e-4 < wrong
 
 
-def test_a_walk_along_the_velocity_is_eulers() -> None:
-    """Its error falls with the number of its steps; the velocity alone decides it."""
+def test_path_along_the_velocity_is_euler() -> None:
+    """Its error decreases with the number of steps; it depends on the velocity only."""
     items = gaussian_items(LINE, num=200, size=1)
     errors = []
     for fine in (8, 16, 32):
@@ -38,8 +38,8 @@ def test_a_walk_along_the_velocity_is_eulers() -> None:
     assert asked == [(4, 4), (3, 3), (2, 2), (1, 1), (4, 2), (2, 0)]
 
 
-def test_jumps_learn_where_the_walk_went() -> None:
-    """Against the walk written out: two steps of four ahead, from the state after two."""
+def test_jumps_learn_the_states_of_the_path() -> None:
+    """Against the path written out: two of four steps, from the state after two."""
     items = gaussian_items(PLANE, num=8)
     objective = ProgressiveDistillation(fine=4, jumps=(2,), velocity_weight=0)
     draw, call = objective.draw(items, Key(0)), network_call(items)
@@ -53,7 +53,7 @@ def test_jumps_learn_where_the_walk_went() -> None:
     assert abs(float((objective.loss(call, draw).sum - wanted).detach())) < 1e-10
 
 
-def test_the_velocity_beside_it_is_flow_matching() -> None:
+def test_the_velocity_term_is_flow_matching() -> None:
     items = gaussian_items(PLANE)
     with_it, without = (ProgressiveDistillation(velocity_weight=w) for w in (2.0, 0.0))
     draw, call = with_it.draw(items, Key(0)), network_call(items)
@@ -61,7 +61,7 @@ def test_the_velocity_beside_it_is_flow_matching() -> None:
     assert abs(float((both - jumps - 2 * velocity).detach())) < 1e-9
 
 
-def test_guidance_is_walked_and_told_but_not_where_the_condition_was_dropped() -> None:
+def test_path_and_embedding_are_guided_except_for_items_without_condition() -> None:
     dropped = torch.tensor([False, True] * 4)
     items = replace(gaussian_items(PLANE, num=8), is_null=dropped)
     plain, guided = (ProgressiveDistillation(fine=4, jumps=(2,), guidance_scale=w) for w in (1.0, 2.0))
@@ -86,6 +86,6 @@ def test_gradient_equals_central_differences(options: dict) -> None:
 
 
 @pytest.mark.parametrize("jumps", [(), (8,), (3,), (0,)])
-def test_jumps_divide_the_walk(jumps: tuple[int, ...]) -> None:
+def test_jumps_divide_the_path(jumps: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="divisors of fine = 8"):
         ProgressiveDistillation(jumps=jumps)

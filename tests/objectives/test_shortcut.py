@@ -23,7 +23,7 @@ def at(draw: Draw, t: float, s: float) -> Draw:
 
 @pytest.mark.parametrize("law", [LINE, PLANE])
 def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
-    """All levels but the finest (drawn with one level less), whose halves are Euler steps."""
+    """All levels but the finest (sampled with one level fewer), whose halves are Euler steps."""
     items = gaussian_items(law, num=200, size=1)
     draw = Shortcut(num_levels=6, bootstrap=1.0).draw(items, Key(0))
     objective = Shortcut(num_levels=7, clip=None)
@@ -32,7 +32,7 @@ def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
 
 
 def test_the_finest_level_is_two_euler_steps() -> None:
-    """Against the exact map its target errs by O(d): the error falls four times in square when d halves."""
+    """Against the exact map its target has an error of O(d): the squared error falls four times when d halves."""
     items = gaussian_items(LINE, num=200, size=1)
     errors = []
     for levels in (4, 5, 6):
@@ -80,7 +80,7 @@ def test_pairs_are_dyadic_levels_equally_likely_and_a_share_is_bootstrapped() ->
     assert len(torch.unique(free.t - free.s)) > 3000
 
 
-def test_guidance_at_the_finest_level_only_and_never_where_the_condition_was_dropped() -> None:
+def test_guidance_at_the_finest_level_only_and_never_without_condition() -> None:
     items = gaussian_items(PLANE, num=8)
     plain, guided = Shortcut(clip=None), Shortcut(clip=None, guidance_scale=2.0)
     draw = plain.draw(items, Key(0))
@@ -101,8 +101,9 @@ def test_guidance_at_the_finest_level_only_and_never_where_the_condition_was_dro
     assert float((guided._two_halves(call, fine) - wanted).abs().max().detach()) < 1e-12
 
 
-def test_told_guidance_keeps_two_fields_apart() -> None:
-    """Jumps are told beta = 1 / w, in the loss and in the halves of coarse levels; velocities and dropped items 1."""
+def test_guidance_embedding_separates_two_fields() -> None:
+    """Jumps, in the loss and in the halves of coarse levels, embed beta = 1 / w; velocities and items without condition
+    1."""
     dropped = torch.tensor([False, True] * 4)
     items = replace(gaussian_items(PLANE, num=8), is_null=dropped)
     objective = Shortcut(clip=None, num_levels=3, guidance_scale=2.0, tell_guidance=True)
@@ -120,9 +121,9 @@ def test_shares_of_levels() -> None:
     draw = Shortcut(num_levels=3, shares=(1.0, 0.0, 3.0), bootstrap=1.0).draw(items, Key(0))
     d = draw.t - draw.s
     assert sorted(set(d.tolist())) == [0.25, 1.0] and abs(float((d == 1).double().mean()) - 0.25) < 0.02
-    with pytest.raises(ValueError, match="3 weights, one a level"):
+    with pytest.raises(ValueError, match="3 weights, one per level"):
         Shortcut(num_levels=3, shares=(1.0, 1.0))
-    with pytest.raises(ValueError, match="nothing to tell"):
+    with pytest.raises(ValueError, match="tell_guidance has no effect"):
         Shortcut(tell_guidance=True)
 
 

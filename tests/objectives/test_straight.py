@@ -1,4 +1,4 @@
-"""Straight jumps: where lines do not cross the loss is 0 at a map that one jump, and many, do right."""
+"""Rectified jumps: if lines do not cross, the loss is 0 at a map that is exact in one jump and in many."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Line:
 
 
 def linear_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
-    """Items whose data is M times their noise, so that no lines cross."""
+    """Items whose data is M times their noise: no lines cross."""
     items = gaussian_items(PLANE, num=64, size=1)
     items = replace(items, latents=items.noise(Key(2)) @ M.T)
     return objective.draw(items, Key(2))
 
 
-def test_lines_that_do_not_cross_are_exact_in_any_number_of_steps() -> None:
+def test_lines_without_crossings_are_exact_in_any_number_of_steps() -> None:
     M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
     draw, line = linear_draw(Straight(), M), Line(M)
     assert float(Straight().loss(line, draw).sum) < 1e-20
@@ -53,7 +53,7 @@ def test_lines_that_do_not_cross_are_exact_in_any_number_of_steps() -> None:
         assert float((states[-1].x - draw.noise[0] @ M.T).abs().max()) < 1e-10
 
 
-def test_times_are_those_of_whole_jumps_and_velocities_are_told_no_guidance() -> None:
+def test_times_are_of_whole_jumps_and_velocities_embed_no_guidance() -> None:
     items = gaussian_items(PLANE, num=400)
     draw = Straight(jumps=(1, 4), shares=(3, 1), velocity=0.25, told_guidance=2.0).draw(items, Key(0))
     is_velocity = draw.t == draw.s
@@ -76,8 +76,8 @@ def test_velocities_alone_are_flow_matching() -> None:
     assert abs(float((found - wanted).detach())) < 1e-12
 
 
-def test_a_far_miss_weighs_less_and_a_velocity_does_not() -> None:
-    """e (offset / (e + offset))^power of a jump, whose slope at an exact answer is the square's."""
+def test_large_errors_of_jumps_weigh_less_and_of_velocities_do_not() -> None:
+    """e (offset / (e + offset))^power for a jump; at an exact prediction it has the slope of the square."""
     M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
     robust, plain = Straight(power=1.0, offset=0.1, velocity=0.0), Straight(velocity=0.0)
     draw = linear_draw(plain, M)
@@ -92,8 +92,9 @@ def test_a_far_miss_weighs_less_and_a_velocity_does_not() -> None:
     assert float(velocity.loss(call, draw).sum) == pytest.approx(float(FlowMatching().loss(call, draw).sum))
 
 
-def test_the_likeliest_of_two_ends_is_answered_for() -> None:
-    """Of ends 0 with odds 2 and 1 with odds 1: the square's best answer is a third, the levelled loss's lies near 0."""
+def test_a_jump_predicts_the_likeliest_of_two_ends() -> None:
+    """Ends 0 with odds 2 and 1 with odds 1: the optimum of the square is a third; that of the levelled loss is near
+    0."""
     x = torch.linspace(0, 1, 1001).double().requires_grad_()
     best = []
     for power in (0.0, 1.0):
@@ -115,6 +116,6 @@ def test_gradient_equals_central_differences() -> None:
     "options, said",
     [({"jumps": ()}, "one or more counts"), ({"jumps": (0,)}, "at least 1"), ({"shares": (1.0,)}, "each of the 4")],
 )
-def test_bad_jumps_are_named(options: dict, said: str) -> None:
+def test_invalid_jumps_are_named(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Straight(**options)

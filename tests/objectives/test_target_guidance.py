@@ -1,4 +1,4 @@
-"""Guidance in training: one formula, plain where it must be, and nothing at all at scale 1."""
+"""Guidance in training: one formula; the plain velocity where required; no effect at scale 1."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class NoNull(NetworkCall):
 
 @pytest.mark.parametrize("mix", [0.0, 0.92, "inverse"])
 def test_every_mix_has_the_same_fixed_point(mix: float | str) -> None:
-    """If the network were w a + (1 - w) b already, a the true velocity and b the null one, v_g would be that too."""
+    """If the network equals w a + (1 - w) b, with a the true velocity and b the null one, v_g equals it too."""
     a, b = (Key(0).fold(n).normal((5, 2), torch.float64) for n in "ab")
     for w in (1.0, 1.5, 7.0):
         wanted = w * a + (1 - w) * b
         k = 1 - 1 / w if mix == "inverse" else float(mix)
         assert float((guided_velocity(a, wanted, b, w, k) - wanted).abs().max()) < 1e-12
-        if k > 0 and w > 1:  # at w = 1 all three velocities weigh in to a
+        if k > 0 and w > 1:  # at w = 1 the three velocities sum to a
             assert float((guided_velocity(a, a, b, w, k) - wanted).abs().max()) > 1e-2 * (w - 1)
 
 
@@ -53,7 +53,7 @@ def test_scale_one_needs_no_null_context_and_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_dropped_items_train_as_without_guidance(name: str) -> None:
-    """All conditions dropped: beta = 1 and plain v, the loss of the objective without guidance."""
+    """No item has its condition: beta = 1 and plain v, the loss without guidance."""
     items = gaussian_items(PLANE, num=4)
     dropped = replace(items, is_null=torch.ones(len(items), dtype=torch.bool))
     kept = replace(items, is_null=torch.zeros(len(items), dtype=torch.bool))
@@ -63,10 +63,10 @@ def test_dropped_items_train_as_without_guidance(name: str) -> None:
     wanted = float(plain.loss(network_call(items), plain.draw(items, Key(1))).sum.detach())
     losses = [float(guided.loss(network_call(i), guided.draw(i, Key(1))).sum.detach()) for i in (dropped, kept)]
     assert abs(losses[0] - wanted) < 1e-12 * abs(wanted)
-    assert abs(losses[1] - wanted) > 1e-5 * abs(wanted)  # the adaptive weight hides much
+    assert abs(losses[1] - wanted) > 1e-5 * abs(wanted)  # the adaptive weight hides differences
 
 
-def test_outside_the_interval_the_velocity_is_plain_and_the_scale_still_told() -> None:
+def test_outside_the_interval_the_velocity_is_plain_and_the_embedding_unchanged() -> None:
     items = gaussian_items(PLANE, num=200, size=1)
     objective = build_objective("mean_flow", guidance={"scale": 2.5, "mix": 0.92, "low": 0.3, "high": 0.8})
     draw = objective.draw(items, Key(1))
@@ -83,7 +83,7 @@ def test_outside_the_interval_the_velocity_is_plain_and_the_scale_still_told() -
     assert not v.requires_grad
 
 
-def test_drawn_scales_have_the_density_w_to_minus_power() -> None:
+def test_sampled_scales_have_the_density_w_to_minus_power() -> None:
     items = replace(gaussian_items(PLANE, num=2000, size=1), names=BatchNames(2000))
     for power in (0.0, 1.0, 2.0):
         w = TargetGuidance(max_scale=8.0, power=power).draw(items, Key(0))
@@ -93,7 +93,7 @@ def test_drawn_scales_have_the_density_w_to_minus_power() -> None:
         assert abs(share - cut) < 0.04
 
 
-def test_the_averaged_network_supplies_the_velocities_where_asked() -> None:
+def test_averaged_velocities_come_from_the_averaged_network() -> None:
     items = gaussian_items(PLANE, num=4)
     call = network_call(items)
     other = replace(call, held={name: 1.5 * value for name, value in call.held.items()})
@@ -115,7 +115,7 @@ def test_bad_options_are_refused() -> None:
 
 @pytest.mark.parametrize("name", [*GUIDED, "shortcut"])
 def test_guidance_runs_in_the_model(name: str) -> None:
-    """Through Omni's own null contexts (here the batch itself); without them the error says what to do."""
+    """With Omni's own null contexts (here the batch itself); without them the error names the way out."""
     model = small_model().train()
     batch = random_batch(Key(2).fold("guided"))
     options = {"guidance_scale": 1.5, "bootstrap": 0.5} if name == "shortcut" else {"guidance": {"max_scale": 8.0}}

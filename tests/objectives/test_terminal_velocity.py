@@ -1,4 +1,4 @@
-"""Terminal Velocity Matching: exact at the exact map, its gradient, its formula told again, guidance, times."""
+"""Terminal Velocity Matching: exact at the exact map, its gradient, its formula recomputed, guidance, times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def items_with_null(num: int = 6) -> Items:
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("law", [LINE, PLANE])
 def test_residual_vanishes_at_the_exact_map(law: Gaussian, detach: bool) -> None:
-    """The terminal term as drawn; the flow term with the marginal velocity in the place of the conditional one."""
+    """The terminal term as sampled; the flow term with the marginal velocity instead of the conditional one."""
     objective, items = TerminalVelocity(detach_tangent=detach), gaussian_items(law)
     draw = objective.draw(items, Key(0))
     draw = replace(draw, v=law.velocity(draw.flow_x, items.expand(draw.flow_t)))
@@ -88,7 +88,7 @@ def test_the_loss_is_its_formula(options: dict, scaled: bool) -> None:
 
 
 def test_without_jumps_it_is_flow_matching() -> None:
-    """s = t for all: the terminal term is left out, and what remains is flow matching at s'."""
+    """s = t for all: the terminal term is zero, and the rest is flow matching at s'."""
     items = gaussian_items(PLANE, num=20)
     objective = TerminalVelocity(pair=PairDistribution(kind="gap", diagonal=1.0))
     draw, call = objective.draw(items, Key(3)), network_call(items)
@@ -99,7 +99,7 @@ def test_without_jumps_it_is_flow_matching() -> None:
     assert float((a.sum - b.sum).detach().abs()) < 1e-9 < float((jumps.sum - b.sum).detach().abs())
 
 
-def test_guidance_asks_for_null_contexts_only_where_it_is_on() -> None:
+def test_null_contexts_are_needed_only_with_guidance() -> None:
     items = items_with_null()
     for objective in (TerminalVelocity(**options) for options in VARIANTS):
         call = network_call(items)
@@ -115,8 +115,8 @@ def test_guidance_asks_for_null_contexts_only_where_it_is_on() -> None:
         TerminalVelocity(guidance_range=(1.0, 2.0), guidance_scale=2.0)
 
 
-def test_the_target_is_the_target_network_at_the_students_landing_point() -> None:
-    """Asked once, told (s, s) and the same beta; no gradient reaches it or the landing point."""
+def test_the_target_is_the_target_network_at_the_end_of_the_jump() -> None:
+    """One call at (s, s) with the same beta; no gradient reaches it or the end point."""
     items = gaussian_items(PLANE, num=6)
     objective, call = TerminalVelocity(guidance_scale=2.0), network_call(items)
     draw = objective.draw(items, Key(1))

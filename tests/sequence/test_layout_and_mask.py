@@ -1,4 +1,4 @@
-"""Layout, packing and visibility: dense = flex = oracle on random layouts; what is invisible has no effect."""
+"""Layout, packing and visibility: dense = flex = oracle on random layouts; invisible positions have no effect."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_dense_equals_flex_equals_oracle_on_500_random_layouts(part: int) -> Non
 
 
 def test_the_rule_in_words() -> None:
-    """T0 I1 T2 with a noisy copy of I1: the copy sees T0 and itself; T2 sees T0, clean I1, T2; nobody sees the copy."""
+    """T0 I1 T2 with a noisy copy of I1: the copy sees T0 and itself; T2 sees T0, clean I1, T2; no other sees the
+    copy."""
     image = LatentSpan(torch.zeros(2, CHANNELS), (1, 1, 2), True)
     [batch], _ = pack(
         [[TokenSpan([1], [False]), image, TokenSpan([2], [True])]],
@@ -66,13 +67,13 @@ def test_the_rule_in_words() -> None:
 
 
 def test_dense_equals_oracle_on_every_pair() -> None:
-    """Every document, block, copy and rank of two, padding included, as query against every one as key."""
+    """Every document, block, copy and rank of two, padding included, as query against each as key."""
     values = torch.cartesian_prod(*(torch.arange(low, high) for low, high in ((-2, 2), (-1, 2), (-1, 3), (0, 2))))
     fields = Fields(*(part[None] for part in values.unbind(1)))
     assert torch.equal(dense(fields, fields), oracle(fields, fields))
 
 
-def test_perturbing_what_is_invisible_changes_no_bit_of_any_gradient() -> None:
+def test_perturbing_an_invisible_token_changes_no_bit_of_any_gradient() -> None:
     model = small_model().train()
     spans = [random_spans(Key(7).fold(n), 4) for n in range(3)]
     hidden_change = [[*spans[0]], [*spans[1], TokenSpan([9, 9], [False, False])], [*spans[2]]]
@@ -84,7 +85,11 @@ def test_perturbing_what_is_invisible_changes_no_bit_of_any_gradient() -> None:
         sum(term.sum for term in terms.values()).backward()  # type: ignore[union-attr]
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    other = [[*spans[0]], [*spans[1], TokenSpan([77, 5], [False, False])], [*spans[2]]]  # unsupervised, seen by nobody
+    other = [
+        [*spans[0]],
+        [*spans[1], TokenSpan([77, 5], [False, False])],
+        [*spans[2]],
+    ]  # unsupervised, invisible to all
     a, b = gradients(hidden_change), gradients(other)
     changed = {name for name in a if not torch.equal(a[name], b[name])}
     assert changed <= {"token.embedding.weight"}
@@ -92,8 +97,8 @@ def test_perturbing_what_is_invisible_changes_no_bit_of_any_gradient() -> None:
     assert rows == []
 
 
-def test_seen_perturbation_does_change_the_gradient() -> None:
-    """The control of the test above: a token that is seen matters."""
+def test_perturbing_a_visible_token_changes_the_gradient() -> None:
+    """Control of the test above: a visible token matters."""
     model = small_model().train()
     image = LatentSpan(Key(0).normal((2, CHANNELS)), (1, 1, 2), True)
 
@@ -116,7 +121,7 @@ def test_packing_keeps_every_document_whole_and_in_order() -> None:
     for batch, shape in zip(batches, shapes, strict=True):
         assert batch.ids.shape == (shape.rows, shape.budget) and batch.item.shape == (shape.rows, shape.refine_budget)
         flat = batch.item[batch.item >= 0]
-        assert torch.equal(flat, flat.sort().values)  # items stand in flat order: noise relies on it
+        assert torch.equal(flat, flat.sort().values)  # noise requires items in flat order
         assert len(batch.item_names) == batch.num_items
 
 
@@ -131,7 +136,7 @@ def test_packing_does_not_change_a_document() -> None:
     assert torch.equal(beside.target[0][where], alone.target[0, :n])
 
 
-def test_too_long_a_document_is_refused_by_name() -> None:
+def test_too_long_document_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="document 5 needs 9 context"):
         pack([[TokenSpan([1] * 9, [True] * 9)]], [Shape(1, 8, 8)], channels=4, pad_id=PAD, uids=[5])
 
@@ -170,7 +175,7 @@ def test_text_positions_are_one_dimensional_rotary() -> None:
     assert torch.equal(cos[0, 0], angle.cos()) and torch.equal(sin[0, 0], angle.sin())
 
 
-def test_positions_of_a_block_are_a_grid_and_text_goes_on_after_its_longest_side() -> None:
+def test_positions_of_a_block_are_a_grid_and_text_continues_after_its_longest_side() -> None:
     video = [LatentSpan(torch.zeros(6, 4), (2, 1, 3)) for _ in range(2)]
     one = lay_out([TokenSpan([1], [True]), *video, TokenSpan([2], [True])], PAD)
     assert one.position[1:7] == [(1, 1, 1), (1, 1, 2), (1, 1, 3), (2, 1, 1), (2, 1, 2), (2, 1, 3)]

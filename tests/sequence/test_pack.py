@@ -1,4 +1,5 @@
-"""Layout, rows and fields by hand: every number of a packed batch, first fit, padding, and the table of the rule."""
+"""Layout, batch rows and fields by hand: every number of a packed batch, first fit, padding, and the table of the
+rule."""
 
 from __future__ import annotations
 
@@ -57,12 +58,12 @@ def test_a_document_by_hand() -> None:
     assert (late.next_position, late.next_block) == (15, 11)
 
 
-def test_only_a_last_supervised_block_is_trimmed_and_all_behind_it() -> None:
+def test_trim_removes_a_last_supervised_block_and_all_after_it() -> None:
     seen, target = latent((1, 1, 2), supervise=False), latent((2, 1, 1))
     for spans, length in (
         ([text(1), target, text(2, 3)], 1),
         ([text(1), seen, target], 3),
-        ([text(1), target, text(2), seen], 6),  # the last block is none of the supervised
+        ([text(1), target, text(2), seen], 6),  # the last block is not supervised
         ([text(1), target, target], 3),
         ([text(1, 2)], 2),
         ([target], 0),
@@ -73,7 +74,7 @@ def test_only_a_last_supervised_block_is_trimmed_and_all_behind_it() -> None:
         assert [span for _, span, _ in one.blocks] == [span for span in spans if span is target]
 
 
-def test_what_is_no_span_is_refused() -> None:
+def test_invalid_spans_are_refused() -> None:
     with pytest.raises(ValueError, match="2 ids but 1 supervise flags"):
         TokenSpan([1, 2], [True])
     for latents in (torch.zeros(3, C), torch.zeros(4), torch.zeros(4, C, 1)):
@@ -121,7 +122,7 @@ def test_a_batch_by_hand() -> None:
     assert batch.context.rank is None and batch.refine.rank is None
 
 
-def test_items_of_later_rows_are_counted_through() -> None:
+def test_items_are_numbered_across_rows() -> None:
     documents: list[list[Span]] = [[text(1), latent((1, 1, 1))] for _ in range(3)]
     [batch], _ = pack(documents, [Shape(3, 2, 2)], channels=C, pad_id=PAD)
     assert batch.item.tolist() == [[0, -1], [1, -1], [2, -1]] and batch.item_first.tolist() == [0, 2, 4]
@@ -129,7 +130,7 @@ def test_items_of_later_rows_are_counted_through() -> None:
 
 
 def test_each_document_goes_to_the_first_row_with_room() -> None:
-    """Lengths into rows of 4, 4 and 8, filled to the last place; the first without room ends the batch."""
+    """Lengths into rows of 4, 4 and 8, filled completely; the first document without room ends the batch."""
     lengths = [3, 2, 1, 2, 5, 3, 1]
     documents: list[list[Span]] = [[text(*[number] * n)] for number, n in enumerate(lengths)]
     (short, long), count = pack(documents, [Shape(2, 4, 0), Shape(1, 8, 0)], channels=C, pad_id=PAD)
@@ -139,8 +140,8 @@ def test_each_document_goes_to_the_first_row_with_room() -> None:
     assert short.num_context == long.num_context == 8
 
 
-def test_room_is_of_both_streams() -> None:
-    """One picture of 2 latents in 2 copies takes 4 refine positions: a row of 8 has two documents."""
+def test_both_streams_must_have_room() -> None:
+    """One picture of 2 latents in 2 copies needs 4 refine positions: a row of 8 has two documents."""
     documents: list[list[Span]] = [[text(number), latent((1, 1, 2))] for number in range(3)]
     [batch], count = pack(documents, [Shape(2, 100, 8)], channels=C, pad_id=PAD, copies=2)
     assert count == 3 and batch.ids[:, 0].tolist() == [0, 2] and batch.num_refine == 12
@@ -148,7 +149,7 @@ def test_room_is_of_both_streams() -> None:
     assert count == 2 and batch.ids.shape == (1, 6) and batch.item.shape == (1, 8)
 
 
-def test_rows_without_documents_shrink_to_almost_nothing() -> None:
+def test_rows_without_documents_shrink_to_one_position() -> None:
     (short, long), count = pack(
         [[text(1, 2, 3)]], [Shape(2, 2, 5), Shape(1, 8, 9)], channels=C, pad_id=PAD, fixed_shape=False
     )
@@ -159,8 +160,8 @@ def test_rows_without_documents_shrink_to_almost_nothing() -> None:
 @pytest.mark.parametrize(
     ("spans", "need"), [([text(*range(9))], "9 context and 0"), ([latent((1, 2, 3))], "6 context and 12")]
 )
-def test_what_no_row_can_hold_is_named(spans: list[Span], need: str) -> None:
-    message = f"document 5 needs {need} refine positions, but a row holds 8 and 11; raise one or shorten it"
+def test_document_larger_than_every_row_is_named(spans: list[Span], need: str) -> None:
+    message = f"document 5 needs {need} refine positions, but a batch row has 8 and 11; raise one or shorten it"
     with pytest.raises(ValueError, match=message):
         pack([spans], [Shape(1, 8, 3), Shape(1, 7, 11)], channels=C, pad_id=PAD, copies=2, uids=[5])
 
@@ -177,7 +178,7 @@ def test_one_document_per_row() -> None:
         lay_rows(documents, channels=C, pad_id=PAD, copies=1, uids=[4])
 
 
-def test_a_batch_moves_whole() -> None:
+def test_batch_to_moves_all_tensors() -> None:
     [inner], _ = pack([[text(1), latent((1, 1, 1))]], [Shape(1, 4, 4)], channels=C, pad_id=PAD)
     batch = Batch(**{**vars(inner), "null": inner, "dropped": frozenset({0})})
     moved = batch.to("meta")
@@ -187,7 +188,7 @@ def test_a_batch_moves_whole() -> None:
     assert moved.dropped == frozenset({0}) and not batch.ids.is_meta
 
 
-def test_what_is_laid_out_does_not_change() -> None:
+def test_layouts_are_immutable() -> None:
     [batch], _ = pack([[text(1)]], [Shape(1, 4, 4)], channels=C, pad_id=PAD)
     parts = (batch, batch.context, batch.context.fields, text(1), latent((1, 1, 1)), Shape(1, 4, 4))
     for part in parts:
@@ -195,7 +196,7 @@ def test_what_is_laid_out_does_not_change() -> None:
             setattr(part, next(iter(vars(part))), None)
 
 
-def test_ignored_targets_are_those_that_torch_ignores() -> None:
+def test_ignore_is_torchs_ignore_index() -> None:
     loss = torch.nn.functional.cross_entropy(torch.zeros(2, 3), torch.tensor([IGNORE, 1]))
     assert float(loss) == pytest.approx(math.log(3))
 
@@ -219,7 +220,7 @@ def test_the_rule_for_all_small_numbers() -> None:
     assert found.tolist() == [rule(a, b) for a, b in zip(q, k, strict=True)]
 
 
-def test_dense_flex_and_oracle_are_the_rule_with_ranks() -> None:
+def test_dense_flex_and_oracle_follow_the_rule_with_ranks() -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     every = list(itertools.product((0, 1), (0, 1, 2), (0, 1, 2), (0, 1)))
@@ -249,7 +250,7 @@ def test_fields_are_joined_in_order_and_have_ranks_where_any_has() -> None:
     assert fields(1, False).then(fields(5, True)).ranks.tolist() == [[0, 0, 35, 36]]
 
 
-def test_an_unused_slot_is_of_no_document_and_is_no_padding() -> None:
+def test_unused_slot_is_neither_document_nor_padding() -> None:
     assert EMPTY < 0 and EMPTY != -1  # -1 is padding, and a padded query must not see it
 
 

@@ -1,4 +1,4 @@
-"""Times and reading as data: an item may be a position, and several blocks of one request may move in one pass."""
+"""Times and visibility per item: an item may be a position, and several blocks of one request may move in one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N = 4  # latents of a block
 
 
 def test_every_position_may_have_a_time_of_its_own() -> None:
-    """Items that are positions, with the time of their copy, are the items that are copies."""
+    """Items that are positions, with the times of their copies, equal items that are copies."""
     model, batch = small_model().double(), random_batch(Key(5), num_documents=2, copies=2, rows=1)
     batch = replace(batch, latents=batch.latents.double(), refine_latents=batch.refine_latents.double())
     _, memory = model.context(batch)
@@ -41,8 +41,8 @@ def test_every_position_may_have_a_time_of_its_own() -> None:
 
 
 def two_blocks(model: Omni, mutual: bool) -> tuple[Stream, Tensor, Tensor, object]:
-    """A text, and two pictures after it that are both being refined in one copy: the second reads the first, and the
-    first reads the second where `mutual`. Stream, items, clean latents and the context's memory."""
+    """A text, and two pictures after it that are both being refined in one copy. The second sees the first, and the
+    first sees the second if `mutual`. Stream, items, clean latents and the context's memory."""
     spans = [TokenSpan([1, 2, 3], [False] * 3)]
     blocks = [LatentSpan(Key(n).normal((N, CHANNELS)), GRID, True) for n in range(2)]
     [batch], _ = pack([spans], [Shape(1, 8, 8)], channels=CHANNELS, pad_id=PAD, fixed_shape=False)
@@ -58,7 +58,7 @@ def two_blocks(model: Omni, mutual: bool) -> tuple[Stream, Tensor, Tensor, objec
 
 
 def test_the_bound_is_the_rule_of_the_mask() -> None:
-    """Refine queries read the context below the bound, not below their own block; and their copy by rank."""
+    """Refine queries see the context below the bound, not below their own block, and their copy by rank."""
     model = small_model().double()
     stream, _, _, memory = two_blocks(model, mutual=False)
     keys = memory.fields.then(stream.fields)  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ def test_the_bound_is_the_rule_of_the_mask() -> None:
     assert first[:, :3].all() and first[:, 3 : 3 + N].all() and not first[:, 3 + N :].any()
     assert second.all()
     unbound = replace(stream, bound=None)
-    assert torch.equal(dense(unbound.fields, keys), seen)  # nothing of the context is between 3 and 4 here
+    assert torch.equal(dense(unbound.fields, keys), seen)  # no context block is between 3 and 4 here
     earlier = replace(stream, bound=torch.full_like(stream.block, 2))
     assert not dense(earlier.fields, keys)[0, :, 2].any() and dense(earlier.fields, keys)[0, :, :2].all()
 
@@ -76,7 +76,7 @@ def test_the_bound_is_the_rule_of_the_mask() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("mutual", [False, True])
 def test_two_blocks_move_in_one_pass(mutual: bool) -> None:
-    """Each at its own (t, s). The first alone is the first of two where it does not read the second; tangents agree."""
+    """Each at its own (t, s). The first alone equals the first of two if it does not see the second; tangents agree."""
     model = small_model().double()
     stream, item, x, memory = two_blocks(model, mutual)
     t, one = torch.tensor([0.4, 0.9], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_two_blocks_move_in_one_pass(mutual: bool) -> None:
     alone = velocity(x[:, :N], t[:1], cut, item[:, :N])
     assert (float((both[:, :N] - alone).abs().max()) < 1e-12) is not mutual
     moved = velocity(torch.cat([x[:, :N] + 1, x[:, N:]], 1), t)
-    assert float((moved[:, N:] - both[:, N:]).abs().max()) > 1e-3  # the second block reads the first, noisy as it is
+    assert float((moved[:, N:] - both[:, N:]).abs().max()) > 1e-3  # the second block sees the first, noisy
     direction, h = Key(9).normal(tuple(x.shape)).double(), 1e-6
     dual = model.velocity(
         Dual(x, direction), Dual(t, one), Dual(0.5 * t, 0.5 * one), one, stream, item, memory  # type: ignore[arg-type]

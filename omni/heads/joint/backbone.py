@@ -1,6 +1,6 @@
-"""The backbone as joint-token heads need it, and one pass of it over blocks of tokens.
+"""The interface of the backbone to joint-token heads, and one pass of it over blocks of tokens.
 
-Legend: B blocks, n positions of a pass, V vocabulary, W width.
+Legend: B blocks of tokens, n positions of a pass, V vocabulary, W width, R batch rows, T context positions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omni.sequence.placeholders import Starts, block_stream
 
 
 class Backbone(Protocol):
-    """A transformer with its heads: `omni.model.Omni`, or what stands for it in a laboratory."""
+    """A transformer with its heads: `omni.model.Omni`, or a small model of an experiment."""
 
     @property
     def transformer(self) -> Transformer: ...
@@ -35,12 +35,13 @@ class Backbone(Protocol):
     def joint(self) -> JointTokens | None: ...
 
     def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
-        """Inputs (R, T, W) of the context stream: ids (R, T), and where is_latent (R, T) latents (R, T, C)."""
+        """Inputs (R, T, W) of the context stream, from ids (R, T), and from latents (R, T, C) where is_latent (R,
+        T)."""
         ...
 
 
 class Reads:
-    """What all calls of a head share: ids and hidden states go through the token head."""
+    """Shared by all calls of a head: the token head embeds ids and computes logits."""
 
     model: Backbone
 
@@ -52,9 +53,10 @@ class Reads:
 
 
 def draft_pass(model: Backbone, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int) -> Tensor:
-    """One pass over blocks (B, n, W), the first `clean` inputs of each clean tokens; (B, n, W).
+    """One pass over blocks (B, n, W), of which the first `clean` inputs are clean tokens -> (B, n, W).
 
-    Placeholders go through the last layers alone (JointConfig.depth), clean tokens through the others before."""
+    Placeholders pass through the last layers only (JointConfig.depth); clean tokens pass through all.
+    """
     joint = head_of(model)
     top = range(model.transformer.c.depth - joint.depth, model.transformer.c.depth)
     if clean and top.start:
@@ -66,7 +68,7 @@ def draft_pass(model: Backbone, inputs: Tensor, starts: Starts, memory: Memory, 
 def _layers(
     model: Backbone, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int, layers: range
 ) -> Tensor:
-    """Some layers of `draft_pass`."""
+    """Some of the layers of `draft_pass`."""
     B, n, W = inputs.shape
     per_row, adapters = starts.per_row, head_of(model).adapters
     gated: list[Gated | None] = [None] * len(layers)
@@ -84,7 +86,7 @@ def _layers(
 def head_of(model: Backbone) -> JointTokens:
     if model.joint is None:
         raise ValueError(
-            'this model has no joint-token head; train one with heads.joint = {head = "push_forward"} and the '
-            'objective "joint_tokens", or take tokens_per_pass = 1'
+            'this model has no joint-token head; train one with heads.joint = {head = "push_forward"} and '
+            'the objective "joint_tokens", or set tokens_per_pass = 1'
         )
     return model.joint

@@ -1,17 +1,17 @@
 """The contract of joint-token heads: K tokens from one pass of the backbone, from a joint distribution.
 
-A head sees the backbone as a `JointCall` and nothing else of the model. It says how it reads one pass:
+A head's only access to the model is a `JointCall`. Its layout is the form of a pass:
 
-    none     no placeholders: everything is read off the hidden state of the block's start
+    none     no placeholders: the head reads the hidden state of the block's start only
     causal   K placeholders, each seeing those before it
     block    K placeholders that see one another
 
-and gives, from that pass, K ids; where its family has them, their exact (or bounded) log-probability and the
-conditionals q(x_k | x_<k), which rejection verification needs. Noise comes in as uniforms (B, K), one per token, so
-that a head that can do so draws pick(q_k, u_k) (see samplers.inverse_cdf), as plain decoding does with p_k:
-verification by common noise then accepts as often as the two laws allow (see samplers.verification).
+From that pass it samples K ids. If its family allows, it also computes their exact (or bounded) log-probability, and
+the conditionals q(x_k | x_<k) that rejection verification needs. Noise is uniforms (B, K), one per token. Where
+possible, token k is the inverse-CDF sample of q_k at u_k (see samplers.inverse_cdf), and autoregressive decoding uses
+the same u_k for p_k. Verification by common noise then accepts often (see samplers.verification).
 
-Legend: B blocks, K tokens of a block, V vocabulary, W width, n positions of a pass.
+Legend: B blocks of tokens, K tokens of a block, V vocabulary, W width, n positions of a pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ JOINT_HEADS: Registry = Registry("joint-token head", "omni.heads.joint", entry_p
 
 
 class JointCall(Protocol):
-    """The backbone behind B contexts. `passes` counts the passes made through it by this call and what came of it."""
+    """The backbone after B contexts. `passes` counts its passes by this call and by calls derived from it."""
 
     @property
     def passes(self) -> int: ...
@@ -49,12 +49,12 @@ class JointCall(Protocol):
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
         """One pass over n positions after the context: inputs (B, n, W) -> hidden (B, 1 + n, W), `start` first.
 
-        The first `clean` inputs are embedded ids, which see what text sees; the others are placeholders.
+        The first `clean` inputs are embedded ids, with the visibility of text; the others are placeholders.
         """
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(..., W) of ids, as the context stream embeds them."""
+        """(..., W): the embeddings of ids in the context stream."""
         ...
 
     def read(self, hidden: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class JointCall(Protocol):
 
 
 class After:
-    """A call whose context has been continued by clean ids (B, m): nothing is cached, they ride along in each pass."""
+    """A call whose context continues with clean ids (B, m). They are not cached: each pass includes them."""
 
     def __init__(self, call: JointCall, ids: Tensor) -> None:
         self.call, self.ids = call, ids
@@ -100,9 +100,9 @@ class After:
 
 @dataclass(frozen=True)
 class Draft:
-    """n ids of every block. `log_q` (B, n, V): the laws the ids were drawn from, each given what precedes it and noise
-    that is independent of what verification draws; None where the head knows none. `steps`: of the head itself, draws
-    or small networks that wait for one another."""
+    """n ids of every block. `log_q` (B, n, V): the log-probabilities that each id was sampled from, given the ids
+    before it and noise that is independent of verification's; None if the head has none. `steps`: sequential steps of
+    the head itself (samples or small networks)."""
 
     ids: Tensor  # (B, n) int64
     log_q: Tensor | None = None
@@ -111,8 +111,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class LogProb:
-    """(B,) log-probability of whole blocks in nats, under the one-pass law unless the head says of which. kind "bound":
-    a lower bound."""
+    """(B,) log-probability of whole blocks in nats, under the one-pass distribution unless the head documents another.
+    kind "bound": a lower bound."""
 
     value: Tensor
     kind: Literal["exact", "bound"]
@@ -120,8 +120,8 @@ class LogProb:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a loss may read besides the ids: `teacher` (B, K, V) float64 log P(. | c, x_<k) of the model's own
-    autoregressive pass, without a graph; `progress`: the share of training that is done."""
+    """Inputs of a loss besides the call. `teacher` (B, K, V) float64: log P(. | c, x_<k) of the model's own
+    autoregressive pass, without a graph. `progress`: the completed share of training."""
 
     blocks: Blocks
     teacher: Tensor
@@ -130,13 +130,16 @@ class Lesson:
 
 
 class JointHead(nn.Module, ABC):
-    """A head of K = `length` tokens over V ids, on a backbone of width W. Options are a frozen config of its own.
+    """A head of K = `length` tokens over V ids, on a backbone of width W. Its options are a frozen config of its own.
 
-    layout: see the head of this file. exact: `log_prob` is exact. universal: any joint, capacity permitting.
+    layout: see the module docstring. exact: `log_prob` is exact. universal: can represent any joint distribution, given
+    capacity.
     needs_teacher: `loss` reads Lesson.teacher. order: whether positions depend left to right or in any order.
-    passes: how many passes `sample` can make over n tokens: one, a divisor of n, up to n, or any number.
-    conditional: `conditionals` gives q(x_k | x_<k) of the one-pass law, so that rejection and block verification hold.
-    carries_on: `carry_on` drafts from a hidden state of text and what was said since, without a pass of the backbone.
+    passes: the number of passes in which `sample` can draft n tokens: one, a divisor of n, up to n, or any number.
+    conditional: `conditionals` gives q(x_k | x_<k) of the one-pass distribution; rejection and block verification need
+    it.
+    carries_on: recurrent drafting: `carry_on` drafts from a hidden state of text and the ids since, without a pass of
+    the backbone.
     """
 
     layout: ClassVar[Literal["none", "causal", "block"]] = "none"
@@ -169,24 +172,24 @@ class JointHead(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n at
-        most K: the noise of the tokens; `key` gives whatever else is drawn. As many blocks as the call has."""
+        """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n <=
+        K: the noise of the tokens. `key`: all other random values. B is the number of blocks of the call."""
 
     def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
-        """Logits (B, V) of one id after another, at most K - m, behind ids `said` (B, m) that followed call.start and
-        that no pass has read; is sent the ids (B,) that were chosen. Heads with `carries_on` alone."""
-        raise NotImplementedError(f"{type(self).__name__} drafts from a pass of the backbone alone")
+        """Recurrent drafting: yields logits (B, V) of one id after another, at most K - m, after ids `said` (B, m) that
+        follow call.start and that no pass has read; receives the chosen ids (B,). Only for heads with `carries_on`."""
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
 
     def fits(self, given: Tensor) -> int:
-        """n of ids or uniforms (B, n). ValueError if that is not 1 to K."""
+        """n of ids or uniforms (B, n). ValueError unless 1 <= n <= K."""
         num = given.shape[1]
         if not 1 <= num <= self.length:
-            raise ValueError(f"this head has 1 to {self.length} tokens a block, not {num}; ask for no more")
+            raise ValueError(f"this head has 1 to {self.length} tokens a block, not {num}")
         return num
 
     @classmethod
     def can_pass(cls, passes: int, num: int) -> bool:
-        """Whether `sample` can draw `num` tokens in so many passes."""
+        """Whether `sample` can draft `num` tokens in `passes` passes."""
         match cls.passes:
             case "one":
                 return passes == 1
@@ -197,11 +200,11 @@ class JointHead(nn.Module, ABC):
         return passes >= 1
 
     def check_passes(self, passes: int, num: int) -> None:
-        """ValueError if `can_pass` says no."""
+        """ValueError unless `can_pass`."""
         if not self.can_pass(passes, num):
             known = {
-                "one": "1, for it draws all of its tokens from one pass", "divisors": f"a divisor of {num}",
-                "tokens": f"1 to {num}, one token or more in each", "any": "1 or more",
+                "one": "1: one pass drafts all tokens", "divisors": f"a divisor of {num}",
+                "tokens": f"1 to {num}, each at least one token", "any": "1 or more",
             }  # fmt: skip
             raise ValueError(f"passes = {passes} for {num} tokens: this head takes {known[type(self).passes]}")
 
@@ -210,11 +213,11 @@ class JointHead(nn.Module, ABC):
         """Named (sum, count) terms."""
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        """Of ids (B, K). NotImplementedError where the family has neither value nor bound."""
+        """Of ids (B, K). NotImplementedError if the family has neither value nor bound."""
         raise NotImplementedError(f"{type(self).__name__} has no likelihood")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        """(B, K, V): log q(. | x_<k) of the one-pass law. NotImplementedError where the family has none."""
+        """(B, K, V): log q(. | x_<k) of the one-pass distribution. NotImplementedError if the family has none."""
         raise NotImplementedError(f"{type(self).__name__} has no conditionals")
 
 

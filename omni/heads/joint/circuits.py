@@ -1,21 +1,22 @@
-"""Tractable circuits: mixtures whose every marginal is exact. Likelihood, conditionals and draws from one pass.
+"""Tractable circuits: mixtures with exact marginals. Likelihood, conditionals and samples from one pass.
 
-Token k is drawn given a latent state z_k of R, and the states hang together in one of three ways, all read off the
-hidden state of the start (Basharin et al., arXiv 2410.17765; multi-token circuits, arXiv 2511.11346):
+Token k depends on a latent state z_k of R values. The joint distribution of the states has one of three forms, computed
+from the hidden state of the start (Basharin et al., arXiv 2410.17765; multi-token circuits, arXiv 2511.11346):
 
     cp      one state for the whole block: a mixture of R products
-    hmm     a chain with transitions of its own at every step
-    tree    a balanced binary tree: a span has one state, which its halves have from their parent's by a matrix each
+    hmm     a chain with its own transitions at every step
+    tree    a balanced binary tree: a span has one state; each half's state is sampled from the parent's by a matrix
 
-The law of a token in a state is the model's own unembedding of a hidden state expanded by (token, state), of the form
-h + A_kr h + b_kr and near h to begin with. A table of laws is 8 K R V bytes a block: bytes, bits and codes of pictures,
-not 128k words. CP cannot give even parity of K bits with fewer than 2^(K-1) states, a chain whose tokens depend on the
-state alone can with 4; that a width suffices does not mean that training finds it (see `anneal`).
+The probabilities of a token in a state are the model's own unembedding of a hidden state h + A_kr h + b_kr, initially
+near h. They take 8 K R V bytes a block: for bytes, bits and picture codes, not 128k words. CP needs at least 2^(K-1)
+states for even parity of K bits; a chain whose tokens depend on the state alone needs 4. A sufficient width does not
+imply that training finds the solution (see `anneal`).
 
-Everything rests on `walk`, which goes through the tokens left to right and knows, before each, log P(z_k | x_<k): the
-conditionals follow, and a block cut short by its end scores its exact marginal, as what follows is never asked about.
+`walk` visits the tokens left to right with log P(z_k | x_<k) before each. Conditionals follow from it, and a block that
+ends early scores its exact marginal, as later tokens are not visited.
 
-Legend: B blocks, K tokens, m <= K of them, R states, V vocabulary, W width, r rank of an expander, N transitions.
+Legend: B blocks of tokens, K tokens, m <= K of them, R states, V vocabulary, W width, r rank of an expander, N
+transitions.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from omni.rng import Key
 from omni.samplers.inverse_cdf import pick
 
 Visit = Callable[[int, Tensor], Tensor]
-"""(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token that stands, or is put, at k."""
+"""(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token at k, given or chosen."""
 
-COOLING_FROM = 0.5  # the power of emissions in responsibilities where annealing begins
+COOLING_FROM = 0.5  # the power of emissions in responsibilities at the start of annealing
 
 
 class CircuitConfig(Frozen):
     """num_states: R. expander_rank: r of the matrices A_kr = down up; 0: full, W x W for each of K R.
 
-    noise: how far states are apart to begin with, as a share of h. gamma: the loss weights token k by gamma^(k-1).
-    anneal: the share of training during which responsibilities are cooled (see `Circuit.loss`); 0: none.
-    balance: weight of the term that keeps all states in use; 0: none. Together they lead out of optima in which two
-    states share what one could say. Take anneal = 0 where no few tokens depend on one another but all do (parity), and
-    a smaller balance where R is no more than is needed and the states must be used unequally.
+    noise: the initial distance between states, as a share of h. gamma: the loss weights token k by gamma^(k-1).
+    anneal: the share of training with softened responsibilities (see `Circuit.loss`); 0: none.
+    balance: weight of the term for equal use of all states; 0: none. Together they avoid optima where two states are
+    equal. Set anneal = 0 where all tokens depend on one another and no few do (parity). Use a smaller balance where R
+    is just enough and the states must be used unequally.
     """
 
     num_states: int = Field(default=8, ge=2, le=4096)
@@ -61,15 +62,15 @@ class CircuitConfig(Frozen):
 
 @dataclass(frozen=True)
 class Laws:
-    """The circuits of B blocks, in float64 nats: whatever a last axis ranges over sums to one."""
+    """The circuits of B blocks, in float64 nats: each normalised over its last axis."""
 
     root: Tensor  # (B, R)
-    moves: Tensor  # (B, N, R, R): from the state of one place to that of the next
+    moves: Tensor  # (B, N, R, R): from one state to the next
     emissions: Tensor  # (B, K, R, V)
 
 
 class Circuit(JointHead):
-    """What the three share. A family says how its states hang together: `num_moves`, `walk`, `states`, `steps`."""
+    """Shared by the three families. A family defines how its states depend: `num_moves`, `walk`, `states`, `steps`."""
 
     exact, conditional = True, True
     Config = CircuitConfig
@@ -88,7 +89,8 @@ class Circuit(JointHead):
 
     @torch.no_grad()
     def initialise(self, key: Key) -> None:
-        """Expanders and biases keyed normal, of size `noise` beside h; uniform root; moves near the identity."""
+        """Expanders and biases normal, of size `noise` relative to h, keyed by name; uniform root; moves near the
+        identity."""
         c: CircuitConfig = self.config
         for parameter in self.parameters():
             parameter.zero_()
@@ -112,7 +114,7 @@ class Circuit(JointHead):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Draws that wait for one another before all tokens are drawn at once (`sample_latent`)."""
+        """Sequential samples before all tokens are sampled at once (`sample_latent`)."""
 
     @abstractmethod
     def walk(self, laws: Laws, num: int, visit: Visit) -> None:
@@ -120,9 +122,9 @@ class Circuit(JointHead):
 
     @abstractmethod
     def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        """(B, K) int64: the latent states, drawn with uniforms (B, K)."""
+        """(B, K) int64: latent states, sampled with uniforms (B, K)."""
 
-    # ---- what follows from it -------------------------------------------------------------------------------------
+    # ---- the contract ---------------------------------------------------------------------------------------------
 
     def laws(self, call: JointCall) -> Laws:
         h, R = call.start, self.config.num_states
@@ -142,8 +144,8 @@ class Circuit(JointHead):
     def score(self, laws: Laws, ids: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids (B, m) -> log q(x_k | x_<k) (B, m) and log P(z_k | x_<=k) (B, m, R).
 
-        With emissions f to a `power` below one: of F_k = log E_z[(f_1 .. f_k)^power] / power, the differences
-        F_k - F_(k-1); by Jensen F_k <= log q(x_<=k), and responsibilities are those of the softened emissions.
+        With emissions f to a `power` below one: with F_k = log E_z[(f_1 .. f_k)^power] / power, the differences
+        F_k - F_(k-1). By Jensen F_k <= log q(x_<=k). Responsibilities are those of the softened emissions.
         """
         index = ids[:, :, None, None].expand(-1, -1, self.config.num_states, 1)
         scores = laws.emissions[:, : ids.shape[1]].gather(-1, index).squeeze(-1) * power
@@ -160,7 +162,8 @@ class Circuit(JointHead):
         return torch.stack(found, 1), torch.stack(after, 1)
 
     def run(self, laws: Laws, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V), where `choose` takes k and the law (B, V) to ids (B,)."""
+        """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
+        (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
 
@@ -175,15 +178,15 @@ class Circuit(JointHead):
         return torch.stack(ids, 1), torch.stack(found, 1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """Token k is pick(q(. | x_<k), u_k). Fewer uniforms than K draw the first tokens alone."""
+        """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
         ids, log_q = self.run(self.laws(call), num, lambda k, law: pick(law, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
     def sample_latent(self, call: JointCall, uniforms: Tensor, key: Key) -> Draft:
-        """The same law with fewer draws that wait for one another: states from the root down, drawn with `key`, then
-        every token at once, token k with u_k. Its conditionals are those of `conditionals`; none are given here."""
+        """The same distribution in fewer sequential steps: states from the root down, sampled with `key`, then all
+        tokens at once, token k at u_k. Its conditionals are those of `conditionals`; the draft has no `log_q`."""
         laws, num = self.laws(call), self.fits(uniforms)
         draws = key.fold("states").uniform((len(uniforms), self.length), torch.float64)
         states = self.states(laws, draws.to(uniforms.device))[:, :num]
@@ -191,7 +194,7 @@ class Circuit(JointHead):
         return Draft(pick(laws.emissions[:, :num].gather(2, index).squeeze(2), uniforms), steps=self.steps)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        """Of ids (B, m), m <= K: a shorter block has the exact marginal of its tokens."""
+        """Of ids (B, m), m <= K: the exact marginal of a shorter block."""
         self.fits(ids)
         return LogProb(self.score(self.laws(call), ids)[0].sum(-1), "exact")
 
@@ -201,8 +204,9 @@ class Circuit(JointHead):
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
         """-sum_k gamma^(k-1) log q(x_k | x_<k) over the valid prefix, per unit of gamma^(k-1).
 
-        While annealed, the power of emissions rises from a half to one: states share every block before they
-        divide the blocks among them (deterministic annealing; Ueda and Nakano 1998). It is a bound of the loss.
+        During annealing the power of emissions rises from a half to one: states share every block before they divide
+        the blocks among them (deterministic annealing; Ueda and Nakano 1998). The annealed value is an upper bound of
+        the loss.
         """
         c: CircuitConfig = self.config
         ids, valid = lesson.blocks.ids, lesson.blocks.valid
@@ -243,7 +247,7 @@ class CP(Circuit):
 
 @JOINT_HEADS.register("hmm")
 class HMM(Circuit):
-    """A chain of states z_1 .. z_K whose transitions differ from step to step and from context to context."""
+    """A chain of states z_1 .. z_K; transitions depend on the step and on the context."""
 
     @property
     def num_moves(self) -> int:
@@ -273,8 +277,8 @@ Span = tuple[int, int]
 
 @JOINT_HEADS.register("tree")
 class Tree(Circuit):
-    """Spans [a, b) of two tokens or more have a state; the root's is drawn from `root`, a half's given its parent's
-    from a matrix of the half. A token has the state of the smallest such span around it."""
+    """Each span [a, b) of two or more tokens has a state. The root's is sampled from `root`; a half's is sampled given
+    its parent's, by a matrix of the half. A token uses the state of the smallest such span around it."""
 
     order = "any"
 
@@ -295,7 +299,7 @@ class Tree(Circuit):
         self._walk(laws, (0, self.length), laws.root, num, visit)
 
     def _walk(self, laws: Laws, span: Span, belief: Tensor, num: int, visit: Visit) -> Tensor:
-        """belief (B, R): log P(state of span | x before it). Returns log P(x of span, as far as it goes | state)."""
+        """belief (B, R): log P(state of span | x before it). Returns log P(x of span, up to token num | state)."""
         if span[1] - span[0] == 1:
             return visit(span[0], belief)
         found = torch.zeros_like(belief)
@@ -326,13 +330,13 @@ class Tree(Circuit):
 
 
 def _halves(span: Span) -> tuple[Span, Span]:
-    """The left half is the longer one of an odd number."""
+    """The left half is the longer one for an odd number."""
     middle = (span[0] + span[1] + 1) // 2
     return (span[0], middle), (middle, span[1])
 
 
 def _levels(length: int) -> list[list[tuple[Span, Span]]]:
-    """(span, parent) of every span of two tokens or more below the root, level by level."""
+    """(span, parent) of every span of two or more tokens below the root, level by level."""
     levels: list[list[tuple[Span, Span]]] = []
     parents = [(0, length)]
     while parents:
@@ -348,7 +352,8 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _imbalance(after: Tensor, valid: Tensor) -> Tensor:
-    """Sum over valid tokens of log R - H(mean over blocks of P(z_k | x_<=k)), in nats: zero where all share alike."""
+    """Sum over valid tokens of log R - H(mean over blocks of P(z_k | x_<=k)), in nats: zero if all states are used
+    equally."""
     count = valid.sum(0)
     mean = (after.exp() * valid.unsqueeze(-1)).sum(0) / count.clamp(min=1).unsqueeze(-1)
     entropy = -torch.special.xlogy(mean, mean).sum(-1)

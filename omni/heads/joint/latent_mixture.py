@@ -1,12 +1,12 @@
-"""A mixture over one number: K placeholders that all know lambda ~ U[0, 1], and given it a product of K laws.
+"""A mixture over one number: K placeholders condition on lambda ~ U[0, 1]; given lambda, tokens are independent.
 
     q(x) = E prod_k q_k(x_k | c, lambda)
 
-(arXiv 2410.08709.) One draw of lambda ties the block together; as capacity grows it is any joint, but the mean has no
-closed form. Loss and likelihood are therefore log-mean-exp over M numbers, one in each M-th of [0, 1]: a bound on
-log q that holds in the mean and tightens with M, never the value itself.
+(arXiv 2410.08709.) One sample of lambda couples the block. With growing capacity the mixture is any joint distribution,
+but the mean has no closed form. So loss and likelihood are log-mean-exp over M values of lambda, one in each M-th of
+[0, 1]: in expectation a lower bound on log q, which tightens with M.
 
-Legend: B blocks, K tokens, V vocabulary, W width, M numbers.
+Legend: B blocks of tokens, K tokens, V vocabulary, W width, M values of lambda.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omni.samplers.inverse_cdf import pick
 
 class LatentMixtureConfig(Frozen):
     """num_latents: M in training, each a pass with a graph. num_samples: M of a block's likelihood.
-    frequencies: of the sines that show lambda to the placeholders."""
+    frequencies: of the sines that embed lambda."""
 
     num_latents: int = Field(default=8, ge=1, le=1 << 16)
     num_samples: int = Field(default=64, ge=1, le=1 << 16)
@@ -47,7 +47,7 @@ class LatentMixture(JointHead):
         self.decoder = nn.Parameter(torch.zeros(width, width))
 
     def initialise(self, key: Key) -> None:
-        """The matrix before the read-out at zero."""
+        """The matrix before the output projection starts at zero."""
         super().initialise(key)
         torch.nn.init.zeros_(self.decoder)
 
@@ -59,7 +59,7 @@ class LatentMixture(JointHead):
         return call.read(moved).double().log_softmax(-1)
 
     def mixture(self, call: JointCall, ids: Tensor, valid: Tensor, offsets: Tensor) -> Tensor:
-        """(B,) float64: log-mean-exp over the M numbers (m + offset_m) / M of the log-probability of ids (B, K) where
+        """(B,) float64: log-mean-exp, over the M values (m + offset_m) / M, of the probability of ids (B, K) where
         `valid` (B, K); offsets (B, M) in [0, 1). M passes."""
         M, scores = offsets.shape[1], []
         for m in range(M):
@@ -69,8 +69,8 @@ class LatentMixture(JointHead):
         return torch.stack(scores, -1).logsumexp(-1) - math.log(M)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """See the contract. Lambda is keyed, and independent of the uniforms: given it, `log_q` is what the ids were
-        drawn from. `passes` must divide K: so many calls with a lambda each, of which K / passes tokens are kept."""
+        """See the contract. Lambda is keyed and independent of the uniforms; given lambda, ids are sampled from
+        `log_q`. `passes` must divide K: each pass has a lambda of its own and gives K / passes tokens."""
         B, K = len(uniforms), self.fits(uniforms)
         self.check_passes(passes, K)
         ids, laws, n = torch.zeros(B, 0, dtype=torch.int64, device=uniforms.device), [], K // passes
@@ -82,7 +82,7 @@ class LatentMixture(JointHead):
 
     @torch.no_grad()
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        """A lower bound in the mean over `key`, from num_samples numbers."""
+        """A lower bound in expectation over `key`, from num_samples values of lambda."""
         offsets = key.fold("latents").uniform((len(ids), self.config.num_samples), torch.float64).to(ids.device)
         return LogProb(self.mixture(call, ids, torch.ones_like(ids, dtype=torch.bool), offsets), "bound")
 

@@ -1,24 +1,23 @@
-"""The masked-block head: K placeholders that see one another, some of them shown a token, the others asked for theirs.
+"""The masked-block head: K placeholders that see one another. Some show a token; the head predicts the others.
 
     q_k(. | c, x_S)     for every k outside of the shown set S, from one pass
 
 (absorbing diffusion inside a block: MDLM, arXiv 2406.07524, MD4, arXiv 2406.04329; with clean text before the block,
-BD3-LM, arXiv 2503.09573). A shown token enters as its embedding and a learned vector, a masked one as another vector;
-nothing is cached. Tokens revealed by one pass are independent of one another, so one pass (S empty) is a product, N
-passes cost at best the total correlation of every set given those before it, and only K passes are any joint: the head
-is not universal. Which tokens a pass reveals is in masked_sampling.
+BD3-LM, arXiv 2503.09573). The input of a shown token is its embedding plus a learned vector; that of a masked token is
+another vector; nothing is cached. Tokens revealed in one pass are independent. So one pass (S empty) is a product; N
+passes cost at best the total correlation of every set given those before it; and only K passes represent any joint: the
+head is not universal. masked_sampling chooses the tokens that a pass reveals.
 
 Training. The evidence bound of absorbing diffusion is the same for every schedule: with m masked tokens of n,
 
     -log q(x) <= sum over m = 1 .. n of (1 / m) E_M sum over k in M of -log q_k(x_k | x without M),    |M| = m uniform
 
-equal to the mean over all orders of revealing tokens one by one. A step draws one m for every block, from the law P of
-the schedule, and weighs its masked tokens by 1 / (m P(m)); given the time of the diffusion m is binomial, and taking
-the mean over that time leaves less variance. A block that ends after n < K tokens masks some of those n: placeholders
-past its end stay masked and are not counted, as are those past a shorter draft. Masked there means not known, not that
-nothing follows.
+equal to the mean over all orders of revealing tokens one by one. A step samples one m per block, from the schedule's
+distribution P, and weights its masked tokens by 1 / (m P(m)). Given the diffusion time, m is binomial; averaging over
+that time reduces the variance. A block that ends after n < K tokens masks some of those n: placeholders past its end
+stay masked and do not count, as do those past a shorter draft. There a mask means unknown, not that the text ends.
 
-Legend: B blocks, K tokens, n <= K of them, V vocabulary, W width.
+Legend: B blocks of tokens, K tokens, n <= K of them, V vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ from omni.sequence.placeholders import Blocks
 
 
 class MaskedConfig(Unmasking):
-    """schedule: of training too. num_samples: sets of m masked tokens, for every m, of a block's likelihood."""
+    """schedule: of training too. num_samples: the number of sets, for each number m of masked tokens, of a
+    likelihood."""
 
     num_samples: int = Field(default=32, ge=1)
 
@@ -60,14 +60,14 @@ class Masked(JointHead):
         self.decoder = nn.Parameter(torch.zeros(width, width))
 
     def initialise(self, key: Key) -> None:
-        """The matrix before the read-out at zero, the mask an embedding of deviation one: all of a block may be masks,
-        and norms have no slope worth having at zero."""
+        """The matrix before the output projection starts at zero. The mask is an embedding of deviation one: a whole
+        block may be masks, and norms are steep at zero."""
         super().initialise(key)
         nn.init.zeros_(self.decoder)
         self.mask.data.copy_(key.fold("mask").normal((self.width,)))
 
     def logits(self, call: JointCall, ids: Tensor, shown: Tensor) -> Tensor:
-        """(B, n, V) of every token, given those of ids (B, n) where `shown` (B, n). One pass, of K placeholders."""
+        """(B, n, V) of every token, given those of ids (B, n) where `shown` (B, n). One pass, with K placeholders."""
         rest = self.length - ids.shape[1]
         ids, known = nn.functional.pad(ids, (0, rest)), nn.functional.pad(shown, (0, rest))
         tokens = call.embed(torch.where(known, ids, 0))
@@ -82,8 +82,9 @@ class Masked(JointHead):
     # ---- the contract ---------------------------------------------------------------------------------------------
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """See the contract. Any number of passes from 1 to n; token k is pick(its law, u_k) when it is revealed. One
-        pass has exact laws; more have none from left to right, and `log_q` is None. `key` orders the tokens."""
+        """See the contract. 1 to n passes; token k is the inverse-CDF sample at u_k in the pass that reveals it. One
+        pass gives exact `log_q`; with more, left-to-right probabilities do not exist and `log_q` is None. `key` orders
+        the tokens."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
         if passes == 1:
@@ -92,18 +93,19 @@ class Masked(JointHead):
         return Draft(draw_in_passes(partial(self.laws, call), uniforms, key, passes, self.config))
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        """Of one pass, which depend on no token."""
+        """Of one pass; they depend on no token."""
         self.fits(ids)
         return self.laws(call, ids, torch.zeros_like(ids, dtype=torch.bool))
 
     @torch.no_grad()
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        """The evidence bound of ids (B, n): below the log-probability of revealing them one by one in a random order
-        (n passes, "ancestral"), in the mean over `key`; NOT of the one-pass law, whose exact value `conditionals` has.
+        """The evidence bound of ids (B, n): in expectation over `key`, below the log-probability of revealing them one
+        by one in a random order (n passes, "ancestral"). Not of the one-pass distribution; `conditionals` has its exact
+        value.
 
-        Every number m of masked tokens is enumerated. For each, all sets of m tokens are taken if there are at most
-        num_samples of them (of 32, as it stands: all for n <= 6), so that the bound is exact, else num_samples keyed
-        ones. As many passes as sets.
+        Every number m of masked tokens is enumerated. For each m, all sets are used if there are at most num_samples of
+        them (32 by default: all for n <= 6), which makes the bound exact; else num_samples keyed sets. One pass per
+        set.
         """
         num, total = self.fits(ids), torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
         for m in range(1, num + 1):
@@ -133,7 +135,7 @@ class Masked(JointHead):
 @cache
 def number_law(num: int, schedule: Schedule) -> Tensor:
     """(num,) float64: P(m) for m = 1 .. num masked tokens. At a time u ~ U[0, 1] each is masked with probability u
-    ("linear") or cos(pi u / 2) ("cosine"); the binomial is averaged over u, without the cases in which none is."""
+    ("linear") or cos(pi u / 2) ("cosine"); the binomial is averaged over u, without the case of no masked token."""
     if schedule == "linear":
         return torch.full((num,), 1 / num, dtype=torch.float64)
     share = torch.cos((torch.arange(1024, dtype=torch.float64) + 0.5) / 1024 * (math.pi / 2)).unsqueeze(-1)
@@ -144,8 +146,9 @@ def number_law(num: int, schedule: Schedule) -> Tensor:
 
 
 def draw_masks(blocks: Blocks, schedule: Schedule, key: Key) -> tuple[Tensor, Tensor]:
-    """Masked tokens (B, K) bool, among the valid ones, and weights (B,) float64 of the sums over them that make the
-    evidence bound. What is drawn for a block hangs on its name alone. A block without valid tokens has weight 0."""
+    """Masked tokens (B, K) bool, among the valid ones, and weights (B,) float64; the weighted sums over masked tokens
+    are the evidence bound. The random values of a block depend on its name alone. A block without valid tokens has
+    weight 0."""
     valid = blocks.valid.cpu()
     K, lengths = valid.shape[1], valid.sum(-1)
     law = torch.stack([nn.functional.pad(number_law(n, schedule), (0, K - n)) for n in range(1, K + 1)])
@@ -164,16 +167,16 @@ STRIDES = (0x9E3779B97F4A7C15, 0x6A09E667F3BCC909, 0x93CD3A2C8198E269)  # 2^64 t
 
 
 def spread_uniforms(names: tuple[tuple[int, int, int], ...], key: Key) -> Tensor:
-    """(B,) float64, uniform on [0, 1) over keys and spread over the names of a step: one keyed number for the step and
-    a multiple of the golden section for every name, modulo 1. Documents numbered one after another come out evenly, as
-    if stratified; any others no worse than independent draws. Each hangs on its own name alone."""
+    """(B,) float64: uniform on [0, 1) over keys, and evenly spread over the names of a step: one keyed number for the
+    step plus a multiple of the golden section per name, modulo 1. Consecutively numbered documents are stratified; any
+    others are no worse than independent. Each value depends on its own name alone."""
     start = key.integer() << 1
     turns = [start + sum(s * part for s, part in zip(STRIDES, name, strict=True)) for name in names]
     return torch.tensor([((turn % 2**64) >> 11) / 2**53 for turn in turns], dtype=torch.float64)
 
 
 def sets_of(rows: int, num: int, m: int, most: int, key: Key) -> Iterator[Tensor]:
-    """Sets (rows, num) bool of m masked tokens: all of them, the same for every row, or `most` keyed ones."""
+    """Sets (rows, num) bool of m masked tokens: all sets, the same for every row, or `most` keyed ones."""
     if math.comb(num, m) <= most:
         for chosen in combinations(range(num), m):
             yield torch.zeros(rows, num, dtype=torch.bool).index_fill_(1, torch.tensor(chosen), True)

@@ -1,18 +1,18 @@
-"""Which tokens of a masked block every pass reveals; what is revealed is drawn by the token's own uniform.
+"""The tokens that each pass of a masked block reveals. A token's own uniform gives its id.
 
-    ancestral   in uniformly random order. How many in each pass is the schedule's, as even as can be ("linear") or few
-                at first ("cosine"), instead of binomial about it: the first steps of absorbing diffusion with the
-                variance of their sizes taken out, so that n passes draw one token each. With exact conditionals the
-                cost is the total correlation of every set given those before it, and none in n passes
-    confidence  the tokens whose drawn id is likeliest, as many as the schedule says (MaskGIT, arXiv 2202.04200):
-                log-probability plus gumbel_temperature (1 - i / N) times Gumbel noise in pass i of N. A token that is
-                not kept is drawn again, by the same uniform. What is kept depends on what was drawn: a sharper law than
-                the head's own, even in n passes
-    entropy     the tokens of least entropy, as many as keep the bound sum H - max H on their total correlation at or
-                below entropy_bound (arXiv 2505.24857); more of them where the passes that are left would not suffice,
-                and no pass once everything is revealed
+    ancestral   in uniformly random order. The schedule gives the number in each pass: as even as possible ("linear") or
+                few at first ("cosine"). In absorbing diffusion the number is binomial; here it has no variance, and n
+                passes reveal one token each. With exact conditionals the cost is the total correlation of every set
+                given those before it, and zero in n passes
+    confidence  the tokens whose sampled id is likeliest, as many as the schedule gives (MaskGIT, arXiv 2202.04200):
+                log-probability plus gumbel_temperature (1 - i / N) times Gumbel noise in pass i of N. Other tokens are
+                sampled again with the same uniform. The choice depends on the sampled ids: the distribution is sharper
+                than the head's own, even in n passes
+    entropy     the tokens of least entropy, while the bound sum H - max H on their total correlation is at or below
+                entropy_bound (arXiv 2505.24857); more if the remaining passes would not suffice; no pass once all are
+                revealed
 
-Legend: B blocks, n tokens, V vocabulary, N passes.
+Legend: B blocks of tokens, n tokens, V vocabulary, N passes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from omni.rng import Key
 from omni.samplers.inverse_cdf import pick
 
 Schedule = Literal["linear", "cosine"]
-Laws = Callable[[Tensor, Tensor], Tensor]  # ids (B, n), shown (B, n) -> (B, n, V) float64 log-laws; one pass
+Laws = Callable[[Tensor, Tensor], Tensor]  # ids (B, n), shown (B, n) -> (B, n, V) float64 log-probabilities; one pass
 
 
 class Unmasking(Frozen):
-    """See above. schedule: how many tokens are masked at a time ("entropy" heeds its bound instead).
-    gumbel_temperature: of "confidence" alone. entropy_bound: of "entropy" alone, in nats."""
+    """See the module docstring. schedule: how many tokens are masked at a time ("entropy" uses its bound instead).
+    gumbel_temperature: of "confidence" only. entropy_bound: of "entropy" only, in nats."""
 
     unmasking: Literal["ancestral", "confidence", "entropy"] = "ancestral"
     schedule: Schedule = "linear"
@@ -51,8 +51,8 @@ class Unmasking(Frozen):
 
 
 def reveal_sizes(num: int, passes: int, schedule: Schedule) -> list[int]:
-    """How many of `num` tokens each of `passes` reveals, one or more. linear: equal, the first ones larger by one where
-    a rest is left. cosine: num cos(pi i / 2 N) tokens are still masked after pass i, rounded down."""
+    """The number of tokens, at least one, that each of `passes` reveals of `num`. linear: equal; with a remainder the
+    first ones are larger by one. cosine: num cos(pi i / 2 N), rounded down, are still masked after pass i."""
     if schedule == "linear":
         return [num // passes + (i < num % passes) for i in range(passes)]
     left, sizes = num, []
@@ -92,8 +92,8 @@ def most_wanted(score: Tensor, shown: Tensor, size: int | Tensor) -> Tensor:
 
 
 def least_entropy(law: Tensor, shown: Tensor, bound: float, passes_left: int) -> Tensor:
-    """(B, n) bool: tokens in the order of their entropies, until those before the last add up to more than `bound`.
-    At least as many as leave no more than one pass's share for each of the others."""
+    """(B, n) bool: tokens in order of entropy, while the sum over those before the last is at most `bound`. At least so
+    many that each remaining pass reveals no more than its equal share."""
     entropy = -torch.special.xlogy(law.exp(), law.exp()).sum(-1)
     rising = entropy.masked_fill(shown, math.inf).sort(-1).values
     within = (rising.cumsum(-1) - rising).nan_to_num(math.inf) <= bound  # without the last, which is the largest

@@ -1,14 +1,14 @@
-"""The noise of a token: what it looks like, which id it names under a law, and which noise stands for a given id.
+"""The noise of a token: its form, its map to an id under a distribution, and the inverse map.
 
-Three kinds. All are written as `size` uniforms a token before they take their own form, so whatever is drawn is drawn
-as uniforms:
+There are three kinds. Each starts as `size` uniforms a token and is then transformed, so all noise is sampled as
+uniforms:
 
-    uniform   one number u; the id is min{v : F(v) > u} (samplers.inverse_cdf), as in plain decoding
+    uniform   one number u; the id is min{v : F(v) > u} (samplers.inverse_cdf), as in autoregressive decoding
     tree      ceil(log2 V) numbers, one for each level of a binary tree whose leaves are the ids in order; at a node
               whose children weigh (a, b) the path goes right if u (a + b) >= a
     gumbel    V Gumbel numbers g; the id is argmax(log p + g) (arXiv 2603.22216)
 
-`invert` draws from p(noise | law, id): over ids drawn from the law, that is the prior again.
+`invert` samples p(noise | distribution, id); averaged over ids from the distribution, that is the prior.
 
 Legend: V vocabulary, D levels, S numbers of a token's noise (1, D or V), W width; leading dimensions are free.
 """
@@ -26,13 +26,13 @@ from omni.rng import Key
 from omni.samplers.inverse_cdf import interval, pick
 
 NoiseKind = Literal["uniform", "tree", "gumbel"]
-SMALLEST = 1e-9  # of a probability that is still inverted: below it float32 features tell no two noises apart
+SMALLEST = 1e-9  # the smallest probability that is inverted; below it float32 features of two noises are equal
 TINY = 2.0**-53
 
 
 class Waves(nn.Module):
-    """Numbers (..., S) in [0, 1) -> (..., W): each with its sine and cosine at 2^i 2 pi, i < `frequencies`, then two
-    layers. The features are computed in float64."""
+    """Numbers (..., S) in [0, 1) -> (..., W): each with its sine and cosine at 2^i 2 pi, i < `frequencies`, then a
+    two-layer MLP. The features are computed in float64."""
 
     def __init__(self, size: int, width: int, frequencies: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Waves(nn.Module):
 class Noise(nn.Module, ABC):
     """One kind of noise, and its embedding into placeholders. Noise is (..., S) float64."""
 
-    tied: ClassVar[int] = 0  # how many of a token's S numbers are its uniform of plain decoding
+    tied: ClassVar[int] = 0  # how many of a token's S numbers are its uniform of autoregressive decoding
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class Noise(nn.Module, ABC):
         return draws
 
     def prior(self, uniforms: Tensor, key: Key) -> Tensor:
-        """(..., S) noise from the prior for `uniforms` (...), the numbers that plain decoding would use: they are kept
-        where the kind has a place for them (uniform: all of it; tree: the root's branch), the rest is keyed."""
+        """(..., S) noise from the prior for `uniforms` (...), the noise of autoregressive decoding. The kind uses them
+        where it can (uniform: all of it; tree: the root's branch); the rest is keyed."""
         rest = self.size - self.tied
         kept = uniforms.double().unsqueeze(-1)[..., : self.tied]
         if not rest:
@@ -72,12 +72,12 @@ class Noise(nn.Module, ABC):
 
     @abstractmethod
     def pick(self, log_p: Tensor, noise: Tensor) -> Tensor:
-        """The id (...) that noise (..., S) names under log_p (..., V); never one of probability zero."""
+        """The id (...) of noise (..., S) under log_p (..., V); its probability is never zero."""
 
     @abstractmethod
     def invert(self, log_p: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
-        """Noise (..., S) that names ids (...) under log_p (..., V), from uniforms `draws` (..., S): a draw from the
-        posterior. Exact wherever the id has probability SMALLEST or more; where it has less, merely finite."""
+        """Noise (..., S) that maps to ids (...) under log_p (..., V), from uniforms `draws` (..., S): a sample from the
+        posterior. Exact if the id has probability SMALLEST or more, else only finite."""
 
     @abstractmethod
     def embed(self, noise: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class UniformNoise(Noise):
     def invert(self, log_p: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
         lower, width = interval(log_p, ids)
         u = (lower + draws[..., 0] * width).clamp(max=1 - TINY)
-        wrong = pick(log_p, u) != ids  # rounded out of an interval that is wide enough for its middle to be safe
+        wrong = pick(log_p, u) != ids  # u was rounded out of the interval; its middle is safe
         return torch.where(wrong, lower + width / 2, u).unsqueeze(-1)
 
     def embed(self, noise: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class UniformNoise(Noise):
 
 
 class TreeNoise(Noise):
-    """The root's branch is the one that plain decoding with the token's uniform would take."""
+    """The root's branch is that of autoregressive decoding with the token's uniform."""
 
     tied = 1
 
@@ -157,7 +157,7 @@ def _children(mass: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GumbelNoise(Noise):
-    """Seen by placeholders as a linear function of softmax(g)."""
+    """Placeholders embed it as a linear function of softmax(g)."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__(vocab_size)
@@ -170,8 +170,8 @@ class GumbelNoise(Noise):
         return (log_p.double().log_softmax(-1) + noise).argmax(-1)
 
     def invert(self, log_p: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
-        """The largest log p + g is a Gumbel number whatever the law, and the others are cut off at it (the truncated
-        Gumbel numbers of arXiv 1411.0030)."""
+        """The largest log p + g is Gumbel for every distribution; the others are truncated at it (the truncated Gumbel
+        numbers of arXiv 1411.0030)."""
         log_p, free = log_p.double().log_softmax(-1), self.form(draws)
         where = ids.unsqueeze(-1)
         largest = free.gather(-1, where)
@@ -190,5 +190,5 @@ def build_noise(kind: NoiseKind, vocab_size: int, width: int, frequencies: int) 
 
 
 def draws_of(names: tuple[tuple[int, int, int], ...], shape: tuple[int, ...], key: Key) -> Tensor:
-    """(B, *shape) float64 uniforms, those of a block keyed by its name alone."""
+    """(B, *shape) float64 uniforms; those of a block are keyed by its name alone."""
     return torch.stack([key.fold(*name).uniform(shape, torch.float64) for name in names])

@@ -1,10 +1,10 @@
-"""Product heads: every token from a law of its own, independent of the others drawn with it. The baseline.
+"""Product heads: all tokens of a draft are independent. The baseline.
 
 K residual blocks on the hidden state of the start, x + SiLU(W x), and the model's own unembedding (Medusa, arXiv
-2401.10774; Gloeckle et al., arXiv 2404.19737). Whatever the loss, q(x) = prod_k q_k(x_k) cannot tell "high card, two
-pair" from "high pair": its best forward KL to the joint is the total correlation.
+2401.10774; Gloeckle et al., arXiv 2404.19737). Whatever the loss, q(x) = prod_k q_k(x_k) cannot separate "high card,
+two pair" from "high pair": its best forward KL to the joint is the total correlation.
 
-Legend: B blocks, K tokens, V vocabulary, W width.
+Legend: B blocks of tokens, K tokens, V vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omni.samplers.inverse_cdf import pick
 
 
 class ProductConfig(Frozen):
-    """No options: the blocks are as wide as the model."""
+    """No options: the residual blocks are as wide as the model."""
 
 
 @JOINT_HEADS.register("product")
@@ -33,7 +33,7 @@ class Product(JointHead):
         self.blocks = nn.Parameter(torch.zeros(length, width, width))
 
     def initialise(self, key: Key) -> None:
-        """Zero: every law starts as the model's own next-token law."""
+        """Zero: every distribution starts as the model's own next-token distribution."""
         torch.nn.init.zeros_(self.blocks)
 
     def laws(self, call: JointCall) -> Tensor:

@@ -1,38 +1,38 @@
-"""The push-forward head: a placeholder for every token, each told the noise its token is to be drawn with. The default.
+"""The push-forward head: a placeholder for every token, with the token's noise as its input. The default.
 
-Plain decoding is a map from noise to text, x_k = pick(P(. | c, x_<k), eps_k) for k = 1, 2, ..., and this head is that
-map for K tokens at once (arXiv 2512.21323; the placeholder's two read-outs at once are ours). Placeholder j stands
-where x_j will stand, sees the noise eps_1 .. eps_j, and is read twice:
+Autoregressive decoding is a map from noise to text: x_k is the inverse-CDF sample of P(. | c, x_<k) at eps_k, for
+k = 1, 2, .... This head computes that map for K tokens at once (arXiv 2512.21323; the two outputs per placeholder are
+ours). Placeholder j takes the place of x_j, sees the noise eps_1 .. eps_j, and has two outputs:
 
     decode       O_j: its own token x_j, a function of c and eps_<=j. The unembedding, after a matrix that starts as
                  the identity
-    categorical  C_j: P(x_j+1 | c, eps_<=j), as the model reads a token's hidden state; C_0 is P(x_1 | c) itself
+    categorical  C_j: P(x_j+1 | c, eps_<=j), as the model computes it from a token's hidden state; C_0 is P(x_1 | c)
 
-What the head draws: ids from one pass in either mode, the first of them exactly as plain decoding does; K passes are
-plain decoding. Categorical mode knows the laws it draws from; of its law over blocks there is a bound. The kinds of
-noise are in noise_kinds.
+Sampling: ids from one pass in either mode. The first id equals that of autoregressive decoding; K passes are
+autoregressive decoding. Categorical mode has the probabilities of its samples; its distribution over blocks has a
+bound. noise_kinds has the kinds of noise.
 
-Bound. Categorical mode draws x_k = pick(C_k-1(. | eps_<k), eps_k). With noise drawn left to right,
+Bound. In categorical mode x_k is the sample of C_k-1(. | eps_<k) at eps_k. With noise sampled left to right,
 eps_k ~ p(. | C_k-1, x_k),
 
     q(x) = E prod_k C_k-1(x_k | eps_<k)
 
-(the mean over that noise; substitute it in the integral over the prior). The logarithm of one draw is below log q in
-the mean, and log-mean-exp of M draws is a bound that tightens with M: an evidence bound whose posterior is exact for
-every token but blind to the tokens after it.
+(the mean over that noise; substitute it in the integral over the prior). In expectation, the logarithm of one sample is
+below log q, and log-mean-exp of M samples is a bound that tightens with M. It is an evidence bound whose posterior is
+exact for every token, but does not depend on the tokens after it.
 
-Loss. Noise for real data, by inverting it, and for what the head makes of fresh noise:
+Loss. Noise for real data, by inversion, and fresh noise with the head's own targets:
 
-    decode       cross-entropy of O_j to x_j: falls to zero as the map is learned
-    categorical  cross-entropy of C_j to x_j+1: falls to the data's entropy
-    semigroup    on a share of blocks: cross-entropy of O_j, given fresh noise, to what two calls of the target make of
-                 it, one after the other; zero where K tokens at once are what two shorter calls say
+    decode       cross-entropy of O_j to x_j: its optimum is zero
+    categorical  cross-entropy of C_j to x_j+1: its optimum is the data's entropy
+    semigroup    on a share of blocks: cross-entropy of O_j, given fresh noise, to the ids of two consecutive calls of
+                 the target; zero where K tokens at once equal those of the two shorter calls
 
-One pass with a graph carries all three: a block has either the noise of its data or fresh noise. The semigroup's calls
-are cut after the first token (which is then plain decoding's) or in the middle, by a coin per batch, and the first
-token of each is plain decoding's; progressive distillation of such maps is in arXiv 2606.10820.
+One pass with a graph computes all three: a block has either the noise of its data or fresh noise. The semigroup's calls
+are cut after the first token or in the middle, by a keyed choice per batch. The first token of each call is that of
+autoregressive decoding. Progressive distillation of such maps is in arXiv 2606.10820.
 
-Legend: B blocks, K tokens, S numbers of a token's noise, V vocabulary, W width, M draws.
+Legend: B blocks of tokens, K tokens, S numbers of a token's noise, V vocabulary, W width, M samples.
 """
 
 from __future__ import annotations
@@ -57,16 +57,17 @@ Mode = Literal["decode", "categorical"]
 
 
 class PushForwardConfig(Frozen):
-    """noise: see noise_kinds; `frequencies`: of the sines that show it to a placeholder (Gumbel noise has none).
+    """noise: see noise_kinds; `frequencies`: of the sines that embed it (not for Gumbel noise).
 
-    mode: the read-out that drafts. first: how decode mode says the first token, "pick" as plain decoding does (its law
-    is in the same pass) or by its own read-out ("decode").
-    intervals: the noise that data stands for: within the autoregressive pass's laws ("teacher"), or within the head's
-    own categorical laws ("own": no teacher is needed to be right, but K - 1 more passes a step).
-    categorical_target: cross-entropy to the ids, or to the teacher's laws (the same optimum, less variance).
-    decode_weight, categorical_weight: of the two read-outs; 0 leaves one out. decay: of the j-th token, decay^(j - 1).
-    semigroup_share: of blocks that are given fresh noise and told what two shorter calls make of it; 0: none.
-    num_samples: of noise for a block's likelihood; the bound tightens as it grows.
+    mode: the output that drafts. first: the first token in decode mode: "pick", as in autoregressive decoding (the same
+    pass has its probabilities), or by the decode output ("decode").
+    intervals: the noise of data: within the probabilities of the autoregressive pass ("teacher"), or within the head's
+    own categorical ones ("own": needs no correct teacher, but K - 1 more passes a step).
+    categorical_target: cross-entropy to the ids, or to the teacher's probabilities (the same optimum, less variance).
+    decode_weight, categorical_weight: of the two outputs; 0 removes one. decay: the j-th token has weight decay^(j -
+    1).
+    semigroup_share: of blocks with fresh noise, trained on the ids of two shorter calls; 0: none.
+    num_samples: noise samples of a block's likelihood; the bound tightens as it grows.
     """
 
     noise: NoiseKind = "uniform"
@@ -86,9 +87,9 @@ class PushForwardConfig(Frozen):
     def _every_option_has_an_effect(self) -> PushForwardConfig:
         given = self.model_fields_set
         if self.noise == "gumbel" and "frequencies" in given:
-            raise ValueError("gumbel noise is not shown by sines: leave frequencies out")
+            raise ValueError("Gumbel noise has no sines: leave frequencies out")
         if self.mode == "categorical" and self.first == "decode":
-            raise ValueError('mode "categorical" draws its first token as plain decoding does: leave first at "pick"')
+            raise ValueError('first = "decode" has no effect with mode = "categorical": leave first out')
         if self.semigroup_share == 0 and "semigroup_weight" in given:
             raise ValueError("semigroup_weight has no effect where semigroup_share is 0: leave it out")
         if self.categorical_weight == 0 and "categorical_target" in given:
@@ -112,7 +113,7 @@ class PushForward(JointHead):
         self.needs_teacher = config.intervals == "teacher" or config.categorical_target == "teacher"
 
     def initialise(self, key: Key) -> None:
-        """The matrix before the decode read-out at zero, what shows Gumbel noise as an embedding of deviation one."""
+        """The matrix before the decode output starts at zero; the embedding of Gumbel noise has deviation one."""
         super().initialise(key)
         torch.nn.init.zeros_(self.decoder)
         if self.config.noise == "gumbel":
@@ -126,11 +127,12 @@ class PushForward(JointHead):
         return self.placeholder + self.noise.embed(noise)
 
     def decode(self, call: JointCall, hidden: Tensor) -> Tensor:
-        """Hidden states of placeholders (..., W) -> logits (..., V) of the tokens they stand for."""
+        """Hidden states of placeholders (..., W) -> logits (..., V) of their tokens."""
         return call.read(hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype)))
 
     def one_pass(self, call: JointCall, noise: Tensor, mode: Mode, first: str) -> tuple[Tensor, Tensor | None]:
-        """Ids (B, n) for noise (B, n, S) from one pass, and in categorical mode their laws (B, n, V) float64."""
+        """Ids (B, n) for noise (B, n, S) from one pass; in categorical mode also their log-probabilities (B, n, V)
+        float64."""
         n = noise.shape[1]
         needed = 0 if n == 1 and first == "pick" else n - (mode == "categorical")
         hidden = call(self.placeholders(noise[:, :needed])) if needed else call.start.unsqueeze(1)
@@ -144,15 +146,15 @@ class PushForward(JointHead):
     # ---- the contract ---------------------------------------------------------------------------------------------
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """See the contract. `passes` must divide K: that many calls of K / passes tokens; K of them are plain decoding.
-        The noise is `uniforms` itself, or keyed where the kind is richer (see Noise.prior)."""
+        """See the contract. `passes` must divide K: each pass gives K / passes tokens; K passes are autoregressive
+        decoding. The noise is `uniforms` itself, or partly keyed for other kinds (see Noise.prior)."""
         K = self.fits(uniforms)
         self.check_passes(passes, K)
         noise = self.noise.prior(uniforms, key)
         return self.compose(call, noise, [K // passes] * passes, self.config.mode, self.config.first)
 
     def compose(self, call: JointCall, noise: Tensor, cuts: Sequence[int], mode: Mode, first: str) -> Draft:
-        """Ids for noise (B, K, S) by one pass for every number in `cuts`, each after the ids of those before it."""
+        """Ids for noise (B, K, S), one pass for every number in `cuts`, each after the ids of the passes before it."""
         ids, laws, at = noise.new_zeros(len(noise), 0, dtype=torch.int64), [], 0
         for n in cuts:
             behind = After(call, ids) if at else call
@@ -165,14 +167,14 @@ class PushForward(JointHead):
         return push_forward_terms(self, call, lesson)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        """A lower bound, of categorical mode's law in one pass, whatever mode the head drafts in."""
+        """A lower bound, for categorical mode in one pass, whatever mode the head drafts in."""
         return LogProb(block_bound(self, call, ids, key, self.config.num_samples), "bound")
 
 
 @torch.no_grad()
 def own_noise(head: PushForward, call: JointCall, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise (B, K, S) that names ids (B, K) under the head's own categorical laws, from uniforms `draws` (B, K, S), and
-    the ids' log-probabilities under those laws (B, K). K - 1 passes; no graph."""
+    """Noise (B, K, S) of ids (B, K) under the head's own categorical probabilities, from uniforms `draws` (B, K, S);
+    and the ids' log-probabilities (B, K). K - 1 passes; no graph."""
     K = ids.shape[1]
     hidden, found, scores = call.start, [], []
     for j in range(K):
@@ -186,8 +188,8 @@ def own_noise(head: PushForward, call: JointCall, ids: Tensor, draws: Tensor) ->
 
 @torch.no_grad()
 def block_bound(head: PushForward, call: JointCall, ids: Tensor, key: Key, num_samples: int) -> Tensor:
-    """(B,) float64: log-mean-exp over `num_samples` draws of noise; below log q(ids) in the mean. num_samples times
-    K - 1 passes."""
+    """(B,) float64: log-mean-exp over `num_samples` noise samples; in expectation below log q(ids). num_samples times K
+    - 1 passes."""
     total = torch.full((len(ids),), -math.inf, dtype=torch.float64, device=ids.device)
     for m in range(num_samples):
         shape = (*ids.shape, head.noise.size)
@@ -198,8 +200,8 @@ def block_bound(head: PushForward, call: JointCall, ids: Tensor, key: Key, num_s
 
 @dataclass(frozen=True)
 class Task:
-    """What the pass with a graph is asked: noise (B, K, S) and the ids (B, K) it should say. `counted` (B, K): where
-    they count. `fresh` (B,): blocks whose ids are what shorter calls said."""
+    """Inputs and targets of the pass with a graph: noise (B, K, S) and target ids (B, K). `counted` (B, K): the
+    positions that count. `fresh` (B,): blocks whose targets come from shorter calls."""
 
     noise: Tensor
     ids: Tensor
@@ -214,8 +216,8 @@ def push_forward_terms(head: PushForward, call: JointCall, lesson: Lesson) -> di
 
 @torch.no_grad()
 def set_task(head: PushForward, call: JointCall, lesson: Lesson) -> Task:
-    """The noise of the data, and on the semigroup's share of blocks fresh noise with its targets. A token whose law
-    gives it (nearly) no probability stands for no noise: it and those after it do not count."""
+    """The noise of the data; on the semigroup's share of blocks, fresh noise with its targets. A token of (nearly) zero
+    probability has no noise: it and those after it do not count."""
     blocks, share = lesson.blocks, head.config.semigroup_share
     device, shape = blocks.ids.device, (blocks.ids.shape[1], head.noise.size)
     draws = draws_of(blocks.names, shape, lesson.key.fold("noise")).to(device)
@@ -238,16 +240,16 @@ def set_task(head: PushForward, call: JointCall, lesson: Lesson) -> Task:
 
 @torch.no_grad()
 def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, lesson: Lesson) -> Tensor:
-    """Ids (B, K) that two calls of the target say for noise (B, K, S)."""
+    """Ids (B, K) from two calls of the target for noise (B, K, S)."""
     K = noise.shape[1]
-    newest = max(lesson.blocks.names)  # the lesson's key is that of the run: it has no step in it
+    newest = max(lesson.blocks.names)  # the lesson's key is that of the run, without the step
     cut = K // 2 if lesson.key.fold("cut", *newest).python().random() < 0.5 else 1
     cuts = [cut, K - cut] if 0 < cut < K else [K]
     return head.compose(call.target(), noise, cuts, "decode", "pick").ids
 
 
 def graded(head: PushForward, call: JointCall, task: Task, teacher: Tensor) -> dict[str, Terms]:
-    """One pass, and its terms. Nothing here is drawn."""
+    """One pass, and its terms. Not random."""
     config, K = head.config, task.ids.shape[1]
     hidden = call(head.placeholders(task.noise))[:, 1:]
     decay = config.decay ** torch.arange(K, device=hidden.device)

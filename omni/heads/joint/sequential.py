@@ -2,11 +2,12 @@
 
     s_0 = start        s_k = block(M [norm(s_(k-1)); norm(embed(x_k))])        q(x_(k+1) | x_<=k) = read(norm(s_k))
 
-The first law is the model's own next-token law; the block has one set of weights for all steps and is trained at the
-depth at which it draws (multi-token prediction of DeepSeek-V3, arXiv 2412.19437; EAGLE, arXiv 2401.15077). By the chain
-rule any joint can be had, capacity permitting; likelihood and conditionals are exact. It is not parallel in K.
+The first distribution is the model's own next-token distribution. The recurrent block has one set of weights for all
+steps and is trained at the depth at which it samples (multi-token prediction of DeepSeek-V3, arXiv 2412.19437; EAGLE,
+arXiv 2401.15077). By the chain rule it represents any joint, given capacity. Likelihood and conditionals are exact. It
+is not parallel in K.
 
-Legend: B blocks, K tokens, m <= K of them, V vocabulary, W width, M hidden width of the block.
+Legend: B blocks of tokens, K tokens, m <= K of them, V vocabulary, W width, M hidden width of the recurrent block.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from omni.samplers.inverse_cdf import pick
 
 
 class SequentialConfig(Frozen):
-    """expansion: M / W of the block's gated MLP. norm_eps: of its norms."""
+    """expansion: M / W of the gated MLP. norm_eps: of all norms."""
 
     expansion: int = Field(default=4, ge=1, le=16)
     norm_eps: float = Field(default=1e-6, gt=0)
@@ -61,7 +62,7 @@ class Sequential(JointHead):
         self.norm = RMSNorm(width, config.norm_eps)
 
     def walk(self, call: JointCall, said: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
-        """Logits (B, V) of the next id, again and again, and is sent ids (B,); the first are `said` (B, m)."""
+        """Yields logits (B, V) of the next id repeatedly; receives ids (B,); the first ids are `said` (B, m)."""
         state = call.start
         ids = iter(() if said is None else said.unbind(1))
         for k in range(self.length):
@@ -72,7 +73,8 @@ class Sequential(JointHead):
                 state = self.step(state, call.embed(last).to(state.dtype))
 
     def run(self, call: JointCall, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V), where `choose` takes k and the law (B, V) to ids (B,)."""
+        """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
+        (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
         walk = self.walk(call)
@@ -83,7 +85,7 @@ class Sequential(JointHead):
         return torch.stack(ids, 1), torch.stack(found, 1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """Token k is pick(q(. | x_<k), u_k). Fewer uniforms than K draw the first tokens alone."""
+        """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
         ids, log_q = self.run(call, num, lambda k, law: pick(law, uniforms[:, k]))
@@ -91,11 +93,11 @@ class Sequential(JointHead):
 
     def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
         if said.shape[1] >= self.length:
-            raise ValueError(f"this head goes {self.length} tokens past a hidden state; {said.shape[1]} leave it none")
+            raise ValueError(f"this head drafts {self.length} tokens after a hidden state; {said.shape[1]} leave none")
         return self.walk(call, said)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        """Of ids (B, m), m <= K: a shorter block has the exact marginal of its tokens."""
+        """Of ids (B, m), m <= K: the exact marginal of a shorter block."""
         found = self.conditionals(call, ids).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         return LogProb(found.sum(-1), "exact")
 

@@ -1,36 +1,35 @@
-"""Flow maps on the simplex: K tokens are carried together from Gaussian noise to one-hot vectors, in one jump or many.
+"""Flow maps on the simplex: they map K tokens jointly from Gaussian noise to one-hot vectors, in one or more jumps.
 
 The framework's flow maps (t = 1 noise, t = 0 data) on K one-hot vectors instead of latents: x_t = (1 - t) c e + t z
-for each token, e one-hot of V, z normal of V numbers, c the `scale` (arXiv 2602.16813, 2602.12233, 2604.09784). Of x_t
-the network reads one law a token, the endpoint D(x, t, s), and
+for each token, e one-hot of V, z normal of V numbers, c the `scale` (arXiv 2602.16813, 2602.12233, 2604.09784). From
+x_t the network predicts one distribution a token, the endpoint D(x, t, s), and
 
     F(x, t, s) = (x - c D) / t        jump  x - (t - s) F = (s / t) x + (1 - s / t) c D
 
-On the diagonal s = t, D is the posterior of each token given all of x_t. Off it, D is the mean of the diagonal's laws
-along the path from t to s, in the measure da, a = c (1 - t) / t: a law again, so the simplex is never left and
-cross-entropy can compare. At s = 0 it is the one-hot vector where the path ends: one pass is argmax D(z, 1, 0). The
-tokens of a block depend on one another because noise is transported, jointly, to strings; nothing is drawn token by
-token, so there are no laws of the draw, no conditionals and no likelihood.
+On the diagonal s = t, D is the posterior of each token given all of x_t. Off it, D is the mean of the diagonal's
+distributions along the path from t to s, in the measure da, a = c (1 - t) / t. That is a distribution too: D stays on
+the simplex, and cross-entropy applies. At s = 0 it is the one-hot vector at the end of the path: one pass gives
+argmax D(z, 1, 0). The tokens of a block are dependent because the map is joint. Tokens are not sampled one by one, so
+there are no probabilities of the sample, no conditionals and no likelihood.
 
-Scale. In y = x / t the path is z + a e and dy / da = D: the map from noise to ids is the same for every c, which only
-says where in the clock things happen. Among V one-hots argmax x_t begins to say the right id about a = sqrt(2 log V),
-so with c of that size (the default) in the middle of the clock, with c = 1 late, at t = 1 / (1 + sqrt(2 log V)).
+Scale. In y = x / t the path is z + a e and dy / da = D: the map from noise to ids does not depend on c, which only sets
+the times of the transitions. Among V one-hots, argmax x_t becomes right near a = sqrt(2 log V): with c of that size
+(the default) at the middle of the clock; with c = 1 late, at t = 1 / (1 + sqrt(2 log V)).
 
-Every position of the block is seen by the others, so a block that ends early needs a state past its end: there it
-repeats its last id.
+All positions of a block see one another, so a block that ends early needs a state past its end: it repeats its last id.
 
-Loss. The framework's flow objectives on its F, or its own ("simplex"). A block learns the diagonal, or a jump from t to
-s by way of m, s < m < t:
+Loss. The framework's flow objectives on F, or the head's own ("simplex"). A block trains the diagonal, or a jump from t
+to s through m, s < m < t:
 
     diagonal    cross-entropy of D(x_t, t, t) to the data
-    semigroup   divergence of D(x_t, t, s) from the law that two jumps of the target make of it,
-                D* = w D(x_t, t, m) + (1 - w) D(x_m, m, s),  x_m the landing of the first,  w = s (t - m) / (m (t - s))
+    semigroup   divergence of D(x_t, t, s) from the distribution of two jumps of the target,
+                D* = w D(x_t, t, m) + (1 - w) D(x_m, m, s),  x_m the end of the first,  w = s (t - m) / (m (t - s))
 
-D* follows from the two jumps being one, and is convex: in a, w = (a_m - a_t) / (a_s - a_t). At s = 0 w = 0, and D is
-the consistency model of the end. One pass with a graph carries both kinds of block, and two without a graph make the
-targets. The semigroup's value is zero where any two jumps are one.
+D* equates one jump with the two, and is convex: in a, w = (a_m - a_t) / (a_s - a_t). At s = 0, w = 0, and D is a
+consistency model. One pass with a graph serves both kinds of block; two without a graph make the targets. The
+semigroup's value is zero where any two jumps equal one.
 
-Legend: B blocks, K tokens, V vocabulary, W width.
+Legend: B blocks of tokens, K tokens, V vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -53,24 +52,24 @@ from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers import SAMPLERS, run_sampler, time_grid
 
-# ---- what both share -----------------------------------------------------------------------------------------------
+# ---- shared by both losses -----------------------------------------------------------------------------------------
 
 
 ClockKind = Literal["decoding", "uniform"]
 
 
 class SimplexConfig(Frozen):
-    """scale: c, of the one-hots; None: sqrt(2 log V). See the head of this file.
+    """scale: c, of the one-hots; None: sqrt(2 log V). See the module docstring.
 
-    clock: what the steps of sampling are equally long in, and the times of the objective "simplex" uniform: t itself,
-    or the share of ids that argmax x_t gets wrong ("decoding", arXiv 2602.16813).
-    sampler: jumps D(x, t, s), or Euler steps along the diagonal D(x, t, t), which only many of make right.
-    objective: "simplex", cross-entropy of both (see above), or the name of one of the framework's flow
-    objectives, of F; `objective_options`: its options. min_time: of F in the latter, whose t is held above it.
-    semigroup_share: of blocks that learn jumps instead of the diagonal, from the share `semigroup_from` of training on;
-    before, there is little for jumps to be made of, and a step takes one pass instead of three. semigroup_weight: of
-    their term.
-    num_frequencies: of the sinusoids that show t and t - s to the placeholders.
+    clock: sampling steps are equal, and the times of the objective "simplex" uniform, in t itself ("uniform") or in the
+    share of ids that argmax x_t gets wrong ("decoding", arXiv 2602.16813).
+    sampler: jumps D(x, t, s), or Euler steps along the diagonal D(x, t, t), which need many steps.
+    objective: "simplex", cross-entropy of both (see above), or the name of one of the framework's flow objectives, on
+    F;
+    `objective_options`: its options. min_time: for the latter, the smallest t in F.
+    semigroup_share: of blocks that train jumps instead of the diagonal, after the share `semigroup_from` of training.
+    Before, jumps have no useful targets, and a step takes one pass instead of three. semigroup_weight: of their term.
+    num_frequencies: of the sinusoids that embed t and t - s.
     """
 
     scale: float | None = Field(default=None, gt=0)
@@ -118,7 +117,7 @@ class Clock:
 
 
 def decoding_error(a: Tensor, vocab_size: int) -> Tensor:
-    """(n,) float64: how often argmax(a e + z) is not the id of e among V, 1 - E Phi(z + a)^(V - 1)."""
+    """(n,) float64: the probability that argmax(a e + z) is not the id of e among V, 1 - E Phi(z + a)^(V - 1)."""
     z = torch.linspace(-9, 9, 721, dtype=torch.float64, device=a.device)
     density = torch.exp(-(z**2) / 2)
     right = torch.exp((vocab_size - 1) * torch.special.log_ndtr(a.unsqueeze(-1) + z))
@@ -144,7 +143,7 @@ class Simplex(JointHead):
         self.decoder = nn.Parameter(torch.zeros(width, width))
 
     def initialise(self, key: Key) -> None:
-        """The matrix before the read-out at zero."""
+        """The matrix before the output projection starts at zero."""
         super().initialise(key)
         torch.nn.init.zeros_(self.decoder)
 
@@ -158,7 +157,7 @@ class Simplex(JointHead):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def placeholders(self, call: JointCall, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """(B, K, W): x by the model's own embedding of ids, scaled to a mean square of about one, and the times."""
+        """(B, K, W): x in the model's own embedding of ids, scaled to a mean square of about one, plus the times."""
         table = call.embed(torch.arange(self.vocab_size, device=x.device))
         at = t.view(-1, 1, 1)
         size = ((self.scale * (1 - at)) ** 2 + self.vocab_size * at**2).sqrt()
@@ -170,9 +169,9 @@ class Simplex(JointHead):
     # ---- the contract ---------------------------------------------------------------------------------------------
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        """See the contract; any number of `passes`, one for each step. The first number of a token's noise is the
-        normal quantile of its uniform, the others, and all of positions past the uniforms, are keyed: fewer uniforms
-        than K give the first tokens of a whole block."""
+        """See the contract; any number of `passes`, one per step. The first number of a token's noise is the normal
+        quantile of its uniform. All others, and those of positions past the uniforms, are keyed: fewer uniforms than K
+        give the first tokens of a whole block."""
         n, B = self.fits(uniforms), len(uniforms)
         self.check_passes(passes, n)
         even = torch.tensor(time_grid(passes), dtype=torch.float64)
@@ -192,8 +191,8 @@ class Simplex(JointHead):
 
 
 def block_items(head: Simplex, lesson: Lesson, dtype: torch.dtype) -> tuple[Items, Tensor]:
-    """Blocks as the framework's noisy items, of K one-hots c e, and their ids (B, K): past its end a block repeats its
-    last id, and counts. Blocks without any id are padding."""
+    """Blocks as the framework's noisy items, of K one-hots c e, and their ids (B, K). Past its end a block repeats its
+    last id, which counts. Blocks without ids are padding."""
     blocks = lesson.blocks
     last = (blocks.valid.sum(-1, keepdim=True) - 1).clamp(min=0)
     ids = torch.where(blocks.valid, blocks.ids, blocks.ids.gather(1, last))
@@ -205,17 +204,18 @@ def block_items(head: Simplex, lesson: Lesson, dtype: torch.dtype) -> tuple[Item
 
 
 def _precision(head: Simplex) -> torch.dtype:
-    """Of states: single or better."""
+    """The dtype of states: single or better."""
     return torch.promote_types(head.decoder.dtype, torch.float32)
 
 
-# ---- its own -------------------------------------------------------------------------------------------------------
+# ---- the head's loss ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the pass with a graph is asked: states x (B, K, V) at t that jump to s (B,), and the laws D (B, K, V) it
-    should say. `jumps` (B,): whose laws are the semigroup's; the others' are one-hot, of the data."""
+    """Inputs and targets of the pass with a graph: states x (B, K, V) at t that jump to s (B,), and target
+    distributions D (B, K, V). `jumps` (B,): blocks with the semigroup's targets; the others' are one-hot, of the
+    data."""
 
     x: Tensor
     t: Tensor
@@ -245,8 +245,8 @@ def set_task(head: Simplex, call: JointCall, lesson: Lesson) -> Task:
 
 
 def times_of(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """t, m, s (B,) float64 and which blocks jump, of draws (B, 6). In the head's clock the two ends of a jump are
-    uniform; half of the jumps go to the end, and half of those set out from noise."""
+    """t, m, s (B,) float64, and which blocks jump, from uniforms (B, 6). In the head's clock the two ends of a jump are
+    uniform; half of the jumps end at 0, and half of those start from noise."""
     jumps = draws[:, 0] < share
     start, end = draws[:, 1:3].max(-1).values, draws[:, 1:3].min(-1).values
     to_end = draws[:, 3] < 0.5
@@ -264,7 +264,7 @@ def times_of(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def semigroup_law(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    """(B, K, V) D* of x (B, K, V), by way of m: two passes of `call`. Where t = m = s it means nothing."""
+    """(B, K, V) D* of x (B, K, V), through m: two passes of `call`. Undefined where t = m = s."""
     tiny = torch.finfo(x.dtype).tiny
     first = head.log_endpoint(call, x, t, m).exp()
     stay = (m / t.clamp(min=tiny)).view(-1, 1, 1)
@@ -274,7 +274,7 @@ def semigroup_law(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Tenso
 
 
 def graded(head: Simplex, call: JointCall, task: Task) -> dict[str, Terms]:
-    """One pass, and its terms. Nothing here is drawn."""
+    """One pass, and its terms. Not random."""
     log_d = head.log_endpoint(call, task.x, task.t, task.s)
     miss = (torch.special.xlogy(task.laws, task.laws) - task.laws * log_d).sum(-1)
     jumps = task.jumps.unsqueeze(-1)
@@ -288,11 +288,11 @@ def _term(miss: Tensor, where: Tensor, weight: float) -> Terms:
     return Terms((miss * where).sum(), float(where.sum()), weight)
 
 
-# ---- the framework's ------------------------------------------------------------------------------------------------
+# ---- flow objectives ------------------------------------------------------------------------------------------------
 
 
 def flow_terms(head: Simplex, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-    """The objective of that name on F, over blocks of K one-hots of V channels."""
+    """The named objective on F, over blocks of K one-hots of V channels."""
     assert head.objective is not None
     items, _ = block_items(head, lesson, _precision(head))
     flow = BlockFlow(velocity_of(head, call), lambda: velocity_of(head, call.target()))
@@ -300,7 +300,7 @@ def flow_terms(head: Simplex, call: JointCall, lesson: Lesson) -> dict[str, Term
 
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-NO_DERIVATIVE = "it takes derivatives along the path, which joint-token heads do not have"
+NO_DERIVATIVE = "it needs derivatives along the path, which joint-token heads do not have"
 
 
 def velocity_of(head: Simplex, call: JointCall) -> AverageVelocity:
@@ -312,7 +312,8 @@ def velocity_of(head: Simplex, call: JointCall) -> AverageVelocity:
 
 
 class BlockFlow:
-    """F of a head as objectives see it (objectives.base.FlowCall): values, and the present weights as the target."""
+    """F of a head for objectives (objectives.base.FlowCall): values only; the target network has the present
+    weights."""
 
     def __init__(self, velocity: AverageVelocity, frozen: Callable[[], AverageVelocity]) -> None:
         self.velocity, self.frozen = velocity, frozen
@@ -340,23 +341,23 @@ class BlockFlow:
         raise ValueError(NO_DERIVATIVE)
 
     def null(self) -> AverageVelocity:
-        raise ValueError("it is guided by null contexts, which blocks of tokens do not have")
+        raise ValueError("it needs null contexts, which blocks of tokens do not have")
 
     def guided(self, beta: Tensor) -> FlowCall:
-        raise ValueError("it tells the network its guidance, which joint-token heads do not take")
+        raise ValueError("it needs a guidance embedding, which joint-token heads do not have")
 
 
 def flow_objective(name: str, options: Mapping[str, Any]) -> FlowObjective:
-    """The objective of that name with its options, its target being the present weights. ValueError where it wants
-    what a joint-token head cannot give: tried out on two blocks."""
+    """The named objective with its options; its target network has the present weights. ValueError if it needs what a
+    joint-token head does not have: tested on two blocks."""
     kind = OBJECTIVES.get(name)
     if not (isinstance(kind, type) and issubclass(kind, FlowObjective)):
-        raise ValueError(f'objective {name!r} is none of flows; take "simplex" or, for one, "shortcut"')
+        raise ValueError(f'objective {name!r} is not a flow objective; use "simplex" or, for example, "shortcut"')
     given = dict(options)
     if "target_decay" in kind.model_fields and given.setdefault("target_decay", None):
         raise ValueError(
-            f"target_decay = {given['target_decay']}: no average of a joint-token head's weights is kept; leave it "
-            "out, and the present weights serve"
+            f"target_decay = {given['target_decay']}: joint-token heads have no averaged weights; leave it out to use "
+            "the present weights"
         )
     objective = kind(**given)
     field: AverageVelocity = lambda x, t, s: x  # noqa: E731
@@ -365,7 +366,7 @@ def flow_objective(name: str, options: Mapping[str, Any]) -> FlowObjective:
         objective.loss(BlockFlow(field, lambda: field), objective.draw(items, Key(0)))
     except ValueError as error:
         raise ValueError(
-            f'the flow objective {name!r} cannot train a simplex head: {error}; take "simplex", "flow_matching", '
+            f'the flow objective {name!r} cannot train a simplex head: {error}; use "simplex", "flow_matching", '
             '"shortcut" or "consistency_trajectory"'
         ) from error
     return objective

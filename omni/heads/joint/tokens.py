@@ -1,4 +1,4 @@
-"""JointTokens: a joint-token head with the adapters that its placeholders have in the transformer."""
+"""JointTokens: a joint-token head, with the transformer adapters of its placeholders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from omni.rng import Key
 
 
 class JointConfig(Frozen):
-    """head: a name of JOINT_HEADS, with its options. length: K, the most tokens that one pass draws.
+    """head: a name of JOINT_HEADS, with its options. length: K, the most tokens that one pass drafts.
 
-    adapter_rank: of the placeholders' adapters; 0: none, and placeholders go through the weights of text.
-    depth: layers that placeholders go through, the last ones of the transformer; None: all. Fewer make a draft cheaper.
+    adapter_rank: of the placeholders' adapters; 0: none; placeholders use the text weights.
+    depth: layers that placeholders pass through, the last ones of the transformer; None: all. Fewer make drafts
+    cheaper.
     """
 
     head: str = "push_forward"
@@ -35,8 +36,8 @@ class JointTokens(nn.Module):
         self.depth = c.depth or transformer.depth
         if self.depth > transformer.depth:
             raise ValueError(
-                f"joint.depth = {self.depth} is more layers than the {transformer.depth} of the transformer; "
-                "take fewer, or leave it out for all"
+                f"joint.depth = {self.depth} exceeds the {transformer.depth} layers of the transformer; "
+                "use fewer, or leave it out for all"
             )
         self.head = build_head(c.head, c.options, c.length, vocab_size, transformer.width)
         self.adapters: Adapters | None = None
@@ -51,7 +52,7 @@ class JointTokens(nn.Module):
             self.adapters = Adapters(self.depth, sizes, c.adapter_rank)
 
     def initialise(self, key: Key) -> None:
-        """Adapters as they start; the head's own weights as `JointHead.initialise` says."""
+        """Adapters as in `initialise_adapters`; the head's own weights as in `JointHead.initialise`."""
         self.head.initialise(key.fold("joint head"))
         if self.adapters is not None:
             initialise_adapters(self.adapters, key)

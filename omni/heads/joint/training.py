@@ -1,6 +1,7 @@
-"""The loss of a joint-token head: blocks beside a packed batch (heads.joint.base.JointCall in training).
+"""The loss of a joint-token head, on blocks of tokens of a packed batch (heads.joint.base.JointCall in training).
 
-Legend: R rows, T context positions, B blocks, K tokens of a block, n positions of a pass, V vocabulary, W width.
+Legend: R batch rows, T context positions, B blocks of tokens, K tokens of a block, n positions of a pass, V vocabulary,
+W width.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from omni.sequence.placeholders import Blocks, Starts, choose_blocks
 
 @dataclass
 class BatchCall(Reads):
-    """Blocks beside a packed batch, whose context pass has been made: hidden (R, T, W) and memory."""
+    """Blocks of tokens of a packed batch, after its context pass: hidden (R, T, W) and memory."""
 
     model: Backbone
     starts: Starts
@@ -47,7 +48,7 @@ class BatchCall(Reads):
 def joint_loss(
     model: Backbone, batch: Batch, hidden: Tensor, memory: Memory, per_row: int, key: Key, progress: float = 1.0
 ) -> dict[str, Terms]:
-    """The loss of the model's joint-token head on random blocks of a packed batch, by name."""
+    """The loss terms of the model's joint-token head on random blocks of a packed batch, by name."""
     joint = head_of(model)
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
     call = BatchCall(model, starts, hidden, memory)
@@ -57,8 +58,8 @@ def joint_loss(
 
 @torch.no_grad()
 def teacher_laws(model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks) -> Tensor:
-    """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass itself, whose hidden states (R, T, W) are
-    given. Past the end of a block the values mean nothing."""
+    """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T, W). Undefined
+    past the end of a block."""
     K = blocks.ids.shape[1]
     at = (starts.at[:, None] + torch.arange(K, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
     logits = model.token.read(hidden[starts.row[:, None], at])

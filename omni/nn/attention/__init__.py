@@ -1,1 +1,1 @@
-"""Attention: backends without a tangent, and attention with one (jvp)."""
+"""Attention: backends, and attention with its forward-mode tangent (jvp)."""

@@ -1,13 +1,13 @@
-"""Attention backends behind one function, chosen by name or by what the machine has; all equal where they overlap.
+"""Attention backends behind one function, chosen by name or by device. All give equal results where they overlap.
 
-    math    explicit softmax; the only one that carries tangents (`attend_dual`); the default for training on the CPU,
-            where it made a whole training step 1.4 times faster than SDPA on rows of 64 to 400 positions
-    sdpa    torch's scaled_dot_product_attention with the dense mask; the default for inference, whose lengths change
-            with every reply (compiled flex would be compiled again and again)
+    math    explicit softmax; the only one that computes tangents (`attend_dual`); the default for training on the CPU,
+            where a training step is 1.4 times faster than with SDPA, for rows of 64 to 400 positions
+    sdpa    torch's scaled_dot_product_attention with a dense mask; the default for inference: lengths change with
+            every reply, and compiled flex would compile again for each
     flex    FlexAttention with a block mask; the default for training on CUDA (its backward exists there only)
-    flash   the flash-attn package (varlen), CUDA, for a context stream of plain text only
+    flash   the flash-attn package (varlen), CUDA, for a context stream of text only
 
-Legend: R rows, H query heads, G key heads (H a multiple of G), Q queries, K keys, D head width.
+Legend: R batch rows, H query heads, G key heads (H a multiple of G), Q queries, K keys, D head width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _log = logging.getLogger("omni")
 
 @dataclass
 class AttentionMask:
-    """The visibility of one (queries, keys) pair, lowered on demand and kept for all the layers of a pass."""
+    """The visibility of one (queries, keys) pair, computed on demand in each form and cached for all layers of a
+    pass."""
 
     queries: Fields
     keys: Fields
@@ -55,13 +56,14 @@ class AttentionMask:
         return self._lowered[dtype]  # type: ignore[return-value]
 
     def kept(self, name: object, make: Callable[[], Any]) -> Any:
-        """What `make` derives from the mask for a backend, made once for all the layers of a pass."""
+        """The value of `make`, cached under `name` for all layers of a pass."""
         if name not in self._lowered:
             self._lowered[name] = make()
         return self._lowered[name]
 
     def prepare(self, backend: str, dtype: torch.dtype) -> None:
-        """Lower it now, before the layers: inside compiled ones the first would be traced apart from the others."""
+        """Compute the backend's form of the mask before the layers: inside compiled layers, the first would trace
+        apart."""
         if backend == "flex":
             self.block_mask()
         elif backend in ("math", "sdpa"):
@@ -75,7 +77,7 @@ class AttentionMask:
 
 @cache
 def choose_backend(name: str | None, device_type: str, training: bool = False) -> str:
-    """The backend for a device: `name` if given, else the best that the machine has. Said once, in the log."""
+    """`name` if given, else the default for the device. The log records the choice once."""
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
@@ -94,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend:
 
     Args:
         q: (R, H, Q, D). k, v: (R, G, K, D), of q's dtype.
-        mask: None means that every query sees every key.
+        mask: None: every query sees every key.
         backend: one of BACKENDS.
 
     Returns: (R, H, Q, D).
@@ -128,11 +130,11 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor
 def attend_dual(q: Dual, k: Dual, v: Dual, k_memory: Tensor, v_memory: Tensor, mask: AttentionMask | None) -> Dual:
     """`attend` with its tangent, by explicit softmax, over constant keys and values followed by the queries' own.
 
-    With P = softmax(S), O = P V:  O' = (P * S') V - rowsum(P * S') O + P V', where S' and V' of the memory are
-    q' k^T / sqrt(D) and 0. What is masked has P = 0 and so no tangent.
+    With P = softmax(S), O = P V:  O' = (P * S') V - rowsum(P * S') O + P V'. For the memory, S' is q' k^T / sqrt(D) and
+    V' is 0. Where the mask hides a pair, P = 0 and the tangent is 0.
 
     Args:
-        q: (R, H, Q, D). k, v: (R, G, Q, D). k_memory, v_memory: (R, G, M, D). mask: (Q, M + Q); None: all is visible.
+        q: (R, H, Q, D). k, v: (R, G, Q, D). k_memory, v_memory: (R, G, M, D). mask: (Q, M + Q); None: all visible.
     """
     M, groups = k_memory.shape[2], q.value.shape[1] // k.value.shape[1]
     keys = torch.cat([k_memory.to(k.value.dtype), k.value], 2)
@@ -164,14 +166,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor
         raise ValueError("FlexAttention has no backward on the CPU; use attention backend 'sdpa' there")
     function = _compiled_flex() if q.device.type == "cuda" else flex_attention
     block_mask = None if mask is None else mask.block_mask()
-    # Its decoding kernel, which short queries would take, has no tiles for some groups of heads (torch <= 2.13).
+    # The decoding kernel, used for short queries, has no tiles for some groups of heads (torch <= 2.13).
     kernel = {"FORCE_USE_FLEX_ATTENTION": True} if q.device.type == "cuda" else None
     gqa = q.shape[1] != k.shape[1]
     return function(q, k, v, block_mask=block_mask, enable_gqa=gqa, kernel_options=kernel)  # type: ignore[return-value]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-    """Packed causal text through flash-attn: documents become variable-length sequences."""
+    """Packed causal text with flash-attn: documents are variable-length sequences."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     if mask is None or q.shape[2] != k.shape[2]:
@@ -180,7 +182,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tenso
     same = (document[:, 1:] == document[:, :-1]) & (block[:, 1:] == block[:, :-1])
     if bool(same.any()) or bool((mask.queries.copy != 0).any()):
         raise ValueError(
-            "attention backend 'flash' cannot see inside latent blocks (they are bidirectional); use 'flex'"
+            "attention backend 'flash' has no bidirectional attention, which latent blocks need; use 'flex'"
         )
     R, H, N, D = q.shape
     starts = torch.ones_like(document, dtype=torch.bool)

@@ -1,44 +1,45 @@
-"""Attention with its forward-mode tangent, and gradients through both: what training through a tangent needs.
+"""Attention with its forward-mode tangent, and gradients through both, for training through a tangent.
 
 With a = 1 / sqrt(D), S = a q K^T (hidden pairs: -inf), P = softmax(S), and tangents dq, dK, dV of q, K, V:
 
     o  = P V
     do = (P * N) V + P dV       N = dS - mu,   dS = a (dq K^T + q dK^T),   mu_i = sum_j P_ij dS_ij
 
-K = [context; own]. The context is constant: its keys and values have no tangent, and the products with theirs are never
-formed. With cotangents g of o and h of do, the gradients are
+K = [context; own]. The context is constant: its keys and values have no tangent, and products with their tangents are
+not computed. With cotangents g of o and h of do, the gradients are
 
     A = h V^T,  B = h dV^T + g V^T        s1 = sum_j P A = h.o,   s2 = sum_j P (A N + B) = h.do + g.o   (one per query)
     D' = P * (A - s1),  D = D' * N + P * (B - s2)
     dL/dq = a (D K + D' dK)   dL/dK = a (D^T q + D'^T dq)   dL/ddq = a D' K   dL/ddK = a D'^T q
     dL/dV = (P * N)^T h + P^T g   dL/ddV = P^T h
 
-Kept for the backward: the inputs, o, do, and per query the log-sum-exp and mu: memory grows with the length, not its
-square. In bf16 also what rounding took from o and do: where keys and values have a large common part, s1 and s2 from
-rounded outputs put 14% of error into dL/ddq (a test has the case; with it 0.17% in `streamed`, and 0.23% in `triton`,
-whose weights are bf16 too, and which takes their rounding out of the sums). One pass over the keys keeps running sums;
-mu is the mean of dS so far, and whenever it moves by c, the sum of P N V moves by -c times the sum of P V: so N is
-centred from the first tile on, which operands in bf16 need.
+Saved for the backward: the inputs, o, do, and per query the log-sum-exp and mu. Memory is linear in the length. In bf16
+the rounding errors of o and do are saved too. Where keys and values have a large common part, s1 and s2 from rounded
+outputs give dL/ddq an error of 14% (see the tests); with the rounding errors it is 0.17% in `streamed` and 0.23% in
+`triton`, whose weights are bf16 too, and which corrects the sums for their rounding. One pass over the keys keeps
+running sums. mu is the mean of dS so far; when it changes by c, the sum of P N V changes by -c times the sum of P V. So
+N is centred from the first tile on, as bf16 operands require.
 
-    math       explicit, in plain operations: memory is quadratic; under any transform and any order of derivatives; the
-               oracle of the other two
+    math       explicit, plain operations: memory is quadratic; works under any transform and for derivatives of any
+               order; the test oracle of the other two
     streamed   plain torch, tile by tile, on any device and head width: memory is linear
     triton     the same in Triton kernels, on CUDA: head widths 64 and 128, bfloat16 or float32
 
-Domain: bfloat16 or float32 (all but triton: float64 too), one dtype and one device for all; sums are float32 or better.
-Under autocast float32 inputs become its dtype, as torch's own attention does. Any lengths (triton: of one and more, and
-no masks with ranks). Visibility: an AttentionMask
-(only `math` lowers it to length x length), a dense bool mask, or None: all see all. A query that sees nothing gives
-zeros; tiles where nothing is visible are skipped. Refused with a ValueError: other dtypes and mixtures of them,
-tangents unlike their values, dropout (value and tangent would need one draw), and for streamed and triton: calls under
-torch.func transforms or forward-mode duals (give the tangents as arguments) and second derivatives.
+Domain: bfloat16 or float32 (all but triton: float64 too), one dtype and one device for all; sums in float32 or better.
+Under autocast, float32 inputs are cast to its dtype, as in torch's own attention. Any lengths (triton: at least one,
+and no masks with ranks). Visibility: an AttentionMask (only `math` expands it to length x length), a dense bool mask,
+or None: all see all. A query that sees nothing gives zeros; tiles where nothing is visible are skipped. ValueError for:
+other dtypes and mixed dtypes, tangents unlike their values in shape, and dropout (value and tangent would need one
+mask); and in streamed and triton for calls under torch.func transforms or forward-mode duals (give the tangents as
+arguments) and second derivatives.
 
 Cost, in products of a tile, where attention has 2 forward and 5 backward: 6 and 24 for own keys, 4 and 16 for context.
 
-Sources: the tangent's place in training, Terminal Velocity Matching (arXiv 2511.19797); streaming as in FlashAttention
-(arXiv 2205.14135); the formulas are derivatives of softmax attention and are checked against autograd in float64.
+Sources: training through the tangent, Terminal Velocity Matching (arXiv 2511.19797); streaming as in FlashAttention
+(arXiv 2205.14135). The formulas are derivatives of softmax attention, checked against autograd in float64.
 
-Legend: R rows, H query heads, G key heads (H a multiple of G), Q queries, S own keys, T context keys, D head width.
+Legend: R batch rows, H query heads, G key heads (H a multiple of G), Q queries, S own keys, T context keys, D head
+width.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def attend_with_tangent(
         q, dq: (R, H, Q, D). k, v, dk, dv: (R, G, S, D). k_context, v_context: (R, G, T, D), constants; or None.
         mask: visibility between the Q queries and the T + S keys: an AttentionMask, or (R, 1, Q, T + S) bool, True
             where visible. None: every query sees every key.
-        backend: one of BACKENDS; see the head of this file, also for the domain.
+        backend: one of BACKENDS; the module docstring has their domains.
 
     Returns: (o, do), each (R, H, Q, D) in q's dtype. Both have gradients in all eight tensors.
     Raises ValueError outside the domain.
@@ -99,25 +100,23 @@ def attend_with_tangent(
 
 
 def _check(x: Inputs) -> Inputs:
-    """The inputs in one dtype. Raises ValueError when shapes, dtypes or devices do not fit."""
+    """The inputs in one dtype. ValueError if shapes, dtypes or devices do not fit."""
     if (x.k_context is None) != (x.v_context is None):
-        raise ValueError("the context has keys and values, or neither: give both k_context and v_context, or none")
+        raise ValueError("give both k_context and v_context, or neither")
     if x.q.ndim != 4 or x.k.ndim != 4:
         raise ValueError(f"q (R, H, Q, D) and k (R, G, S, D) have four axes, got {shape_of(x.q)} and {shape_of(x.k)}")
     R, H, Q, D = x.q.shape
     G, S = x.k.shape[1:3]
     T = 0 if x.k_context is None else x.k_context.shape[2]
     if G == 0 or H % G:
-        raise ValueError(f"{H} query heads are no multiple of {G} key heads")
+        raise ValueError(f"{H} query heads are not a multiple of {G} key heads")
     wanted = {"q": (R, H, Q, D), "k": (R, G, S, D), "v": (R, G, S, D), "context": (R, G, T, D)}
     for name, value in x._asdict().items():
         shape = wanted["context" if "context" in name else name.removeprefix("d")]
         if value is not None and tuple(value.shape) != shape:
-            raise ValueError(
-                f"{name} is {shape_of(value)}, yet q and k ask for {shape}; a tangent has its value's shape"
-            )
+            raise ValueError(f"{name} is {shape_of(value)}, but q and k need {shape}; a tangent has its value's shape")
         if value is not None and value.device != x.q.device:
-            raise ValueError(f"{name} is on {value.device} and q on {x.q.device}; bring all to one device")
+            raise ValueError(f"{name} is on {value.device} and q on {x.q.device}; move all to one device")
     if torch.is_autocast_enabled(x.q.device.type):
         dtype = torch.get_autocast_dtype(x.q.device.type)
         x = x.each(lambda t: t.to(dtype) if t.dtype == torch.float32 else t)
@@ -130,7 +129,7 @@ def _check(x: Inputs) -> Inputs:
 
 
 def _refuse_transforms(x: Inputs, backend: str) -> None:
-    """Raises ValueError under torch.func transforms and forward-mode duals, whose derivatives would be lost."""
+    """ValueError under torch.func transforms and forward-mode duals: their derivatives would be lost."""
     for name, value in x._asdict().items():
         if value is None:
             continue
@@ -146,11 +145,11 @@ def _refuse_transforms(x: Inputs, backend: str) -> None:
             )
 
 
-# ---- the oracle, and the streaming forms under autograd --------------------------------------------------------------
+# ---- math, and the streaming forms under autograd ------------------------------------------------------------------
 
 
 def _math(x: Inputs, seen: Visibility) -> tuple[Tensor, Tensor]:
-    """The formulas at the head of this file, on whole matrices; autograd differentiates them."""
+    """The formulas of the module docstring, on whole matrices; autograd differentiates them."""
     dtype = x.q.dtype
     work = torch.promote_types(dtype, torch.float32)
     q, k, v, dq, dk, dv = (t.to(work) for t in x[:6])
@@ -168,13 +167,13 @@ def _math(x: Inputs, seen: Visibility) -> tuple[Tensor, Tensor]:
         s = s.masked_fill(hidden, torch.finfo(work).min)
     p = s.softmax(-1)
     if hidden is not None:
-        p = p.masked_fill(hidden, 0)  # a row of hidden pairs alone is zero
+        p = p.masked_fill(hidden, 0)  # a query that sees nothing gives zeros
     n = ds - (p * ds).sum(-1, keepdim=True)
     return (p @ v).to(dtype), ((p * n) @ v + p @ dv).to(dtype)
 
 
 def _implementation(backend: str, x: Inputs) -> ModuleType:
-    """A module with `forward` and `backward`. Raises ValueError where its backend cannot serve."""
+    """A module with `forward` and `backward`. ValueError outside its domain."""
     if backend == "streamed":
         return jvp_streamed
     from omni.nn.attention import jvp_launch
@@ -188,7 +187,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, module: ModuleType, seen: Visibility, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs, kept = module.forward(Inputs(*inputs), seen)
         ctx.module, ctx.seen = module, seen
-        mask = seen.mask if isinstance(seen.mask, Tensor) else None  # saved, so that a change in place is noticed
+        mask = seen.mask if isinstance(seen.mask, Tensor) else None  # saved so that autograd detects a change in place
         ctx.save_for_backward(mask, *inputs, *outputs, *kept)
         return outputs
 
@@ -196,7 +195,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise ValueError(
-                "attention with a tangent was asked for a second derivative (create_graph=True); use backend 'math'"
+                "attention with a tangent has no second derivative (create_graph=True); use backend 'math'"
             )
         _, *saved = ctx.saved_tensors
         inputs, outputs, kept = Inputs(*saved[:8]), saved[8:10], saved[10:]

@@ -1,6 +1,6 @@
-"""What every implementation of attention with a tangent gets: the tensors, and which key each query may see.
+"""Inputs shared by all implementations of attention with a tangent: the tensors, and the visibility of keys.
 
-Legend: R rows, H query heads, G key heads, Q queries, S own keys, T context keys, D head width.
+Legend: R batch rows, H query heads, G key heads, Q queries, S own keys, T context keys, D head width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from omni.nn.attention.backends import AttentionMask
 from omni.sequence.mask import Fields, dense
 
-MAX_PREDICATE = 1 << 20  # pairs of a query and a key whose visibility is in memory at once, while tiles are counted
+MAX_PREDICATE = 1 << 20  # (query, key) pairs whose visibility is in memory at once in `occupied`
 
 
 class Inputs(NamedTuple):
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 class Visibility:
-    """A mask over (queries, [context; own] keys), read part by part and never lowered as a whole."""
+    """A mask over (queries, [context; own] keys), computed part by part and never as a whole."""
 
     def __init__(self, mask: AttentionMask | Tensor | None, sizes: tuple[int, int, int, int], device: Any) -> None:
         self.mask = mask
@@ -45,26 +45,26 @@ class Visibility:
 
     @staticmethod
     def of(x: Inputs, mask: AttentionMask | Tensor | None) -> Visibility:
-        """Raises ValueError when the mask does not fit the inputs."""
+        """ValueError if the mask does not fit the inputs."""
         R, Q, S = x.q.shape[0], x.q.shape[2], x.k.shape[2]
         T = 0 if x.k_context is None else x.k_context.shape[2]
         if isinstance(mask, Tensor):
             if mask.dtype != torch.bool or shape_of(mask) != (R, 1, Q, T + S) or mask.device != x.q.device:
                 raise ValueError(
                     f"a dense mask is bool, {(R, 1, Q, T + S)} on {x.q.device}, got {mask.dtype} {shape_of(mask)} on "
-                    f"{mask.device}; an AttentionMask gives `boolean()`"
+                    f"{mask.device}; AttentionMask.boolean() makes one"
                 )
         elif mask is not None:
             got = shape_of(mask.queries.document), shape_of(mask.keys.document)
             if got != ((R, Q), (R, T + S)) or mask.keys.document.device != x.q.device:
                 raise ValueError(
-                    f"the mask describes queries {got[0]} and keys {got[1]} on {mask.keys.document.device}, yet there "
+                    f"the mask describes queries {got[0]} and keys {got[1]} on {mask.keys.document.device}, but there "
                     f"are {(R, Q)} and [context; own] {(R, T + S)} on {x.q.device}"
                 )
         return Visibility(mask, (R, Q, T, S), x.q.device)
 
     def kept(self, name: object, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once: for all the layers of a pass where the mask is an AttentionMask."""
+        """The value of `make`, cached; if the mask is an AttentionMask, for all layers of a pass."""
         if isinstance(self.mask, AttentionMask):
             return self.mask.kept((name, self.num_context), make)
         if name not in self._made:

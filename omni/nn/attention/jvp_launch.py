@@ -1,6 +1,6 @@
 """Launches of the Triton kernels of attention with its tangent: the domain, lists of visible tiles, tile sizes.
 
-Legend: R rows, H query heads, G key heads, Q queries, S own keys, T context keys, D head width.
+Legend: R batch rows, H query heads, G key heads, Q queries, S own keys, T context keys, D head width.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from omni.nn.attention import jvp_triton as kernels
 from omni.nn.attention.jvp_inputs import Inputs, Visibility
 
 HEAD_WIDTHS = (64, 128)
-MAX_PROGRAMS = 65535  # of rows and heads: the second axis of a CUDA grid
+MAX_PROGRAMS = 65535  # batch rows times heads: the second axis of a CUDA grid
 LONGEST_TILE = 128
 
 
 class Tiling(NamedTuple):
-    """Sizes of tiles (queries, keys), and the launch: warps of a program, stages of its pipeline."""
+    """Tile sizes (queries, keys), warps per program and pipeline stages."""
 
     queries: int
     keys: int
@@ -32,8 +32,8 @@ class Tiling(NamedTuple):
 
 
 class Tilings(NamedTuple):
-    """The tiles of the kernels. On Hopper four warps multiply 64 rows of the resident side (queries, or for grad_k and
-    grad_v keys) at a time: fewer rows go without its fast instruction, more warps than that compute the same twice."""
+    """The tiles of the kernels. On Hopper four warps multiply 64 rows of the resident side (queries; for grad_k and
+    grad_v keys) at a time. Fewer rows do not use its fast instruction; more warps compute the same twice."""
 
     forward: Tiling
     grad_q: Tiling
@@ -41,16 +41,16 @@ class Tilings(NamedTuple):
     grad_v: Tiling
 
 
-# By head width and bytes of an element. In bf16, compiled for compute capability 9.0, all multiply with its fast
-# instruction (wgmma), spill little or nothing in their loops, and need at most 225 KiB of shared memory.
-# `python -m eval eval/suites/jvp_attention.toml jvp_attention.sweep=true` times them and others.
+# By head width and element size in bytes. In bf16 on compute capability 9.0, all use wgmma, spill little or nothing in
+# their loops, and need at most 225 KiB of shared memory.
+# `python -m eval eval/suites/jvp_attention.toml jvp_attention.sweep=true` measures these and other tiles.
 HOPPER = {
     (64, 2): Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 3)),
     (128, 2): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 3), Tiling(32, 128, 8, 3), Tiling(32, 128, 8, 3)),
     (64, 4): Tilings(Tiling(16, 32), Tiling(16, 32), Tiling(32, 16), Tiling(32, 16)),
     (128, 4): Tilings(*[Tiling(16, 16)] * 4),
 }
-# Compute capability 8.0 (163 KiB of shared memory in a block), and what has 99 KiB, such as 8.6, 8.9 and 12.0.
+# Compute capability 8.0 (163 KiB of shared memory per block); SMALL: 99 KiB, such as 8.6, 8.9 and 12.0.
 AMPERE = HOPPER | {
     (64, 2): Tilings(*[Tiling(64, 32)] * 4),
     (128, 2): Tilings(Tiling(128, 32, 8), Tiling(128, 32, 8), Tiling(32, 128, 8), Tiling(32, 128, 8)),
@@ -76,7 +76,7 @@ def _element(dtype: torch.dtype) -> Any:
 
 
 def check(x: Inputs) -> None:
-    """Raises ValueError outside the kernels' domain."""
+    """ValueError outside the kernels' domain."""
     (R, H, Q, D), S, device = x.q.shape, x.k.shape[2], x.q.device
     if D not in HEAD_WIDTHS:
         raise ValueError(f"attention backend 'triton' has kernels for head widths 64 and 128, got {D}; use 'streamed'")
@@ -86,9 +86,9 @@ def check(x: Inputs) -> None:
         raise ValueError(f"attention backend 'triton' got {R} rows of {Q} queries and {S} own keys; use 'streamed'")
     far = max(tensor.stride(2) for tensor in x if tensor is not None)
     if far * LONGEST_TILE >= 1 << 31:
-        raise ValueError(f"positions {far} numbers apart are too far for 32-bit offsets; make the inputs contiguous")
+        raise ValueError(f"positions {far} elements apart are too far for 32-bit offsets; make the inputs contiguous")
     if R * H > MAX_PROGRAMS:
-        raise ValueError(f"{R} rows of {H} heads exceed {MAX_PROGRAMS} programs abreast; give fewer rows in a call")
+        raise ValueError(f"{R} batch rows of {H} heads exceed {MAX_PROGRAMS} parallel programs; give fewer rows")
     if _interpreting():
         if device.type != "cpu":
             raise ValueError(f"Triton's interpreter (TRITON_INTERPRET=1) needs CPU tensors here, got {device}")
@@ -101,11 +101,11 @@ def check(x: Inputs) -> None:
         )
     kernels.load()
     if _interpreting() != kernels.interpreted:
-        raise ValueError("TRITON_INTERPRET was changed after Triton was loaded; set it before the program starts")
+        raise ValueError("TRITON_INTERPRET changed after Triton was loaded; set it before the program starts")
 
 
 class _Side:
-    """The visibility of the context's or the own keys: the mask, and for each tile a list of those it must meet."""
+    """The visibility of the context keys, or of the own keys: the mask, and for each tile the list of visible tiles."""
 
     def __init__(self, seen: Visibility, known: Tilings, keys: slice) -> None:
         self.seen, self.keys = seen, keys
@@ -123,15 +123,16 @@ class _Side:
             return part, part.stride(0), part.stride(1)
         queries, keys = self.seen.fields(slice(None), self.keys)
         if queries.rank is not None or keys.rank is not None:
-            raise ValueError("Triton attention knows no order inside a copy; use tangents = 'streamed' for tokens")
-        # A key is seen by queries of its document whose limit is above its block, or which are of its copy.
+            raise ValueError("Triton attention has no ranks inside a copy; use tangents = 'streamed' for tokens")
+        # A query of the same document sees a key if its limit is above the key's block, or if it is of the key's copy.
         limit, context, most = queries.block + (queries.copy == 0), keys.copy == 0, torch.iinfo(torch.int32)
         block, copy = keys.block.masked_fill(~context, most.max), keys.copy.masked_fill(context, most.min)
         parts = (queries.document, limit, queries.copy), (keys.document, block, copy)
         return tuple(torch.stack(part, 1).to(torch.int32) for part in parts)
 
     def lists(self, queries: int, keys: int, by_query: bool) -> tuple[Any, ...]:
-        """For each tile of queries (or keys), how many of the other side's have anything visible, and which."""
+        """For each tile of queries (or keys): the number of tiles of the other side with a visible pair, and their
+        indices."""
         if self.seen.mask is None:
             return ()
         name = ("triton lists", self.keys.start, self.keys.stop, queries, keys, by_query)
@@ -150,12 +151,12 @@ class _Side:
 
 
 def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Every launch goes through here, so that a measurement can look at it, compile it or time it by itself."""
+    """Launch a kernel. Every launch calls this function, so that a measurement can replace it."""
     kernel[grid](*arguments, **options)
 
 
 class _Launch:
-    """What the kernels of one call share: inputs with a dense last axis, lists of tiles, compile-time options."""
+    """The state shared by the kernels of one call: inputs with a dense last axis, tile lists, compile-time options."""
 
     def __init__(self, x: Inputs, seen: Visibility) -> None:
         self.x = x = x.each(_dense)
@@ -176,14 +177,14 @@ class _Launch:
             start(kernel, grid, arguments, options)
 
     def options(self, tiling: Tiling, *num_keys: int) -> dict[str, Any]:
-        """How a kernel sees a mask, and whether whole tiles are all there is."""
+        """The mask kind, and whether tiles divide the lengths."""
         even = self.Q % tiling.queries == 0 and all(n % tiling.keys == 0 for n in num_keys)
         return {"MASK": self.mask, "EVEN": even, "BK": tiling.keys}
 
     def by_query(self, kernel: Any, tiling: Tiling, *arguments: Any) -> None:
-        """Run a kernel whose queries are resident; `arguments` follow the inputs."""
+        """Run a kernel with resident queries; `arguments` follow the inputs."""
         x, context = self.x, self.context or self.own
-        far = (x.k_context, x.v_context) if self.T else (x.k, x.v)  # the latter are never read
+        far = (x.k_context, x.v_context) if self.T else (x.k, x.v)  # without a context, never read
         inputs = map(strided, (x.q, x.dq, x.k, x.dk, x.v, x.dv, *far))
         lists = (side.lists(tiling.queries, tiling.keys, True) for side in (self.own, context))
         self.run(
@@ -195,7 +196,7 @@ class _Launch:
     def by_key(
         self, kernel: Any, tiling: Tiling, keys: tuple[Tensor | None, ...], *arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Run a kernel whose keys are resident, on own keys (k, dk, v, dv) or the context's (k, None, v, None)."""
+        """Run a kernel with resident keys, on own keys (k, dk, v, dv) or the context's (k, None, v, None)."""
         k, dk, v, dv = keys
         assert k is not None and v is not None
         own = dk is not None and dv is not None
@@ -215,7 +216,7 @@ class _Launch:
 
 
 def strided(x: Tensor | None) -> tuple[Any, ...]:
-    """(pointer, strides of rows, heads and positions), as the kernels take a tensor of four axes."""
+    """(pointer, strides of rows, heads and positions): the form in which kernels take a tensor of four axes."""
     assert x is not None and x.stride(3) == 1
     return x, x.stride(0), x.stride(1), x.stride(2)
 
@@ -225,13 +226,13 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _like(x: Tensor) -> Tensor:
-    """Uninitialised, of x's shape and dtype; in memory a position's heads follow one another."""
+    """Uninitialised, of x's shape and dtype; the heads of a position are adjacent in memory."""
     R, H, N, D = x.shape
     return x.new_empty(R, N, H, D).transpose(1, 2)
 
 
 def forward(x: Inputs, seen: Visibility) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """(o, do), and what the backward needs: what rounding them to bf16 lost, log-sum-exp (base 2) and mu (float32)."""
+    """(o, do), and what the backward needs: the rounding errors in bf16, log-sum-exp (base 2) and mu (float32)."""
     call = _Launch(x, seen)
     o, do = _like(x.q), _like(x.q)
     low = (_like(x.q), _like(x.q)) if x.q.dtype == torch.bfloat16 else (None, None)
@@ -241,12 +242,13 @@ def forward(x: Inputs, seen: Visibility) -> tuple[tuple[Tensor, Tensor], tuple[T
 
 
 def _outputs(whole: tuple[Tensor, Tensor], low: tuple[Tensor | None, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Arguments for o, do and what their rounding lost (the kernels leave those of float32 alone)."""
+    """Arguments for o, do and their rounding errors (in float32 the kernels do not touch the latter)."""
     return tuple(map(strided, (*whole, *(a if b is None else b for a, b in zip(whole, low, strict=True)))))
 
 
 def _mean_keys(x: Inputs) -> Tensor:
-    """(R, G, 2, D) float32: the mean key of [context; own], and the mean of their tangents, the context's zero."""
+    """(R, G, 2, D) float32: the mean key of [context; own], and the mean of the tangents, where the context's are
+    zero."""
     total, tangent = (t.sum(2, dtype=torch.float32) for t in (x.k, x.dk))
     number = x.k.shape[2]
     if x.k_context is not None:
@@ -263,9 +265,9 @@ def backward(
     h: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the eight inputs, in their dtypes, given what `forward` returned and the cotangents of o and do.
+    """Gradients of the eight inputs, in their dtypes, from the outputs of `forward` and the cotangents of o and do.
 
-    Kernels whose results are not `needed` do not run.
+    A kernel whose results are not `needed` does not run.
     """
     call = _Launch(x, seen)
     x, known = call.x, call.tilings

@@ -1,10 +1,10 @@
-"""Attention with its tangent, tile by tile in plain torch: formulas and domain are at the head of jvp.py.
+"""Attention with its tangent, tile by tile in plain torch. Formulas and domain: see jvp.py.
 
-Memory grows with the length: a tile of scores exists at a time, forward and backward. Python walks the tiles, so this
-serves CPUs, odd head widths and float64; on CUDA the Triton kernels are the fast form.
+Memory is linear in the length: one tile of scores exists at a time, forward and backward. A Python loop visits the
+tiles. This form serves CPUs, other head widths and float64; on CUDA the Triton kernels are faster.
 
-Legend: R rows, G key heads, M query heads to each, Q queries, S own keys, T context keys, D head width; a tile has n
-queries and b keys, and its scores are (R, G, M n, b).
+Legend: R batch rows, G key heads, M query heads to each, Q queries, S own keys, T context keys, D head width; a tile
+has n queries and b keys, and its scores are (R, G, M n, b).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ TILE = 128
 
 
 class _Side(NamedTuple):
-    """Keys and values of the context, or a copy's own; only the latter have tangents. `at` is where they begin."""
+    """Keys and values of the context, or of the copy itself; only the latter have tangents. `at`: their first
+    position."""
 
     k: Tensor
     v: Tensor
     dk: Tensor | None
     dv: Tensor | None
     at: int
-    tiles: list[list[int]]  # for each tile of queries, the tiles of keys that any row sees
+    tiles: list[list[int]]  # for each tile of queries, the tiles of keys that any batch row sees
 
 
 def _sides(x: Inputs, seen: Visibility, work: torch.dtype) -> list[_Side]:
@@ -64,7 +65,7 @@ def _walk(
 
 
 class _Heads(NamedTuple):
-    """Tensors of queries (R, G M, Q, X) cut into tiles (R, G, M n, X): the heads that share a key lie side by side."""
+    """Cuts tensors of queries (R, G M, Q, X) into tiles (R, G, M n, X); heads that share a key are adjacent."""
 
     G: int
     work: torch.dtype
@@ -82,12 +83,12 @@ def _rows(count: int) -> Iterator[tuple[int, slice]]:
 
 
 def forward(x: Inputs, seen: Visibility) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """(o, do), and what the backward needs: what their rounding lost, log-sum-exp and mu in float32 or better."""
+    """(o, do), and what the backward needs: their rounding errors, log-sum-exp and mu in float32 or better."""
     work = torch.promote_types(x.q.dtype, torch.float32)
     R, H, Q, D = x.q.shape
     heads, groups = _Heads(x.k.shape[1], work), H // x.k.shape[1]
     sides = _sides(x, seen, work)
-    # In memory a position's heads follow one another: what projects o next reads it without a copy.
+    # The heads of a position are adjacent in memory: the next projection reads o without a copy.
     o, do = (x.q.new_empty(R, Q, H, D).transpose(1, 2) for _ in range(2))
     low = (torch.empty_like(o), torch.empty_like(do)) if work != x.q.dtype else (None, None)
     lse, mean = (x.q.new_empty(R, H, Q, 1, dtype=work) for _ in range(2))
@@ -98,7 +99,7 @@ def forward(x: Inputs, seen: Visibility) -> tuple[tuple[Tensor, Tensor], tuple[T
         for index, keys, s, ds in _walk(sides, seen, q, dq, number, rows, groups):
             v, dv = sides[index].v[:, :, keys], sides[index].dv
             new_top = torch.maximum(top, s.amax(-1, keepdim=True))
-            base = new_top.masked_fill(new_top == -math.inf, 0)  # a row that has seen nothing yet
+            base = new_top.masked_fill(new_top == -math.inf, 0)  # a query that has seen nothing yet
             rescale, p = (top - base).exp(), (s - base).exp()
             total = total * rescale + p.sum(-1, keepdim=True)
             change = (p * (ds - mu)).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
@@ -127,7 +128,7 @@ def backward(
     h: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the eight inputs, in their dtypes, given what `forward` returned and the cotangents of o and do."""
+    """Gradients of the eight inputs, in their dtypes, from the outputs of `forward` and the cotangents of o and do."""
     *low, lse, mean = kept
     work = lse.dtype
     D, groups = x.q.shape[3], x.q.shape[1] // x.k.shape[1]

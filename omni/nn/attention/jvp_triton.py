@@ -1,26 +1,26 @@
 """Triton kernels of attention with its tangent: one forward, and a backward in three kinds (see jvp.py).
 
-    forward   a tile of queries, resident, walks the tiles of keys that it sees: the context's, then its own
+    forward   a resident tile of queries visits the tiles of keys that it sees: the context's, then its own
     row sums  s1 and s2 per query, from the outputs and their cotangents
     grad_q    queries resident: gradients of q and dq
     grad_k    keys resident: gradients of k and dk;   grad_v: keys resident: gradients of v and dv
               each once for own keys and once for the context, whose tangents are zero: half of the products are skipped
 
-Weights are rounded to operands, and where keys or values have a large common part, what rounding adds to a sum of
-weights is multiplied by it. So the forward divides by the sum of the rounded weights, and takes from the tangent what
-its weights, whose sum is 0, add up to times the mean value; grad_q does the same with the mean keys (`means`).
+Weights are rounded to operands. A large common part of keys or values multiplies the rounding error of their sum. So
+the forward divides by the sum of the rounded weights. The tangent's weights sum to 0 exactly; the forward subtracts
+their rounded sum times the mean value. grad_q does the same with the mean keys (`means`).
 
-No kernel keeps more than two wide accumulators, to spare registers; no atomics, so results repeat. A tile in which
-nothing is visible is in no list; where all is visible there are no lists, and where tiles divide the lengths (EVEN) no
-bounds. Products of bf16 add up in float32; float32 operands are split into three products of tf32 (FLOAT32), which keep
-about 21 bits of each.
+No kernel keeps more than two wide accumulators, to save registers. There are no atomics, so results repeat. Lists omit
+tiles where nothing is visible. Where all is visible there are no lists; where tiles divide the lengths (EVEN), no
+bounds. Products of bf16 accumulate in float32; float32 operands are split into three products of tf32 (FLOAT32), which
+keep about 21 bits of each.
 
-Triton is imported by `load`, never with this file: the functions below are plain until then. Triton's interpreter
-(TRITON_INTERPRET=1 before Triton's first import) runs them without a GPU; it multiplies the bit patterns of bf16 tiles
-as integers and truncates where a GPU rounds, so under it (EMULATE) tiles are float32 that hold rounded values.
+`load` imports Triton; until then the functions below are plain. Triton's interpreter (TRITON_INTERPRET=1 before
+Triton's first import) runs them without a GPU. It multiplies the bit patterns of bf16 tiles as integers and truncates
+where a GPU rounds; so under it (EMULATE) tiles are float32 with rounded values.
 
-Legend: R rows, H query heads, G key heads, Q queries, T context keys, S own keys, D head width; BQ, BK tile sizes.
-A tensor of four axes enters as (pointer, stride of rows, stride of heads, stride of positions).
+Legend: R batch rows, H query heads, G key heads, Q queries, T context keys, S own keys, D head width; BQ, BK tile
+sizes. A tensor of four axes is (pointer, stride of rows, stride of heads, stride of positions).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import triton.language as tl
 
-NO_MASK, FIELDS, DENSE = 0, 1, 2  # how the kernels learn what is visible
+NO_MASK, FIELDS, DENSE = 0, 1, 2  # kinds of masks
 
-FLOAT32: Any = None  # the precision of products of float32, a constant of Triton's that `load` makes
-interpreted = False  # whether `load` found Triton's interpreter switched on
+FLOAT32: Any = None  # the precision of float32 products, a Triton constant; `load` sets it
+interpreted = False  # whether Triton's interpreter is on; `load` sets it
 _DEVICE_FUNCTIONS: list[str] = []
 
 
@@ -48,7 +48,7 @@ def _device(function: Any) -> Any:
 
 @cache
 def load() -> None:
-    """Import Triton and compile this file's functions with it. Raises ValueError when it is not installed."""
+    """Import Triton and compile this file's functions with it. ValueError if it is not installed."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("attention backend 'triton' needs Triton: pip install 'omni-flow[gpu]', or use 'streamed'")
     import triton
@@ -66,7 +66,7 @@ def load() -> None:
 
 @_device
 def _operand(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """A tile as an operand of a product: in DTYPE, or under the interpreter float32 rounded to it, to nearest even."""
+    """A tile as an operand of a product: in DTYPE; under the interpreter, float32 rounded to it, to nearest even."""
     if EMULATE:
         x = x.to(tl.float32)
         if DTYPE == tl.bfloat16:  # noqa: SIM300
@@ -108,7 +108,7 @@ def _write_exact(
     x, low, r, h, start, length, tile,
     D: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write a float32 tile in DTYPE, and what the rounding took from it."""
+    """Write a float32 tile in DTYPE, and its rounding error."""
     _write(x, r, h, start, length, tile, D, N, EMULATE)
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         rounded = _operand(tile, DTYPE, EMULATE).to(tl.float32)
@@ -136,9 +136,9 @@ def _per_query(x, head, at, num_q, other):
 def _visible(mask, r, qi, ki, num_q, num_k, MASK: tl.constexpr):
     """omni.sequence.mask.visible on a tile. Positions qi (BQ, 1) and ki (1, BK), or (1, BQ) and (BK, 1).
 
-    No key past the last is visible. Queries past the last may see: nothing of theirs is kept, or their weights are 0.
-    FIELDS: of a query its document, the block before which it reads context, its copy; of a key its document, its block
-    (of context; else never before any) and its copy (of context: no query's).
+    No key past the last is visible. Queries past the last may see keys: their results are not stored, or have weight 0.
+    FIELDS: of a query its document, the limit of the context blocks that it sees, its copy; of a key its document, its
+    block (own keys: above every limit) and its copy (context keys: no query's).
     """
     if MASK == 1:
         q_fields, k_fields = mask[0] + r * 3 * num_q + qi, mask[1] + r * 3 * num_k + ki
@@ -159,7 +159,7 @@ def _visible(mask, r, qi, ki, num_q, num_k, MASK: tl.constexpr):
 
 @_device
 def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
-    """The tangent da b^T + a db^T of a b^T; A, B say which side has one."""
+    """The tangent da b^T + a db^T of a b^T; A, B: which side has one."""
     if A:
         ds = tl.dot(da, tl.trans(b), input_precision=FLOAT32)
         if B:
@@ -171,13 +171,13 @@ def _scores(a, da, b, db, A: tl.constexpr, B: tl.constexpr):
 
 @_device
 def _count(tiles, r, tile, length, N: tl.constexpr, MASK: tl.constexpr):
-    """The number of tiles of N positions that a tile meets: all, or those in its list."""
+    """The number of tiles of N positions that a tile visits: all, or those in its list."""
     return tl.cdiv(length, N) if MASK == 0 else tl.load(tiles[0] + r * tiles[2] + tile)
 
 
 @_device
 def _start(tiles, r, tile, i, N: tl.constexpr, MASK: tl.constexpr):
-    """The first position of the i-th tile that a tile meets."""
+    """The first position of the i-th tile that a tile visits."""
     return i * N if MASK == 0 else tl.load(tiles[1] + (r * tiles[2] + tile).to(tl.int64) * tiles[3] + i) * N
 
 
@@ -190,7 +190,7 @@ def _sweep(
     OWN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add to the running sums of a tile of queries what the keys of one side give, as in jvp.py."""
+    """Add the keys of one side to the running sums of a tile of queries, as in jvp.py."""
     acc, acc_t, m, total, mu, given, drift = state
     qi = (tile * BQ + tl.arange(0, BQ))[:, None]
     for i in range(0, _count(tiles, r, tile, num_k, BK, MASK)):
@@ -238,9 +238,9 @@ def forward(
     q_tile = _read(q, r, h, start, num_q, D, BQ, EVEN, EMULATE)
     dq_tile = _read(dq, r, h, start, num_q, D, BQ, EVEN, EMULATE)
     acc, acc_t = tl.zeros([BQ, D], tl.float32), tl.zeros([BQ, D], tl.float32)
-    # The largest score so far; at first no score, yet finite: a query that has seen nothing has weights of 0.
+    # m: the largest score so far. Its start is finite: a query that has seen nothing has weights of 0.
     m, total, mean = tl.zeros([BQ], tl.float32) - 1e30, tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)
-    given, drift = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the weights as they were rounded
+    given, drift = tl.zeros([BQ], tl.float32), tl.zeros([BQ], tl.float32)  # sums of the rounded weights
     if CONTEXT:
         acc, acc_t, m, total, mean, given, drift = _sweep(
             (acc, acc_t, m, total, mean, given, drift), q_tile, dq_tile, k_context, k_context, v_context, v_context,
