@@ -272,8 +272,8 @@ def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], 
     log_p = _after_all(_laws(runtime, row, ids, logits), K)[None]
     if draft is None or draft.log_q is None:
         raise ValueError(
-            f"verify = {kind!r} needs the probabilities of the draft, which this model's joint-token head does not give; "
-            "take verify = 'coupled'"
+            f"verify = {kind!r} needs the probabilities of the draft, which this model's joint-token head does not "
+            "give; take verify = 'coupled'"
         )
     key = row.key.fold("verify", row.num_tokens)
     coins = key.fold("coins").uniform((1, K), torch.float64).to(logits.device)

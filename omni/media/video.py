@@ -61,7 +61,7 @@ def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[T
         seconds = _declared_seconds(stream, container)
         if seconds > max_seconds:
             bound = f"max_seconds={max_seconds:g}"
-            raise ValueError(f"{name} is {seconds:g} seconds long by its header, above {bound}; cut it or raise the bound")
+            raise ValueError(f"{name} has {seconds:g} seconds by its header, above {bound}; cut it or raise the bound")
         stream.thread_count = 1
         stream.codec_context.options = limit
         step = 1 / float(stream.average_rate or DEFAULT_FPS)
