@@ -1,4 +1,4 @@
-"""Published directories: atomic, complete, and every flipped bit is found before weights are used."""
+"""Published directories: atomic, complete; the digest check finds every flipped bit before weights are used."""
 
 from __future__ import annotations
 

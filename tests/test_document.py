@@ -1,4 +1,4 @@
-"""Document JSON: lossless, and whatever a file claims, one line of error and no memory taken for it."""
+"""Document JSON: lossless; invalid files raise one line of error and allocate no memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def packed(raw: bytes) -> str:
 
 
 def document(**changes: Any) -> str:
-    """A Document of one picture, some of whose keys are others; a change to ... takes the key out."""
+    """A Document of one picture with changed keys; a change to ... removes the key."""
     picture = {"type": "image", "shape": [1, 1, 3], "zlib": packed(b"abc"), "role": "user", "supervise": False}
     picture = {key: value for key, value in {**picture, **changes}.items() if value is not ...}
     return json.dumps({"segments": [picture]})
 
 
 def error(text: str, **bounds: int) -> str:
-    """The one line. Not 2 MB of memory are taken on the way to it."""
+    """The error's line. The call allocates less than 2 MB."""
     tracemalloc.start()
     try:
         with pytest.raises(ValueError) as caught:
@@ -102,7 +102,7 @@ def test_bounds_are_of_the_whole_document() -> None:
 
 
 def test_a_picture_takes_memory_once() -> None:
-    """The tensor's bytes are the decompressed ones; a third more is what growing them may leave over."""
+    """The tensor shares the decompressed bytes; their growth may add a third."""
     text = document(shape=[1000, 1000, 3], zlib=packed(bytes(3_000_000)))
     tracemalloc.start()
     Document.from_json(text)

@@ -1,4 +1,4 @@
-"""Values that are not finite: an error that names the token, the step or the codec, and never "!!!!" or black."""
+"""Values that are not finite raise an error that names the token, the step or the codec; they give no output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_weight_that_is_not_finite_is_no_text(model: Omni, name: str, value:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_a_cap_hides_no_infinity(model: Omni, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """Its tanh is 1, a score like any other."""
+    """tanh of infinity is 1, a finite score."""
     monkeypatch.setattr(model.token, "logit_cap", 12.0)
     with torch.no_grad():
         weight = model.token.embedding.weight
@@ -53,14 +53,14 @@ def test_a_cap_hides_no_infinity(model: Omni, monkeypatch: pytest.MonkeyPatch, v
 
 
 def test_an_overflow_inside_the_network_is_no_text(model: Omni) -> None:
-    """A finite weight, a hidden state whose square is not: the final norm makes it zero, and all logits with it."""
+    """A finite weight gives a hidden state whose square overflows: the final norm returns zero, so all logits are 0."""
     poison(model, "transformer.blocks.1.text.down.weight", 3e38)
     with pytest.raises(NotFiniteError, match="logits of token 1 of the reply are all 0"):
         model.generate("hello")
 
 
 def test_the_error_names_the_token(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hot path, of one token: the second token is the first that it reads."""
+    """The step of one token: it reads the logits of the second token first."""
     engine = Engine(model)
     read = engine.step.read
     monkeypatch.setattr(engine.step, "read", lambda hidden: read(hidden) * math.nan)
@@ -79,7 +79,7 @@ def test_scores_that_leave_nothing_are_named() -> None:
     logits = torch.tensor([[0.0, -1.0, 4.0], [5.0, 0.0, 5.0], [-3.0, -2.0, 0.0]])
     mask = torch.tensor([[0.0, 0.0, no], [no, 0.0, no], [0.0, 0.0, no]])
     scores, ids = masked_scores(logits, mask, range(3))
-    assert ids.tolist() == [0, 1, 1]  # a 0 that is the best, or the only one, is a score
+    assert ids.tolist() == [0, 1, 1]  # a 0 that is the best or the only score is valid
     assert torch.equal(scores, logits + mask)
 
 
@@ -92,7 +92,7 @@ def test_a_mask_that_leaves_nothing_is_an_error(model: Omni) -> None:
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
-    """Scores divided by it overflow; the differences to the largest do not matter then."""
+    """Scores divided by it overflow; the result is the argmax."""
     score = torch.tensor([1.0, 12.0, -3.0])
     for temperature in (5e-324, 1e-300, 1e-30):
         assert token_law(score, temperature).exp().tolist() == [0.0, 1.0, 0.0]
@@ -108,7 +108,7 @@ def test_latents_that_are_not_finite_are_no_picture(model: Omni, value: float, s
 
 @pytest.mark.parametrize("value", [1e5, 1e30, -1e30])
 def test_latents_out_of_all_bounds_are_no_picture(model: Omni, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """As a large weight of guidance makes them: finite, and black or white once decoded."""
+    """A large guidance weight gives such latents: finite, and decoded to black or white."""
     velocity = model.velocity
     monkeypatch.setattr(model, "velocity", lambda *given: velocity(*given) * 0 + value)
     with pytest.raises(NotFiniteError, match=r"picture 1, after step 1 of 2, reach -?5\S*, beyond 10000; "):
@@ -116,7 +116,7 @@ def test_latents_out_of_all_bounds_are_no_picture(model: Omni, monkeypatch: pyte
 
 
 def test_the_error_names_the_block(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second chunk of the second clip, with a picture before it."""
+    """The second chunk of the second clip, after a picture."""
     c, passes, velocity = Engine(model).control, [], model.velocity
 
     def later(*given):  # noqa: ANN002, ANN202

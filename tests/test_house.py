@@ -1,4 +1,4 @@
-"""The house rules that a parser can hold: layers, circles, sizes, heavy imports, keyed draws, no code from data."""
+"""House rules, checked by a parser: levels, import circles, sizes, heavy imports, keyed samples, no code from data."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def graph() -> dict[str, set[str]]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Files that reach one another: what is left when files that import nothing that is left are taken away, and then
-    those that nothing left imports."""
+    """Files that import one another: repeatedly remove files that import no remaining file, then files that no
+    remaining file imports."""
     left = {module: set(others) for module, others in edges.items()}
     for _ in range(2):
         while True:
@@ -170,7 +170,7 @@ def test_circles_are_found(edges: dict[str, set[str]], found: list[list[str]]) -
 
 
 def test_the_library_knows_no_programs() -> None:
-    """eval may use the kit of train; nothing else goes across."""
+    """eval may use the kit of train; the programs share nothing else."""
     forbidden = {"omni": {"train", "eval", "tests"}, "train": {"eval", "tests"}, "eval": {"tests"}}
     wrong = [
         f"{name(path)}:{line} imports {dotted}"
@@ -183,7 +183,7 @@ def test_the_library_knows_no_programs() -> None:
 
 
 def unknown_names(text: str) -> list[str]:
-    """Dotted names of files of ours in a text, such as omni.rng or train.lock.hold, that are not there."""
+    """Dotted names of project files in a text, such as omni.rng or train.lock.hold, that do not exist."""
     unknown = []
     for dotted in re.findall(r"(?<![\w./-])((?:omni|train|eval)(?:\.[A-Za-z]\w*)+)", text):
         parts = dotted.split(".")
@@ -204,7 +204,7 @@ def _is_module(path: Path) -> bool:
 
 
 def test_names_in_prose_exist() -> None:
-    """In docstrings, comments and messages, and in the suites and recipes."""
+    """In docstrings, comments, messages, suites and recipes."""
     others = {"train.parquet", "train.splitlines"}  # a file of data, a variable
     paths = [path for path in files(*TOPS, "tests") if path != Path(__file__)]
     paths += [path for top in TOPS for path in (ROOT / top).rglob("*.toml")]
@@ -241,7 +241,7 @@ def test_files_and_functions_are_short() -> None:
 
 
 def test_read_me_first() -> None:
-    """The README is a page; each package explains itself."""
+    """The README is one page; each package has its own README."""
     words = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(words.splitlines()) <= 200 and len(words.split()) <= 1800
     for package in (*TOPS, "tokenizers_cfg"):
@@ -279,7 +279,7 @@ def test_every_folder_of_code_is_a_package(top: str) -> None:
 
 
 def test_import_omni_is_light() -> None:
-    """`import omni` loads nothing; its names load torch and the core packages, and none of the heavy ones."""
+    """`import omni` loads nothing; its names load torch and the core packages, and no heavy package."""
     script = (
         "import sys, omni; assert 'torch' not in sys.modules\n"
         "for n in omni.__all__: getattr(omni, n)\n"
@@ -301,7 +301,7 @@ INIT_DRAWS = set("normal_ uniform_ trunc_normal_ xavier_normal_ xavier_uniform_ 
 
 
 def draws(path: Path) -> Iterator[tuple[int, str]]:
-    """Calls that draw from, or seed, state that no key controls."""
+    """Calls that sample from, or seed, a generator without a key."""
     shared = {"np.random", "numpy.random", "torch.random"} | ({"random"} & {dotted for dotted, _ in imports(path)})
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):

@@ -1,4 +1,4 @@
-"""A model directory is read through its manifest: what is listed, once, whole, and nothing else."""
+"""A model directory is read by its manifest: each listed file once and whole, and no other file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def listed(directory: Path, **changes: Any) -> None:
-    """Write a manifest of what is in the directory, with other values in its body."""
+    """Write a manifest of the directory with changed values in its body."""
     names = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
     files = {
         name: {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=32).hexdigest()}
@@ -41,7 +41,7 @@ def listed(directory: Path, **changes: Any) -> None:
 
 
 def refused(model: Path, capsys: Any, *said: str) -> None:
-    """`omni` says it in one line and exits with 4."""
+    """`omni` prints one line and exits with 4."""
     capsys.readouterr()
     for argv in (["verify", str(model)], ["generate", "hello", "--model", str(model), "--out", str(model / "out")]):
         assert main(argv) == 4
@@ -89,7 +89,7 @@ def test_weights_of_other_kinds_are_refused(model: Path, capsys: Any, dtype: tor
 
 @pytest.mark.parametrize("head", JOINT_HEADS.names())
 def test_a_loaded_model_is_the_saved_one(head: str, tmp_path: Path) -> None:
-    """Every kind of head, built without memory and filled: the same weights, nothing left unset, bytes as before."""
+    """Every kind of head, built on the meta device and filled: equal weights, none unset, equal bytes when saved."""
     from layouts import small_model
 
     config = small_model().config
@@ -149,7 +149,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(model: Path, capsys:
             shutil.rmtree(model / folder)
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text(content)
-    if name == "tokenizer/tokenizer.json":  # alone it is nobody's
+    if name == "tokenizer/tokenizer.json":  # without its config no file reads it
         listed(model, files=files)
         assert omni.from_pretrained(model).tokenizer is None
         return
@@ -182,7 +182,7 @@ def test_listed_files_that_nobody_asks_for_are_checked_too(model: Path, capsys: 
 
 
 def test_a_link_to_the_same_bytes_is_a_file(model: Path, tmp_path: Path) -> None:
-    """As the cache of a hub has them."""
+    """Like the cache of a hub."""
     before = omni.from_pretrained(model).state_dict()
     (model / "model.safetensors").rename(tmp_path / "blob")
     (model / "model.safetensors").symlink_to(tmp_path / "blob")
@@ -275,7 +275,7 @@ def test_sizes_without_sense_are_refused_and_named(model: Path, capsys: Any, tab
 
 @pytest.mark.parametrize(("key", "value"), [("width", 65536), ("mlp_width", 262144), ("depth", 512)])
 def test_terabytes_are_not_asked_for(model: Path, capsys: Any, key: str, value: int) -> None:
-    """Sizes within bounds that the weights do not have: found by their shapes, nothing is allocated."""
+    """Sizes within bounds that differ from the weights: the shapes reveal it, and nothing is allocated."""
     config = json.loads((model / "config.json").read_text())
     config["transformer"][key] = value
     (model / "config.json").write_text(json.dumps(config))

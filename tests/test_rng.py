@@ -1,4 +1,4 @@
-"""Keys by the thousand: a draw is of its own name alone, whatever stands beside it, and distributed as it should be."""
+"""Thousands of keys: a sample depends on its own name alone, not on its neighbours, and has the right distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = [(document, block, copy) for document in range(40) for block in (3, 9) f
 
 
 def test_it_is_splitmix64() -> None:
-    """The first outputs of the published generator from state 0."""
+    """The first outputs of the published generator with state 0."""
     states = torch.arange(1, 4) * (0x9E3779B97F4A7C15 - (1 << 64))
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [int(z) % (1 << 64) for z in _mixed(states)] == published
@@ -33,7 +33,7 @@ def test_keys_depend_on_the_name_and_the_path_alone() -> None:
     for other in (Key(2).fold("noise"), Key(1).fold("time"), Key(1).fold("noise", 0)):
         assert not (other.each(names) == keys).any()
     same = Key(1).fold("noise").each(names.flip(1)) == keys
-    assert torch.equal(same, names[:, 0] == names[:, 2])  # the columns are told apart
+    assert torch.equal(same, names[:, 0] == names[:, 2])  # columns are distinguished
 
 
 def test_the_distributions() -> None:
@@ -56,7 +56,7 @@ def test_the_distributions() -> None:
 
 
 def test_noise_of_an_item_does_not_depend_on_its_place_or_neighbours() -> None:
-    """Also of items of different sizes, an odd number of channels, and with padding between."""
+    """Also with items of different sizes, an odd number of channels, and padding in between."""
     item = torch.tensor([[0, 0, 0, -1, 1, 1], [2, 2, -1, -1, -1, -1]])
     names = ((5, 1, 0), (5, 1, 1), (8, 2, 0))
     noise = Items(torch.zeros(2, 6, 3), item, names).noise(Key(0))
@@ -108,7 +108,7 @@ def test_each_uniforms_and_normals_are_those_of_plain_integers() -> None:
 
 
 def test_every_bit_of_a_key_counts_in_its_normals() -> None:
-    """Float32 of the formula in float64, but for a value or two that processors round differently."""
+    """Equal to the float64 formula in float32, except for one or two values that processors round differently."""
     keys = Key(5).each(torch.arange(3000).view(-1, 1))
     wanted = []
     for bits in keys.tolist():
@@ -120,7 +120,7 @@ def test_every_bit_of_a_key_counts_in_its_normals() -> None:
 
 
 def test_a_key_is_its_seed_and_path_hashed() -> None:
-    """63 bits of blake2b; ints and strings are told apart, and a fold of several is several folds."""
+    """63 bits of blake2b; ints and strings differ, and a fold of several parts equals several folds."""
     text = "(5, 'noise', 3, '3')"
     wanted = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
     key = Key(5).fold("noise").fold(3, "3")

@@ -1,4 +1,4 @@
-"""The `omni` command: replies in order, folders whole or absent, every bad input one line and exit code 2 or 4."""
+"""The `omni` command: ordered replies, folders whole or absent, one line and exit code 2 or 4 for bad input."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No model: the engine plays a script."""
+    """No model: the engine follows a script."""
     model = SimpleNamespace(
         codec=PixelCodec(PixelConfig(patch=4)), preparation=Preparation(), limits=Limits((4, 4), 1, 8, 8)
     )
@@ -137,7 +137,7 @@ def test_default_folders_are_numbered(fake: Any, at: Path) -> None:
 
 
 def test_a_taken_number_is_passed_over(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process publishes 001 between our look and our write."""
+    """Another process publishes 001 between the check and the write."""
     (at / "omni-out/001").mkdir(parents=True)
     (at / "omni-out/001/theirs").write_text("x")
     answers = iter([at / "omni-out/001", at / "omni-out/001", at / "omni-out/002"])
@@ -249,7 +249,7 @@ def test_a_full_disk_is_noticed_before_the_work(fake: Any, at: Path, capsys: pyt
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream whose `isatty` is True."""
 
     encoding = "utf-8"
 
@@ -258,7 +258,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_does_not_wipe_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both streams on one screen: before the progress line clears its line, the text's line must be finished."""
+    """Both streams on one screen: the text's line ends before the progress line clears its line."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     events = scripted(1)(None, None, SimpleNamespace(steps=1, seed=0))
@@ -318,7 +318,7 @@ def test_debug_shows_the_traceback(fake: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def huge_png(path: Path) -> None:
-    """A PNG of 50,000 x 50,000 pixels, as far as its header says."""
+    """A PNG of 50,000 x 50,000 pixels by its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -567,7 +567,7 @@ def test_chat_settings_are_the_flags(fake: Any, at: Path, capsys: Any) -> None:
 
 
 def terminal(fake: Any, *replies: Any) -> int:
-    """A chat at a terminal, whose user types `replies`; an exception is one that `input` raises."""
+    """A chat at a terminal: `input` returns `replies` in order, and raises those that are exceptions."""
     waiting = iter(replies)
 
     def ask(_: str) -> str:
@@ -646,7 +646,7 @@ def test_inspect_a_picture_and_a_document(tiny_model: Path, at: Path, capsys: An
         len(span.latents) if hasattr(span, "latents") else len(span.ids) for span in engine.model.spans(document)
     )
     rows = [line for line in out.splitlines() if re.match(r"\d", line)]
-    assert re.match(rf"(\d+-)?{num_positions - 1} ", rows[-1])  # the table ends where the sequence ends
+    assert re.match(rf"(\d+-)?{num_positions - 1} ", rows[-1])  # the last position of the sequence
     assert any("latents" in row and "refined" in row and "1 x 2 x 2" in row for row in rows) and "\x1b" not in out
 
 

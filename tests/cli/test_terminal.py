@@ -1,4 +1,4 @@
-"""Terminal output: which protocol, exact half blocks, and text that cannot do anything."""
+"""Terminal output: the choice of protocol, exact half blocks, and text without control characters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omni.safe_text import safe_text
 
 
 class Stream(io.StringIO):
-    """A stream that says it is a terminal, or not, with an encoding."""
+    """A stream with a given `isatty` and encoding."""
 
     def __init__(self, tty: bool = True, encoding: str = "utf-8") -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_a_pipe_gets_no_pictures_unless_forced() -> None:
 
 
 def parse_half_blocks(shown: str) -> np.ndarray:
-    """The pixels (H, W, 3) that truecolor half blocks show, read back the way a terminal would."""
+    """The pixels (H, W, 3) of truecolor half blocks, parsed as by a terminal."""
     rows = []
     for line in shown.rstrip("\n").split("\n"):
         upper, lower, colours = [], [], None

@@ -1,4 +1,4 @@
-"""The bundled model, as a user meets it: it loads, keeps the contract, and answers with the right pictures in place."""
+"""The bundled model end to end: it loads, passes the contract check, and answers with the right pictures in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def atlas() -> Atlas:
 
 
 def test_contract(model: omni.Omni) -> None:
-    """In float64 to 1e-10, on every processor; in float32 relative to the largest logit, which is 12."""
+    """In float64 to 1e-10 on every processor; in float32 relative to the largest logit, 12."""
     bars = {"absolute": 1e-10, "of the largest": 2e-5, "entries": 0}
     for check in verify(model):
         assert check.holds and check.bar == bars[check.unit], check
@@ -54,7 +54,7 @@ def test_text_questions_get_text(model: omni.Omni) -> None:
 
 
 def test_the_picture_is_read_back(model: omni.Omni) -> None:
-    """Draw, attach the drawing, ask for its name: the two directions of one model agree."""
+    """Generate a picture, attach it, ask for its name: both directions of the model agree."""
     picture = model.generate("draw a red apple", seed=1).images[0]
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]
     assert model.generate([{"role": "user", "content": content}]).text == "red apple"

@@ -1,4 +1,4 @@
-"""The longest context: counted before any pass, kept while a reply grows, warned of at 90 %."""
+"""The longest context: checked before any pass and during a reply; a warning at 90 %."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def letters(model: Omni, num: int) -> list[int]:
 
 
 def watch(model: Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The longest row of every cache, after every append of it."""
+    """The longest batch row of every cache, after each append."""
     seen: list[int] = []
     new_cache = model.transformer.new_cache
 
@@ -101,7 +101,7 @@ def test_pictures_count_before_they_are_encoded(tiny_model, monkeypatch: pytest.
 
 def test_the_longest_prompt_leaves_one_token(tiny_model) -> None:  # noqa: ANN001
     n = length(living(tiny_model), "hello")
-    model = limited(tiny_model, n + 5)  # any smaller limit than 16 is no configuration
+    model = limited(tiny_model, n + 5)  # a configuration allows no limit below 16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextWarning)
         with pytest.raises(ValueError, match=f"the prompt has {n + 5} positions"):
@@ -111,7 +111,7 @@ def test_the_longest_prompt_leaves_one_token(tiny_model) -> None:  # noqa: ANN00
 
 
 def test_a_reply_ends_at_the_limit(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
-    """Rows of a batch each at their own; what is in the cache never exceeds the limit."""
+    """Each request of a batch ends at its own limit; the cache never exceeds the limit."""
     model = limited(tiny_model, 40)
     seen = watch(model, monkeypatch)
     prompts = ["hello", "what?", "a longer prompt than the others"]
@@ -134,7 +134,7 @@ def test_a_picture_that_has_no_room_is_not_begun(tiny_model, monkeypatch: pytest
             warnings.simplefilter("ignore", ContextWarning)
             events = list(force(model, script).stream("draw", steps=1))
         begun = any(isinstance(event, BlockStart) for event in events)
-        assert begun == (limit > n + 8)  # header, latents and media_end, and one position for what comes after
+        assert begun == (limit > n + 8)  # header, latents and media_end, and one more position
         assert events[-1] == Stop("end" if limit > n + 9 else "length")
         assert max(seen) <= limit
 
@@ -161,7 +161,7 @@ def test_guidance_reads_no_more_than_the_context(tiny_model, monkeypatch: pytest
 
 
 def test_a_warning_at_ninety_percent(tiny_model) -> None:  # noqa: ANN001
-    """Of the prompt before the reply, else of the whole at its end; once a reply."""
+    """One warning per reply: for the prompt before the reply, else for the context at its end."""
     model = limited(tiny_model, 100)
     start = length(model, "")
     for num, limit in ((89, 1), (90, 1)):
@@ -203,7 +203,7 @@ def test_the_bundled_models_context_holds_a_conversation_of_pictures() -> None:
 
 def test_a_configuration_without_a_limit_loads(tiny_model, tmp_path: Path) -> None:  # noqa: ANN001
     data = json.loads((tiny_model / "config.json").read_text())
-    assert data.pop("max_context") == 4096  # what a new model has
+    assert data.pop("max_context") == 4096  # the default of a new model
     (tmp_path / "config.json").write_text(json.dumps(data))
     assert load_json(tmp_path / "config.json", OmniConfig).max_context == 4096
     (tmp_path / "config.json").write_text(json.dumps({**data, "max_context": 0}))

@@ -1,4 +1,4 @@
-"""The engine: ordered events, keyed draws independent of the batch, constrained headers, guidance as trained."""
+"""The engine: ordered events, keyed samples independent of the batch, constrained headers, guidance as trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from omni.text.compose import frame_rate
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> omni.Omni:  # noqa: ANN001
-    """Random weights, every part alive."""
+    """Random weights; no part is at its zero start."""
     return living(tiny_model)
 
 
@@ -74,7 +74,7 @@ def clip_script(engine: Engine, chunks: int, rate: int) -> list[int]:
 
 
 def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -> None:
-    """What comes back into the next prompt has the header that the model wrote."""
+    """The clip in the next prompt has the header that the model emitted."""
     engine = Engine(model)
     reply = force(model, clip_script(engine, 3, 24)).generate("move", steps=2)
     [clip] = reply.parts
@@ -88,9 +88,9 @@ def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -
 
 @pytest.mark.parametrize(("fps", "rate"), [(24, 24), (23.976, 24), (0.5, 1), (64.4, 64)])
 def test_a_forced_frame_rate_arrives_in_the_clip(model: omni.Omni, fps: float, rate: int) -> None:
-    """The header's id is forced by its mask, whatever the logits are; the clip has the very number that was asked."""
+    """The mask forces the header's id, whatever the logits are; the clip has the requested number."""
     engine = Engine(model)
-    engine.grammar.allowed = {  # a clip of one chunk, chosen by the model itself
+    engine.grammar.allowed = {  # a clip of one chunk, sampled by the model
         name: torch.full_like(mask, -torch.inf).index_fill(0, torch.tensor(ids), 0)
         for (name, mask), ids in zip(
             engine.grammar.allowed.items(),
@@ -128,7 +128,7 @@ def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
 
 
 def test_a_picture_beyond_the_budget_ends_the_reply(model: omni.Omni) -> None:
-    """In place of text for ever, which is what is left where pictures are wanted and forbidden."""
+    """A mask that forbids pictures would give endless text instead."""
     script = picture_script(Engine(model), 1, 1)[:-1]  # text, a picture, text
     again = [*script, *script, *script]
     reply = force(model, again).generate("three pictures", steps=1, max_images=1)
@@ -229,11 +229,11 @@ def test_a_network_trained_with_guidance_is_told_it(model: omni.Omni, monkeypatc
     plain = {"force_image": True, "image_size": (8, 8), "steps": 1, "max_tokens": 1, "max_images": 1}
     for told_guidance, guidance in ((None, 1.0), (2.0, 1.0), (2.0, 3.0)):
         model.generate("draw", guidance=guidance, told_guidance=told_guidance, **plain)
-    assert told == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
+    assert told == [[1.0], [0.5], [0.5, 1.0]]  # training uses 1 for the reduced history
 
 
 def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
-    """Rows of different lengths and phases share passes and still give what each gives alone, bit for bit in pixels."""
+    """Requests of different lengths and phases share passes, and each reply equals that of the request alone."""
     prompts = ["a", "draw me something rather long, please", "b c"]
     options = GenerationOptions(
         steps=2, max_tokens=12, max_images=2, temperature=1.0, force_image=True, image_size=(8, 8)
@@ -248,7 +248,7 @@ def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
 
 
 def count_passes(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of positions of every pass over the context, as they happen."""
+    """The number of positions of every pass over the context, in order."""
     passes, extend = [], model.transformer.extend
 
     def counted(h, *arguments):  # noqa: ANN001, ANN202
@@ -268,12 +268,12 @@ def test_a_forced_picture_costs_one_pass_and_is_delivered_before_it_is_encoded(
     when = {type(event): list(passes) for event in Engine(model).stream("draw", options)}
     assert when[BlockStart] == []
     assert when[BlockStep] == when[BlockDone] == [prompt + 3]
-    assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, once more text is asked for
+    assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, appended when text follows
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
 def test_room_in_the_cache_changes_nothing(model: omni.Omni, lengths: tuple[int, int]) -> None:
-    """Blocks refined in the free slots of the cache, against a copy of its keys and values; twice, as samplers do."""
+    """Refinement in the free slots of the cache equals refinement on a copy of its keys and values; run twice."""
     spans = [[TokenSpan([r + n for n in range(length)], [False] * length)] for r, length in enumerate(lengths)]
     key = Key(7)
     with torch.inference_mode():
@@ -287,7 +287,7 @@ def test_room_in_the_cache_changes_nothing(model: omni.Omni, lengths: tuple[int,
         wanted = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, plain) for scale in (1, 2)]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert float((found[0] - found[1]).abs().max()) > 1e-3
-        ahead = append_spans(model, cache, spans, 0)  # what stood in the free slots is not context
+        ahead = append_spans(model, cache, spans, 0)  # old values in the free slots are not context
         fresh = model.transformer.new_cache(2, 32)
         for _ in range(2):
             clean = append_spans(model, fresh, spans, 0)
@@ -300,7 +300,7 @@ def test_seed_decides_the_picture(model: omni.Omni) -> None:
 
 
 def test_header_is_always_well_formed(model: omni.Omni) -> None:
-    """Whatever random weights say at temperature 2: sizes within the grid, text without control ids, budgets kept."""
+    """With random weights at temperature 2: sizes within the grid, text without control ids, limits respected."""
     options = GenerationOptions(steps=1, temperature=2.0, max_tokens=40, max_images=3)
     for reply in model.generate_batch(["q"] * 12, options, seeds=range(12)):
         assert len(reply.images) <= 3

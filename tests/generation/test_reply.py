@@ -1,4 +1,4 @@
-"""Replies: fed back as messages, saved, and shown, with nothing in their text that acts."""
+"""Replies as messages, files, Markdown and HTML; their text is escaped."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_reply_without_parts_can_be_fed_back() -> None:
     asked = {"role": "user", "content": "tell"}
     assert len(messages_to_document([asked, reply_of().message, asked]).segments) == 2
     with pytest.raises(ValueError, match="is empty"):
-        messages_to_document([asked, reply_of().message], supervise=True)  # nothing to learn from
+        messages_to_document([asked, reply_of().message], supervise=True)  # no supervised segment
 
 
 def test_generation_goes_on_from_a_reply(tiny_model: Path) -> None:
@@ -90,7 +90,7 @@ def test_generation_goes_on_from_a_reply(tiny_model: Path) -> None:
     options = first.record["options"]
     assert options["stop"] == ["dog"] and 0 <= options["seed"] < 2**63
     again = model.generate("draw a cat", force_image=True, seed=options["seed"], **budget)
-    assert again.images[0].tobytes() == first.images[0].tobytes()  # the recorded seed makes it again
+    assert again.images[0].tobytes() == first.images[0].tobytes()  # the recorded seed reproduces it
     assert first.record["model"]["path"] == str(tiny_model) and len(first.record["model"]["digest"]) == 32
 
 

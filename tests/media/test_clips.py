@@ -1,4 +1,4 @@
-"""Clips come as a player shows them: turned, at square pixels, in their colours. Every bound holds before the work."""
+"""Clips are as a player shows them: oriented, with square pixels, in their colours. Bounds are checked before work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE = 1 << 16
 # Display matrix (a, b, c, d) of ISO/IEC 14496-12: column p, row q is shown at column a*p + c*q, row b*p + d*q.
 MATRICES: dict[tuple[int, int, int, int], Callable[[torch.Tensor], torch.Tensor]] = {
     (1, 0, 0, 1): lambda f: f,
-    (0, 1, -1, 0): lambda f: f.rot90(-1, (1, 2)),  # what a phone held upright writes: 90 degrees clockwise
+    (0, 1, -1, 0): lambda f: f.rot90(-1, (1, 2)),  # written by an upright phone: 90 degrees clockwise
     (-1, 0, 0, -1): lambda f: f.flip(1, 2),
     (0, -1, 1, 0): lambda f: f.rot90(1, (1, 2)),
     (-1, 0, 0, 1): lambda f: f.flip(2),
@@ -37,7 +37,7 @@ def av() -> Any:
 
 
 def scene(width: int = 48, height: int = 32, frames: int = 2) -> torch.Tensor:
-    """A dark picture with a light corner and another half as light: no orientation looks like another."""
+    """A dark picture with a light corner and a half-light one: its eight orientations differ."""
     clip = torch.full((frames, height, width, 3), 30, dtype=torch.uint8)
     clip[:, : height // 2, : width // 4] = 220
     clip[:, : height // 4, width // 2 :] = 120
@@ -52,7 +52,7 @@ def mp4(
     title: str = "",
     **fields: Any,
 ) -> bytes:
-    """An MP4 as other programs write it; `matrix` of its colours and no tag, unless `fields` of the stream say so."""
+    """An MP4 as other programs write it: colours by `matrix`, without a tag unless `fields` of the stream set it."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "4"})
@@ -176,7 +176,7 @@ def test_rates_come_back(av: Any, tmp_path: Path) -> None:
 
 
 def test_equal_frames_are_not_lost(tmp_path: Path) -> None:
-    """Writers of animated pictures merge equal neighbours into one with a longer delay."""
+    """Writers of animated pictures merge equal neighbours into one frame with a longer delay."""
     still = scene(frames=5)
     moving = torch.stack([scene()[0], scene()[0], scene()[0].flip(0), scene()[0], scene()[0]])
     media.save_apng(still, tmp_path / "a.png", fps=10)
@@ -191,7 +191,7 @@ def test_equal_frames_are_not_lost(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lasts 5 frames, above max_frames=4"):
         media.load_video(tmp_path / "b", max_frames=4)
     assert torch.equal(media.load_video(gif([100, 100, 1000]))[0][:, 0, 0, 0], torch.tensor([0, 60] + [120] * 10))
-    assert len(media.load_video(gif([70, 110, 70, 90]))[0]) == 4  # no common rate: the frames as they are
+    assert len(media.load_video(gif([70, 110, 70, 90]))[0]) == 4  # no common rate: no repeats
 
 
 def gif(delays: list[int], side: int = 4) -> bytes:
@@ -237,7 +237,7 @@ def test_no_frame_is_decoded_past_a_bound(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_declared_length_is_read_first(av: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = mp4(av, scene(), times=[0, 8 * 36_000])
     monkeypatch.setattr(video, "_square_size", lambda *_: pytest.fail("a frame was decoded"))
-    with pytest.raises(ValueError, match=r"says it is 36000\.\d+ seconds long, above max_seconds=120; cut it"):
+    with pytest.raises(ValueError, match=r"has 36000\.\d+ seconds by its header, above max_seconds=120; cut it"):
         media.load_video(data, fps=0.001)
 
 
@@ -248,7 +248,7 @@ def test_video_bounds(av: Any) -> None:
         (name, value), *_ = bounds.items()
         with pytest.raises(ValueError, match=f"{name}={value}"):
             media.load_video(data, fps=1, **bounds)  # type: ignore[arg-type]
-    late = mp4(av, scene(), times=[8 * 200, 8 * 200 + 1])  # clips cut out of longer ones begin late
+    late = mp4(av, scene(), times=[8 * 200, 8 * 200 + 1])  # clips cut from longer ones begin late
     assert media.load_video(late)[1] == 8
 
 
@@ -276,7 +276,7 @@ def test_a_cut_animation_is_refused(tmp_path: Path) -> None:
 def test_flipped_bytes_of_clips_are_one_line(av: Any) -> None:
     data = mp4(av, scene(), title="a title")
     at = data.index(b"a title")
-    assert len(media.load_video(data[:at] + b"\xff\xe9" + data[at + 2 :])[0]) == 2  # no UTF-8: text is not needed
+    assert len(media.load_video(data[:at] + b"\xff\xe9" + data[at + 2 :])[0]) == 2  # invalid UTF-8 in unused text
     unknown = data.replace(b"avc1", b"none")
     with pytest.raises(ValueError, match="its codec is not known here; encode it as H.264"):
         media.load_video(unknown)

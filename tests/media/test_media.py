@@ -1,4 +1,4 @@
-"""Media: bombs and broken files refused in one line, orientation and transparency right, files whole or absent."""
+"""Media: bombs and broken files raise one line; orientation and transparency; files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIXELS = torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8, generator=torch.G
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of that size whose pixel data is a few bytes of zeros."""
+    """A PNG whose header has that size and whose pixel data is a few zero bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -123,7 +123,7 @@ def test_flipped_bytes_never_escape_as_other_errors() -> None:
 def test_orientation_is_applied_once() -> None:
     image = media.to_pil(PIXELS)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the scene is the right edge: turn by a quarter, clockwise
+    exif[0x0112] = 6  # the top of the scene is the right edge: rotate 90 degrees clockwise
     turned = media.load_image(encoded(image, exif=exif))
     assert torch.equal(turned, PIXELS.transpose(0, 1).flip(1))
     assert torch.equal(media.load_image(media.to_pil(turned)), turned)

@@ -1,4 +1,4 @@
-"""Every mode and dtype to uint8 RGB: scaled by its range or refused by name; upright, in sRGB; alike at every door."""
+"""Every mode and dtype to uint8 RGB: scaled by its range or rejected by name; oriented, in sRGB; at all entry points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omni.text.chat import messages_to_document
 
 RGB = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 GREY = RGB[..., 0]
-TURNS = {  # EXIF: which side of the scene row 0 and column 0 are; what makes it upright
+TURNS = {  # EXIF orientation -> the transform that undoes it
     1: lambda p: p,
     2: lambda p: p.flip(1),
     3: lambda p: p.flip(0, 1),
@@ -54,7 +54,7 @@ def error(value: Any) -> str:
 
 
 def shown(value: Any) -> torch.Tensor:
-    """Pixels, the same as a picture and as a part of a message."""
+    """Pixels of `load_image`, equal to those of a part of a message."""
     pixels = media.load_image(value)
     assert pixels.dtype == torch.uint8 and torch.equal(pixels, through_chat(value))
     return pixels
@@ -71,7 +71,7 @@ def shown(value: Any) -> torch.Tensor:
         (torch.zeros(2, 6, dtype=torch.float64), 0),
         (np.full((2, 3), 30000, np.uint16), 117),
         (np.full((2, 3), 65535, ">u2"), 255),
-        (np.full((2, 3), 128, np.uint16), 0),  # 0.498: the scale is the type's, whatever the values
+        (np.full((2, 3), 128, np.uint16), 0),  # 0.498: the dtype gives the scale, not the values
         (np.full((2, 3), 129, np.uint16), 1),
         (torch.full((2, 3), 65535, dtype=torch.uint16), 255),
         (np.ones((2, 3), bool), 255),
@@ -192,7 +192,7 @@ def test_unreadable_exif_data_are_ignored() -> None:
 
 
 def test_a_colour_profile_is_converted() -> None:
-    """A profile whose red primary is sRGB's green, and the other way round: its red is green."""
+    """A profile with sRGB's red and green primaries exchanged: its red is green."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile = bytearray(bytes(profile).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be")))
     red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
@@ -219,7 +219,7 @@ def test_a_tiff_whose_zero_is_white() -> None:
 
 
 def test_the_scans_of_a_jpeg_are_read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each scan goes over the whole picture: 0.3 MB of them took minutes, in which nothing looked at the time."""
+    """Each scan covers the whole picture: 0.3 MB of scans take minutes, so the time limit is checked in between."""
     whole = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     data = whole[:-2] + scan * (20_000 // len(scan)) + whole[-2:]

@@ -1,4 +1,4 @@
-"""One preparation: sizes, pixels and frames as each rule says, and what is right already left alone."""
+"""Preparation: sizes, pixels and frames of each rule; prepared media do not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(*shape: int, key: int = 0) -> torch.Tensor:
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
-    """Red tells the row and green the column, in hundredths of the side."""
+    """Red is the row and green the column, in hundredths of the side."""
     rows = torch.arange(height).add(0.5).div(height).mul(100).round()[:, None].expand(height, width)
     columns = torch.arange(width).add(0.5).div(width).mul(100).round()[None].expand(height, width)
     return torch.stack([rows, columns, torch.zeros(height, width)], -1).byte()
@@ -74,7 +74,7 @@ def test_every_size_gets_one_within_the_budget(
     inside = max(height, width) <= max_grid * stride and height * width <= budget * stride**2
     if on_stride and inside:
         assert size == (height, width)
-    near = math.sqrt(height * width) / stride >= 8  # fine enough for an aspect within a sixteenth
+    near = math.sqrt(height * width) / stride >= 8  # enough latents for an aspect within a sixteenth
     if near and budget >= 64 and max_grid >= 16 and 0.5 <= height / width <= 2:
         assert abs(math.log(h / w / (height / width))) < 0.08
 
@@ -112,7 +112,7 @@ def test_crop_keeps_the_middle() -> None:
 
 @pytest.mark.parametrize("size", [(100, 75), (300, 200), (47, 61), (1000, 777), (60, 68)])
 def test_buckets_keep_the_aspect(size: tuple[int, int]) -> None:
-    """Rows and columns are scaled alike: the ramps say how much of each side is left."""
+    """Rows and columns have one scale: the ramps show the remaining part of each side."""
     found = prepare_picture(ramp(*size), BUCKETS, LIMITS)
     height, width = found.shape[:2]
     rows, columns = (int(found[-1, 0, 0] - found[0, 0, 0]) * size[0], int(found[0, -1, 1] - found[0, 0, 1]) * size[1])
@@ -229,7 +229,7 @@ def test_models_without_the_file_load(tiny_model: Path, tmp_path: Path, old: dic
 
 
 def test_documents_of_any_size_are_composed_and_kept(tiny_model: Path) -> None:
-    """Spans have prepared blocks; the reply's document has the pixels that were given."""
+    """Spans have prepared blocks; the reply's document has the given pixels."""
     model = omni.from_pretrained(tiny_model)
     picture, clip = Image(noise(9, 13)), Video(noise(3, 5, 21), role=Role.USER)
     prompt = Document((picture, clip, Text("what?")))
@@ -242,7 +242,7 @@ def test_documents_of_any_size_are_composed_and_kept(tiny_model: Path) -> None:
 
 
 def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second picture of a reply, guided, behind a first one whose size is not the preparation's."""
+    """The second picture of a reply, with guidance, after a picture whose size is not the preparation's."""
     model = omni.from_pretrained(tiny_model)
     model.preparation = Preparation(resize="letterbox", size=(16, 16))
     engine = Engine(model)
@@ -254,7 +254,7 @@ def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monke
         kept.append(cache)
         return append(self, cache, spans)
 
-    kept: list[Any] = []  # so that no id is used twice
+    kept: list[Any] = []  # keeps objects alive, so that no id() repeats
     monkeypatch.setattr(Runtime, "append", watched)
     control, choose = engine.control, engine._choose
     script = [control.image, control.image, control.end]

@@ -1,4 +1,4 @@
-"""Chat messages: every accepted shape, order kept, inverse, and one-line errors that say what to do."""
+"""Chat messages: every accepted format, order, inverse, and one-line errors with a way out."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(10 << 30)  # takes no room on the disk
+        file.truncate(10 << 30)  # a sparse file
     cases = {
         "/dev/zero": "no regular file",
         str(tmp_path / "link.png"): "no regular file",
@@ -214,7 +214,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         "a\0b.png": "a path has no null character",
         "file:///a%00b.png": "a path has no null character",
         "x" * 10_000: "File name too long",
-        "file://other/a.png": "lies on the machine 'other'; write file:///path",
+        "file://other/a.png": "is on the machine 'other'; write file:///path",
         "ftp://other/a.png": "nothing is fetched",
         "HTTPS://other/a.png": "nothing is fetched",
         "s3://other/a.png": "nothing is fetched",
@@ -230,7 +230,7 @@ def test_an_engine_takes_no_paths_when_told_so(tiny_model: Path, path: Path) -> 
     import omni
 
     model = omni.from_pretrained(tiny_model)
-    (path.parent / "b.png").write_bytes(media.encode_png(PIXELS[:, :4].contiguous()))  # of a size that its codec takes
+    (path.parent / "b.png").write_bytes(media.encode_png(PIXELS[:, :4].contiguous()))  # a size for its codec
     prompt = user({"type": "image", "path": str(path.parent / "b.png")}, "what?")
     with pytest.raises(ValueError, match="message 0: picture .*: paths are not allowed here"):
         omni.Engine(model, allow_paths=False).generate(prompt, max_tokens=1)
@@ -252,7 +252,7 @@ def peak_of(call: Callable[[], Any]) -> int:
 
 
 def test_data_urls_take_the_memory_of_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Percent escapes took 80 times as much as the URL; white space in base64, 10 times."""
+    """A naive decoder takes 80 times the URL's memory for percent escapes, and 10 times for white space in base64."""
     for url, num in (
         ("data:,".ljust(80_000, "%"), 80_000),
         ("data:," + "%41" * 80_000, 80_000),
@@ -335,7 +335,7 @@ def test_media_are_bounded_over_the_whole_request(tmp_path: Path, monkeypatch: p
 
 
 def test_exported_template_has_the_order_of_compose() -> None:
-    """The Jinja template is for other programs; its spellings stand in the order in which compose puts the ids."""
+    """The Jinja template is for other programs; it renders control names in the order of compose's ids."""
     jinja2 = pytest.importorskip("jinja2")
     source = (Path(__file__).parents[2] / "tokenizers_cfg" / "chat_template.jinja").read_text()
     messages = [

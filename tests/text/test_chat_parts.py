@@ -1,4 +1,4 @@
-"""Parts of chat messages one by one: every key, type and scheme that is taken, and those beside them that are not."""
+"""Parts of chat messages: every accepted key, type and scheme, and rejected ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE_TYPES, VIDEO_TYPES = ("image", "image_url", "input_image"), ("video", "vid
 
 
 class Loaders:
-    """Loaders that keep what they are asked for and give one known picture or clip."""
+    """Loaders that record their arguments and return one known picture or clip."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -171,7 +171,7 @@ def test_what_is_too_long_is_refused_before_it_is_decoded(loaders: Loaders, monk
 
 
 def test_what_gives_itself_as_a_part_is_one() -> None:
-    """As the parts of a reply do. A mapping is a part already, whatever it has besides."""
+    """Like the parts of a reply. A mapping is already a part, whatever attributes it has."""
     part = TextPart("hello")
     [segment] = messages_to_document([{"role": "assistant", "content": [part]}]).segments
     assert segment == Text("hello", Role.ASSISTANT)
@@ -211,7 +211,7 @@ def test_messages_of_a_document_by_hand() -> None:
 
 
 def test_base64_keeps_every_letter() -> None:
-    """White space goes, + and / may be - and _; no other character is lost or taken for another."""
+    """White space is removed, + and / may be - and _; every other character is kept or raises."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     plain = base64.b64decode(alphabet)
     for text in (alphabet, alphabet.replace("+", "-").replace("/", "_"), " \t\n\r\v\f".join(alphabet)):

@@ -1,4 +1,4 @@
-"""compose: the exact ids and flags of every kind of segment; text that spells control tokens stays text."""
+"""compose: exact ids and flags of every kind of segment; names of control tokens in text stay text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAMES = torch.zeros(6, 16, 16, 3, dtype=torch.uint8)
 
 
 def encode_media(segments: list[Image | Video]) -> list[list[torch.Tensor]]:
-    """8-pixel patches, 2 frames a chunk, each latent numbered by its position in the block."""
+    """8-pixel patches, 2 frames a chunk; each latent holds its position in the block."""
     out: list[list[torch.Tensor]] = []
     for segment in segments:
         t, count = (1, 1) if isinstance(segment, Image) else (2, len(segment.frames) // 2)
@@ -29,7 +29,7 @@ def encode_media(segments: list[Image | Video]) -> list[list[torch.Tensor]]:
 
 
 def flat(spans: list[Span], tokenizer: Tokenizer) -> list[str]:
-    """Names of control ids, text as itself, latent grids; supervised items are starred."""
+    """Names of control ids, text, latent grids; supervised items have a star."""
     names: list[str] = []
     for span in spans:
         if isinstance(span, LatentSpan):
@@ -100,7 +100,7 @@ def test_a_rate_without_a_token_is_refused(tokenizer: Tokenizer, fps: float) -> 
 
 
 def test_a_prompt_is_counted_before_it_is_encoded(tokenizer: Tokenizer) -> None:
-    """The count is that of `compose`, for every kind of segment and turn."""
+    """The length equals that of `compose`, for every kind of segment and turn."""
 
     def latents(segment: Image | Video) -> int:
         return sum(len(block.flatten()) // 3 for block in encode_media([segment])[0])

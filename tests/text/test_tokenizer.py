@@ -1,4 +1,4 @@
-"""Tokenizers of both backends: no text gives a control id, every text comes back, streams equal whole decodes."""
+"""Tokenizers of both backends: no text gives a control id, every text round-trips, streams equal `decode`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPELLINGS = (
 
 
 def adversarial(rng: random.Random, tokenizer: Tokenizer) -> str:
-    """Concatenations around control names: brackets, cases, gaps, ids spelled out, zero-width splits."""
+    """Variants of control names: brackets, case, gaps, ids as text, zero-width splits."""
     parts: list[str] = []
     for _ in range(rng.randint(1, 4)):
         spelling = rng.choice(SPELLINGS)
@@ -53,7 +53,7 @@ def adversarial(rng: random.Random, tokenizer: Tokenizer) -> str:
 
 
 def random_text(rng: random.Random) -> str:
-    """Any code points at all, surrogates included, mostly from small planes."""
+    """Any code points, also surrogates, mostly of low planes."""
     top = rng.choice((0x80, 0x250, 0x3000, 0xFFFF, 0x10FFFF))
     return "".join(chr(rng.randint(0, top)) for _ in range(rng.randint(0, 24)))
 
@@ -80,7 +80,7 @@ def test_10000_random_texts_come_back_whole_and_streamed(tokenizer: Tokenizer) -
 
 
 def test_any_ids_stream_as_they_decode(tokenizer: Tokenizer) -> None:
-    """Also ids that are no valid UTF-8, as an untrained model produces."""
+    """Also ids of invalid UTF-8, as an untrained model emits."""
     rng = Key(2).fold("ids").python()
     for _ in range(4_000):
         ids = [rng.randrange(tokenizer.num_text) for _ in range(rng.randint(0, 12))]
@@ -128,10 +128,10 @@ def with_names(request: pytest.FixtureRequest, corpus: list[str]) -> Tokenizer:
     [
         ("draw a red apple", [" red apple"]),
         ("two red apples, please", [" red apple"]),  # a plural keeps the word's id
-        ("a red appleseed, redder", [" red"]),  # a phrase ends where a word does
+        ("a red appleseed, redder", [" red"]),  # a phrase ends at a word's end
         ("red apple", ["red apple"]),
         ("'red apple'?", ["red apple"]),
-        ("infrared apple", []),  # a phrase without a space begins where no word is before it
+        ("infrared apple", []),  # a phrase without a space begins at a word's start
         (" antique ants", [" ant"]),
         ("an  ant\ta red  apple", [" ant", " red"]),
     ],
@@ -153,7 +153,7 @@ def test_phrases_leave_other_ids(with_names: Tokenizer, corpus: list[str], tmp_p
 
 
 def test_phrases_are_found_as_one_by_one() -> None:
-    """The tree of a thousand phrases against all of them side by side, the longest first; and one of any length."""
+    """The tree of a thousand phrases equals their alternation, longest first; a phrase may have any length."""
     draw = random.Random(0)
     letters = ["a", "b", "c", " ", "s", ".", "(", "é", "_"]
     for _ in range(100):
@@ -308,7 +308,7 @@ def test_config_file_is_plain_json(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 
 def test_digests_are_the_recipes() -> None:
-    """The provenance table has one row for each recipe; the bundled tokenizer, where there is one, is the BPE row."""
+    """The provenance table has one row for each recipe; the bundled tokenizer, if present, has the BPE row."""
     table = tomllib.loads((DATA / "digests.toml").read_text())
     recipes = {path.stem for path in DATA.glob("*.toml")} - {"digests", "control_tokens"}
     assert set(table) == recipes

@@ -1,4 +1,4 @@
-"""The tokenizer's own parts by hand, on the plainest library there can be: one id for each byte."""
+"""Parts of the Tokenizer class, checked by hand on a library with one id for each byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BYTES = [bytes([n]) for n in range(256)]
 
 @backends.register("test_bytes")
 class ByteTokenizer(Tokenizer):
-    """256 ids, then " the" as an id of the library's own."""
+    """256 ids, then " the" as an id of the library."""
 
     backend, file_name = "test_bytes", "bytes.txt"
 
@@ -90,7 +90,7 @@ def test_control_ids_stand_behind_the_text(plain: ByteTokenizer) -> None:
 
 
 def test_surrogates_are_spelt_byte_by_byte(plain: ByteTokenizer) -> None:
-    """Every text between and around them goes to the library."""
+    """The library encodes all text between and around surrogates."""
     for surrogates in ("\ud800", "\udfff\ud800"):
         own = list(surrogates.encode("utf-8", "surrogatepass"))
         assert len(own) == 3 * len(surrogates)
@@ -134,7 +134,7 @@ def test_a_phrase_has_one_id_behind_the_library(plain: ByteTokenizer) -> None:
 
 # ---- streams -------------------------------------------------------------------------------------------------------
 
-# All proper beginnings of a character: one code point of every 64 has them all.
+# All proper prefixes of characters: one code point of every 64 has them all.
 BEGINNINGS = {
     code[:n] for point in range(0, 0x110000, 64) for code in [chr(point).encode("utf-8", "surrogatepass")]
     for n in range(1, len(code))
@@ -144,7 +144,7 @@ EDGES = [edge + step for edge in (0x80, 0x90, 0xA0, 0xC0, 0xC2, 0xE0, 0xE1, 0xED
 
 
 def test_a_stream_holds_back_a_beginning_and_nothing_else(plain: ByteTokenizer) -> None:
-    """All strings of three bytes near the edges of UTF-8's table, the control being a table made from characters."""
+    """All strings of three bytes near the edges of UTF-8's table, compared with a table built from characters."""
     leads = [byte for byte in EDGES if byte > 0xC0]
     for data in itertools.product([0x41, *leads], EDGES, [0x7F, 0x80, 0xBF, 0xC2]):
         stream, written, whole = plain.stream(), "", bytes(data)
@@ -183,7 +183,7 @@ def test_saved_files_by_name_and_key(plain: ByteTokenizer, tmp_path: Path) -> No
         "backend": "test_bytes", "file": "bytes.txt", "blake2b": hashlib.blake2b(b"bytes", digest_size=16).hexdigest(),
         "num_text": 258, "vocab_size": 331, "control": list(CONTROL_NAMES), "phrases": [" cat"],
     }  # fmt: skip
-    named.save(tmp_path / "a" / "b")  # over what is there
+    named.save(tmp_path / "a" / "b")  # overwrites
     loaded = load_tokenizer(str(tmp_path / "a" / "b"))
     assert isinstance(loaded, ByteTokenizer) and loaded.describe() == named.describe()
     plain.save(tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""Foreign words: what is asked for stays, and without the option documents are what they were."""
+"""Foreign words: the request does not change; without the option documents do not change."""
 
 from __future__ import annotations
 
