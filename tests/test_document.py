@@ -77,11 +77,11 @@ def test_round_trip() -> None:
         {},
     ],
 )
-def test_shapes_that_no_picture_has(shape: Any) -> None:
+def test_invalid_shapes_of_pictures(shape: Any) -> None:
     assert "segment 0: shape must be [height, width, 3] of whole numbers above 0, got " in error(document(shape=shape))
 
 
-def test_claims_cost_nothing() -> None:
+def test_invalid_shapes_allocate_nothing() -> None:
     assert "do not match their shape" in error(document(shape=[5000, 9000, 3]))
     assert "more than 200000000 pixels in one document" in error(document(shape=[20_000, 10_001, 3]))
     assert "more than 200000000 pixels" in error(document(shape=[10**4000, 1, 3]))
@@ -93,7 +93,7 @@ def test_claims_cost_nothing() -> None:
     assert Document.from_json(document(shape=[1000, 1, 3], zlib=packed(bytes(3000))), max_pixels=1000)
 
 
-def test_bounds_are_of_the_whole_document() -> None:
+def test_bounds_apply_to_the_whole_document() -> None:
     text = Document((WHOLE.segments[1], *WHOLE.segments[1:])).to_json()  # two pictures; two frames
     assert len(Document.from_json(text, max_pixels=4 * 24, max_frames=4).segments) == 3
     assert "segment 2: more than 95 pixels" in error(text, max_pixels=95)
@@ -148,7 +148,7 @@ def test_a_picture_takes_memory_once() -> None:
         ('{"a":' * 100_000, "'the Document' nests lists or tables more than"),
     ],
 )
-def test_anything_else_is_one_line(text: str, message: str) -> None:
+def test_other_input_raises_one_line(text: str, message: str) -> None:
     assert message in error(text)
 
 

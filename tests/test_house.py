@@ -128,7 +128,7 @@ def level_of(dotted: str) -> tuple[str, int]:
     return names[0], LEVEL[names[0]]
 
 
-def test_imports_go_downwards() -> None:
+def test_imports_go_down_the_levels() -> None:
     wrong = []
     for module, others in graph().items():
         if not module.startswith("omni"):
@@ -142,7 +142,7 @@ def test_imports_go_downwards() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_there_is_no_circle_of_files() -> None:
+def test_there_are_no_import_circles() -> None:
     edges = {module: set(others) for module, others in graph().items()}
     assert GENERATE[1] in edges[GENERATE[0]]
     edges[GENERATE[0]].discard(GENERATE[1])
@@ -169,7 +169,7 @@ def test_circles_are_found(edges: dict[str, set[str]], found: list[list[str]]) -
     assert circles(edges) == found
 
 
-def test_the_library_knows_no_programs() -> None:
+def test_the_library_imports_no_programs() -> None:
     """eval may use the kit of train; the programs share nothing else."""
     forbidden = {"omni": {"train", "eval", "tests"}, "train": {"eval", "tests"}, "eval": {"tests"}}
     wrong = [
@@ -203,7 +203,7 @@ def _is_module(path: Path) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def test_names_in_prose_exist() -> None:
+def test_names_in_text_exist() -> None:
     """In docstrings, comments, messages, suites and recipes."""
     others = {"train.parquet", "train.splitlines"}  # a file of data, a variable
     paths = [path for path in files(*TOPS, "tests") if path != Path(__file__)]
@@ -240,7 +240,7 @@ def test_files_and_functions_are_short() -> None:
     assert lengths[int(0.9 * len(lengths))] <= 20 and lengths[len(lengths) // 2] <= 8
 
 
-def test_read_me_first() -> None:
+def test_readmes_are_short() -> None:
     """The README is one page; each package has its own README."""
     words = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(words.splitlines()) <= 200 and len(words.split()) <= 1800
@@ -248,7 +248,7 @@ def test_read_me_first() -> None:
         assert (ROOT / package / "README.md").is_file()
 
 
-def test_a_picture_carries_no_trick_of_one_corpus() -> None:
+def test_segments_have_no_fields_of_one_corpus() -> None:
     assert {field.name for field in fields(Image)} == {"pixels", "role", "supervise"}
 
 
@@ -315,7 +315,7 @@ def draws(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{owner}.{method}"
 
 
-def test_every_draw_is_keyed() -> None:
+def test_every_sample_is_keyed() -> None:
     wrong = [
         f"{name(path)}:{line} calls {call}; draw through omni.rng.Key"
         for path in files(*TOPS)

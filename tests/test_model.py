@@ -25,7 +25,7 @@ def test_contract_cached_uncached_training(weights: str) -> None:
         assert check.holds, check
 
 
-def test_a_generation_expert_serves_the_refine_stream_alone() -> None:
+def test_generation_weights_change_only_the_refine_stream() -> None:
     """Its weights change F; hidden states of the context (text and finished latents) keep every bit."""
     model, batch = small_model(latent_weights="refine"), random_batch(Key(5).fold("expert"))
     with torch.inference_mode():
@@ -87,25 +87,25 @@ def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyP
     assert block.normalise(torch.ones(2, 6, width, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_device_that_is_not_here_is_named(tiny_model) -> None:  # noqa: ANN001
+def test_an_unavailable_device_raises(tiny_model) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="device 'gpu' is not here; use cpu"):
         omni.from_pretrained(tiny_model, device="gpu")
 
 
-def test_unknown_or_impossible_backend_is_refused() -> None:
+def test_unknown_or_impossible_backends_raise() -> None:
     with pytest.raises(ValueError, match="unknown attention backend 'turbo'"):
         small_model(attention="turbo").transformer.backend(torch.device("cpu"))
     with pytest.raises(ValueError, match="needs CUDA"):
         small_model(attention="flash").transformer.backend(torch.device("cpu"))
 
 
-def test_flex_training_on_cpu_is_refused_not_silently_wrong() -> None:
+def test_flex_training_on_cpu_raises() -> None:
     model = small_model(attention="flex").train()
     with pytest.raises(ValueError, match="no backward on the CPU"):
         model(random_batch(Key(1)), [build_objective("next_token")], Key(0))
 
 
-def test_text_logits_are_bit_identical_without_the_image_machinery() -> None:
+def test_text_logits_are_bit_identical_to_a_plain_decoder() -> None:
     """A plain decoder (token head + transformer) equals the whole model with flow head and codec."""
     model = small_model()
     ids = torch.tensor([[Key(0).fold(i).integer() % VOCABULARY for i in range(20)]])

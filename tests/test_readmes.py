@@ -147,7 +147,7 @@ def heading_names(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_link_leads_somewhere(name: str) -> None:
+def test_every_link_exists(name: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", without_blocks(TEXTS[name])):
         if target.startswith("https://"):
             continue
@@ -173,7 +173,7 @@ def names_in(path: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_files_define_what_is_named_with_them(name: str) -> None:
+def test_files_define_the_names_beside_them(name: str) -> None:
     """`a/file.py`: `one`, `two`"""
     rows = re.findall(r"`([\w./]+\.py)`:\s+((?:`\w+`(?:,\s+|; its slow twin:\s+)?)+)", TEXTS[name])
     assert len(rows) >= {"README.md": 10, "omni/README.md": 50}.get(name, 0)
@@ -188,7 +188,7 @@ def test_files_define_what_is_named_with_them(name: str) -> None:
 @pytest.mark.parametrize(
     "registry", [OBJECTIVES, SAMPLERS, GRIDS, JOINT_HEADS, codecs, SOURCES], ids=lambda registry: registry.kind
 )
-def test_the_tour_has_all_that_can_be_chosen(registry) -> None:  # noqa: ANN001
+def test_the_tour_has_every_registered_name(registry) -> None:  # noqa: ANN001
     ours = {name for name in registry.names() if registry.get(name).__module__.startswith("omni.")}
     chosen = TEXTS["omni/README.md"].partition("## What can be chosen")[2].partition("\n## ")[0]
     assert ours and ours <= set(re.findall(r"`(\w+)`", chosen))
@@ -222,7 +222,7 @@ def stored_values() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", ["README.md", "eval/README.md"])
-def test_figures_are_those_of_the_results(name: str) -> None:
+def test_figures_equal_the_results(name: str) -> None:
     """| what | value | bar | `command` |"""
     rows = re.findall(r"^\| .+? \| (.+?) \| .*? ?\| `python -m eval (.+?)` \|$", TEXTS[name], re.MULTILINE)
     assert len(rows) >= 10
@@ -271,13 +271,13 @@ def crossings(boxes: dict[str, tuple[int, str]]) -> set[str]:
     return wrong
 
 
-def test_the_drawing_has_every_package() -> None:
+def test_the_diagram_has_every_package() -> None:
     here = {p.stem for p in (ROOT / "omni").glob("*.py") if not p.stem.startswith("__")}
     here |= {p.parent.name for p in (ROOT / "omni").glob("*/__init__.py")}
     assert here == {box for box in drawing() if "." not in box}
 
 
-def test_imports_go_down_the_drawing() -> None:
+def test_imports_go_down_the_diagram() -> None:
     boxes = drawing()
     assert crossings(boxes) == {"omni.model -> generation"}  # Omni.generate, when it is called
     assert crossings({**boxes, "rng": (max(boxes.values())[0] + 1, "rng")})  # the check can fail

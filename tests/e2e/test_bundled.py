@@ -32,7 +32,7 @@ def test_contract(model: omni.Omni) -> None:
         assert check.holds and check.bar == bars[check.unit], check
 
 
-def test_it_draws_what_is_asked(model: omni.Omni, atlas: Atlas) -> None:
+def test_pictures_match_their_requests(model: omni.Omni, atlas: Atlas) -> None:
     """At least 7 of 8 common emoji are their own nearest neighbour among all names of the vocabulary."""
     names = ["red apple", "cat", "pizza", "banana", "rocket", "guitar", "dog", "sunflower"]
     replies = model.generate_batch([f"draw a {name}" for name in names], GenerationOptions(), seeds=range(8))
@@ -53,7 +53,7 @@ def test_text_questions_get_text(model: omni.Omni) -> None:
         assert reply.text and not reply.images
 
 
-def test_the_picture_is_read_back(model: omni.Omni) -> None:
+def test_a_generated_picture_is_named_correctly(model: omni.Omni) -> None:
     """Generate a picture, attach it, ask for its name: both directions of the model agree."""
     picture = model.generate("draw a red apple", seed=1).images[0]
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]

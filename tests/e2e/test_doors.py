@@ -78,7 +78,7 @@ def train_on(path: Path, pixels: torch.Tensor, **more: Any) -> torch.Tensor:
     return batch.latents[0, :][batch.is_latent[0]][:16]
 
 
-def test_every_door_gives_the_same_latents(
+def test_every_entry_point_gives_equal_latents(
     model: omni.Omni, cat: PillowImage.Image, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python API, generate, chat, inspect, training, and training with loading processes."""
@@ -103,7 +103,7 @@ def test_every_door_gives_the_same_latents(
 
 
 @pytest.mark.parametrize("size", [(128, 128), (48, 48), (100, 75)])
-def test_its_own_cat_is_a_cat_in_any_size(
+def test_a_generated_cat_is_named_in_any_size(
     size: tuple[int, int], model: omni.Omni, cat: PillowImage.Image, command: Any, tmp_path: Path
 ) -> None:
     picture = ImageOps.fit(cat, (size[1], size[0]))  # one scale for both directions
@@ -114,7 +114,7 @@ def test_its_own_cat_is_a_cat_in_any_size(
     assert answer() == "cat"
 
 
-def test_pictures_that_are_squeezed_are_told_alike(model: omni.Omni, cat: PillowImage.Image, command: Any) -> None:
+def test_squeezed_pictures_give_equal_answers(model: omni.Omni, cat: PillowImage.Image, command: Any) -> None:
     """Both entry points give the same answer, right or wrong."""
     cat.resize((75, 100)).save("cat.png")
     pixels = torch.from_numpy(np.array(cat.resize((75, 100)).convert("RGB")))

@@ -70,7 +70,7 @@ def no_pass(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.codec, "encode", refuse)
 
 
-def test_a_long_prompt_is_refused_before_any_pass(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_a_long_prompt_raises_before_any_pass(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     model = limited(tiny_model, 4096)
     no_pass(model, monkeypatch)
     prompt, started = "draw a cat " * 3334, time.process_time()
@@ -88,7 +88,7 @@ def test_a_long_prompt_is_refused_before_any_pass(tiny_model, monkeypatch: pytes
     assert time.process_time() - started < 2
 
 
-def test_pictures_count_before_they_are_encoded(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_media_count_before_they_are_encoded(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     """A picture of 2 x 2 latents is 8 positions, a clip of 3 chunks of them 18."""
     model = limited(tiny_model, 2000)
     no_pass(model, monkeypatch)
@@ -123,7 +123,7 @@ def test_a_reply_ends_at_the_limit(tiny_model, monkeypatch: pytest.MonkeyPatch) 
     assert max(seen) <= 40
 
 
-def test_a_picture_that_has_no_room_is_not_begun(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_a_picture_without_room_is_not_started(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     c = Engine(living(tiny_model)).control
     script = [c.image, c.size(2), c.size(2), *letters(living(tiny_model), 1), c.end]
     n = length(living(tiny_model), "draw")
@@ -139,7 +139,7 @@ def test_a_picture_that_has_no_room_is_not_begun(tiny_model, monkeypatch: pytest
         assert max(seen) <= limit
 
 
-def test_a_forced_picture_that_has_no_room_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_a_forced_picture_without_room_raises(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     n = length(living(tiny_model), "draw")
     model = limited(tiny_model, n + 8)
     no_pass(model, monkeypatch)
@@ -150,7 +150,7 @@ def test_a_forced_picture_that_has_no_room_is_refused(tiny_model, monkeypatch: p
         tight.generate("draw", force_image=True)
 
 
-def test_guidance_reads_no_more_than_the_context(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_guidance_stays_within_the_context(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     model = limited(tiny_model, length(living(tiny_model), "draw it") + 9)
     seen = watch(model, monkeypatch)
     with pytest.warns(ContextWarning):
@@ -175,7 +175,7 @@ def test_a_warning_at_ninety_percent(tiny_model) -> None:  # noqa: ANN001
         model.generate("x" * (88 - start), max_tokens=1)
 
 
-def test_the_command_line_says_it_in_a_line(
+def test_the_command_line_prints_the_warning_in_one_line(
     tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: ANN001
 ) -> None:  # fmt: skip
     model = limited(tiny_model, 60)
@@ -192,7 +192,7 @@ def test_the_command_line_says_it_in_a_line(
     assert not (tmp_path / "b").exists()
 
 
-def test_the_bundled_models_context_holds_a_conversation_of_pictures() -> None:
+def test_the_bundled_context_holds_a_conversation_with_pictures() -> None:
     """Ten requests, each answered with a sentence and a picture of 4 x 4 latents."""
     config, tokenizer = load_json(BUNDLED / "config.json", OmniConfig), load_tokenizer(BUNDLED / "tokenizer")
     picture = Image(torch.zeros(64, 64, 3, dtype=torch.uint8), Role.ASSISTANT)

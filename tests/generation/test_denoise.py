@@ -114,7 +114,7 @@ def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_im
         torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_that_draws_while_another_writes_has_its_own_history(model: omni.Omni, spy: Spy) -> None:
+def test_a_refining_request_keeps_its_own_history(model: omni.Omni, spy: Spy) -> None:
     """A group of fewer requests than the batch: the second request refines, the first has no picture."""
     plain = GenerationOptions(max_tokens=1, max_images=1)
     mine = GenerationOptions(guidance=2.0, image_guidance=1.0, **FORCED)
@@ -128,7 +128,7 @@ def test_a_row_that_draws_while_another_writes_has_its_own_history(model: omni.O
     )
 
 
-def test_what_is_dropped() -> None:
+def test_segments_dropped_for_guidance() -> None:
     """By hand: a turn that loses all its segments stays as empty text of its role."""
     picture, clip = Image(PIXELS), Video(PIXELS[None], 4.0, Role.ASSISTANT)
     history = (Text("system", Role.SYSTEM), Text("a"), picture, Text("b"), clip, Text("c", Role.ASSISTANT))
@@ -139,14 +139,14 @@ def test_what_is_dropped() -> None:
     assert reduce((picture, clip), "images") == (Text("", Role.USER), Text("", Role.ASSISTANT))
 
 
-def test_a_turn_is_opened_once() -> None:
+def test_a_turn_opens_once() -> None:
     history = [Text("a"), Text("b", Role.ASSISTANT)]
     assert open_turn(history, Role.ASSISTANT) == history
     assert open_turn(history[:1], Role.ASSISTANT) == [Text("a"), Text("", Role.ASSISTANT)]
     assert open_turn([], Role.USER) == [Text("", Role.USER)]
 
 
-def test_the_last_supervised_picture_is_the_target_and_alone_supervised() -> None:
+def test_only_the_last_supervised_picture_is_the_target() -> None:
     def answer(number: int, supervise: bool = True) -> Image:
         return Image(PIXELS + number, Role.ASSISTANT, supervise)
 
@@ -188,7 +188,7 @@ def picture(engine: Engine) -> list[int]:
     return [c.image, c.size(2), c.size(3)]
 
 
-def test_every_block_and_jump_has_noise_of_its_own(model: omni.Omni, spy: Spy) -> None:
+def test_every_block_and_jump_has_its_own_noise(model: omni.Omni, spy: Spy) -> None:
     """Two pictures of one reply, each with its start and two jumps: six different tensors."""
     engine = Engine(model)
     scripted(model, [picture(engine) * 2]).generate("draw", sampler="spy", steps=2, seed=5)
@@ -211,7 +211,7 @@ def header(model: omni.Omni, clip: Video) -> list[int]:
     return ids[ids.index(Engine(model).control.video) :]
 
 
-def test_the_blocks_of_a_clip_have_noise_of_their_own(model: omni.Omni, spy: Spy, clips: Video) -> None:
+def test_the_blocks_of_a_clip_have_their_own_noise(model: omni.Omni, spy: Spy, clips: Video) -> None:
     noise = [block_noise(Key(5), 0, block, (12, 48)) for block in (0, 1)]
     assert float((noise[0] - noise[1]).abs().max()) > 0.5
     scripted(model, [header(model, clips)]).generate("move", sampler="spy", steps=2, seed=5)
@@ -222,7 +222,7 @@ def test_the_blocks_of_a_clip_have_noise_of_their_own(model: omni.Omni, spy: Spy
             assert torch.equal(spy.noises[block][jump][0], block_noise(Key(5), 0, block, (12, 48), jump))
 
 
-def test_every_branch_of_a_later_block_reads_the_finished_ones(model: omni.Omni, spy: Spy, clips: Video) -> None:
+def test_every_guidance_branch_reads_finished_blocks(model: omni.Omni, spy: Spy, clips: Video) -> None:
     options = {"sampler": "spy", "steps": 2, "guidance": 3.0, "image_guidance": 1.5}
     scripted(model, [header(model, clips)]).generate(Document(HISTORIES[0]), **options)
     finished = spy.starts[0][0] / 4  # the end of the spy's jumps
@@ -255,7 +255,7 @@ def test_noise_does_not_depend_on_the_batch(model: omni.Omni, spy: Spy) -> None:
     assert all(not torch.equal(a[0], b[0]) for i, a in enumerate(rows) for b in rows[:i])
 
 
-def test_steps_are_told_block_by_block(model: omni.Omni, spy: Spy) -> None:
+def test_step_events_come_block_by_block(model: omni.Omni, spy: Spy) -> None:
     engine = Engine(model)
     events = list(scripted(model, [picture(engine) * 2]).stream("draw", sampler="spy", steps=2, seed=5))
     steps = [event for event in events if isinstance(event, BlockStep)]
@@ -270,7 +270,7 @@ DIFFERENT: list[dict[str, object]] = [
 ]  # fmt: skip
 
 
-def test_rows_of_different_options_keep_their_own(model: omni.Omni) -> None:
+def test_requests_keep_their_own_options(model: omni.Omni) -> None:
     """Options may differ between requests that refine together: each reply equals that of its options alone."""
     plain = GenerationOptions(**{**FORCED, "sampler": None, "steps": 2})
     options = [plain.model_copy(update=change) for change in DIFFERENT]

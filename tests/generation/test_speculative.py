@@ -101,7 +101,7 @@ def _gap(x: int, y: int) -> int:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: float) -> None:
+def test_coupled_equals_autoregressive_decoding(engine: Engine, temperature: float) -> None:
     common = {
         "temperature": temperature,
         "top_p": 0.9 if temperature else 1.0,
@@ -119,7 +119,7 @@ def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: floa
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, temperature: float) -> None:
+def test_max_images_ends_a_reply_as_in_autoregressive_decoding(engine: Engine, temperature: float) -> None:
     """With likely pictures every reply begins one picture more than its limit."""
     engine.grammar.allowed["text"][engine.control.end] = -torch.inf
     engine.grammar.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
@@ -131,7 +131,9 @@ def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, 
 
 
 @pytest.mark.filterwarnings("ignore::omni.sequence.context_limit.ContextWarning")
-def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_context_ends_a_reply_as_in_autoregressive_decoding(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No draft exceeds the longest context, and a picture without room is not started."""
     longest, write_fields, enter = [0], KVCache.write_fields, engine.step.enter
 
@@ -159,7 +161,7 @@ def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, m
 
 @pytest.mark.parametrize("verify", ["coupled", "rejection", "none"])
 @pytest.mark.parametrize("head", ["product", "sequential", "push_forward", "masked"])
-def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
+def test_a_head_that_is_not_finite_raises(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
     """Also where verification would correct the ids: the weights are damaged."""
     engine = Engine(with_head(tiny_model, head))
     text_alone(engine)
@@ -178,7 +180,7 @@ def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: st
         engine.generate("say", **common)
 
 
-def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
+def test_a_perfect_draft_is_accepted_whole(tiny_model) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "roll_out"))
     assert engine.model.joint is not None
     engine.model.joint.head.mask = text_alone(engine)  # type: ignore[assignment]
@@ -187,7 +189,7 @@ def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("verify", ["none", "coupled"])
-def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa: ANN001
+def test_sweeps_converge_to_autoregressive_decoding(tiny_model, verify: str) -> None:  # noqa: ANN001
     """From wrong drafts: as many sweeps as tokens give autoregressive decoding, one sweep does not."""
     engine = Engine(with_head(tiny_model, "four_ids"))
     lift(engine)
@@ -201,7 +203,7 @@ def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa:
     assert agree[0] < 6 or verify == "coupled"
 
 
-def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
+def test_sweeps_raise_acceptance(tiny_model) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "four_ids"))
     text_alone(engine)
     kept = []
@@ -212,7 +214,7 @@ def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
     assert kept[0] < kept[1] < kept[K] == K
 
 
-def test_the_rest_of_a_draft_that_fell_is_judged_before_the_head_drafts_again(tiny_model) -> None:  # noqa: ANN001
+def test_verification_logits_after_a_rejection_give_the_next_draft(tiny_model) -> None:  # noqa: ANN001
     """Equal strings with fewer drafts of the head; each leftover comes from the previous round."""
     engine = Engine(with_head(tiny_model, "four_ids"))
     text_alone(engine)
@@ -237,7 +239,7 @@ def four_ids_alone(engine: Engine) -> Engine:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: float) -> None:  # noqa: ANN001
+def test_recurrent_drafting_takes_one_pass_a_round(tiny_model, temperature: float) -> None:  # noqa: ANN001
     """The strings of autoregressive decoding, alone and in a batch; after the first round each id is read once."""
     engine = four_ids_alone(Engine(with_head(tiny_model, "sequential")))
     lengths: list[int] = []
@@ -262,7 +264,7 @@ def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: 
     assert [(r.text, r.drafts) for r in together] == [(r.text, r.drafts) for r in replies]
 
 
-def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
+def test_adaptive_drafts_follow_acceptance(tiny_model) -> None:  # noqa: ANN001
     """Equal strings; drafts are short after rejections, and grow to the limit after full acceptance."""
     common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 2}
     for head, longest in (("four_ids", 3), ("roll_out", K)):
@@ -276,7 +278,7 @@ def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
         assert lengths[0] == K and max(lengths[1:-1]) == longest
 
 
-def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
+def test_a_batch_of_any_options_gives_each_request_its_own_reply(engine: Engine) -> None:
     """Requests with and without drafts, of different lengths, with pictures: each reply equals that alone."""
     prompts = ["a", "draw me something rather long, please", "b c", "d"]
     options = [
@@ -289,7 +291,7 @@ def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
         assert all(d.drafted <= (one.tokens_per_pass or 0) for d in reply.drafts)
 
 
-def test_what_the_caller_forces_holds(engine: Engine) -> None:
+def test_forced_ids_are_emitted(engine: Engine) -> None:
     common = {"temperature": 1.0, "max_tokens": 20, "steps": 1, "max_images": 2, "seed": 5}
     for more in ({"force_image": True}, {"image_size": (8, 8)}, {"stop": ("a", "e", "i")}):
         assert same(engine.generate("x", tokens_per_pass=1, **common, **more), engine.generate("x", **common, **more))
@@ -304,13 +306,13 @@ def test_a_draft_cannot_make_a_header_malformed(engine: Engine) -> None:
         assert all(max(image.size) <= largest for image in reply.images)
 
 
-def test_events_tell_what_was_kept(engine: Engine) -> None:
+def test_events_report_accepted_tokens(engine: Engine) -> None:
     events = list(engine.stream("x", temperature=1.0, max_tokens=12, max_images=0, seed=1))
     reply = engine.generate("x", temperature=1.0, max_tokens=12, max_images=0, seed=1)
     assert [e for e in events if isinstance(e, Drafted)] == list(reply.drafts) != []
 
 
-def test_block_verification_drafts_every_round_anew(tiny_model) -> None:  # noqa: ANN001
+def test_block_verification_uses_new_noise_every_round(tiny_model) -> None:  # noqa: ANN001
     """The verdict of "block" depends on rejected tokens, so their noise is not reused. Rejection keeps common noise."""
     engine = Engine(with_head(tiny_model, "product"))
     for kind in ("block", "rejection", "coupled"):
@@ -325,7 +327,7 @@ def test_block_verification_drafts_every_round_anew(tiny_model) -> None:  # noqa
     [("four_ids", "rejection"), ("four_ids", "block"), ("four_ids", "none")]
     + [("sequential", "rejection"), ("sequential", "block")],
 )
-def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
+def test_the_distribution_of_replies(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
     """Three tokens of four ids, 4,000 seeds: rejection and block have the distribution of autoregressive decoding;
     unverified drafts do not."""
     model = with_head(tiny_model, head)
@@ -358,12 +360,12 @@ def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  #
         ({"verify": "greedy", "temperature": 0.5}, "verify = 'greedy' has no meaning at temperature 0.5"),
     ],
 )
-def test_impossible_options_are_refused(tiny_model, changes: dict, message: str) -> None:  # noqa: ANN001
+def test_impossible_options_raise(tiny_model, changes: dict, message: str) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "product"))
     with pytest.raises(ValueError, match=message):
         engine.generate("x", **changes)
 
 
-def test_a_plain_model_refuses_blocks(tiny_model) -> None:  # noqa: ANN001
+def test_drafts_without_a_joint_token_head_raise(tiny_model) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="no joint-token head"):
         Engine(omni.from_pretrained(tiny_model)).generate("x", tokens_per_pass=2)

@@ -1,4 +1,4 @@
-"""Every mode and dtype to uint8 RGB: scaled by its range or rejected by name; oriented, in sRGB; at all entry points."""
+"""Every mode and dtype to uint8 RGB: scaled by its range or rejected; oriented, in sRGB, at all entry points."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def shown(value: Any) -> torch.Tensor:
         (b"P5 3 2 65535\n" + np.full(6, 30000, ">u2").tobytes(), 117),
     ],
 )
-def test_scaled_by_the_range_of_the_type(value: Any, white: int) -> None:
+def test_values_are_scaled_by_the_range_of_the_dtype(value: Any, white: int) -> None:
     assert shown(value).unique().tolist() == [white]
 
 
@@ -126,7 +126,7 @@ def test_scaled_by_the_range_of_the_type(value: Any, white: int) -> None:
         (np.broadcast_to(np.uint8(0), (9000, 9000, 3)), "9000 x 9000 pixels, above max_pixels=50000000"),
     ],
 )
-def test_refused_by_name(value: Any, message: str) -> None:
+def test_ambiguous_inputs_are_named(value: Any, message: str) -> None:
     assert re.search(message, error(value))
 
 
@@ -143,7 +143,7 @@ def test_layouts_of_arrays(make: Any) -> None:
     assert torch.equal(shown(make(torch.stack([GREY, torch.full_like(GREY, 255)], -1))), grey)
 
 
-def test_frames_are_converted_in_the_same_place() -> None:
+def test_frames_are_converted_like_pictures() -> None:
     frames = RGB[None].expand(2, 5, 7, 3)
     for value in (
         [RGB.numpy(), RGB],
@@ -156,7 +156,7 @@ def test_frames_are_converted_in_the_same_place() -> None:
         assert isinstance(clip, Video) and torch.equal(clip.frames, frames)
 
 
-def test_a_transparent_value_of_16_bits_is_white() -> None:
+def test_a_transparent_value_of_16_bits_becomes_white() -> None:
     grey = Image.fromarray(np.array([[1000, 30000]], np.uint16))
     assert shown(encoded(grey, "PNG", transparency=1000))[0, :, 0].tolist() == [255, 117]
 
@@ -218,7 +218,7 @@ def test_a_tiff_whose_zero_is_white() -> None:
         assert shown(bytes(data)).unique().tolist() == [expected], mode
 
 
-def test_the_scans_of_a_jpeg_are_read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jpeg_scans_are_read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each scan covers the whole picture: 0.3 MB of scans take minutes, so the time limit is checked in between."""
     whole = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     scan = whole[whole.rindex(b"\xff\xda") : -2]

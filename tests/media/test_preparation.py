@@ -61,7 +61,7 @@ def test_the_nearest_stride(given: tuple[int, int], size: tuple[int, int]) -> No
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 32))
 @settings(max_examples=60)
-def test_every_size_gets_one_within_the_budget(
+def test_every_size_gets_a_size_within_the_budget(
     height: int, width: int, max_grid: int, budget: int, stride: int
 ) -> None:
     limits, preparation = Limits((stride, stride), 1, max_grid, 8), Preparation(max_latents=budget)
@@ -83,7 +83,7 @@ def test_every_size_gets_one_within_the_budget(
 @pytest.mark.parametrize(
     "size", [(64, 64), (1, 1), (1, 700), (700, 1), (33, 50), (128, 200), (100, 75), (128, 128), (17, 16)]
 )
-def test_what_is_prepared_stays(preparation: Preparation, size: tuple[int, int]) -> None:
+def test_preparation_is_idempotent(preparation: Preparation, size: tuple[int, int]) -> None:
     picture = Image(noise(*size))
     once = prepare(picture, preparation, LIMITS)
     assert once.pixels.shape[:2] == target_size(*size, preparation, LIMITS)
@@ -92,7 +92,7 @@ def test_what_is_prepared_stays(preparation: Preparation, size: tuple[int, int])
         assert once is picture
 
 
-def test_letterbox_shows_all_and_repeats_edges() -> None:
+def test_letterbox_keeps_the_picture_and_repeats_edges() -> None:
     wide = noise(32, 64)
     found = prepare_picture(wide, LETTERBOX, LIMITS)
     assert torch.equal(found[16:48], wide)
@@ -157,7 +157,7 @@ def test_clips_fill_their_chunks(rule: dict[str, Any], frames: int, fps: float, 
     assert prepare(once, build(rule, Preparation, "test"), LIMITS) is once
 
 
-def test_frames_are_fitted_as_pictures_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_resized_like_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     from omni.media import preparation as module
 
     clip = noise(5, 33, 90)
@@ -188,7 +188,7 @@ def test_impossible_preparations_are_named(rule: dict[str, Any], message: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_fit_a_model_is_named() -> None:
+def test_media_beyond_the_limits_are_named() -> None:
     for size in ((60, 64), (64, 144)):
         with pytest.raises(ValueError, match=rf"size {size[0]} x {size[1]} .*stride 16 x 16, and at most 128 x 128"):
             target_size(9, 9, Preparation(resize="crop", size=size), LIMITS)
@@ -228,7 +228,7 @@ def test_models_without_the_file_load(tiny_model: Path, tmp_path: Path, old: dic
     assert loaded.preparation == (Preparation(resize="letterbox", size=new) if isinstance(new, tuple) else new)
 
 
-def test_documents_of_any_size_are_composed_and_kept(tiny_model: Path) -> None:
+def test_documents_of_any_size_compose_and_keep_their_pixels(tiny_model: Path) -> None:
     """Spans have prepared blocks; the reply's document has the given pixels."""
     model = omni.from_pretrained(tiny_model)
     picture, clip = Image(noise(9, 13)), Video(noise(3, 5, 21), role=Role.USER)

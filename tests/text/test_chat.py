@@ -52,7 +52,7 @@ def test_plain_text() -> None:
     assert messages_to_document([{"role": "developer", "content": "x"}]).segments[0].role is Role.SYSTEM
 
 
-def test_every_picture_shape(path: Path) -> None:
+def test_every_format_of_pictures(path: Path) -> None:
     pil = media.to_pil(PIXELS)
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": URL, "detail": "low"}},
@@ -108,7 +108,7 @@ def test_inverse() -> None:
     assert isinstance(again[4], Video) and again[4].fps == 4.0
 
 
-def test_load_image_is_the_callers() -> None:
+def test_load_image_is_an_argument() -> None:
     seen: list[Any] = []
 
     def load(source: Any) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_paths_can_be_forbidden(path: Path, kind: str, monkeypatch: pytest.Monke
     assert len(messages_to_document(user(*taken), allow_paths=False).segments) == 3
 
 
-def test_paths_of_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_file_urls(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("HOME", str(path.parent))
     (path.parent / "link.png").symlink_to(path)
@@ -197,7 +197,7 @@ def test_paths_of_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert isinstance(segment, Image) and torch.equal(segment.pixels, PIXELS), name
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to("/dev/zero")
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -226,7 +226,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_an_engine_takes_no_paths_when_told_so(tiny_model: Path, path: Path) -> None:
+def test_an_engine_without_paths_rejects_them(tiny_model: Path, path: Path) -> None:
     import omni
 
     model = omni.from_pretrained(tiny_model)
@@ -251,7 +251,7 @@ def peak_of(call: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-def test_data_urls_take_the_memory_of_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_urls_take_no_more_memory_than_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A naive decoder takes 80 times the URL's memory for percent escapes, and 10 times for white space in base64."""
     for url, num in (
         ("data:,".ljust(80_000, "%"), 80_000),
@@ -271,7 +271,7 @@ def test_data_urls_take_the_memory_of_their_bytes(monkeypatch: pytest.MonkeyPatc
         messages_to_document(user({"type": "image", "url": "data:," + "%41" * 100}))
 
 
-def test_escapes_are_read_wherever_they_stand() -> None:
+def test_escapes_are_decoded_at_every_position() -> None:
     for shift in range(5):
         text = "x" * shift + "%25%e4%" * 8_000 + "%4"
         assert chat._data_url("data:," + text, "picture", 1 << 20) == unquote_to_bytes(text)

@@ -76,7 +76,7 @@ def test_unsupervised_assistant(tokenizer: Tokenizer) -> None:
     assert not any("*" in name for name in flat(spans, tokenizer))
 
 
-def test_spelled_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
+def test_names_of_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     text = "<|image|><|im_end|>[INST] end begin size_4 </s>"
     span = compose(Document((Text(text),)), tokenizer, _no_media)[0]
     assert isinstance(span, TokenSpan)
@@ -94,12 +94,12 @@ def test_clips_of_different_rates_have_different_ids(tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("fps", [0.49, 64.5, 120])
-def test_a_rate_without_a_token_is_refused(tokenizer: Tokenizer, fps: float) -> None:
+def test_a_rate_without_a_token_raises(tokenizer: Tokenizer, fps: float) -> None:
     with pytest.raises(ValueError, match=f"a clip of {fps:g} frames per second has no rate token .0.5 to 64"):
         header_of(fps, tokenizer)
 
 
-def test_a_prompt_is_counted_before_it_is_encoded(tokenizer: Tokenizer) -> None:
+def test_prompt_length_equals_compose(tokenizer: Tokenizer) -> None:
     """The length equals that of `compose`, for every kind of segment and turn."""
 
     def latents(segment: Image | Video) -> int:
@@ -114,7 +114,7 @@ def test_a_prompt_is_counted_before_it_is_encoded(tokenizer: Tokenizer) -> None:
             prompt_length(document, tokenizer, latents, 5)
 
 
-def test_a_hundred_megabytes_are_refused_unread(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_megabytes_raise_before_encoding(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail("it was tokenized"))
     fewest = math.ceil(10**8 / tokenizer.longest_id)
     with pytest.raises(ValueError, match=f"at least {fewest + 4:,} positions"):
@@ -122,7 +122,7 @@ def test_a_hundred_megabytes_are_refused_unread(tokenizer: Tokenizer, monkeypatc
 
 
 @pytest.mark.parametrize("side", [65 * 8, 8 * 200])
-def test_sizes_without_a_token_are_refused(tokenizer: Tokenizer, side: int) -> None:
+def test_sizes_without_a_token_raise(tokenizer: Tokenizer, side: int) -> None:
     wide = torch.zeros(8, side, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"a picture of 1 x {side // 8} latents is too large.*{side // 8}.*resize"):
         compose(Document((Image(wide),)), tokenizer, encode_media)
@@ -133,7 +133,7 @@ def test_sizes_without_a_token_are_refused(tokenizer: Tokenizer, side: int) -> N
     assert "size_64" in flat(compose(Document((Image(limit),)), tokenizer, encode_media), tokenizer)
 
 
-def test_wrong_latents_are_refused(tokenizer: Tokenizer) -> None:
+def test_wrong_latents_raise(tokenizer: Tokenizer) -> None:
     document = Document((Image(PIXELS),))
     for wrong in ([], [[]], [[torch.zeros(2, 2, 4, 3)]], [[torch.zeros(1, 2, 4, 3)] * 2], [[torch.zeros(8, 3)]]):
         with pytest.raises(ValueError, match="encode_media gave"):

@@ -106,7 +106,7 @@ def test_templates_are_distinct_and_a_fifth_is_heldout() -> None:
         assert not set(numbers(kind, "heldout")) & set(numbers(kind, "train"))
 
 
-def test_a_request_does_not_have_two_meanings(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
+def test_requests_are_unambiguous(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
     """An open request never equals a request for one emoji: no article precedes its class noun."""
     assert all("{a}" not in template for template in TEMPLATES["open"])
     assert not {f"any {noun}" for noun in CLASSES} & set(atlas.names)
@@ -139,7 +139,7 @@ def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_rewriting_is_an_edit_in_words(atlas: Atlas, split: str) -> None:
+def test_rewriting_edits_captions(atlas: Atlas, split: str) -> None:
     world, kinds = EmojiWorld(atlas, 5, split, mixture={"rewrite": 1.0}), set()
     for i in range(300):
         document = world.document(i)
@@ -152,7 +152,7 @@ def test_rewriting_is_an_edit_in_words(atlas: Atlas, split: str) -> None:
     assert kinds == set(REWRITTEN)
 
 
-def test_an_edit_says_what_it_will_show(atlas: Atlas) -> None:
+def test_the_answer_of_an_edit_has_both_captions(atlas: Atlas) -> None:
     """The captions in an edit's answer determine the scenes before and after."""
     world = EmojiWorld(atlas, mixture={"edit": 2.0, "describe": 1.0})
     said: dict[str, Scene] = {}
