@@ -116,7 +116,7 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
         scaled = array.astype(np.float32)
         scaled *= 255
         return np.rint(scaled, out=scaled).astype(np.uint8)
-    raise ValueError(f"{name} does not tell which value is white; give uint8, uint16, or floats in [0, 1]")
+    raise ValueError(f"{name} has no known white value; give uint8, uint16, or floats in [0, 1]")
 
 
 # --------------------------------------------------------------------------------------------- PIL pictures
@@ -146,8 +146,7 @@ def _reduce(image: Image.Image, name: str) -> Image.Image:
         # Some versions and files give 16-bit PNG and PPM in mode I; otherwise the range is unknown.
         if image.format not in ("PNG", "PPM") or values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"{name} has 32-bit integers (mode 'I'), which do not tell which value is white; "
-                "convert it to 8 or 16 bits first"
+                f"{name} has 32-bit integers (mode 'I') without a known white value; convert it to 8 or 16 bits first"
             )
         values = values.astype(np.uint16)
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF whose zero is white; Pillow inverts only 8 bits

@@ -300,7 +300,7 @@ def _unescape(text: str, start: int, kind: str, max_bytes: int, named: int | Non
     out = bytearray()
     while start < len(text):
         end = start + (1 << 14)
-        split = text.rfind("%", max(start + 1, end - 2), end)  # do not cut an escape
+        split = text.rfind("%", max(start + 1, end - 2), end)  # an escape is not cut in two
         end = split if split > 0 else end
         out += unquote_to_bytes(text[start:end].encode("utf-8", "replace"))
         if len(out) > max_bytes:
