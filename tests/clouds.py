@@ -1,4 +1,4 @@
-"""Clouds of points of a Gaussian law as items: one latent each, drawn as one, so that 100,000 take a moment."""
+"""Samples of a Gaussian distribution as items of one latent each; 100,000 are sampled in one call."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Cloud(Items):
 
 
 def cloud(law: Gaussian, num: int, copies: int = 1, key: Key | None = None) -> Cloud:
-    """`num` points, each `copies` times over; float64."""
+    """`num` points, each repeated `copies` times; float64."""
     points = law.sample(key or Key(3), num, 1).expand(num, copies, law.channels).reshape(1, -1, law.channels)
     return Cloud(points, torch.arange(num * copies)[None], BatchNames(num * copies, copies))
 
 
 def standard_errors(value: Tensor) -> float:
-    """Mean of independent values over its standard error."""
+    """The mean of independent values divided by its standard error."""
     return float(value.mean() / value.std() * len(value) ** 0.5)

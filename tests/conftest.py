@@ -1,4 +1,4 @@
-"""What every test runs under: one torch thread, no network beyond this machine, derandomised hypothesis."""
+"""Settings of every test: one torch thread, no network beyond this machine, derandomised hypothesis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
 
 
 def _check(address: Any) -> None:
-    """Allow Unix sockets and loopback; refuse the rest, names included: a test that needs them is a wrong test."""
+    """Allow Unix sockets and loopback; raise for all other addresses, host names included."""
     if not isinstance(address, tuple):
         return
     host = str(address[0])

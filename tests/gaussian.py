@@ -1,4 +1,4 @@
-"""Gaussian data as the oracle of objectives and samplers; the laboratory of the plane has them too."""
+"""Gaussian data as the oracle of objectives and samplers, shared with the laboratory of the plane."""
 
 from eval.experiments.plane.gaussian import LINE, PLANE, Gaussian, GaussianCall, gaussian_items
 

@@ -1,4 +1,4 @@
-"""Random documents, as spans, and small models: what the tests of layout, mask, transformer and engine share."""
+"""Random documents, as spans, and small models for the tests of layout, mask, transformer and engine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def small_model(
     attention: str | None = None,
     **transformer: object,
 ) -> Omni:
-    """A model whose every part is alive: modulation and read-out are not at their zero start."""
+    """A model without zero weights: modulation and read-out are not at their zero start."""
     sizes = {"width": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention": attention}
     config = OmniConfig(
         transformer=TransformerConfig(**{**sizes, **transformer}),  # type: ignore[arg-type]

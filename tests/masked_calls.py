@@ -1,6 +1,6 @@
-"""Masked-block heads behind a small network and behind an oracle that knows the joint, and slow laws of theirs.
+"""Masked-block heads on a small network and on an exact oracle, and slow reference distributions.
 
-Legend: B blocks, K tokens, V vocabulary, W width, N strings of a joint's support or draws, M patterns.
+Legend: B blocks, K tokens, V vocabulary, W width, N strings of a joint's support or samples, M patterns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ K = 3
 
 
 class SmallCall(TinyCall):
-    """Placeholders that see one another, in two layers, and their context."""
+    """Placeholders that attend to one another, in two layers, and to their context."""
 
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
         assert not causal and clean == 0
@@ -45,8 +45,8 @@ def masked_head(length: int = K, seed: int = 0, **options: object) -> Masked:
 
 @dataclass
 class OracleCall:
-    """What a perfectly trained backbone would be: the exact law of every token given those that are shown. Widths: an
-    id's place, one for the mask and one for "shown"."""
+    """A perfectly trained backbone: the exact distribution of every token given the revealed ones. Channels of the
+    width: one per id, one for the mask, one for "revealed"."""
 
     joint: Table
     rows: int
@@ -94,7 +94,7 @@ def oracle_head(joint: Table, **options: object) -> Masked:
 
 @torch.no_grad()
 def score_in_order(head: Masked, call: JointCall, ids: Tensor, order: tuple[int, ...], sizes: list[int]) -> Tensor:
-    """(B,) log-probability of ids (B, n) if the tokens are revealed in this order, so many in each pass."""
+    """(B,) log-probability of ids (B, n) revealed in this order, `sizes` tokens in each pass."""
     shown, total, at = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.float64), 0
     for size in sizes:
         law = head.laws(call, ids, shown)

@@ -1,4 +1,4 @@
-"""A head on the toy transformer: one whose laws are far from uniform, and what heads without placeholders must show."""
+"""A head on the toy transformer with distributions far from uniform, and checks of heads without placeholders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K, V = 3, 4
 
 
 def check_behind_a_real_model(name: str, loss: str, options: dict[str, Any]) -> JointHead:
-    """One pass behind a cache, the same law as beside the batch, and training moves the head alone."""
+    """One pass after a cache; its distribution equals that of training; training changes only the head."""
     model = toy_model(JointConfig(head=name, length=K, options=options), V, Key(0), width=16, depth=1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     prefix = torch.tensor([[1, 2], [3, 0]])
@@ -45,7 +45,7 @@ def check_behind_a_real_model(name: str, loss: str, options: dict[str, Any]) -> 
 
 
 def alive_model(name: str, length: int, vocab_size: int, token_scale: float, scale: float, **options: Any) -> Omni:
-    """Width 16, float64, laws far from uniform: weights that start at zero are drawn with deviation `scale`."""
+    """Width 16, float64, distributions far from uniform: weights that start at zero get deviation `scale`."""
     config = JointConfig(head=name, length=length, adapter_rank=2, options=options)
     model = toy_model(config, vocab_size, Key(0), width=16, depth=1).double().eval()
     with torch.no_grad():

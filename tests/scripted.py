@@ -1,4 +1,4 @@
-"""A saved tiny model with every part alive, and engines whose token choices follow a script."""
+"""A saved tiny model without zero weights, and engines whose token choices follow a script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omni.rng import Key
 
 
 def living(directory: Path) -> Omni:
-    """The model with random weights where they start at zero."""
+    """The model, with random weights in place of zero starts."""
     model = omni.from_pretrained(directory)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -23,7 +23,7 @@ def living(directory: Path) -> Omni:
 
 
 def force(model: Omni, script: list[int]) -> Engine:
-    """An engine whose token choices follow a script (per row), so that structure can be tested on random weights."""
+    """An engine whose token choices follow a script per request, to test structure on random weights."""
     engine = Engine(model)
     choose = engine._choose
 

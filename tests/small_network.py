@@ -1,4 +1,4 @@
-"""A small float64 network as the callable that objectives see, and gradients checked with stop-gradient parts held.
+"""A small float64 network as the callable of objectives, and gradient checks with stop-gradient parts held constant.
 
 F = W2 tanh(W1 [x, t, s, beta] + b + c), position by position; c is the condition, absent for the null branch.
 """
@@ -29,9 +29,9 @@ def small_weights(channels: int = 2, width: int = 8, seed: int = 0) -> dict[str,
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """`live` weights where a gradient may flow; `held` ones (a copy) in everything that has no graph to the weights.
+    """`live` weights where a gradient may flow; `held` weights (a copy) in all parts without a graph to the weights.
 
-    `log` collects what was asked: (kind, t, s, beta).
+    `log` records each call: (kind, t, s, beta).
     """
 
     items: Items
@@ -64,7 +64,7 @@ class NetworkCall:
         return torch.func.jvp(self._evaluate, (x, t, s), (dx, dt, ds))
 
     def target(self, graph: bool = False) -> NetworkCall:
-        """With `graph` it still has the held weights: its gradient reaches x alone."""
+        """With `graph` it also uses the held weights: its gradient reaches x alone."""
         return replace(self, frozen=True) if not graph else replace(self, live=self.held)
 
     def null(self) -> NetworkCall:
@@ -81,9 +81,9 @@ def network_call(items: Items, seed: int = 0) -> NetworkCall:
 
 @contextmanager
 def stop_gradients_held() -> Iterator[Callable[[], None]]:
-    """Within, every `Tensor.detach` records its value; once the given function is called, values are played back.
+    """Within, every `Tensor.detach` records its value; after a call of the given function, it returns recorded values.
 
-    So a loss evaluated again at other weights keeps its stop-gradient parts, as its gradient does.
+    A loss evaluated again at other weights thus keeps its stop-gradient parts, as its gradient does.
     """
     original, recorded, place = torch.Tensor.detach, [], [-1]
 

@@ -1,4 +1,4 @@
-"""Published directories: atomic, complete, and every flipped bit is found before weights are used."""
+"""Published directories: atomic, complete; the digest check finds every flipped bit before weights are used."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_200_flipped_bits_are_all_detected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "swap", "manifest"])
-def test_other_damage_is_named(tmp_path: Path, damage: str) -> None:
+def test_other_damage_raises(tmp_path: Path, damage: str) -> None:
     directory, weights = make(tmp_path / "model"), tmp_path / "model" / "model.safetensors"
     if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:-1])
@@ -85,7 +85,7 @@ def test_a_failure_while_writing_leaves_the_previous_directory(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "", "./a", "manifest.json"])
-def test_unsafe_names_are_refused(tmp_path: Path, name: str) -> None:
+def test_unsafe_names_raise(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="unsafe file name"):
         checkpoint.publish(tmp_path / "model", {name: b""})
     assert not (tmp_path / "model").exists()

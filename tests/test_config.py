@@ -142,7 +142,7 @@ def test_deep_overrides_are_one_line(override: str) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_what_is_not_deep_is_read() -> None:
+def test_shallow_nesting_is_read() -> None:
     assert parse_json("[" * 64 + "]" * 64, "x") and parse_toml("a = '" + "b." * 500 + "'\n# " + "." * 500, "x")
     assert parse_toml("[a.b]\nc.d = {e.f = 1.5}", "x") == {"a": {"b": {"c": {"d": {"e": {"f": 1.5}}}}}}
     for data in (b"\xff", b"", b"9" * 5000):
@@ -150,7 +150,7 @@ def test_what_is_not_deep_is_read() -> None:
             parse_json(data, "x")
 
 
-def test_files_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_files_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.toml").write_text("steps = 1\n" + "#" * 100)
     monkeypatch.setattr("omni.config.MAX_FILE_BYTES", 50)
     with pytest.raises(ValueError, match="has more than 50 bytes"):

@@ -1,4 +1,4 @@
-"""Document JSON: lossless, and whatever a file claims, one line of error and no memory taken for it."""
+"""Document JSON: lossless; invalid files raise one line of error and allocate no memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def packed(raw: bytes) -> str:
 
 
 def document(**changes: Any) -> str:
-    """A Document of one picture, some of whose keys are others; a change to ... takes the key out."""
+    """A Document of one picture with changed keys; a change to ... removes the key."""
     picture = {"type": "image", "shape": [1, 1, 3], "zlib": packed(b"abc"), "role": "user", "supervise": False}
     picture = {key: value for key, value in {**picture, **changes}.items() if value is not ...}
     return json.dumps({"segments": [picture]})
 
 
 def error(text: str, **bounds: int) -> str:
-    """The one line. Not 2 MB of memory are taken on the way to it."""
+    """The error's line. The call allocates less than 2 MB."""
     tracemalloc.start()
     try:
         with pytest.raises(ValueError) as caught:
@@ -77,11 +77,11 @@ def test_round_trip() -> None:
         {},
     ],
 )
-def test_shapes_that_no_picture_has(shape: Any) -> None:
+def test_invalid_shapes_of_pictures(shape: Any) -> None:
     assert "segment 0: shape must be [height, width, 3] of whole numbers above 0, got " in error(document(shape=shape))
 
 
-def test_claims_cost_nothing() -> None:
+def test_invalid_shapes_allocate_nothing() -> None:
     assert "do not match their shape" in error(document(shape=[5000, 9000, 3]))
     assert "more than 200000000 pixels in one document" in error(document(shape=[20_000, 10_001, 3]))
     assert "more than 200000000 pixels" in error(document(shape=[10**4000, 1, 3]))
@@ -93,7 +93,7 @@ def test_claims_cost_nothing() -> None:
     assert Document.from_json(document(shape=[1000, 1, 3], zlib=packed(bytes(3000))), max_pixels=1000)
 
 
-def test_bounds_are_of_the_whole_document() -> None:
+def test_bounds_apply_to_the_whole_document() -> None:
     text = Document((WHOLE.segments[1], *WHOLE.segments[1:])).to_json()  # two pictures; two frames
     assert len(Document.from_json(text, max_pixels=4 * 24, max_frames=4).segments) == 3
     assert "segment 2: more than 95 pixels" in error(text, max_pixels=95)
@@ -102,7 +102,7 @@ def test_bounds_are_of_the_whole_document() -> None:
 
 
 def test_a_picture_takes_memory_once() -> None:
-    """The tensor's bytes are the decompressed ones; a third more is what growing them may leave over."""
+    """The tensor shares the decompressed bytes; their growth may add a third."""
     text = document(shape=[1000, 1000, 3], zlib=packed(bytes(3_000_000)))
     tracemalloc.start()
     Document.from_json(text)
@@ -148,7 +148,7 @@ def test_a_picture_takes_memory_once() -> None:
         ('{"a":' * 100_000, "'the Document' nests lists or tables more than"),
     ],
 )
-def test_anything_else_is_one_line(text: str, message: str) -> None:
+def test_other_input_raises_one_line(text: str, message: str) -> None:
     assert message in error(text)
 
 

@@ -1,4 +1,4 @@
-"""Values that are not finite: an error that names the token, the step or the codec, and never "!!!!" or black."""
+"""Values that are not finite raise an error that names the token, the step or the codec; they give no output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def poison(model: Omni, name: str, value: float, at: tuple[int, ...] = (0, 0)) -
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("name", ["transformer.blocks.1.text.gate_up.weight", "token.embedding.weight"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_one_weight_that_is_not_finite_is_no_text(model: Omni, name: str, value: float, temperature: float) -> None:
+def test_one_weight_that_is_not_finite_raises(model: Omni, name: str, value: float, temperature: float) -> None:
     poison(model, name, value)
     with pytest.raises(NotFiniteError, match=r"logits of token 1 of the reply are not finite .*omni verify"):
         model.generate("hello", temperature=temperature)
@@ -40,7 +40,7 @@ def test_one_weight_that_is_not_finite_is_no_text(model: Omni, name: str, value:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_a_cap_hides_no_infinity(model: Omni, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """Its tanh is 1, a score like any other."""
+    """tanh of infinity is 1, a finite score."""
     monkeypatch.setattr(model.token, "logit_cap", 12.0)
     with torch.no_grad():
         weight = model.token.embedding.weight
@@ -51,15 +51,15 @@ def test_a_cap_hides_no_infinity(model: Omni, monkeypatch: pytest.MonkeyPatch, v
         model.generate("hello")
 
 
-def test_an_overflow_inside_the_network_is_no_text(model: Omni) -> None:
-    """A finite weight, a hidden state whose square is not: the final norm makes it zero, and all logits with it."""
+def test_an_overflow_inside_the_network_raises(model: Omni) -> None:
+    """A finite weight gives a hidden state whose square overflows: the final norm returns zero, so all logits are 0."""
     poison(model, "transformer.blocks.1.text.down.weight", 3e38)
     with pytest.raises(NotFiniteError, match="logits of token 1 of the reply are all 0"):
         model.generate("hello")
 
 
 def test_the_error_names_the_token(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hot path, of one token: the second token is the first that it reads."""
+    """The step of one token: it reads the logits of the second token first."""
     engine = Engine(model)
     read = engine.step.read
     monkeypatch.setattr(engine.step, "read", lambda hidden: read(hidden) * math.nan)
@@ -67,7 +67,7 @@ def test_the_error_names_the_token(model: Omni, monkeypatch: pytest.MonkeyPatch)
         engine.generate("hello")
 
 
-def test_scores_that_leave_nothing_are_named() -> None:
+def test_scores_without_a_valid_id_raise() -> None:
     no = -math.inf
     with pytest.raises(NotFiniteError, match="the mask leaves no id for token 8 of the reply"):
         masked_scores(torch.ones(2, 2), torch.tensor([[0.0, no], [no, no]]), [6, 7])
@@ -78,11 +78,11 @@ def test_scores_that_leave_nothing_are_named() -> None:
     logits = torch.tensor([[0.0, -1.0, 4.0], [5.0, 0.0, 5.0], [-3.0, -2.0, 0.0]])
     mask = torch.tensor([[0.0, 0.0, no], [no, 0.0, no], [0.0, 0.0, no]])
     scores, ids = masked_scores(logits, mask, range(3))
-    assert ids.tolist() == [0, 1, 1]  # a 0 that is the best, or the only one, is a score
+    assert ids.tolist() == [0, 1, 1]  # a 0 that is the best or the only score is valid
     assert torch.equal(scores, logits + mask)
 
 
-def test_a_mask_that_leaves_nothing_is_an_error(model: Omni) -> None:
+def test_a_mask_without_ids_raises(model: Omni) -> None:
     engine = Engine(model)
     engine.grammar.allowed["text"][:] = -math.inf
     for temperature in (0.0, 1.0):
@@ -91,7 +91,7 @@ def test_a_mask_that_leaves_nothing_is_an_error(model: Omni) -> None:
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
-    """Scores divided by it overflow; the differences to the largest do not matter then."""
+    """Scores divided by it overflow; the result is the argmax."""
     score = torch.tensor([1.0, 12.0, -3.0])
     for temperature in (5e-324, 1e-300, 1e-30):
         assert token_law(score, temperature).exp().tolist() == [0.0, 1.0, 0.0]
@@ -99,15 +99,15 @@ def test_the_smallest_temperature_is_greedy() -> None:
 
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("sampler", ["euler", "heun", "flow_map", "restart", "gamma"])
-def test_latents_that_are_not_finite_are_no_picture(model: Omni, value: float, sampler: str) -> None:
+def test_latents_that_are_not_finite_raise(model: Omni, value: float, sampler: str) -> None:
     poison(model, "flow.velocity.weight", value)
     with pytest.raises(NotFiniteError, match=r"latents of picture 1, after step 1 of 2, are not finite .*guidance"):
         model.generate("draw", sampler=sampler, **PICTURE)
 
 
 @pytest.mark.parametrize("value", [1e5, 1e30, -1e30])
-def test_latents_out_of_all_bounds_are_no_picture(model: Omni, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """As a large weight of guidance makes them: finite, and black or white once decoded."""
+def test_latents_out_of_range_raise(model: Omni, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """A large guidance weight gives such latents: finite, and decoded to black or white."""
     velocity = model.velocity
     monkeypatch.setattr(model, "velocity", lambda *given: velocity(*given) * 0 + value)
     with pytest.raises(NotFiniteError, match=r"picture 1, after step 1 of 2, reach -?5\S*, beyond 10000; "):
@@ -115,7 +115,7 @@ def test_latents_out_of_all_bounds_are_no_picture(model: Omni, monkeypatch: pyte
 
 
 def test_the_error_names_the_block(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second chunk of the second clip, with a picture before it."""
+    """The second chunk of the second clip, after a picture."""
     c, passes, velocity = Engine(model).control, [], model.velocity
 
     def later(*given):  # noqa: ANN002, ANN202
@@ -130,7 +130,7 @@ def test_the_error_names_the_block(model: Omni, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("value", [*WRONG, 1e30, 2 * MAX_LATENT])
-def test_a_codec_decodes_no_such_latents(value: float) -> None:
+def test_a_codec_rejects_invalid_latents(value: float) -> None:
     codec = PixelCodec(PixelConfig(patch=2))
     latents = torch.zeros(2, 2, 2, 12)
     latents[1, 1, 0, 3] = value

@@ -1,4 +1,4 @@
-"""The house rules that a parser can hold: layers, circles, sizes, heavy imports, keyed draws, no code from data."""
+"""House rules, checked by a parser: levels, import circles, sizes, heavy imports, keyed samples, no code from data."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def graph() -> dict[str, set[str]]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Files that reach one another: what is left when files that import nothing that is left are taken away, and then
-    those that nothing left imports."""
+    """Files that import one another: repeatedly remove files that import no remaining file, then files that no
+    remaining file imports."""
     left = {module: set(others) for module, others in edges.items()}
     for _ in range(2):
         while True:
@@ -132,7 +132,7 @@ def level_of(dotted: str) -> tuple[str, int]:
     return names[0], LEVEL[names[0]]
 
 
-def test_imports_go_downwards() -> None:
+def test_imports_go_down_the_levels() -> None:
     wrong = []
     for module, others in graph().items():
         if not module.startswith("omni"):
@@ -146,7 +146,7 @@ def test_imports_go_downwards() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_there_is_no_circle_of_files() -> None:
+def test_there_are_no_import_circles() -> None:
     edges = {module: set(others) for module, others in graph().items()}
     assert GENERATE[1] in edges[GENERATE[0]]
     edges[GENERATE[0]].discard(GENERATE[1])
@@ -173,8 +173,8 @@ def test_circles_are_found(edges: dict[str, set[str]], found: list[list[str]]) -
     assert circles(edges) == found
 
 
-def test_the_library_knows_no_programs() -> None:
-    """eval may use the kit of train; nothing else goes across."""
+def test_the_library_imports_no_programs() -> None:
+    """eval may use the kit of train; the programs share nothing else."""
     forbidden = {"omni": {"train", "eval", "tests"}, "train": {"eval", "tests"}, "eval": {"tests"}}
     wrong = [
         f"{name(path)}:{line} imports {dotted}"
@@ -187,7 +187,7 @@ def test_the_library_knows_no_programs() -> None:
 
 
 def unknown_names(text: str) -> list[str]:
-    """Dotted names of files of ours in a text, such as omni.rng or train.lock.hold, that are not there."""
+    """Dotted names of project files in a text, such as omni.rng or train.lock.hold, that do not exist."""
     unknown = []
     for dotted in re.findall(r"(?<![\w./-])((?:omni|train|eval)(?:\.[A-Za-z]\w*)+)", text):
         parts = dotted.split(".")
@@ -207,8 +207,8 @@ def _is_module(path: Path) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def test_names_in_prose_exist() -> None:
-    """In docstrings, comments and messages, and in the suites and recipes."""
+def test_names_in_text_exist() -> None:
+    """In docstrings, comments, messages, suites and recipes."""
     others = {"train.parquet", "train.splitlines"}  # a file of data, a variable
     groups = "grids sources joint_heads tokenizers feature_maps tasks".split()  # of entry points
     others |= {f"omni.{group}" for group in groups}
@@ -246,15 +246,15 @@ def test_files_and_functions_are_short() -> None:
     assert lengths[int(0.9 * len(lengths))] <= 20 and lengths[len(lengths) // 2] <= 8
 
 
-def test_read_me_first() -> None:
-    """The README is a page; each package explains itself."""
+def test_readmes_are_short() -> None:
+    """The README is one page; each package has its own README."""
     words = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(words.splitlines()) <= 200 and len(words.split()) <= 1800
     for package in (*TOPS, "tokenizers_cfg"):
         assert (ROOT / package / "README.md").is_file()
 
 
-def test_a_picture_carries_no_trick_of_one_corpus() -> None:
+def test_segments_have_no_fields_of_one_corpus() -> None:
     assert {field.name for field in fields(Image)} == {"pixels", "role", "supervise"}
 
 
@@ -285,7 +285,7 @@ def test_every_folder_of_code_is_a_package(top: str) -> None:
 
 
 def test_import_omni_is_light() -> None:
-    """`import omni` loads nothing; its names load torch and the core packages, and none of the heavy ones."""
+    """`import omni` loads nothing; its names load torch and the core packages, and no heavy package."""
     script = (
         "import sys, omni; assert 'torch' not in sys.modules\n"
         "for n in omni.__all__: getattr(omni, n)\n"
@@ -307,7 +307,7 @@ INIT_DRAWS = set("normal_ uniform_ trunc_normal_ xavier_normal_ xavier_uniform_ 
 
 
 def draws(path: Path) -> Iterator[tuple[int, str]]:
-    """Calls that draw from, or seed, state that no key controls."""
+    """Calls that sample from, or seed, a generator without a key."""
     shared = {"np.random", "numpy.random", "torch.random"} | ({"random"} & {dotted for dotted, _ in imports(path)})
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
@@ -321,7 +321,7 @@ def draws(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{owner}.{method}"
 
 
-def test_every_draw_is_keyed() -> None:
+def test_every_sample_is_keyed() -> None:
     wrong = [
         f"{name(path)}:{line} calls {call}; draw through omni.rng.Key"
         for path in files(*TOPS)

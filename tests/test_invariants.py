@@ -1,7 +1,7 @@
-"""What no change of places and names may change: stored models, initial weights, the purposes of keys.
+"""Invariants of every refactoring: stored models, initial weights, the purposes of keys.
 
-The equality contract is in tests/e2e/test_bundled.py, exact resume in tests/train/test_resume.py, and answers and
-losses in tests/golden.
+tests/e2e/test_bundled.py has the equality contract, tests/train/test_resume.py exact resume, and tests/golden answers
+and losses.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def test_a_model_directory_of_format_1_loads(tmp_path: Path) -> None:
     assert old.generate("is a red apple a fruit?").text == model.generate("is a red apple a fruit?").text
 
 
-def test_initial_weights_stay() -> None:
-    """The first numbers of every weight, and the sum of its sizes, as they have been drawn since format 1."""
+def test_initial_weights_are_unchanged() -> None:
+    """The first values of every weight and its sum of magnitudes equal those of format 1."""
     stored = json.loads((GOLDEN / "initial.json").read_text())
     model = Omni(build(stored["config"], OmniConfig, "initial.json"), Key(5))
     found = dict(model.named_parameters())
@@ -85,14 +85,14 @@ def purposes(path: Path) -> set[str]:
     return found
 
 
-def test_purposes_of_keys_stay() -> None:
-    """A purpose that is renamed draws other numbers from every seed. New ones are added to the file."""
+def test_purposes_of_keys_are_unchanged() -> None:
+    """A renamed purpose changes the samples of every seed. Add new purposes to the file."""
     stored = set((GOLDEN / "purposes.txt").read_text().splitlines())
     found = set().union(*(purposes(path) for top in ("omni", "train") for path in (ROOT / top).rglob("*.py")))
     assert found == stored
 
 
-def test_a_changed_draw_is_seen() -> None:
-    """The check of initial weights is finer than another key."""
+def test_a_changed_key_is_detected() -> None:
+    """The check of initial weights detects a changed key."""
     a, b = (Key(seed).fold("initialise", "x").normal((4,)) for seed in (5, 6))
     assert float((a - b).abs().max()) > 2e-6 and not torch.equal(a, b)

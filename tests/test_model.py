@@ -1,4 +1,4 @@
-"""Transformer and model: backends agree, cached = uncached = training, text is bit-identical, files are strict."""
+"""Transformer and model: backends agree, cached = uncached = training, text is bit-identical, files load strictly."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_contract_cached_uncached_training(weights: str) -> None:
         assert check.holds, check
 
 
-def test_a_generation_expert_serves_the_refine_stream_alone() -> None:
-    """Its weights change what is drawn; hidden states of the context, text and finished latents, keep every bit."""
+def test_generation_weights_change_only_the_refine_stream() -> None:
+    """Its weights change F; hidden states of the context (text and finished latents) keep every bit."""
     model, batch = small_model(latent_weights="refine"), random_batch(Key(5).fold("expert"))
     with torch.inference_mode():
         before = everything(model, batch)
@@ -39,7 +39,7 @@ def test_a_generation_expert_serves_the_refine_stream_alone() -> None:
 
 
 def test_contract_fails_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: a refine copy that could see its own clean block would break the contract."""
+    """A refine copy that attends to its own clean block breaks the contract."""
     import omni.sequence.mask
 
     def leaky(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_rank):  # noqa: ANN001, ANN202
@@ -74,7 +74,7 @@ def test_the_backend_follows_the_device_and_the_use(device: str, training: bool,
 
 
 def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's autocast computes these in float32, whatever comes in (its list is longer than the CPU's)."""
+    """CUDA's autocast computes these in float32 for any input dtype (its list is longer than the CPU's)."""
     norm, rsqrt = torch.nn.functional.rms_norm, torch.Tensor.rsqrt
     monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *arguments: norm(*arguments).float())
     monkeypatch.setattr(torch.Tensor, "rsqrt", lambda x: rsqrt(x).float())
@@ -92,21 +92,21 @@ def test_a_device_that_is_not_here_is_named(tiny_model) -> None:  # noqa: ANN001
         omni.from_pretrained(tiny_model, device="gpu")
 
 
-def test_unknown_or_impossible_backend_is_refused() -> None:
+def test_unknown_or_impossible_backends_raise() -> None:
     with pytest.raises(ValueError, match="unknown attention backend 'turbo'"):
         small_model(attention="turbo").transformer.backend(torch.device("cpu"))
     with pytest.raises(ValueError, match="needs CUDA"):
         small_model(attention="flash").transformer.backend(torch.device("cpu"))
 
 
-def test_flex_training_on_cpu_is_refused_not_silently_wrong() -> None:
+def test_flex_training_on_cpu_raises() -> None:
     model = small_model(attention="flex").train()
     with pytest.raises(ValueError, match="no backward on the CPU"):
         model(random_batch(Key(1)), [build_objective("next_token")], Key(0))
 
 
-def test_text_logits_are_bit_identical_without_the_image_machinery() -> None:
-    """The bare decoder (token head + transformer) against the whole model with flow head and codec paths."""
+def test_text_logits_are_bit_identical_to_a_plain_decoder() -> None:
+    """A plain decoder (token head + transformer) equals the whole model with flow head and codec."""
     model = small_model()
     ids = torch.tensor([[Key(0).fold(i).integer() % VOCABULARY for i in range(20)]])
     index = torch.arange(20)[None]
@@ -159,7 +159,7 @@ def test_cache_fork_is_independent_and_truncate_forgets() -> None:
 
 @pytest.mark.parametrize(("mine", "theirs"), [(256, 150), (150, 256), (512, 400), (8, 8)])
 def test_caches_of_any_capacity_stack(mine: int, theirs: int) -> None:
-    """The guidance branch of a long conversation has a cache of another size than the conversation's."""
+    """A guidance branch of a long conversation has a cache of another capacity."""
     both = KVCache(1, 1, 1, mine, 2).stack(KVCache(1, 2, 1, theirs, 2))
     assert both.rows == 3 and both.capacity == max(mine, theirs) and bool((both.document == -2).all())
 

@@ -1,4 +1,4 @@
-"""A model directory is read through its manifest: what is listed, once, whole, and nothing else."""
+"""A model directory is read by its manifest: each listed file once and whole, and no other file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def listed(directory: Path, **changes: Any) -> None:
-    """Write a manifest of what is in the directory, with other values in its body."""
+    """Write a manifest of the directory with changed values in its body."""
     names = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
     files = {
         name: {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=32).hexdigest()}
@@ -41,7 +41,7 @@ def listed(directory: Path, **changes: Any) -> None:
 
 
 def refused(model: Path, capsys: Any, *said: str) -> None:
-    """`omni` says it in one line and exits with 4."""
+    """`omni` prints one line and exits with 4."""
     capsys.readouterr()
     for argv in (["verify", str(model)], ["generate", "hello", "--model", str(model), "--out", str(model / "out")]):
         assert main(argv) == 4
@@ -54,7 +54,7 @@ def refused(model: Path, capsys: Any, *said: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_weights_that_are_not_finite_are_refused(model: Path, capsys: Any, value: str) -> None:
+def test_weights_that_are_not_finite_raise(model: Path, capsys: Any, value: str) -> None:
     tensors = checkpoint.load_tensors(model / "model.safetensors")
     tensors["transformer.blocks.1.text.qkv.weight"][3, 4] = float(value)
     checkpoint.save_tensors(model / "model.safetensors", tensors)
@@ -62,7 +62,7 @@ def test_weights_that_are_not_finite_are_refused(model: Path, capsys: Any, value
     refused(model, capsys, "model.safetensors: transformer.blocks.1.text.qkv.weight has 1 values that are NaN")
 
 
-def test_huge_finite_weights_are_taken(tmp_path: Path) -> None:
+def test_huge_finite_weights_load(tmp_path: Path) -> None:
     """Their sum overflows; they are finite."""
     big = {
         "a": torch.full((8,), 3e38),
@@ -79,7 +79,7 @@ def test_huge_finite_weights_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
-def test_weights_of_other_kinds_are_refused(model: Path, capsys: Any, dtype: torch.dtype) -> None:
+def test_weights_of_other_dtypes_raise(model: Path, capsys: Any, dtype: torch.dtype) -> None:
     tensors = checkpoint.load_tensors(model / "model.safetensors")
     tensors["token.embedding.weight"] = tensors["token.embedding.weight"].to(dtype)
     checkpoint.save_tensors(model / "model.safetensors", tensors)
@@ -88,8 +88,8 @@ def test_weights_of_other_kinds_are_refused(model: Path, capsys: Any, dtype: tor
 
 
 @pytest.mark.parametrize("head", JOINT_HEADS.names())
-def test_a_loaded_model_is_the_saved_one(head: str, tmp_path: Path) -> None:
-    """Every kind of head, built without memory and filled: the same weights, nothing left unset, bytes as before."""
+def test_a_loaded_model_equals_the_saved_one(head: str, tmp_path: Path) -> None:
+    """Every kind of head, built on the meta device and filled: equal weights, none unset, equal bytes when saved."""
     from layouts import small_model
 
     config = small_model().config
@@ -149,7 +149,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(model: Path, capsys:
             shutil.rmtree(model / folder)
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text(content)
-    if name == "tokenizer/tokenizer.json":  # alone it is nobody's
+    if name == "tokenizer/tokenizer.json":  # without its config no file reads it
         listed(model, files=files)
         assert omni.from_pretrained(model).tokenizer is None
         return
@@ -157,7 +157,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(model: Path, capsys:
     refused(model, capsys, f"{name} is not listed in manifest.json")
 
 
-def test_what_is_not_ours_does_no_harm(model: Path) -> None:
+def test_unlisted_files_have_no_effect(model: Path) -> None:
     for name in (".DS_Store", "README.md", ".git/config", "codec/.DS_Store", "tokenizer/notes.txt", "empty/x"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("{[")
@@ -173,7 +173,7 @@ def test_every_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(read) == sorted(files)
 
 
-def test_listed_files_that_nobody_asks_for_are_checked_too(model: Path, capsys: Any) -> None:
+def test_unused_listed_files_are_checked(model: Path, capsys: Any) -> None:
     (model / "notes.txt").write_text("as published")
     listed(model)
     omni.from_pretrained(model)
@@ -182,7 +182,7 @@ def test_listed_files_that_nobody_asks_for_are_checked_too(model: Path, capsys: 
 
 
 def test_a_link_to_the_same_bytes_is_a_file(model: Path, tmp_path: Path) -> None:
-    """As the cache of a hub has them."""
+    """Like the cache of a hub."""
     before = omni.from_pretrained(model).state_dict()
     (model / "model.safetensors").rename(tmp_path / "blob")
     (model / "model.safetensors").symlink_to(tmp_path / "blob")
@@ -190,7 +190,7 @@ def test_a_link_to_the_same_bytes_is_a_file(model: Path, tmp_path: Path) -> None
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_values_that_a_dtype_cannot_hold_are_refused(model: Path) -> None:
+def test_values_that_a_dtype_cannot_hold_raise(model: Path) -> None:
     """A float64 file of 1e300 becomes infinite in float32, and 1e5 in float16."""
     name = "token.embedding.weight"
     weights = checkpoint.load_tensors(model / "model.safetensors")
@@ -206,7 +206,7 @@ NESTED = '{"a":' * 100_000
 
 
 @pytest.mark.parametrize("value", ["-", None, [], {"config.json": 3}, {"config.json": []}, "x", 7])
-def test_a_manifest_of_another_form_is_refused(model: Path, capsys: Any, value: Any) -> None:
+def test_a_manifest_of_another_form_raises(model: Path, capsys: Any, value: Any) -> None:
     listed(model, files=value)
     refused(model, capsys, "manifest.json")
 
@@ -215,7 +215,7 @@ def test_a_manifest_of_another_form_is_refused(model: Path, capsys: Any, value: 
     "entry",
     [{"bytes": -1}, {"bytes": 1.5}, {"bytes": True}, {"bytes": 10**400}, {"blake2b": 3}, {"blake2b": "x"}, {"a": 1}],
 )
-def test_an_entry_of_another_form_is_refused(model: Path, capsys: Any, entry: dict) -> None:
+def test_an_entry_of_another_form_raises(model: Path, capsys: Any, entry: dict) -> None:
     files = checkpoint.read_manifest(model)["files"]
     files["config.json"] |= entry
     listed(model, files=files)
@@ -223,13 +223,13 @@ def test_an_entry_of_another_form_is_refused(model: Path, capsys: Any, entry: di
 
 
 @pytest.mark.parametrize("text", [NESTED, "[]", "", "{", "\x00", "[" * 100_000])
-def test_a_manifest_that_is_none_is_refused(model: Path, capsys: Any, text: str) -> None:
+def test_an_invalid_manifest_raises(model: Path, capsys: Any, text: str) -> None:
     (model / "manifest.json").write_text(text)
     refused(model, capsys, "manifest.json")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "../x", "/x"])
-def test_a_manifest_with_unsafe_names_is_refused(model: Path, capsys: Any, name: str) -> None:
+def test_a_manifest_with_unsafe_names_raises(model: Path, capsys: Any, name: str) -> None:
     listed(model, files={**checkpoint.read_manifest(model)["files"], name: {"bytes": 0, "blake2b": "0" * 64}})
     refused(model, capsys, "unsafe file name")
 
@@ -245,7 +245,7 @@ def test_a_manifest_with_unsafe_names_is_refused(model: Path, capsys: Any, name:
     ],
 )
 @pytest.mark.parametrize("text", [NESTED, "[]", "null", "{", "\x00", '{"a": NaN', "9" * 5000])
-def test_every_json_file_is_refused_in_one_line(model: Path, capsys: Any, name: str, text: str) -> None:
+def test_every_invalid_json_file_raises_one_line(model: Path, capsys: Any, name: str, text: str) -> None:
     (model / name).write_text(text)
     if name == "tokenizer/tokenizer.json":
         config = model / "tokenizer/tokenizer_config.json"
@@ -265,7 +265,7 @@ def test_every_json_file_is_refused_in_one_line(model: Path, capsys: Any, name: 
         ("", "sampler", "x"),
     ],
 )  # fmt: skip
-def test_sizes_without_sense_are_refused_and_named(model: Path, capsys: Any, table: str, key: str, value: Any) -> None:
+def test_impossible_sizes_are_named(model: Path, capsys: Any, table: str, key: str, value: Any) -> None:
     config = json.loads((model / "config.json").read_text())
     (config[table] if table else config)[key] = value
     (model / "config.json").write_text(json.dumps(config))
@@ -274,8 +274,8 @@ def test_sizes_without_sense_are_refused_and_named(model: Path, capsys: Any, tab
 
 
 @pytest.mark.parametrize(("key", "value"), [("width", 65536), ("mlp_width", 262144), ("depth", 512)])
-def test_terabytes_are_not_asked_for(model: Path, capsys: Any, key: str, value: int) -> None:
-    """Sizes within bounds that the weights do not have: found by their shapes, nothing is allocated."""
+def test_terabytes_are_not_allocated(model: Path, capsys: Any, key: str, value: int) -> None:
+    """Sizes within bounds that differ from the weights: the shapes reveal it, and nothing is allocated."""
     config = json.loads((model / "config.json").read_text())
     config["transformer"][key] = value
     (model / "config.json").write_text(json.dumps(config))
@@ -283,7 +283,7 @@ def test_terabytes_are_not_asked_for(model: Path, capsys: Any, key: str, value: 
     refused(model, capsys, "model.safetensors", "config.json")
 
 
-def test_parts_of_another_model_are_refused(model: Path, capsys: Any) -> None:
+def test_parts_of_another_model_raise(model: Path, capsys: Any) -> None:
     (model / "codec/config.json").write_text('{"kind": "pixels", "patch": 8}')
     listed(model)
     refused(model, capsys, "the codec has 192 channels, flow.channels is 48")
@@ -292,13 +292,13 @@ def test_parts_of_another_model_are_refused(model: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     "config", ['{"kind": []}', '{"kind": "pixels", "patch": -1}', '{"kind": "pixels", "patch": 1e9}']
 )
-def test_a_codec_without_sense_is_refused(model: Path, capsys: Any, config: str) -> None:
+def test_an_invalid_codec_raises(model: Path, capsys: Any, config: str) -> None:
     (model / "codec/config.json").write_text(config)
     listed(model)
     refused(model, capsys, "codec")
 
 
-def test_a_line_tells_what_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_line_names_slow_loading(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     import time
 
     from omni.cli import arguments as command
@@ -313,7 +313,7 @@ def test_a_line_tells_what_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: A
     assert capsys.readouterr().err == ""
 
 
-def test_initialised_models_are_unlike_unallocated_ones() -> None:
+def test_initialised_models_differ_from_unallocated_ones() -> None:
     from layouts import small_model
 
     config = small_model().config

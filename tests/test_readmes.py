@@ -1,7 +1,7 @@
-"""What the READMEs promise: commands parse, paths, links and names exist, Python runs, figures are in eval/results.
+"""The READMEs: commands parse, paths, links and names exist, Python runs, figures are in eval/results.
 
-The root README also has bounds: lines, words, figures. The drawing of the packages in omni/README.md is compared with
-the imports of the code. The wheel and the first command are tried in a fresh environment (slow).
+The root README has limits of lines, words and figures. The diagram of the packages in omni/README.md is compared with
+the imports of the code. The wheel and the first command run in a fresh environment (slow).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def without_blocks(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """Inline code, also where it goes on in the next line."""
+    """Inline code, also over two lines."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(text))]
 
 
@@ -97,7 +97,7 @@ def _check_module(module: str) -> None:
 
 
 def _check_arguments(module: str, arguments: list[str]) -> None:
-    """The file that a program reads, with its changes, as the program reads it; names in capitals stand for any."""
+    """Parse a program's file with its overrides, like the program; names in capitals are placeholders."""
     given = [word for word in arguments if not word.startswith("--")]
     changes = [word for word in given if "=" in word and "device=" not in word]  # no GPU here
     paths = [word for word in given if "=" not in word]
@@ -116,7 +116,7 @@ def _check_arguments(module: str, arguments: list[str]) -> None:
 
 
 def test_ci_reads_two_commands() -> None:
-    """.ci/run takes both from the README by these marks."""
+    """.ci/run reads both from the README by these marks."""
     for name in ("one", "two"):
         assert len(re.findall(rf"^<!-- ci: {name} -->\n```bash\n(.+)\n```$", README, re.MULTILINE)) == 1
         assert f"from_readme {name}" in (ROOT / ".ci/run").read_text()
@@ -146,7 +146,7 @@ def heading_names(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_link_leads_somewhere(name: str) -> None:
+def test_every_link_exists(name: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", without_blocks(TEXTS[name])):
         if target.startswith("https://"):
             continue
@@ -159,7 +159,7 @@ def test_every_link_leads_somewhere(name: str) -> None:
 
 @cache
 def names_in(path: str) -> set[str]:
-    """What a file defines or imports at its top."""
+    """The names that a file defines or imports at its top level."""
     names: set[str] = set()
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -172,7 +172,7 @@ def names_in(path: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_files_define_what_is_named_with_them(name: str) -> None:
+def test_files_define_the_names_beside_them(name: str) -> None:
     """`a/file.py`: `one`, `two`"""
     rows = re.findall(r"`([\w./]+\.py)`:\s+((?:`\w+`(?:,\s+|; its slow twin:\s+)?)+)", TEXTS[name])
     assert len(rows) >= {"README.md": 10, "omni/README.md": 50}.get(name, 0)
@@ -210,7 +210,7 @@ def test_suites_are_all_listed() -> None:
 
 @cache
 def stored_values() -> dict[str, set[str]]:
-    """Of every task, its values in eval/results as a README writes them."""
+    """Values of every task in eval/results, as a README writes them."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / "eval/results").glob("*.json"):
         for row in json.loads(path.read_text()):
@@ -221,7 +221,7 @@ def stored_values() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("name", ["README.md", "eval/README.md"])
-def test_figures_are_those_of_the_results(name: str) -> None:
+def test_figures_equal_the_results(name: str) -> None:
     """| what | value | bar | `command` |"""
     rows = re.findall(r"^\| .+? \| (.+?) \| .*? ?\| `python -m eval (.+?)` \|$", TEXTS[name], re.MULTILINE)
     assert len(rows) >= 10
@@ -235,7 +235,7 @@ def test_figures_are_those_of_the_results(name: str) -> None:
 
 
 def drawing() -> dict[str, tuple[int, str]]:
-    """Of each package or file in a bracket: the line of the drawing, from the bottom, and the bracket."""
+    """For each package or file in a bracket: its line in the diagram, from the bottom, and the bracket."""
     part = TEXTS["omni/README.md"].partition("## Packages")[2]
     lines = [line for line in blocks(part, "")[0].splitlines() if "[" in line]
     found = {}
@@ -248,7 +248,7 @@ def drawing() -> dict[str, tuple[int, str]]:
 
 
 def box_of(module: str, boxes: dict[str, tuple[int, str]]) -> str | None:
-    """The longest name in the drawing that a module of omni is in, "generation.options" before "generation"."""
+    """The longest name in the diagram that contains a module of omni, "generation.options" before "generation"."""
     parts = module.split(".")[1:]
     names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((name for name in names if name in boxes), None)
@@ -270,16 +270,16 @@ def crossings(boxes: dict[str, tuple[int, str]]) -> set[str]:
     return wrong
 
 
-def test_the_drawing_has_every_package() -> None:
+def test_the_diagram_has_every_package() -> None:
     here = {p.stem for p in (ROOT / "omni").glob("*.py") if not p.stem.startswith("__")}
     here |= {p.parent.name for p in (ROOT / "omni").glob("*/__init__.py")}
     assert here == {box for box in drawing() if "." not in box}
 
 
-def test_imports_go_down_the_drawing() -> None:
+def test_imports_go_down_the_diagram() -> None:
     boxes = drawing()
     assert crossings(boxes) == {"omni.model -> generation"}  # Omni.generate, when it is called
-    assert crossings({**boxes, "rng": (max(boxes.values())[0] + 1, "rng")})  # which shows that it can fail
+    assert crossings({**boxes, "rng": (max(boxes.values())[0] + 1, "rng")})  # the check can fail
 
 
 # ---- Python -------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_python_runs(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("python", [block for name in NAMES[1:] for block in blocks(TEXTS.get(name, ""), "python")])
 def test_python_of_packages_runs(python: str, tmp_path: Path) -> None:
-    """In a process of its own: examples register things."""
+    """In its own process, because examples register classes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -305,7 +305,7 @@ def test_python_of_packages_runs(python: str, tmp_path: Path) -> None:
 
 
 def test_messages_name_the_distribution_and_a_real_extra() -> None:
-    """`pip install 'NAME[extra]'` in an error must install this package, and not a stranger's of a similar name."""
+    """`pip install 'NAME[extra]'` in an error must name this package, not another package of a similar name."""
     wrong = []
     for top in ("omni", "train", "eval"):
         for path in (ROOT / top).rglob("*.py"):

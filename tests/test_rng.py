@@ -1,4 +1,4 @@
-"""Keys by the thousand: a draw is of its own name alone, whatever stands beside it, and distributed as it should be."""
+"""Thousands of keys: a sample depends on its own name alone, not on its neighbours, and has the right distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = [(document, block, copy) for document in range(40) for block in (3, 9) f
 
 
 def test_it_is_splitmix64() -> None:
-    """The first outputs of the published generator from state 0."""
+    """The first outputs of the published generator with state 0."""
     states = torch.arange(1, 4) * (0x9E3779B97F4A7C15 - (1 << 64))
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [int(z) % (1 << 64) for z in _mixed(states)] == published
@@ -33,7 +33,7 @@ def test_keys_depend_on_the_name_and_the_path_alone() -> None:
     for other in (Key(2).fold("noise"), Key(1).fold("time"), Key(1).fold("noise", 0)):
         assert not (other.each(names) == keys).any()
     same = Key(1).fold("noise").each(names.flip(1)) == keys
-    assert torch.equal(same, names[:, 0] == names[:, 2])  # the columns are told apart
+    assert torch.equal(same, names[:, 0] == names[:, 2])  # columns are distinguished
 
 
 def test_the_distributions() -> None:
@@ -55,8 +55,8 @@ def test_the_distributions() -> None:
     assert abs(float(neighbours)) < 4 / columns.numel() ** 0.5
 
 
-def test_noise_of_an_item_does_not_depend_on_its_place_or_neighbours() -> None:
-    """Also of items of different sizes, an odd number of channels, and with padding between."""
+def test_noise_of_an_item_does_not_depend_on_position_or_neighbours() -> None:
+    """Also with items of different sizes, an odd number of channels, and padding in between."""
     item = torch.tensor([[0, 0, 0, -1, 1, 1], [2, 2, -1, -1, -1, -1]])
     names = ((5, 1, 0), (5, 1, 1), (8, 2, 0))
     noise = Items(torch.zeros(2, 6, 3), item, names).noise(Key(0))
@@ -68,7 +68,7 @@ def test_noise_of_an_item_does_not_depend_on_its_place_or_neighbours() -> None:
     assert torch.equal(moved[0, 1:], noise[0, :3])
 
 
-def test_copies_are_spread_evenly() -> None:
+def test_copies_are_stratified() -> None:
     u = stratified_I(NAMES, Key(0), "time").view(-1, 2)
     assert torch.allclose((u[:, 1] - u[:, 0]) % 1.0, torch.full((len(u),), 0.5, dtype=torch.float64))
     assert len(u[:, 0].unique()) == len(u)
@@ -88,7 +88,7 @@ def mixed(z: int) -> int:
     return z ^ z >> 31
 
 
-def test_each_uniforms_and_normals_are_those_of_plain_integers() -> None:
+def test_each_uniforms_and_normals_equal_plain_integers() -> None:
     key, names = Key(5).fold("x"), [(3, 7), (-2, 0), (1 << 40, 5)]
     keys = key.each(torch.tensor(names))
     for name, found in zip(names, keys.tolist(), strict=True):
@@ -107,8 +107,8 @@ def test_each_uniforms_and_normals_are_those_of_plain_integers() -> None:
     assert float(uniforms(keys[:1])) == float(uniforms(keys[:1], 0))
 
 
-def test_every_bit_of_a_key_counts_in_its_normals() -> None:
-    """Float32 of the formula in float64, but for a value or two that processors round differently."""
+def test_every_bit_of_a_key_changes_its_normals() -> None:
+    """Equal to the float64 formula in float32, except for one or two values that processors round differently."""
     keys = Key(5).each(torch.arange(3000).view(-1, 1))
     wanted = []
     for bits in keys.tolist():
@@ -119,8 +119,8 @@ def test_every_bit_of_a_key_counts_in_its_normals() -> None:
     assert int((normals(keys, torch.tensor(0)) != torch.tensor(wanted)).sum()) <= 2
 
 
-def test_a_key_is_its_seed_and_path_hashed() -> None:
-    """63 bits of blake2b; ints and strings are told apart, and a fold of several is several folds."""
+def test_a_key_hashes_its_seed_and_path() -> None:
+    """63 bits of blake2b; ints and strings differ, and a fold of several parts equals several folds."""
     text = "(5, 'noise', 3, '3')"
     wanted = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
     key = Key(5).fold("noise").fold(3, "3")

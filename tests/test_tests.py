@@ -1,4 +1,4 @@
-"""Every test can fail: it asserts something itself, or through a function of its own file that does."""
+"""Every test can fail: it asserts something, directly or in a function of its own file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ASSERTING = ("pytest.raises", "pytest.warns", "pytest.fail", "assert_close", "as
 
 
 def asserts(function: ast.AST) -> bool:
-    """Whether an `assert` or a call that raises stands in it. `assert True` and the like do not count."""
+    """Whether it has an `assert` or a call that raises. Constant asserts (`assert True`) do not count."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant):
             return True

@@ -1,4 +1,4 @@
-"""A linear backbone in float64 as the JointCall that heads see, and what their tests enumerate and compare.
+"""A linear float64 backbone as the JointCall of heads, and shared functions of their tests.
 
 Legend: B blocks, K tokens, V vocabulary, W width, n positions of a pass.
 """
@@ -21,7 +21,7 @@ VOCABULARY, WIDTH = 3, 5
 
 @dataclass
 class TinyCall:
-    """Contexts are vectors (B, W); the start is a linear map of them, which costs one pass, made once."""
+    """Contexts are vectors (B, W); the start is a linear map of them, computed once in one pass."""
 
     contexts: Tensor
     key: Key = field(default_factory=lambda: Key(7))
@@ -58,7 +58,7 @@ def tiny_call(blocks: int = 2, repeat: int = 1, seed: int = 0) -> TinyCall:
 
 
 def tiny_head(name: str, length: int, seed: int = 0, size: float = 0.5, **options: object) -> JointHead:
-    """A head in float64, initialised and then moved off its start, so that every weight of it acts."""
+    """A head in float64, initialised and perturbed, so that every weight has an effect."""
     head = build_head(name, options, length, VOCABULARY, WIDTH).double()
     head.initialise(Key(seed))
     with torch.no_grad():
@@ -69,19 +69,19 @@ def tiny_head(name: str, length: int, seed: int = 0, size: float = 0.5, **option
 
 
 def all_blocks(length: int) -> Tensor:
-    """(V^K, K) int64: every block there is."""
+    """(V^K, K) int64: all blocks."""
     return torch.tensor(list(itertools.product(range(VOCABULARY), repeat=length)))
 
 
 def codes(ids: Tensor) -> Tensor:
-    """(B,) the row of `all_blocks` that each block (B, K) is."""
+    """(B,) the index in `all_blocks` of each block (B, K)."""
     weights = VOCABULARY ** torch.arange(ids.shape[1] - 1, -1, -1)
     return (ids * weights).sum(-1)
 
 
 @torch.no_grad()
 def probabilities(head: JointHead, seed: int = 0) -> Tensor:
-    """(2, V^K): the law of every block behind each of two contexts, by `log_prob`."""
+    """(2, V^K): the probability of every block after each of two contexts, by `log_prob`."""
     everything = all_blocks(head.length)
     call = tiny_call(2, len(everything), seed)
     found = head.log_prob(call, everything.repeat(2, 1), Key(0))
@@ -90,7 +90,7 @@ def probabilities(head: JointHead, seed: int = 0) -> Tensor:
 
 
 def total_variation(ids: Tensor, law: Tensor) -> float:
-    """Between the frequencies of blocks (N, K) and a law (V^K,)."""
+    """Total variation between the frequencies of blocks (N, K) and a distribution (V^K,)."""
     frequency = torch.bincount(codes(ids), minlength=len(law)).double() / len(ids)
     return float((frequency - law).abs().sum() / 2)
 
@@ -103,7 +103,7 @@ def lesson_of(ids: Tensor, lengths: list[int], progress: float = 1.0) -> Lesson:
 
 
 def worst_gradient_error(head: JointHead, value: Callable[[], Tensor], step: float = 1e-5) -> float:
-    """Against central differences, along a random direction of each parameter and along one of its entries."""
+    """Error against central differences, along a random direction of each parameter and along one of its entries."""
     gradients = dict(
         zip(dict(head.named_parameters()), torch.autograd.grad(value(), list(head.parameters())), strict=True)
     )

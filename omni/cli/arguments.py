@@ -1,4 +1,4 @@
-"""What command lines share: arguments, and a mistake of the user's as one line on the error stream and an exit code."""
+"""Shared parts of command lines: the parser, and user errors as one line on the error stream and an exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PATIENCE = 1.0  # seconds
 
 @contextmanager
 def announced(what: str, only_to_terminals: bool = False) -> Iterator[None]:
-    """Prints a line with `what` on the error stream if loading it takes more than PATIENCE seconds."""
+    """Print a line with `what` on the error stream if the body takes more than PATIENCE seconds."""
     if only_to_terminals and not sys.stderr.isatty():
         yield
         return
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # where a progress line stands
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # overwrites a progress line
     timer = threading.Timer(PATIENCE, lambda: print(f"{start}loading {what} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
@@ -32,7 +32,7 @@ def announced(what: str, only_to_terminals: bool = False) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """One-line errors with a way out, as ValueError; no guessed abbreviations."""
+    """Raises ValueError with one line and a way out; accepts no abbreviations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -42,18 +42,18 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see `{command} --help`")
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        return []  # "-hello" is no -h with a value
+        return []  # "-hello" is not -h with a value
 
 
 def fail(error: Exception, code: int = MISTAKE) -> int:
-    """Says in one line what was wrong; returns the exit code."""
+    """Print the error in one line; returns the exit code."""
     print(f"error: {one_line(error)}", file=sys.stderr)
     return code
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Does the work: the int that it returns, else 0. After a mistake a line that says what was wrong, and 2, or 4
-    where files are damaged or missing."""
+    """Run `work`; returns its int, else 0. A user error is printed in one line and gives 2, or 4 for damaged or missing
+    files."""
     try:
         found = work()
     except Exception as error:
@@ -65,7 +65,7 @@ def exit_code(work: Callable[[], object]) -> int:
 
 @contextmanager
 def warnings_in_lines() -> Iterator[None]:
-    """Within, each warning of Omni's own is one line on the error stream; those of other libraries stay as they are."""
+    """Within, each warning of Omni is one line on the error stream; warnings of other libraries do not change."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 

@@ -1,9 +1,9 @@
-"""`omni chat`: a conversation with history, attached pictures and settings that can be changed on the way.
+"""`omni chat`: a conversation with history, attached pictures and changeable settings.
 
-Lines are messages; lines that begin with / are commands (`commands`). A line that cannot be done is one line on the
-error stream, and the conversation goes on; from a pipe the exit code at the end is then 2. At a terminal Ctrl-C stops a
-reply; at an idle prompt the first one says how to end, and the second ends. A conversation at a terminal that was not
-saved is written to omni-out when it ends, however it ends.
+Lines are messages; lines that begin with / are commands (`commands`). A line that fails prints one line on the error
+stream, and the conversation continues; from a pipe the exit code is then 2. At a terminal Ctrl-C stops a reply; at an
+idle prompt the first Ctrl-C prints how to end, the second ends. An unsaved conversation at a terminal is always written
+to omni-out at its end.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def commands() -> dict[str, tuple[str, str]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command: read lines until /quit or the end of input."""
+    """Run the command: read lines until /quit or the end of input."""
     printer = Printer(protocol=protocol_of(arguments))
     interactive = sys.stdin.isatty()
     system = system_of(arguments)
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _converse(chat: Chat, lines: Iterator[tuple[int, str]], interactive: bool) -> bool:
-    """Take every line; returns whether one failed."""
+    """Handle every line; returns whether one failed."""
     failed = False
     for number, line in lines:
         try:
@@ -99,7 +99,7 @@ def _converse(chat: Chat, lines: Iterator[tuple[int, str]], interactive: bool) -
 
 
 def _piped_lines() -> Iterator[tuple[int, str]]:
-    """Numbered lines of standard input. Of one that is too long only its beginning is kept, which is refused later."""
+    """Numbered lines of standard input. A line that is too long is truncated; `check_text` then rejects it."""
     number = 0
     while line := sys.stdin.readline(MAX_PROMPT + 2):
         number += 1
@@ -146,18 +146,18 @@ def _enable_line_editing() -> None:
 
 
 class Chat:
-    """The conversation so far. A message that fails or is interrupted leaves it as it was."""
+    """The conversation so far. A message that fails or is interrupted does not change it."""
 
     def __init__(
         self, engine: Engine, options: GenerationOptions, printer: Printer, system: tuple[Text, ...] = ()
     ) -> None:
         self.engine, self.options, self.printer, self.system = engine, options, printer, system
         self.history: tuple[Segment, ...] = ()
-        self.extras: tuple[dict[str, Any], ...] = ()  # for each segment of the history: how it was made
+        self.extras: tuple[dict[str, Any], ...] = ()  # for each segment of the history: steps, seed, ...
         self.num_replies = 0
         self.unsaved = False
         self.attached: tuple[Image, ...] = ()
-        self.record: dict[str, Any] = {}  # what made the last reply
+        self.record: dict[str, Any] = {}  # the record of the last reply
         self.known = commands()
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._attach,
@@ -169,7 +169,7 @@ class Chat:
         }
 
     def take(self, line: str) -> bool:
-        """Handle one line; False when it says to end. Raises ValueError for a command that cannot be done."""
+        """Handle one line; returns False for /quit. Raises ValueError for an invalid command."""
         if not line.strip():
             return True
         if not line.startswith("/"):
@@ -184,7 +184,7 @@ class Chat:
         return True
 
     def _ask(self, text: str) -> None:
-        """Each reply has a seed of its own, so that "draw another one" is another one."""
+        """Generate a reply. Each reply has its own seed, so that "draw another one" gives another picture."""
         check_text(text, "the message", "write something")
         request = (*self.history, *self.attached, Text(text))
         options = self.engine.resolve(self.options)
@@ -194,7 +194,7 @@ class Chat:
         document = Document((*self.system, *request))
         reply = show(self.engine.stream(document, options), self.printer, document, record)
         if not reply.parts:
-            why = ": it asked for a picture beyond --max-images" if reply.stop_reason == "images" else ""
+            why = ": the model began a picture beyond --max-images" if reply.stop_reason == "images" else ""
             self.printer.line(f"(the reply is empty{why})")
         asked = ({},) * (len(request) - len(self.history))
         made = reply.document.segments[len(document.segments) :]
@@ -233,9 +233,9 @@ class Chat:
         self.printer.line(f"wrote {folder / 'chat.md'} and chat.json")
 
     def write(self, folder: Path) -> Path:
-        """The conversation as a folder. ValueError when there is none, or the folder cannot be made."""
+        """Write the conversation as a folder. ValueError if it is empty, or the folder cannot be made."""
         if not self.history:
-            raise ValueError("nothing to save yet; say something first")
+            raise ValueError("nothing to save yet; write a message first")
         check_folder(folder, overwrite=False, name="/save", way_out="")
         document = Document((*self.system, *self.history))
         extras = (*({},) * len(self.system), *self.extras)

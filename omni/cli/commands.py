@@ -1,7 +1,7 @@
-"""`omni generate | chat | inspect | verify | doctor`: arguments in, one command run, every error one line.
+"""`omni generate | chat | inspect | verify | doctor`: parse arguments and run one command; every error is one line.
 
-Exit codes: 0 done; 1 a check did not hold, or a bug; 2 bad usage or bad input; 4 damaged or missing model files;
-130 interrupted. OMNI_DEBUG=1 shows tracebacks. The commands themselves are files beside this one and load when called.
+Exit codes: 0 done; 1 a failed check, or a bug; 2 bad usage or bad input; 4 damaged or missing model files;
+130 interrupted. OMNI_DEBUG=1 shows tracebacks. Each command is a file in this folder, imported when it runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _complete_streams()
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()  # a full disk or a closed pipe is noticed here, not at exit
+        sys.stdout.flush()  # raises here, not at exit, for a full disk or a closed pipe
         return code
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("OMNI_DEBUG", "0") not in ("", "0"):
             raise
         if isinstance(error, OSError) and error.filename is None:
-            _stop_writing()  # standard output may be what failed
+            _stop_writing()  # standard output may have failed
         return complain(message_of(error), code_of(error))
 
 
@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _complete_streams() -> None:
-    """A closed stream becomes an empty one. Input that is no text is read all the same, for the command to refuse."""
+    """Replace closed streams by empty ones. Read invalid text as surrogates; the command rejects it."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
@@ -68,7 +68,7 @@ def _complete_streams() -> None:
 
 
 def _stop_writing() -> None:
-    """Standard output goes nowhere from here on, so that the flush at exit is silent."""
+    """Discard further standard output, so that the flush at exit does not fail."""
     if sys.stdout is sys.__stdout__:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -94,7 +94,7 @@ def complain(message: str, code: int) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments. Of `generate` and `chat`, `options` is the GenerationOptions that the flags made."""
+    """The arguments. For `generate` and `chat`, `options` is the GenerationOptions of the flags."""
     from omni.cli.options import options_of
 
     parser = build_parser()
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}; {_way_out(parser, arguments.command, unknown[0])}")
     if arguments.command == "generate" and arguments.prompt is None:
-        raise ValueError('the prompt is missing; say what you want: omni generate "draw a red apple"')
+        raise ValueError('the prompt is missing; write a request: omni generate "draw a red apple"')
     if arguments.command in ("generate", "chat"):
         arguments.options = options_of(arguments)
     return arguments
@@ -128,7 +128,7 @@ def _subparsers(parser: argparse.ArgumentParser, command: str | None) -> list[ar
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of all commands."""
     parser = Parser(prog="omni", description="Chat in which text and pictures alternate, from one transformer.")
     parser.add_argument("--version", action="version", version=f"omni {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -185,7 +185,7 @@ def _add_chat(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     sub = commands.add_parser(
         "inspect",
-        help="say what a file or folder is and what is in it",
+        help="show what a file or folder is and what it contains",
         description="Describe a model, a training checkpoint, a tokenizer, a codec, a reply, a picture or a Document "
         "(JSON, with its packed layout).",
     )

@@ -1,6 +1,6 @@
-"""`omni doctor`: what this installation has, what it lacks, and the command that adds it.
+"""`omni doctor`: the parts of this installation, missing parts, and the command that installs each.
 
-Exit code 0 when `omni generate` can work, 1 when something it needs is missing or damaged. Changes nothing.
+Exit code 0 if `omni generate` can run, 1 if a part that it needs is missing or damaged. Changes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMPORT_NAMES = {"pillow": "PIL", "flash-attn": "flash_attn", "transfusion-pytorc
 
 @dataclass(frozen=True)
 class Finding:
-    """One row. state: "ok", "note" (works, but), "absent" (optional), "bad" (needed)."""
+    """One row of the report. state: "ok", "note" (works, with a remark), "absent" (optional), "bad" (needed)."""
 
     name: str
     value: str
@@ -41,9 +41,9 @@ class Finding:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command."""
     if arguments.font is not None:
-        Glyphs(find_font(arguments.font))  # a font that was named must be there, and be one
+        Glyphs(find_font(arguments.font))  # raises ValueError for a missing or unusable font
     findings = [*_versions(), *_machine(), *_extras(), *_font(arguments.font), *_model()]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
@@ -80,7 +80,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Core packages that are missing, and each extra with what it lacks, read from the package's own metadata."""
+    """Missing packages of the core and of each extra, by the package's metadata."""
     try:
         required = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -107,7 +107,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _font(path: str | None) -> Iterator[Finding]:
-    """The font, after it has drawn two emoji in colour."""
+    """The font; checked by two emoji in colour."""
     try:
         yield Finding("emoji font", str(Glyphs(path).path))
     except ValueError as error:

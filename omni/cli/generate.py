@@ -1,7 +1,7 @@
-"""`omni generate`: one prompt in, an ordered reply of text and pictures out, on the screen and in a folder.
+"""`omni generate`: answer one prompt with an ordered reply of text and pictures, on the screen and in a folder.
 
-`load_model`, `check_text`, `show` and `write_numbered` are shared with `omni chat`. The engine decides everything; this
-file passes its events on.
+`omni chat` also uses `load_model`, `check_text`, `show` and `write_numbered`. The engine decides everything; this file
+prints its events.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from omni.nn.precision import require_device
 from omni.pretrained import from_pretrained
 
 DEFAULT_BASE = Path("omni-out")
-MAX_PROMPT = 1 << 20  # characters; how much a model can read is in its config.json
+MAX_PROMPT = 1 << 20  # characters; config.json has the longest context of a model
 _CLEAR_LINE = "\r\x1b[K"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command. Everything that can be refused is refused before the model is loaded, and written at the end."""
+    """Run the command. Checks the arguments before it loads the model, and writes the reply at the end."""
     folder = Path(arguments.out) if arguments.out is not None else default_folder(DEFAULT_BASE)
     check_folder(folder, arguments.overwrite)
     prompt = read_prompt(arguments.prompt)
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_numbered(write: Callable[[Path], Path]) -> Path:
-    """`write` the next free number of omni-out, also when another process takes the one that was free a moment ago."""
+    """`write` to the next free number of omni-out; tries the next number if another process takes it."""
     while True:
         folder = default_folder(DEFAULT_BASE)
         try:
@@ -88,11 +88,11 @@ def read_prompt(text: str) -> str:
     """The prompt, or standard input for "-". ValueError when it is empty or not text."""
     if text == "-":
         text = sys.stdin.read(MAX_PROMPT + 1)
-    return check_text(text, "the prompt", 'say what you want: omni generate "draw a red apple"')
+    return check_text(text, "the prompt", 'write a request: omni generate "draw a red apple"')
 
 
 def check_text(text: str, name: str, way_out: str) -> str:
-    """`text`. ValueError where it is empty, too long, or no text at all."""
+    """Returns `text`. ValueError if it is empty, too long, or not valid UTF-8."""
     if not text.strip():
         raise ValueError(f"{name} {text!r:.60} is empty; {way_out}")
     if len(text) > MAX_PROMPT:
@@ -105,7 +105,7 @@ def check_text(text: str, name: str, way_out: str) -> str:
 
 
 def system_of(arguments: argparse.Namespace) -> tuple[Text, ...]:
-    """The segment of --system, if it was given."""
+    """The segment of --system, if given."""
     if arguments.system is None:
         return ()
     return (Text(check_text(arguments.system, "--system", "leave it out"), Role.SYSTEM),)
@@ -116,7 +116,7 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
 
 
 def load_model(path: str | None, device: str = "cpu") -> Any:
-    """The model at `path`, or the bundled one. Whatever is wrong with its files is a DamagedError (exit code 4)."""
+    """The model at `path`, or the bundled model. Unusable files raise DamagedError (exit code 4)."""
     require_device(device)
     try:
         with announced(f"the model {path or 'bundled with omni'}"):
@@ -125,7 +125,7 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
         raise
     except (ValueError, OSError, RecursionError) as error:
         raise DamagedError(one_line(error)) from error
-    except (LookupError, TypeError, AttributeError) as error:  # a file of the right digest, made by something else
+    except (LookupError, TypeError, AttributeError) as error:  # valid digests, but not a model of Omni
         raise DamagedError(f"{path or 'the bundled model'}: {type(error).__name__}: {one_line(error)}") from error
     if model.codec is not None:
         model.codec.announce = announced
@@ -133,7 +133,7 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
 
 
 def attach(model: Omni, pixels: torch.Tensor) -> Image:
-    """The picture as it is; if the model reads it in another size, a line says which. ValueError without a codec."""
+    """The picture as a segment; prints the size if preparation resizes it. ValueError without a codec."""
     if model.codec is None:
         raise ValueError("this model has no codec for pictures; leave --image out")
     height, width = pixels.shape[:2]
@@ -144,8 +144,8 @@ def attach(model: Omni, pixels: torch.Tensor) -> Image:
 
 
 def show(events: Iterable[Event], printer: Printer | None, request: Document, record: Mapping[str, Any]) -> Reply:
-    """Consume the events of the reply to `request`, print them as they come (unless `printer` is None), and return the
-    reply. record: what makes it, see Engine.record."""
+    """Consume the events of the reply to `request`, print each at once (unless `printer` is None), and return the
+    reply. record: see Engine.record."""
     parts: list[Part] = []
     stop_reason: StopReason = "end"
     progress = _Progress(enabled=printer is not None and sys.stderr.isatty())
@@ -161,7 +161,7 @@ def show(events: Iterable[Event], printer: Printer | None, request: Document, re
                     printer.text(text)
             case BlockStart(kind=kind):
                 if printer:
-                    printer.fresh_line()  # the progress line wipes what it is on
+                    printer.fresh_line()  # the progress line overwrites its line
                 progress.start(f"drawing {'a clip' if kind == 'video' else 'a picture'}")
             case BlockStep(step=step, steps=steps):
                 progress.step(step, steps)
@@ -178,7 +178,7 @@ def show(events: Iterable[Event], printer: Printer | None, request: Document, re
 
 
 def _print_media(printer: Printer, segment: Segment, number: int) -> None:
-    """The picture where the stream can show one, else a line that says where it stands."""
+    """Show the picture if the stream can, else print a line in its place."""
     if printer.protocol == "none":
         height, width = (segment.pixels if isinstance(segment, Image) else segment.frames).shape[-3:-1]  # type: ignore[union-attr]
         printer.line(f"[{'picture' if isinstance(segment, Image) else 'clip'} {number}, {height}x{width}]")
@@ -189,7 +189,7 @@ def _print_media(printer: Printer, segment: Segment, number: int) -> None:
 
 
 class _Progress:
-    """One line on the error stream that is wiped when the picture is there."""
+    """A progress line on the error stream, cleared when the picture is complete."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled, self.label = enabled, ""

@@ -1,9 +1,8 @@
-"""`omni inspect`: what a file or folder is, what is in it, and whether its bytes are the ones that were published.
+"""`omni inspect`: the kind of a file or folder, its content, and a digest check.
 
-Folders: a model, a training state, a codec, a tokenizer, a reply, or anything published with a manifest. Files:
-safetensors (names and shapes, from the header alone), a picture (size, latents, what the codec loses), a Document
-(JSON: every position of its packed layout), and the reply.json and chat.json that Omni writes (the same). Damage is
-exit code 4; something unknown is exit code 2.
+Folders: a model, a checkpoint, a codec, a tokenizer, a reply, or any folder with a manifest. Files: safetensors (names
+and shapes, from the header alone), a picture (size, latents, reconstruction error), a Document (JSON: every position of
+its packed layout), and Omni's reply.json and chat.json (the same). Damaged files give exit code 4, unknown ones 2.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from omni.text.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from omni.text.tokenizer import Tokenizer
 
 MAX_DOCUMENT_BYTES = 64 << 20
-MAX_ENTRIES = 2_000  # of a folder that is searched for something to suggest
+MAX_ENTRIES = 2_000  # of the search for a folder to suggest
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command."""
     path = BUNDLED if arguments.path is None else Path(arguments.path)
     if not path.exists():
         raise ValueError(f"nothing at {str(path)!r}; give a model, checkpoint, tokenizer, picture or Document")
@@ -82,10 +81,10 @@ def _folder(path: Path) -> list[str]:
 
 
 def published_below(path: Path, max_entries: int = MAX_ENTRIES) -> list[Path]:
-    """Folders below `path` that hold a manifest, sorted. Looks at no more than `max_entries` files and folders, the
-    nearest first, and follows no links."""
+    """Folders below `path` with a manifest, sorted. Breadth-first over at most `max_entries` files and folders; follows
+    no links."""
     found, waiting, seen = [], [path], 0
-    for folder in waiting:  # which grows on the way
+    for folder in waiting:  # the loop appends to it
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 seen += 1
@@ -161,7 +160,7 @@ def _file(path: Path, model: str | None, printer: Printer) -> list[str]:
     if path.suffix == ".json":
         return _document(path, model)
     raise ValueError(
-        f"{str(path)!r} is no kind of file that is known: .safetensors, .json (a Document or a reply) or a picture"
+        f"{str(path)!r} is of an unknown kind; known: .safetensors, .json (a Document or a reply) or a picture"
     )
 
 
@@ -199,8 +198,8 @@ def _document(path: Path, model_path: str | None) -> list[str]:
 
 
 def read_document(path: Path) -> tuple[Document, str]:
-    """The Document of a JSON file, and what the file is: a Document, or a reply or conversation that Omni wrote, whose
-    pictures are beside it. ValueError when the file is something else."""
+    """The Document of a JSON file, and the kind of the file: a Document, or a reply or conversation of Omni with its
+    pictures beside it. ValueError for any other file."""
     if path.stat().st_size > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{str(path)!r} has more than {MAX_DOCUMENT_BYTES} bytes; give a smaller Document")
     try:
@@ -221,11 +220,12 @@ def read_document(path: Path) -> tuple[Document, str]:
 KINDS = {"messages": "a conversation", "parts": "a reply"}
 _NO_DOCUMENT = (
     *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError, zlib.error),
-)  # what JSON of another shape makes of json, zlib, torch and ourselves
+)  # the errors of json, zlib, torch and Omni on JSON of another shape
 
 
 def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[str, ...]]:
-    """One row per run of text, control id or block: positions, blocks, rotary coordinates, kind, loss, content."""
+    """One report row per run of text, control id or block: positions, blocks, rotary coordinates, kind, loss,
+    content."""
     rows: list[tuple[str, ...]] = []
     index = block = rotary = 0
     for span in spans:
@@ -249,7 +249,7 @@ def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[s
 
 
 def _runs(ids: Sequence[int], supervise: Sequence[bool], tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    """Runs of text ids with one supervise flag; every control id alone."""
+    """Runs of text ids with equal supervise flags; every control id is its own run."""
     runs: list[tuple[list[int], bool]] = []
     for token, flag in zip(ids, supervise, strict=True):
         joins = runs and runs[-1][1] == flag and token < tokenizer.num_text and runs[-1][0][-1] < tokenizer.num_text

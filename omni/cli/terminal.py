@@ -1,7 +1,7 @@
-"""Show text and pictures in a terminal: real pixels where it can, coloured half blocks elsewhere, nothing in a pipe.
+"""Show text and pictures in a terminal: pixels where possible, else coloured half blocks; no pictures in a pipe.
 
 Pictures are uint8 arrays (H, W, 3). Protocols: "kitty" (kitty, Ghostty), "iterm2" (iTerm2, WezTerm), "truecolor" and
-"256" (a character cell shows two pixels, its upper half in the foreground colour), "none". This file knows no model and
+"256" (a character cell shows two pixels, its upper half in the foreground colour), "none". This file uses no model and
 no reply.
 """
 
@@ -28,10 +28,10 @@ _CUBE = np.array([0, 95, 135, 175, 215, 255])  # the levels of the 6 x 6 x 6 col
 
 
 def detect(stream: TextIO, environment: Mapping[str, str] | None = None, force: bool = False) -> Protocol:
-    """The best protocol for `stream`, from what the terminal says of itself in `environment` (default: os.environ).
+    """The best protocol for `stream`, by the variables of the terminal in `environment` (default: os.environ).
 
-    "none" when the stream is no terminal, TERM is "dumb" or NO_COLOR is set; `force` shows half blocks even then.
-    Multiplexers (tmux, screen) swallow graphics, so they get half blocks.
+    "none" if the stream is no terminal, TERM is "dumb" or NO_COLOR is set; `force` gives half blocks even then.
+    Multiplexers (tmux, screen) drop graphics, so they get half blocks.
     """
     env = os.environ if environment is None else environment
     term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
@@ -72,7 +72,7 @@ def picture(pixels: Any, protocol: Protocol, columns: int | None = None) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table with aligned columns: a header, a rule, the rows. Width is counted in characters."""
+    """Lines of a table with aligned columns: a header, a rule, the rows. Widths are in characters."""
     cells = [[safe_text(str(cell)).replace("\n", "\u240a") for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
@@ -80,7 +80,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class Printer:
-    """Writes safe text and pictures to one stream, and remembers whether the line is at its start."""
+    """Writes safe text and pictures to one stream, and records whether the cursor is at the start of a line."""
 
     def __init__(self, stream: TextIO | None = None, protocol: Protocol | None = None) -> None:
         self.stream = sys.stdout if stream is None else stream
@@ -88,7 +88,7 @@ class Printer:
         self._fresh = True
 
     def text(self, text: str) -> None:
-        """Print text from anywhere, controls made visible, at once."""
+        """Print untrusted text at once, with control characters made visible."""
         shown = safe_text(text)
         if shown:
             self._write(shown)
@@ -106,7 +106,7 @@ class Printer:
             self._fresh = True
 
     def picture(self, pixels: Any) -> None:
-        """Show a picture (uint8 (H, W, 3)) below the text so far; nothing where the protocol is "none"."""
+        """Show a picture (uint8 (H, W, 3)) below the text; nothing with the protocol "none"."""
         shown = picture(pixels, self.protocol)
         if shown:
             self.fresh_line()
@@ -127,7 +127,7 @@ def _can_print(stream: TextIO, text: str) -> bool:
 
 
 def _fit(array: np.ndarray, columns: int) -> np.ndarray:
-    """Shrink to at most `columns` pixels wide, keeping the shape; never enlarge."""
+    """Shrink to at most `columns` pixels wide, keeping the aspect; never enlarge."""
     height, width = array.shape[:2]
     if width <= columns:
         return array

@@ -1,4 +1,4 @@
-"""`omni verify`: the equality contract of a model directory, as a table. Exits 1 when it breaks."""
+"""`omni verify`: the contract check of a model directory, as a table. Exit code 1 if a check fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni.generation.contract import verify
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command."""
     checks = verify(load_model(arguments.model, arguments.device))
     if arguments.json:
         rows = [{"name": c.name, "value": c.value, "bar": c.bar, "unit": c.unit, "holds": c.holds} for c in checks]

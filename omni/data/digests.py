@@ -1,4 +1,4 @@
-"""Digests: the same for what shows and says the same. They identify media, documents, records and files."""
+"""Digests that identify media, documents, records and files. Equal content has equal digests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omni.document import Document, Image, Text, Video
 
 
 def media_digest(segment: Image | Video) -> bytes:
-    """16 bytes that identify the shape, the frame rate and the pixels."""
+    """16 bytes over the shape, the frame rate and the pixels."""
     values, fps = (segment.pixels, None) if isinstance(segment, Image) else (segment.frames, segment.fps)
     digest = hashlib.blake2b(repr((tuple(values.shape), fps)).encode(), digest_size=16)
     digest.update(memoryview(values.contiguous().numpy()).cast("B"))  # type: ignore[arg-type]
@@ -18,7 +18,7 @@ def media_digest(segment: Image | Video) -> bytes:
 
 
 def document_digest(document: Document) -> str:
-    """Of roles, texts and pixels, not of `meta`."""
+    """Over roles, texts and pixels, without `meta`."""
     digest = hashlib.blake2b(digest_size=16)
     for segment in document.segments:
         content = segment.text if isinstance(segment, Text) else media_digest(segment).hex()

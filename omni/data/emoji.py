@@ -1,6 +1,6 @@
-"""The two generated corpora: chat documents over pictures of emoji, and a dozen clips of moving emoji.
+"""Two generated corpora: chat documents with pictures of emoji, and clips of moving emoji.
 
-Clips: frames uint8 (T, S, S, 3); a sprite crosses a plain background, so that text alone decides every pixel.
+Clips: frames uint8 (T, S, S, 3); a sprite crosses a plain background, so the text determines every pixel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class EmojiWorldOptions(Frozen):
 
 @SOURCES.register("emoji_world")
 class EmojiWorldSource(Source):
-    """omni.data.emoji_world: draw, name, edit, tell a story; see that package for the tasks."""
+    """The corpus of omni.data.emoji_world; that package has the tasks."""
 
     Options = EmojiWorldOptions
 
@@ -49,7 +49,7 @@ class EmojiWorldSource(Source):
         return self.world.document(index)
 
     def fingerprint(self) -> str:
-        """The font, and the first documents' words: other code or other word lists make other documents."""
+        """Over the font and the texts of the first documents, which change with the code and the word lists."""
         digest = hashlib.blake2b(digest_size=16)
         for index in range(NUM_FINGERPRINTED):
             document = self.world.document(index)
@@ -103,7 +103,7 @@ class MovingEmojiSource(Source):
         )
 
     def frames(self, name: str, direction: str) -> torch.Tensor:
-        """uint8 (num_frames, side, side, 3): the emoji glides from one edge to the other."""
+        """uint8 (num_frames, side, side, 3): the emoji moves from one edge to the other."""
         options = self.options
         sprite = self.atlas.sprite(name, options.sprite).float()
         colour, alpha = sprite[..., :3], sprite[..., 3:] / 255.0

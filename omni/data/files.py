@@ -1,7 +1,7 @@
-"""Finite sources read from text files: Document lines, chat messages, LLaVA conversations.
+"""Finite sources in text files: Document lines, chat messages, LLaVA conversations.
 
-Every picture and clip goes through omni.media (bounded, safe) and keeps its size; the recipe's [preparation] fits it to
-the codec. Paths in records are relative to the data file and stay in its folder.
+omni.media loads every picture and clip with its limits and keeps its size; the recipe's [preparation] fits it to the
+codec. Paths in records are relative to the data file and inside its folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FileOptions(Frozen):
 
 
 class _LineSource(FiniteSource):
-    """One record per line of a JSONL file; only the offsets of the lines are kept in memory."""
+    """One record per line of a JSONL file; only the offsets of the lines are in memory."""
 
     Options = FileOptions
 
@@ -35,7 +35,7 @@ class _LineSource(FiniteSource):
         self._offsets: list[int] = []
         with self.path.open("rb") as stream:
             start = position = 0
-            while piece := stream.readline(1 << 20):  # in pieces, for a line may have any length
+            while piece := stream.readline(1 << 20):  # in pieces, because a line may have any length
                 if piece.strip() and self._offsets[-1:] != [start]:
                     self._offsets.append(start)
                 position += len(piece)
@@ -99,7 +99,7 @@ class MessageLines(_LineSource):
 class LlavaConversations(FiniteSource):
     """A LLaVA JSON file: [{"image": path, "conversations": [{"from": "human" | "gpt", "value": text}]}].
 
-    `<image>` in a human value stands where the picture goes; elsewhere it is literal text.
+    `<image>` in a human value marks the place of a picture; elsewhere it is literal text.
     """
 
     Options = FileOptions
@@ -154,5 +154,5 @@ def inside(folder: Path, name: str, what: str) -> Path:
     """The file `name` in `folder`. ValueError when the name leaves the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{what} {name!r} lies outside {str(folder)!r}; keep {what}s beside the data file")
+        raise ValueError(f"{what} {name!r} is outside {str(folder)!r}; keep {what}s beside the data file")
     return path

@@ -1,4 +1,4 @@
-"""Captioned pictures from a parquet file: to draw from the caption, to describe, or both. Needs omni[data]."""
+"""Captioned pictures in a parquet file: generate from the caption, describe, or both. Needs omni[data]."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Source: an endless, pure sequence of Documents. `document(index)` depends on (options, seed, index) alone.
 
 A new source is one file: an options model, a class, `@SOURCES.register("name")`. Finite data derives from
-FiniteSource, which visits every record once per epoch in a keyed order. A bad record raises CorruptRecord; the
-loader then skips that index, in every run alike. Nothing here knows tokens, codecs or batches.
+FiniteSource, which visits every record once per epoch in a keyed order. A bad record raises CorruptRecord; every run
+skips that index. Sources do not use tokens, codecs or batches.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from omni.rng import Key
 
 
 class CorruptRecord(ValueError):
-    """One record cannot be read. The message names it; training goes on with the next index."""
+    """One record cannot be read. The message names it; training continues with the next index."""
 
 
 class KeptOut(CorruptRecord):
-    """A document that training does not see, because it is for validation (see train.data.held_out)."""
+    """A document that training skips, because it is for validation (see train.data.held_out)."""
 
 
 class Source(ABC):
-    """Options are a Frozen model in `Options`; `key` is the seed of every draw the source makes."""
+    """Options are a Frozen model in `Options`; `key` is the seed of every random choice of the source."""
 
     Options: ClassVar[type[Frozen]] = Frozen
 
@@ -41,11 +41,11 @@ class Source(ABC):
         """The document at `index` >= 0. Raises CorruptRecord for a bad record."""
 
     def identity(self, index: int, document: Document | None = None) -> str:
-        """The same for two documents that say and show the same. document: that of `index`, where it is read."""
+        """Equal for documents of equal content. document: the document of `index`, if it is already read."""
         return document_digest(document or self.document(index))
 
     def fingerprint(self) -> str:
-        """Identifies the data behind the options; a run resumes only on the same."""
+        """Identifies the data of the options; a run resumes only with an equal fingerprint."""
         return "generated"
 
 
@@ -56,14 +56,14 @@ class FiniteSource(Source):
 
     @abstractmethod
     def record(self, position: int) -> Document:
-        """The document at `position` < num_records. Whatever it raises becomes a CorruptRecord with its name."""
+        """The document at `position` < num_records. `document` turns its errors into a CorruptRecord with its name."""
 
     @abstractmethod
     def record_name(self, position: int) -> str:
-        """What to call the record in a message, e.g. "data.jsonl line 7"."""
+        """The name of the record in a message, e.g. "data.jsonl line 7"."""
 
     def record_identity(self, position: int) -> str:
-        """`identity` of a record, without decoding its pictures where that can be."""
+        """`identity` of a record, if possible without decoding its pictures."""
         return document_digest(self.record(position))
 
     def identity(self, index: int, document: Document | None = None) -> str:
@@ -76,8 +76,8 @@ class FiniteSource(Source):
         try:
             return self.record(position)
         except ImportError:
-            raise  # an extra is missing: no fault of the record
-        except Exception as error:  # what parsers raise on damaged records is no closed list
+            raise  # an extra is missing; the record is not corrupt
+        except Exception as error:  # parsers raise anything on damaged records
             raise CorruptRecord(f"{self.record_name(position)}: {type(error).__name__}: {error}") from error
 
     def _order(self, epoch: int) -> list[int]:

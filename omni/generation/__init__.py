@@ -1,1 +1,1 @@
-"""Generation with one model: the engine and what it is made of. See README.md."""
+"""Generation with one model: the engine and its parts. See README.md."""

@@ -1,6 +1,6 @@
-"""Appending finished spans and ids to a cache: prefill, commit of a picture, one step of text. No decisions in here.
+"""Append finished spans and ids to a cache: prefill, commit of a picture, one text step. This file decides nothing.
 
-Legend: R rows, N positions, W width.
+Legend: R batch rows, N positions, W width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from omni.sequence.layout import Span, Stream, TokenSpan, context_tensors, grid_
 
 @dataclass(frozen=True)
 class Behind:
-    """Placeholders (R, n, W) of joint tokens behind what is appended, and what they add in the last layers."""
+    """Placeholders (R, n, W) of joint tokens after the appended spans, and their adapters in the last layers."""
 
     inputs: Tensor
     adapters: Adapters | None
@@ -29,7 +29,7 @@ class Behind:
     causal: bool
 
     def gated(self, num: int) -> list[Gated | None]:
-        """With nothing added at the `num` positions before them."""
+        """The adapters of each layer; their gate is 0 at the `num` positions before the placeholders."""
         if self.adapters is None:
             return [None] * self.depth
         gate = torch.ones(1, num + self.inputs.shape[1], 1, device=self.inputs.device)
@@ -38,7 +38,8 @@ class Behind:
 
 
 def append_ids(model: Backbone, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
-    """Append one text id to every row; returns hidden states (R, W). By TokenStep where it serves, else by `extend`."""
+    """Append one text id to every batch row; returns hidden states (R, W). Uses TokenStep where possible, else
+    `extend`."""
     tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
     if step.serves(cache):
         return step.step(model.token.embed(tensor), cache)
@@ -46,9 +47,9 @@ def append_ids(model: Backbone, cache: KVCache, ids: Sequence[int], step: TokenS
 
 
 def append_spans(model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
-    """Append spans to every row of the cache in one pass; returns the hidden state (R, W) of each row's last position.
+    """Append spans to every batch row in one pass; returns the hidden state (R, W) of each row's last position.
 
-    A row with no spans stays as it is (its hidden state is then meaningless).
+    A batch row without spans does not change; its hidden state is undefined.
     """
     hidden, valid = append_all(model, cache, spans, pad_id)
     last = torch.tensor([max(n - 1, 0) for n in valid], device=hidden.device)
@@ -58,8 +59,8 @@ def append_spans(model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]
 def append_all(
     model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int, tail: Behind | None = None
 ) -> tuple[Tensor, list[int]]:
-    """The same, with every position's hidden state (R, N, W), and how many of them each row has; with a tail, the
-    hidden states of its placeholders follow (R, N + n, W)."""
+    """Like `append_spans`; returns the hidden state of every position (R, N, W) and the number of positions of each
+    batch row. With a tail, the hidden states of its placeholders follow: (R, N + n, W)."""
     device = model.token.embedding.weight.device
     laid = [
         lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
@@ -82,8 +83,8 @@ def append_all(
 
 
 def append_text(model: Backbone, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
-    """Append text ids to every row; hidden states (R, N, W). By TokenStep where it serves and rows
-    are of equal length, else by `extend`."""
+    """Append text ids to every batch row; returns hidden states (R, N, W). Uses TokenStep where possible and all rows
+    have equal length, else `extend`."""
     if step.serves(cache) and len({len(row) for row in ids}) == 1:
         tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
         return step.append(model.token.embed(tensor), cache)
@@ -91,7 +92,7 @@ def append_text(model: Backbone, cache: KVCache, ids: Sequence[list[int]], step:
 
 
 def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
-    """The layout of one block per row, continuing each row of the cache."""
+    """The layout of one block per batch row, after the cached positions of that row."""
     R = cache.rows
     position = torch.tensor([grid_positions(grid, p) for p in cache.next_position], device=device)
     N = position.shape[1]

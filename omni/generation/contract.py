@@ -3,15 +3,15 @@
 One document, text-image-text-video-text-image-text, is computed three ways:
 
     training    the packed forward: one context pass, one refine pass with a noisy copy of every block
-    uncached    every block from scratch: the history before it is recomputed, nothing is kept
-    cached      as the engine does it: text id by id, blocks refined against the cache, then appended clean
+    uncached    each span recomputes its whole history
+    cached      like the engine: text id by id; blocks are refined against the cache, then appended clean
 
-and so are the guidance branches (text dropped, everything dropped), alone and in a batch of different lengths; and,
-where the model has a joint-token head, its placeholders, after every text id that one may follow.
+The check repeats this for the guidance branches (text dropped, everything dropped), for one document and for a batch of
+different lengths. A joint-token head adds its placeholders after every text id that they may follow.
 
-The proof is in float64: what is equal there to 1e-10 is one function computed three ways. In float32, which the engine
-uses, rounding differs between processors and numbers of threads; the bar is relative to the largest logit (F, hidden
-state) and leaves a margin. Noise and latents are drawn in float32 and cast, so that both compare the same numbers.
+float64 proves equality: a difference below 1e-10 means one function. The engine uses float32, where rounding depends on
+the processor and the number of threads; the bound is relative to the largest logit, F or hidden state, with a margin.
+Noise and latents are sampled in float32 and cast, so both dtypes compare the same numbers.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from omni.sequence.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pac
 from omni.sequence.placeholders import choose_blocks
 
 EXACT = 1e-10  # in float64, absolute
-ROUNDING = 2e-5  # in float32, relative: some ten times what is measured, whatever the processor
+ROUNDING = 2e-5  # in float32, relative: about ten times the measured differences
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the contract: the largest difference found, and whether it is within the bar. unit: what both count;
-    "of the largest": parts of the largest logit, F or hidden state that is compared."""
+    """One line of the contract check: the largest difference and its bound `bar`. unit: of both; "of the largest" is
+    relative to the largest compared logit, F or hidden state."""
 
     name: str
     value: float
@@ -60,9 +60,9 @@ class Outputs:
 
 
 def verify(model: Omni, seed: int = 0) -> list[Check]:
-    """Run the contract on the model's own weights, in float64 and in float32. Returns one Check per comparison.
+    """Check the contract on the model's weights, in float64 and in float32. Returns one Check per comparison.
 
-    The model is left in float32, in evaluation mode.
+    The model is in float32 and evaluation mode afterwards.
     """
     model, key = model.float().eval(), Key(seed).fold("verify")
     checks: list[Check] = []
@@ -83,7 +83,7 @@ def verify(model: Omni, seed: int = 0) -> list[Check]:
 
 
 def _by_native_step(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
-    """The same of the step that `compile=True` takes, where there is a compiler and the model is on the CPU."""
+    """Compare the native step of `compile=True`; yields nothing without a compiler or a CPU model."""
     try:
         step = CompiledStep(model.transformer, model.token.output_weight)
     except ValueError:
@@ -94,7 +94,7 @@ def _by_native_step(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]
 
 
 def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
-    """(name, absolute, relative) of each comparison, in the dtype of the weights."""
+    """(name, absolute difference, relative difference) of each comparison, in the dtype of the weights."""
     documents = [sample_spans(model, key.fold(n), length) for n, length in enumerate((7, 3, 5))]
     whole = documents[0]
     branches = {"text dropped": _without_text(whole), "everything dropped": _last_block_alone(whole)}
@@ -113,7 +113,7 @@ def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
 
 
 def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
-    """text-image-text-video-text-image-text (the first `length` of them), with random ids and latents."""
+    """The first `length` segments of text-image-text-video-text-image-text, with random ids and latents."""
     random = key.python()
     num_text, channels = min(model.config.vocab_size, 256), model.config.flow.channels
     blocks = {1: [(1, 2, 3)], 3: [(2, 2, 2), (2, 2, 2)], 5: [(1, 3, 2)]}
@@ -139,7 +139,7 @@ def _last_block_alone(spans: Sequence[Span]) -> list[Span]:
 
 
 def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, float]:
-    """x (N, C) and the times t, s at which block `number` is compared."""
+    """x (N, C) and the times t, s for the comparison of block `number`."""
     random = key.fold("times", number).python()
     t = 0.1 + 0.9 * random.random()
     noise = key.fold("noise", number).normal(tuple(span.latents.shape))
@@ -150,7 +150,7 @@ def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, floa
 
 
 def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
-    """All documents packed in one row. The noisy copy of block n of a document is the one `_noisy` makes."""
+    """All documents packed in one batch row. `_noisy` gives the noisy copy of each block."""
     total = sum(sum(len(s.ids) if isinstance(s, TokenSpan) else len(s.latents) for s in d) for d in documents)
     [batch], _ = pack(
         documents, [Shape(1, total, total)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False
@@ -182,7 +182,7 @@ def _split(documents: Sequence[Sequence[Span]], logits: Tensor, flow: Tensor) ->
 
 
 def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
-    """Nothing kept: for each span the whole history is laid out and computed again."""
+    """Each span lays out and recomputes its whole history."""
     out, number = Outputs([], []), 0
     for index, span in enumerate(spans):
         if isinstance(span, TokenSpan):
@@ -205,9 +205,9 @@ def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
 
 
 def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key, step: TokenStep | None = None) -> list[Outputs]:
-    """The engine's way, rows side by side: ids one at a time, blocks refined and then appended."""
+    """Like the engine, with one batch row per document: ids one at a time; blocks are refined, then appended."""
     rows = len(documents)
-    cache = model.transformer.new_cache(rows, 8)  # small on purpose: it must grow
+    cache = model.transformer.new_cache(rows, 8)  # small, so that the cache must grow
     outputs, number, logits = [Outputs([], []) for _ in documents], [0] * rows, [[] for _ in documents]
     pieces, step = [_pieces(d) for d in documents], step or TokenStep(model.transformer)
     while any(pieces):
@@ -236,7 +236,7 @@ def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key, step: To
 
 
 def _pieces(spans: Sequence[Span]) -> list[Span]:
-    """Ids one at a time, blocks whole."""
+    """One span per id and one per block."""
     out: list[Span] = []
     for span in spans:
         out += [TokenSpan([i], [True]) for i in span.ids] if isinstance(span, TokenSpan) else [span]
@@ -251,7 +251,7 @@ def _velocity(model: Omni, cache, grid: tuple[int, int, int], x: Tensor, t: list
 
 
 def _times(values: list[float], like: Tensor) -> Tensor:
-    """As float32 has them, in the dtype and on the device of `like`."""
+    """`values` rounded to float32, in the dtype and on the device of `like`."""
     return torch.tensor(values, dtype=torch.float32).to(like)
 
 
@@ -262,12 +262,12 @@ def _compare(name: str, found: Sequence[Outputs], wanted: Sequence[Outputs]) -> 
     pairs = list(zip(found, wanted, strict=True))
     logits = _worst([(x, y) for a, b in pairs for x, y in zip(a.logits, b.logits, strict=True)])
     flows = _worst([(x, y) for a, b in pairs for x, y in zip(a.flows, b.flows, strict=True)])
-    absolute, relative = torch.tensor([logits, flows], dtype=torch.float64).amax(0).tolist()  # a NaN stays one
+    absolute, relative = torch.tensor([logits, flows], dtype=torch.float64).amax(0).tolist()  # amax propagates NaN
     return name, absolute, relative
 
 
 def _worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """The largest difference, and as a part of the largest number of all the second ones. NaN where there is one."""
+    """The largest absolute difference, and the same relative to the largest second value. Propagates NaN."""
     if not pairs:
         return 0.0, 0.0
     difference = float(torch.stack([(x - y).abs().max() for x, y in pairs]).max())
@@ -276,8 +276,8 @@ def _worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
 
 
 def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, float]:
-    """Largest difference, absolute and relative, between placeholders beside the packed document and behind a cache,
-    causal and not, and between the hidden states of their start."""
+    """Largest absolute and relative difference between hidden states of placeholders (and of their start) in the packed
+    forward and after a cache, causal and not causal."""
     assert model.joint is not None
     device, num = model.token.embedding.weight.device, model.joint.head.length
     plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
@@ -291,11 +291,11 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
     for causal in (True, False):
         found = BatchCall(model, starts, hidden, memory)(inputs, causal)
         for b, at in enumerate(starts.at.tolist()):
-            if at == 0 or starts.document[b] < 0:  # a cache holds something; a padded block is nowhere
+            if at == 0 or starts.document[b] < 0:  # a cache is not empty; padding has no document
                 continue
             before, last = _split_at(plain, at)
             last_alone = [TokenSpan([last], [False])]
-            for step in (None, TokenStep(model.transformer)):  # the general pass, and decoding's own
+            for step in (None, TokenStep(model.transformer)):  # `extend`, and the step of decoding
                 cache = model.transformer.new_cache(1, 8)
                 append_spans(model, cache, [before], 0)
                 behind = CacheCall(model, cache, [last_alone], 0, step)(inputs[b : b + 1], causal)
@@ -306,7 +306,7 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
 
 
 def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:
-    """What stands before context position `at`, and the id there."""
+    """The spans before context position `at`, and the id at `at`."""
     out: list[Span] = []
     for span in spans:
         n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
@@ -318,7 +318,7 @@ def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:
 
 
 def _text_only(model: Omni, key: Key) -> float:
-    """Number of differing entries between the training forward of a text document and the bare decoder stack."""
+    """Number of entries that differ between the training forward of a text document and a plain decoder stack."""
     random = key.fold("text").python()
     num = 24
     ids = [random.randrange(min(model.config.vocab_size, 256)) for _ in range(num)]

@@ -1,6 +1,6 @@
-"""Refining blocks of latents from noise against the cache, with all guidance branches in one pass.
+"""Refine blocks of latents from noise against the cache, with all guidance branches in one pass.
 
-Legend: B rows of a pass, N latents of a block, C channels.
+Legend: B batch rows of a pass, N latents of a block, C channels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omni.text.compose import block_header, compose
 
 
 def groups(grammar: Grammar, rows: list[Row]) -> list[list[Row]]:
-    """Rows whose blocks can be refined in one pass: same grid and same budget."""
+    """Groups of requests whose blocks share a pass: equal grid, times, guidance and sampler."""
     groups: dict[object, list[Row]] = {}
     for row in rows:
         assert row.media is not None
@@ -55,7 +55,7 @@ def draw(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache) ->
             drawn.append(block_noise(r.key, r.media.index, len(r.media.finished), (count, channels), *jump))
         return torch.stack(drawn)
 
-    # At a first time t < 1 pure noise is t eps: x_t = (1 - t) x0 + t eps without its data.
+    # x_t = (1 - t) x0 + t eps; a first time t < 1 starts from t eps, with x0 = 0.
     x = (times[0] * noise()).to(*here)
     call = _guided_call(runtime, group, rows, cache, grid)
     extra = {} if options.gamma is None else {"gamma": options.gamma}
@@ -72,7 +72,7 @@ def draw(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVCache) ->
 
 
 def _refuse(group: list[Row], x: Tensor, state: State) -> None:
-    """NotFiniteError for the first row of the group whose latents of x (B, N, C) are not finite, or no latents."""
+    """NotFiniteError for the first request of the group whose latents in x (B, N, C) are not finite or out of range."""
     for row, latents in zip(group, x, strict=True):
         assert row.media is not None
         kind = "picture" if row.media.kind == "image" else f"chunk {len(row.media.finished) + 1} of clip"
@@ -82,8 +82,8 @@ def _refuse(group: list[Row], x: Tensor, state: State) -> None:
 
 
 def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: int) -> Tensor:
-    """Standard normal (N, C): what a block of the reply's `index`-th picture or clip starts from; with `jump`, what a
-    sampler adds to it there."""
+    """Standard normal (N, C): the start of block `block` of the reply's `index`-th picture or clip; with `jump`, the
+    noise that a sampler adds at that step."""
     return key.fold("block noise", index, block, *jump).normal(size)
 
 
@@ -120,8 +120,8 @@ def _guided_call(runtime: Runtime, group: list[Row], rows: list[Row], cache: KVC
 
 
 def null_spans(runtime: Runtime, row: Row, what: Drop) -> list[Span]:
-    """The reduced history up to the block that comes next: exactly what `guidance.drop` gives in training. Its media
-    have the latents that they have in the cache, whatever sizes the row drew them in."""
+    """The reduced history before the next block, equal to `guidance.drop` in training. Its media keep the latents that
+    the cache holds."""
     media = row.media
     assert media is not None
     history = reduce(open_turn(row.segments, Role.ASSISTANT), what)

@@ -1,6 +1,6 @@
-"""The backbone as a joint-token head sees it behind a cache (heads.joint.base.JointCall).
+"""The backbone's interface for a joint-token head after a cache (heads.joint.base.JointCall).
 
-Legend: R rows, n positions of a pass, W width.
+Legend: R batch rows, n positions of a pass, W width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from omni.sequence.placeholders import Starts
 
 
 class DraftReads(Reads):
-    """What a head reads to draft, with a record of the rows (R,) whose logits were not finite."""
+    """What a head reads to draft; `unsound` (R,) marks batch rows whose logits were not finite."""
 
     unsound: Tensor | None = None
 
@@ -31,11 +31,11 @@ class DraftReads(Reads):
 
 
 class CacheCall(DraftReads):
-    """One block behind every row of a cache, after `spans` that the cache does not hold yet: the first pass appends
-    them, and its placeholders read them at once, so that drafting needs no pass of its own for a prompt, a picture or
-    the last token. Rows without spans stand still; what is drafted for them means nothing.
+    """A joint-token block after every batch row of a cache, and after `spans` that the cache does not hold yet. The
+    first pass appends the spans and computes the placeholders, so a prompt, a picture or the last token needs no pass
+    of its own. A batch row without spans does not change; its draft is undefined.
 
-    step: makes that pass where it serves, and the spans are as many ids in every row.
+    step: computes that pass where possible, if every batch row appends the same number of ids.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class CacheCall(DraftReads):
 
 
 class StateCall(DraftReads):
-    """Hidden states (R, W) that an earlier pass has made, and no pass more."""
+    """Hidden states (R, W) of an earlier pass; computes no pass."""
 
     def __init__(self, model: Backbone, start: Tensor) -> None:
         self.model, self.start = model, start
         self.passes = 0
 
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
-        raise ValueError("this head reads placeholders; it cannot go on from a hidden state alone")
+        raise ValueError("this head reads placeholders; it cannot draft from a hidden state alone")
 
     def target(self) -> StateCall:
         return self

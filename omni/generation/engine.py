@@ -1,15 +1,15 @@
-"""Interleaved generation: a small state machine over rows that yields an ordered stream of events.
+"""Interleaved generation: a state machine over requests that yields an ordered stream of events.
 
-    outer loop (sequence)    the token head decides what comes next: a text token, a picture, the end (`_text_step`)
-    inner loop (refinement)  a block is refined from noise in `steps` jumps, reading the cache (`_refine`)
+    outer loop (sequence)    the token head gives the next id: a text token, a picture, the end (`_choose`)
+    inner loop (refinement)  a block is refined from noise in `steps` jumps, against the cache (`denoise.draw`)
 
-A finished block is appended to the cache as clean latents; nothing of the refinement is ever cached. What a row has
-said and the cache does not hold yet is `pending`; it is appended when somebody needs to read it (`_flush`), so a forced
-header costs one pass, and a picture is delivered before it is encoded for what follows. Rows share passes: all rows
-that are in text take one cached step together; rows that wait for a block of one size are refined together.
-The same request with the same seed draws the same noise whatever else is in the batch.
+A finished block is appended to the cache as clean latents; refinement is not cached. `pending` holds the emitted spans
+that the cache does not hold yet. `_flush` appends them before the next read, so a forced header costs one pass, and a
+picture is delivered before it is encoded as context. Requests share passes: all decoding requests take one cached step
+together; refining requests with blocks of one size share a refinement.
+The noise of a request depends on its seed, not on the batch.
 
-Legend: B rows of a pass, N latents of a block, C channels, V vocabulary.
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from omni.version import VERSION
 class Engine:
     """Generation with one model. Stateless between calls.
 
-    compile: text steps of a single row as native code, on the CPU (see nn.native_step): takes a second or two and a
-    C++ compiler, and keeps a copy of the weights as they are now. ValueError when that cannot be.
-    allow_paths: whether chat messages may name files of this machine. A server, whose messages come from strangers,
-    gives False; see omni.text.chat.messages_to_document.
+    compile: run text steps of a single request as native code on the CPU (see nn.native_step). Takes one or two seconds
+    and a C++ compiler, and copies the current weights. ValueError where this is impossible.
+    allow_paths: whether chat messages may name files of this machine. A server reads untrusted messages and passes
+    False; see omni.text.chat.messages_to_document.
     """
 
     def __init__(self, model: Omni, compile: bool = False, allow_paths: bool = True) -> None:
@@ -87,7 +87,8 @@ class Engine:
         self, prompts: Sequence[Any], options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Reply]:  # fmt: skip
-        """Replies to many prompts, sharing passes. One options object for all or one each; `seeds` overrides theirs."""
+        """Replies to many prompts that share passes. One options object for all or one each; `seeds` overrides their
+        seeds."""
         rows = self._rows(prompts, options or GenerationOptions(), seeds)
         for _ in self._run(rows):
             pass
@@ -116,7 +117,7 @@ class Engine:
         return rows
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
-        """With the model's own defaults filled in. Raises ValueError naming an impossible value."""
+        """`options` with the model's defaults filled in. ValueError names an impossible value."""
         joint = self.model.config.joint
         length = 1 if joint is None else joint.length
         usual = 1 if isinstance(self.step, CompiledStep) else length  # native steps of one token are the faster way
@@ -129,7 +130,7 @@ class Engine:
         return out
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:
-        """What makes a reply with resolved options, as JSON values: the same request has the same record."""
+        """Options, model and versions of a reply, as JSON values. Equal requests have equal records."""
         return {
             "options": options.flat("json"),
             "model": dict(self.model.origin),
@@ -144,7 +145,7 @@ class Engine:
         grid = None if size is None else self.grammar.grid_of(size)
         if row.options.force_image:
             if self.model.codec is None:
-                raise ValueError("force_image: this model has no codec, so it draws no pictures; leave it out")
+                raise ValueError("force_image: this model has no codec and generates no pictures; leave it out")
             if row.options.max_images < 1:
                 raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
             row.forced = [self.control.image]
@@ -193,7 +194,7 @@ class Engine:
     # ---- text -----------------------------------------------------------------------------------------------------
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
-        """One id per row: greedy, or drawn by the row's own key."""
+        """One id per request: the argmax, or a sample with the request's own key."""
         masks = [self.grammar.mask_of(r, r.phase) for r in rows]
         mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
         mask = masks[0] if len(masks) == 1 else torch.stack(masks)
@@ -216,7 +217,7 @@ class Engine:
         return chosen
 
     def _accept(self, row: Row, token: int) -> Iterator[tuple[int, Event]]:
-        """The row says one id."""
+        """Emit one id of a request."""
         row.pending.append(TokenSpan([token], [False]))
         for event in self.grammar.advance(row, token):
             yield row.number, event
@@ -224,19 +225,19 @@ class Engine:
     # ---- inner loop -----------------------------------------------------------------------------------------------
 
     def _num_latents(self, segment: Image | Video) -> int:
-        """Of media of the prompt, before they are encoded."""
+        """Number of latents of a medium of the prompt, before it is encoded."""
         pixels = segment.pixels if isinstance(segment, Image) else segment.frames
         return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
 
     def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:
-        """The block is context from now on, clean; the last of a picture or clip closes it."""
+        """Make the block clean context; the last block of a picture or clip closes it."""
         media, codec = row.media, self.model.codec
         assert media is not None and codec is not None
         grid = self.grammar.grid(media)
         row.pending.append(LatentSpan(media.finished[-1], grid))
         row.length += len(media.finished[-1])
         if len(media.finished) < media.chunks:
-            return  # the next chunk of the clip comes in the next round
+            return  # the next round refines the next chunk of the clip
         row.pending.append(TokenSpan([self.control.media_end], [False]))
         row.length += 1
         blocks = [z.reshape(*grid, -1) for z in media.finished]
@@ -262,8 +263,8 @@ class Engine:
     # ---- the cache ------------------------------------------------------------------------------------------------
 
     def _flush(self, rows: list[Row], cache: KVCache, logits: Tensor) -> Tensor:
-        """Append what is pending. Returns logits (R, V) after the last position of each row; of a row with nothing
-        pending, those in `logits`."""
+        """Append the pending spans. Returns logits (R, V) after the last position of each request; a request without
+        pending spans keeps its entry of `logits`."""
         spans = [row.pending if row.phase != "done" else [] for row in rows]
         new = [r for r, one in enumerate(spans) if one]
         if not new:

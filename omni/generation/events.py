@@ -1,6 +1,6 @@
-"""The parts of a reply and the ordered stream of events: what every reader of the engine sees, and nothing else.
+"""The parts of a reply and the ordered stream of events: the whole output of the engine.
 
-Terminal, files, evaluation and any server read this one stream; none of them knows the engine's state.
+Terminal, files, evaluation and any server read this one stream; none of them reads the engine's state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 from torch import Tensor
 
-# ---- parts: what a reply is made of; `content` is the part as a message has it (see text.chat) ----------------------
+# ---- parts of a reply; `content` is the part as a content part of a message (see text.chat) -------------------------
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class TextPart:
 
 @dataclass(frozen=True, eq=False)
 class ImagePart:
-    """A drawn picture. index counts the pictures of the reply from 0.
+    """A generated picture. index: its number among the media of the reply, from 0.
 
-    steps: jumps from noise to the picture. evaluations: passes through the transformer spent on them, counted as they
-    were made; with guidance each of its branches counts (what papers call NFE).
+    steps: jumps from noise to the picture. evaluations: function evaluations (NFE) of these jumps; every guidance
+    branch counts.
     """
 
     image: PILImage.Image
@@ -50,8 +50,8 @@ class ImagePart:
 
 @dataclass(frozen=True, eq=False)
 class VideoPart:
-    """A drawn clip: frames uint8 (T, H, W, 3) at `fps` a second, the request's or what the model wrote in its header.
-    steps: of each of its blocks; evaluations: of all of them."""
+    """A generated clip: frames uint8 (T, H, W, 3) at `fps` frames per second, from the request or the clip's header.
+    steps: of each block; evaluations: of all blocks."""
 
     frames: Tensor = field(repr=False)
     fps: float
@@ -110,16 +110,16 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Stop:
-    """Why the reply is over: "end", the model ended it; "stop", a stop string; "length", max_tokens or the model's
-    longest context; "images", the model asked for a picture or clip beyond max_images, or has no codec."""
+    """Why the reply ended: "end", the model emitted the end token; "stop", a stop string; "length", max_tokens or the
+    model's longest context; "images", a picture or clip beyond max_images, or no codec."""
 
     reason: StopReason
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """One round of text in blocks: how many tokens were drafted, how many of them were kept, and the passes through
-    the transformer that it took. again: drafted by plain decoding, from a draft of the head that fell."""
+    """One round of speculative decoding: the numbers of drafted and accepted tokens, and of transformer passes. again:
+    the draft comes from the verification logits after a rejected token, not from the head."""
 
     drafted: int
     kept: int

@@ -1,10 +1,10 @@
-"""What may come next in a reply, and what an id does to its row: the state machine of a turn. No network in here.
+"""The state machine of a turn: which ids may come next, and what an id changes. This file runs no network.
 
     phase     text -> (image) rows -> columns -> block -> text ... -> done
               text -> (video) chunks -> rate -> rows -> columns -> block (chunks of them) -> text
 
-`mask_of` gives the ids that may come in a phase, `following` the phase after an id, as far as the id alone decides, and
-`advance` moves a row by one id and yields the events that follow from it.
+`mask_of` gives the allowed ids of a phase, `following` the phase after an id as far as the id alone decides it;
+`advance` moves a request by one id and yields the events.
 
 Legend: V vocabulary.
 """
@@ -30,7 +30,7 @@ LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its
 
 
 class Grammar:
-    """Of one model: its tokenizer, the bounds of its config, and what its codec draws (None: no pictures)."""
+    """The grammar of one model: its tokenizer, the bounds of its config, and its codec (None: no pictures)."""
 
     def __init__(
         self, tokenizer: Tokenizer, config: OmniConfig, codec: CodecSpec | None, device: torch.device | str
@@ -42,7 +42,7 @@ class Grammar:
     # ---- what may come ---------------------------------------------------------------------------------------------
 
     def _allowed(self, phase: str) -> Tensor:
-        """(V,) additive: which ids may come in a phase. This is what makes the header well formed."""
+        """(V,) additive mask of the allowed ids of a phase. It makes every header well formed."""
         c, config = self.control, self.config
         mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
         if phase == "text":
@@ -67,7 +67,7 @@ class Grammar:
         return self.codec is not None and row.num_media < row.options.max_images
 
     def following(self, row: Row, phase: Phase, token: int) -> Phase:
-        """The phase after an id, as far as the id alone decides; "block" too where the caller's size comes next."""
+        """The phase after an id, as far as the id alone decides it; "block" also where the options force a size."""
         c = self.control
         if phase == "text" and token in (c.image, c.video):
             if not self.may_draw(row):
@@ -86,15 +86,15 @@ class Grammar:
         return (t, media.rows, media.columns)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) in latents of pictures of (height, width) pixels. ValueError for a size that the model has not."""
+        """(h, w) in latents of pictures of (height, width) pixels. ValueError for a size that the model cannot make."""
         if self.codec is None:
-            raise ValueError("this model draws no pictures: it has no codec")
+            raise ValueError("this model generates no pictures: it has no codec")
         _, rows, columns = self.codec.stride
         largest = self.config.max_grid
         grid = size[0] // rows, size[1] // columns
         if size[0] % rows or size[1] % columns or max(grid) > largest:
             raise ValueError(
-                f"image_size = {size[0]} x {size[1]} is none of this model's: it must be a multiple of "
+                f"image_size = {size[0]} x {size[1]} does not fit this model: it must be a multiple of "
                 f"{rows} x {columns} pixels, and at most {largest * rows} x {largest * columns}"
             )
         return grid
@@ -102,7 +102,7 @@ class Grammar:
     # ---- what an id does -------------------------------------------------------------------------------------------
 
     def advance(self, row: Row, token: int) -> Iterator[Event]:
-        """Move the row's state machine by one id."""
+        """Move the request's state machine by one id."""
         row.length += 1
         if row.phase != "text":
             yield from self._advance_header(row, token)
@@ -126,7 +126,7 @@ class Grammar:
                 row.forced += [self.control.size(n) for n in self.grid_of(row.options.picture.image_size)]
 
     def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
-        """The same by one size of a header. A picture or clip that has no room is not begun."""
+        """Like `advance`, for one size of a header. A picture or clip without room in the context is not started."""
         media, size = row.media, self.control.size_of(token)
         assert media is not None and size is not None
         if row.phase == "chunks":
@@ -144,7 +144,7 @@ class Grammar:
                 yield from self._finish(row, "length")
 
     def _emit(self, row: Row) -> Iterator[Event]:
-        """Send what is certain: text that cannot be the beginning of a stop string. Ends the row at a stop string."""
+        """Emit the text that cannot be the beginning of a stop string. A stop string ends the reply."""
         for stop in row.options.stop:
             at = row.text.find(stop)
             if at >= 0:

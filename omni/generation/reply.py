@@ -1,4 +1,4 @@
-"""A reply: its parts in order, as a message, as files, as Markdown and HTML. How it arrives: events.py."""
+"""A reply: its parts in order, as a message, as files, as Markdown and HTML. events.py has the stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omni.generation.events import Drafted, ImagePart, Part, StopReason, TextPar
 
 
 def segments_of(parts: Sequence[Part]) -> tuple[Segment, ...]:
-    """The parts as segments of the assistant, one for each."""
+    """One assistant segment for each part."""
     found: list[Segment] = []
     for part in parts:
         if isinstance(part, TextPart):
@@ -32,18 +32,18 @@ def segments_of(parts: Sequence[Part]) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True, repr=False)
 class Reply:
-    """An ordered reply. `document` is the prompt followed by the reply, ready for the next turn; `message` is the reply
-    as a chat message. record: what made it, as JSON values (options with the seed, model, versions)."""
+    """An ordered reply. document: the prompt and the reply, ready for the next turn. message: the reply as a chat
+    message. record: options with the seed, model and versions, as JSON values."""
 
     parts: list[Part]
     document: Document
     stop_reason: StopReason
-    drafts: tuple[Drafted, ...] = ()  # of each round of text in blocks
+    drafts: tuple[Drafted, ...] = ()  # one for each round of speculative decoding
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
-        """The text of all parts. A space separates two texts that have a picture and no white space between them."""
+        """The text of all parts. A space separates two texts without white space between them."""
         joined = ""
         for part in self.parts:
             if isinstance(part, TextPart):
@@ -53,7 +53,7 @@ class Reply:
 
     @property
     def evaluations(self) -> int:
-        """Passes through the transformer spent on all its pictures and clips; see ImagePart."""
+        """Function evaluations of all pictures and clips; see ImagePart."""
         return sum(p.evaluations for p in self.parts if not isinstance(p, TextPart))
 
     @property
@@ -66,9 +66,9 @@ class Reply:
         return {"role": "assistant", "content": [part.content() for part in self.parts]}
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write reply.md, reply.json and the pictures, as `omni generate --out` does; returns the folder.
+        """Write reply.md, reply.json and the pictures, like `omni generate --out`; returns the folder.
 
-        Raises ValueError when the folder cannot be made, or holds something (with `overwrite`: something other than a
+        Raises ValueError when the folder cannot be made or is not empty (with `overwrite`: holds anything other than a
         reply); OSError when writing fails. The folder appears whole or not at all.
         """
         from omni.generation.reply_files import check_folder, write_reply
@@ -79,20 +79,19 @@ class Reply:
         return write_reply(folder, self.document, [p.made_by() for p in self.parts], record, replace=folder.exists())
 
     def to_markdown(self) -> str:
-        """The reply as Markdown, with its pictures inside as data URLs. Its text is escaped: it shows, and does
-        nothing."""
+        """The reply as Markdown, with its pictures as data URLs. Its text is escaped: Markdown shows it as it is."""
         from omni.generation.reply_files import markdown
 
         return markdown(segments_of(self.parts))
 
     def to_html(self) -> str:
-        """The reply as one page of HTML, with its pictures inside. Its text is escaped; the page loads nothing."""
+        """The reply as one HTML page, with its pictures as data URLs. Its text is escaped; the page loads nothing."""
         from omni.generation.reply_files import html_page
 
         return html_page(segments_of(self.parts))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """The representation in a notebook."""
         from omni.generation.reply_files import html_fragment
 
         return html_fragment(segments_of(self.parts))

@@ -1,14 +1,13 @@
 """A reply or a whole conversation as a folder: Markdown to read, JSON to parse, every picture beside them.
 
     reply.md | chat.md        the ordered text and pictures
-    reply.json | chat.json    the same, exact, with what made it: options, seeds, model digest, versions
+    reply.json | chat.json    the same, exact, with options, seeds, model digest and versions
     image-1.png ...           pictures of the assistant; clip-1.png is a clip as animated PNG
     input-1.png ...           pictures of the user
-    manifest.json             digests of the above
+    manifest.json             digests of these files
 
-The folder appears whole or not at all (`omni.checkpoint.publish`). Segments as one Markdown text or HTML page with the
-pictures inside: `markdown`, `html_page`. Text from users and models is escaped everywhere. Nothing here runs a
-model.
+The folder appears whole or not at all (`omni.checkpoint.publish`). `markdown` and `html_page` give segments as one text
+with the pictures as data URLs. Text from users and models is always escaped. This file runs no model.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ _NUMBERED = re.compile(r"\d{3,}")
 
 
 def default_folder(base: Path) -> Path:
-    """The first free of base/001, base/002, ...: one more than the highest number there."""
+    """The next of base/001, base/002, ...: one more than the highest number in `base`."""
     taken = [int(path.name) for path in base.iterdir() if _NUMBERED.fullmatch(path.name)] if base.is_dir() else []
     return base / f"{max(taken, default=0) + 1:03d}"
 
 
 def check_folder(folder: Path, overwrite: bool, name: str = "--out", way_out: str = "add --overwrite") -> None:
-    """ValueError, before any work is done, when `folder` (given as `name`) cannot become a reply's folder: it holds
-    something else, or cannot be written.
+    """ValueError, before any work, when `folder` (given as `name`) cannot become a reply's folder: it is not empty, or
+    cannot be written.
 
-    An empty folder may. With `overwrite` so may one that holds a reply or conversation of ours and nothing else.
+    With `overwrite`, a folder may hold a reply or conversation of this project, and nothing else.
     """
     if folder.name in ("", ".."):
         inside = str(folder / "reply")
@@ -76,11 +75,11 @@ def write_reply(
 
     Args:
         folder: must not exist, unless `replace`.
-        document: the whole exchange; the reply is at its end.
-        extras: for each segment of the reply, in order, what is known of it beyond its content (steps, seed, ...).
+        document: the request, then the reply.
+        extras: for each segment of the reply, in order, fields beyond its content (steps, seed, ...).
         record: JSON values for the top of reply.json: options, model, versions, stop_reason.
 
-    Returns `folder`. Raises ValueError when it exists, OSError when it cannot be written.
+    Returns `folder`. Raises ValueError when the folder exists, OSError when it cannot be written.
     """
     start = len(document.segments) - len(extras)
     contents = _contents(document)
@@ -97,9 +96,9 @@ def write_chat(
     record: Mapping[str, Any],
     replace: bool = False,
 ) -> Path:
-    """Write a whole conversation: chat.md and chat.json, whose "messages" `omni.text.chat` reads back.
+    """Write a whole conversation: chat.md and chat.json. `omni.text.chat` reads the "messages" of chat.json.
 
-    `extras` has an entry for every segment of the document; the rest is as in write_reply.
+    `extras` has an entry for every segment of the document; the other arguments are those of write_reply.
     """
     contents = [{**content, **extra} for content, extra in zip(_contents(document), extras, strict=True)]
     data = {"format": FORMAT, "messages": _messages(document.segments, contents), **record}
@@ -122,7 +121,7 @@ def _publish(
 
 
 def _contents(document: Document) -> list[dict[str, Any]]:
-    """Every segment as a content part; media name the file that will hold them."""
+    """Every segment as a content part; the part of a medium names its file."""
     contents: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
     for segment in document.segments:
@@ -159,8 +158,8 @@ def _markdown(document: Document, contents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(segments: Sequence[Segment], addresses: Sequence[str] | None = None) -> str:
-    """The user's words as quotations, the assistant's as text, pictures where they stand: at `addresses` (one for each
-    segment, of which texts use none), or inside as data URLs."""
+    """The user's text as quotations, the assistant's as text, pictures in order. Their URLs are `addresses` (one for
+    each segment; texts ignore theirs), or data URLs."""
     blocks: list[str] = []
     counts: dict[str, int] = {}
     for index, segment in enumerate(segments):
@@ -178,7 +177,7 @@ def markdown(segments: Sequence[Segment], addresses: Sequence[str] | None = None
 
 
 def html_fragment(segments: Sequence[Segment]) -> str:
-    """The segments as HTML to put into a page: text escaped, pictures inside as data URLs."""
+    """The segments as a fragment of HTML: text escaped, pictures as data URLs."""
     blocks: list[str] = []
     counts: dict[str, int] = {}
     for segment in segments:
@@ -188,14 +187,14 @@ def html_fragment(segments: Sequence[Segment]) -> str:
             continue
         height, width = (segment.pixels if isinstance(segment, Image) else segment.frames).shape[-3:-1]
         shown = "display: block; max-width: 100%; height: auto; image-rendering: pixelated"
-        scale = max(1, 256 // max(height, width))  # small pictures would be stamps on today's screens
+        scale = max(1, 256 // max(height, width))  # enlarge small pictures
         size = f'width="{scale * width}" height="{scale * height}"'
         blocks.append(f'<img src="{data_url(segment)}" alt="{_name(segment, counts)}" {size} style="{shown}">')
     return "<div>\n" + "\n".join(blocks) + "\n</div>\n"
 
 
 def html_page(segments: Sequence[Segment], title: str = "Omni") -> str:
-    """The segments as a page that stands alone. It runs no script and loads nothing."""
+    """The segments as one self-contained page. It runs no script and loads nothing."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     style = "body { font: 1.1rem/1.5 sans-serif; max-width: 40rem; margin: 2rem auto; padding: 0 1rem }"
     return (
@@ -228,10 +227,10 @@ def _name(segment: Image | Video, counts: dict[str, int]) -> str:
 
 
 def read_messages(path: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of `data`, which is the JSON of the reply.json or chat.json at `path`: the request and its reply, or
-    the whole conversation. Media have the paths of files beside `path`.
+    """The messages of `data`, the JSON of the reply.json or chat.json at `path`: request and reply, or the whole
+    conversation. Media have the paths of files beside `path`.
 
-    Raises ValueError for other JSON, and for a file that is not beside `path`.
+    Raises ValueError for other JSON, and for a file elsewhere.
     """
     if "messages" in data:
         messages = data["messages"]
@@ -260,7 +259,7 @@ def _read_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def escape_markdown(text: str) -> str:
-    """Text so that Markdown shows it and does nothing: no HTML, no link, no foreign picture, no control character."""
+    """Text that Markdown shows as it is: no HTML, no link, no external picture, no control character."""
     escaped = re.sub(r"([\\`~\[])", r"\\\1", safe_text(text)).replace("&", "&amp;").replace("<", "&lt;")
     escaped = re.sub(r"(?m)^(\s*)([#>+*=-])", r"\1\\\2", escaped)
     return re.sub(r"(?m)^(\s*\d+)([.)])", r"\1\\\2", escaped)

@@ -1,4 +1,4 @@
-"""A row of the engine: one reply in the making. Plain state; what moves it is in the engine.
+"""A request of the engine: the state of one reply. The engine and the grammar change it.
 
 Legend: N latents of a block, C channels, W width.
 """
@@ -24,12 +24,12 @@ Phase = Literal["text", "chunks", "rate", "rows", "columns", "block", "done"]
 
 @dataclass
 class Media:
-    """The picture or clip that a row is drawing."""
+    """The picture or clip that a request refines."""
 
     kind: Literal["image", "video"]
     index: int
     chunks: int = 1
-    rate: int = 0  # frames per second of a clip, as its header names them
+    rate: int = 0  # frames per second in a clip's header
     rows: int = 0
     columns: int = 0
     finished: list[Tensor] = field(default_factory=list)  # latents (N, C) of the finished blocks
@@ -43,37 +43,37 @@ class Row:
     given: tuple[Segment, ...]  # the prompt
     stream: TextStream
     segments: list[Segment] = field(default_factory=list)  # the prompt, prepared, and finished segments of the reply
-    latents: dict[Image | Video, list[Tensor]] = field(default_factory=dict)  # of the media among them: (t, h, w, C)
-    capacity: int = sys.maxsize  # positions that its context may have
-    length: int = 0  # positions that it has, those that are pending included
-    warned: bool = False  # that it is nearly full
+    latents: dict[Image | Video, list[Tensor]] = field(default_factory=dict)  # of the media in `segments`: (t, h, w, C)
+    capacity: int = sys.maxsize  # largest number of context positions
+    length: int = 0  # context positions, pending ones included
+    warned: bool = False  # a warning of a nearly full context was given
     phase: Phase = "text"
     text: str = ""  # the open text segment
-    emitted: int = 0  # characters of it already sent
+    emitted: int = 0  # emitted characters of `text`
     num_tokens: int = 0
     num_media: int = 0
-    forced: list[int] = field(default_factory=list)  # ids that come next whatever the logits say
-    pending: list[Span] = field(default_factory=list)  # what comes next in the cache
+    forced: list[int] = field(default_factory=list)  # the next ids, whatever the logits are
+    pending: list[Span] = field(default_factory=list)  # emitted, not yet in the cache
     media: Media | None = None
     parts: list[Part] = field(default_factory=list)
-    drafts: list[Drafted] = field(default_factory=list)  # of each round of text in blocks
-    leftover: list[int] = field(default_factory=list)  # the next draft, if the last one fell
-    state: Tensor | None = None  # (W,): the hidden state before its last id, where the head can go on from there
-    room: int | None = None  # tokens of the next draft, where that is adapted
+    drafts: list[Drafted] = field(default_factory=list)  # one for each round of speculative decoding
+    leftover: list[int] = field(default_factory=list)  # the next draft, after a rejected token
+    state: Tensor | None = None  # (W,): the hidden state before the last id, for recurrent drafting
+    room: int | None = None  # tokens of the next draft with `adaptive`
     reason: StopReason = "end"
 
     @property
     def document(self) -> Document:
-        """The prompt as it was given, and the reply."""
+        """The prompt as given, then the reply."""
         return Document((*self.given, *self.segments[len(self.given) :]))
 
     def encoded(self, media: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """What stands in the cache for media of `segments`."""
+        """The latents that the cache holds for media of `segments`."""
         return [self.latents[one] for one in media]
 
     @property
     def key(self) -> Key:
-        assert self.options.seed is not None  # the options are resolved
+        assert self.options.seed is not None  # resolved options have a seed
         return Key(self.options.seed)
 
     @property
@@ -95,12 +95,12 @@ class Row:
         return budget if self.room is None else min(self.room, budget)
 
     def has_room(self, num: int) -> bool:
-        """Whether `num` more positions leave one for the end of the turn."""
+        """Whether one position remains for the end of the turn after `num` more."""
         return self.length + num < self.capacity
 
     def note(self, drafted: Drafted) -> None:
-        """A round has been. With `adaptive`, the next draft of the head is twice as long if all of its last one was
-        kept, else two past what was."""
+        """Record a round. With `adaptive`, the head's next draft is twice as long after a fully accepted draft, else
+        the number of accepted tokens plus 2."""
         self.drafts.append(drafted)
         if self.options.speculative.adaptive and not drafted.again:
             whole = drafted.kept == drafted.drafted

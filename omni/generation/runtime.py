@@ -1,4 +1,4 @@
-"""What the parts of the engine share: a model, its tokenizer, the rules of a turn, and the step of text decoding."""
+"""Shared parts of the engine: a model, its tokenizer, the grammar of a turn, and the step of text decoding."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ class Runtime:
         return self.model.token.embedding.weight.device
 
     def append(self, cache: KVCache, spans: Sequence[Sequence[Span]]) -> Tensor:
-        """Append spans to each row (none for some); returns logits (R, V) after the last position of each row."""
+        """Append spans to each batch row (some may have none); returns logits (R, V) after each row's last position."""
         hidden = append_spans(self.model, cache, spans, self.control.pad)
         return self.model.token.read(hidden)

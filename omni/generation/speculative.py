@@ -1,19 +1,19 @@
-"""Text in blocks: the joint-token head drafts K tokens in one pass, a second pass verifies them.
+"""Speculative decoding: the joint-token head drafts K tokens in one pass, a second pass verifies them.
 
-    round   cache | y            y: what the row has, but the cache not yet: its prompt, a picture, its last id
+    round   cache | y            y: spans that the cache does not hold yet: the prompt, a picture, the last id
       draft   one pass over [y, K placeholders]: K ids; y is written to the cache
-      sweep   as often as asked: every id of the draft redrawn by one pass over [x_1 .. x_K], each with its own
-              noise (Jacobi iteration; arXiv 2305.10427). K sweeps, from any draft, are plain decoding
-      verify  one pass over [x_1 .. x_K], written to the cache: the law of every next id
-      emit    the ids that stand and one more (samplers.verification); the cache forgets what fell
-      on      a head that carries on drafts from the hidden state before the last id, which that pass made, and that
-              id: a round of one pass
-      again   what plain decoding made of the rest of a draft that fell is the next draft (as after a sweep): one pass
+      sweep   `sweeps` times: one pass over [x_1 .. x_K] samples every id of the draft again, each with its own
+              noise (Jacobi iteration; arXiv 2305.10427). K sweeps from any draft give autoregressive decoding
+      verify  one pass over [x_1 .. x_K], written to the cache: the distribution of every next id
+      emit    the accepted ids and one more (samplers.verification); the cache drops the rejected ids
+      on      recurrent drafting: the head drafts from the last id and the hidden state before it, from the
+              verification pass: a round of one pass
+      again   the verification logits after the first rejected token give the next draft (as a sweep does): one pass
 
-A block ends where a picture begins or the turn ends, and no draft can make the header malformed: each id is judged
-under the mask of its own phase, as in plain decoding. With verify = "coupled" the ids are those of plain decoding.
+A block ends where a picture begins or the turn ends. No draft makes a header malformed: each id is verified under the
+mask of its own phase. With verify = "coupled" the ids equal those of autoregressive decoding.
 
-Legend: R rows, K drafted tokens, V vocabulary, W width.
+Legend: R batch rows, K drafted tokens, V vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from omni.samplers.token import masked_scores, token_law, token_noise
 from omni.samplers.verification import Verdict, agreed, block, rejection
 from omni.sequence.layout import Span, TokenSpan
 
-Wanted = dict[int, tuple[list[int], bool]]  # of a row: the ids of its draft, and whether one more may follow them
+Wanted = dict[int, tuple[list[int], bool]]  # of a request: the ids of its draft, and whether one more may follow
 
 
 def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
-    """One round for the rows that talk in blocks and agree in `Row.drafting`; the others of the cache stand still."""
+    """One round for decoding requests with equal `Row.drafting`; the other batch rows of the cache do not change."""
     assert runtime.model.joint is not None
     carries_on = runtime.model.joint.head.carries_on and runtime.model.joint.head.length > 1
     again, options = bool(talking[0].leftover), talking[0].options.speculative
@@ -79,7 +79,7 @@ def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: 
         count = kept + 1 if whole or kept < len(ids) else kept
         trace = Drafted(len(ids), kept, passes, again)
         said = yield from _emit(runtime, row, verdict.ids[0, :count].tolist(), trace)
-        m = len(said) - (start is not None)  # the last one goes in with the next pass; one of the last round may be in
+        m = len(said) - (start is not None)  # the last id waits; without a start, this pass appended one id more
         cache.truncate(r, *(field[r] + m for field in base))
         row.pending = [TokenSpan([said[-1]], [False])]
         over = row.phase in ("block", "done") or bool(row.forced)
@@ -90,9 +90,9 @@ def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: 
 def _read_drafts(
     runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
-    """One pass over the draft of every talking row, written to the cache; the hidden states of each, `start` (R, W)
-    before it first. Without a start, the last id of each row goes before its draft. An id that nothing may follow is
-    not read (so there may be no pass at all): hidden states (K, W) then, else (K + 1, W)."""
+    """One pass over the draft of every decoding request, written to the cache; yields the hidden states of each,
+    `start` (R, W) first. Without a start, the last id of each request precedes its draft. An id that nothing may follow
+    is not read (a round may then need no pass): hidden states (K, W), else (K + 1, W)."""
     ids: list[list[int]] = [[] for _ in rows]
     for row in talking:
         draft, whole = wanted[row.number]
@@ -110,7 +110,7 @@ def _read_drafts(
 
 
 def _is_read(start: Tensor | None, wanted: Wanted) -> bool:
-    """Whether anything of a round's drafts, or before them, needs a pass."""
+    """Whether a round needs a pass over its drafts or the ids before them."""
     return start is None or any(whole or len(ids) > 1 for ids, whole in wanted.values())
 
 
@@ -130,10 +130,10 @@ def _plain(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Te
 
 
 def _draft(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
-    """What the head drafts for every row of the cache (of rows that do not talk it means nothing), and the hidden
-    states (R, W) before the drafts; all that the talking rows have goes into the cache. The tokens' noise is the row's
-    own; what a head draws besides (the number of a latent mixture) hangs on the batch, so with such a head "rejection"
-    and "block" keep the law of a reply in another batch, not its very ids.
+    """The head's draft for every batch row of the cache (undefined for other requests), and the hidden states (R, W)
+    before the drafts; the pending spans are appended to the cache. The tokens' noise belongs to the request. A head's
+    other samples (the component of a latent mixture) depend on the batch: with such a head "rejection" and "block" keep
+    the distribution of a reply in another batch, not its ids.
     """
     spans: list[list[Span]] = [[] for _ in rows]
     for row in talking:
@@ -151,7 +151,7 @@ def _draft(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache:
     _require_sound(runtime, talking, call, draft)
     if first.options.speculative.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft, call.start
-    # The law of the first token is in the same pass, so what plain decoding says there is known: it is always kept.
+    # The same pass gives the distribution of the first token, so its autoregressive id is known and always accepted.
     logits, ids = runtime.model.token.read(call.start), draft.ids.clone()
     for row in talking:
         ids[row.number, 0] = _plain(runtime, row, (), logits[row.number : row.number + 1])[0]
@@ -159,8 +159,9 @@ def _draft(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache:
 
 
 def _carry_on(runtime: Runtime, talking: Sequence[Row], num_rows: int) -> Draft:
-    """What the head drafts after the last id of every talking row, from the hidden state before that id; as many rows
-    as the cache has, of which the others mean nothing. Drawn as plain decoding draws, at the row's temperature."""
+    """Recurrent drafting: the head's draft after the last id of every decoding request, from the hidden state before
+    that id. One batch row per row of the cache; those of other requests are undefined. Ids are sampled like in
+    autoregressive decoding, at the request's temperature."""
     joint, first = runtime.model.joint, talking[0]
     assert joint is not None and first.state is not None
     num = min(max(row.draft_length for row in talking), joint.head.length - 1)
@@ -182,7 +183,7 @@ def _carry_on(runtime: Runtime, talking: Sequence[Row], num_rows: int) -> Draft:
     call = StateCall(runtime.model, states)
     drafting = joint.head.carry_on(call, said.to(states.device))
     chosen = [choose(0, next(drafting))]
-    while len(chosen) < num:  # until nothing may follow in any row
+    while len(chosen) < num:  # until no request may have a further id
         so_far = torch.stack([ids for ids, _ in chosen], 1)
         if not any(_usable(runtime, row, so_far[row.number].tolist())[1] for row in talking):
             break
@@ -194,7 +195,7 @@ def _carry_on(runtime: Runtime, talking: Sequence[Row], num_rows: int) -> Draft:
 
 
 def _require_sound(runtime: Runtime, talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
-    """NotFiniteError if the head drafted from logits, or by probabilities, that are not finite."""
+    """NotFiniteError if the head's logits or probabilities are not finite."""
     wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
     wrong = wrong if call.unsound is None else wrong | call.unsound
     if draft.log_q is not None:
@@ -203,7 +204,7 @@ def _require_sound(runtime: Runtime, talking: Sequence[Row], call: CacheCall | S
     for row in talking:
         if found[row.number]:
             logits = runtime.model.token.read(call.start[row.number : row.number + 1])
-            masked_scores(logits, torch.zeros_like(logits), [row.num_tokens])  # raises where the head is not to blame
+            masked_scores(logits, torch.zeros_like(logits), [row.num_tokens])  # raises if the token head caused it
             raise NotFiniteError(
                 f"the joint-token head's draft from token {row.num_tokens + 1} of the reply on is not finite: its "
                 "weights are damaged; check the model's files with `omni verify`, or take tokens_per_pass = 1"
@@ -211,7 +212,7 @@ def _require_sound(runtime: Runtime, talking: Sequence[Row], call: CacheCall | S
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
-    """The same with neighbouring ids in one span."""
+    """The same spans; neighbouring ids share one TokenSpan."""
     out: list[Span] = []
     for span in spans:
         before = out[-1] if out else None
@@ -231,8 +232,8 @@ def _noise(row: Row, num: int) -> list[float]:
 
 
 def _usable(runtime: Runtime, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
-    """As much of a draft as one round can use, and whether one more token may follow: not past the ids that a round
-    is allowed, nor past the id after which a picture begins or the turn ends."""
+    """The ids of a draft that one round can use, and whether one more token may follow. They end at `draft_length`, and
+    at the id after which a picture begins or the turn ends."""
     ids, phase = list(ids[: row.draft_length]), row.phase
     for k, token in enumerate(ids):
         phase = runtime.grammar.following(row, phase, token)
@@ -242,7 +243,7 @@ def _usable(runtime: Runtime, row: Row, ids: Sequence[int]) -> tuple[list[int], 
 
 
 def _masks(runtime: Runtime, row: Row, ids: Sequence[int], num: int) -> Tensor:
-    """(num, V) additive: which ids may come in place of every id of a draft, and after it."""
+    """(num, V) additive masks of the allowed ids in place of every id of a draft, and after it."""
     masks, phase = [], row.phase
     for token in (*ids, None)[:num]:
         masks.append(runtime.grammar.mask_of(row, phase))
@@ -272,8 +273,8 @@ def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], 
     log_p = _after_all(_laws(runtime, row, ids, logits), K)[None]
     if draft is None or draft.log_q is None:
         raise ValueError(
-            f"verify = {kind!r} needs the laws that the draft was drawn from, which this model's joint-token head does "
-            "not have; take verify = 'coupled'"
+            f"verify = {kind!r} needs the probabilities of the draft, which this model's joint-token head does not "
+            "give; take verify = 'coupled'"
         )
     key = row.key.fold("verify", row.num_tokens)
     coins = key.fold("coins").uniform((1, K), torch.float64).to(logits.device)
@@ -283,12 +284,12 @@ def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], 
 
 
 def _after_all(each: Tensor, num: int) -> Tensor:
-    """With one more entry where an id that nothing may follow was not read; it is not used."""
+    """`each` padded to num + 1 entries where the last id was not read; the padding is not used."""
     return each if len(each) > num else torch.cat([each, each[-1:]])
 
 
 def _legal(runtime: Runtime, row: Row, ids: Sequence[int]) -> list[int]:
-    """An unverified draft up to its first id that may not come where it stands. The first always may (see `_draft`)."""
+    """An unverified draft before its first id that its phase does not allow. The first id is allowed (see `_draft`)."""
     phase = row.phase
     for k, token in enumerate(ids):
         if runtime.grammar.mask_of(row, phase)[token] == -torch.inf:
@@ -298,7 +299,7 @@ def _legal(runtime: Runtime, row: Row, ids: Sequence[int]) -> list[int]:
 
 
 def _emit(runtime: Runtime, row: Row, ids: Sequence[int], trace: Drafted) -> Iterator:
-    """The row says ids until its state changes; yields events, returns those that were said."""
+    """Emit ids of a request until its phase ends; yields events, returns the emitted ids."""
     row.note(trace)
     yield row.number, trace
     said: list[int] = []

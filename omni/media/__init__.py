@@ -1,14 +1,14 @@
-"""Pictures and clips in and out of files and arrays: bounded, checked, and refused before anything large is decoded.
+"""Pictures and clips from and to files and arrays, with limits that are checked before large input is decoded.
 
-Pixels are uint8 RGB tensors, (H, W, 3) or (T, H, W, 3), on the CPU. Unreadable, oversized or unsupported input is a
-one-line ValueError that names it. Files appear whole or not at all. Nothing is fetched from a network, and a file never
-makes another one be opened.
+Pixels are uint8 RGB tensors, (H, W, 3) or (T, H, W, 3), on the CPU. Unreadable, oversized or unsupported input raises a
+one-line ValueError that names it. Files appear whole or not at all. Nothing is fetched from a network; a file cannot
+open another file.
 
-    pixels.py     values of any mode and dtype to uint8 RGB: the one place that converts
-    pictures.py   files, bytes, PIL pictures and arrays to pixels; PNG out
-    clips.py      clips to frames; animated pictures in and out
-    video.py      MP4 and its like, through PyAV: pip install 'omni-flow[video]'
-    files.py      bounded reading, whole writing, the time limit
+    pixels.py     values of any mode and dtype to uint8 RGB: the only conversion
+    pictures.py   files, bytes, PIL pictures and arrays to pixels; writes PNG
+    clips.py      clips to frames; reads and writes animated pictures
+    video.py      MP4 and other video files, by PyAV: pip install 'omni-flow[video]'
+    files.py      bounded reading, atomic writing, the time limit
 """
 
 from omni.media.clips import MAX_CLIP_BYTES, MAX_CLIP_PIXELS, MAX_FRAMES, load_video, save_apng, save_gif

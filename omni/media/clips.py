@@ -1,6 +1,6 @@
-"""Clips: a path or encoded bytes to frames, and frames to animated pictures. Video files are video.py's business.
+"""Clips: a path or encoded bytes to frames, and frames to animated pictures. video.py reads and writes video files.
 
-Legend: H, W pixels; T frames. Frames are counted twice: those that are kept, and those that are decoded on the way.
+Legend: H, W pixels; T frames. Kept frames and decoded frames are counted separately.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from omni.media.pictures import decode, open_header, to_pil
 from omni.media.pixels import check_tensor
 from omni.media.video import DEFAULT_FPS, TimedFrame, video_frames
 
-MAX_CLIP_PIXELS = 500_000_000  # of all the frames that are kept
+MAX_CLIP_PIXELS = 500_000_000  # of all kept frames
 MAX_CLIP_BYTES = 512 << 20
 MAX_FRAMES = 1_000  # kept
 MAX_DECODED_FRAMES = 10_000
-MAX_DECODED_PIXELS = 2_000_000_000  # 16 seconds of work, or so
+MAX_DECODED_PIXELS = 2_000_000_000  # about 16 seconds of work
 
 
 def load_video(
@@ -42,14 +42,14 @@ def load_video(
 ) -> tuple[torch.Tensor, float]:
     """Decode a clip (a path or encoded bytes) to uint8 (T, H, W, 3) and its frames per second.
 
-    Frames come as a player shows them: turned and mirrored by the display matrix or the EXIF orientation, stretched to
-    square pixels, in the colours that the file names. A file that names none has those of BT.709 from 720 lines or
-    1280 columns on, else those of BT.601. A frame of an animated picture that stands for several times as long as the
-    shortest comes as often. `fps` thins a faster clip to that rate: the frames that are shown at 0, 1/fps, 2/fps, ...
+    Frames are as a player shows them: oriented by the display matrix or the EXIF orientation, with square pixels, in
+    the file's colour space (default: BT.709 from 720 lines or 1280 columns on, else BT.601). A frame of an animated
+    picture is repeated if its delay is a multiple of the shortest. `fps` subsamples a faster clip: it keeps the frames
+    shown at 0, 1/fps, 2/fps, ...
 
-    max_frames, max_pixels (T*H*W) and max_seconds bound what is kept; max_decoded_frames and max_decoded_pixels bound
-    what is decoded on the way, dropped frames too; timeout_seconds is the last resort. Beyond one of them ValueError,
-    raised before the rest is decoded, and before anything where the header says so. ImportError without PyAV, which
+    max_frames, max_pixels (T*H*W) and max_seconds bound the kept frames; max_decoded_frames and max_decoded_pixels
+    bound all decoded frames, dropped ones too; timeout_seconds bounds the time. Beyond a bound ValueError, raised
+    before the rest is decoded, and before any decoding if the header gives the value. ImportError without PyAV, which
     GIF, APNG and WebP do not need.
     """
     rate = None if fps is None else check_fps(fps)
@@ -60,7 +60,7 @@ def load_video(
     walk = _Walk(name, max_seconds, max_decoded_frames, max_decoded_pixels)
     frames: list[torch.Tensor] = []
     starts: list[float] = []
-    times: list[int] = []  # how often a frame comes at `rate`
+    times: list[int] = []  # repeats of a frame at `rate`
     try:
         for frame in shown:
             clock.check_time()
@@ -91,7 +91,7 @@ def load_video(
 def _repeated(
     frames: list[torch.Tensor], times: list[int], name: str, max_frames: int, max_pixels: int
 ) -> torch.Tensor:
-    """Each frame (H, W, 3) as often as `times` has it: (T, H, W, 3). ValueError beyond a bound, before any copy."""
+    """Each frame (H, W, 3) repeated `times` times: (T, H, W, 3). ValueError beyond a bound, before any copy."""
     if sum(times) > max_frames:
         raise ValueError(f"{name} lasts {sum(times)} frames, above max_frames={max_frames}; cut it, or lower fps")
     check_pixels((frames[0].shape[1], frames[0].shape[0]), sum(times), name, max_pixels)
@@ -99,7 +99,7 @@ def _repeated(
 
 
 class _Walk:
-    """Follows the decoded frames of a clip, whether they are kept or not, and counts them."""
+    """Counts the decoded frames of a clip, kept or dropped, and checks their bounds."""
 
     def __init__(self, name: str, max_seconds: float, max_frames: int, max_pixels: int) -> None:
         self._name, self._max_seconds = name, max_seconds
@@ -107,7 +107,7 @@ class _Walk:
         self._first: float | None = None
         self._next_sample = 0
         self.num_frames = self.num_pixels = 0
-        self.start = self.end = 0.0  # of the last frame, in seconds from the first one
+        self.start = self.end = 0.0  # of the last frame, in seconds after the first frame
 
     def step(self, frame: TimedFrame) -> None:
         """Count `frame`. Raises ValueError beyond a bound."""
@@ -129,7 +129,7 @@ class _Walk:
         raise ValueError(f"{self._name} has more to decode than {bound}; cut it, make it smaller or raise the bound")
 
     def samples(self, frame: TimedFrame, rate: float) -> int:
-        """At how many of the times 0, 1/rate, 2/rate, ... the last frame is shown."""
+        """The number of times 0, 1/rate, 2/rate, ... at which the last frame is shown."""
         slack = min(1e-3, frame.duration * rate / 2)  # times in files are rounded
         after = max(math.ceil(self.end * rate - slack), self._next_sample)
         num, self._next_sample = after - self._next_sample, after
@@ -137,7 +137,7 @@ class _Walk:
 
 
 def _repeats(starts: Sequence[float], end: float) -> list[int]:
-    """How often each frame comes at the rate of the shortest; once where the delays are no multiples of that one.
+    """Repeats of each frame at the rate of the shortest delay; 1 if the delays are not multiples of it.
 
     Writers of animated pictures store equal neighbours as one frame with a longer delay.
     """
@@ -156,9 +156,9 @@ def _repeats(starts: Sequence[float], end: float) -> list[int]:
 
 def _animation_frames(data: TimedBytes, name: str) -> Generator[TimedFrame]:
     with open_header(data, name, MAX_PIXELS) as image:
-        # The number of frames of a GIF is known only after a walk through all of it.
+        # The number of frames of a GIF is known only at its end.
         frames = itertools.count() if image.format == "GIF" else range(getattr(image, "n_frames", 1))
-        shortest = 20 if image.format == "GIF" else 1  # browsers show what claims to be faster for 1/10 s
+        shortest = 20 if image.format == "GIF" else 1  # browsers show shorter delays for 1/10 s
         start = 0.0
         for index in frames:
             check_pixels(image.size, 1, name, MAX_PIXELS)
@@ -182,8 +182,8 @@ def _animation_frames(data: TimedBytes, name: str) -> Generator[TimedFrame]:
 def save_gif(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
     """Write uint8 (T, H, W, 3) as an endless GIF of at most 256 colours a frame; delays are whole 1/100 s.
 
-    Equal neighbours become one frame with a longer delay, which load_video undoes but where all frames are equal.
-    Raises ValueError for rates that the format does not have: above 50, or below 1/655.
+    Equal neighbours become one frame with a longer delay; load_video restores them unless all frames are equal.
+    Raises ValueError for rates outside the format: above 50, or below 1/655.
     """
     delay = round(100 / check_fps(fps))
     if not 2 <= delay <= 65_535 or fps > 50:
@@ -193,7 +193,7 @@ def save_gif(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
 
 def save_apng(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
     """Write uint8 (T, H, W, 3) as an endless animated PNG, without loss."""
-    # Pillow merges equal neighbours unless they differ in `blend`, which means nothing where nothing is transparent.
+    # Pillow merges equal neighbours unless they differ in `blend`, which has no effect on opaque frames.
     blend = [index % 2 for index in range(len(frames))]
     _save_animation(frames, path, "PNG", duration=1000 / check_fps(fps), blend=blend)
 
@@ -204,5 +204,5 @@ def _save_animation(frames: torch.Tensor, path: str | Path, kind: str, **options
     options = {"save_all": True, "append_images": rest, "loop": 0, **options}
     try:
         files.write_whole(path, lambda file: first.save(file, format=kind, **options))
-    except struct.error:  # what older versions of Pillow raise
+    except struct.error:  # raised by older versions of Pillow
         raise ValueError(f"frames of {options['duration']:g} ms are too long for {kind}; give a higher fps") from None

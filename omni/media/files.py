@@ -1,7 +1,7 @@
-"""Encoded bytes in, whole files out, and the bounds that hold for all media.
+"""Bounded reading of encoded bytes, atomic writing of files, and the bounds of all media. This file decodes nothing.
 
-It decodes nothing. `TimedBytes` is the last resort against files that are small and take long: decoders read through
-it, in pieces, and it raises once their time is used up.
+`TimedBytes` bounds small files that take long to decode: decoders read through it in pieces, and it raises after the
+time limit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TIMEOUT_SECONDS = 30.0  # of decoding one picture or clip
 
 
 class TimeLimitError(ValueError):
-    """Decoding took longer than it may."""
+    """Decoding took longer than the time limit."""
 
 
 class TimedBytes(io.BytesIO):
-    """The bytes of a file, named `name`, that can be read for `timeout_seconds` from now."""
+    """The bytes of the file `name`, readable for `timeout_seconds` from now."""
 
     def __init__(self, data: bytes, name: str, timeout_seconds: float) -> None:
         super().__init__(data)
@@ -32,7 +32,7 @@ class TimedBytes(io.BytesIO):
         self._end = time.monotonic() + timeout_seconds
 
     def check_time(self) -> None:
-        """Raise TimeLimitError when the time is used up."""
+        """Raise TimeLimitError after the time limit."""
         if time.monotonic() >= self._end:
             raise TimeLimitError(f"{self._message}; make it smaller or shorter, or raise the bound")
 
@@ -50,7 +50,7 @@ def check_pixels(size: tuple[int, int], num_frames: int, name: str, max_pixels: 
 
 
 def read(source: Any, max_bytes: int, kind: str) -> tuple[bytes, str]:
-    """Encoded bytes of a path or of bytes, and what to call them in an error. Raises ValueError."""
+    """Encoded bytes of a path or of bytes, and their name for errors. Raises ValueError."""
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), f"the {kind}'s bytes"
     elif isinstance(source, str | os.PathLike):
@@ -79,7 +79,7 @@ def _read_file(path: Any, max_bytes: int, name: str) -> bytes:
         reason = error.strerror or str(error)
         raise ValueError(f"cannot read {name}: {reason}; give the path of a file that exists") from None
     except ValueError as error:
-        if "null" in str(error):  # what open() raises for such a name
+        if "null" in str(error):  # open() raises it for such a name
             raise ValueError(f"cannot read {name}: a path has no null character; give the path of a file") from None
         raise
 
@@ -89,16 +89,16 @@ def _too_large(name: str, max_bytes: int) -> ValueError:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not block before it is refused
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not block
 
 
 def reason(error: Exception) -> str:
-    """What a decoder complained about, in one line."""
+    """The message of a decoder's error, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write beside `path` under another name, then rename: readers and crashes never see half a file."""
+    """Write beside `path` under another name, then rename: `path` is never half a file."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -1,4 +1,4 @@
-"""One picture: a path, encoded bytes, an array or a PIL picture to pixels, and pixels to PNG."""
+"""Pictures: a path, encoded bytes, an array or a PIL picture to pixels, and pixels to PNG."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MATRICES = {
     7: (0, -1, -1, 0),
     8: (0, -1, 1, 0),
 }
-# libjpeg works through as many scans as a file has, each over the whole picture: the time is looked at in between.
+# libjpeg decodes every scan of a file over the whole picture; small pieces let TimedBytes check the time in between.
 _JPEG_PIECE = 1024
 
 
@@ -38,10 +38,10 @@ def load_image(
 ) -> torch.Tensor:
     """Decode a picture (a path, encoded bytes, a PIL image, a numpy array or a tensor) to uint8 (H, W, 3).
 
-    The size is read from the header and refused before decoding. The EXIF orientation is applied, also of a PIL image
-    that carries one; an embedded colour profile is converted to sRGB; transparency is laid on white; of an animation
-    the first frame is taken. What other modes and dtypes become is in omni/media/pixels.py: in short, 16-bit values and
-    floats in [0, 1] are scaled to 8 bits, other integers and floats are refused. Raises ValueError.
+    The header's size is checked before decoding. The EXIF orientation is applied, also that of a PIL image; an embedded
+    colour profile is converted to sRGB; transparency is composited on white; an animation gives its first frame.
+    omni/media/pixels.py converts other modes and dtypes: 16-bit values and floats in [0, 1] are scaled to 8 bits, other
+    integers and floats raise ValueError.
     """
     if is_pil(source):
         return decode(source, "the PIL picture", max_pixels)
@@ -57,7 +57,7 @@ def open_header(data: TimedBytes, name: str, max_pixels: int) -> Image.Image:
     Image.init()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size: check_pixels decides, in one place
+            warnings.simplefilter("ignore")  # about the size; check_pixels checks it
             return Image.open(data, formats=[kind for kind in FORMATS if kind in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large for max_pixels={max_pixels}: {error}; make it smaller first") from None
@@ -70,7 +70,7 @@ def open_header(data: TimedBytes, name: str, max_pixels: int) -> Image.Image:
 
 
 def decode(image: Image.Image, name: str, max_pixels: int) -> torch.Tensor:
-    """The picture, or its current frame, upright."""
+    """The picture, or its current frame, with its orientation applied."""
     files.check_pixels(image.size, 1, name, max_pixels)
     try:
         with warnings.catch_warnings():
@@ -87,7 +87,7 @@ def decode(image: Image.Image, name: str, max_pixels: int) -> torch.Tensor:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """1 to 8, or None; of EXIF data that cannot be read None, as viewers do."""
+    """1 to 8, or None; unreadable EXIF data is ignored, as in viewers."""
     try:
         return image.getexif().get(_ORIENTATION)
     except TimeLimitError:
@@ -111,6 +111,6 @@ def encode_png(pixels: torch.Tensor) -> bytes:
 
 
 def save_png(pixels: torch.Tensor | Image.Image, path: str | Path) -> None:
-    """Write a PNG; the file appears whole or not at all. Raises OSError where the folder cannot be written."""
+    """Write a PNG; the file appears whole or not at all. Raises OSError if the folder cannot be written."""
     picture = pixels if isinstance(pixels, Image.Image) else to_pil(pixels)
     files.write_whole(path, lambda file: picture.save(file, format="PNG"))

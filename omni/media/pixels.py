@@ -1,13 +1,13 @@
-"""Values of any mode and dtype to uint8 RGB. This is the one place that converts; every door leads here.
+"""Values of any mode and dtype to uint8 RGB. Every entry point uses this conversion.
 
-    uint8, 8-bit modes         as they are; palette, CMYK, YCbCr, LAB and a colour profile to sRGB
+    uint8, 8-bit modes         unchanged; palette, CMYK, YCbCr, LAB and a colour profile to sRGB
     uint16, "I;16" and alike   by the range of the type: 65535 is white
     bool, mode "1"             True is white
-    float, mode "F"            1 is white; every value must lie in [0, 1]
-    other integers, mode "I"   refused: their range says nothing of which value is white
+    float, mode "F"            1 is white; every value must be in [0, 1]
+    other integers, mode "I"   ValueError: their white value is unknown
 
-Arrays are (H, W), (H, W, C) or (C, H, W) with C 1 grey, 2 grey and alpha, 3 RGB or 4 RGBA; (H, W, 3) is Omni's own form
-and always read as such. Transparency is laid on white.
+Arrays are (H, W), (H, W, C) or (C, H, W) with C 1 grey, 2 grey and alpha, 3 RGB or 4 RGBA; a last axis of 3 is always
+RGB. Transparency is composited on white.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def check_tensor(pixels: torch.Tensor, ndim: int, shape: str) -> None:
 
 
 def upright(pixels: torch.Tensor, matrix: tuple[int, int, int, int]) -> torch.Tensor:
-    """(H, W, 3) turned and mirrored by a display matrix: the nearest of the eight ways to lay a picture on the screen.
+    """(H, W, 3) rotated and mirrored by a display matrix, to the nearest of the eight orientations.
 
     matrix: (a, b, c, d) of ISO/IEC 14496-12: the pixel at column p, row q is shown at column a*p + c*q, row b*p + d*q,
-    up to scale and place. Singular ones, all zeros for example, are ignored, as players do.
+    up to scale and offset. Singular matrices are ignored, as in players.
     """
     a, b, c, d = matrix
     if a * d == b * c:
@@ -77,7 +77,7 @@ def array_to_rgb(value: Any, max_pixels: int) -> torch.Tensor:
 
 
 def _channels_last(shape: tuple[int, ...], name: str) -> bool:
-    """Whether the channels are the last axis, from the shape alone. ValueError where both or neither can be."""
+    """Whether the channels are the last axis, from the shape alone. ValueError if both axes or neither can be."""
     if len(shape) == 2 or shape[-1] == 3:
         return True
     last, first = shape[-1] in (1, 2, 4), shape[0] in (1, 3, 4)
@@ -99,7 +99,7 @@ def _to_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
-    """By the table at the head of this file."""
+    """To uint8, by the table at the head of this file."""
     kind = array.dtype
     if kind == np.uint8:
         return array
@@ -116,14 +116,14 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
         scaled = array.astype(np.float32)
         scaled *= 255
         return np.rint(scaled, out=scaled).astype(np.uint8)
-    raise ValueError(f"{name} does not tell which value is white; give uint8, uint16, or floats in [0, 1]")
+    raise ValueError(f"{name} has no known white value; give uint8, uint16, or floats in [0, 1]")
 
 
 # --------------------------------------------------------------------------------------------- PIL pictures
 
 
 def image_to_rgb(image: Image.Image, name: str) -> torch.Tensor:
-    """A loaded PIL picture of any mode to uint8 (H, W, 3), on white where it is transparent. Raises ValueError."""
+    """A loaded PIL picture of any mode to uint8 (H, W, 3), composited on white. Raises ValueError."""
     image = _reduce(image, name)
     try:
         image = _to_srgb(image.convert("LA") if image.mode == "La" else image)
@@ -138,19 +138,18 @@ def image_to_rgb(image: Image.Image, name: str) -> torch.Tensor:
 
 
 def _reduce(image: Image.Image, name: str) -> Image.Image:
-    """Modes of more than 8 bits to grey of 8 bits, with alpha where the file names a transparent value."""
+    """Modes of more than 8 bits to 8-bit grey, with alpha if the file names a transparent value."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
     if image.mode == "I":
-        # PNG and PPM of 16 bits come in mode I from some versions and files; from elsewhere the range is unknown.
+        # Some versions and files give 16-bit PNG and PPM in mode I; otherwise the range is unknown.
         if image.format not in ("PNG", "PPM") or values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"{name} has 32-bit integers (mode 'I'), which do not tell which value is white; "
-                "convert it to 8 or 16 bits first"
+                f"{name} has 32-bit integers (mode 'I') without a known white value; convert it to 8 or 16 bits first"
             )
         values = values.astype(np.uint16)
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF whose zero is white; Pillow minds it in 8 bits
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF whose zero is white; Pillow inverts only 8 bits
         values = (1 if image.mode == "F" else 65535) - values
     clear = image.info.get("transparency")
     grey = Image.fromarray(_to_8_bits(values, f"{name} of mode {image.mode!r}"))
@@ -160,7 +159,7 @@ def _reduce(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """The colours of an embedded ICC profile in sRGB; a profile that cannot be read is ignored, as viewers do."""
+    """Convert the colours of an embedded ICC profile to sRGB; an unreadable profile is ignored, as in viewers."""
     data = image.info.get("icc_profile")
     if not data or image.mode not in ("RGB", "RGBA", "P", "PA", "L", "LA", "CMYK"):
         return image

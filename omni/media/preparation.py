@@ -1,8 +1,7 @@
-"""Preparation: pictures and clips of any size to pixels that a codec can encode. The one resize of the project.
+"""Preparation: pictures and clips of any size to pixels that a codec can encode. The only resize of the project.
 
 A model stores its preparation (preparation.json); training, the Python API, the command line and evaluation all call
-`prepare`. What is prepared already is left as it is, so preparing twice changes nothing. Reads no files: orientation
-is applied where a file is decoded (media.py).
+`prepare`. `prepare` is idempotent. This file reads no files: decoding applies the orientation (pictures.py).
 
 Legend: H, W pixels; T frames. Pixels are uint8 RGB, (H, W, 3) or (T, H, W, 3). A size is (height, width).
 """
@@ -23,7 +22,7 @@ from torch import Tensor
 from omni.config import Frozen, build
 from omni.document import Image, Text, Video
 
-MAX_CROP = 0.125  # share of one side that "buckets" may crop away; beyond it, the picture is padded
+MAX_CROP = 0.125  # share of one side that "buckets" may crop; above it, the picture is padded
 RESIZE_PIXELS = 1 << 24  # pixels of a clip that are resized together: bounds the float32 copy
 GREY = (299, 587, 114)  # thousandths of R, G, B in luma (ITU-R BT.601)
 
@@ -32,16 +31,16 @@ AnySegment = TypeVar("AnySegment", bound=Text | Image | Video)
 
 
 class Preparation(Frozen):
-    """How pictures and the frames of clips become sizes that a codec can encode, and how clips fill their chunks.
+    """How pictures and frames of clips get sizes that a codec can encode, and how clips fill their chunks.
 
     resize:
-        buckets    the sizes are all multiples of the stride within the budget; the one nearest in aspect, then in
-                   area, is taken. The aspect is kept: at most an eighth of one side is cropped, else edges are repeated
+        buckets    all multiples of the stride within the budget are candidates; the nearest in aspect, then in area, is
+                   the size. The aspect is kept: at most an eighth of one side is cropped, else edges are repeated
         stride     each side goes to the nearest multiple of the stride; the aspect is kept, edges are repeated
         letterbox  the picture is scaled to fit inside `size` and centred; edges are repeated around it
-        crop       the picture is scaled to cover `size`; what stands out is cropped, equally on both sides
-    A picture that has a right size is not touched. buckets and stride make a picture smaller only where it exceeds the
-    budget, and larger only to reach a multiple of the stride.
+        crop       the picture is scaled to cover `size`; the rest is cropped, equally on both sides
+    A picture of a valid size does not change. buckets and stride shrink a picture only above the budget, and enlarge it
+    only to a multiple of the stride.
     """
 
     resize: Literal["buckets", "stride", "letterbox", "crop"] = "buckets"
@@ -76,9 +75,9 @@ class Preparation(Frozen):
 def read_preparation(
     stored: Mapping[str, Any] | None, defaults: Mapping[str, Any], folder: str
 ) -> tuple[Preparation, dict[str, Any]]:
-    """The preparation of a model directory, from its preparation.json (`stored`), and its generation defaults without
-    the `picture_size` in which older models have theirs. One that has neither gets the default. ValueError for an
-    invalid table, which names `folder`."""
+    """The preparation of a model directory, from its preparation.json (`stored`), and its generation defaults. Older
+    models store `picture_size` in the defaults; it is removed. Without either, the default preparation. ValueError for
+    an invalid table names `folder`."""
     rest = dict(defaults)
     size = rest.pop("picture_size", None)
     if stored is not None:
@@ -88,7 +87,7 @@ def read_preparation(
 
 @dataclass(frozen=True)
 class Limits:
-    """What a codec and a model can take. stride: pixels per latent along (rows, columns). chunk: frames of one chunk.
+    """The limits of a codec and a model. stride: pixels per latent along (rows, columns). chunk: frames of one chunk.
     max_grid: latent rows or columns. max_chunks: chunks of one clip."""
 
     stride: Size
@@ -98,9 +97,9 @@ class Limits:
 
 
 def prepare(segment: AnySegment, preparation: Preparation, limits: Limits) -> AnySegment:
-    """The segment as the codec can encode it; text, and what is right already, is returned as it is.
+    """The segment with pixels that the codec can encode. Text and prepared media are returned unchanged.
 
-    ValueError for a clip with more chunks than the model has, and for a size that the codec cannot encode.
+    ValueError for a clip with more chunks than the model accepts, and for a size that the codec cannot encode.
     """
     if isinstance(segment, Image):
         pixels = prepare_picture(segment.pixels, preparation, limits)
@@ -118,10 +117,10 @@ def prepare_picture(pixels: Tensor, preparation: Preparation, limits: Limits) ->
 
 
 def prepare_clip(frames: Tensor, fps: float, preparation: Preparation, limits: Limits) -> tuple[Tensor, float]:
-    """uint8 (T, H, W, 3) -> uint8 (T', H', W', 3) that fill whole chunks, and their frame rate.
+    """uint8 (T, H, W, 3) -> uint8 (T', H', W', 3) of whole chunks, and their frame rate.
 
-    Thinned, cut to the whole chunks of `max_frames`, resized, and the last chunk filled or cut; a clip shorter than one
-    chunk is always filled. ValueError for a clip that has more than `limits.max_chunks` chunks.
+    The clip is subsampled, cut to the whole chunks of `max_frames` and resized; the last chunk is filled or cut. A clip
+    shorter than one chunk is always filled. ValueError for more than `limits.max_chunks` chunks.
     """
     _check(frames, 4, "a clip", "(T, H, W, 3)")
     given = len(frames)
@@ -148,7 +147,7 @@ def prepare_clip(frames: Tensor, fps: float, preparation: Preparation, limits: L
 
 
 def target_size(height: int, width: int, preparation: Preparation, limits: Limits) -> Size:
-    """The size in pixels that a picture of (height, width) gets. ValueError for a `size` the codec cannot encode."""
+    """The prepared size in pixels of a picture of (height, width). ValueError for a `size` the codec cannot encode."""
     rows, columns = limits.stride
     if preparation.size is not None:
         size, largest = preparation.size, (limits.max_grid * rows, limits.max_grid * columns)
@@ -168,12 +167,12 @@ def target_size(height: int, width: int, preparation: Preparation, limits: Limit
 
 
 def _bucket(h: float, w: float, budget: int, largest: int) -> Size:
-    """Of all grids within the budget, that with the least |log of the ratio of aspects| + |log of areas| / 4."""
+    """The grid within the budget of smallest |log of the ratio of aspects| + |log of the ratio of areas| / 4."""
     aspect, area = w / h, min(h * w, budget)
 
     def cost(grid: Size) -> tuple[float, int]:
         off = abs(math.log(grid[1] / grid[0] / aspect)) + abs(math.log(grid[0] * grid[1] / area)) / 4
-        return round(off, 9), grid[0] * grid[1]  # rounded: ties are ties on every machine
+        return round(off, 9), grid[0] * grid[1]  # rounded, so that ties are equal on every machine
 
     most = min(largest, budget)
     near = ((rows, w) for rows in range(1, most + 1) for w in (math.floor(rows * aspect), math.ceil(rows * aspect)))
@@ -184,7 +183,7 @@ def _bucket(h: float, w: float, budget: int, largest: int) -> Size:
 
 
 def _fit(pixels: Tensor, preparation: Preparation, limits: Limits) -> Tensor:
-    """(..., H, W, 3) in the target size and colour; the same tensor where it is right already."""
+    """(..., H, W, 3) in the target size and colour; the same tensor if nothing changes."""
     height, width = pixels.shape[-3:-1]
     size = target_size(height, width, preparation, limits)
     if size != (height, width):
@@ -240,7 +239,7 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def _thinned(num: int, ratio: float) -> list[int]:
-    """Of `num` frames, those that stand at 0, ratio, 2 ratio, ... (ratio > 1)."""
+    """The indices of the frames, of `num`, at 0, ratio, 2 ratio, ... (ratio > 1)."""
     count = math.ceil(num / ratio - 1e-6)
     return [min(num - 1, math.floor(k * ratio + 1e-6)) for k in range(max(1, count))]
 

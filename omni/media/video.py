@@ -1,4 +1,4 @@
-"""Video files through PyAV: frames as a player shows them, and H.264 in MP4. PyAV converts the colours.
+"""Video files by PyAV: frames as a player shows them, and H.264 in MP4. PyAV converts the colours.
 
 Legend: H, W pixels; T frames.
 """
@@ -22,12 +22,12 @@ from omni.media import files
 from omni.media.files import MAX_PIXELS, TimedBytes, check_pixels
 from omni.media.pixels import check_tensor, upright
 
-# Containers that hold their own data. Others (playlists, ffconcat) name further files, which would be opened.
+# Containers that hold their own data. Others (playlists, ffconcat) would open further files.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,av1,ivf,flv,ogg,asf,mxf,"
     "yuv4mpegpipe"
 )
-# Values of ITU-T H.273, which files carry, and the matrices of the same names in PyAV.
+# Values of ITU-T H.273 in files, and PyAV's names of the matrices.
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
 _BT709, _UNSPECIFIED = 1, 2
 _LIMITED, _FULL = 1, 2
@@ -38,7 +38,7 @@ DEFAULT_FPS = 8.0  # of a clip without a frame rate
 
 @dataclass(frozen=True)
 class TimedFrame:
-    """A frame as it is shown: from `start`, for `duration` (seconds); its size (W, H); its pixels, (H, W, 3)."""
+    """A frame: shown from `start` for `duration` (seconds); its size (W, H); its pixels (H, W, 3)."""
 
     start: float
     duration: float
@@ -47,7 +47,7 @@ class TimedFrame:
 
 
 def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[TimedFrame]:
-    """The frames of the first video stream. ValueError where the header says more than `max_seconds`."""
+    """The frames of the first video stream. ValueError if the header gives more than `max_seconds`."""
     av = _import_av()
     limit = {"max_pixels": str(2 * MAX_PIXELS)}  # of a frame, with the decoder's own margins
     more = {"options": {"format_whitelist": FORMATS, **limit}, "metadata_errors": "replace", "io_open": _open_no_other}
@@ -61,7 +61,7 @@ def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[T
         seconds = _declared_seconds(stream, container)
         if seconds > max_seconds:
             bound = f"max_seconds={max_seconds:g}"
-            raise ValueError(f"{name} says it is {seconds:g} seconds long, above {bound}; cut it or raise the bound")
+            raise ValueError(f"{name} has {seconds:g} seconds by its header, above {bound}; cut it or raise the bound")
         stream.thread_count = 1
         stream.codec_context.options = limit
         step = 1 / float(stream.average_rate or DEFAULT_FPS)
@@ -79,7 +79,7 @@ def video_frames(data: TimedBytes, name: str, max_seconds: float) -> Generator[T
 
 @contextmanager
 def _named_errors(av: Any, name: str) -> Iterator[None]:
-    """What PyAV raises for damaged files, as one ValueError that names the file."""
+    """Turns PyAV's errors for damaged files into a ValueError that names the file."""
     try:
         yield
     except (av.error.FFmpegError, OSError, EOFError) as error:
@@ -91,19 +91,19 @@ def _open_no_other(url: str, *rest: Any) -> Any:
 
 
 def _is_cover(stream: Any) -> bool:
-    """Whether a video stream is the picture on the cover of an audio file."""
+    """Whether a video stream is the cover picture of an audio file."""
     return "attached_pic" in str(getattr(stream, "disposition", ""))
 
 
 def _declared_seconds(stream: Any, container: Any) -> float:
-    """What the header says, of the stream or else of the whole file (in microseconds); 0 where it says nothing."""
+    """The header's duration of the stream, else of the file (stored in microseconds); 0 if it has none."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return (container.duration or 0) / 1e6
 
 
 def _square_size(frame: Any, aspect: Fraction | None) -> tuple[int, int]:
-    """(W, H) with square pixels: the shorter side of a pixel is stretched, so that nothing is lost."""
+    """(W, H) with square pixels: the shorter side of a pixel is stretched, so no detail is lost."""
     if not aspect or aspect <= 0:
         return frame.width, frame.height
     if aspect >= 1:
@@ -112,7 +112,7 @@ def _square_size(frame: Any, aspect: Fraction | None) -> tuple[int, int]:
 
 
 def _pixels(frame: Any, size: tuple[int, int], name: str) -> torch.Tensor:
-    """uint8 (H, W, 3): colours as the frame says or as its size suggests, square pixels, upright."""
+    """uint8 (H, W, 3): colour space of the frame, or by its size; square pixels; orientation applied."""
     options: dict[str, Any] = {"format": "rgb24", "dst_colorspace": "ITU601", "dst_color_range": "JPEG"}
     if not frame.format.is_rgb and len(frame.format.components) >= 3:
         matrix = _MATRICES.get(frame.colorspace)
@@ -137,10 +137,10 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
 
 
 def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
-    """Write uint8 (T, H, W, 3) as H.264 in MP4, in the colours of BT.709 and tagged so. Lossy.
+    """Write uint8 (T, H, W, 3) as H.264 in MP4, in BT.709 colours with their tag. Lossy.
 
-    Odd sides are kept by leaving colour at full resolution (4:4:4), which some players do not show. ImportError
-    without PyAV; ValueError for sizes that H.264 does not have.
+    Odd sides use full colour resolution (4:4:4), which some players do not show. ImportError without PyAV; ValueError
+    for sizes that H.264 cannot encode.
     """
     check_tensor(frames, 4, "(T, H, W, 3)")
     rate = Fraction(check_fps(fps)).limit_denominator(1001)

@@ -1,4 +1,4 @@
-"""Text: tokenizers that know no control token, documents to spans (compose), chat messages to documents (chat)."""
+"""Text: tokenizers without control tokens in text, documents to spans (compose), messages to documents (chat)."""
 
 from omni.text.loading import load_tokenizer
 from omni.text.tokenizer import ControlTokens, TextStream, Tokenizer

@@ -1,7 +1,7 @@
-"""Byte-level BPE through the `tokenizers` library, with GPT-2's splitting: " apple" can be one token.
+"""Byte-level BPE of the `tokenizers` library, with GPT-2's splitting: " apple" can be one token.
 
 The library's model holds text tokens only: no special token, no added token, no normaliser, no post-processor.
-Loading refuses a file that has any of them.
+Loading rejects a file that has any of them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], num_text: int) -> BPETokenizer:
-        """Train on `texts` to exactly `num_text` ids (at least 256, the bytes). ValueError for a poor corpus."""
+        """Train on `texts` to exactly `num_text` ids (at least 256, the bytes). ValueError for a corpus too small."""
         if num_text < 256:
-            raise ValueError(f"vocab_size {num_text} is below 256, the bytes that any text needs; raise it")
+            raise ValueError(f"vocab_size {num_text} is below 256, one id for each byte; raise it")
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         library.decoder = tokenizers.decoders.ByteLevel()
@@ -67,14 +67,14 @@ class BPETokenizer(Tokenizer):
                 raise ValueError(f"{cls.file_name} has {part!r}, so text could change or become a control token")
         try:
             library = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{cls.file_name} is no model of the tokenizers library: {error}") from None
         return cls(library, phrases)
 
 
 @cache
 def _byte_characters() -> str:
-    """GPT-2's printable stand-ins for the 256 bytes, in byte order (openai/gpt-2, encoder.py)."""
+    """GPT-2's printable characters for the 256 bytes, in byte order (openai/gpt-2, encoder.py)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
     return "".join(chr(byte if byte in printable else 256 + hidden.index(byte)) for byte in range(256))

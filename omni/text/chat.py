@@ -1,4 +1,4 @@
-"""Chat messages, in the shapes people already have, to a Document and back. Order is never changed.
+"""Chat messages in common formats to a Document and back, in the same order.
 
 A message is {"role": "system" | "user" | "assistant", "content": a str or a list of parts}. Parts:
 
@@ -8,13 +8,13 @@ A message is {"role": "system" | "user" | "assistant", "content": a str or a lis
     {"type": "image", "image" | "url" | "path" | "base64": PIL picture, array, ...}      Hugging Face
     {"type": "video", "video" | "url" | "path" | "base64": path or frames, "fps": 8}     Hugging Face; also video_url
 
-The fps of frames is their rate; of a file, the rate to thin it out to. A plain str is one part of text; so is a str
-among the parts. The parts of an earlier reply are parts too; `reply.message` is all of it, and may be empty. The
-content of neighbouring messages of one role runs on without anything in between.
-Text stays text: no template is rendered. Nothing is fetched: http URLs are refused.
+The fps of frames is their rate; the fps of a file is the rate to subsample to. A plain str is one text part; so is a
+str in the list of parts. The parts of an earlier reply are also parts; `reply.message` is the whole reply, and may be
+empty. Contents of neighbouring messages of one role are joined without a separator.
+No template is rendered. Nothing is fetched: http URLs raise ValueError.
 
-Paths and file: URLs are read from the disk of this machine with the rights of this process, which is right for a user's
-own messages and wrong for messages from strangers: those are read with `allow_paths=False`.
+Paths and file: URLs are read from this machine's disk with the rights of this process. Read untrusted messages with
+`allow_paths=False`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _NO_FRAMES = (str, bytes, bytearray, memoryview, os.PathLike, Mapping)
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")  # two letters at least: C: is a drive
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
-# Of one call; media are bounded by omni.document.Budget beside these.
+# Limits of one call; omni.document.Budget also bounds media.
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 MAX_CHARACTERS = 10_000_000
-MAX_ESCAPES = 2_000_000  # of one data: URL; seconds of work
+MAX_ESCAPES = 2_000_000  # of one data: URL; takes seconds
 MAX_SECONDS = 60.0
 
 
@@ -63,17 +63,17 @@ def messages_to_document(
     supervise: bool = False,
     allow_paths: bool = True,
 ) -> Document:
-    """The Document of chat messages; a str stands for one message of the user.
+    """The Document of chat messages; a str is one message of the user.
 
-    `load_image` turns a path, encoded bytes, an array or a PIL picture into uint8 (H, W, 3); `load_video(path or bytes,
-    fps=, max_frames=, max_pixels=, timeout_seconds=)` a clip into uint8 (T, H, W, 3) and its frames per second.
+    `load_image` turns a path, encoded bytes, an array or a PIL picture into uint8 (H, W, 3). `load_video(path or bytes,
+    fps=, max_frames=, max_pixels=, timeout_seconds=)` turns a clip into uint8 (T, H, W, 3) and its frames per second.
     `supervise` marks the assistant's segments for the training loss.
 
-    allow_paths: by default a path or a file: URL is read from this machine's disk. A server, whose messages come from
-        strangers, gives False (omni.Engine has the same argument): then only data: URLs, base64 and objects are taken.
+    allow_paths: True reads paths and file: URLs from this machine's disk. False accepts only data: URLs, base64 and
+        objects; a server of untrusted messages passes False (omni.Engine has the same argument).
 
-    Messages, parts, characters, bytes, pixels, frames and seconds are bounded, before the work is done where a header
-    or a length gives them. Raises ValueError naming the message and value for anything unusable.
+    Messages, parts, characters, bytes, pixels, frames and seconds are bounded, before the work where a header or a
+    length gives them. ValueError names the message and the value.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -96,7 +96,7 @@ def messages_to_document(
 def document_to_messages(document: Document) -> list[dict[str, Any]]:
     """Messages whose content is a list of parts, one message per turn; pictures are PIL, frames a list of PIL.
 
-    The inverse of messages_to_document but for neighbouring messages and texts of one role, which come back joined.
+    The inverse of messages_to_document, except that neighbouring messages and texts of one role are joined.
     """
     messages: list[dict[str, Any]] = []
     for role, segments in document.turns():
@@ -139,12 +139,12 @@ def _read_message(message: Message, reader: _PartReader, supervise: bool) -> lis
 
 
 def _is_part(value: Any) -> bool:
-    """A part of a reply (omni.generation.reply), which gives itself as a content part."""
+    """Whether `value` is a part of a reply (omni.generation.reply): it has a method `content`."""
     return not isinstance(value, Mapping) and callable(getattr(value, "content", None))
 
 
 class _PartReader:
-    """Reads one content part after the other to segments, and counts what they hold."""
+    """Converts content parts to segments, and checks their total size."""
 
     def __init__(self, load_image: LoadImage, load_video: LoadVideo, allow_paths: bool) -> None:
         self._load_image, self._load_video = load_image, load_video
@@ -225,7 +225,7 @@ class _PartReader:
         return frames
 
     def _resolve(self, value: Any, kind: str, max_bytes: int) -> Any:
-        """A data: URL or base64 to bytes, a file: URL to its path; other things as they are; ValueError for http."""
+        """A data: URL or base64 to bytes, a file: URL to its path; other values unchanged; ValueError for http."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str):
@@ -258,11 +258,11 @@ def _value(part: Mapping[str, Any], kind: str, names: tuple[str, ...], what: str
 
 
 def _path_of_url(url: str, kind: str) -> str:
-    """The path of a file: URL. ValueError for another machine's."""
+    """The path of a file: URL. ValueError for the URL of another machine."""
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise ValueError(
-            f"{kind} {url!r:.100} lies on the machine {parts.netloc!r:.60}; write file:///path for this one"
+            f"{kind} {url!r:.100} is on the machine {parts.netloc!r:.60}; write file:///path for this machine"
         )
     return url2pathname(parts.path)
 
@@ -277,7 +277,7 @@ def _data_url(url: str, kind: str, max_bytes: int) -> bytes:
 
 
 def _base64(text: str, kind: str, max_bytes: int) -> bytes:
-    """Base64, also URL-safe, with white space, percent escapes and no padding."""
+    """Decode base64; also URL-safe, with white space, with percent escapes, or without padding."""
     plain = _unescape(text, 0, kind, 2 * max_bytes, max_bytes)
     plain = plain.translate(_URL_SAFE, b" \t\n\r\v\f").rstrip(b"=")
     if len(plain) > max_bytes // 3 * 4 + 4:
@@ -289,9 +289,9 @@ def _base64(text: str, kind: str, max_bytes: int) -> bytes:
 
 
 def _unescape(text: str, start: int, kind: str, max_bytes: int, named: int | None = None) -> bytes:
-    """The bytes of `text[start:]` without percent escapes, at most `max_bytes`; errors name the limit `named`.
+    """The bytes of `text[start:]` with percent escapes decoded, at most `max_bytes`; errors name the limit `named`.
 
-    In pieces, for unquote_to_bytes makes an object of every escape.
+    Decodes in pieces, because unquote_to_bytes makes an object for every escape.
     """
     if len(text) - start > 3 * max_bytes:
         raise _too_long(kind, named or max_bytes)

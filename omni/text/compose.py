@@ -6,7 +6,7 @@
 
 rate: frames per second, rounded.
 Legend: t, h, w latents in time, rows, columns; C latent channels; N = t*h*w.
-Control tokens enter by id only. Layout, packing and masks are omni.sequence.layout's business.
+Control tokens enter by id only. omni.sequence.layout does layout, packing and masks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
 EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
 NumLatents = Callable[[Image | Video], int]
-MAX_UNCOUNTED = 200_000  # characters that are encoded, in a fraction of a second, to say how many positions they are
+MAX_UNCOUNTED = 200_000  # characters; longer text is bounded by its length before it is encoded
 
 
 def compose(
@@ -31,9 +31,9 @@ def compose(
 ) -> list[Span]:
     """The spans of `document`, in order; neighbouring ids share one TokenSpan.
 
-    `encode_media` gives, for each image or video of the list it is given, its latents: float32 (t, h, w, C) tensors,
-    one with t = 1 for an image, one per chunk for a video. It is called once, with all of them, and not at all when
-    there are none. With `generation_prompt` the spans end with the id that opens an assistant turn.
+    `encode_media` returns the latents of each image or video of a list: float32 (t, h, w, C) tensors, one with t = 1
+    for an image, one per chunk for a video. It is called once with all media, and not called without media. With
+    `generation_prompt` the spans end with the id that opens an assistant turn.
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
     Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64.
     """
@@ -59,18 +59,17 @@ def compose(
 
 
 def prompt_length(document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int) -> int:
-    """How many context positions `compose` makes of a prompt, without encoding its media. ValueError unless they leave
-    room for a reply in `max_context`, and for a frame rate that has no size token. num_latents: of one image or video,
-    all its chunks together.
+    """The number of context positions of a prompt, without encoding its media. ValueError if they leave no room for a
+    reply in `max_context`, or a frame rate has no size token. num_latents: of one image or video with all its chunks.
 
-    Text that is too long by its characters alone is not encoded to be counted.
+    Text whose number of characters already exceeds the limit is not encoded.
     """
     texts = [s.text for s in document.segments if isinstance(s, Text)]
     media = [s for s in document.segments if not isinstance(s, Text)]
-    around = 2 + 2 * sum(1 for _ in document.turns())  # begin, the assistant's turn; role and end of each turn
+    around = 2 + 2 * sum(1 for _ in document.turns())  # begin, assistant; role and end of each turn
     for segment in media:
         if isinstance(segment, Video):
-            frame_rate(segment.fps)  # refused before it is encoded
+            frame_rate(segment.fps)  # raises before the clip is encoded
         around += header_length(isinstance(segment, Video)) + num_latents(segment) + 1
     if sum(map(len, texts)) > MAX_UNCOUNTED:
         fewest = sum(math.ceil(len(text) / tokenizer.longest_id) for text in texts)
@@ -81,7 +80,7 @@ def prompt_length(document: Document, tokenizer: Tokenizer, num_latents: NumLate
 
 
 def frame_rate(fps: float) -> int:
-    """The frames per second that a clip's header names: `fps` rounded, 1 to 64. ValueError where there is none."""
+    """The frames per second in a clip's header: `fps` rounded, 1 to 64. ValueError outside this range."""
     if not 0.5 <= fps < MAX_SIZE + 0.5:
         raise ValueError(
             f"a clip of {fps:g} frames per second has no rate token (0.5 to {MAX_SIZE}); give it another fps, or fewer "
@@ -99,12 +98,12 @@ def block_header(control: ControlTokens, rows: int, columns: int, clip: tuple[in
 
 
 def header_length(is_clip: bool) -> int:
-    """How many ids `block_header` gives."""
+    """The number of ids of `block_header`."""
     return 5 if is_clip else 3
 
 
 def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch.Tensor]) -> list[int]:
-    """Ids before the latents of one image or video: what it is and its size. ValueError for sizes beyond 1 to 64."""
+    """Ids before the latents of one image or video: its kind and its size. ValueError for sizes beyond 1 to 64."""
     t, h, w, _ = _check_latents(segment, latents)
     clip = (len(latents), frame_rate(segment.fps)) if isinstance(segment, Video) else None
     try:
@@ -135,7 +134,7 @@ def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[i
 
 
 class _SpanWriter:
-    """Collects ids until latents or the end close the TokenSpan."""
+    """Collects ids in a TokenSpan; latents and `finish` close it."""
 
     def __init__(self) -> None:
         self._spans: list[Span] = []

@@ -9,7 +9,7 @@ from omni.text.tokenizer import Read, Tokenizer, backends, from_disk, read_confi
 
 
 def load_tokenizer(directory: str | Path, read: Read | None = None) -> Tokenizer:
-    """Load the tokenizer saved in `directory`, whatever its backend. ValueError if there is none or it is damaged.
-    `read`: see Tokenizer.load."""
+    """Load the tokenizer in `directory`, of any backend. ValueError if it is missing or damaged. `read`: see
+    Tokenizer.load."""
     directory, read = Path(directory), cache(read or from_disk(Path(directory)))
     return backends.get(str(read_config(directory, read)["backend"])).load(directory, read)

@@ -1,8 +1,9 @@
-"""SentencePiece behind the same face: identity normalisation, byte fallback, no dummy prefix, nothing user-defined.
+"""SentencePiece with the Tokenizer interface: identity normalisation, byte fallback, no dummy prefix, no user-defined
+symbols.
 
-The library writes a space as U+2581 and so cannot tell the two apart, and it stops at NUL: those characters go in
-as the ids of their UTF-8 bytes, which the library's byte fallback has anyway, and come back as themselves.
-Text is decoded from the bytes of each piece, never by the library's own decoder.
+The library writes a space as U+2581, so it confuses the two, and it stops at NUL. These characters are encoded as the
+ids of their UTF-8 bytes (byte fallback) and decode exactly. Text is decoded from the bytes of each piece, not by the
+library's decoder.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Train a unigram model on `texts` to exactly `num_text` ids (at least 300: 256 bytes, <unk>, characters)."""
         if num_text < 300:
             raise ValueError(f"vocab_size {num_text} is below 300 (256 bytes, <unk>, some characters); raise it")
-        lines = list(_lines(texts))  # first: an error in the corpus must not come out as the trainer's
+        lines = list(_lines(texts))  # before training: an error of the corpus keeps its type
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Training text: the trainer takes lines, and skips any that hold the characters it keeps for itself."""
+    """Lines of training text; the trainer skips lines with its reserved characters, so text is also split there."""
     for text in texts:
         for line in re.split("[\n\r\x00\u2581\u2585\ud800-\udfff]+", text):
             if line:
@@ -105,7 +106,7 @@ def _piece_kinds(model: bytes) -> list[int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) pairs of one protobuf message; fixed-width numbers come as their bytes."""
+    """(field number, value) pairs of one protobuf message; fixed-width numbers are their bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

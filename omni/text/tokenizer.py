@@ -1,17 +1,16 @@
 """Tokenizer: text to ids and back, exactly; control tokens exist only as ids above the text ids.
 
-    ids 0 .. num_text-1                      text: what `encode` gives and `decode` takes
+    ids 0 .. num_text-1                      text: returned by `encode`, accepted by `decode`
     ids num_text .. num_text+len(control)-1  control: roles, media blocks and their size header
 
-The underlying library never hears of a control token, so no text, whatever it spells, can produce one. Every text id
-stands for a fixed string of bytes; decoding joins those bytes. Text is UTF-8 in which a lone surrogate, which UTF-8
-forbids, is written as its own three bytes (Python's "surrogatepass"): decode(encode(x)) == x for every Python str.
-Bytes that are no text (a model may produce any) decode to U+FFFD.
+The library has no control tokens, so no text can produce one. Every text id has a fixed string of bytes; decoding joins
+the bytes. Text is UTF-8; a lone surrogate, which UTF-8 forbids, is its own three bytes (Python's "surrogatepass"):
+decode(encode(x)) == x for every Python str. Bytes that are not text (a model may emit any) decode to U+FFFD.
 
-Phrases (" hot beverage") are text ids of their own, after the library's: whoever knows what a corpus names can give
-each name one id, and so a vector that no other word shares. SuperBPE (arXiv 2503.13423) finds such ids by frequency.
+Phrases (" hot beverage") are text ids after the library's ids. Each name of a corpus can have one id and thus its own
+embedding. SuperBPE (arXiv 2503.13423) finds such ids by frequency.
 
-This file does not split or merge text: see bpe.py and sentencepiece.py. Nor does it lay out turns: see compose.py.
+bpe.py and sentencepiece.py split and merge text; compose.py lays out turns.
 """
 
 from __future__ import annotations
@@ -83,10 +82,10 @@ class ControlTokens:
 
 
 class Tokenizer(ABC):
-    """Text to ids below `num_text` and back. Subclasses split text; the bytes of each id are theirs to tell once.
+    """Text to ids below `num_text` and back. A subclass splits text, and passes the bytes of each id to `__init__`.
 
-    `verbatim_pattern`: characters that go to the library never, but as the ids of their bytes. `phrases`: what has one
-    id each, in the order of their ids, the last text ids (see `with_phrases`).
+    `verbatim_pattern`: characters that are encoded as the ids of their bytes, without the library. `phrases`: texts
+    with one id each, in the order of their ids, the last text ids (see `with_phrases`).
     """
 
     backend: ClassVar[str]
@@ -99,7 +98,7 @@ class Tokenizer(ABC):
         self._phrase_pattern = _any_of(self.phrases)
         self._id_bytes = (*id_bytes, *(phrase.encode("utf-8") for phrase in self.phrases))
         self.num_text = len(self._id_bytes)
-        self.longest_id = max(map(len, self._id_bytes))  # in bytes: text of n characters has at least n / this ids
+        self.longest_id = max(map(len, self._id_bytes))  # in bytes; n characters have at least n / longest_id ids
         self.control = ControlTokens(self.num_text)
         self._byte_ids = self._find_byte_ids()
         if self.decode(self.encode(_PROBE)) != _PROBE:
@@ -110,7 +109,7 @@ class Tokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Text and control ids together."""
+        """The number of text ids and control ids."""
         return self.num_text + len(self.control)
 
     def encode(self, text: str) -> list[int]:
@@ -141,14 +140,14 @@ class Tokenizer(ABC):
         return decode_bytes(b"".join([self.bytes_of(token) for token in ids]))
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that one text id stands for; ValueError for any other id."""
+        """The bytes of one text id; ValueError for any other id."""
         if not 0 <= token < self.num_text:
             what = f"the control id {self.control.name(token)!r}" if token in self.control else "out of range"
             raise ValueError(f"id {token} is {what}, not text (0 to {self.num_text - 1}); decode text ids only")
         return self._id_bytes[token]
 
     def byte_id(self, byte: int) -> int:
-        """The id that stands for one byte alone."""
+        """The id of one single byte."""
         return self._byte_ids[byte]
 
     def stream(self) -> TextStream:
@@ -158,7 +157,7 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def train(cls, texts: Iterable[str], num_text: int) -> Tokenizer:
-        """A tokenizer of exactly `num_text` text ids, learnt from `texts`. ValueError where the corpus is too poor."""
+        """A tokenizer of exactly `num_text` text ids, trained on `texts`. ValueError if the corpus is too small."""
 
     def with_phrases(self, phrases: Sequence[str]) -> Self:
         """The same tokenizer with one id for each of `phrases`; the other text ids stay. It must have none yet.
@@ -177,7 +176,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _model_bytes(self) -> bytes:
-        """The library's own model file."""
+        """The library's model file."""
 
     @classmethod
     @abstractmethod
@@ -185,7 +184,7 @@ class Tokenizer(ABC):
         """Inverse of _model_bytes; ValueError for a model that could match control spellings in text."""
 
     def save(self, directory: str | Path) -> None:
-        """Write the library's model file and, last, tokenizer_config.json with its digest; each appears whole."""
+        """Write the library's model file, then tokenizer_config.json with its digest; each file appears whole."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         model = self._model_bytes()
@@ -193,7 +192,7 @@ class Tokenizer(ABC):
         _write_whole(directory / CONFIG_FILE, (json.dumps(self.describe(), indent=2) + "\n").encode())
 
     def describe(self) -> dict[str, Any]:
-        """What tokenizer_config.json holds: backend, sizes, control names, digest of the model file."""
+        """The content of tokenizer_config.json: backend, sizes, control names, digest of the model file."""
         return {
             "backend": self.backend,
             "file": self.file_name,
@@ -205,8 +204,8 @@ class Tokenizer(ABC):
 
     @classmethod
     def load(cls, directory: str | Path, read: Read | None = None) -> Self:
-        """Read a saved tokenizer. ValueError for missing, damaged or foreign files. `read` gives the bytes of a file
-        of the directory by its name; None: as they are on the disk."""
+        """Load a saved tokenizer. ValueError for missing, damaged or incompatible files. `read` returns the bytes of a
+        file of the directory by name; None reads the disk."""
         directory, read = Path(directory), read or from_disk(Path(directory))
         config = read_config(directory, read)
         if config["backend"] != cls.backend:
@@ -274,7 +273,7 @@ def _tree(words: Sequence[str]) -> str:
 class TextStream:
     """Decodes ids one by one; holds back the bytes of an unfinished character.
 
-    The strings of every push and of the flush, joined, equal `decode` of all the ids.
+    The joined strings of every `push` and of `flush` equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -282,20 +281,20 @@ class TextStream:
         self._held = b""
 
     def push(self, token: int) -> str:
-        """The text that is certain after this id; "" while a character is unfinished."""
+        """The text that this id completes; "" while a character is unfinished."""
         data = self._held + self._tokenizer.bytes_of(token)
         cut = len(data) - _unfinished(data)
         self._held = data[cut:]
         return decode_bytes(data[:cut])
 
     def flush(self) -> str:
-        """What is held back, as text; bytes that never became a character come out as U+FFFD."""
+        """The held-back bytes as text; an unfinished character gives U+FFFD."""
         data, self._held = self._held, b""
         return decode_bytes(data)
 
 
 def decode_bytes(data: bytes) -> str:
-    """UTF-8 to str; three-byte surrogates give surrogates, other invalid bytes U+FFFD as in the WHATWG standard."""
+    """UTF-8 to str. Three-byte surrogates give surrogates, other invalid bytes U+FFFD as in the WHATWG standard."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -311,14 +310,14 @@ def decode_bytes(data: bytes) -> str:
 
 
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
-_BEGUN = re.compile(  # a proper start of a character, cut off by the end of the data
+_BEGUN = re.compile(  # a valid start of a character, cut off by the end of the data
     rb"([\xc2-\xf4]|\xe0[\xa0-\xbf]|[\xe1-\xef][\x80-\xbf]"
     rb"|\xf0[\x90-\xbf][\x80-\xbf]?|[\xf1-\xf3][\x80-\xbf]{1,2}|\xf4[\x80-\x8f][\x80-\xbf]?)\Z"
 )
 
 
 def _unfinished(data: bytes) -> int:
-    """How many bytes at the end may still become a character."""
+    """The number of bytes at the end that may still become a character."""
     tail = data[-3:]
     match = _BEGUN.search(tail)
     return len(tail) - match.start() if match else 0
@@ -343,7 +342,7 @@ def from_disk(directory: Path) -> Read:
         except OSError as error:
             raise ValueError(f"cannot read {str(directory / name)!r}: {error.strerror}") from None
         if len(data) > MAX_BYTES:
-            raise ValueError(f"{str(directory / name)!r} has more than {MAX_BYTES:,} bytes; no tokenizer is as large")
+            raise ValueError(f"{str(directory / name)!r} has more than {MAX_BYTES:,} bytes; no tokenizer is so large")
         return data
 
     return read

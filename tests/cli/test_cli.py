@@ -1,4 +1,4 @@
-"""The `omni` command: replies in order, folders whole or absent, every bad input one line and exit code 2 or 4."""
+"""The `omni` command: ordered replies, folders whole or absent, one line and exit code 2 or 4 for bad input."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No model: the engine plays a script."""
+    """No model: the engine follows a script."""
     model = SimpleNamespace(
         codec=PixelCodec(PixelConfig(patch=4)), preparation=Preparation(), limits=Limits((4, 4), 1, 8, 8)
     )
@@ -137,8 +137,8 @@ def test_default_folders_are_numbered(fake: Any, at: Path) -> None:
     assert default_folder(at / "omni-out").name == "003"
 
 
-def test_a_taken_number_is_passed_over(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process publishes 001 between our look and our write."""
+def test_a_taken_number_is_skipped(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process publishes 001 between the check and the write."""
     (at / "omni-out/001").mkdir(parents=True)
     (at / "omni-out/001/theirs").write_text("x")
     answers = iter([at / "omni-out/001", at / "omni-out/001", at / "omni-out/002"])
@@ -161,7 +161,9 @@ def test_an_attached_picture_is_kept_beside_the_reply(fake: Any, at: Path) -> No
     [((8, 12), (8, 12), {}), ((9, 13), (8, 12), {}), ((100, 300), (12, 32), {"resize": "stride"}), ((1, 1), (4, 4), {}),
      ((100, 50), (16, 16), {"resize": "letterbox", "size": (16, 16)})],
 )  # fmt: skip
-def test_a_picture_is_attached_as_it_is_and_its_size_said(size: Any, read: Any, rule: Any, fake: Any, at: Path) -> None:
+def test_a_picture_is_attached_unchanged_and_its_size_printed(
+    size: Any, read: Any, rule: Any, fake: Any, at: Path
+) -> None:
     pixels, said = torch.full((*size, 3), 9, dtype=torch.uint8), io.StringIO()
     model = cli_generate.load_model(None)
     fake.setattr(model, "preparation", Preparation(**rule))
@@ -183,7 +185,7 @@ def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.M
      (b"x" * (cli_generate.MAX_PROMPT + 5), "the prompt is longer than 1048576 characters")],
     ids=["closed", "empty", "binary", "long"],
 )  # fmt: skip
-def test_standard_input_that_is_no_prompt(stdin: bytes | None, named: str, fake: Any, at: Path, capsys: Any) -> None:
+def test_invalid_standard_input(stdin: bytes | None, named: str, fake: Any, at: Path, capsys: Any) -> None:
     stream = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
     fake.setattr(sys, "stdin", stream)
     assert main(["generate", "-"]) == 2
@@ -220,9 +222,7 @@ def test_a_random_seed_is_recorded(fake: Any, at: Path) -> None:
     assert first["parts"][1]["seed"] == first["options"]["seed"]
 
 
-def test_an_impossible_folder_is_refused_before_the_work(
-    fake: Any, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_impossible_folder_raises_before_any_work(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake.setattr(cli_generate, "load_model", lambda *arguments: pytest.fail("loaded the model"))
     (at / "f").write_text("mine")
     (at / "link").symlink_to("nowhere")
@@ -239,7 +239,7 @@ def test_an_impossible_folder_is_refused_before_the_work(
     assert "'omni-out' is a file" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_noticed_before_the_work(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_raises_before_any_work(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -250,7 +250,7 @@ def test_a_full_disk_is_noticed_before_the_work(fake: Any, at: Path, capsys: pyt
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream whose `isatty` is True."""
 
     encoding = "utf-8"
 
@@ -258,8 +258,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_does_not_wipe_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both streams on one screen: before the progress line clears its line, the text's line must be finished."""
+def test_progress_does_not_erase_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both streams on one screen: the text's line ends before the progress line clears its line."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     events = scripted(1)(None, None, GenerationOptions(steps=1, seed=0))
@@ -319,7 +319,7 @@ def test_debug_shows_the_traceback(fake: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def huge_png(path: Path) -> None:
-    """A PNG of 50,000 x 50,000 pixels, as far as its header says."""
+    """A PNG of 50,000 x 50,000 pixels by its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -417,7 +417,7 @@ def test_bad_input_is_one_line(argv: list[str], code: int, named: str, at: Path,
     assert contents(at) == before
 
 
-def test_a_prompt_that_is_no_text(at: Path, capsys: Any) -> None:
+def test_a_prompt_that_is_not_utf8(at: Path, capsys: Any) -> None:
     assert main(["generate", "caf\udce9"]) == 2
     assert "UTF-8" in capsys.readouterr().err
 
@@ -445,7 +445,7 @@ def test_a_missing_file_is_code_4(name: str, at: Path, tiny_model: Path, capsys:
     assert name in capsys.readouterr().err and contents(at) == before
 
 
-def test_errors_cannot_draw_on_the_terminal(at: Path, capsys: Any) -> None:
+def test_errors_print_no_control_characters(at: Path, capsys: Any) -> None:
     assert main(["generate", "x", "--image", "\x1b]0;owned\x07.png"]) == 2
     err = capsys.readouterr().err
     assert "\x1b" not in err and "\x07" not in err
@@ -462,7 +462,7 @@ def test_generate_with_a_real_model(tiny_model: Path, at: Path) -> None:
     assert re.fullmatch("[0-9a-f]{32}", data["model"]["digest"])
 
 
-def test_a_size_beyond_the_model_is_refused(tiny_model: Path, at: Path, capsys: Any) -> None:
+def test_a_size_beyond_the_model_raises(tiny_model: Path, at: Path, capsys: Any) -> None:
     for size in ("9x8", "4096x8"):
         argv = ["generate", "x", "--model", str(tiny_model), "--force-image", "--size", size, "--out", "r"]
         assert main(argv) == 2
@@ -484,7 +484,7 @@ def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return main(["chat", *argv])
 
 
-def test_chat_knows_the_home_folder(fake: Any, at: Path) -> None:
+def test_chat_expands_the_home_folder(fake: Any, at: Path) -> None:
     (at / "home").mkdir()
     media.save_png(RED, at / "home/red.png")
     fake.setenv("HOME", str(at / "home"))
@@ -492,7 +492,7 @@ def test_chat_knows_the_home_folder(fake: Any, at: Path) -> None:
     assert (at / "home/talk/chat.json").is_file() and not (at / "~").exists()
 
 
-def test_chat_says_a_bad_number_in_a_line(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_reports_a_bad_number_in_one_line(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat("/guidance nan\n", fake) == 2
     said = capsys.readouterr().err
     assert said == (
@@ -537,7 +537,7 @@ def test_chat_keeps_its_history(fake: Any, at: Path, capsys: Any) -> None:
      ("caf\udce9", "not valid UTF-8"), ("x" * (cli_generate.MAX_PROMPT + 9), "longer than")],
     ids=lambda text: text[:20],
 )  # fmt: skip
-def test_chat_from_a_pipe_goes_on_after_an_error(line: str, named: str, fake: Any, at: Path, capsys: Any) -> None:
+def test_chat_from_a_pipe_continues_after_an_error(line: str, named: str, fake: Any, at: Path, capsys: Any) -> None:
     assert chat(f"{line}\nhello\n/save c\n", fake) == 2
     out, err = capsys.readouterr()
     assert err.startswith("omni: error: line 1: ") and named in err and err.count("\n") == 1
@@ -568,7 +568,7 @@ def test_chat_settings_are_the_flags(fake: Any, at: Path, capsys: Any) -> None:
 
 
 def terminal(fake: Any, *replies: Any) -> int:
-    """A chat at a terminal, whose user types `replies`; an exception is one that `input` raises."""
+    """A chat at a terminal: `input` returns `replies` in order, and raises those that are exceptions."""
     waiting = iter(replies)
 
     def ask(_: str) -> str:
@@ -582,7 +582,7 @@ def terminal(fake: Any, *replies: Any) -> int:
     return main(["chat"])
 
 
-def test_interactive_chat_goes_on_after_an_error(fake: Any, at: Path, capsys: Any) -> None:
+def test_interactive_chat_continues_after_an_error(fake: Any, at: Path, capsys: Any) -> None:
     assert terminal(fake, "/image none.png", "/help", "hello", EOFError()) == 0
     out, err = capsys.readouterr()
     assert "error: cannot read picture 'none.png'" in err and "/save" in out and "The end." in out
@@ -598,7 +598,7 @@ def test_one_interrupt_at_an_idle_prompt_loses_nothing(fake: Any, at: Path, caps
 
 
 @pytest.mark.parametrize("end", [["/quit"], [EOFError()], [KeyboardInterrupt(), KeyboardInterrupt()]])
-def test_what_was_not_saved_is_saved_at_the_end(end: list[Any], fake: Any, at: Path, capsys: Any) -> None:
+def test_an_unsaved_conversation_is_saved_at_the_end(end: list[Any], fake: Any, at: Path, capsys: Any) -> None:
     assert terminal(fake, "one", *end) == 0
     verify(at / "omni-out/001")
     assert (at / "omni-out/001/chat.json").is_file() and "omni-out/001" in capsys.readouterr().err
@@ -611,7 +611,7 @@ def test_a_bug_does_not_lose_the_conversation(fake: Any, at: Path) -> None:
     assert len(json.loads((at / "omni-out/001/chat.json").read_text())["messages"]) == 2
 
 
-def test_out_of_memory_is_one_line_and_the_chat_goes_on(fake: Any, at: Path, capsys: Any) -> None:
+def test_out_of_memory_is_one_line_and_the_chat_continues(fake: Any, at: Path, capsys: Any) -> None:
     def full(*_: Any) -> Iterator[Any]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 TiB")
 
@@ -647,7 +647,7 @@ def test_inspect_a_picture_and_a_document(tiny_model: Path, at: Path, capsys: An
         len(span.latents) if hasattr(span, "latents") else len(span.ids) for span in engine.model.spans(document)
     )
     rows = [line for line in out.splitlines() if re.match(r"\d", line)]
-    assert re.match(rf"(\d+-)?{num_positions - 1} ", rows[-1])  # the table ends where the sequence ends
+    assert re.match(rf"(\d+-)?{num_positions - 1} ", rows[-1])  # the last position of the sequence
     assert any("latents" in row and "refined" in row and "1 x 2 x 2" in row for row in rows) and "\x1b" not in out
 
 
@@ -672,7 +672,7 @@ def test_inspect_reads_what_omni_wrote(tiny_model: Path, fake: Any, at: Path, ca
     assert "image-2.png" in capsys.readouterr().err
 
 
-def test_inspect_looks_at_a_bounded_part_of_a_large_folder(at: Path, capsys: Any) -> None:
+def test_inspect_searches_a_bounded_part_of_a_large_folder(at: Path, capsys: Any) -> None:
     (at / "large/a/b").mkdir(parents=True)
     (at / "large/a/b/manifest.json").write_text("{}")
     assert main(["inspect", "large"]) == 2
@@ -684,7 +684,7 @@ def test_inspect_looks_at_a_bounded_part_of_a_large_folder(at: Path, capsys: Any
     assert cli_inspect.published_below(at / "large", 20) == []  # 50 entries come before it
 
 
-def test_doctor_draws_with_the_font_that_is_named(at: Path, capsys: Any) -> None:
+def test_doctor_renders_with_the_given_font(at: Path, capsys: Any) -> None:
     media.save_png(RED, at / "apple.png")
     (at / "empty.ttf").write_bytes(b"")
     for name in ("apple.png", "empty.ttf"):
@@ -693,7 +693,7 @@ def test_doctor_draws_with_the_font_that_is_named(at: Path, capsys: Any) -> None
         assert f"'{name}' is not a font" in err and err.count("\n") == 1
 
 
-def test_doctor_wants_colours(at: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_requires_colours(at: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = iter(range(2, 99))
 
     def grey(self: Any, character: str) -> PillowImage.Image:

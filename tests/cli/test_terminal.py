@@ -1,4 +1,4 @@
-"""Terminal output: which protocol, exact half blocks, and text that cannot do anything."""
+"""Terminal output: the choice of protocol, exact half blocks, and text without control characters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omni.safe_text import safe_text
 
 
 class Stream(io.StringIO):
-    """A stream that says it is a terminal, or not, with an encoding."""
+    """A stream with a given `isatty` and encoding."""
 
     def __init__(self, tty: bool = True, encoding: str = "utf-8") -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_a_pipe_gets_no_pictures_unless_forced() -> None:
 
 
 def parse_half_blocks(shown: str) -> np.ndarray:
-    """The pixels (H, W, 3) that truecolor half blocks show, read back the way a terminal would."""
+    """The pixels (H, W, 3) of truecolor half blocks, parsed as by a terminal."""
     rows = []
     for line in shown.rstrip("\n").split("\n"):
         upper, lower, colours = [], [], None
@@ -114,7 +114,7 @@ def test_iterm2_holds_the_png() -> None:
 
 
 @given(st.text(st.characters()))
-def test_safe_text_has_no_controls_and_keeps_the_rest(text: str) -> None:
+def test_safe_text_removes_controls_and_keeps_the_rest(text: str) -> None:
     shown = safe_text(text)
     assert len(shown) == len(text)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
@@ -128,7 +128,7 @@ def test_safe_text_keeps_emoji_sequences_and_shows_escapes() -> None:
     assert safe_text("\x1b]0;title\x07\x1b[2J") == "\u241b]0;title\u2407\u241b[2J"
 
 
-def test_printer_survives_a_narrow_encoding_and_breaks_lines_around_pictures() -> None:
+def test_printer_handles_a_narrow_encoding_and_breaks_lines_around_pictures() -> None:
     stream = Stream(encoding="ascii")
     Printer(stream, "none").text("caf\u00e9 \x1b[1m")
     assert stream.getvalue() == "caf? ?[1m"

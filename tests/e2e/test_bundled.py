@@ -1,4 +1,4 @@
-"""The bundled model, as a user meets it: it loads, keeps the contract, and answers with the right pictures in place."""
+"""The bundled model end to end: it loads, passes the contract check, and answers with the right pictures in order."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def atlas() -> Atlas:
 
 
 def test_contract(model: omni.Omni) -> None:
-    """In float64 to 1e-10, on every processor; in float32 relative to the largest logit, which is 12."""
+    """In float64 to 1e-10 on every processor; in float32 relative to the largest logit, 12."""
     bars = {"absolute": 1e-10, "of the largest": 2e-5, "entries": 0}
     for check in verify(model):
         assert check.holds and check.bar == bars[check.unit], check
 
 
-def test_it_draws_what_is_asked(model: omni.Omni, atlas: Atlas) -> None:
+def test_pictures_match_their_requests(model: omni.Omni, atlas: Atlas) -> None:
     """At least 7 of 8 common emoji are their own nearest neighbour among all names of the vocabulary."""
     names = ["red apple", "cat", "pizza", "banana", "rocket", "guitar", "dog", "sunflower"]
     replies = model.generate_batch([f"draw a {name}" for name in names], GenerationOptions(), seeds=range(8))
@@ -53,8 +53,8 @@ def test_text_questions_get_text(model: omni.Omni) -> None:
         assert reply.text and not reply.images
 
 
-def test_the_picture_is_read_back(model: omni.Omni) -> None:
-    """Draw, attach the drawing, ask for its name: the two directions of one model agree."""
+def test_a_generated_picture_is_named_correctly(model: omni.Omni) -> None:
+    """Generate a picture, attach it, ask for its name: both directions of the model agree."""
     picture = model.generate("draw a red apple", seed=1).images[0]
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]
     assert model.generate([{"role": "user", "content": content}]).text == "red apple"

@@ -1,4 +1,4 @@
-"""One preparation: a picture has the same latents, bit for bit, by every door; and the bundled model names it."""
+"""One preparation: every entry point gives a picture equal latents, bit for bit; the bundled model names it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cat(model: omni.Omni) -> PillowImage.Image:
 
 @pytest.fixture
 def command(model: omni.Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`omni ...` in an empty folder, with the model that is loaded already."""
+    """`omni ...` in an empty folder, with the loaded model."""
     monkeypatch.chdir(tmp_path)
     for module in (cli_generate, cli_chat, cli_inspect):
         monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
@@ -49,13 +49,13 @@ def command(model: omni.Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def answer() -> str:
-    """The text of the reply that the last command wrote."""
+    """The text of the last command's reply."""
     parts = json.loads(Path("r/reply.json").read_text())["parts"]
     return "".join(part.get("text", "") for part in parts)
 
 
 def strip(cat: PillowImage.Image) -> torch.Tensor:
-    """192 x 64: three cats, each in another colour."""
+    """192 x 64: three cats of different colours."""
     tile = torch.from_numpy(np.array(cat.convert("RGB")))
     return torch.cat([tile, tile.roll(1, -1), 255 - tile])
 
@@ -78,7 +78,7 @@ def train_on(path: Path, pixels: torch.Tensor, **more: Any) -> torch.Tensor:
     return batch.latents[0, :][batch.is_latent[0]][:16]
 
 
-def test_every_door_gives_the_same_latents(
+def test_every_entry_point_gives_equal_latents(
     model: omni.Omni, cat: PillowImage.Image, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python API, generate, chat, inspect, training, and training with loading processes."""
@@ -103,10 +103,10 @@ def test_every_door_gives_the_same_latents(
 
 
 @pytest.mark.parametrize("size", [(128, 128), (48, 48), (100, 75)])
-def test_its_own_cat_is_a_cat_in_any_size(
+def test_a_generated_cat_is_named_in_any_size(
     size: tuple[int, int], model: omni.Omni, cat: PillowImage.Image, command: Any, tmp_path: Path
 ) -> None:
-    picture = ImageOps.fit(cat, (size[1], size[0]))  # scaled alike in both directions
+    picture = ImageOps.fit(cat, (size[1], size[0]))  # one scale for both directions
     picture.save(tmp_path / "cat.png")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this?"}]
     assert model.generate([{"role": "user", "content": content}]).text == "cat"
@@ -114,8 +114,8 @@ def test_its_own_cat_is_a_cat_in_any_size(
     assert answer() == "cat"
 
 
-def test_pictures_that_are_squeezed_are_told_alike(model: omni.Omni, cat: PillowImage.Image, command: Any) -> None:
-    """Whatever the model makes of it, it is the same through both doors."""
+def test_squeezed_pictures_give_equal_answers(model: omni.Omni, cat: PillowImage.Image, command: Any) -> None:
+    """Both entry points give the same answer, right or wrong."""
     cat.resize((75, 100)).save("cat.png")
     pixels = torch.from_numpy(np.array(cat.resize((75, 100)).convert("RGB")))
     told = model.generate(Document((Image(pixels), Text("what is this?")))).text
@@ -132,7 +132,7 @@ def test_the_bundled_preparation_is_the_letterbox_it_was_trained_with(model: omn
 
 
 def test_three_pictures_of_three_sizes_cost_three_encodes(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the API and in training: nothing is filled up, and nothing is encoded twice."""
+    """In the API and in training: no padding, and no picture is encoded twice."""
     codec = model.codec
     assert isinstance(codec, AutoencoderCodec)
     encoded: list[int] = []

@@ -1,4 +1,4 @@
-"""The longest context: counted before any pass, kept while a reply grows, warned of at 90 %."""
+"""The longest context: checked before any pass and during a reply; a warning at 90 %."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def letters(model: Omni, num: int) -> list[int]:
 
 
 def watch(model: Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The longest row of every cache, after every append of it."""
+    """The longest batch row of every cache, after each append."""
     seen: list[int] = []
     new_cache = model.transformer.new_cache
 
@@ -70,7 +70,7 @@ def no_pass(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.codec, "encode", refuse)
 
 
-def test_a_long_prompt_is_refused_before_any_pass(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_a_long_prompt_raises_before_any_pass(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     model = limited(tiny_model, 4096)
     no_pass(model, monkeypatch)
     prompt, started = "draw a cat " * 3334, time.process_time()
@@ -88,7 +88,7 @@ def test_a_long_prompt_is_refused_before_any_pass(tiny_model, monkeypatch: pytes
     assert time.process_time() - started < 2
 
 
-def test_pictures_count_before_they_are_encoded(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_media_count_before_they_are_encoded(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     """A picture of 2 x 2 latents is 8 positions, a clip of 3 chunks of them 18."""
     model = limited(tiny_model, 2000)
     no_pass(model, monkeypatch)
@@ -101,7 +101,7 @@ def test_pictures_count_before_they_are_encoded(tiny_model, monkeypatch: pytest.
 
 def test_the_longest_prompt_leaves_one_token(tiny_model) -> None:  # noqa: ANN001
     n = length(living(tiny_model), "hello")
-    model = limited(tiny_model, n + 5)  # any smaller limit than 16 is no configuration
+    model = limited(tiny_model, n + 5)  # a configuration allows no limit below 16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextWarning)
         with pytest.raises(ValueError, match=f"the prompt has {n + 5} positions"):
@@ -111,7 +111,7 @@ def test_the_longest_prompt_leaves_one_token(tiny_model) -> None:  # noqa: ANN00
 
 
 def test_a_reply_ends_at_the_limit(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
-    """Rows of a batch each at their own; what is in the cache never exceeds the limit."""
+    """Each request of a batch ends at its own limit; the cache never exceeds the limit."""
     model = limited(tiny_model, 40)
     seen = watch(model, monkeypatch)
     prompts = ["hello", "what?", "a longer prompt than the others"]
@@ -123,7 +123,7 @@ def test_a_reply_ends_at_the_limit(tiny_model, monkeypatch: pytest.MonkeyPatch) 
     assert max(seen) <= 40
 
 
-def test_a_picture_that_has_no_room_is_not_begun(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_a_picture_without_room_is_not_started(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     c = Engine(living(tiny_model)).control
     script = [c.image, c.size(2), c.size(2), *letters(living(tiny_model), 1), c.end]
     n = length(living(tiny_model), "draw")
@@ -134,12 +134,12 @@ def test_a_picture_that_has_no_room_is_not_begun(tiny_model, monkeypatch: pytest
             warnings.simplefilter("ignore", ContextWarning)
             events = list(force(model, script).stream("draw", steps=1))
         begun = any(isinstance(event, BlockStart) for event in events)
-        assert begun == (limit > n + 8)  # header, latents and media_end, and one position for what comes after
+        assert begun == (limit > n + 8)  # header, latents and media_end, and one more position
         assert events[-1] == Stop("end" if limit > n + 9 else "length")
         assert max(seen) <= limit
 
 
-def test_a_forced_picture_that_has_no_room_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_a_forced_picture_without_room_raises(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     n = length(living(tiny_model), "draw")
     model = limited(tiny_model, n + 8)
     no_pass(model, monkeypatch)
@@ -150,7 +150,7 @@ def test_a_forced_picture_that_has_no_room_is_refused(tiny_model, monkeypatch: p
         tight.generate("draw", force_image=True)
 
 
-def test_guidance_reads_no_more_than_the_context(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_guidance_stays_within_the_context(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     model = limited(tiny_model, length(living(tiny_model), "draw it") + 9)
     seen = watch(model, monkeypatch)
     with pytest.warns(ContextWarning):
@@ -161,7 +161,7 @@ def test_guidance_reads_no_more_than_the_context(tiny_model, monkeypatch: pytest
 
 
 def test_a_warning_at_ninety_percent(tiny_model) -> None:  # noqa: ANN001
-    """Of the prompt before the reply, else of the whole at its end; once a reply."""
+    """One warning per reply: for the prompt before the reply, else for the context at its end."""
     model = limited(tiny_model, 100)
     start = length(model, "")
     for num, limit in ((89, 1), (90, 1)):
@@ -175,7 +175,7 @@ def test_a_warning_at_ninety_percent(tiny_model) -> None:  # noqa: ANN001
         model.generate("x" * (88 - start), max_tokens=1)
 
 
-def test_the_command_line_says_it_in_a_line(
+def test_the_command_line_prints_the_warning_in_one_line(
     tiny_model, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: ANN001
 ) -> None:  # fmt: skip
     model = limited(tiny_model, 60)
@@ -192,7 +192,7 @@ def test_the_command_line_says_it_in_a_line(
     assert not (tmp_path / "b").exists()
 
 
-def test_the_bundled_models_context_holds_a_conversation_of_pictures() -> None:
+def test_the_bundled_context_holds_a_conversation_with_pictures() -> None:
     """Ten requests, each answered with a sentence and a picture of 4 x 4 latents."""
     config, tokenizer = load_json(BUNDLED / "config.json", OmniConfig), load_tokenizer(BUNDLED / "tokenizer")
     picture = Image(torch.zeros(64, 64, 3, dtype=torch.uint8), Role.ASSISTANT)
@@ -203,7 +203,7 @@ def test_the_bundled_models_context_holds_a_conversation_of_pictures() -> None:
 
 def test_a_configuration_without_a_limit_loads(tiny_model, tmp_path: Path) -> None:  # noqa: ANN001
     data = json.loads((tiny_model / "config.json").read_text())
-    assert data.pop("max_context") == 4096  # what a new model has
+    assert data.pop("max_context") == 4096  # the default of a new model
     (tmp_path / "config.json").write_text(json.dumps(data))
     assert load_json(tmp_path / "config.json", OmniConfig).max_context == 4096
     (tmp_path / "config.json").write_text(json.dumps({**data, "max_context": 0}))

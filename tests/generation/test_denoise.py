@@ -1,4 +1,4 @@
-"""Guidance against three separate passes and the formula; noise of blocks: keyed by picture, block and jump alone."""
+"""Guidance equals the formula of three separate passes; block noise depends on picture, block and jump alone."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TIMES = (0.9, 0.3)
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> omni.Omni:  # noqa: ANN001
-    """Random weights, every part alive."""
+    """Random weights; no part is at its zero start."""
     return living(tiny_model)
 
 
 class Spy:
-    """A sampler that keeps what it is given: the start, F at TIMES, and the noise of two jumps, for every block."""
+    """A sampler that records the start, F at TIMES, and the noise of two jumps, for every block."""
 
     def __init__(self) -> None:
         self.starts: list[Tensor] = []
@@ -70,8 +70,8 @@ def branch(
     model: omni.Omni, history: tuple[Segment, ...], what: Drop | None, x: Tensor, beta: float = 1.0,
     target: Image | Video = PICTURE, finished: tuple[Tensor, ...] = (),
 ) -> Tensor:  # fmt: skip
-    """F of one history alone, the context composed from the document that training makes of it; of the target's blocks,
-    those before the next have the finished latents."""
+    """F of one history alone; its context is composed from the document of training. Blocks of the target before the
+    next one have the finished latents."""
     document = Document((*open_turn(history, Role.ASSISTANT), target))
     reduced = drop(document, what) if what else document
     assert reduced is not None
@@ -103,14 +103,14 @@ def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_im
     assert found.shape == (2, 6, 48)
     for row, history in enumerate(HISTORIES):
         full, text, everything = (branch(model, history, what, start[row]) for what in (None, "text", "all"))
-        told = branch(model, history, None, start[row], 0.5)  # the network is told 1 / 2; reduced histories 1
+        told = branch(model, history, None, start[row], 0.5)  # beta = 1 / 2; 1 for reduced histories
         assert min(float((a - b).abs().max()) for a, b in ((full, text), (text, everything), (full, told))) > 1e-3
         wanted = everything + w_image * (text - everything) + w_text * (told - text)
         torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_that_draws_while_another_writes_has_its_own_history(model: omni.Omni, spy: Spy) -> None:
-    """One group is not all rows of the batch: the second row draws, the first has no picture."""
+def test_a_refining_request_keeps_its_own_history(model: omni.Omni, spy: Spy) -> None:
+    """A group of fewer requests than the batch: the second request refines, the first has no picture."""
     plain = GenerationOptions(max_tokens=1, max_images=1)
     mine = GenerationOptions(guidance=2.0, image_guidance=1.0, **FORCED)
     Engine(model).generate_batch(["something else", Document(HISTORIES[0])], [plain, mine], seeds=[1, 2])
@@ -123,8 +123,8 @@ def test_a_row_that_draws_while_another_writes_has_its_own_history(model: omni.O
     )
 
 
-def test_what_is_dropped() -> None:
-    """By hand: a turn that loses all it has stays as empty text of its role."""
+def test_segments_dropped_for_guidance() -> None:
+    """By hand: a turn that loses all its segments stays as empty text of its role."""
     picture, clip = Image(PIXELS), Video(PIXELS[None], 4.0, Role.ASSISTANT)
     history = (Text("system", Role.SYSTEM), Text("a"), picture, Text("b"), clip, Text("c", Role.ASSISTANT))
     roles = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
@@ -134,14 +134,14 @@ def test_what_is_dropped() -> None:
     assert reduce((picture, clip), "images") == (Text("", Role.USER), Text("", Role.ASSISTANT))
 
 
-def test_a_turn_is_opened_once() -> None:
+def test_a_turn_opens_once() -> None:
     history = [Text("a"), Text("b", Role.ASSISTANT)]
     assert open_turn(history, Role.ASSISTANT) == history
     assert open_turn(history[:1], Role.ASSISTANT) == [Text("a"), Text("", Role.ASSISTANT)]
     assert open_turn([], Role.USER) == [Text("", Role.USER)]
 
 
-def test_the_last_supervised_picture_is_the_target_and_alone_supervised() -> None:
+def test_only_the_last_supervised_picture_is_the_target() -> None:
     def answer(number: int, supervise: bool = True) -> Image:
         return Image(PIXELS + number, Role.ASSISTANT, supervise)
 
@@ -165,7 +165,7 @@ def test_the_last_supervised_picture_is_the_target_and_alone_supervised() -> Non
 
 
 def scripted(model: omni.Omni, scripts: list[list[int]]) -> Engine:
-    """An engine whose rows write these ids, each its own."""
+    """An engine whose requests emit the ids of their scripts."""
     engine = Engine(model)
     choose = engine._choose
 
@@ -183,8 +183,8 @@ def picture(engine: Engine) -> list[int]:
     return [c.image, c.size(2), c.size(3)]
 
 
-def test_every_block_and_jump_has_noise_of_its_own(model: omni.Omni, spy: Spy) -> None:
-    """Two pictures of one reply, each with its start and two jumps: six tensors, all of them different."""
+def test_every_block_and_jump_has_its_own_noise(model: omni.Omni, spy: Spy) -> None:
+    """Two pictures of one reply, each with its start and two jumps: six different tensors."""
     engine = Engine(model)
     scripted(model, [picture(engine) * 2]).generate("draw", sampler="spy", steps=2, seed=5)
     assert len(spy.starts) == 2
@@ -196,7 +196,7 @@ def test_every_block_and_jump_has_noise_of_its_own(model: omni.Omni, spy: Spy) -
 
 @pytest.fixture
 def clips(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> Video:
-    """Two frames make one block of (2, 2, 3) latents; the clip has two of them."""
+    """Two frames are one block of (2, 2, 3) latents; the clip has two blocks."""
     monkeypatch.setattr(model, "codec", PixelCodec(PixelConfig(patch=4, frames_per_chunk=2)))
     return Video(torch.zeros(4, 8, 12, 3, dtype=torch.uint8), 8.0, Role.ASSISTANT, supervise=True)
 
@@ -206,21 +206,21 @@ def header(model: omni.Omni, clip: Video) -> list[int]:
     return ids[ids.index(Engine(model).control.video) :]
 
 
-def test_the_blocks_of_a_clip_have_noise_of_their_own(model: omni.Omni, spy: Spy, clips: Video) -> None:
+def test_the_blocks_of_a_clip_have_their_own_noise(model: omni.Omni, spy: Spy, clips: Video) -> None:
     noise = [block_noise(Key(5), 0, block, (12, 48)) for block in (0, 1)]
     assert float((noise[0] - noise[1]).abs().max()) > 0.5
     scripted(model, [header(model, clips)]).generate("move", sampler="spy", steps=2, seed=5)
-    assert len(spy.starts) == 2  # one block after the other
+    assert len(spy.starts) == 2  # one call per block
     for block in (0, 1):
         assert torch.equal(spy.starts[block][0], noise[block])
         for jump in (0, 1):
             assert torch.equal(spy.noises[block][jump][0], block_noise(Key(5), 0, block, (12, 48), jump))
 
 
-def test_every_branch_of_a_later_block_reads_the_finished_ones(model: omni.Omni, spy: Spy, clips: Video) -> None:
+def test_every_guidance_branch_reads_finished_blocks(model: omni.Omni, spy: Spy, clips: Video) -> None:
     options = {"sampler": "spy", "steps": 2, "guidance": 3.0, "image_guidance": 1.5}
     scripted(model, [header(model, clips)]).generate(Document(HISTORIES[0]), **options)
-    finished = spy.starts[0][0] / 4  # where the spy ends
+    finished = spy.starts[0][0] / 4  # the end of the spy's jumps
     for number, known in enumerate(((), (finished,))):
         start, found = spy.starts[number][0], spy.velocities[number][0]
         full, text, everything = (
@@ -233,7 +233,7 @@ def test_every_branch_of_a_later_block_reads_the_finished_ones(model: omni.Omni,
 
 
 def test_noise_does_not_depend_on_the_batch(model: omni.Omni, spy: Spy) -> None:
-    """The second picture of seed 5: alone, and beside rows of other seeds, one of which draws its first meanwhile."""
+    """The second picture of seed 5: alone, and beside requests of other seeds, one of which refines its first."""
     engine, options = Engine(model), GenerationOptions(sampler="spy", steps=2)
     text = engine.tokenizer.encode("hello")
     two, late = picture(engine) * 2, [*text, *picture(engine)]
@@ -250,7 +250,7 @@ def test_noise_does_not_depend_on_the_batch(model: omni.Omni, spy: Spy) -> None:
     assert all(not torch.equal(a[0], b[0]) for i, a in enumerate(rows) for b in rows[:i])
 
 
-def test_steps_are_told_block_by_block(model: omni.Omni, spy: Spy) -> None:
+def test_step_events_come_block_by_block(model: omni.Omni, spy: Spy) -> None:
     engine = Engine(model)
     events = list(scripted(model, [picture(engine) * 2]).stream("draw", sampler="spy", steps=2, seed=5))
     steps = [event for event in events if isinstance(event, BlockStep)]
@@ -265,8 +265,8 @@ DIFFERENT: list[dict[str, object]] = [
 ]  # fmt: skip
 
 
-def test_rows_of_different_options_keep_their_own(model: omni.Omni) -> None:
-    """What may differ between rows that draw at the same time: each reply is the one of its options alone."""
+def test_requests_keep_their_own_options(model: omni.Omni) -> None:
+    """Options may differ between requests that refine together: each reply equals that of its options alone."""
     plain = GenerationOptions(**{**FORCED, "sampler": None, "steps": 2})
     options = [plain.changed(change) for change in DIFFERENT]
     prompt = Document(HISTORIES[0])

@@ -1,4 +1,4 @@
-"""The engine: ordered events, keyed draws independent of the batch, constrained headers, guidance as trained."""
+"""The engine: ordered events, keyed samples independent of the batch, constrained headers, guidance as trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from omni.text.compose import frame_rate
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> omni.Omni:  # noqa: ANN001
-    """Random weights, every part alive."""
+    """Random weights; no part is at its zero start."""
     return living(tiny_model)
 
 
@@ -34,7 +34,7 @@ def picture_script(engine: Engine, h: int, w: int) -> list[int]:
     return [*engine.tokenizer.encode("hi "), c.image, c.size(h), c.size(w), *engine.tokenizer.encode("ok"), c.end]
 
 
-def test_events_come_in_order_and_make_the_reply(model: omni.Omni) -> None:
+def test_events_are_ordered_and_give_the_reply(model: omni.Omni) -> None:
     script = picture_script(Engine(model), 2, 3)
     events = list(force(model, script).stream("draw", steps=3, seed=1))
     kinds = [type(e).__name__ for e in events]
@@ -52,7 +52,7 @@ def test_events_come_in_order_and_make_the_reply(model: omni.Omni) -> None:
     assert [s.role for s in reply.document.segments][1:] == [Role.ASSISTANT] * 3
 
 
-def test_logits_are_capped_wherever_they_are_read(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_capped_on_every_path(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the prompt, after one id alone (the hot path), and after a picture."""
     monkeypatch.setattr(model.token, "logit_cap", 0.05)
     engine = force(model, picture_script(Engine(model), 2, 2))
@@ -73,8 +73,8 @@ def clip_script(engine: Engine, chunks: int, rate: int) -> list[int]:
     return [c.video, *map(c.size, (chunks, rate, 1, 2)), c.end]
 
 
-def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -> None:
-    """What comes back into the next prompt has the header that the model wrote."""
+def test_a_clip_has_the_chunks_and_rate_of_its_header(model: omni.Omni) -> None:
+    """The clip in the next prompt has the header that the model emitted."""
     engine = Engine(model)
     reply = force(model, clip_script(engine, 3, 24)).generate("move", steps=2)
     [clip] = reply.parts
@@ -87,10 +87,10 @@ def test_a_clip_is_a_row_of_chunks_at_the_rate_of_its_header(model: omni.Omni) -
 
 
 @pytest.mark.parametrize(("fps", "rate"), [(24, 24), (23.976, 24), (0.5, 1), (64.4, 64)])
-def test_a_forced_frame_rate_arrives_in_the_clip(model: omni.Omni, fps: float, rate: int) -> None:
-    """The header's id is forced by its mask, whatever the logits are; the clip has the very number that was asked."""
+def test_a_forced_frame_rate_sets_header_and_clip(model: omni.Omni, fps: float, rate: int) -> None:
+    """The mask forces the header's id, whatever the logits are; the clip has the requested number."""
     engine = Engine(model)
-    engine.grammar.allowed = {  # a clip of one chunk, chosen by the model itself
+    engine.grammar.allowed = {  # a clip of one chunk, sampled by the model
         name: torch.full_like(mask, -torch.inf).index_fill(0, torch.tensor(ids), 0)
         for (name, mask), ids in zip(
             engine.grammar.allowed.items(),
@@ -107,28 +107,26 @@ def test_a_forced_frame_rate_arrives_in_the_clip(model: omni.Omni, fps: float, r
 
 
 @pytest.mark.parametrize("fps", [0.0, 0.49, 64.5, -8.0, float("nan"), float("inf")])
-def test_a_frame_rate_without_an_id_is_refused(model: omni.Omni, fps: float) -> None:
+def test_a_frame_rate_without_an_id_raises(model: omni.Omni, fps: float) -> None:
     with pytest.raises(ValueError, match="fps"):
         model.generate("move", fps=fps)
 
 
-def test_a_clip_without_a_rate_token_is_refused_before_it_is_encoded(
-    model: omni.Omni, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clip_without_a_rate_token_raises_before_encoding(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.codec, "encode", lambda pixels: pytest.fail("it was encoded"))
     clip = Video(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 0.2)
     with pytest.raises(ValueError, match="0.2 frames per second has no rate token"):
         model.generate(Document((clip, Text("what is this?"))))
 
 
-def test_a_size_of_pictures_is_not_a_clips(model: omni.Omni) -> None:
+def test_image_size_does_not_apply_to_clips(model: omni.Omni) -> None:
     script = clip_script(Engine(model), 3, 8)
     [clip] = force(model, script).generate("move", steps=2, image_size=(8, 8)).parts
     assert clip.frames.shape == (3, 4, 8, 3)  # type: ignore[union-attr]
 
 
 def test_a_picture_beyond_the_budget_ends_the_reply(model: omni.Omni) -> None:
-    """In place of text for ever, which is what is left where pictures are wanted and forbidden."""
+    """A mask that forbids pictures would give endless text instead."""
     script = picture_script(Engine(model), 1, 1)[:-1]  # text, a picture, text
     again = [*script, *script, *script]
     reply = force(model, again).generate("three pictures", steps=1, max_images=1)
@@ -140,7 +138,7 @@ def test_a_picture_beyond_the_budget_ends_the_reply(model: omni.Omni) -> None:
     assert clip.parts == [] and clip.stop_reason == "images"
 
 
-def test_text_does_not_depend_on_a_budget_of_pictures_that_it_does_not_ask_for(model: omni.Omni) -> None:
+def test_max_images_does_not_change_text_without_pictures(model: omni.Omni) -> None:
     engine = Engine(model)
     engine.grammar.allowed["text"][[engine.control.image, engine.control.video]] = -torch.inf
     with_pictures, without = (
@@ -156,7 +154,7 @@ def test_a_forced_picture_needs_a_codec(tiny_model) -> None:  # noqa: ANN001
         bare.generate("draw", force_image=True)
 
 
-def test_the_codec_goes_where_the_model_goes(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_the_codec_moves_with_the_model(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     seen: list[str] = []
     monkeypatch.setattr(PixelCodec, "to", lambda self, device: seen.append(str(device)) or self)
     monkeypatch.setattr("omni.pretrained.require_device", lambda name: name)
@@ -171,7 +169,7 @@ def test_what_computes_nothing_is_refused(tiny_model) -> None:  # noqa: ANN001
         omni.from_pretrained(tiny_model, dtype=torch.int32)
 
 
-def test_without_a_codec_a_reply_ends_where_a_picture_is_asked_for(tiny_model) -> None:  # noqa: ANN001
+def test_without_a_codec_a_picture_ends_the_reply(tiny_model) -> None:  # noqa: ANN001
     bare = omni.from_pretrained(tiny_model)
     bare.codec = None
     tokenizer = Engine(bare).tokenizer
@@ -180,7 +178,7 @@ def test_without_a_codec_a_reply_ends_where_a_picture_is_asked_for(tiny_model) -
     assert (reply.text, reply.stop_reason, reply.images) == ("Here: ", "images", [])
 
 
-def test_a_size_that_the_model_has_not_is_named(model: omni.Omni) -> None:
+def test_an_impossible_image_size_is_named(model: omni.Omni) -> None:
     for size in ((1, 1), (8, 13), (8192, 8), (8, 4096)):
         with pytest.raises(
             ValueError, match=rf"image_size = {size[0]} x {size[1]} .* multiple of 4 x 4 .* at most 32 x"
@@ -196,7 +194,7 @@ def test_prompts_are_a_list(model: omni.Omni) -> None:
     assert replies[0].text == replies[1].text
 
 
-def test_changes_count_beside_options(model: omni.Omni) -> None:
+def test_changes_override_options(model: omni.Omni) -> None:
     one = GenerationOptions(steps=1, force_image=True, image_size=(8, 8), max_tokens=1, max_images=1)
     both = [Engine(model).generate("x", one, seed=3), Engine(model).generate("x", one.model_copy(update={"seed": 3}))]
     assert both[0].images[0].tobytes() == both[1].images[0].tobytes()
@@ -205,7 +203,7 @@ def test_changes_count_beside_options(model: omni.Omni) -> None:
         Engine(model).generate("x", one, stpes=4)
 
 
-def test_defaults_of_a_model_are_known_ones() -> None:
+def test_unknown_defaults_of_a_model_raise() -> None:
     with pytest.raises(ValueError, match=r"'stpes' is no default .*did you mean 'steps'"):
         GenerationOptions().resolved({"stpes": 4})
     with pytest.raises(ValueError, match="give it with each request"):
@@ -217,7 +215,7 @@ def test_resolved_options_can_be_given_again(model: omni.Omni) -> None:
     assert Engine(model).resolve(resolved) == resolved
 
 
-def test_a_network_trained_with_guidance_is_told_it(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beta_is_one_over_the_guidance_of_the_embedding(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[float]] = []
     velocity = model.velocity
 
@@ -232,8 +230,8 @@ def test_a_network_trained_with_guidance_is_told_it(model: omni.Omni, monkeypatc
     assert told == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
 
 
-def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
-    """Rows of different lengths and phases share passes and still give what each gives alone, bit for bit in pixels."""
+def test_a_reply_does_not_depend_on_the_batch(model: omni.Omni) -> None:
+    """Requests of different lengths and phases share passes, and each reply equals that of the request alone."""
     prompts = ["a", "draw me something rather long, please", "b c"]
     options = GenerationOptions(
         steps=2, max_tokens=12, max_images=2, temperature=1.0, force_image=True, image_size=(8, 8)
@@ -248,7 +246,7 @@ def test_alone_equals_in_a_batch(model: omni.Omni) -> None:
 
 
 def count_passes(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of positions of every pass over the context, as they happen."""
+    """The number of positions of every pass over the context, in order."""
     passes, extend = [], model.transformer.extend
 
     def counted(h, *arguments):  # noqa: ANN001, ANN202
@@ -259,7 +257,7 @@ def count_passes(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return passes
 
 
-def test_a_forced_picture_costs_one_pass_and_is_delivered_before_it_is_encoded(
+def test_a_forced_picture_takes_one_pass_and_is_delivered_before_encoding(
     model: omni.Omni, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = count_passes(model, monkeypatch)
@@ -268,12 +266,12 @@ def test_a_forced_picture_costs_one_pass_and_is_delivered_before_it_is_encoded(
     when = {type(event): list(passes) for event in Engine(model).stream("draw", options)}
     assert when[BlockStart] == []
     assert when[BlockStep] == when[BlockDone] == [prompt + 3]
-    assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, once more text is asked for
+    assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, appended when text follows
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
-def test_room_in_the_cache_changes_nothing(model: omni.Omni, lengths: tuple[int, int]) -> None:
-    """Blocks refined in the free slots of the cache, against a copy of its keys and values; twice, as samplers do."""
+def test_refinement_in_free_cache_slots_equals_a_copy(model: omni.Omni, lengths: tuple[int, int]) -> None:
+    """Refinement in the free slots of the cache equals refinement on a copy of its keys and values; run twice."""
     spans = [[TokenSpan([r + n for n in range(length)], [False] * length)] for r, length in enumerate(lengths)]
     key = Key(7)
     with torch.inference_mode():
@@ -287,20 +285,20 @@ def test_room_in_the_cache_changes_nothing(model: omni.Omni, lengths: tuple[int,
         wanted = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, plain) for scale in (1, 2)]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert float((found[0] - found[1]).abs().max()) > 1e-3
-        ahead = append_spans(model, cache, spans, 0)  # what stood in the free slots is not context
+        ahead = append_spans(model, cache, spans, 0)  # old values in the free slots are not context
         fresh = model.transformer.new_cache(2, 32)
         for _ in range(2):
             clean = append_spans(model, fresh, spans, 0)
         assert torch.equal(ahead, clean)
 
 
-def test_seed_decides_the_picture(model: omni.Omni) -> None:
+def test_the_seed_determines_the_picture(model: omni.Omni) -> None:
     make = lambda seed: model.generate("x", force_image=True, image_size=(8, 8), steps=2, max_tokens=1, seed=seed)  # noqa: E731
     assert make(1).images[0].tobytes() == make(1).images[0].tobytes() != make(2).images[0].tobytes()
 
 
 def test_header_is_always_well_formed(model: omni.Omni) -> None:
-    """Whatever random weights say at temperature 2: sizes within the grid, text without control ids, budgets kept."""
+    """With random weights at temperature 2: sizes within the grid, text without control ids, limits respected."""
     options = GenerationOptions(steps=1, temperature=2.0, max_tokens=40, max_images=3)
     for reply in model.generate_batch(["q"] * 12, options, seeds=range(12)):
         assert len(reply.images) <= 3
@@ -308,7 +306,7 @@ def test_header_is_always_well_formed(model: omni.Omni) -> None:
             assert picture.width <= 4 * model.config.max_grid and picture.height <= 4 * model.config.max_grid
 
 
-def test_guidance_of_one_is_no_guidance_and_others_change_the_picture(model: omni.Omni) -> None:
+def test_guidance_1_has_no_effect_and_others_change_the_picture(model: omni.Omni) -> None:
     def picture(**changes: float) -> bytes:
         reply = model.generate("draw", force_image=True, image_size=(8, 8), steps=2, max_tokens=1, **changes)
         return reply.images[0].tobytes()
@@ -317,7 +315,7 @@ def test_guidance_of_one_is_no_guidance_and_others_change_the_picture(model: omn
     assert picture(guidance=3.0) != picture()
 
 
-def test_null_branch_is_the_document_that_training_drops_to(model: omni.Omni) -> None:
+def test_null_branch_equals_the_reduced_document_of_training(model: omni.Omni) -> None:
     """The engine's null history composes to the ids of guidance.drop, up to the picture."""
     engine = Engine(model)
     pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
@@ -361,7 +359,7 @@ def test_length_limit(model: omni.Omni) -> None:
     assert reply.text == "abc" and reply.stop_reason == "length"
 
 
-def test_draws_follow_temperature_and_top_p() -> None:
+def test_samples_follow_temperature_and_top_p() -> None:
     score = torch.tensor([2.0, 1.0, 0.0, -1.0])
     draws = torch.tensor([draw_token(score, 0.7, 0.9, Key(0).fold(n)) for n in range(4000)])
     p = (score.double() / 0.7).softmax(-1)
@@ -389,7 +387,7 @@ def test_impossible_options_are_named(model: omni.Omni, changes: dict, message: 
         model.generate("draw", **changes)
 
 
-def test_empty_prompt_is_refused(model: omni.Omni) -> None:
+def test_empty_prompt_raises(model: omni.Omni) -> None:
     for prompt in ("", "   "):
         with pytest.raises(ValueError, match="empty"):
             model.generate(prompt)

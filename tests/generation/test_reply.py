@@ -1,4 +1,4 @@
-"""Replies: fed back as messages, saved, and shown, with nothing in their text that acts."""
+"""Replies as messages, files, Markdown and HTML; their text is escaped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STORY = reply_of(TextPart("A cat ran."), drawn(), TextPart("Then it slept."), dr
     [(["ran.", "Then"], "ran. Then"), (["ran. ", "Then"], "ran. Then"), (["ran.", "\nThen"], "ran.\nThen"),
      (["a", "", "b"], "a b"), (["", "b"], "b"), ([], ""), (["a"], "a")],
 )  # fmt: skip
-def test_texts_of_two_parts_do_not_run_together(texts: list[str], joined: str) -> None:
+def test_texts_of_two_parts_are_separated(texts: list[str], joined: str) -> None:
     parts: list[Any] = []
     for text in texts:
         parts += [TextPart(text), drawn()]
@@ -71,14 +71,14 @@ def test_a_reply_is_a_message(allow_paths: bool) -> None:
     assert isinstance(one.segments[0], Image) and one.segments[0].role is Role.USER
 
 
-def test_a_reply_without_parts_can_be_fed_back() -> None:
+def test_an_empty_reply_can_be_a_message() -> None:
     asked = {"role": "user", "content": "tell"}
     assert len(messages_to_document([asked, reply_of().message, asked]).segments) == 2
     with pytest.raises(ValueError, match="is empty"):
-        messages_to_document([asked, reply_of().message], supervise=True)  # nothing to learn from
+        messages_to_document([asked, reply_of().message], supervise=True)  # no supervised segment
 
 
-def test_generation_goes_on_from_a_reply(tiny_model: Path) -> None:
+def test_generation_continues_from_a_reply(tiny_model: Path) -> None:
     model = omni.from_pretrained(tiny_model)
     budget: dict[str, Any] = {"steps": 1, "max_tokens": 4, "max_images": 1, "image_size": (8, 8), "stop": "dog"}
     first = model.generate("draw a cat", force_image=True, seed=None, **budget)
@@ -90,11 +90,11 @@ def test_generation_goes_on_from_a_reply(tiny_model: Path) -> None:
     options = first.record["options"]
     assert options["stop"] == ["dog"] and 0 <= options["seed"] < 2**63
     again = model.generate("draw a cat", force_image=True, seed=options["seed"], **budget)
-    assert again.images[0].tobytes() == first.images[0].tobytes()  # the recorded seed makes it again
+    assert again.images[0].tobytes() == first.images[0].tobytes()  # the recorded seed reproduces it
     assert first.record["model"]["path"] == str(tiny_model) and len(first.record["model"]["digest"]) == 32
 
 
-def test_a_reply_is_saved_as_the_command_line_saves_it(tmp_path: Path) -> None:
+def test_a_reply_is_saved_like_by_the_command_line(tmp_path: Path) -> None:
     reply = reply_of(*STORY.parts, record={"options": {"seed": 7}, "model": {"path": "m"}, "versions": {}})
     assert reply.save(tmp_path / "r") == tmp_path / "r"
     verify(tmp_path / "r")
@@ -122,7 +122,7 @@ def test_a_reply_that_continues_a_turn_of_the_assistant_is_saved(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "", "a/b.png", None, 3])
-def test_a_foreign_file_is_not_read_as_part_of_a_reply(name: Any, tmp_path: Path) -> None:
+def test_a_file_outside_the_folder_is_not_read(name: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="beside its JSON"):
         read_messages(tmp_path / "reply.json", {"parts": [{"type": "image", "path": name}]})
 
@@ -152,7 +152,7 @@ class Tags(html.parser.HTMLParser):
         self.shown += data
 
 
-def test_html_shows_the_parts_in_order_and_nothing_acts() -> None:
+def test_html_shows_the_parts_in_order_without_active_content() -> None:
     reply = reply_of(TextPart(HOSTILE), *STORY.parts)
     for text in (reply._repr_html_(), reply.to_html()):
         found = Tags(text)
@@ -187,7 +187,7 @@ def test_html_shows_the_parts_in_order_and_nothing_acts() -> None:
     )
 
 
-def test_markdown_has_the_pictures_inside() -> None:
+def test_markdown_embeds_the_pictures() -> None:
     text = reply_of(TextPart(HOSTILE), *STORY.parts).to_markdown()
     pictures = re.findall(r"(?<!\\)!\[([^]]*)\]\((data:image/png;base64,[\w+/=]+)\)", text)
     assert [name for name, _ in pictures] == ["image 1", "image 2", "clip 1"]

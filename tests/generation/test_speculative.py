@@ -1,4 +1,4 @@
-"""Text in blocks behind the engine: the strings of plain decoding, in a batch, around pictures; the law of it else."""
+"""Speculative decoding in the engine: the strings of autoregressive decoding, or its distribution."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ K = 4
 
 @JOINT_HEADS.register("roll_out")
 class RollOut(JointHead):
-    """Drafts what plain decoding would say, token by token: K passes, for tests."""
+    """Drafts the ids of autoregressive decoding, token by token: K passes, for tests."""
 
     layout = "causal"
-    mask: Tensor | None = None  # what decoding forbids
+    mask: Tensor | None = None  # of decoding
 
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         ids, laws = uniforms[:, :0].long(), []
@@ -48,7 +48,7 @@ class RollOut(JointHead):
 
 @JOINT_HEADS.register("four_ids")
 class FourIds(JointHead):
-    """Drafts the first four ids alike, whatever stands before: legal where the others are forbidden, and wrong."""
+    """Drafts the first four ids with equal probabilities in any context: allowed under the mask, and inaccurate."""
 
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         law = torch.full((*uniforms.shape, self.vocab_size), -torch.inf, dtype=torch.float64)
@@ -70,7 +70,7 @@ def with_head(tiny_model, head: str) -> Omni:  # noqa: ANN001
 
 @pytest.fixture(params=["product", "roll_out", "sequential"])
 def engine(request: pytest.FixtureRequest, tiny_model) -> Iterator[Engine]:  # noqa: ANN001
-    """Pictures are likely, and so is the end, as far as random weights decide anything."""
+    """Random weights with likely pictures and a likely end."""
     engine = Engine(with_head(tiny_model, request.param))
     lift(engine)
     yield engine
@@ -83,7 +83,7 @@ def lift(engine: Engine) -> None:
 
 
 def text_alone(engine: Engine) -> Tensor:
-    """Neither the end nor a picture may come."""
+    """A mask without the end and pictures."""
     c, mask = engine.control, engine.grammar.allowed["text"]
     mask[[c.end, c.image, c.video]] = -torch.inf
     return mask
@@ -101,7 +101,7 @@ def _gap(x: int, y: int) -> int:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: float) -> None:
+def test_coupled_equals_autoregressive_decoding(engine: Engine, temperature: float) -> None:
     common = {
         "temperature": temperature,
         "top_p": 0.9 if temperature else 1.0,
@@ -114,13 +114,13 @@ def test_coupled_says_what_plain_decoding_says(engine: Engine, temperature: floa
         together = engine.generate("say", seed=seed, **common)
         assert same(plain, together)
         assert not plain.drafts and together.drafts
-        for d in together.drafts:  # the first token of a draft is always right, where a pass was made for it
+        for d in together.drafts:  # a pass of the head gives the first token exactly
             assert (d.passes > 1) <= d.kept <= d.drafted <= K
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, temperature: float) -> None:
-    """With lifted pictures every reply asks for one more than it may."""
+def test_max_images_ends_a_reply_as_in_autoregressive_decoding(engine: Engine, temperature: float) -> None:
+    """With likely pictures every reply begins one picture more than its limit."""
     engine.grammar.allowed["text"][engine.control.end] = -torch.inf
     engine.grammar.allowed["text"][engine.control.image] = 5.0 if temperature else 100.0
     for budget in (0, 1):
@@ -131,8 +131,10 @@ def test_a_budget_of_pictures_ends_a_reply_as_in_plain_decoding(engine: Engine, 
 
 
 @pytest.mark.filterwarnings("ignore::omni.sequence.context_limit.ContextWarning")
-def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No draft reaches past it, and a picture that has no room is not begun."""
+def test_the_longest_context_ends_a_reply_as_in_autoregressive_decoding(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No draft exceeds the longest context, and a picture without room is not started."""
     longest, write_fields, enter = [0], KVCache.write_fields, engine.step.enter
 
     def written(cache: KVCache, block: Tensor, valid: list[int]) -> None:
@@ -159,8 +161,8 @@ def test_the_longest_context_ends_a_reply_as_in_plain_decoding(engine: Engine, m
 
 @pytest.mark.parametrize("verify", ["coupled", "rejection", "none"])
 @pytest.mark.parametrize("head", ["product", "sequential", "push_forward", "masked"])
-def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
-    """Also where verification would put the ids right: it is damage, and slow."""
+def test_a_head_that_is_not_finite_raises(tiny_model, head: str, verify: str) -> None:  # noqa: ANN001
+    """Also where verification would correct the ids: the weights are damaged."""
     engine = Engine(with_head(tiny_model, head))
     text_alone(engine)
     common = {"temperature": 1.0, "max_tokens": 8, "verify": verify}
@@ -178,7 +180,7 @@ def test_a_head_that_is_not_finite_is_an_error(tiny_model, head: str, verify: st
         engine.generate("say", **common)
 
 
-def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
+def test_a_perfect_draft_is_accepted_whole(tiny_model) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "roll_out"))
     assert engine.model.joint is not None
     engine.model.joint.head.mask = text_alone(engine)  # type: ignore[assignment]
@@ -187,8 +189,8 @@ def test_a_perfect_draft_is_kept_whole(tiny_model) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("verify", ["none", "coupled"])
-def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa: ANN001
-    """From drafts that are never right: as many sweeps as tokens are plain decoding, one sweep is not."""
+def test_sweeps_converge_to_autoregressive_decoding(tiny_model, verify: str) -> None:  # noqa: ANN001
+    """From wrong drafts: as many sweeps as tokens give autoregressive decoding, one sweep does not."""
     engine = Engine(with_head(tiny_model, "four_ids"))
     lift(engine)
     common = {"temperature": 1.0, "max_tokens": 24, "max_images": 2, "steps": 1, "verify": verify}
@@ -201,7 +203,7 @@ def test_sweeps_end_at_plain_decoding(tiny_model, verify: str) -> None:  # noqa:
     assert agree[0] < 6 or verify == "coupled"
 
 
-def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
+def test_sweeps_raise_acceptance(tiny_model) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "four_ids"))
     text_alone(engine)
     kept = []
@@ -212,8 +214,8 @@ def test_sweeps_keep_more_of_a_draft(tiny_model) -> None:  # noqa: ANN001
     assert kept[0] < kept[1] < kept[K] == K
 
 
-def test_the_rest_of_a_draft_that_fell_is_judged_before_the_head_drafts_again(tiny_model) -> None:  # noqa: ANN001
-    """The same strings in fewer drafts; each rest is what the round before left of its own draft."""
+def test_verification_logits_after_a_rejection_give_the_next_draft(tiny_model) -> None:  # noqa: ANN001
+    """Equal strings with fewer drafts of the head; each leftover comes from the previous round."""
     engine = Engine(with_head(tiny_model, "four_ids"))
     text_alone(engine)
     common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 4}
@@ -227,7 +229,7 @@ def test_the_rest_of_a_draft_that_fell_is_judged_before_the_head_drafts_again(ti
 
 
 def four_ids_alone(engine: Engine) -> Engine:
-    """The first four ids are likely, and no others may come."""
+    """Only the first four ids are allowed, and they are likely."""
     with torch.no_grad():
         engine.model.token.embedding.weight[:4] *= 20
     for mask in engine.grammar.allowed.values():
@@ -237,8 +239,8 @@ def four_ids_alone(engine: Engine) -> Engine:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: float) -> None:  # noqa: ANN001
-    """The strings of plain decoding, alone and in a batch; after the first round nothing is read twice."""
+def test_recurrent_drafting_takes_one_pass_a_round(tiny_model, temperature: float) -> None:  # noqa: ANN001
+    """The strings of autoregressive decoding, alone and in a batch; after the first round each id is read once."""
     engine = four_ids_alone(Engine(with_head(tiny_model, "sequential")))
     lengths: list[int] = []
     append = engine.step.append
@@ -252,7 +254,7 @@ def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: 
     replies = [engine.generate("say", options.changed({"seed": seed})) for seed in range(8)]
     rounds = [d for reply in replies for d in reply.drafts[1:]]
     assert all(d.passes == 1 and d.drafted < K for d in rounds)
-    assert len(lengths) == len(replies) + len(rounds) and max(lengths) == K  # the last id and what was drafted after it
+    assert len(lengths) == len(replies) + len(rounds) and max(lengths) == K  # the last id and its draft
     kept = sum(d.kept for d in rounds)
     assert kept < sum(d.drafted for d in rounds) and (kept > 0 or not temperature)
     plain = options.changed({"tokens_per_pass": 1})
@@ -262,8 +264,8 @@ def test_a_head_that_carries_on_makes_one_pass_a_round(tiny_model, temperature: 
     assert [(r.text, r.drafts) for r in together] == [(r.text, r.drafts) for r in replies]
 
 
-def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
-    """The same strings; drafts that fall are short, drafts that stand grow to the budget."""
+def test_adaptive_drafts_follow_acceptance(tiny_model) -> None:  # noqa: ANN001
+    """Equal strings; drafts are short after rejections, and grow to the limit after full acceptance."""
     common = {"temperature": 1.0, "max_tokens": 40, "max_images": 0, "seed": 2}
     for head, longest in (("four_ids", 3), ("roll_out", K)):
         engine = Engine(with_head(tiny_model, head))
@@ -276,8 +278,8 @@ def test_adaptive_drafts_follow_what_stood(tiny_model) -> None:  # noqa: ANN001
         assert lengths[0] == K and max(lengths[1:-1]) == longest
 
 
-def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
-    """Rows in blocks beside plain ones, of different lengths, with pictures: each as alone."""
+def test_a_batch_of_any_options_gives_each_request_its_own_reply(engine: Engine) -> None:
+    """Requests with and without drafts, of different lengths, with pictures: each reply equals that alone."""
     prompts = ["a", "draw me something rather long, please", "b c", "d"]
     options = [
         GenerationOptions(temperature=1.0, max_tokens=20, steps=1, max_images=1, tokens_per_pass=n)
@@ -289,14 +291,14 @@ def test_a_batch_of_any_options_gives_each_row_its_own(engine: Engine) -> None:
         assert all(d.drafted <= (one.speculative.tokens_per_pass or 0) for d in reply.drafts)
 
 
-def test_what_the_caller_forces_holds(engine: Engine) -> None:
+def test_forced_ids_are_emitted(engine: Engine) -> None:
     common = {"temperature": 1.0, "max_tokens": 20, "steps": 1, "max_images": 2, "seed": 5}
     for more in ({"force_image": True}, {"image_size": (8, 8)}, {"stop": ("a", "e", "i")}):
         assert same(engine.generate("x", tokens_per_pass=1, **common, **more), engine.generate("x", **common, **more))
 
 
 def test_a_draft_cannot_make_a_header_malformed(engine: Engine) -> None:
-    """Unverified too: whatever is drafted, headers are of sizes and turns end properly."""
+    """Also without verification: headers have size tokens and turns end with the end token, for any draft."""
     for seed in range(6):
         reply = engine.generate("x", temperature=1.0, max_tokens=24, steps=1, max_images=2, seed=seed, verify="none")
         assert reply.stop_reason in ("end", "length", "images") and len(reply.images) <= 2
@@ -304,14 +306,14 @@ def test_a_draft_cannot_make_a_header_malformed(engine: Engine) -> None:
         assert all(max(image.size) <= largest for image in reply.images)
 
 
-def test_events_tell_what_was_kept(engine: Engine) -> None:
+def test_events_report_accepted_tokens(engine: Engine) -> None:
     events = list(engine.stream("x", temperature=1.0, max_tokens=12, max_images=0, seed=1))
     reply = engine.generate("x", temperature=1.0, max_tokens=12, max_images=0, seed=1)
     assert [e for e in events if isinstance(e, Drafted)] == list(reply.drafts) != []
 
 
-def test_block_verification_drafts_every_round_anew(tiny_model) -> None:  # noqa: ANN001
-    """Its verdict hangs on tokens that fall: their noise is used up. Rejection's does not, and common noise is kept."""
+def test_block_verification_uses_new_noise_every_round(tiny_model) -> None:  # noqa: ANN001
+    """The verdict of "block" depends on rejected tokens, so their noise is not reused. Rejection keeps common noise."""
     engine = Engine(with_head(tiny_model, "product"))
     for kind in ("block", "rejection", "coupled"):
         [row] = engine._rows(["say"], GenerationOptions(verify=kind, temperature=1.0), None)
@@ -325,8 +327,9 @@ def test_block_verification_drafts_every_round_anew(tiny_model) -> None:  # noqa
     [("four_ids", "rejection"), ("four_ids", "block"), ("four_ids", "none")]
     + [("sequential", "rejection"), ("sequential", "block")],
 )
-def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
-    """Three tokens of four ids, 4,000 seeds: rejection and block have plain decoding's law, unverified drafts not."""
+def test_the_distribution_of_replies(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
+    """Three tokens of four ids, 4,000 seeds: rejection and block have the distribution of autoregressive decoding;
+    unverified drafts do not."""
     model = with_head(tiny_model, head)
     engine = four_ids_alone(Engine(model))
     laws = []
@@ -347,7 +350,7 @@ def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  #
     ("changes", "message"),
     [
         ({"tokens_per_pass": 0}, "tokens_per_pass = 0: must be a whole number from 1 to 64"),
-        ({"tokens_per_pass": 9}, "tokens_per_pass = 9 is too many: its joint-token head draws 4"),
+        ({"tokens_per_pass": 9}, "tokens_per_pass = 9 is too many: its joint-token head drafts 4"),
         ({"verify": "coupeld"}, "unknown verification 'coupeld'"),
         ({"sweeps": -1}, "sweeps = -1: must be a whole number from 0 to 64"),
         ({"sweeps": 1, "verify": "block"}, "verify = 'block' needs the distribution of a draft, which sweeps change"),
@@ -357,12 +360,12 @@ def test_the_law_behind_the_engine(tiny_model, head: str, kind: str) -> None:  #
         ({"verify": "greedy", "temperature": 0.5}, "verify = 'greedy' has no meaning at temperature 0.5"),
     ],
 )
-def test_impossible_options_are_refused(tiny_model, changes: dict, message: str) -> None:  # noqa: ANN001
+def test_impossible_options_raise(tiny_model, changes: dict, message: str) -> None:  # noqa: ANN001
     engine = Engine(with_head(tiny_model, "product"))
     with pytest.raises(ValueError, match=message):
         engine.generate("x", **changes)
 
 
-def test_a_plain_model_refuses_blocks(tiny_model) -> None:  # noqa: ANN001
+def test_drafts_without_a_joint_token_head_raise(tiny_model) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="no joint-token head"):
         Engine(omni.from_pretrained(tiny_model)).generate("x", tokens_per_pass=2)

@@ -1,4 +1,4 @@
-"""Clips come as a player shows them: turned, at square pixels, in their colours. Every bound holds before the work."""
+"""Clips are as a player shows them: oriented, with square pixels, in their colours. Bounds are checked before work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE = 1 << 16
 # Display matrix (a, b, c, d) of ISO/IEC 14496-12: column p, row q is shown at column a*p + c*q, row b*p + d*q.
 MATRICES: dict[tuple[int, int, int, int], Callable[[torch.Tensor], torch.Tensor]] = {
     (1, 0, 0, 1): lambda f: f,
-    (0, 1, -1, 0): lambda f: f.rot90(-1, (1, 2)),  # what a phone held upright writes: 90 degrees clockwise
+    (0, 1, -1, 0): lambda f: f.rot90(-1, (1, 2)),  # written by an upright phone: 90 degrees clockwise
     (-1, 0, 0, -1): lambda f: f.flip(1, 2),
     (0, -1, 1, 0): lambda f: f.rot90(1, (1, 2)),
     (-1, 0, 0, 1): lambda f: f.flip(2),
@@ -37,7 +37,7 @@ def av() -> Any:
 
 
 def scene(width: int = 48, height: int = 32, frames: int = 2) -> torch.Tensor:
-    """A dark picture with a light corner and another half as light: no orientation looks like another."""
+    """A dark picture with a light corner and a half-light one: its eight orientations differ."""
     clip = torch.full((frames, height, width, 3), 30, dtype=torch.uint8)
     clip[:, : height // 2, : width // 4] = 220
     clip[:, : height // 4, width // 2 :] = 120
@@ -52,7 +52,7 @@ def mp4(
     title: str = "",
     **fields: Any,
 ) -> bytes:
-    """An MP4 as other programs write it; `matrix` of its colours and no tag, unless `fields` of the stream say so."""
+    """An MP4 as other programs write it: colours by `matrix`, without a tag unless `fields` of the stream set it."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "4"})
@@ -99,7 +99,7 @@ def test_display_matrices(av: Any) -> None:
     assert torch.equal(media.load_video(with_display_matrix(data, (0, 0, 0, 0)))[0], plain)
 
 
-def test_oblong_pixels(av: Any) -> None:
+def test_pixels_that_are_not_square(av: Any) -> None:
     for aspect, shape in ((Fraction(4, 3), (32, 64)), (Fraction(2, 3), (48, 48)), (Fraction(1, 1), (32, 48))):
         data = mp4(av, scene(), sample_aspect_ratio=aspect)
         frames, _ = media.load_video(data)
@@ -111,7 +111,7 @@ def test_oblong_pixels(av: Any) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(48, 32), (1280, 720), (49, 33), (1, 1), (2, 1)])
-def test_colours_come_back(av: Any, width: int, height: int, tmp_path: Path) -> None:
+def test_colours_round_trip(av: Any, width: int, height: int, tmp_path: Path) -> None:
     frames = COLOUR.byte().expand(2, height, width, 3).contiguous()
     media.save_video(frames, tmp_path / "a.mp4")
     loaded, fps = media.load_video(tmp_path / "a.mp4")
@@ -149,7 +149,7 @@ WRITERS = [media.save_gif, media.save_apng, media.save_video]
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_odd_rates_and_sizes_are_refused(write: Callable[..., None], tmp_path: Path) -> None:
+def test_invalid_rates_and_sizes_raise(write: Callable[..., None], tmp_path: Path) -> None:
     for fps in (0, -1, float("nan"), float("inf"), 1e9, 1e-9, "8", None, True):
         with pytest.raises(ValueError, match="fps must be a number above 0, got "):
             write(scene(), tmp_path / "a", fps)
@@ -161,7 +161,7 @@ def test_odd_rates_and_sizes_are_refused(write: Callable[..., None], tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_rates_come_back(av: Any, tmp_path: Path) -> None:
+def test_rates_round_trip(av: Any, tmp_path: Path) -> None:
     path = tmp_path / "a"
     for fps in (0.0015, 0.5, 8, 23.976, 24, 60, 144, Fraction(30000, 1001), np.float32(12.5)):
         for write in (media.save_apng, media.save_video):
@@ -175,8 +175,8 @@ def test_rates_come_back(av: Any, tmp_path: Path) -> None:
         media.save_video(scene(2, 17_000, 1), path)
 
 
-def test_equal_frames_are_not_lost(tmp_path: Path) -> None:
-    """Writers of animated pictures merge equal neighbours into one with a longer delay."""
+def test_equal_frames_are_kept(tmp_path: Path) -> None:
+    """Writers of animated pictures merge equal neighbours into one frame with a longer delay."""
     still = scene(frames=5)
     moving = torch.stack([scene()[0], scene()[0], scene()[0].flip(0), scene()[0], scene()[0]])
     media.save_apng(still, tmp_path / "a.png", fps=10)
@@ -191,7 +191,7 @@ def test_equal_frames_are_not_lost(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lasts 5 frames, above max_frames=4"):
         media.load_video(tmp_path / "b", max_frames=4)
     assert torch.equal(media.load_video(gif([100, 100, 1000]))[0][:, 0, 0, 0], torch.tensor([0, 60] + [120] * 10))
-    assert len(media.load_video(gif([70, 110, 70, 90]))[0]) == 4  # no common rate: the frames as they are
+    assert len(media.load_video(gif([70, 110, 70, 90]))[0]) == 4  # no common rate: no repeats
 
 
 def gif(delays: list[int], side: int = 4) -> bytes:
@@ -203,7 +203,7 @@ def gif(delays: list[int], side: int = 4) -> bytes:
     return buffer.getvalue()
 
 
-def test_delays_that_players_do_not_take() -> None:
+def test_delays_that_players_change() -> None:
     assert media.load_video(gif([10, 10, 10]))[1] == pytest.approx(10)
     assert media.load_video(gif([0, 0, 0]))[1] == pytest.approx(10)
     assert media.load_video(gif([20, 20, 20]))[1] == pytest.approx(50)
@@ -212,7 +212,7 @@ def test_delays_that_players_do_not_take() -> None:
 # --------------------------------------------------------------------------------------------- bounds
 
 
-def test_dropped_frames_are_bounded_too() -> None:
+def test_bounds_include_dropped_frames() -> None:
     data = gif([20] * 50, side=10)
     assert len(media.load_video(data, fps=0.1)[0]) == 1
     for bounds in ({"max_decoded_frames": 49}, {"max_decoded_pixels": 49 * 100}, {"timeout_seconds": 0}):
@@ -223,7 +223,7 @@ def test_dropped_frames_are_bounded_too() -> None:
         media.load_image(data, timeout_seconds=0)
 
 
-def test_no_frame_is_decoded_past_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_frame_is_decoded_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import GifImagePlugin
 
     seen: list[int] = []
@@ -234,10 +234,10 @@ def test_no_frame_is_decoded_past_a_bound(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [0, 1, 2, 3]
 
 
-def test_the_declared_length_is_read_first(av: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_headers_length_is_checked_first(av: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = mp4(av, scene(), times=[0, 8 * 36_000])
     monkeypatch.setattr(video, "_square_size", lambda *_: pytest.fail("a frame was decoded"))
-    with pytest.raises(ValueError, match=r"says it is 36000\.\d+ seconds long, above max_seconds=120; cut it"):
+    with pytest.raises(ValueError, match=r"has 36000\.\d+ seconds by its header, above max_seconds=120; cut it"):
         media.load_video(data, fps=0.001)
 
 
@@ -248,7 +248,7 @@ def test_video_bounds(av: Any) -> None:
         (name, value), *_ = bounds.items()
         with pytest.raises(ValueError, match=f"{name}={value}"):
             media.load_video(data, fps=1, **bounds)  # type: ignore[arg-type]
-    late = mp4(av, scene(), times=[8 * 200, 8 * 200 + 1])  # clips cut out of longer ones begin late
+    late = mp4(av, scene(), times=[8 * 200, 8 * 200 + 1])  # clips cut from longer ones begin late
     assert media.load_video(late)[1] == 8
 
 
@@ -265,7 +265,7 @@ def test_a_clip_opens_no_other_file(av: Any, bare: bool, tmp_path: Path, monkeyp
             media.load_video(text.encode())
 
 
-def test_a_cut_animation_is_refused(tmp_path: Path) -> None:
+def test_a_cut_animation_raises(tmp_path: Path) -> None:
     media.save_apng(torch.cat([scene(), scene().flip(1)]), tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     for end in (data.index(b"fdAT") + 4, data.rindex(b"fcTL") - 4, len(data) - 40):
@@ -273,10 +273,10 @@ def test_a_cut_animation_is_refused(tmp_path: Path) -> None:
             media.load_video(data[:end])
 
 
-def test_flipped_bytes_of_clips_are_one_line(av: Any) -> None:
+def test_flipped_bytes_of_clips_raise_one_line(av: Any) -> None:
     data = mp4(av, scene(), title="a title")
     at = data.index(b"a title")
-    assert len(media.load_video(data[:at] + b"\xff\xe9" + data[at + 2 :])[0]) == 2  # no UTF-8: text is not needed
+    assert len(media.load_video(data[:at] + b"\xff\xe9" + data[at + 2 :])[0]) == 2  # invalid UTF-8 in unused text
     unknown = data.replace(b"avc1", b"none")
     with pytest.raises(ValueError, match="its codec is not known here; encode it as H.264"):
         media.load_video(unknown)

@@ -1,4 +1,4 @@
-"""Media: bombs and broken files refused in one line, orientation and transparency right, files whole or absent."""
+"""Media: bombs and broken files raise one line; orientation and transparency; files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIXELS = torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8, generator=torch.G
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of that size whose pixel data is a few bytes of zeros."""
+    """A PNG whose header has that size and whose pixel data is a few zero bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -44,7 +44,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(50_000, 50_000), (9_000, 9_000), (12_000, 9_000)])
-def test_bombs_are_refused_before_decoding(size: tuple[int, int], tmp_path: Path) -> None:
+def test_bombs_raise_before_decoding(size: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(*size))
     started = time.process_time()
@@ -63,7 +63,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.png"]
 
 
-def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_partial_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media.save_png(PIXELS, tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
 
@@ -101,12 +101,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
-def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_pipe_raises_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     assert "no regular file" in error(tmp_path / "pipe.png")
 
 
-def test_flipped_bytes_never_escape_as_other_errors() -> None:
+def test_flipped_bytes_raise_no_other_errors() -> None:
     generator = torch.Generator().manual_seed(1)
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
         whole = encoded(media.to_pil(PIXELS), kind)
@@ -123,14 +123,14 @@ def test_flipped_bytes_never_escape_as_other_errors() -> None:
 def test_orientation_is_applied_once() -> None:
     image = media.to_pil(PIXELS)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the scene is the right edge: turn by a quarter, clockwise
+    exif[0x0112] = 6  # the top of the scene is the right edge: rotate 90 degrees clockwise
     turned = media.load_image(encoded(image, exif=exif))
     assert torch.equal(turned, PIXELS.transpose(0, 1).flip(1))
     assert torch.equal(media.load_image(media.to_pil(turned)), turned)
     assert torch.equal(media.load_image(Image.open(io.BytesIO(encoded(image, exif=exif)))), turned)
 
 
-def test_transparency_is_white() -> None:
+def test_transparency_becomes_white() -> None:
     clear = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     clear.putpixel((1, 0), (10, 20, 30, 255))
     expected = torch.tensor([[[255, 255, 255], [10, 20, 30]]], dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Every mode and dtype to uint8 RGB: scaled by its range or refused by name; upright, in sRGB; alike at every door."""
+"""Every mode and dtype to uint8 RGB: scaled by its range or rejected; oriented, in sRGB, at all entry points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omni.text.chat import messages_to_document
 
 RGB = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 GREY = RGB[..., 0]
-TURNS = {  # EXIF: which side of the scene row 0 and column 0 are; what makes it upright
+TURNS = {  # EXIF orientation -> the transform that undoes it
     1: lambda p: p,
     2: lambda p: p.flip(1),
     3: lambda p: p.flip(0, 1),
@@ -54,7 +54,7 @@ def error(value: Any) -> str:
 
 
 def shown(value: Any) -> torch.Tensor:
-    """Pixels, the same as a picture and as a part of a message."""
+    """Pixels of `load_image`, equal to those of a part of a message."""
     pixels = media.load_image(value)
     assert pixels.dtype == torch.uint8 and torch.equal(pixels, through_chat(value))
     return pixels
@@ -71,7 +71,7 @@ def shown(value: Any) -> torch.Tensor:
         (torch.zeros(2, 6, dtype=torch.float64), 0),
         (np.full((2, 3), 30000, np.uint16), 117),
         (np.full((2, 3), 65535, ">u2"), 255),
-        (np.full((2, 3), 128, np.uint16), 0),  # 0.498: the scale is the type's, whatever the values
+        (np.full((2, 3), 128, np.uint16), 0),  # 0.498: the dtype gives the scale, not the values
         (np.full((2, 3), 129, np.uint16), 1),
         (torch.full((2, 3), 65535, dtype=torch.uint16), 255),
         (np.ones((2, 3), bool), 255),
@@ -94,16 +94,16 @@ def shown(value: Any) -> torch.Tensor:
         (b"P5 3 2 65535\n" + np.full(6, 30000, ">u2").tobytes(), 117),
     ],
 )
-def test_scaled_by_the_range_of_the_type(value: Any, white: int) -> None:
+def test_values_are_scaled_by_the_range_of_the_dtype(value: Any, white: int) -> None:
     assert shown(value).unique().tolist() == [white]
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.full((2, 3), 200, np.int32), r"int32 array \(2, 3\) does not tell which value is white; give uint8"),
+        (np.full((2, 3), 200, np.int32), r"int32 array \(2, 3\) has no known white value; give uint8"),
         (np.full((2, 3), 200, np.int64), "int64 array"),
-        (torch.full((2, 3, 3), 200), r"int64 array \(2, 3, 3\) does not tell"),
+        (torch.full((2, 3, 3), 200), r"int64 array \(2, 3, 3\) has no known"),
         (np.zeros((2, 3), np.int8), "int8 array"),
         (np.zeros((2, 3), np.int16), "int16 array"),
         (np.zeros((2, 3), np.uint32), "uint32 array"),
@@ -115,7 +115,7 @@ def test_scaled_by_the_range_of_the_type(value: Any, white: int) -> None:
         (np.array([[0.5, np.inf]], np.float32), "holds NaN or infinite values"),
         (Image.new("F", (3, 2), 30000), "mode 'F' holds values from 30000"),
         (encoded(Image.new("F", (3, 2), 255), "TIFF"), "bytes of mode 'F' holds values from 255"),
-        (Image.new("I", (3, 2), 200), "32-bit integers .*do not tell which value is white"),
+        (Image.new("I", (3, 2), 200), "32-bit integers .*without a known white value"),
         (encoded(Image.new("I", (3, 2), 200), "TIFF"), "32-bit integers"),
         (np.array(["a"]), "array"),
         (np.zeros((), np.uint8), "is no picture"),
@@ -126,7 +126,7 @@ def test_scaled_by_the_range_of_the_type(value: Any, white: int) -> None:
         (np.broadcast_to(np.uint8(0), (9000, 9000, 3)), "9000 x 9000 pixels, above max_pixels=50000000"),
     ],
 )
-def test_refused_by_name(value: Any, message: str) -> None:
+def test_ambiguous_inputs_are_named(value: Any, message: str) -> None:
     assert re.search(message, error(value))
 
 
@@ -143,7 +143,7 @@ def test_layouts_of_arrays(make: Any) -> None:
     assert torch.equal(shown(make(torch.stack([GREY, torch.full_like(GREY, 255)], -1))), grey)
 
 
-def test_frames_are_converted_in_the_same_place() -> None:
+def test_frames_are_converted_like_pictures() -> None:
     frames = RGB[None].expand(2, 5, 7, 3)
     for value in (
         [RGB.numpy(), RGB],
@@ -156,7 +156,7 @@ def test_frames_are_converted_in_the_same_place() -> None:
         assert isinstance(clip, Video) and torch.equal(clip.frames, frames)
 
 
-def test_a_transparent_value_of_16_bits_is_white() -> None:
+def test_a_transparent_value_of_16_bits_becomes_white() -> None:
     grey = Image.fromarray(np.array([[1000, 30000]], np.uint16))
     assert shown(encoded(grey, "PNG", transparency=1000))[0, :, 0].tolist() == [255, 117]
 
@@ -192,7 +192,7 @@ def test_unreadable_exif_data_are_ignored() -> None:
 
 
 def test_a_colour_profile_is_converted() -> None:
-    """A profile whose red primary is sRGB's green, and the other way round: its red is green."""
+    """A profile with sRGB's red and green primaries exchanged: its red is green."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile = bytearray(bytes(profile).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be")))
     red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
@@ -218,8 +218,8 @@ def test_a_tiff_whose_zero_is_white() -> None:
         assert shown(bytes(data)).unique().tolist() == [expected], mode
 
 
-def test_the_scans_of_a_jpeg_are_read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each scan goes over the whole picture: 0.3 MB of them took minutes, in which nothing looked at the time."""
+def test_jpeg_scans_are_read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each scan covers the whole picture: 0.3 MB of scans take minutes, so the time limit is checked in between."""
     whole = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     data = whole[:-2] + scan * (20_000 // len(scan)) + whole[-2:]

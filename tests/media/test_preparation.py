@@ -1,4 +1,4 @@
-"""One preparation: sizes, pixels and frames as each rule says, and what is right already left alone."""
+"""Preparation: sizes, pixels and frames of each rule; prepared media do not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(*shape: int, key: int = 0) -> torch.Tensor:
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
-    """Red tells the row and green the column, in hundredths of the side."""
+    """Red is the row and green the column, in hundredths of the side."""
     rows = torch.arange(height).add(0.5).div(height).mul(100).round()[:, None].expand(height, width)
     columns = torch.arange(width).add(0.5).div(width).mul(100).round()[None].expand(height, width)
     return torch.stack([rows, columns, torch.zeros(height, width)], -1).byte()
@@ -61,7 +61,7 @@ def test_the_nearest_stride(given: tuple[int, int], size: tuple[int, int]) -> No
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 32))
 @settings(max_examples=60)
-def test_every_size_gets_one_within_the_budget(
+def test_every_size_gets_a_size_within_the_budget(
     height: int, width: int, max_grid: int, budget: int, stride: int
 ) -> None:
     limits, preparation = Limits((stride, stride), 1, max_grid, 8), Preparation(max_latents=budget)
@@ -74,7 +74,7 @@ def test_every_size_gets_one_within_the_budget(
     inside = max(height, width) <= max_grid * stride and height * width <= budget * stride**2
     if on_stride and inside:
         assert size == (height, width)
-    near = math.sqrt(height * width) / stride >= 8  # fine enough for an aspect within a sixteenth
+    near = math.sqrt(height * width) / stride >= 8  # enough latents for an aspect within a sixteenth
     if near and budget >= 64 and max_grid >= 16 and 0.5 <= height / width <= 2:
         assert abs(math.log(h / w / (height / width))) < 0.08
 
@@ -83,7 +83,7 @@ def test_every_size_gets_one_within_the_budget(
 @pytest.mark.parametrize(
     "size", [(64, 64), (1, 1), (1, 700), (700, 1), (33, 50), (128, 200), (100, 75), (128, 128), (17, 16)]
 )
-def test_what_is_prepared_stays(preparation: Preparation, size: tuple[int, int]) -> None:
+def test_preparation_is_idempotent(preparation: Preparation, size: tuple[int, int]) -> None:
     picture = Image(noise(*size))
     once = prepare(picture, preparation, LIMITS)
     assert once.pixels.shape[:2] == target_size(*size, preparation, LIMITS)
@@ -92,7 +92,7 @@ def test_what_is_prepared_stays(preparation: Preparation, size: tuple[int, int])
         assert once is picture
 
 
-def test_letterbox_shows_all_and_repeats_edges() -> None:
+def test_letterbox_keeps_the_picture_and_repeats_edges() -> None:
     wide = noise(32, 64)
     found = prepare_picture(wide, LETTERBOX, LIMITS)
     assert torch.equal(found[16:48], wide)
@@ -112,7 +112,7 @@ def test_crop_keeps_the_middle() -> None:
 
 @pytest.mark.parametrize("size", [(100, 75), (300, 200), (47, 61), (1000, 777), (60, 68)])
 def test_buckets_keep_the_aspect(size: tuple[int, int]) -> None:
-    """Rows and columns are scaled alike: the ramps say how much of each side is left."""
+    """Rows and columns have one scale: the ramps show the remaining part of each side."""
     found = prepare_picture(ramp(*size), BUCKETS, LIMITS)
     height, width = found.shape[:2]
     rows, columns = (int(found[-1, 0, 0] - found[0, 0, 0]) * size[0], int(found[0, -1, 1] - found[0, 0, 1]) * size[1])
@@ -157,7 +157,7 @@ def test_clips_fill_their_chunks(rule: dict[str, Any], frames: int, fps: float, 
     assert prepare(once, build(rule, Preparation, "test"), LIMITS) is once
 
 
-def test_frames_are_fitted_as_pictures_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_resized_like_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     from omni.media import preparation as module
 
     clip = noise(5, 33, 90)
@@ -188,7 +188,7 @@ def test_impossible_preparations_are_named(rule: dict[str, Any], message: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_fit_a_model_is_named() -> None:
+def test_media_beyond_the_limits_are_named() -> None:
     for size in ((60, 64), (64, 144)):
         with pytest.raises(ValueError, match=rf"size {size[0]} x {size[1]} .*stride 16 x 16, and at most 128 x 128"):
             target_size(9, 9, Preparation(resize="crop", size=size), LIMITS)
@@ -228,8 +228,8 @@ def test_models_without_the_file_load(tiny_model: Path, tmp_path: Path, old: dic
     assert loaded.preparation == (Preparation(resize="letterbox", size=new) if isinstance(new, tuple) else new)
 
 
-def test_documents_of_any_size_are_composed_and_kept(tiny_model: Path) -> None:
-    """Spans have prepared blocks; the reply's document has the pixels that were given."""
+def test_documents_of_any_size_compose_and_keep_their_pixels(tiny_model: Path) -> None:
+    """Spans have prepared blocks; the reply's document has the given pixels."""
     model = omni.from_pretrained(tiny_model)
     picture, clip = Image(noise(9, 13)), Video(noise(3, 5, 21), role=Role.USER)
     prompt = Document((picture, clip, Text("what?")))
@@ -242,7 +242,7 @@ def test_documents_of_any_size_are_composed_and_kept(tiny_model: Path) -> None:
 
 
 def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second picture of a reply, guided, behind a first one whose size is not the preparation's."""
+    """The second picture of a reply, with guidance, after a picture whose size is not the preparation's."""
     model = omni.from_pretrained(tiny_model)
     model.preparation = Preparation(resize="letterbox", size=(16, 16))
     engine = Engine(model)
@@ -254,7 +254,7 @@ def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monke
         kept.append(cache)
         return append(self, cache, spans)
 
-    kept: list[Any] = []  # so that no id is used twice
+    kept: list[Any] = []  # keeps objects alive, so that no id() repeats
     monkeypatch.setattr(Runtime, "append", watched)
     control, choose = engine.control, engine._choose
     script = [control.image, control.image, control.end]

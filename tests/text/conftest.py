@@ -1,4 +1,4 @@
-"""Tiny tokenizers of both backends, trained here in a fraction of a second."""
+"""Tiny tokenizers of both backends, trained in a fraction of a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat messages: every accepted shape, order kept, inverse, and one-line errors that say what to do."""
+"""Chat messages: every accepted format, order, inverse, and one-line errors with a way out."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_plain_text() -> None:
     assert messages_to_document([{"role": "developer", "content": "x"}]).segments[0].role is Role.SYSTEM
 
 
-def test_every_picture_shape(path: Path) -> None:
+def test_every_format_of_pictures(path: Path) -> None:
     pil = media.to_pil(PIXELS)
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": URL, "detail": "low"}},
@@ -108,7 +108,7 @@ def test_inverse() -> None:
     assert isinstance(again[4], Video) and again[4].fps == 4.0
 
 
-def test_load_image_is_the_callers() -> None:
+def test_load_image_is_an_argument() -> None:
     seen: list[Any] = []
 
     def load(source: Any) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_paths_can_be_forbidden(path: Path, kind: str, monkeypatch: pytest.Monke
     assert len(messages_to_document(user(*taken), allow_paths=False).segments) == 3
 
 
-def test_paths_of_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_file_urls(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("HOME", str(path.parent))
     (path.parent / "link.png").symlink_to(path)
@@ -197,12 +197,12 @@ def test_paths_of_this_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert isinstance(segment, Image) and torch.equal(segment.pixels, PIXELS), name
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to("/dev/zero")
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(10 << 30)  # takes no room on the disk
+        file.truncate(10 << 30)  # a sparse file
     cases = {
         "/dev/zero": "no regular file",
         str(tmp_path / "link.png"): "no regular file",
@@ -214,7 +214,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         "a\0b.png": "a path has no null character",
         "file:///a%00b.png": "a path has no null character",
         "x" * 10_000: "File name too long",
-        "file://other/a.png": "lies on the machine 'other'; write file:///path",
+        "file://other/a.png": "is on the machine 'other'; write file:///path",
         "ftp://other/a.png": "nothing is fetched",
         "HTTPS://other/a.png": "nothing is fetched",
         "s3://other/a.png": "nothing is fetched",
@@ -226,11 +226,11 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_an_engine_takes_no_paths_when_told_so(tiny_model: Path, path: Path) -> None:
+def test_an_engine_without_paths_rejects_them(tiny_model: Path, path: Path) -> None:
     import omni
 
     model = omni.from_pretrained(tiny_model)
-    (path.parent / "b.png").write_bytes(media.encode_png(PIXELS[:, :4].contiguous()))  # of a size that its codec takes
+    (path.parent / "b.png").write_bytes(media.encode_png(PIXELS[:, :4].contiguous()))  # a size for its codec
     prompt = user({"type": "image", "path": str(path.parent / "b.png")}, "what?")
     with pytest.raises(ValueError, match="message 0: picture .*: paths are not allowed here"):
         omni.Engine(model, allow_paths=False).generate(prompt, max_tokens=1)
@@ -251,8 +251,8 @@ def peak_of(call: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-def test_data_urls_take_the_memory_of_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Percent escapes took 80 times as much as the URL; white space in base64, 10 times."""
+def test_data_urls_take_no_more_memory_than_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A naive decoder takes 80 times the URL's memory for percent escapes, and 10 times for white space in base64."""
     for url, num in (
         ("data:,".ljust(80_000, "%"), 80_000),
         ("data:," + "%41" * 80_000, 80_000),
@@ -271,7 +271,7 @@ def test_data_urls_take_the_memory_of_their_bytes(monkeypatch: pytest.MonkeyPatc
         messages_to_document(user({"type": "image", "url": "data:," + "%41" * 100}))
 
 
-def test_escapes_are_read_wherever_they_stand() -> None:
+def test_escapes_are_decoded_at_every_position() -> None:
     for shift in range(5):
         text = "x" * shift + "%25%e4%" * 8_000 + "%4"
         assert chat._data_url("data:," + text, "picture", 1 << 20) == unquote_to_bytes(text)
@@ -335,7 +335,7 @@ def test_media_are_bounded_over_the_whole_request(tmp_path: Path, monkeypatch: p
 
 
 def test_exported_template_has_the_order_of_compose() -> None:
-    """The Jinja template is for other programs; its spellings stand in the order in which compose puts the ids."""
+    """The Jinja template is for other programs; it renders control names in the order of compose's ids."""
     jinja2 = pytest.importorskip("jinja2")
     source = (Path(__file__).parents[2] / "tokenizers_cfg" / "chat_template.jinja").read_text()
     messages = [

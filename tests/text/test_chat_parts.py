@@ -1,4 +1,4 @@
-"""Parts of chat messages one by one: every key, type and scheme that is taken, and those beside them that are not."""
+"""Parts of chat messages: every accepted key, type and scheme, and rejected ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE_TYPES, VIDEO_TYPES = ("image", "image_url", "input_image"), ("video", "vid
 
 
 class Loaders:
-    """Loaders that keep what they are asked for and give one known picture or clip."""
+    """Loaders that record their arguments and return one known picture or clip."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -77,7 +77,7 @@ def test_every_type_takes_every_key_of_its_medium(loaders: Loaders, kind: str) -
         loaders.read({"type": kind, "path": {"uri": "x", "detail": "low"}})
 
 
-def test_unknown_types_name_all_that_are_known() -> None:
+def test_unknown_types_name_the_known_ones() -> None:
     known = "text, input_text, output_text, image, image_url, input_image, video, video_url, input_video$"
     with pytest.raises(ValueError, match=f"unknown part type 'zzz'; known types: {known}"):
         messages_to_document([{"role": "user", "content": [{"type": "zzz"}]}])
@@ -118,7 +118,7 @@ def test_addresses_become_paths_and_bytes(loaders: Loaders, monkeypatch: pytest.
         loaders.read({"type": "image", "url": "data:image/png;base64,YW*J"})
 
 
-def test_without_paths_only_what_the_message_holds_is_read(loaders: Loaders) -> None:
+def test_without_paths_only_inline_media_are_read(loaders: Loaders) -> None:
     for value in ("a.png", "~/a.png", "file:///a.png", Path("a.png"), "datum:x"):
         for kind in ("image", "video"):
             with pytest.raises(ValueError, match="paths are not allowed here; send a data: URL"):
@@ -145,7 +145,7 @@ def test_frames_have_a_rate_and_one_shape(loaders: Loaders) -> None:
         loaders.read({"type": "video", "video": []})
 
 
-def test_arrays_and_pictures_are_taken_as_they_are(loaders: Loaders) -> None:
+def test_arrays_and_pictures_are_passed_unchanged(loaders: Loaders) -> None:
     parts = [{"type": "image", "image": value} for value in (PIXELS, PIXELS.numpy(), media.to_pil(PIXELS))]
     for segment in messages_to_document([{"role": "user", "content": parts}]).segments:
         assert isinstance(segment, Image) and torch.equal(segment.pixels, PIXELS)
@@ -154,7 +154,7 @@ def test_arrays_and_pictures_are_taken_as_they_are(loaders: Loaders) -> None:
     assert loaders.seen[-1] is pil
 
 
-def test_what_is_too_long_is_refused_before_it_is_decoded(loaders: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_that_are_too_long_raise_before_decoding(loaders: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "MAX_BYTES", 100)
     monkeypatch.setattr(media, "MAX_CLIP_BYTES", 200)
     for kind, limit in (("image", 100), ("video", 200)):
@@ -170,8 +170,8 @@ def test_what_is_too_long_is_refused_before_it_is_decoded(loaders: Loaders, monk
         loaders.read({"type": "video", "base64": "QUFB" * 101})
 
 
-def test_what_gives_itself_as_a_part_is_one() -> None:
-    """As the parts of a reply do. A mapping is a part already, whatever it has besides."""
+def test_objects_with_content_are_parts() -> None:
+    """Like the parts of a reply. A mapping is already a part, whatever attributes it has."""
     part = TextPart("hello")
     [segment] = messages_to_document([{"role": "assistant", "content": [part]}]).segments
     assert segment == Text("hello", Role.ASSISTANT)
@@ -180,7 +180,7 @@ def test_what_gives_itself_as_a_part_is_one() -> None:
     assert messages_to_document([{"role": "user", "content": [plain]}]).segments == (Text("a"),)
 
 
-def test_roles_and_what_is_supervised() -> None:
+def test_roles_and_supervision() -> None:
     messages = [{"role": role, "content": role} for role in ("system", "developer", "user", "assistant")]
     roles = [Role.SYSTEM, Role.SYSTEM, Role.USER, Role.ASSISTANT]
     for supervise in (True, False):
@@ -191,7 +191,7 @@ def test_roles_and_what_is_supervised() -> None:
     assert all(part.supervise and part.role is Role.ASSISTANT for part in parts)
 
 
-def test_empty_texts_go_where_something_else_is_said() -> None:
+def test_empty_texts_are_removed_beside_other_parts() -> None:
     picture = {"type": "image", "image": PIXELS}
     parts = messages_to_document([{"role": "user", "content": ["", picture, " ", ""]}]).segments
     assert [type(part).__name__ for part in parts] == ["Image", "Text"] and parts[1] == Text(" ")
@@ -210,8 +210,8 @@ def test_messages_of_a_document_by_hand() -> None:
     assert clip["type"] == "video" and clip["fps"] == 4.0 and [f.size for f in clip["video"]] == [(6, 4)] * 2
 
 
-def test_base64_keeps_every_letter() -> None:
-    """White space goes, + and / may be - and _; no other character is lost or taken for another."""
+def test_base64_keeps_every_character() -> None:
+    """White space is removed, + and / may be - and _; every other character is kept or raises."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     plain = base64.b64decode(alphabet)
     for text in (alphabet, alphabet.replace("+", "-").replace("/", "_"), " \t\n\r\v\f".join(alphabet)):
@@ -220,7 +220,7 @@ def test_base64_keeps_every_letter() -> None:
         _base64("%41" * 400, "picture", 40)
 
 
-def test_half_a_second_is_time_enough(loaders: Loaders) -> None:
+def test_reading_within_the_time_limit_succeeds(loaders: Loaders) -> None:
     reader = _PartReader(loaders.image, loaders.video, True)
     reader._end = time.monotonic() + 0.5
     assert 0 < reader._seconds_left() <= 0.5

@@ -1,4 +1,4 @@
-"""compose: the exact ids and flags of every kind of segment; text that spells control tokens stays text."""
+"""compose: exact ids and flags of every kind of segment; names of control tokens in text stay text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAMES = torch.zeros(6, 16, 16, 3, dtype=torch.uint8)
 
 
 def encode_media(segments: list[Image | Video]) -> list[list[torch.Tensor]]:
-    """8-pixel patches, 2 frames a chunk, each latent numbered by its position in the block."""
+    """8-pixel patches, 2 frames a chunk; each latent holds its position in the block."""
     out: list[list[torch.Tensor]] = []
     for segment in segments:
         t, count = (1, 1) if isinstance(segment, Image) else (2, len(segment.frames) // 2)
@@ -29,7 +29,7 @@ def encode_media(segments: list[Image | Video]) -> list[list[torch.Tensor]]:
 
 
 def flat(spans: list[Span], tokenizer: Tokenizer) -> list[str]:
-    """Names of control ids, text as itself, latent grids; supervised items are starred."""
+    """Names of control ids, text, latent grids; supervised items have a star."""
     names: list[str] = []
     for span in spans:
         if isinstance(span, LatentSpan):
@@ -76,7 +76,7 @@ def test_unsupervised_assistant(tokenizer: Tokenizer) -> None:
     assert not any("*" in name for name in flat(spans, tokenizer))
 
 
-def test_spelled_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
+def test_names_of_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     text = "<|image|><|im_end|>[INST] end begin size_4 </s>"
     span = compose(Document((Text(text),)), tokenizer, _no_media)[0]
     assert isinstance(span, TokenSpan)
@@ -94,13 +94,13 @@ def test_clips_of_different_rates_have_different_ids(tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("fps", [0.49, 64.5, 120])
-def test_a_rate_without_a_token_is_refused(tokenizer: Tokenizer, fps: float) -> None:
+def test_a_rate_without_a_token_raises(tokenizer: Tokenizer, fps: float) -> None:
     with pytest.raises(ValueError, match=f"a clip of {fps:g} frames per second has no rate token .0.5 to 64"):
         header_of(fps, tokenizer)
 
 
-def test_a_prompt_is_counted_before_it_is_encoded(tokenizer: Tokenizer) -> None:
-    """The count is that of `compose`, for every kind of segment and turn."""
+def test_prompt_length_equals_compose(tokenizer: Tokenizer) -> None:
+    """The length equals that of `compose`, for every kind of segment and turn."""
 
     def latents(segment: Image | Video) -> int:
         return sum(len(block.flatten()) // 3 for block in encode_media([segment])[0])
@@ -114,7 +114,7 @@ def test_a_prompt_is_counted_before_it_is_encoded(tokenizer: Tokenizer) -> None:
             prompt_length(document, tokenizer, latents, 5)
 
 
-def test_a_hundred_megabytes_are_refused_unread(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_megabytes_raise_before_encoding(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail("it was tokenized"))
     fewest = math.ceil(10**8 / tokenizer.longest_id)
     with pytest.raises(ValueError, match=f"at least {fewest + 4:,} positions"):
@@ -122,7 +122,7 @@ def test_a_hundred_megabytes_are_refused_unread(tokenizer: Tokenizer, monkeypatc
 
 
 @pytest.mark.parametrize("side", [65 * 8, 8 * 200])
-def test_sizes_without_a_token_are_refused(tokenizer: Tokenizer, side: int) -> None:
+def test_sizes_without_a_token_raise(tokenizer: Tokenizer, side: int) -> None:
     wide = torch.zeros(8, side, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"a picture of 1 x {side // 8} latents is too large.*{side // 8}.*resize"):
         compose(Document((Image(wide),)), tokenizer, encode_media)
@@ -133,7 +133,7 @@ def test_sizes_without_a_token_are_refused(tokenizer: Tokenizer, side: int) -> N
     assert "size_64" in flat(compose(Document((Image(limit),)), tokenizer, encode_media), tokenizer)
 
 
-def test_wrong_latents_are_refused(tokenizer: Tokenizer) -> None:
+def test_wrong_latents_raise(tokenizer: Tokenizer) -> None:
     document = Document((Image(PIXELS),))
     for wrong in ([], [[]], [[torch.zeros(2, 2, 4, 3)]], [[torch.zeros(1, 2, 4, 3)] * 2], [[torch.zeros(8, 3)]]):
         with pytest.raises(ValueError, match="encode_media gave"):

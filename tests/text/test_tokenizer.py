@@ -1,4 +1,4 @@
-"""Tokenizers of both backends: no text gives a control id, every text comes back, streams equal whole decodes."""
+"""Tokenizers of both backends: no text gives a control id, every text round-trips, streams equal `decode`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPELLINGS = (
 
 
 def adversarial(rng: random.Random, tokenizer: Tokenizer) -> str:
-    """Concatenations around control names: brackets, cases, gaps, ids spelled out, zero-width splits."""
+    """Variants of control names: brackets, case, gaps, ids as text, zero-width splits."""
     parts: list[str] = []
     for _ in range(rng.randint(1, 4)):
         spelling = rng.choice(SPELLINGS)
@@ -52,7 +52,7 @@ def adversarial(rng: random.Random, tokenizer: Tokenizer) -> str:
 
 
 def random_text(rng: random.Random) -> str:
-    """Any code points at all, surrogates included, mostly from small planes."""
+    """Any code points, also surrogates, mostly of low planes."""
     top = rng.choice((0x80, 0x250, 0x3000, 0xFFFF, 0x10FFFF))
     return "".join(chr(rng.randint(0, top)) for _ in range(rng.randint(0, 24)))
 
@@ -68,7 +68,7 @@ def test_20000_adversarial_texts_give_no_control_id(tokenizer: Tokenizer) -> Non
     assert (num_control, num_changed) == (0, 0)
 
 
-def test_10000_random_texts_come_back_whole_and_streamed(tokenizer: Tokenizer) -> None:
+def test_10000_random_texts_round_trip_whole_and_streamed(tokenizer: Tokenizer) -> None:
     rng = Key(1).fold("random").python()
     for _ in range(10_000):
         text = random_text(rng)
@@ -78,8 +78,8 @@ def test_10000_random_texts_come_back_whole_and_streamed(tokenizer: Tokenizer) -
         assert tokenizer.decode(ids) == text == "".join(pieces) + stream.flush()
 
 
-def test_any_ids_stream_as_they_decode(tokenizer: Tokenizer) -> None:
-    """Also ids that are no valid UTF-8, as an untrained model produces."""
+def test_streams_of_any_ids_equal_decode(tokenizer: Tokenizer) -> None:
+    """Also ids of invalid UTF-8, as an untrained model emits."""
     rng = Key(2).fold("ids").python()
     for _ in range(4_000):
         ids = [rng.randrange(tokenizer.num_text) for _ in range(rng.randint(0, 12))]
@@ -127,10 +127,10 @@ def with_names(request: pytest.FixtureRequest, corpus: list[str]) -> Tokenizer:
     [
         ("draw a red apple", [" red apple"]),
         ("two red apples, please", [" red apple"]),  # a plural keeps the word's id
-        ("a red appleseed, redder", [" red"]),  # a phrase ends where a word does
+        ("a red appleseed, redder", [" red"]),  # a phrase ends at a word's end
         ("red apple", ["red apple"]),
         ("'red apple'?", ["red apple"]),
-        ("infrared apple", []),  # a phrase without a space begins where no word is before it
+        ("infrared apple", []),  # a phrase without a space begins at a word's start
         (" antique ants", [" ant"]),
         ("an  ant\ta red  apple", [" ant", " red"]),
     ],
@@ -142,7 +142,7 @@ def test_phrases_are_one_id_each(with_names: Tokenizer, text: str, phrases: list
     assert with_names.decode(ids) == text
 
 
-def test_phrases_leave_other_ids(with_names: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
+def test_phrases_do_not_change_other_ids(with_names: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
     plain = type(with_names).train(corpus, 340)
     assert plain.encode("the green cat") == with_names.encode("the green cat")
     assert with_names.num_text == plain.num_text + 4 and with_names.control.pad == with_names.num_text
@@ -151,8 +151,8 @@ def test_phrases_leave_other_ids(with_names: Tokenizer, corpus: list[str], tmp_p
     assert loaded.phrases == with_names.phrases and loaded.encode("a red ant") == with_names.encode("a red ant")
 
 
-def test_phrases_are_found_as_one_by_one() -> None:
-    """The tree of a thousand phrases against all of them side by side, the longest first; and one of any length."""
+def test_the_phrase_tree_equals_an_alternation() -> None:
+    """The tree of a thousand phrases equals their alternation, longest first; a phrase may have any length."""
     draw = random.Random(0)
     letters = ["a", "b", "c", " ", "s", ".", "(", "é", "_"]
     for _ in range(100):
@@ -172,7 +172,7 @@ def test_phrases_are_found_as_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("phrases", [[""], [" a", " b", " a"], ["\ud800"]])
-def test_what_is_no_phrase_is_refused(phrases: list[str], corpus: list[str]) -> None:
+def test_invalid_phrases_raise(phrases: list[str], corpus: list[str]) -> None:
     plain = BPETokenizer.train(corpus, 340)
     with pytest.raises(ValueError, match="cannot be a phrase"):
         plain.with_phrases(phrases)
@@ -180,7 +180,7 @@ def test_what_is_no_phrase_is_refused(phrases: list[str], corpus: list[str]) -> 
         plain.with_phrases([" a"]).with_phrases([" b"])
 
 
-def test_phrases_of_a_damaged_file_are_refused(with_names: Tokenizer, tmp_path: Path) -> None:
+def test_phrases_of_a_damaged_file_raise(with_names: Tokenizer, tmp_path: Path) -> None:
     with_names.save(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
@@ -227,12 +227,12 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
         backends.get("bbpe")
 
 
-def test_same_corpus_same_file(tokenizer: Tokenizer, corpus: list[str]) -> None:
+def test_equal_corpora_give_equal_files(tokenizer: Tokenizer, corpus: list[str]) -> None:
     again = type(tokenizer).train(corpus, 340 - len(tokenizer.phrases))
     assert again.describe()["blake2b"] == tokenizer.describe()["blake2b"]
 
 
-def test_models_that_match_spellings_in_text_are_refused() -> None:
+def test_models_that_match_special_tokens_in_text_raise() -> None:
     library = BPETokenizer.train(["a b"] * 9, 257)._library
     library.add_tokens(["<|image|>"])
     with pytest.raises(ValueError, match="added_tokens"):
@@ -268,7 +268,7 @@ def _foreign_model(**options: object) -> bytes:
     return model.getvalue()
 
 
-def test_corpora_that_are_too_poor() -> None:
+def test_corpora_that_are_too_small() -> None:
     with pytest.raises(ValueError, match="below 256"):
         BPETokenizer.train(["a"], 100)
     with pytest.raises(ValueError, match="the corpus yields 256 tokens"):
@@ -306,8 +306,8 @@ def test_config_file_is_plain_json(tokenizer: Tokenizer, tmp_path: Path) -> None
     assert config["num_text"] == 340 and config["vocab_size"] == 413 and config["control"] == list(CONTROL_NAMES)
 
 
-def test_digests_are_the_recipes() -> None:
-    """The provenance table has one row for each recipe; the bundled tokenizer, where there is one, is the BPE row."""
+def test_digests_equal_the_provenance_table() -> None:
+    """The provenance table has one row for each recipe; the bundled tokenizer, if present, has the BPE row."""
     table = tomllib.loads((DATA / "digests.toml").read_text())
     recipes = {path.stem for path in DATA.glob("*.toml")} - {"digests", "control_tokens"}
     assert set(table) == recipes

@@ -1,4 +1,4 @@
-"""The tokenizer's own parts by hand, on the plainest library there can be: one id for each byte."""
+"""Parts of the Tokenizer class, checked by hand on a library with one id for each byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BYTES = [bytes([n]) for n in range(256)]
 
 @backends.register("test_bytes")
 class ByteTokenizer(Tokenizer):
-    """256 ids, then " the" as an id of the library's own."""
+    """256 ids, then " the" as an id of the library."""
 
     backend, file_name = "test_bytes", "bytes.txt"
 
@@ -75,7 +75,7 @@ def test_control_names_in_the_order_of_their_ids() -> None:
             control.size(n)
 
 
-def test_control_ids_stand_behind_the_text(plain: ByteTokenizer) -> None:
+def test_control_ids_follow_the_text_ids(plain: ByteTokenizer) -> None:
     assert (plain.num_text, plain.control.first, plain.vocab_size) == (257, 257, 330)
     assert plain.encode("<|pad|>pad") == list(b"<|pad|>pad")
     with pytest.raises(ValueError, match=r"^id 257 is the control id 'pad', not text \(0 to 256\); decode text ids"):
@@ -89,8 +89,8 @@ def test_control_ids_stand_behind_the_text(plain: ByteTokenizer) -> None:
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def test_surrogates_are_spelt_byte_by_byte(plain: ByteTokenizer) -> None:
-    """Every text between and around them goes to the library."""
+def test_surrogates_are_encoded_byte_by_byte(plain: ByteTokenizer) -> None:
+    """The library encodes all text between and around surrogates."""
     for surrogates in ("\ud800", "\udfff\ud800"):
         own = list(surrogates.encode("utf-8", "surrogatepass"))
         assert len(own) == 3 * len(surrogates)
@@ -101,14 +101,14 @@ def test_surrogates_are_spelt_byte_by_byte(plain: ByteTokenizer) -> None:
         plain.encode(["a"])  # type: ignore[arg-type]
 
 
-def test_a_byte_has_the_first_id_that_is_it_alone(plain: ByteTokenizer) -> None:
+def test_a_byte_has_its_first_single_byte_id(plain: ByteTokenizer) -> None:
     assert [plain.byte_id(n) for n in (0, 65, 255)] == [0, 65, 255]
     assert ByteTokenizer([*BYTES, b" the", b"A"]).byte_id(65) == 65
     with pytest.raises(ValueError, match="lacks ids for 2 of the 256 bytes, such as 0x07"):
         ByteTokenizer([b for b in BYTES if b not in (b"\x07", b"\xff")])
 
 
-def test_a_library_that_changes_text_is_refused() -> None:
+def test_a_library_that_changes_text_raises() -> None:
     class Strips(ByteTokenizer):
         def _split(self, text: str) -> list[int]:
             return super()._split(text.strip(" "))
@@ -117,7 +117,7 @@ def test_a_library_that_changes_text_is_refused() -> None:
         Strips(BYTES)
 
 
-def test_a_phrase_has_one_id_behind_the_library(plain: ByteTokenizer) -> None:
+def test_a_phrase_has_one_id_after_the_librarys_ids(plain: ByteTokenizer) -> None:
     named = plain.with_phrases([" cat", "été", " cat food"])
     assert named.phrases == (" cat", "été", " cat food") and (named.num_text, named.control.first) == (260, 260)
     assert named.encode("the cat\ud800 cats") == [*b"the", 257, *b"\xed\xa0\x80", 257, *b"s"]
@@ -134,7 +134,7 @@ def test_a_phrase_has_one_id_behind_the_library(plain: ByteTokenizer) -> None:
 
 # ---- streams -------------------------------------------------------------------------------------------------------
 
-# All proper beginnings of a character: one code point of every 64 has them all.
+# All proper prefixes of characters: one code point of every 64 has them all.
 BEGINNINGS = {
     code[:n] for point in range(0, 0x110000, 64) for code in [chr(point).encode("utf-8", "surrogatepass")]
     for n in range(1, len(code))
@@ -143,8 +143,8 @@ EDGES = [edge + step for edge in (0x80, 0x90, 0xA0, 0xC0, 0xC2, 0xE0, 0xE1, 0xED
          (-1, 0)]  # fmt: skip
 
 
-def test_a_stream_holds_back_a_beginning_and_nothing_else(plain: ByteTokenizer) -> None:
-    """All strings of three bytes near the edges of UTF-8's table, the control being a table made from characters."""
+def test_a_stream_holds_back_only_unfinished_characters(plain: ByteTokenizer) -> None:
+    """All strings of three bytes near the edges of UTF-8's table, compared with a table built from characters."""
     leads = [byte for byte in EDGES if byte > 0xC0]
     for data in itertools.product([0x41, *leads], EDGES, [0x7F, 0x80, 0xBF, 0xC2]):
         stream, written, whole = plain.stream(), "", bytes(data)
@@ -156,14 +156,14 @@ def test_a_stream_holds_back_a_beginning_and_nothing_else(plain: ByteTokenizer) 
         assert written + stream.flush() == decode_bytes(whole) and stream.flush() == ""
 
 
-def test_characters_come_with_their_last_byte(plain: ByteTokenizer) -> None:
+def test_a_stream_emits_a_character_at_its_last_byte(plain: ByteTokenizer) -> None:
     for character in ("é", "猫", "👩", "\U0010ffff", "\ud800", "\udfff", "\ud7ff"):
         code = character.encode("utf-8", "surrogatepass")
         stream = plain.stream()
         assert [stream.push(byte) for byte in code] == [""] * (len(code) - 1) + [character]
 
 
-def test_bytes_that_are_no_text() -> None:
+def test_invalid_bytes_decode_to_replacement_characters() -> None:
     assert decode_bytes(b"abc\xff") == "abc\ufffd" and decode_bytes(b"") == ""
     assert decode_bytes(b"\xffa\xed\xa0\x80b\xed\xbf\xbfc\xe9") == "\ufffda\ud800b\udfffc\ufffd"
 
@@ -183,7 +183,7 @@ def test_saved_files_by_name_and_key(plain: ByteTokenizer, tmp_path: Path) -> No
         "backend": "test_bytes", "file": "bytes.txt", "blake2b": hashlib.blake2b(b"bytes", digest_size=16).hexdigest(),
         "num_text": 258, "vocab_size": 331, "control": list(CONTROL_NAMES), "phrases": [" cat"],
     }  # fmt: skip
-    named.save(tmp_path / "a" / "b")  # over what is there
+    named.save(tmp_path / "a" / "b")  # overwrites
     loaded = load_tokenizer(str(tmp_path / "a" / "b"))
     assert isinstance(loaded, ByteTokenizer) and loaded.describe() == named.describe()
     plain.save(tmp_path / "plain")
@@ -205,7 +205,7 @@ def test_saved_files_by_name_and_key(plain: ByteTokenizer, tmp_path: Path) -> No
         ("{", "is not valid JSON"),
     ],
 )
-def test_foreign_files_are_refused(plain: ByteTokenizer, tmp_path: Path, change: Any, message: str) -> None:
+def test_incompatible_files_raise(plain: ByteTokenizer, tmp_path: Path, change: Any, message: str) -> None:
     plain.save(tmp_path)
     if isinstance(change, dict):
         change = {name: value for name, value in (config_of(tmp_path) | change).items() if value is not None}
@@ -241,5 +241,5 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.txt", "tokenizer_config.json"]
 
 
-def test_a_tokenizer_says_what_a_backend_must_give() -> None:
+def test_the_abstract_methods_of_a_backend() -> None:
     assert Tokenizer.__abstractmethods__ == {"train", "_split", "_model_bytes", "_from_model_bytes"}

@@ -1,4 +1,4 @@
-"""The emoji world: an unbounded, keyed corpus of chat documents over rendered emoji, with no download."""
+"""The emoji world: an unbounded, keyed corpus of chat documents with rendered emoji. It downloads nothing."""
 
 from omni.data.emoji_world.atlas import Atlas
 from omni.data.emoji_world.classes import CLASSES

@@ -1,8 +1,8 @@
-"""Atlas: emoji names and their pictures (sprites), drawn by Pillow from a colour emoji font.
+"""Atlas: emoji names and their pictures (sprites). Pillow renders them from a colour emoji font.
 
-The names come from `vocabulary.json`, so they are the same whatever version of the `emoji` package or of the
-font is installed; `vocabulary.py` says how they were chosen. Shapes: S sprite side in pixels; a sprite is uint8
-(S, S, 4), RGBA with straight (not premultiplied) alpha. Does not compose scenes (see `scene.py`).
+The names are in `vocabulary.json`, so they do not depend on the installed `emoji` package or font; `vocabulary.py`
+chooses them. Shapes: S sprite side in pixels; a sprite is uint8 (S, S, 4), RGBA with straight (not premultiplied)
+alpha. `scene.py` composes scenes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def vocabulary() -> dict[str, Any]:
 
 
 class Glyphs:
-    """Draws single emoji characters from one font file. Raises ValueError if the file is not a usable font."""
+    """Renders single emoji characters of one font file. Raises ValueError if the font is not usable."""
 
     def __init__(self, font_path: str | os.PathLike[str] | None = None) -> None:
         self.path = find_font(font_path)
@@ -53,7 +53,7 @@ class Glyphs:
             try:
                 return ImageFont.truetype(str(self.path), size)
             except OSError:
-                continue  # a bitmap font has its own strikes only
+                continue  # a bitmap font has only its own strikes
         raise ValueError(f"{str(self.path)!r} is not a font that Pillow can open; {WAY_OUT}")
 
     def picture(self, character: str) -> PillowImage.Image | None:
@@ -61,7 +61,7 @@ class Glyphs:
         from PIL import Image, ImageDraw
 
         width = self.font.getlength("\U0001f600")
-        if self.font.getlength(character) > 1.5 * width:  # an unknown joined sequence comes out as several glyphs
+        if self.font.getlength(character) > 1.5 * width:  # an unknown joined sequence gives several glyphs
             return None
         side = 2 * int(max(width, self.font.size))
         canvas = Image.new("RGBA", (side, side))
@@ -84,7 +84,7 @@ def _in_colour(picture: PillowImage.Image) -> bool:
 
 
 class Atlas:
-    """The emoji vocabulary and its sprites, drawn on first use and kept in memory.
+    """The emoji vocabulary and its sprites, rendered on first use and cached in memory.
 
     names: vocabulary, in a fixed order (alphabetical). tones: names of person and hand emoji with a skin tone,
     "waving hand: dark skin tone". Every method raises ValueError on an unknown name and suggests the nearest.
@@ -122,7 +122,7 @@ class Atlas:
     def name_in(self, name: str, language: str) -> str:
         """The name in another language (en, es, fr, de, it, pt, ja, ko, zh, ru, id, tr, ar, fa).
 
-        The names that the documents use are stored; others need the `emoji` package.
+        The names in documents are stored; others need the `emoji` package.
         """
         character = self.char(name)
         if language == "en":
@@ -133,7 +133,7 @@ class Atlas:
         return package_name(character, language)
 
     def sprite_array(self, name: str, size: int) -> np.ndarray:
-        """uint8 (size, size, 4), straight alpha; do not write into it (it is the cached array)."""
+        """uint8 (size, size, 4), straight alpha; this is the cached array, do not write into it."""
         sprite = self._sprites.get((name, size))
         if sprite is None:
             if size < 1:

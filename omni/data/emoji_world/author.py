@@ -1,7 +1,7 @@
-"""Author: collects one document's segments, phrasings and scenes while a task function writes it.
+"""Author: collects the segments, phrasings and scenes of one document for a task function.
 
-A task is a free function over an Author: it chooses names with `author.draw`, asks with a template of the author's
-split, and shows rendered scenes. Only assistant segments are supervised. Renders through the atlas; holds no corpus.
+A task is a free function over an Author: it chooses names with `author.draw`, adds a user text from a template of the
+split, and adds rendered scenes. Only assistant segments are supervised.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omni.document import Document, Image, Role, Segment, Text
 
 @dataclass
 class Author:
-    """State of one document under construction. foreign: the share of phrasings that get a foreign word."""
+    """A document under construction. foreign: the share of phrasings with a foreign word."""
 
     draw: random.Random
     atlas: Atlas
@@ -33,7 +33,7 @@ class Author:
     answers: list[str] = field(default_factory=list)
 
     def phrase(self, kind: str, **words: str) -> str:
-        """A template of the kind, allowed in this split, with its words filled in."""
+        """A random template of the kind and the split, with its words filled in."""
         number = self.draw.choice(numbers(kind, self.split))
         self.phrasings.append(f"{kind}/{number}")
         template = TEMPLATES[kind][number]
@@ -42,7 +42,7 @@ class Author:
         return template.format(**words)
 
     def ask(self, text: str) -> None:
-        """The user says it: sometimes with a capital, a full stop or an exclamation mark."""
+        """Add a user text: sometimes with a capital, a full stop or an exclamation mark."""
         if self.draw.random() < 0.35:
             text = sentence(text)
         if text[-1].isalnum() and self.draw.random() < 0.2:
@@ -50,24 +50,24 @@ class Author:
         self.segments.append(Text(text, Role.USER))
 
     def give(self, scene: Scene) -> None:
-        """The user shows a picture."""
+        """Add a user picture."""
         self._check(scene)
         self.given.append(scene)
         self.segments.append(Image(render(scene, self.atlas), Role.USER))
 
     def say(self, text: str) -> None:
-        """The assistant says it."""
+        """Add an assistant text."""
         self.answers.append(text)
         self.segments.append(Text(text, Role.ASSISTANT, supervise=True))
 
     def show(self, scene: Scene) -> None:
-        """The assistant draws it."""
+        """Add an assistant picture."""
         self._check(scene)
         self.scenes.append(scene)
         self.segments.append(Image(render(scene, self.atlas), Role.ASSISTANT, supervise=True))
 
     def finish(self, task: str, extra: dict[str, Any]) -> Document:
-        """The document, with what a judge needs in `meta` (all of it JSON)."""
+        """The document, with JSON values for evaluation in `meta`."""
         meta: dict[str, Any] = {
             "task": task,
             "split": self.split,

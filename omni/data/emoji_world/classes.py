@@ -1,6 +1,6 @@
 """Classes of emoji for open requests ("draw any fruit"): class noun -> members. Data only.
 
-Every noun is countable. FAMILY groups classes whose members could be argued about; a "no" never comes from one's own.
+Every noun is countable. FAMILY groups classes with disputable members; a "no" question uses another family.
 """
 
 from __future__ import annotations

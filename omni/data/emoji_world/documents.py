@@ -1,8 +1,8 @@
 """EmojiWorld: an unbounded corpus of chat documents about emoji; `document(index)` is a pure function.
 
-Every document carries in `meta` what a judge needs: "task", "kind", "split", "phrasing" (ids of the templates used),
-"given" and "scenes" (the user's and the assistant's pictures as Scene JSON), "answer" (the assistant's text), and for
-open requests the class, its members and what is free. Nothing is downloaded; pictures are uint8 (64, 64, 3).
+`meta` of a document has the fields for evaluation: "task", "kind", "split", "phrasing" (ids of its templates), "given"
+and "scenes" (the user's and the assistant's pictures as Scene JSON), "answer" (the assistant's text), and for open
+requests the class, its members and what is free. Nothing is downloaded; pictures are uint8 (64, 64, 3).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def draw_one(author: Author) -> Extra:
     background = "white"
     if chance < 0.05:
         kind, name = "small", draw.choice(SCENE_NAMES)
-        while f"small {name}" in author.atlas.names:  # a "small airplane" is an emoji of its own
+        while f"small {name}" in author.atlas.names:  # "small airplane" is the name of an emoji
             name = draw.choice(SCENE_NAMES)
         words = with_article(name, "small")
     elif chance < 0.12:
@@ -70,14 +70,14 @@ def draw_one(author: Author) -> Extra:
             + mark
         )
     author.ask(request)
-    if request.endswith("?"):  # a question gets an answer, an order gets the picture alone
+    if request.endswith("?"):  # a question gets text and picture, an order only the picture
         author.say(f"Here is {words}." if is_countable(name) else f"Here you are: {words}.")
     author.show(single(name, background, CENTRE if kind == "small" else None))
     return {"kind": kind, "name": name}
 
 
 def name_one(author: Author) -> Extra:
-    """A picture and "what is this?": the answer is exactly the name."""
+    """A picture and "what is this?": the answer is the name."""
     draw, chance = author.draw, author.draw.random()
     language, kind = "en", "plain"
     if chance < 0.7:
@@ -132,7 +132,7 @@ def draw_scene(author: Author) -> Extra:
 
 
 def edit_one(author: Author) -> Extra:
-    """The user's picture and an instruction; the answer says what is there and what will be, and shows it."""
+    """A user picture and an instruction; the answer is `answer_edit`."""
     kind, edit = draw_edit(author)
     author.give(edit.before)
     author.ask(edit.instruction)
@@ -141,8 +141,8 @@ def edit_one(author: Author) -> Extra:
 
 
 def answer_edit(author: Author, edit: Edit) -> None:
-    """What is there, then what will be, then the picture: each step reads the one before. To see, to rewrite words and
-    to draw from words are easier to learn, one by one, than to change a picture in one go."""
+    """The caption before, the caption after, then the picture after. Each step depends on the previous one; three small
+    steps (describe, rewrite, generate) are easier to learn than one direct edit."""
     author.say(f"I see {caption(edit.before)}. Here you are: {caption(edit.after)}.")
     author.show(edit.after)
 
@@ -151,8 +151,8 @@ REWRITTEN = {"swap": 4.0, "exchange": 2.0, "add": 3.0, "remove": 3.0, "recolour"
 
 
 def rewrite(author: Author) -> Extra:
-    """An edit in words alone: what is there and an instruction; the answer says what will be there. It teaches the
-    second caption of an edit for a quarter of its positions."""
+    """An edit of captions: the caption before and an instruction; the answer is the caption after. It trains the second
+    caption of an edit with a quarter of the positions."""
     kind, edit = draw_edit(author, REWRITTEN)
     author.ask(author.phrase("text.rewrite", a=caption(edit.before), edit=edit.instruction))
     author.say(f"{caption(edit.after)}.")
@@ -160,7 +160,7 @@ def rewrite(author: Author) -> Extra:
 
 
 def describe(author: Author) -> Extra:
-    """A picture of one or two objects and "describe this": what they are, where they are, on what background."""
+    """A picture of one or two objects and "describe this": the answer has objects, places and background."""
     draw = author.draw
     kind = draw.choices(("pair", "small", "big"), (6, 3, 1))[0]
     background = draw_background(draw, 0.6)
@@ -176,7 +176,7 @@ def describe(author: Author) -> Extra:
 
 
 def draw_open(author: Author) -> Extra:
-    """A request with many right answers: any member of a class, on any background, or anywhere."""
+    """A request with many valid answers: any member of a class, on any background, or at any places."""
     draw, chance = author.draw, author.draw.random()
     if chance < 0.2:
         return two_anywhere(author)
@@ -193,7 +193,7 @@ def draw_open(author: Author) -> Extra:
 
 
 def two_anywhere(author: Author) -> Extra:
-    """Two of a kind, at any two places that are apart: of open requests the one with the most right answers."""
+    """Two equal objects at any two places without overlap: the open request with the most valid answers."""
     name, slots = author.draw.choice(COUNTABLE), author.draw.choice(APART)
     author.ask(author.phrase("open.anywhere", many=plural(name)))
     author.show(small_objects((name, name), slots))
@@ -214,7 +214,7 @@ SMALL_TALK = {
 
 
 def talk(author: Author) -> Extra:
-    """Questions that need no picture: classes, other languages, small talk."""
+    """Questions without pictures: classes, other languages, small talk."""
     draw = author.draw
     kind = draw.choices(("is", "translate", "english", "member", "talk"), (3, 3, 2, 2, 2))[0]
     if kind == "talk":
@@ -241,7 +241,7 @@ def talk(author: Author) -> Extra:
 
 
 def _ask_class(author: Author) -> Extra:
-    """ "is a red apple a fruit?" and a yes or a no that nobody would dispute."""
+    """ "is a red apple a fruit?" with an indisputable yes or no."""
     draw = author.draw
     noun, yes = draw.choice(list(CLASSES)), draw.random() < 0.5
     clear = [n for n in CLASSES if n != noun and (n not in FAMILY or FAMILY[n] != FAMILY.get(noun))]
@@ -253,7 +253,7 @@ def _ask_class(author: Author) -> Extra:
 
 
 def converse(author: Author) -> Extra:
-    """Several pictures in one conversation: a drawing and its edit, two pictures in one answer, talk then drawing."""
+    """Several turns or pictures: a picture and its edit, two pictures in one answer, or small talk and a picture."""
     kind = author.draw.choices(("edit", "series", "talk"), (5, 3, 2))[0]
     if kind == "edit":
         _, edit = draw_edit(author)
@@ -282,7 +282,7 @@ TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
     "describe": (0.04, describe),
     "story": (0.05, tell_story),
     "text": (0.06, talk),
-    "rewrite": (0.0, rewrite),  # by name alone: lessons for edits, and for open requests
+    "rewrite": (0.0, rewrite),  # weight 0: only for mixtures that name these tasks
     "anywhere": (0.0, two_anywhere),
     "chat": (0.04, converse),
 }
@@ -293,8 +293,8 @@ MOVERS = ("cat", "red apple", "automobile")
 class EmojiWorld:
     """The corpus. atlas: its names and pictures. mixture: weight of each task (default: TASKS); any positive sum.
 
-    split: "train", or "heldout", whose phrasings, object pairs and (base, skin tone) combinations training never uses.
-    foreign: the share of phrasings that get a foreign word (see `foreign`).
+    split: "train", or "heldout", whose phrasings, object pairs and (base, skin tone) combinations are not in "train".
+    foreign: the share of phrasings with a foreign word (see foreign.py).
     Raises ValueError on an unknown split or task, or on weights that are negative or all zero.
     """
 
@@ -348,7 +348,7 @@ class EmojiWorld:
 
 
 def prompt_of(document: Document) -> Document:
-    """The document up to its last user turn: what a model is asked; `meta` stays."""
+    """The document up to its last user turn, as a prompt; `meta` stays."""
     segments = list(document.segments)
     while segments and segments[-1].role == Role.ASSISTANT:
         segments.pop()

@@ -1,7 +1,7 @@
 """Edits of a picture: the skin tone, a swapped, moved, added or removed object, the colour of the background.
 
-Each function draws an Edit: the picture before, the instruction, the picture after. In the heldout split the pair of
-objects in the result (or, where an object goes away, in the source) is held out, and so is the skin tone given.
+Each function samples an Edit: the picture before, the instruction, the picture after. In the heldout split the pair of
+objects in the result (or in the source, if an object is removed) is held out, and so is the new skin tone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Edit:
-    """before -> after under an instruction; `extra` goes into the document's meta."""
+    """The scene before, the scene after and the instruction; `extra` goes into the document's meta."""
 
     before: Scene
     after: Scene
@@ -50,7 +50,7 @@ class Edit:
 
 
 def edit_tone(author: Author) -> Edit:
-    """A person or hand, in yellow or in some skin tone, gets another skin tone."""
+    """Change the skin tone of a person or hand, from yellow or from another skin tone."""
     target = author.draw.choice(tones_of(author.atlas.tones, author.split))
     base, tone = target.removesuffix(" skin tone").split(": ")
     sources = [base] + [
@@ -70,7 +70,7 @@ def edit_tone(author: Author) -> Edit:
 
 
 def edit_swap(author: Author) -> Edit:
-    """One of two objects becomes a third."""
+    """Replace one of two objects by a third."""
     kept, new, old = draw_names(author.draw, 3, author.split)
     slots, background = author.draw.choice(PAIR_SLOTS), draw_background(author.draw, 0.6)
     order = author.draw.random() < 0.5
@@ -83,7 +83,7 @@ def edit_swap(author: Author) -> Edit:
 
 
 def edit_move(author: Author) -> Edit:
-    """One small object goes to another side or to the centre."""
+    """Move one small object to another side or to the centre."""
     name, background = author.draw.choice(SCENE_NAMES), draw_background(author.draw, 0.6)
     start, goal = author.draw.sample(list(PLACES), 2)
     instruction = author.phrase("edit.move", x=name, place=goal)
@@ -91,7 +91,7 @@ def edit_move(author: Author) -> Edit:
 
 
 def edit_exchange(author: Author) -> Edit:
-    """Two objects change places."""
+    """Exchange the places of two objects."""
     first, second = draw_names(author.draw, 2, author.split)
     slots, background = author.draw.choice(PAIR_SLOTS), draw_background(author.draw, 0.6)
     return Edit(
@@ -102,7 +102,7 @@ def edit_exchange(author: Author) -> Edit:
 
 
 def edit_add(author: Author) -> Edit:
-    """A second object appears on the named side of the first."""
+    """Add a second object on the named side of the first."""
     old, new = draw_names(author.draw, 2, author.split)
     background = draw_background(author.draw, 0.6)
     side = author.draw.choice(list(SIDES))
@@ -117,7 +117,7 @@ def edit_add(author: Author) -> Edit:
 
 
 def edit_remove(author: Author) -> Edit:
-    """One of two objects goes away; the other stays where it is."""
+    """Remove one of two objects; the other keeps its place."""
     names = draw_names(author.draw, 2, author.split)
     background = draw_background(author.draw, 0.6)
     before = small_objects(names, author.draw.choice(PAIR_SLOTS), background)
@@ -127,7 +127,7 @@ def edit_remove(author: Author) -> Edit:
 
 
 def edit_recolour(author: Author) -> Edit:
-    """Another background behind one big object or two small ones."""
+    """Change the background of one big object or two small ones."""
     old, new = author.draw.sample(list(BACKGROUNDS), 2)
     if author.draw.random() < 0.6:
         before = single(author.draw.choice(SCENE_NAMES), old)
@@ -152,13 +152,13 @@ WEIGHTS = {kind: weight for kind, (weight, _) in EDITS.items()}
 
 
 def draw_edit(author: Author, weights: Mapping[str, float] = WEIGHTS) -> tuple[str, Edit]:
-    """A kind of edit and an edit of that kind."""
+    """Sample a kind of edit, then an edit of that kind; returns both."""
     kind = author.draw.choices(list(weights), list(weights.values()))[0]
     return kind, EDITS[kind][1](author)
 
 
 def request_for(author: Author, scene: Scene) -> str:
-    """What a user says to have a picture that some edit starts from."""
+    """A user request for the scene before an edit."""
     if len(scene.names) == 2:
         a, b = map(with_article, scene.names)
         return author.phrase("scene", scene=author.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _ground(scene))
@@ -168,9 +168,7 @@ def request_for(author: Author, scene: Scene) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """All that is in a scene of one or two objects, so that it can be drawn from these words: "a cat to the left of a
-    dog on a pink background".
-    """
+    """A caption that determines a scene of one or two objects: "a cat to the left of a dog on a pink background"."""
     if len(scene.names) == 2:
         a, b = map(with_article, scene.names)
         words = f"{a} to the left of {b}" if _relation(scene) == "left" else f"{a} above {b}"
@@ -197,7 +195,7 @@ def _ground(scene: Scene) -> str:
 
 
 def spoken(name: str) -> str:
-    """A tone name as a user says it: "nose: dark skin tone" -> "nose with dark skin tone"."""
+    """A tone name in a sentence: "nose: dark skin tone" -> "nose with dark skin tone"."""
     return name.replace(": ", " with ")
 
 

@@ -1,6 +1,6 @@
-"""Find a colour emoji font on Linux, macOS or Windows, or check the one the caller names.
+"""Find a colour emoji font on Linux, macOS or Windows, or check the given one.
 
-Knows file names and folders only; rendering is in `atlas.py`. Downloads nothing.
+`atlas.py` renders. This file downloads nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WAY_OUT = (
 
 
 def font_folders() -> tuple[Path, ...]:
-    """The folders searched, most specific first: the user's, then the system's."""
+    """The folders to search: first the user's, then the system's."""
     home = Path.home()
     data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share")
     return (
@@ -40,9 +40,9 @@ def _candidates(folders: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def find_font(path: str | os.PathLike[str] | None = None, folders: tuple[Path, ...] | None = None) -> Path:
-    """The colour emoji font file to use: `path` if given, else the first one installed.
+    """The colour emoji font file: `path` if given, else the first installed one.
 
-    Raises ValueError, one line that says what was looked for and the way out, if there is none.
+    Raises ValueError if there is none; its one line names the searched files and the way out.
     """
     if path is not None:
         if not Path(path).is_file():

@@ -1,10 +1,9 @@
-"""Foreign words among the words of a template, so that a model does not learn the few training phrasings by heart.
+"""Foreign words in templates, so that a model does not memorise the few training phrasings.
 
-A request to draw with a verb that was never heard is still most likely a request to draw. So a template, never what is
-filled into it, may get a foreign word more, or one in place of its own: made-up ones, and adverbs and the like that
-change nothing, and words of other templates, so that none of those tells a kind by itself ("side by side" is a row of
-three; "on the right side" is not). Which words decide what is asked (relations, edits, colours) is told by kind: those
-are never replaced.
+A foreign word is inserted into a template or replaces one of its words, never a filled-in value. Foreign words are
+made-up words, fillers that do not change the meaning, and words of other templates, so that no such word identifies a
+kind ("side by side" is a row of three; "on the right side" is not). Words that decide the request (relations, edits,
+colours) are never replaced.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ NEVER_REPLACED = (
     *("scene.", "edit.", "background", "open.background", "open.anywhere"),
     *("series", "text.rewrite", "video"),
 )
-MIN_WORDS = 3  # of its own, for one to be replaced: a greeting of one word would lose its sense
+MIN_WORDS = 3  # of its own, for a replacement: a greeting of one word would lose its meaning
 
 
 @cache
 def borrowed_words() -> tuple[str, ...]:
-    """Words of four letters and more of the training templates in English, but those that decide what is asked."""
+    """Words of at least four letters in the English training templates, without those of DECIDING."""
     kinds = [k for k in TEMPLATES if not k.startswith(("name.", "edit.", "open.", "video"))]
     texts = (TEMPLATES[k][n] for k in kinds for n in numbers(k, "train"))
     words = {word for text in texts for word in text.split() if word.isalpha() and word.islower() and len(word) > 3}
@@ -45,7 +44,7 @@ def borrowed_words() -> tuple[str, ...]:
 
 
 def foreign_word(draw: random.Random) -> str:
-    """A made-up word of one to three syllables, a filler, or one of another template."""
+    """A made-up word of one to three syllables, a filler, or a word of another template."""
     chance = draw.random()
     if chance < 0.6:
         return draw.choice(FILLERS if chance < 0.35 else borrowed_words())
@@ -54,7 +53,7 @@ def foreign_word(draw: random.Random) -> str:
 
 
 def with_foreign_words(template: str, kind: str, draw: random.Random) -> str:
-    """The template of a kind with one word put in or, for half of those that allow it, replaced. Braces stay."""
+    """The template of a kind with one word inserted or, in half of the allowed cases, replaced. Braces stay."""
     words = template.split(" ")
     own = [i for i, word in enumerate(words) if word.isalpha() and word.lower() not in DECIDING]
     if len(own) >= MIN_WORDS and not kind.startswith(NEVER_REPLACED) and draw.random() < 0.5:
@@ -64,5 +63,5 @@ def with_foreign_words(template: str, kind: str, draw: random.Random) -> str:
             new = foreign_word(draw)
         words[index] = new
     else:
-        words.insert(draw.randrange(len(words)), foreign_word(draw))  # not at the end: the last word has the "?"
+        words.insert(draw.randrange(len(words)), foreign_word(draw))  # not at the end, after a "?"
     return " ".join(words)

@@ -1,4 +1,4 @@
-"""Names of emoji: as the `emoji` package has them, cleaned. Only this file imports that package, and late."""
+"""Names of emoji in the `emoji` package, cleaned. Only this file imports that package, at the first use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def package_name(character: str, language: str) -> str:
 
 
 def candidates() -> dict[str, str]:
-    """Names and characters of the base emoji: fully qualified, no place flags, skin tones or mirrored doubles."""
+    """Names and characters of the base emoji: fully qualified, without place flags, skin tones or mirrored variants."""
     import emoji
 
     chosen: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Names used in scenes of several objects, those drawn in rows of three, and bases of skin tones. Data only."""
+"""Names in scenes of several objects, names in rows of three, and bases of skin tones. Data only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What users say: the templates of phrases.toml by kind.
+"""User texts: the templates of phrases.toml by kind.
 
-Every list has a multiple of five templates; each fifth one is held out (`is_heldout`): training never uses it.
+Every list has a multiple of five templates; each fifth one is held out from training (`is_heldout`).
 A phrasing is named "kind/number". The last word of a kind after a dot is a variant of the same request.
 """
 
@@ -19,11 +19,11 @@ HELDOUT_EACH = 5
 
 
 def is_heldout(number: int) -> bool:
-    """Whether the template of this number, in any list, is kept for the heldout split."""
+    """Whether the template of this number, in any list, belongs to the heldout split."""
     return number % HELDOUT_EACH == HELDOUT_EACH - 1
 
 
 @cache
 def numbers(kind: str, split: str) -> tuple[int, ...]:
-    """The numbers of the templates of a kind that a split may use."""
+    """The numbers of the templates of a kind in a split."""
     return tuple(i for i in range(len(TEMPLATES[kind])) if is_heldout(i) == (split == "heldout"))

@@ -1,8 +1,8 @@
-"""Scene: emoji placed on a plain background, as hashable data; `render` draws it. Also keyed random scenes.
+"""Scene: emoji at positions on a plain background, as hashable data; `render` renders it. Also keyed random scenes.
 
 Shapes: pictures are uint8 (64, 64, 3), RGB. Positions and sizes are pixels; (x, y) is a sprite's top left corner.
-Sprites sit on 16-pixel cells with a margin of one or two pixels, so a codec of stride 16 sees few distinct crops.
-Blending is integer arithmetic: the same bits on every machine with the same font. No anti-aliased placement.
+Sprites are on 16-pixel cells with a margin of one or two pixels, so a codec of stride 16 has few distinct crops.
+Blending is integer arithmetic: equal bits on every machine with the same font. Positions are whole pixels.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "gray": (210, 210, 210),
 }
 SPLITS = ("train", "heldout")
-HELDOUT_PAIRS = 0.10  # the share of unordered pairs of names that training never shows together
-HELDOUT_TONES = 0.10  # the share of (base, skin tone) combinations that training never shows
+HELDOUT_PAIRS = 0.10  # share of unordered pairs of names that no training picture contains
+HELDOUT_TONES = 0.10  # share of (base, skin tone) combinations that no training picture contains
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour (a key of BACKGROUNDS) and sprites, drawn in order. Hashable, JSON in and out."""
+    """A background colour (a key of BACKGROUNDS) and sprites, rendered in order. Hashable; to and from JSON."""
 
     background: str = "white"
     placements: tuple[Placement, ...] = ()
@@ -122,7 +122,7 @@ def counted(name: str, number: int, background: str = "white") -> Scene:
 
 @cache
 def pair_is_heldout(first: str, second: str) -> bool:
-    """Whether training never shows these two names in one picture, in either order. Independent of any seed."""
+    """Whether no training picture contains both names, in either order. Independent of any seed."""
     if first == second:
         return False
     key = Key(0).fold("emoji_world", "pairs", *sorted((first, second)))
@@ -137,17 +137,17 @@ def scene_is_heldout(scene: Scene) -> bool:
 
 @cache
 def tone_is_heldout(name: str) -> bool:
-    """Whether training never shows this tone name ("nose: dark skin tone"). Independent of any seed."""
+    """Whether no training picture contains this tone name ("nose: dark skin tone"). Independent of any seed."""
     return Key(0).fold("emoji_world", "tones", name).integer() / 2**63 < HELDOUT_TONES
 
 
 def tones_of(names: Sequence[str], split: str) -> tuple[str, ...]:
-    """The tone names that documents of a split may show."""
+    """The tone names of a split."""
     return tuple(name for name in names if tone_is_heldout(name) == (split == "heldout"))
 
 
 def draw_names(draw: random.Random, number: int, split: str, pool: Sequence[str] = SCENE_NAMES) -> list[str]:
-    """Distinct names for one picture: no held-out pair in train; in heldout the first two are one."""
+    """Distinct names for one picture: in train without a held-out pair; in heldout the first two are one."""
     assert split in SPLITS, split
     while True:
         names = draw.sample(pool, number)
@@ -190,7 +190,7 @@ _KINDS: tuple[tuple[float, Callable[[random.Random, Atlas, str], Scene]], ...] =
 
 
 def random_scene(key: Key, atlas: Atlas, split: str = "train") -> Scene:
-    """A scene of any kind the documents show, for codec training and tests; a pure function of (key, split).
+    """A random scene of the kinds in documents, for codec training and tests; a pure function of (key, split).
 
     Six in ten are one big emoji (any vocabulary or tone name), three are one to four small ones, one is a row.
     """

@@ -1,7 +1,7 @@
-"""Illustrated stories: short sentences and, after each, the picture that it describes.
+"""Illustrated stories: short sentences, each followed by its picture.
 
-A sentence and the story's hero fix the picture: `story_scene` inverts the writing, so a judge can check a generated
-story against its own words. Sentences are data; nothing here draws.
+A sentence and the story's hero determine the picture: `story_scene` returns its scene, so evaluation can check a
+generated story against its own text. This file renders nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VEHICLES = ("bus", "taxi", "bicycle", "airplane", "helicopter", "rocket", "sailb
 
 @dataclass(frozen=True)
 class Event:
-    """A sentence about the hero, and how its picture is laid out around the hero ("big", "left", "below", "three")."""
+    """A sentence about the hero, and the layout of its picture ("big", "left", "below", "three")."""
 
     text: str
     layout: str = "big"
@@ -74,7 +74,7 @@ ENDINGS = (
 
 
 def story_scene(hero: str, text: str) -> Scene | None:
-    """The picture that belongs to a story's sentence, or None if no story says that."""
+    """The scene of a story's sentence, or None if no story has that sentence."""
     for event in (*OPENINGS, *MIDDLES, *ENDINGS):
         for other in event.others:
             if other != hero and event.words(hero, other) == text.strip():
@@ -83,13 +83,13 @@ def story_scene(hero: str, text: str) -> Scene | None:
 
 
 def _others(event: Event, hero: str, split: str) -> list[str]:
-    """What the event may show beside the hero: in training, no held-out pair."""
+    """The objects that the event may place beside the hero: in training without held-out pairs."""
     allowed = [o for o in event.others if o != hero]
     return [o for o in allowed if not o or split == "heldout" or not pair_is_heldout(hero, o)]
 
 
 def write_story(author: Author) -> dict[str, object]:
-    """A story in 2-5 pictures: an opening, distinct events between, an ending."""
+    """Add a story of 2-5 pictures: an opening, distinct events, an ending."""
     draw = author.draw
     hero, number = draw.choice(HEROES), draw.choice((2, 3, 3, 4, 5))
     count = str(number) if draw.random() < 0.5 else NUMBERS[number]

@@ -1,10 +1,10 @@
 """Choose the vocabulary and write `vocabulary.json`:  python -m omni.data.emoji_world.vocabulary [--font FILE]
 
-From the fully qualified emoji of the `emoji` package: no flags of places (hard text), no skin-tone variants, no
-mirrored "facing right" doubles, only what the font can draw as one glyph, and no two whose pictures are nearly alike:
-in order of sequence length, then name, an emoji is dropped if its 32-pixel render on white differs from an
-accepted one by less than MIN_DISTANCE (root mean square over pixels and channels, of 255). Run it to change the
-vocabulary; the bundled model was trained on the committed file.
+The candidates are the fully qualified emoji of the `emoji` package without flags of places, skin-tone variants and
+mirrored "facing right" variants, if the font renders them as one glyph. Nearly equal pictures are dropped: in order of
+sequence length, then name, an emoji is dropped if its 32-pixel picture on white differs from an accepted one by less
+than MIN_DISTANCE (root mean square over pixels and channels, of 255). Run it to change the vocabulary; the bundled
+model was trained on the committed file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LANGUAGES = ("es", "fr", "de", "it", "pt", "ja", "ko", "zh", "ru", "id", "tr")
 
 
 def on_white(glyphs: Glyphs, character: str) -> np.ndarray | None:
-    """The 32-pixel render on white, float32 (32*32*3,), or None where the font has no single glyph."""
+    """The 32-pixel picture on white, float32 (32*32*3,), or None if the font has no single glyph."""
     from PIL import Image
 
     picture = glyphs.picture(character)
@@ -36,7 +36,7 @@ def on_white(glyphs: Glyphs, character: str) -> np.ndarray | None:
 
 
 def distinct(glyphs: Glyphs, names: dict[str, str]) -> dict[str, str]:
-    """The names whose pictures differ from every earlier one, in alphabetical order."""
+    """The names whose pictures differ from every earlier picture, in alphabetical order."""
     kept: dict[str, str] = {}
     pictures = np.empty((len(names), 32 * 32 * 3), dtype=np.float32)
     for name, character in names.items():

@@ -1,4 +1,4 @@
-"""English around the names: articles, plurals, numbers. Covers the vocabulary, not English at large."""
+"""English articles, plurals and numbers for the names. Covers the vocabulary, not all of English."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _IRREGULAR = {
 
 
 def head_word(name: str) -> str:
-    """The word that decides number: "woman with veil" -> "woman", "red apple" -> "apple"."""
+    """The word that takes the plural: "woman with veil" -> "woman", "red apple" -> "apple"."""
     for link in _LINKS:
         name = name.split(link)[0]
     return name.split()[-1] if name.split() else name

@@ -1,4 +1,4 @@
-"""The corpus: pure, split without leaks, and every document's pictures are what its meta says."""
+"""The corpus: pure, without leaks between splits; the pictures of every document match its meta."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pictures(document: Document, role: Role) -> list[torch.Tensor]:
 
 
 def scenes(document: Document) -> list[Scene]:
-    """All that are shown or told."""
+    """All scenes in pictures and in meta."""
     meta = document.meta
     told = [meta[key] for key in ("before", "after") if key in meta]
     return [Scene.from_json(data) for data in (*meta["given"], *meta["scenes"], *told)]
@@ -106,12 +106,12 @@ def test_templates_are_distinct_and_a_fifth_is_heldout() -> None:
         assert not set(numbers(kind, "heldout")) & set(numbers(kind, "train"))
 
 
-def test_a_request_does_not_have_two_meanings(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
-    """No open request can be read as the request for one emoji: its class noun never follows an article there."""
+def test_requests_are_unambiguous(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
+    """An open request never equals a request for one emoji: no article precedes its class noun."""
     assert all("{a}" not in template for template in TEMPLATES["open"])
     assert not {f"any {noun}" for noun in CLASSES} & set(atlas.names)
     assert not {f"some {noun}" for noun in CLASSES} & set(atlas.names)
-    ambiguous = EmojiWorld(atlas, 0, mixture={"draw": 1.0}).document(7403).meta  # it drew an airplane, small
+    ambiguous = EmojiWorld(atlas, 0, mixture={"draw": 1.0}).document(7403).meta  # "small airplane" is also an emoji
     assert f"small {ambiguous['name']}" not in atlas.names
 
 
@@ -139,7 +139,7 @@ def test_tasks(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_rewriting_is_an_edit_in_words(atlas: Atlas, split: str) -> None:
+def test_rewriting_edits_captions(atlas: Atlas, split: str) -> None:
     world, kinds = EmojiWorld(atlas, 5, split, mixture={"rewrite": 1.0}), set()
     for i in range(300):
         document = world.document(i)
@@ -152,8 +152,8 @@ def test_rewriting_is_an_edit_in_words(atlas: Atlas, split: str) -> None:
     assert kinds == set(REWRITTEN)
 
 
-def test_an_edit_says_what_it_will_show(atlas: Atlas) -> None:
-    """The words before an edited picture tell it whole, as do those about a given one: one caption, one scene."""
+def test_the_answer_of_an_edit_has_both_captions(atlas: Atlas) -> None:
+    """The captions in an edit's answer determine the scenes before and after."""
     world = EmojiWorld(atlas, mixture={"edit": 2.0, "describe": 1.0})
     said: dict[str, Scene] = {}
     for i in range(3000):

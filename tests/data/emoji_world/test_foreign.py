@@ -1,4 +1,4 @@
-"""Foreign words: what is asked for stays, and without the option documents are what they were."""
+"""Foreign words: the request does not change; without the option documents do not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omni.data.emoji_world.phrases import TEMPLATES
 SLOT = re.compile(r"\{\w+\}")
 
 
-def test_slots_and_the_end_stay_and_one_word_is_new() -> None:
+def test_foreign_words_keep_slots_and_the_end() -> None:
     draw = random.Random(0)
     replaced = set()
     for kind, templates in TEMPLATES.items():
@@ -29,7 +29,7 @@ def test_slots_and_the_end_stay_and_one_word_is_new() -> None:
     assert not any(kind.startswith(NEVER_REPLACED) for kind in replaced)
 
 
-def test_made_up_words_are_plain_and_many() -> None:
+def test_made_up_words_are_plain_and_varied() -> None:
     draw = random.Random(1)
     words = {foreign_word(draw) for _ in range(3000)}
     assert len(words) > 1200 and all(word.isalpha() and word.islower() for word in words)

@@ -33,7 +33,7 @@ def atlas() -> Atlas:
     return Atlas()
 
 
-def test_missing_font_names_what_was_looked_for_and_the_way_out(tmp_path: Path) -> None:
+def test_a_missing_font_names_the_searched_files_and_the_way_out(tmp_path: Path) -> None:
     for call in (lambda: find_font(tmp_path / "none.ttf"), lambda: find_font(folders=(tmp_path,))):
         with pytest.raises(ValueError, match=r"name a font file") as caught:
             call()
@@ -68,8 +68,8 @@ def test_names_in_other_languages(atlas: Atlas) -> None:
         atlas.char("red appel")
 
 
-def test_no_two_pictures_are_nearly_alike(atlas: Atlas) -> None:
-    """On white, at 32 pixels: the rule by which the vocabulary was chosen (with the Debian Noto font)."""
+def test_no_two_pictures_are_nearly_equal(atlas: Atlas) -> None:
+    """On white, at 32 pixels: the rule of the vocabulary (with the Debian Noto font)."""
     if "NotoColorEmoji" not in atlas.font_path.name:
         pytest.skip("the vocabulary was chosen with Noto Color Emoji")
     scenes = [Scene("white", (Placement(name, 0, 0, 32),)) for name in atlas.names]
@@ -77,7 +77,7 @@ def test_no_two_pictures_are_nearly_alike(atlas: Atlas) -> None:
     squares = (flat**2).sum(1)
     distance = squares[:, None] + squares - 2 * flat @ flat.T
     distance.fill_diagonal_(torch.inf)
-    # other versions of the font differ slightly, and integer blending rounds: leave a little room
+    # a margin: other versions of the font differ slightly, and integer blending rounds
     assert float((distance.min() / flat.shape[1]).sqrt()) > MIN_DISTANCE - 2
 
 
