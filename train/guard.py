@@ -1,7 +1,7 @@
 """Non-finite guard: a NaN or infinity in the loss or the gradient norm never reaches the weights.
 
-Such a step is skipped (weights, optimiser and averages stay as they were), counted, and reported with the indices
-of its documents; too many in a row stop the run with exit code 3.
+Such a step is skipped (weights, optimiser and averages stay the same), counted, and reported with the indices of its
+documents. Too many in a row stop the run with exit code 3.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Guard:
     num_in_row: int = 0
 
     def accepts(self, step: int, loss: float, grad_norm: float, documents: Sequence[int]) -> bool:
-        """Whether the optimiser may take this step. Raises TooManyNonFinite at `limit` refusals in a row."""
+        """Whether the optimiser may take this step. Raises TooManyNonFinite at `limit` skipped steps in a row."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.num_in_row = 0
             return True
