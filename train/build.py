@@ -163,9 +163,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
     if recipe.init_from is not None:
         left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
         if left:
-            begin = (
-                f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
-            )
+            begin = f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
             print(begin, file=sys.stderr)
         for difference in other_settings(recipe.init_from, model.config):
             said = f"init_from {str(recipe.init_from)!r} has {difference}"

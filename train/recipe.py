@@ -101,7 +101,7 @@ class Recipe(Frozen):
     codec_precision: Literal["float32", "bfloat16"] = "float32"
     init_from: Path | None = Field(None, description="model directory or checkpoint whose weights to start from")
     init_partial: bool = Field(False, description="allow init_from to lack weights, or to have others")
-    train_only: tuple[str, ...] = Field((), description="train only weights whose names begin with these (* is any text)")
+    train_only: tuple[str, ...] = Field((), description="train only weights with these prefixes (* is any text)")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     max_nonfinite: int = Field(10, ge=1, description="non-finite steps in a row that stop the run")
     latent_memory_mb: int = Field(512, ge=1)
