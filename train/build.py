@@ -188,7 +188,7 @@ def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
         if not any(fnmatchcase(name, f"{prefix}*") for name in names):
             tops = sorted({name.split(".")[0] for name in names})
-            raise ValueError(f"train_only = {prefix!r} is the beginning of no weight's name; names begin with {tops}")
+            raise ValueError(f"train_only = {prefix!r} matches no weight's name; names begin with {tops}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, f"{prefix}*") for prefix in prefixes))
 

@@ -196,7 +196,7 @@ def test_a_mistake_names_the_stage_and_the_key(
         ("stages.6.changes.objectives.1.options.powr=2", "stage 'last': .*unknown key 'powr'"),
         ("stages.6.changes.data.0.options.sprit=9", "stage 'last': .*unknown key 'sprit'; did you mean 'sprite'"),
         ("stages.6.changes.heads.logit=1", "stage 'last': .*unknown key 'logit'"),
-        ('stages.6.changes.train_only=["flw"]', "stage 'last': train_only = 'flw' is the beginning of no weight's"),
+        ('stages.6.changes.train_only=["flw"]', "stage 'last': train_only = 'flw' matches no weight's"),
     ],
 )
 def test_options_of_the_last_stage_are_checked_before_the_first_begins(
