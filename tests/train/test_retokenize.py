@@ -49,7 +49,7 @@ def test_as_many_ids_in_another_order(model: Omni, named: Tokenizer) -> None:
         assert torch.equal(after[other.encode(phrase)], before[named.encode(phrase)])
 
 
-def test_a_text_without_phrases_gives_the_same_logits(model: Omni, named: Tokenizer) -> None:
+def test_a_text_without_phrases_gives_the_same_hidden_states(model: Omni, named: Tokenizer) -> None:
     document = Document((Text("the green dog", Role.USER),))
 
     def hidden(of: Omni) -> torch.Tensor:

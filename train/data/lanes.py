@@ -100,7 +100,7 @@ class Lane(IterableDataset):
 
     def __iter__(self) -> Iterator[Sent]:
         info = get_worker_info()
-        lane = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first process makes the first step
+        lane = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first worker makes the first step
         tickets = Tickets(self.codec)
         loader, cursor = self.loader(tickets, len(self.cursors)), self.cursors[lane]
         while True:

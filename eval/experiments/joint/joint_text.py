@@ -174,7 +174,7 @@ def table_of(plain: PlainResult, results: Results) -> str:
     head = f"{'':16}{'nats/byte':>18}{'coupled':>9}{'greedy':>9}{'rejection':>11}{'block':>9}{'free':>8}"
     head += f"{'tokens/s':>10}"
     own = f"{plain.free:>8.3f}{plain_pace(results):>10.0f}"
-    lines = [head, f"{'plain decoding':16}{plain.scores.mean:>12.3f} exact{'':38}{own}"]
+    lines = [head, f"{'autoregressive':16}{plain.scores.mean:>12.3f} exact{'':38}{own}"]
     for name, result in results.items():
         nats = f"{result.scores.mean:.3f} {result.scores.kind}" if result.scores.kind else "-"
         kept = {kind: f"{rounds.kept:.2f}" for kind, rounds in result.rounds.items()}
@@ -202,7 +202,10 @@ def curves(plain: PlainResult, results: Results) -> Iterator[Curve]:
     }
     yield Curve("loss above autoregressive decoding", "token of the block", "nats", lines)
     free = {name: [(float(n), value) for n, value in result.free.items()] for name, result in results.items()}
-    free["plain decoding"] = [(1.0, plain.free), (float(max(n for line in free.values() for n, _ in line)), plain.free)]
+    free["autoregressive decoding"] = [
+        (1.0, plain.free),
+        (float(max(n for line in free.values() for n, _ in line)), plain.free),
+    ]
     yield Curve("unverified blocks", "passes", "nats per byte of autoregressive decoding", free)
 
 

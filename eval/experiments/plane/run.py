@@ -125,7 +125,7 @@ def train(method: Method, data_set: str, options: RunOptions, key: Key) -> tuple
 
 
 def schedule(fraction: float, warmup: float) -> float:
-    """Factor on the rate: linear warm-up over `warmup`, then a cosine down to a hundredth."""
+    """Factor on the rate: linear warm-up over `warmup`, times a cosine down to a hundredth."""
     rise = min(1.0, (fraction + 1e-3) / warmup) if warmup else 1.0
     return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
 
