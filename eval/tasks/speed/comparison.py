@@ -1,4 +1,4 @@
-"""Parts of all speed tasks: sizes, models with random weights, a description of the machine, times of alternating runs."""
+"""Parts of all speed tasks: sizes, models with random weights, the machine as text, times of alternating runs."""
 
 from __future__ import annotations
 
