@@ -1,4 +1,4 @@
-"""Independent jobs, in this process or in several of one thread each. Knows no task."""
+"""Runs independent jobs, in this process or in several with one thread each. Independent of any task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def work(function: Callable[..., T], jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, T]]:
-    """(number, function(*job)) of every job as it ends. With several workers `function` and the jobs are pickled."""
+    """Yield (number, function(*job)) as each job ends. With several workers `function` and the jobs are pickled."""
     if workers == 1:
         for number, job in enumerate(jobs):
             yield number, function(*job)

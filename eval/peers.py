@@ -1,18 +1,18 @@
 """The libraries that the speed suite compares with: transfusion-pytorch and transformers (extra `peers`).
 
-Both are imported inside functions. Networks and losses are of their defaults; each runs at the fastest of its settings
-that compute the same thing, as measured on the CPU (one thread, float32, torch 2.13):
+Both are imported inside functions. Networks and losses have the libraries' defaults. Each runs with its fastest
+settings that compute the same result, as measured on the CPU (one thread, float32, torch 2.13):
 
-    transfusion-pytorch   Attention by its own softmax: it takes FlexAttention on CUDA alone. `modality_processing` at
+    transfusion-pytorch   Attention by its own softmax: it uses FlexAttention on CUDA alone. `modality_processing` at
                           its default "auto", which times its strategies on the first batch (here they are within 2 %
                           of each other). Compiled: attention and feed-forward of each layer by `Module.compile`, 1.11
                           times faster; with the attention over layers compiled too 1.09. It pads samples to the
-                          longest; here all are equally long. bfloat16: plain torch.autocast.
-    transformers          Attention by scaled_dot_product_attention. The dynamic cache, the static one, and that with
-                          compiled steps, by `generate`'s own CompileConfig: 6.9 ms a token of the 8 M model, where
+                          longest; here all are equally long. bfloat16: torch.autocast.
+    transformers          Attention by scaled_dot_product_attention. Caches: dynamic, static, and static with compiled
+                          steps by `generate`'s own CompileConfig: 6.9 ms a token for the 8 M model, where
                           torch.compile of `forward` takes 7.2 and frozen weights 7.3. bfloat16: the model's dtype.
 
-No progress bars, no guidance branch, the cache on; nothing of them is changed beyond that.
+Progress bars are off, there is no guidance branch, the cache is on. Nothing else is changed.
 Shapes: text ids int64 (n,), latents float32 (rows, columns, C).
 """
 
@@ -36,7 +36,7 @@ Sample = list[Tensor]
 
 
 def require(package: str) -> str:
-    """The version of an installed peer. Raises ValueError with the way out when it is missing."""
+    """The version of an installed library. Raises ValueError with the remedy where it is missing."""
     try:
         importlib.import_module(package)
         return importlib.metadata.version(package.replace("_", "-"))
@@ -58,7 +58,7 @@ MIDPOINT = {"method": "midpoint", "atol": 1e-5, "rtol": 1e-5}  # the library's d
 
 
 def build_transfusion(width: int, depth: int, vocab_size: int, channels: int, grid: tuple[int, int]) -> Any:
-    """A Transfusion model of their defaults but the sizes."""
+    """A Transfusion model with the library's defaults, except for the sizes."""
     require("transfusion_pytorch")
     from transfusion_pytorch import Transfusion, transfusion
 
@@ -80,13 +80,13 @@ def transfusion_of_size(target: int, depth: int, **options: Any) -> Any:
         sizes[width] = num_parameters(build_transfusion(width, depth, **options))
         return sizes[width]
 
-    bisect.bisect_left(range(16, 2048, 8), target, key=size)  # its probes close in on the target from both sides
+    bisect.bisect_left(range(16, 2048, 8), target, key=size)  # evaluates sizes on both sides of the target
     best = min(sizes, key=lambda width: abs(sizes[width] - target))
     return build_transfusion(best, depth, **options)
 
 
 def compile_transfusion(model: Any) -> None:
-    """torch.compile, as the head of this file describes; it happens when the model first runs."""
+    """torch.compile, as the head of this file describes; compilation happens at the first call."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)  # type: ignore[attr-defined]
     for _, attention, feed_forward, _ in model.transformer.layers:
         for module in (attention, feed_forward):
@@ -102,9 +102,9 @@ def transfusion_loss(model: Any, samples: list[Sample]) -> Callable[[], Tensor]:
 def transfusion_draw(
     model: Any, prompt: Tensor, grid: tuple[int, int], steps: int, solver: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, Callable[[], Any]]:
-    """One image block after a text prompt, by each of its two samplers, with the cache and without guidance.
+    """One image block after a text prompt, by each of the library's two samplers, with the cache, without guidance.
 
-    dtype: bfloat16 is by autocast; with its weights in bfloat16 it does not run (float32 noise and times)."""
+    dtype: bfloat16 is by autocast; with bfloat16 weights the library does not run (float32 noise and times)."""
     from transfusion_pytorch import transfusion
 
     model.eval()
@@ -131,14 +131,14 @@ def transfusion_draw(
 
 
 def autocast(dtype: torch.dtype, keep_casts: bool = True) -> Any:
-    """The context in which float32 modules compute in `dtype` on the CPU. keep_casts: weights are cast once, not at
-    every use."""
+    """A context in which float32 modules compute in `dtype` on the CPU. keep_casts: cast weights once, not at every
+    use."""
     return torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=keep_casts)
 
 
 @contextlib.contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[torch.Size]]:
-    """The shapes of the first argument of each forward call of `module` in the meantime."""
+    """Record the shape of the first argument of each forward call of `module` inside the context."""
     shapes: list[torch.Size] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     try:
@@ -170,7 +170,7 @@ def build_llama(width: int, depth: int, heads: int, hidden: int, vocab_size: int
 
 
 def with_compiled_forward(model: Any) -> Any:
-    """A model of the same weights whose passes are compiled, the one of the prompt too."""
+    """A model of the same weights with a compiled forward pass, for the prompt too."""
     compiled = copy.copy(model)
     compiled.forward = torch.compile(model.forward, dynamic=False)
     return compiled
@@ -179,14 +179,14 @@ def with_compiled_forward(model: Any) -> Any:
 def llama_decode(model: Any, prompts: Tensor, num_new: int, cache: str = "dynamic") -> Callable[[], Tensor]:
     """Greedy decoding of exactly `num_new` tokens after each prompt (R, n): transformers' own `generate`.
 
-    cache: "dynamic", "static", or "compiled": the static one, with the steps after the prompt compiled."""
+    cache: "dynamic", "static", or "compiled": static, with compiled steps after the prompt."""
     model.generation_config.eos_token_id = None
     options: dict[str, Any] = {} if cache == "dynamic" else {"cache_implementation": "static"}
     if cache == "compiled":
         from transformers import CompileConfig
 
         options["compile_config"] = CompileConfig(mode="default")
-        options["compile_config"]._compile_all_devices = True  # transformers compiles on the CPU with this alone
+        options["compile_config"]._compile_all_devices = True  # without it transformers does not compile on the CPU
     mask = torch.ones_like(prompts)
 
     def run() -> Tensor:

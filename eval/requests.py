@@ -1,7 +1,7 @@
-"""Requests of the emoji world's heldout split, the model's replies to them, and what the tasks share about both.
+"""Requests from the emoji world's held-out split, the model's replies, and functions that several tasks use on both.
 
-A request is a heldout document cut before its last assistant turn; its `meta` carries what is expected. Pictures are
-uint8 (64, 64, 3) tensors; a reply without a usable picture gives None. Knows no single task.
+A request is a held-out document cut before its last assistant turn; its `meta` contains the expected answer. Pictures
+are uint8 (64, 64, 3) tensors; a reply without a usable picture gives None.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def atlas_of(context: Context) -> Atlas:
 
 
 def judge_of(context: Context) -> Judge:
-    """The judge, its sharpness calibrated on the model's own codec."""
+    """The judge, with its sharpness calibrated on the model's own codec."""
 
     def build() -> Judge:
         codec, atlas = context.model.codec, atlas_of(context)
@@ -78,7 +78,7 @@ def requests(
     number: int,
     accept: Callable[[Mapping[str, Any]], bool] = lambda meta: True,
 ) -> list[Document]:
-    """The first `number` heldout documents of the mixture whose meta is accepted, in the order of their index."""
+    """The first `number` held-out documents of the mixture whose meta is accepted, in the order of their index."""
     world = EmojiWorld(atlas_of(context), seed=context.seed, split="heldout", mixture=mixture)
     found: list[Document] = []
     for index in range(number * MAX_DOCUMENTS_PER_REQUEST):
@@ -116,7 +116,7 @@ def reply_seed(context: Context, number: int) -> int:
 
 
 def picture_list(reply: Reply) -> list[torch.Tensor | None]:
-    """The reply's pictures in order; None for one that has not the size of the emoji world."""
+    """The reply's pictures in order; None for one of another size than the emoji world's."""
     pixels = [torch.from_numpy(np.array(image.convert("RGB"))) for image in reply.images]
     return [p if p.shape == (SIDE, SIDE, 3) else None for p in pixels]
 
@@ -135,14 +135,14 @@ def expected_scenes(document: Document) -> list[Scene]:
 
 
 def scene_before(document: Document) -> Scene | None:
-    """The picture that the last answer starts from: the one drawn before it, else the user's."""
+    """The picture that the last answer starts from: the previous reply's, else the user's."""
     drawn = document.meta["scenes"][: -len(expected_scenes(document))]
     earlier = [*document.meta["given"], *drawn]
     return Scene.from_json(earlier[-1]) if earlier else None
 
 
 def spoken_request(document: Document) -> str:
-    """What the user said, with a mark for each picture of the prompt."""
+    """The text of the prompt, with a mark for each of its pictures."""
     parts = [s.text if isinstance(s, Text) else "[picture]" for s in prompt_of(document).segments]
     return " | ".join(parts)
 
@@ -153,7 +153,7 @@ def read_pictures(
     scenes: Sequence[Scene],
     before: Sequence[Scene | None] | None = None,
 ) -> list[Reading | None]:
-    """`Judge.shows` where there is a picture, None elsewhere. before: what an edit starts from."""
+    """`Judge.shows` where there is a picture, None elsewhere. before: the scenes that edits start from."""
     rows = [i for i, picture in enumerate(pictures) if picture is not None]
     out: list[Reading | None] = [None] * len(pictures)
     if rows:

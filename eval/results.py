@@ -1,4 +1,4 @@
-"""What a suite gives: rows of a table, and the outcome of each task."""
+"""Results of a suite: report rows, and the outcome of each task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eval.task import Outcome
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table and one JSON object. `value` is None when it was not a finite number."""
+    """One report row: a line of the table and a JSON object. `value` is None where it was not a finite number."""
 
     name: str
     value: float | None

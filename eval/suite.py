@@ -5,9 +5,9 @@
     python -m eval poker                    the suite of that name in eval/suites
     python -m eval --list
 
-A suite names tasks and holds one table of options per task, with the bars of its rows. Every row is {name, value,
-unit, bar, holds, command}, and a note where the task has one; `holds` is true too where there is no bar. Exit code: 0
-when every bar holds, 1 when one does not, 2 for bad usage, 3 when a task crashed. JSON and HTML appear whole at the
+A suite names tasks and has one table of options per task, with the bars of its report rows. Every row is {name, value,
+unit, bar, holds, command}, and a note where the task has one; `holds` is true where there is no bar. Exit code: 0 where
+every bar holds, 1 where one does not, 2 for bad usage, 3 where a task crashed. JSON and HTML are written whole at the
 end, or not at all.
 """
 
@@ -43,7 +43,7 @@ SUITES = Path(__file__).parent / "suites"
 
 
 class SuiteBase(Frozen):
-    """The keys of every suite; the full schema has one table more per registered task."""
+    """The keys of every suite; the full schema adds one table per registered task."""
 
     title: str
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -51,7 +51,7 @@ class SuiteBase(Frozen):
     font: str | None = None  # a colour-emoji font file; none finds the installed one
     seed: int = 0
     threads: int = Field(default=1, ge=1, le=1024)
-    device: str = "cpu"  # of the model; what compares speeds is on the CPU
+    device: str = "cpu"  # of the model; comparisons of speed run on the CPU
 
     @field_validator("device")
     @classmethod
@@ -100,14 +100,14 @@ def suite_path(given: str) -> Path:
 
 
 def row_command(path: str | Path, overrides: Sequence[str], task_name: str) -> str:
-    """The command that prints a row again: the same suite, its task alone, and the overrides that concern it."""
+    """The command that reproduces a row: the same suite, its task alone, and the overrides that apply to it."""
     others = {"tasks", *TASKS.names()} - {task_name}
     kept = [o for o in overrides if o.partition("=")[0].partition(".")[0].strip() not in others]
     return shlex.join(["python", "-m", "eval", str(path), f"tasks={task_name}", *kept])
 
 
 def run_suite(suite: SuiteBase, path: str | Path, overrides: Sequence[str], context: Context) -> Iterator[TaskResult]:
-    """Run the tasks in order, yielding each result as it comes."""
+    """Run the tasks in order; yield each result."""
     for name in suite.tasks:
         task = TASKS.get(name)
         options: TaskOptions = getattr(suite, name)
@@ -148,7 +148,7 @@ def _mark(row: Row) -> str:
 
 
 def format_value(value: float | None) -> str:
-    """Three or four significant digits, whatever the magnitude."""
+    """Three or four significant digits at any magnitude."""
     if value is None:
         return "nan"
     if value == int(value) and abs(value) < 1e6:
@@ -157,7 +157,7 @@ def format_value(value: float | None) -> str:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a file so that it appears complete or not at all. Raises ValueError if the place cannot be written."""
+    """Write a file atomically. Raises ValueError where the path cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

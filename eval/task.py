@@ -1,7 +1,7 @@
-"""What a task is: a registered function from (context, options) to measures, pictures and curves.
+"""A task: a registered function from (context, options) to measures, pictures and curves.
 
-A new task is one file in eval/tasks that registers itself; it names its rows beforehand, so that a bar on a row
-that does not exist is found before anything runs. Pictures are uint8 (H, W, 3) tensors. This file knows no task.
+A new task is one file in eval/tasks that registers itself. It names its report rows in advance, so that a bar on an
+unknown row is found before anything runs. Pictures are uint8 (H, W, 3) tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bar(Frozen):
 
     @staticmethod
     def parse(text: str) -> Bar:
-        """Raises ValueError when `text` is not a relation and a number."""
+        """Raises ValueError where `text` is not a relation and a number."""
         match = _BAR.fullmatch(text.strip())
         if match is None:
             raise ValueError(f'a bar is a relation and a number, such as ">= 95" or "<= 1e-5", got {text!r}')
@@ -51,7 +51,7 @@ class Bar(Frozen):
 
 
 class TaskOptions(Frozen):
-    """Base of every task's options. `bars` maps a row's short name to its bar; a row without one is informative."""
+    """Base of every task's options. `bars` maps a report row's short name to its bar; a row without a bar informs."""
 
     bars: dict[str, str] = Field(default_factory=dict)
 
@@ -67,7 +67,7 @@ class TaskOptions(Frozen):
 class Measure:
     """One number of a task: short name (unique in the task), value, unit ("%", "dB", "x", "tokens/s", ...).
 
-    note: what it was measured under, where that belongs to the number; it is written with its row."""
+    note: the conditions of the measurement, where they belong to the number; written with its row."""
 
     name: str
     value: float
@@ -77,7 +77,7 @@ class Measure:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One example for the report: what was given, the reference and the answer side by side, and the verdict."""
+    """One example for the report: the request, the reference and the answer side by side, and the verdict."""
 
     request: str
     reference: Sequence[torch.Tensor] = ()
@@ -89,7 +89,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """Named lines over a common meaning of x, drawn in the report."""
+    """Named lines over one x axis, plotted in the report."""
 
     title: str
     x_label: str
@@ -99,7 +99,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a task hands back. `notes` are sentences for the reader: conditions, versions, what failed."""
+    """The result of a task. `notes` are sentences for the reader: conditions, versions, failures."""
 
     measures: Sequence[Measure]
     panels: Sequence[Panel] = ()
@@ -107,19 +107,19 @@ class Outcome:
     notes: Sequence[str] = ()
 
     def value(self, name: str) -> float:
-        """Of the measure of that name."""
+        """The value of the measure `name`."""
         return {measure.name: measure.value for measure in self.measures}[name]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What tasks share. `model` loads on first use: suites and tasks that need no model never load one."""
+    """Shared by all tasks. `model` loads on first use: a suite that needs no model loads none."""
 
     model_path: str | None = None
     font: str | None = None
     seed: int = 0
     say: Callable[[str], None] = print
-    shared: dict[str, Any] = field(default_factory=dict)  # what one task built and another can use: atlas, judge
+    shared: dict[str, Any] = field(default_factory=dict)  # objects that several tasks use: atlas, judge
     device: str = "cpu"
 
     @cached_property
@@ -133,7 +133,7 @@ class Context:
         return Key(self.seed).fold("eval", *parts)
 
     def once(self, name: str, build: Callable[[], Any]) -> Any:
-        """The thing called `name`, built by the first task that asks for it."""
+        """The shared object `name`, built at the first call."""
         if name not in self.shared:
             self.shared[name] = build()
         return self.shared[name]
@@ -162,8 +162,8 @@ TASKS: Registry[Task[Any]] = Registry("task", "eval.tasks", "eval.experiments", 
 def task(
     name: str, options: type[OptionsType], rows: Sequence[str] | Callable[[OptionsType], Sequence[str]]
 ) -> Callable[[Callable[[Context, OptionsType], Outcome]], Callable[[Context, OptionsType], Outcome]]:
-    """Decorator that registers a function as the task `name`. A task whose rows follow from its options (one per line
-    of a table, say) gives a function of the options."""
+    """Decorator that registers a function as the task `name`. `rows` is a function of the options where the rows depend
+    on them (for example one row per method)."""
 
     def rows_of(given: OptionsType) -> tuple[str, ...]:
         return tuple(rows(given) if callable(rows) else rows)
@@ -176,5 +176,5 @@ def task(
 
 
 def percentage(flags: Sequence[bool]) -> float:
-    """Share of true flags in percent; NaN of none."""
+    """Share of true flags in percent; NaN for no flags."""
     return 100.0 * sum(flags) / len(flags) if flags else float("nan")

@@ -1,16 +1,16 @@
 """python -m train RECIPE.toml [key=value ...] [--out DIR] [--resume] [--dry-run] [--publish DIR]
 
-Trains what the recipe describes and leaves in the output directory (default: runs/ and the recipe's name)
+Trains from a recipe. Writes to the output directory (default: runs/ and the recipe's name)
 
     recipe.json  metrics.jsonl  sheets/  state/step-XXXXXXXX/ (for --resume)  model/ (the finished model)
 
-    --dry-run   build everything, make two steps without saving, print sizes and speed, leave nothing
-    --resume    continue from the newest intact state
-    --publish   make the model directory DIR from the newest intact state, without training (also of a run in progress)
+    --dry-run   build everything, run two steps, print sizes and speed, write nothing
+    --resume    continue from the newest intact checkpoint
+    --publish   write the model directory DIR from the newest intact checkpoint, without training (also during a run)
 
-The run holds a lock on its output directory; a second one there is refused. A resume may change some keys of the recipe
-(train.recipe.CHANGEABLE): each change is said, and recorded in metrics.jsonl. The file's `kind` decides what it is: a
-recipe of a "model" (the default) or of a "codec" (train.codec.loop), or a list of "stages" (train.stages).
+The run holds a lock on its output directory; a second run there is an error. A resume may change some keys of the
+recipe (train.recipe.CHANGEABLE): each change is printed, and recorded in metrics.jsonl. `kind` in the file is "model"
+(the default), "codec" (train.codec.loop) or "stages" (train.stages).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ KINDS = ("model", "codec", "stages")
 EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
 EXIT_CODES = """exit codes:
   0   done
-  1   a bug, with a traceback; what was trained is saved where it can be
+  1   a bug, with a traceback; a checkpoint is saved where possible
   2   a mistake in the command, the recipe or its files, or the output directory is in use
-  3   too many non-finite steps; the state is saved
-  4   too many unreadable documents (the state is saved), or damaged model files
-  75  stopped by SIGTERM or SIGINT, with the state saved: run again with --resume (a codec: run again)"""
+  3   too many non-finite steps; a checkpoint is saved
+  4   too many unreadable documents (a checkpoint is saved), or damaged model files
+  75  stopped by SIGTERM or SIGINT after saving a checkpoint: run again with --resume (a codec: run again)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value of the recipe")
     parser.add_argument("--out", type=Path, help="output directory (default: runs/ and the recipe's name)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest saved state")
-    parser.add_argument("--dry-run", action="store_true", help="build everything and make two steps, save nothing")
-    parser.add_argument("--publish", type=Path, metavar="DIR", help="make DIR from the newest saved state and stop")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="build everything and run two steps, save nothing")
+    parser.add_argument("--publish", type=Path, metavar="DIR", help="write DIR from the newest checkpoint and stop")
 
     def work() -> int:
         return _run(parser.parse_intermixed_args(arguments))
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _kind(path: Path) -> str:
-    """The file's `kind`; "model" when it has none or cannot be read (load_toml then says why)."""
+    """The file's `kind`; "model" where it has none or cannot be read (load_toml then raises the error)."""
     try:
         kind = str(parse_toml(path.read_bytes(), str(path)).get("kind", "model"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Recipe to run: builds tokenizer, codec, model, data, loader, objectives and optimiser, and checks that they fit.
+"""Builds a run from a recipe: tokenizer, codec, model, data, loader, objectives, optimiser. Checks that they fit.
 
-Everything a recipe names is resolved here, so `--dry-run` finds every mistake before the first step. Also the other
-end: the finished run to a model directory.
+Everything that a recipe names is resolved here, so `--dry-run` finds every mistake before the first step.
+`publish_model` writes the finished run to a model directory.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from train.sampler import choose_sampler
 from train.upcycling import with_copies
 from train.validation import Validation
 
-DRAWS = 2  # how noise and times are drawn from their keys: 1 was a generator each, 2 is Key.each
+DRAWS = 2  # how noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each
 
-# Settings of a model that change none of its numbers, and those whose shapes or names tell.
+# Settings of a model that change none of its numbers, and those that shapes or names of weights reveal.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
-# What a setting says before it is taken up: the weights of the other are copies then.
+# Values of a setting that another value can follow: upcycling copies the missing weights.
 NOT_YET = {"latent_weights": "shared"}
 
 
 def assemble(recipe: Recipe, out: Path) -> Run:
-    """A run at step 0. Raises ValueError, one line, for anything the recipe names that does not exist or fit."""
+    """A run at step 0. Raises ValueError, in one line, where a part of the recipe is missing or does not fit."""
     key = Key(recipe.seed)
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
     objectives = build_objectives(recipe)
@@ -136,16 +136,16 @@ def build_codec(recipe: Recipe) -> Codec:
 
 
 def check_alone(recipe: Recipe) -> None:
-    """Every key of a recipe whose tokenizer, codec or first weights are still to be made. ValueError as `assemble`."""
+    """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `assemble`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
     config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
-    if recipe.train_only or config.joint is not None:  # what only the weights and the head tell
+    if recipe.train_only or config.joint is not None:  # checks that need the weights or the head
         freeze_all_but(Omni(config), recipe.train_only or ("",))
     build_held_out(recipe, build_mixture(recipe, key), key)
 
 
 def model_config(recipe: Recipe, vocab_size: int, channels: int, sampler: str) -> OmniConfig:
-    """The model's config.json, from [model], [heads] and what tokenizer and codec decide."""
+    """The model's config.json: from [model], [heads], the tokenizer's size and the codec's channels."""
     fields = dict(recipe.heads)
     flow = {**fields.pop("flow", {}), "channels": channels}
     fields |= {"transformer": recipe.model.model_dump(), "vocab_size": vocab_size, "sampler": sampler}
@@ -162,14 +162,12 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
     if recipe.init_from is not None:
         left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
         if left:
-            begin = (
-                f"init_from {str(recipe.init_from)!r}: {len(left)} weights begin as initialised, such as {left[0]!r}"
-            )
+            begin = f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
             print(begin, file=sys.stderr)
         for difference in other_settings(recipe.init_from, model.config):
             said = f"init_from {str(recipe.init_from)!r} has {difference}"
             if recipe.train_only:
-                raise ValueError(f"{said}; what is frozen cannot adapt: use the same")
+                raise ValueError(f"{said}; frozen weights cannot adapt: use the same")
             print(said, file=sys.stderr)
         if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
             print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
@@ -183,25 +181,25 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
 
 
 def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
-    """Only weights whose names begin with one of `prefixes` get gradients; "*" in one stands for any characters.
-    ValueError for a prefix that no name has."""
+    """Give gradients only to weights whose names begin with one of `prefixes`; "*" stands for any characters.
+    ValueError for a prefix that matches no name."""
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
         if not any(fnmatchcase(name, f"{prefix}*") for name in names):
             tops = sorted({name.split(".")[0] for name in names})
-            raise ValueError(f"train_only = {prefix!r} is the beginning of no weight's name; names begin with {tops}")
+            raise ValueError(f"train_only = {prefix!r} matches no weight's name; names begin with {tops}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, f"{prefix}*") for prefix in prefixes))
 
 
 def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
-    """Start from a model directory or from the averages of a saved state. Returns the names left as initialised.
+    """Load a model directory, or the averages of a checkpoint. Returns the names left as initialised.
 
-    Weights of their own for latents that the saved one has not begin as copies (see train.upcycling). Raises ValueError
-    when a weight is missing, unknown or of another shape, unless `partial_allowed`.
+    Separate latent weights that are not saved are upcycled (see train.upcycling). Raises ValueError where a weight is
+    missing, unknown or of another shape, unless `partial_allowed`.
     """
     if not directory.is_dir():
-        raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a saved state")
+        raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a checkpoint")
     published, own = Published(directory), model.state_dict()
     saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()
@@ -225,7 +223,7 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
 
 
 def other_settings(directory: Path, config: OmniConfig) -> list[str]:
-    """What `directory` says of its weights and this recipe says otherwise, where no shape would tell."""
+    """Settings that differ between `directory` and this recipe and that change no shape of a weight."""
     published, name = Published(directory), "config.json"
     if name not in published:
         return []
@@ -241,7 +239,7 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
 
 
 def other_preparation(directory: Path, ours: Preparation) -> str | None:
-    """How `directory` prepares pictures and clips, where this recipe does otherwise."""
+    """How `directory` prepares pictures and clips; None where this recipe does the same."""
     published, name = Published(directory), "preparation.json"
     if name not in published:
         return None
@@ -278,7 +276,7 @@ def build_mixture(recipe: Recipe, key: Key) -> Mixture:
 
 
 def build_held_out(recipe: Recipe, mixture: Mixture, key: Key) -> tuple[HeldOut | None, list[str]]:
-    """What is kept out of training, and the fingerprints of sources of its own."""
+    """The held-out documents, and the fingerprints of validation's own sources."""
     plan = recipe.validation
     if plan is None:
         return None, []
@@ -297,7 +295,7 @@ def build_objectives(recipe: Recipe) -> list[Objective]:
 
 
 def publish_model(run: Run, directory: Path) -> Path:
-    """Publish the averaged weights, in bf16, with tokenizer, codec and configuration; replaces an older one."""
+    """Publish the averaged weights, in bf16, with tokenizer, codec and configuration; replace an older directory."""
     with run.ema.applied():
         run.model.save_pretrained(directory, torch.bfloat16, replace=True)
     return directory

@@ -1,10 +1,11 @@
-"""State of a run on disk: everything that exact resume needs, in atomically published directories.
+"""Checkpoints of a run: everything that exact resume needs, in atomically published directories.
 
     state/step-00000123/   model.safetensors  ema.safetensors  optimiser.safetensors  state.json  manifest.json
                            target.safetensors, where an objective has a target network (see train.optim.target)
 
 All tensors keep their dtype; the scalars are JSON; nothing is pickled. Noise, order and times are keyed, so no
-generator state exists. A half-written directory has no manifest and is passed over; so is a damaged one, aloud.
+generator state exists. A half-written directory has no manifest and is ignored. A damaged one is skipped with a
+message.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ KIND = "training state"
 
 @dataclass(frozen=True)
 class Change:
-    """A key of the recipe that a resume has otherwise than the saved state."""
+    """A key of the recipe whose value differs between the checkpoint and the resume."""
 
     key: str
     was: Any
@@ -50,8 +51,8 @@ class Change:
 
 @dataclass
 class Progress:
-    """Where a run is: `step` steps done, the next document `cursor` (of each of the `lanes`, where several processes
-    load), wall-clock seconds over all its lives."""
+    """Where a run is: `step` steps done, the next document `cursor` (with data-loading workers: one cursor of each in
+    `lanes`), wall-clock seconds over all resumes."""
 
     step: int = 0
     cursor: int = 0
@@ -62,7 +63,7 @@ class Progress:
     lanes: list[int] = field(default_factory=list)
 
     def advance(self, cursor: int, lane: int | None) -> None:
-        """One step more; the next document is `cursor`."""
+        """Count one step; the next document is `cursor`."""
         self.step += 1
         if lane is None:
             self.cursor = cursor
@@ -70,13 +71,14 @@ class Progress:
             self.lanes[lane] = cursor
 
     def use_lanes(self, number: int) -> bool:
-        """Go on with another number of loading processes, 0 for none, from the first document that none has come to:
-        none is trained on twice, some that the slower ones had before them are left out. Whether that changed it."""
+        """Continue with another number of data-loading workers (0: none) from the first document that no worker has
+        reached. No document is trained on twice; some that slower workers had not reached are left out. Returns
+        whether the order of the documents changed."""
         if number == len(self.lanes) or not self.step:
             return False
         start = max(cursor % PIECES + (cursor >= PIECES) for cursor in self.lanes or [self.cursor])
         was_one = max(number, len(self.lanes)) == 1
-        if was_one:  # one process reads what none does, in the same order
+        if was_one:  # one worker reads the same documents as none, in the same order
             start = max(self.lanes or [self.cursor])
         self.cursor, self.lanes = (0, [start + lane for lane in range(number)]) if number else (start, [])
         return not was_one
@@ -92,7 +94,7 @@ def save(
     keep: int,
     target: Target | None = None,
 ) -> Path:
-    """Publish the state as folder/step-XXXXXXXX and remove older ones until `keep` are left.
+    """Publish a checkpoint as folder/step-XXXXXXXX and remove older ones until `keep` are left.
 
     identity: see `load`.
     """
@@ -114,14 +116,14 @@ def save(
 
 
 def remove_older(folder: Path, step: int, keep: int) -> None:
-    """Remove states before `step` until `keep` are left with it. A later one is damaged: see `newest`."""
+    """Remove checkpoints before `step` until `keep` are left with it. A later one is damaged: see `newest`."""
     older = [old for number, old in saved_steps(folder) if number < step]
     for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def saved_steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every finished-looking state, oldest first; nothing is read."""
+    """(step, directory) of every checkpoint by its name, oldest first; no file is read."""
     if not folder.is_dir():
         return []
     matches = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir())
@@ -129,21 +131,21 @@ def saved_steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest(folder: Path, say: Callable[[str], None] = print, kind: str = KIND) -> Path:
-    """The newest directory whose every byte verifies. Says which it refuses. ValueError when there is none, or one of
-    another kind of run; DamagedError when all are damaged."""
+    """The newest directory that passes the digest check. Prints which fail it. ValueError where there is none, or one
+    of another kind of run; DamagedError where all are damaged."""
     saved = saved_steps(folder)
     for _, directory in reversed(saved):
         try:
             found = checkpoint.verify(directory)["info"].get("kind", KIND)
         except ValueError as error:
-            say(f"passing over a damaged state: {error}")
+            say(f"skipping a damaged checkpoint: {error}")
             continue
         if found != kind:
-            raise ValueError(f"{directory} is a {found}, not a {kind}: of a run of another kind; choose another --out")
+            raise ValueError(f"{directory} is a {found}, not a {kind}, from another kind of run; choose another --out")
         return directory
     if saved:
-        raise DamagedError(f"{str(folder)!r} holds no intact training state; begin again in another --out")
-    raise ValueError(f"{str(folder)!r} holds no intact training state; start without --resume")
+        raise DamagedError(f"{str(folder)!r} holds no intact checkpoint; begin again in another --out")
+    raise ValueError(f"{str(folder)!r} holds no intact checkpoint; start without --resume")
 
 
 def load(
@@ -156,7 +158,7 @@ def load(
 ) -> Progress:
     """Restore model, averages, optimiser and target network in place, bit for bit, and return the progress.
 
-    Raises ValueError when `identity` differs from the saved one (see `changes`), or names or shapes of tensors do.
+    Raises ValueError where `identity` differs from the saved one (see `changes`), or names or shapes of tensors do.
     """
     changes(directory, identity)
     scalars = _scalars(directory)
@@ -169,10 +171,10 @@ def load(
 
 
 def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
-    """What the recipe in `identity` has otherwise than that of the saved state, in keys that may change.
+    """The changeable keys of the recipe whose values differ between `identity` and the checkpoint.
 
-    identity: JSON of everything that decides the run: recipe, data. A part that is left out is not compared, nor a key
-    that the saved recipe, of an earlier version, lacks. Raises ValueError naming the first other difference.
+    identity: JSON of everything that decides the run: recipe, data. A missing part is not compared, nor a key that the
+    saved recipe of an earlier version lacks. Raises ValueError naming the first other difference.
     """
     saved, own = _scalars(directory)["identity"], json.loads(json.dumps(dict(identity)))
     saved = {"draws": 1} | saved  # format 1 did not record `draws`
@@ -185,10 +187,10 @@ def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
 def compare(
     saved: Mapping[str, Any], own: Mapping[str, Any], changeable: Sequence[str], directory: Path
 ) -> list[Change]:
-    """What `own` has otherwise than `saved`, both with a `recipe`, in its keys that match a pattern of `changeable`.
+    """The keys of `recipe`, matching a pattern of `changeable`, whose values differ between `saved` and `own`.
     ValueError naming the first other difference."""
     found = list(_differences(saved, own))
-    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe")):  # it explains most
+    for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe")):  # the recipe explains most
         name = key.removeprefix("recipe.")
         if name == key or not any(fnmatchcase(name, pattern) for pattern in changeable):
             raise ValueError(
@@ -200,7 +202,7 @@ def compare(
 
 
 def saved_recipe(directory: Path) -> Mapping[str, Any]:
-    """JSON of the recipe that a state was saved with."""
+    """JSON of the recipe of a checkpoint."""
     return _scalars(directory)["identity"].get("recipe", {})
 
 
@@ -209,7 +211,7 @@ def _scalars(directory: Path) -> dict[str, Any]:
 
 
 def _filled(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved recipe, with this one's value of each key that it lacks; tables of free keys are left as they are."""
+    """The saved recipe, with the own value of each key that it lacks; tables of free keys are left as they are."""
     filled = {**own, **saved}
     for name, info in Recipe.model_fields.items():
         kind = info.annotation

@@ -26,7 +26,7 @@ class Guard:
     num_in_row: int = 0
 
     def accepts(self, step: int, loss: float, grad_norm: float, documents: Sequence[int]) -> bool:
-        """Whether the optimiser may take this step. Raises TooManyNonFinite at `limit` refusals in a row."""
+        """Whether the optimiser may take this step. Raises TooManyNonFinite at `limit` skipped steps in a row."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.num_in_row = 0
             return True

@@ -1,8 +1,8 @@
-"""One run per output directory: a lock on out/.lock for as long as the process lives, and what a killed one left.
+"""One run per output directory: a lock on out/.lock while the process lives. Removes leftovers of killed runs.
 
-The lock is the kernel's (flock): it ends with its process, however that ends, and the file that stays behind locks
-nothing. The file says who holds it. Loading processes are forks and let go of it, so that one that outlives a killed
-run for a moment does not keep the directory.
+The lock is the kernel's (flock): it ends with its process, and the file that remains locks nothing. The file names
+the holder. Data-loading workers are forks; they close the lock, so that a worker that outlives a killed run does not
+hold the directory.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextlib.contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """The lock of `out`, which is made where it is missing, and removed again where nothing else came to be in it.
-    Leftovers of saves that were killed are cleared first. ValueError naming the holder where another run has it."""
+    """Hold the lock of `out`. Creates the directory where it is missing and removes it again if it stays empty.
+    Removes leftovers of killed saves first. ValueError naming the holder where another run has the lock."""
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(out)
@@ -50,12 +50,12 @@ def hold(out: Path) -> Iterator[None]:
 
 
 def refuse_many_processes() -> None:
-    """ValueError where a launcher started several processes, which would each train the whole."""
+    """ValueError where a launcher started several processes: each would train the whole model."""
     count = os.environ.get("WORLD_SIZE", "1").strip()
     if count not in ("", "0", "1"):
         raise ValueError(
-            f"WORLD_SIZE = {count}: training in several processes is not written yet, and each would train the same; "
-            "start one with `python -m train`, without torchrun (workers = N loads in several)"
+            f"WORLD_SIZE = {count}: training in several processes is not supported, and each would train the same; "
+            "start one with `python -m train`, without torchrun (workers = N starts data-loading workers)"
         )
 
 
@@ -76,7 +76,7 @@ def _lock(out: Path) -> int:
             raise
         if _is_file(path, descriptor):
             break
-        os.close(descriptor)  # its holder has removed it meanwhile
+        os.close(descriptor)  # the holder removed the file meanwhile
     _held.add(descriptor)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

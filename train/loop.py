@@ -1,8 +1,8 @@
-"""The training loop. `train_step` is the whole of a step; everything around it counts, saves and reports.
+"""The training loop. `train_step` is one step; the code around it counts, saves and reports.
 
 A step: pack -> bf16 autocast -> losses as (sum, count) -> backward -> clip -> guard -> optimiser -> average.
-Exit: the loop ends when the length of the run is reached, or when `stop_requested` says so. It has saved then, and also
-where it ends with an error between two updates of the weights: unreadable data, too many non-finite steps.
+Exit: the loop ends at the length of the run, or when `stop_requested` returns true. It saves a checkpoint then, and
+also where it ends with an error between two updates of the weights: unreadable data, too many non-finite steps.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from train.optim.optimiser import Optimiser, OptimiserConfig, multiplier
 from train.optim.target import Target
 from train.recipe import Recipe, fraction_of
 
-FIRST_STEPS = 20  # of a run that must have something to learn from
+FIRST_STEPS = 20  # one of them must have a supervised segment
 
 
 @dataclass
 class Run:
-    """The moving parts of a run. `identity` is what a resume compares (see train.checkpoint.load)."""
+    """The parts of a run. A resume compares `identity` (see train.checkpoint.load)."""
 
     recipe: Recipe
     model: Any  # called with (batch, objectives, key, averages, progress) -> dict of Terms; an nn.Module
@@ -53,10 +53,10 @@ class Run:
     held_out: Sequence[Document] = ()
     open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
     lanes: Lanes | None = None
-    waited: float = 0.0  # seconds for lanes, within steps
-    changes: Sequence[state.Change] = ()  # of the recipe, since the state that was resumed
-    learns: bool = False  # whether any step had something that an objective counts
-    between_updates: bool = True  # weights, optimiser and averages are of one step, so that they can be saved
+    waited: float = 0.0  # seconds of waiting for data-loading workers, within steps
+    changes: Sequence[state.Change] = ()  # of the recipe, since the checkpoint that was resumed
+    learns: bool = False  # whether an objective counted anything in any step
+    between_updates: bool = True  # weights, optimiser and averages are of the same step and can be saved
     _ahead: Packed | Exception | None = None
 
     @property
@@ -67,7 +67,7 @@ class Run:
         return self.recipe.fraction(self.progress.step, self.progress.seconds)
 
     def next(self) -> Packed:
-        """What the next step trains on."""
+        """The data of the next step."""
         if self.open_lanes is None:
             return self.loader.next(self.progress.cursor)
         packed, self._ahead = self._ahead or self._from_lanes(), None
@@ -77,8 +77,8 @@ class Run:
         return packed
 
     def look_ahead(self) -> None:
-        """Have the next step's pictures encoded while the device still works on this one. Only lanes can. What is
-        wrong with them is said when they are asked for: this step is none the worse."""
+        """Encode the next step's pictures while the device computes this step. Only with data-loading workers. An error
+        is kept and raised by `next`, so that this step completes."""
         if self.lanes is None or self.progress.step + 1 >= self.recipe.max_steps:
             return
         start = time.perf_counter()
@@ -104,7 +104,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     """
     recipe, step = run.recipe, run.progress.step
     batches = [batch.to(recipe.device) for batch in packed.batches]
-    # No casts are kept: one first made for a target without a graph would cut the graph of what comes after it.
+    # No cache of casts: a cast made for the target, without a graph, would cut the graph of later uses.
     with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts, cache_enabled=False):
         averages = None if run.target is None else run.target.model
         key, progress = run.key.fold("draws"), run.fraction()
@@ -132,23 +132,23 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
 
 
 def require_lesson(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError where none of the first steps had anything that an objective counts."""
+    """ValueError where no objective counted anything in the first steps."""
     run.learns = run.learns or any(term.count for part in parts for term in part.values())
     first = min(FIRST_STEPS, run.recipe.max_steps)
     if not run.learns and run.progress.step == first:
         raise ValueError(
             f"the first {first} steps had nothing to learn from: no segment of their documents is supervised for any "
-            "objective of this recipe; mark what is to be learnt (supervise = true)"
+            "objective of this recipe; mark the segments to train on (supervise = true)"
         )
 
 
 def mean_of(terms: Sequence[Any]) -> torch.Tensor:
-    """Sum over sum of counts, in float32; 0 when there is nothing to count."""
+    """Sum of sums over sum of counts, in float32; 0 where the count is 0."""
     return torch.stack([term.sum.float() for term in terms]).sum() / max(sum(term.count for term in terms), 1.0)
 
 
 def unweighted(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means of the losses that have a raw sum (Terms.raw), by `unweighted/` and their name."""
+    """Means of the losses that have a raw sum (Terms.raw), as `unweighted/NAME`."""
     found = {}
     for name in parts[0]:
         terms = [part[name] for part in parts]
@@ -161,7 +161,7 @@ def unweighted(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def train(
     run: Run, tracker: Tracker, stop_requested: Callable[[], bool], sheet: Callable[[Run], None] | None = None
 ) -> bool:
-    """Train to the end of the recipe. Returns False when stopped early; the state is saved in both cases."""
+    """Train to the end of the recipe. Returns False where stopped early; a checkpoint is saved in both cases."""
     report = run.recipe.report
     saved_at = -1
     try:
@@ -175,7 +175,7 @@ def train(
                 sheet(run)
     except Exception:
         if run.between_updates and saved_at != run.progress.step:
-            with suppress(OSError):  # a full disk, which may be what ended the run
+            with suppress(OSError):  # a full disk may have ended the run
                 save(run)
                 tracker.say(f"saved at step {run.progress.step}; continue with --resume")
         raise
@@ -221,10 +221,10 @@ def save(run: Run) -> Path:
 
 
 def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None:
-    """Restore the newest intact state of run.out, bit for bit. Raises ValueError when there is none that fits. What the
-    recipe has otherwise is said, and kept in run.changes.
+    """Restore the newest intact checkpoint of run.out, bit for bit. Raises ValueError where none fits. Changes of the
+    recipe are printed, and kept in run.changes.
 
-    any_data: data may be other than the state's, which is well to publish it, and not to go on.
+    any_data: the data may differ from the checkpoint's: enough to publish it, not to continue training.
     """
     directory = state.newest(run.out / "state", say)
     identity = {name: part for name, part in run.identity.items() if not (any_data and name in ("data", "draws"))}
@@ -239,11 +239,11 @@ def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None
     if any(change.key.startswith(("optimiser.", "max_")) for change in run.changes):
         _say_rates(run, state.saved_recipe(directory), say)
     if run.progress.use_lanes(run.recipe.workers):
-        say("the documents are in another order from here: each loading process has its own share")
+        say("the documents are in another order from here: each data-loading worker has its own share")
 
 
 def _say_rates(run: Run, saved: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Where the next step has another learning rate than by the saved recipe: a schedule may jump."""
+    """Print where the next step's learning rate differs from the saved recipe's: a schedule may jump."""
     step, seconds, recipe = run.progress.step, run.progress.seconds, run.recipe
     config = OptimiserConfig.model_validate(saved["optimiser"])
     fraction = fraction_of(saved.get("max_steps", recipe.max_steps), saved.get("max_minutes"), step, seconds)
@@ -260,7 +260,7 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def documents_of(counts: Mapping[str, int]) -> str:
-    """What became of the documents so far, in one line."""
+    """How many documents were trained on, split, dropped, held out and skipped so far, in one line."""
     found = f"{counts.get('documents', 0):,} documents trained on"
     if counts.get("split"):
         found += f", {counts['split']:,} of them split: {counts['pieces']:,} pieces in all"
@@ -272,7 +272,7 @@ def documents_of(counts: Mapping[str, int]) -> str:
 
 
 def _report_documents(tracker: Tracker, step: int, packed: Packed, dropped_before: int) -> None:
-    """What was not trained on: each in metrics.jsonl; on the console what is corrupt, and once what is too long."""
+    """Report skipped and dropped documents: all in metrics.jsonl; on the console the skipped and the first dropped."""
     for index, reason in packed.skipped:
         tracker.say(f"document {index} skipped: {reason}")
         tracker.metrics(step, {"event": "document skipped", "document": index, "reason": reason})
@@ -284,7 +284,7 @@ def _report_documents(tracker: Tracker, step: int, packed: Packed, dropped_befor
 
 
 def losses_of(metrics: Mapping[str, Any]) -> str:
-    """For the console: each loss, and in brackets without its weighting, where the two differ."""
+    """For the console: each loss, and in brackets its unweighted value, where the two differ."""
     found = []
     for name in (key.removeprefix("loss/") for key in metrics if key.startswith("loss/")):
         loss, raw = metrics[f"loss/{name}"], metrics.get(f"unweighted/{name}")

@@ -1,6 +1,6 @@
-"""What a run tells: metrics.jsonl (always), one progress line, and TensorBoard scalars if asked (omni[track]).
+"""Reports of a run: metrics.jsonl (always), one progress line, and optional TensorBoard scalars (omni[track]).
 
-After a resume the metrics of steps that will be made again are dropped first, so the file has every step once.
+A resume first drops the metrics of steps that it runs again, so the file has every step once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Tracker:
                     self._board.add_scalar(name, value, step)
 
     def progress(self, line: str, important: bool) -> None:
-        """A line that the next replaces on a terminal; elsewhere only `important` ones are printed."""
+        """Print a line. On a terminal the next line replaces it; elsewhere only `important` ones are printed."""
         if self._live:
             self._stream.write(f"\r\x1b[2K{line}")
         elif important:
@@ -44,7 +44,7 @@ class Tracker:
         self._stream.flush()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._stream.write(("\r\x1b[2K" if self._live else "") + line + "\n")
         self._stream.flush()
 
@@ -57,7 +57,7 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that have no event; a torn last line is left out."""
+    """The rows of a metrics.jsonl without events; an incomplete last line is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -70,7 +70,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def json_row(values: Mapping[str, Any]) -> str:
-    """One line of a metrics.jsonl; what is not finite as text, since JSON has no NaN."""
+    """One line of a metrics.jsonl. Non-finite values are text: JSON has no NaN."""
     return json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
 
 
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 
 def drop_from(path: Path, step: int) -> None:
-    """Remove the rows of `step` and later, which a resumed run makes again."""
+    """Remove the rows of `step` and later: a resumed run writes them again."""
     if not path.exists():
         return
     kept = []

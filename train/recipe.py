@@ -1,8 +1,8 @@
 """Recipe: everything that decides a training run, as frozen, validated data. Read from TOML with key=value overrides.
 
-A resume takes the recipe of its state, where the keys in CHANGEABLE may be others: each change is said and recorded.
-Without a change it is exact. With `max_minutes` the learning rate follows the clock, so such a run is resumed
-faithfully but not bit for bit: exact resume needs the length in steps (`max_steps` alone).
+A resume needs the recipe of its checkpoint. The keys in CHANGEABLE may differ: each change is printed and recorded.
+Without a change the resume is exact. With `max_minutes` the learning rate follows the clock, and a resume is not equal
+to the bit: exact resume needs the length in steps (`max_steps` alone).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from omni.nn.transformer import TransformerConfig
 from train.data.batch import BatchConfig, DropConfig
 from train.optim.optimiser import OptimiserConfig
 
-# What a resume may change, as patterns of dotted keys. All else decides which numbers the saved weights are (shapes,
-# objectives, averages) or which documents are behind them.
+# What a resume may change, as patterns of dotted keys. All other keys decide the saved weights (shapes, objectives,
+# averages) or the documents that they were trained on.
 CHANGEABLE = (
     *("max_steps", "max_minutes", "report.*", "generation*", "init_from", "init_partial", "latent_memory_mb"),
     *("max_nonfinite", "validation.steps", "batch.max_corrupt", "batch.min_corrupt", "workers"),
     *("ema_decay", "optimiser.*rate", "optimiser.weight_decay", "optimiser.clip", "optimiser.warmup_steps"),
     *("optimiser.decay", "optimiser.decay_fraction", "optimiser.schedule_steps", "optimiser.min_factor"),
-    # The same sums in another order, or rounded otherwise: they change the last bits.
+    # These change the order of sums or the rounding, so the last bits.
     *("compile", "threads", "device", "autocast"),
 )
 
@@ -52,16 +52,16 @@ class ObjectiveConfig(Frozen):
 
 
 class ValidationConfig(Frozen):
-    """The loss on documents that training never sees (train.data.held_out), every `steps` steps and at the end.
+    """The loss on held-out documents (train.data.held_out), every `steps` steps and at the end.
 
-    share: of the records of each source, by a keyed hash of each; of a generated source, further documents. data: or
-    sources of their own. Training passes over every document that is kept out, also where it occurs again.
+    share: of the records of each source, by a keyed hash; of a generated source, documents beyond those of training.
+    data: separate sources instead. Training skips every held-out document, also where it occurs again.
     """
 
     share: float | None = Field(None, gt=0, le=0.5)
     data: tuple[DataConfig, ...] = ()
     steps: int = Field(200, ge=1)
-    documents: int = Field(256, ge=1, le=100_000, description="at most, of all sources together")
+    documents: int = Field(256, ge=1, le=100_000, description="at most, over all sources")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ValidationConfig:
@@ -71,12 +71,12 @@ class ValidationConfig(Frozen):
 
 
 class ReportConfig(Frozen):
-    """How often, in steps, the run logs, saves and draws; none of it changes the numbers."""
+    """How often, in steps, the run logs, saves and writes sample sheets; none of it changes the numbers."""
 
     log_steps: int = Field(10, ge=1)
     save_steps: int = Field(200, ge=1)
-    keep: int = Field(2, ge=1, description="saved states kept")
-    sheet_steps: int = Field(0, ge=0, description="a sheet of samples every so many steps; 0: none")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    sheet_steps: int = Field(0, ge=0, description="steps between sample sheets; 0: none")
     sheet_pictures: int = Field(8, ge=1, le=64)
     sheet_sampling_steps: int = Field(8, ge=1)
     tensorboard: bool = False
@@ -92,16 +92,16 @@ class Recipe(Frozen):
     device: str = "cpu"
     threads: int = Field(1, ge=1, le=1024)
     workers: int = Field(
-        0, ge=0, le=256, description="processes that load, see train.data.lanes; 0: the training one does"
+        0, ge=0, le=256, description="data-loading workers, see train.data.lanes; 0: the training process loads"
     )
     autocast: Literal["auto", "bf16", "none"] = Field("auto", description="auto: bf16 where the device is fast at it")
     compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
     codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
     codec_precision: Literal["float32", "bfloat16"] = "float32"
-    init_from: Path | None = Field(None, description="model directory or saved state whose weights to start from")
-    init_partial: bool = Field(False, description="let init_from lack some weights, or have others")
-    train_only: tuple[str, ...] = Field((), description="only weights whose names begin so (* is any text)")
+    init_from: Path | None = Field(None, description="model directory or checkpoint whose weights to start from")
+    init_partial: bool = Field(False, description="allow init_from to lack weights, or to have others")
+    train_only: tuple[str, ...] = Field((), description="train only weights with these prefixes (* is any text)")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     max_nonfinite: int = Field(10, ge=1, description="non-finite steps in a row that stop the run")
     latent_memory_mb: int = Field(512, ge=1)
@@ -120,7 +120,7 @@ class Recipe(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, data: Any) -> Any:
-        """`coupling` was a key of format 1: false means nothing now, true cannot be had any more."""
+        """`coupling` was a key of format 1: false has no effect, true is no longer supported."""
         if not isinstance(data, dict) or "coupling" not in data:
             return data
         if data["coupling"]:
@@ -171,7 +171,7 @@ class Recipe(Frozen):
         return fast_bf16(self.device) if self.autocast == "auto" else self.autocast == "bf16"
 
     def fraction(self, step: int, seconds: float) -> float:
-        """How much of the run is behind us, in [0, 1]: by steps, or by the clock if that is further."""
+        """How much of the run is done, in [0, 1]: by steps or by the clock, whichever is larger."""
         return fraction_of(self.max_steps, self.max_minutes, step, seconds)
 
 

@@ -1,7 +1,7 @@
-"""One recipe from its start to its end: a run of a model or of a codec, a dry run, a published state.
+"""Runs one recipe: trains a model or a codec, does a dry run, publishes a checkpoint.
 
-Called by train.__main__ for one recipe and by train.stages for a list. What writes into an output directory holds its
-lock. Parses no command line.
+Called by train.__main__ for one recipe and by train.stages for a list. Holds the lock of every output directory that it
+writes to. Parses no command line.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _train(run: loop.Run) -> int:
 
 
 def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
-    """The newest saved averages as a model directory."""
+    """Write the averages of the newest checkpoint as a model directory."""
     torch.set_num_threads(recipe.threads)
     if directory.exists():
         raise ValueError(f"{str(directory)!r} exists already; choose another directory to publish to")
@@ -73,11 +73,11 @@ def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
 
 
 def dry_run(recipe: Recipe, out: Path) -> int:
-    """Two real steps, nothing written; prints what the run would be."""
+    """Run two steps, write nothing; print sizes and speed."""
     torch.set_num_threads(recipe.threads)
     run = assemble(recipe, out)
     parameters = loop.num_parameters(run.model)
-    loop.train_step(run, run.next())  # fills caches; the second step is the one that counts
+    loop.train_step(run, run.next())  # fills caches; only the second step is timed
     started = time.perf_counter()
     packed = run.next()
     loaded = time.perf_counter()
@@ -115,7 +115,7 @@ def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
 
 
 def _precision(recipe: Recipe) -> str:
-    """What the forward pass computes in, and a warning where that is known to be slow."""
+    """The precision of the forward pass, with a warning where it is known to be slow."""
     if not recipe.autocasts:
         return f"float32 on {recipe.device}" + ("" if recipe.autocast == "none" else ", which has no fast bfloat16")
     slow = "" if fast_bf16(recipe.device) else "; this device has no fast bfloat16: autocast=auto would be far faster"
@@ -128,7 +128,7 @@ def _muon_share(run: loop.Run) -> float:
 
 
 def train_codec(recipe: codec_loop.CodecRecipe, out: Path) -> int:
-    """The whole run of a codec, which goes on where `out` has a state. Returns the exit code."""
+    """The whole run of a codec; continues where `out` has a checkpoint. Returns the exit code."""
     torch.set_num_threads(1)
     with hold(out):
         stop = StopRequest()
@@ -143,10 +143,10 @@ def train_codec(recipe: codec_loop.CodecRecipe, out: Path) -> int:
 
 
 def dry_run_codec(recipe: codec_loop.CodecRecipe, out: Path) -> int:
-    """Two real steps of a codec, nothing written; prints what the run would be."""
+    """Run two steps of a codec, write nothing; print sizes and speed."""
     torch.set_num_threads(1)
     run = codec_loop.CodecRun(recipe, out)
-    run.train_step()  # fills caches; the second step is the one that counts
+    run.train_step()  # fills caches; only the second step is timed
     started = time.perf_counter()
     metrics = run.train_step()
     seconds = time.perf_counter() - started

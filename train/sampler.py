@@ -1,4 +1,4 @@
-"""Which sampler a trained model is stored with: one that reads what the recipe's objectives train."""
+"""Chooses the sampler that a trained model is stored with: one whose inputs the recipe's objectives train."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from train.recipe import Recipe
 
 
 def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
-    """What config.json is to name: the recipe's `heads.sampler`, else the first sampler of the flow objective with the
-    largest weight (of the first such one), else, where no objective trains the flow head, what `init_from` has.
+    """The sampler for config.json: the recipe's `heads.sampler`; else the first sampler of the flow objective with the
+    largest weight (the first of equals); else, where no objective trains the flow head, the sampler of `init_from`.
 
-    A sampler fits when one of the objectives trains what it reads; so does the one of `init_from`, whose training it
-    read (of a saved state, which does not record one, any). ValueError for one that does not fit, in `heads` or in
-    `generation`, with those that do.
+    A sampler fits where an objective trains its inputs. The sampler of `init_from` fits too; a checkpoint records none,
+    and then any fits. ValueError for one in `heads` or `generation` that does not fit; the message lists those that do.
     """
     flow = [objective for objective in objectives if isinstance(objective, FlowObjective)]
     before = _sampler_of(recipe.init_from)
@@ -36,6 +35,6 @@ def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
 
 
 def _sampler_of(directory: Path | None) -> str | None:
-    """Of a model directory; None where there is none, or a saved state, which does not record it."""
+    """The sampler of a model directory; None where there is no directory, or for a checkpoint, which records none."""
     path = None if directory is None else directory / "config.json"
     return load_json(path, OmniConfig).sampler if path is not None and path.is_file() else None

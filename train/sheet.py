@@ -1,8 +1,8 @@
-"""Sample sheets: what the averaged weights draw now, beside what the documents ask for.
+"""Sample sheets: pictures that the averaged weights generate, below the documents' own pictures.
 
-A sheet is a PNG grid: the upper row of each pair is the document's own picture, prepared, the lower row the model's.
-Prompts are documents that are held out for validation, or else far beyond what training reaches. Clips show their first
-frame. Drawing never stops a run: a failure is said.
+A sheet is a PNG grid of pairs of rows: the upper row shows the documents' pictures, prepared; the lower row the
+model's. Prompts are held-out documents, or else documents far beyond those of training. Clips show their first frame.
+A failure is printed and does not stop the run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ COLUMNS = 8
 
 
 def prompts(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
-    """For `count` of the documents: what comes before the first supervised picture, that picture (H, W, 3), and
-    whether it is a picture (or the first frame of a clip). Only where it opens the assistant's turn."""
+    """For `count` of the documents: the part before the first supervised picture, that picture (H, W, 3), and whether
+    it is a picture (else the first frame of a clip). Only documents whose assistant turn begins with it."""
     found: list[tuple[Document, torch.Tensor, bool]] = []
     for document in documents:
         segments = document.segments
@@ -59,7 +59,7 @@ def draw_sheet(run: Run, path: Path) -> None:
 
 
 def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: int = 2) -> torch.Tensor:
-    """uint8 (H, W, 3): rows of COLUMNS references, each above the row of what was drawn; grey where nothing was."""
+    """uint8 (H, W, 3): rows of COLUMNS references, each above its row of generated pictures; grey where none is."""
     side = max(max(p.shape[0], p.shape[1]) for p in references)
     rows = []
     for start in range(0, len(references), COLUMNS):

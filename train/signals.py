@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a stop: the step in hand is finished, the state saved. A second signal ends at once."""
+"""SIGTERM and SIGINT request a stop: the run finishes its step and saves a checkpoint. A second signal ends at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run again with --resume
 
 
 class StopRequest:
-    """Callable: whether a signal came. Install it in the main thread."""
+    """Callable: returns whether a signal came. Create it in the main thread."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

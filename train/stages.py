@@ -2,7 +2,7 @@
 
     kind = "stages"
     out = "runs/mine"                       # stage NAME leaves its files in runs/mine/NAME
-    base = "recipes/mine.toml"              # the recipe of every stage that names none; or the table [base] itself
+    base = "recipes/mine.toml"              # the recipe of every stage that names none; or the table [base]
 
     [[stages]]
     name = "words"
@@ -10,10 +10,10 @@
 
     [[stages]]
     name = "pictures"
-    recipe = "recipes/codec.toml"           # a recipe of its own: of a codec, as its kind says
+    recipe = "recipes/codec.toml"           # its own recipe, here of kind "codec"
 
     [[stages]]
-    name = "first"                          # the base recipe, and what this stage has otherwise
+    name = "first"                          # the base recipe with changes
     changes.max_steps = 1000
 
     [[stages]]
@@ -30,11 +30,11 @@
     retokenize = { pictures = "emoji_world" }           # train.tools.retokenize, to the last tokenizer
 
 A recipe takes the tokenizer, the codec and the model (as init_from) of the last stages before it that made one. `init`
-names another stage for the model, or "none"; `changes` may name any path. `changes` of the whole file are those of
-every stage that trains a model, its own come after them, and those of the command line (`changes.device=cuda`) last.
-Tables merge key by key, any other value replaces. Paths are relative to the current directory.
+names another stage for the model, or "none"; `changes` may name any path. `changes` at the top of the file apply to
+every stage that trains a model; the stage's own apply after them, those of the command line (`changes.device=cuda`)
+last. Tables merge key by key; any other value replaces. Paths are relative to the current directory.
 
-With --resume a finished stage is passed over and one that has begun goes on. Trains nothing itself: see train.runs.
+With --resume a finished stage is skipped and one that has begun continues. train.runs does the training.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ from train.tools.average import average
 from train.tools.retokenize import convert
 from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
 
-RECORD = "recipe.json"  # what a stage was made by; models and codecs write theirs themselves
+RECORD = "recipe.json"  # the settings that made a stage; train.runs writes those of models and codecs
 INPUTS = ("tokenizer", "codec", "init_from")
-# What may differ from the record of a finished stage: none of it is meant to change what the stage made.
+# What may differ from the record of a finished stage: none of it changes the product by design.
 HARMLESS = (
     *("device", "threads", "workers", "autocast", "compile", "latent_memory_mb", "report.*"),
     *("max_nonfinite", "batch.max_corrupt", "batch.min_corrupt"),
@@ -72,19 +72,19 @@ Kind = Literal["tokenizer", "codec", "model", "average", "retokenize"]
 
 
 class RetokenizeConfig(Frozen):
-    """pictures: whose pictures give the ids of names a code (see train.tools.retokenize)."""
+    """pictures: the source of the picture codes for ids of names (see train.tools.retokenize)."""
 
     pictures: Literal["emoji_world"] | None = None
 
 
 class StageConfig(Frozen):
-    """One stage: a recipe (of its own, or the base) with changes, or one step of a tool."""
+    """One stage: a recipe (its own, or the base) with changes, or one call of a tool."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="of its folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name of its folder")
     recipe: Path | None = Field(None, description="of a model or a codec")
-    init: str | None = Field(None, description='earlier stage whose model to begin from, or "none"; else the last')
+    init: str | None = Field(None, description='earlier stage whose model to start from, or "none"; default: the last')
     tokenizer: Path | None = Field(None, description="a recipe of a tokenizer")
-    average: dict[str, float] | None = Field(None, description="earlier stages that made a model, and their shares")
+    average: dict[str, float] | None = Field(None, description="earlier stages that make a model, and their shares")
     retokenize: RetokenizeConfig | None = None
     changes: dict[str, Any] = {}
 
@@ -106,8 +106,8 @@ class StagesConfig(Frozen):
     kind: Literal["stages"] = "stages"
     out: Path | None = Field(None, description="default: runs/ and the name of the file")
     base: Path | dict[str, Any] | None = Field(None, description="recipe of the stages that name none")
-    changes: dict[str, Any] = Field({}, description="of every stage that trains a model, before its own")
-    last: dict[str, Any] = Field({}, description="the same, after its own: what the command line changes")
+    changes: dict[str, Any] = Field({}, description="for every stage that trains a model, before its own")
+    last: dict[str, Any] = Field({}, description="the same, after its own: changes of the command line")
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -115,13 +115,13 @@ class StagesConfig(Frozen):
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two stages are named {twice[0]!r}; give each a name of its own")
+            raise ValueError(f"two stages are named {twice[0]!r}; give each its own name")
         return self
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that is ready to be made. settings: what the record of a finished one is compared with."""
+    """A planned stage. settings: compared with the record of a finished stage."""
 
     name: str
     out: Path
@@ -147,8 +147,8 @@ class Stage:
 
 
 def plan(config: StagesConfig, source: str, out: Path) -> list[Stage]:
-    """Every stage with its recipe built, so that a mistake in the last one shows before the first begins. ValueError
-    names the stage and the key."""
+    """Every stage with its recipe built, so that a mistake in the last stage is found before the first begins.
+    ValueError names the stage and the key."""
     made: list[Stage] = []
     for listed in config.stages:
         with of_stage(listed.name):
@@ -194,7 +194,7 @@ def _model_of(name: str, models: Mapping[str, str], key: str) -> str:
 
 
 def _recipe_of(listed: StageConfig, config: StagesConfig, source: str) -> tuple[dict[str, Any], str]:
-    """The table that a stage's changes go into, and what errors call it."""
+    """The table that a stage's changes apply to, and its name in errors."""
     path = listed.tokenizer or listed.recipe or config.base
     if path is None:
         raise ValueError(f"{source}: it has no recipe; give `recipe`, or `base` for all stages")
@@ -210,8 +210,8 @@ def _recipe_of(listed: StageConfig, config: StagesConfig, source: str) -> tuple[
 
 
 def merged(base: Any, changes: Any, where: str) -> Any:
-    """`base` with `changes`: tables key by key, a list where the keys of `changes` are its indices, all else replaced.
-    ValueError naming the key `where` for an index that the list has not."""
+    """`base` with `changes`: tables merge key by key; in a list, the keys of `changes` are indices; any other value
+    replaces. ValueError naming the key `where` for an index outside the list."""
     if isinstance(base, list) and isinstance(changes, Mapping) and all(key.isdecimal() for key in changes):
         items = list(base)
         for key, value in changes.items():
@@ -238,12 +238,12 @@ def of_stage(name: str) -> Iterator[None]:
 
 
 def run(stages: list[Stage], resume: bool) -> int:
-    """Make every stage that is not finished, in order. Returns the exit code of the one that stopped, or 0."""
+    """Make every unfinished stage, in order. Returns the exit code of the one that stopped, or 0."""
     with hold(stages[0].out.parent):
         begun = [stage.name for stage in stages if stage.begun]
         if begun and not resume:
             where = str(stages[0].out.parent)
-            raise ValueError(f"{where!r} holds {begun[0]!r} already; go on with --resume, or choose another --out")
+            raise ValueError(f"{where!r} holds {begun[0]!r} already; continue with --resume, or choose another --out")
         check_finished(stages)
         for stage in stages:
             with of_stage(stage.name):
@@ -257,13 +257,13 @@ def run(stages: list[Stage], resume: bool) -> int:
             with of_stage(stage.name):
                 code = make(stage)
             if code:
-                print(f"{title}: stopped; go on with --resume", file=sys.stderr)
+                print(f"{title}: stopped; continue with --resume", file=sys.stderr)
                 return code
     return 0
 
 
 def check_finished(stages: list[Stage]) -> None:
-    """ValueError where a finished stage was made by other settings, or from one that is not there any more."""
+    """ValueError where a finished stage was made with other settings, or from a stage that no longer exists."""
     unfinished = {str(stage.product): stage.name for stage in stages if not stage.finished}
     for stage in stages:
         if stage.finished:
@@ -276,20 +276,20 @@ def check_finished(stages: list[Stage]) -> None:
 
 
 def compare_with_record(stage: Stage) -> None:
-    """ValueError naming a key that is not what the finished stage was made by, unless it is HARMLESS."""
+    """ValueError naming a key that differs from the record of the finished stage, unless it is HARMLESS."""
     record = stage.out / RECORD
     if not record.is_file():
         raise ValueError(f"it is finished and has no {str(record)!r}; remove {str(stage.out)!r} to make it again")
     saved, own = parse_json(record.read_bytes(), str(record)), _settings(stage)
     saved = {**own, **saved}
-    for name in INPUTS:  # a path that is written otherwise is the same path
+    for name in INPUTS:  # two spellings of one path are equal
         if isinstance(saved.get(name), str) and isinstance(own.get(name), str):
             saved[name], own[name] = (str(Path(table[name]).resolve()) for table in (saved, own))
     state.compare({"recipe": saved}, {"recipe": own}, HARMLESS, stage.out)
 
 
 def make(stage: Stage) -> int:
-    """Make one stage, or go on with it. Returns the exit code."""
+    """Make one stage, or continue it. Returns the exit code."""
     if isinstance(stage.settings, Recipe):
         return runs.train_model(stage.settings, stage.out, bool(state.saved_steps(stage.out / "state")))
     if isinstance(stage.settings, CodecRecipe):
@@ -315,7 +315,7 @@ def _settings(stage: Stage) -> dict[str, Any]:
 
 
 def dry_run(stages: list[Stage]) -> int:
-    """Build and check what every stage needs, train nothing, leave nothing; a line for each."""
+    """Build and check every stage, train nothing, write nothing; print a line for each."""
     check_finished(stages)
     for stage in stages:
         with of_stage(stage.name):
@@ -324,7 +324,7 @@ def dry_run(stages: list[Stage]) -> int:
 
 
 def check(stage: Stage) -> str:
-    """Builds what can be built of a stage and says how much that was. ValueError for a mistake."""
+    """Build as much of a stage as exists; return a description of what was checked. ValueError for a mistake."""
     if stage.finished:
         return f"finished, {stage.product}"
     missing = [path for path in stage.inputs if not Path(path).is_dir()]

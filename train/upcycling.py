@@ -1,4 +1,4 @@
-"""Weights that latents have of their own (TransformerConfig.latent_weights) begin as copies of those of text."""
+"""Upcycling: separate latent weights (TransformerConfig.latent_weights) start as copies of the text weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ LATENT, TEXT = ".latent.", ".text."  # in their names
 
 
 def with_copies(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """`saved`, and for every name of weights of latents, where it has none of these at all, those of text: the same
-    network, until the copies are trained."""
+    """`saved`; where it has no latent weights, each latent weight of `names` is a copy of the text weight. The network
+    computes the same function until the copies are trained."""
     if any(LATENT in name for name in saved):
         return dict(saved)
     sources = {name: name.replace(LATENT, TEXT) for name in names if LATENT in name}

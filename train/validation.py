@@ -1,8 +1,8 @@
-"""The loss on documents that training never sees: of the averaged weights, with the same noise every time.
+"""The loss of the averaged weights on held-out documents, with the same noise every time.
 
-Documents stand alone as they are, without dropped conditions and with their last picture in the context; too long ones
-are split as in training. The share of training that is done, which some objectives have schedules over, counts as 1:
-so values are of one measure, whenever they are taken. Changes no state of the run.
+No condition is dropped, and the last picture stays in the context. Documents that are too long are split as in
+training. Objectives with a schedule get a training progress of 1, so all values are comparable. Changes nothing in the
+run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.loop import Run, mean_of, unweighted
 
 
 class Validation:
-    """`loader`: of the documents that are held out, with an end. They are read and encoded once."""
+    """`loader`: of the held-out documents, with an end. They are read and encoded once."""
 
     def __init__(self, loader: Loader, key: Key) -> None:
         self.loader, self.key = loader, key
@@ -52,5 +52,5 @@ def _all(loader: Loader) -> list[Packed]:
         steps.append(loader.next(cursor))
         cursor = steps[-1].cursor
     if not any(step.documents for step in steps):
-        raise ValueError("no document that is held out for validation fits a row; raise batch.shapes, or give others")
+        raise ValueError("no held-out document fits a batch row; raise batch.shapes, or give other documents")
     return steps

@@ -1,1 +1,1 @@
-"""Laboratories: small networks trained and measured on their own, each with its tasks."""
+"""Experiments: small networks trained and measured separately, each with its tasks."""

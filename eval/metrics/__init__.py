@@ -1,1 +1,1 @@
-"""How answers are judged. No task and no model in here."""
+"""Judges and timers, independent of tasks and models."""

@@ -1,7 +1,7 @@
-"""The judge of the emoji world: what does a picture show? Template match against the renderer, no model.
+"""The judge of the emoji world: finds what a picture shows. Template match against the renderer, no model.
 
-Every slot (corner and side of a sprite) of a picture is compared with the renders of a pool of names on the
-background in question, by mean squared error over RGB; the smallest names what is there. A render is
+Every slot (corner and side of a sprite) of a picture is compared with the renders of a pool of names on the picture's
+background, by mean squared error over RGB; the smallest error gives the name. A render is
 alpha * colour + (1 - alpha) * background, so one pair of matrices per size serves all backgrounds:
 
     |x - T|^2 = |x|^2 - 2 (x . A + sum_p c_p (x_p . b)) + |A|^2 + 2 b . G + |b|^2 S
@@ -10,10 +10,10 @@ Shapes: B pictures, N names, P = size * size pixels of a slot; x (B, P, 3) crops
 levels of 0..255; A (N, P, 3) = alpha * colour; c (N, P) = 1 - alpha; G (N, 3) = sum_p c_p A_p; S (N,) = sum_p c_p^2.
 Distances are root mean squares over the pixels and channels of the slot, in levels of 0..255.
 
-What makes an answer wrong beside another name: a second name nearly as near (`MAX_RATIO`: a mean of two emoji is
-equally near to both; skin tones of one emoji count as one), something outside the slots (`MAX_OUTSIDE`), another
-background; for open requests also blur: a distance above `sharp` (see `calibrate`). It does not search positions:
-slots are those of the renderer.
+An answer is wrong where the name is wrong, where a second name is nearly as near (`MAX_RATIO`: a mean of two emoji is
+equally near to both; skin tones of one emoji count as one), where something lies outside the slots (`MAX_OUTSIDE`), or
+where the background differs; for open requests also where it is blurred: a distance above `sharp` (see `calibrate`).
+The judge does not search positions: slots are those of the renderer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ R = TypeVar("R")
 
 
 class Templates:
-    """The renders of `names` at one size, on any background. `EMPTY` among the names is the background alone."""
+    """The renders of `names` at one size, on any background. The name `EMPTY` is the background alone."""
 
     def __init__(self, atlas: Atlas, names: Sequence[str], size: int) -> None:
         self.names = tuple(names)
@@ -84,7 +84,8 @@ class Templates:
 
 @dataclass(frozen=True)
 class Found:
-    """What a slot shows: the nearest name, its distance, and that distance over that of the nearest other emoji."""
+    """The content of a slot: the nearest name, its distance, and the ratio to the distance of the nearest other
+    emoji."""
 
     name: str
     distance: float
@@ -93,7 +94,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, slot by slot, with the distance of everything else from plain background."""
+    """The content of a picture, slot by slot, and the distance of all other pixels from the background."""
 
     scene: Scene  # the placements that are not empty
     slots: tuple[Slot, ...]
@@ -143,7 +144,7 @@ class Judge:
     def nearest(
         self, pictures: torch.Tensor, backgrounds: Sequence[str], slot: Slot, names: Sequence[str]
     ) -> list[Found]:
-        """What each picture (B, 64, 64, 3) shows at `slot`, among `names`, on each one's given background."""
+        """The nearest of `names` at `slot` of each picture (B, 64, 64, 3), on each one's given background."""
         x, y, size = slot
         crops = pictures[:, y : y + size, x : x + size].reshape(len(pictures), -1, 3).float()
         levels = torch.tensor([BACKGROUNDS[name] for name in backgrounds], dtype=torch.float32)
@@ -166,7 +167,7 @@ class Judge:
         )
 
     def read(self, pictures: torch.Tensor, slots: Sequence[Sequence[Slot]], names: Sequence[str]) -> list[Reading]:
-        """What each picture shows in its own given slots, among `names` and nothing, on the background it has."""
+        """The content of each picture in its given slots, among `names` and `EMPTY`, on its own background."""
         grounds = self.backgrounds(pictures)
         pool = (*names, EMPTY)
 
@@ -184,12 +185,11 @@ class Judge:
     def shows(
         self, pictures: torch.Tensor, scenes: Sequence[Scene], before: Sequence[Scene | None] | None = None
     ) -> list[Reading]:
-        """What each picture shows in the slots of its expected scene: compare the reading's scene with it.
+        """The content of each picture in the slots of its expected scene: compare the reading's scene with it.
 
-        before: the picture that an edit starts from. Its slots are read too, where they lie apart from the others: what
-        should be gone from them may be too pale for `MAX_OUTSIDE`.
-        The names in question: all of the vocabulary and all skin tones for a big emoji; for small ones the names that
-        scenes are made of.
+        before: the picture that an edit starts from. Its slots are read too, where they do not overlap the others: a
+        remaining pale emoji may be below `MAX_OUTSIDE`.
+        Names: all of the vocabulary and all skin tones for a big emoji; for small ones the names of scenes.
         """
 
         def pool(scene: Scene) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ class Judge:
 
     @staticmethod
     def _grouped(keys: Sequence[K], work: Callable[[K, torch.Tensor], list[R]]) -> list[R]:
-        """`work` once per distinct key, with the rows that have it; the results in the order of the rows."""
+        """Call `work` once per distinct key, with its rows; return the results in the order of the rows."""
         results: dict[int, R] = {}
         for key in dict.fromkeys(keys):
             rows = torch.tensor([i for i, k in enumerate(keys) if k == key])
@@ -228,7 +228,7 @@ def _reading(background: str, slots: Sequence[Slot], found: tuple[Found, ...], o
 
 
 def outside_distance(pictures: torch.Tensor, backgrounds: Sequence[str], slots: Sequence[Slot]) -> torch.Tensor:
-    """(B,) root mean square distance from the background over the pixels that are in none of the slots."""
+    """(B,) root mean square distance from the background over the pixels outside all slots."""
     outside = torch.ones(pictures.shape[1:3], dtype=torch.bool)
     for x, y, size in slots:
         outside[y : y + size, x : x + size] = False
@@ -257,7 +257,7 @@ def _apart(first: Slot, second: Slot) -> bool:
 
 
 def small_layouts(number: int) -> list[tuple[Slot, ...]]:
-    """Where the renderer puts `number` small emoji when the request leaves the place open; each layout once."""
+    """The places where the renderer puts `number` small emoji if the request leaves them open; each layout once."""
     if number == 1:
         corners = [(place,) for place in PLACES.values()]
     elif number == 2:
@@ -270,11 +270,11 @@ def small_layouts(number: int) -> list[tuple[Slot, ...]]:
 def calibrate(
     reconstruct: Callable[[torch.Tensor], torch.Tensor], atlas: Atlas, key: Key, num: int = 256
 ) -> dict[int, float]:
-    """The `sharp` thresholds of a codec: how far its own reconstructions of true renders lie from them.
+    """The `sharp` thresholds of a codec: distances between true renders and their reconstructions.
 
     For each size, `num` keyed single emoji on keyed backgrounds go through `reconstruct` (uint8 (B, 64, 64, 3) both
-    ways). The threshold is 1.25 times the 99th percentile of their distances over the slot, but never above MAX_SHARP,
-    where pictures halfway between two members of a class would begin to pass: a bad codec makes no lax judge.
+    ways). The threshold is 1.25 times the 99th percentile of their distances over the slot, at most MAX_SHARP: above
+    it, pictures halfway between two members of a class would pass.
     """
     sharp = {}
     for size, (x, y), names in ((BIG, BIG_AT, atlas.names), (SMALL, CENTRE, SCENE_NAMES)):

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels of attention with its tangent: caught instead of run, compiled in threads, timed.
+"""Launches of the Triton kernels of attention with its tangent: recorded instead of run, compiled in threads, timed.
 
 with caught() as launches:
-    attend_with_tangent(..., backend="triton")   # nothing runs: the results are not written
+    attend_with_tangent(..., backend="triton")   # no kernel runs: the results are not written
 failures = compile_all(launches)
 launches[0].run()
 """
@@ -23,7 +23,7 @@ HEAD_START = 2_000_000  # cycles of the device, about a millisecond
 
 
 class Launch(NamedTuple):
-    """A kernel and all that it was to be started with."""
+    """A kernel and its launch arguments."""
 
     kernel: Any
     grid: tuple[int, int]
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
     @property
     def compiled_for(self) -> tuple[Any, ...]:
-        """What Triton compiles a kernel anew for: options, dtypes, alignment of pointers, numbers 1 or 16 n."""
+        """The key of a Triton compilation: options, dtypes, alignment of pointers, integers 1 or 16 n."""
 
         def of(x: Any) -> Any:
             if isinstance(x, tuple):
@@ -61,7 +61,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def caught(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
-    """Every launch meanwhile is put into the list that this gives; only the kernels of `also_run` run, too."""
+    """Record every launch inside the context in the yielded list; only the kernels of `also_run` run."""
     launches: list[Launch] = []
     real = jvp_launch.start
 
@@ -78,7 +78,7 @@ def caught(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
 
 
 def compile_all(launches: Sequence[Launch]) -> list[tuple[Launch, str]]:
-    """Compile them side by side, each kind once. What failed, and how."""
+    """Compile the launches in parallel, each kind once. Returns the failed launches and their errors."""
 
     def attempt(launch: Launch) -> str:
         try:
@@ -93,12 +93,11 @@ def compile_all(launches: Sequence[Launch]) -> list[tuple[Launch, str]]:
 
 
 def milliseconds(run: Callable[[], object], budget: float = 80.0, most: int = 20) -> float:
-    """The median on CUDA's clock, after two runs that are not counted: at most `most` runs, 3 at least, and about
-    `budget` milliseconds of them."""
+    """The median time by CUDA events, after two uncounted runs: 3 to `most` runs, in about `budget` milliseconds."""
     times: list[float] = []
     for number in range(most + 2):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)  # the host is ahead: else short runs would be timed by their launches
+        torch.cuda._sleep(HEAD_START)  # the host gets ahead; else a short run's time would be its launch time
         before.record()
         run()
         after.record()

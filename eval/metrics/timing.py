@@ -1,4 +1,4 @@
-"""Wall time of things side by side: alternating runs, so that what disturbs the machine disturbs all of them."""
+"""Wall times of alternating runs, so that disturbances of the machine affect all alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` each, in the order a b c a b c ...; `warmup` rounds before are not counted."""
+    """Seconds of each run, `repeats` each, in the order a b c a b c ...; `warmup` rounds before do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + repeats):
         for name, run in runs.items():

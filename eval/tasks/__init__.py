@@ -1,1 +1,1 @@
-"""One file per task, or per few tasks of one kind; every file is imported by eval.suite and registers itself."""
+"""One file per task, or per few tasks of one kind. eval.suite imports every file; each registers its tasks."""

@@ -1,4 +1,4 @@
-"""What the codec costs: PSNR of held-out scenes through it and, beside it, through its quantised twin (FSQ)."""
+"""Quality of the codec: PSNR of held-out scenes through the codec and through its quantised variant (FSQ)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from omni.codecs import Codec, FsqCodec, load_codec, psnr
 from omni.data.emoji_world import Atlas, Scene, random_scene, render
 from omni.data.emoji_world.scene import scene_is_heldout, tone_is_heldout
 
-MAX_PSNR = 100.0  # stands for equal pictures, whose PSNR is infinite
+MAX_PSNR = 100.0  # replaces the infinite PSNR of equal pictures
 
 
 TRAIN_IT = "train it with `python -m train train/recipes/bundled/codec_fsq.toml`"
 
 
 class CodecOptions(TaskOptions):
-    """codec: a codec directory (none: the model's own). fsq: the directory of the quantised one beside it."""
+    """codec: a codec directory (none: the model's own). fsq: the directory of the quantised codec to compare."""
 
     pictures: int = Field(default=500, ge=1)
     codec: str | None = None
@@ -38,7 +38,7 @@ ROWS = ("psnr", "psnr_unseen", "psnr_pooled", "psnr_worst_5", "psnr_fsq", "fsq_p
 
 
 def is_unseen(scene: Scene, atlas: Atlas) -> bool:
-    """Whether training never draws the scene: a held-out pair or skin tone. One emoji alone is in both splits."""
+    """Whether training never has the scene: a held-out pair or skin tone. A single emoji is in both splits."""
     return scene_is_heldout(scene) or any(name in atlas.tones and tone_is_heldout(name) for name in scene.names)
 
 
@@ -56,7 +56,7 @@ def codec_quality(context: Context, options: CodecOptions) -> Outcome:
     rows, columns = codec.grid(*true.shape[1:3])
     notes = [
         f"{codec.spec.name}: {rows} x {columns} positions, {codec.spec.channels} channels; {len(true)} held-out scenes",
-        f"psnr: mean over pictures; psnr_unseen: over the {int(unseen.sum())} that training cannot have drawn; "
+        f"psnr: mean over pictures; psnr_unseen: over the {int(unseen.sum())} that training never has; "
         "psnr_pooled: of the mean squared error; psnr_worst_5: 5th percentile of pictures",
     ]
     sharp = max(calibrate(lambda x: reconstruct(codec, x), atlas, key).values())
@@ -76,7 +76,7 @@ def codec_quality(context: Context, options: CodecOptions) -> Outcome:
         measures.append(Measure("psnr_fsq", float(other.mean()), "dB"))
         measures.append(Measure("fsq_price", float(values.mean() - other.mean()), "dB"))
         codes = f", {quantised.quantiser.num_codes:,} codes" if isinstance(quantised, FsqCodec) else ""
-        notes.append(f"beside it {quantised.spec.name} at the same {rows} x {columns} positions{codes}")
+        notes.append(f"compared with {quantised.spec.name} at the same {rows} x {columns} positions{codes}")
     elif options.fsq is not None:
         notes.append(f"no quantised codec at {options.fsq}; {TRAIN_IT}")
     order = values.argsort()[:60].tolist()

@@ -1,6 +1,6 @@
 """The equality contract of `omni.generation.contract` on the suite's model: cached = uncached = training forward.
 
-Proven in float64, as an absolute difference; in float32 the difference is relative to the largest number compared.
+The float64 difference is absolute; the float32 difference is relative to the largest number compared.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from omni.generation.contract import verify
 
 @task("contract", TaskOptions, rows=("largest_difference", "rounding", "text_bits"))
 def contract(context: Context, options: TaskOptions) -> Outcome:
-    """Largest difference of logits and of F between the three ways of computing them, and of text-only logits.
+    """Largest difference of logits and of F between the three computations, and of text-only logits.
 
-    largest_difference: in float64, absolute. rounding: in float32, as a part of the largest.
+    largest_difference: in float64, absolute. rounding: in float32, relative to the largest.
     """
     checks = verify(context.model, context.seed)
     by_unit = {unit: [check.value for check in checks if check.unit == unit] for unit in {c.unit for c in checks}}

@@ -1,11 +1,11 @@
-"""Pictures against passes inside the transformer: models and samplers side by side, from one evaluation to many.
+"""Picture quality against function evaluations of the transformer: models and samplers compared, from one to many.
 
-    few_step   open requests and free scenes, coverage of a class, and the wall time of one picture
+    few_step   open requests and scenes, coverage of a class, and the wall time of one picture
 
-Where the text says which picture it wants, one Euler step of plain flow matching is already exact and proves nothing;
-so the requests are those with many right answers, and scenes. A row is LINE_STEPS_WHAT, e.g. `few_4_open`; the rows
-`few_1_open_share` and `..._coverage_share` compare with the reference line, `few_1_speedup` is its wall time for a
-picture over this one's.
+Where the text determines the picture, one Euler step of flow matching is already exact and shows nothing. So the
+requests have many right answers, or ask for scenes. A report row is LINE_STEPS_WHAT, e.g. `few_4_open`. The rows
+`few_1_open_share` and `..._coverage_share` are relative to the reference line; `few_1_speedup` is the reference's wall
+time per picture over this line's.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Line(PictureChoices):
 
 
 class FewStepOptions(RequestOptions):
-    """requests: open requests; scenes: requests for scenes; draws: of one class, for coverage; 0 leaves either out.
+    """requests: open requests; scenes: requests for scenes; draws: pictures of one class, for coverage; 0 omits either.
 
-    reference: the line, and the number of steps, that the others are compared with. timed: pictures timed per row,
-    alone, each of them by all rows in turn, the median taken.
+    reference: the line and number of steps to compare with. timed: pictures timed per row, one at a time, alternating
+    over the rows; the median counts.
     """
 
     requests: int = Field(default=300, ge=1)
@@ -77,7 +77,7 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
     """Every line at every number of steps on the same requests with the same seeds."""
     found: dict[tuple[str, int], dict[str, float]] = {}
     panels: list[Panel] = []
-    judge_of(context)  # calibrated once, on the suite's own model, and shared
+    judge_of(context)  # calibrated once, on the suite's own model; all lines use it
     contexts = {
         name: context if line.model is None else replace(context, model_path=line.model)
         for name, line in options.lines.items()
@@ -118,7 +118,7 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
 
 
 def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -> tuple[dict[str, float], list[Panel]]:
-    """The rows of one line at one number of steps, without their comparison; and a few pictures."""
+    """The values of one line at one number of steps, without the comparison; and a few pictures."""
     common = {"steps": steps, "batch": options.batch, **line.choices}
     asked = OpenOptions(requests=options.requests, draws=options.draws, **common)
     outcome = open_requests(context, asked)
@@ -136,7 +136,7 @@ def seconds_a_picture(
     contexts: Mapping[str, Context], options: FewStepOptions
 ) -> dict[tuple[str, int], tuple[float, int]]:
     """By line and steps: the median wall time from the start of a picture's block to its pixels, one reply at a time,
-    and its evaluations. Picture by picture over all rows in turn: what disturbs the machine disturbs all of them."""
+    and its evaluations. The lines alternate for each picture, so that disturbances of the machine affect all alike."""
     engines = {name: Engine(context.model) for name, context in contexts.items()}
     asked = requests(next(iter(contexts.values())), {"open": 1.0}, options.timed + 1)
     times: dict[tuple[str, int], list[float]] = {}
@@ -151,6 +151,6 @@ def seconds_a_picture(
                         begin = time.perf_counter()
                     elif isinstance(event, BlockDone):
                         end, spent[name, n] = time.perf_counter(), event.part.evaluations
-                if number:  # the first pays for what is made once
+                if number:  # the first includes one-time costs
                     times.setdefault((name, n), []).append(end - begin)
     return {which: (statistics.median(values), spent[which]) for which, values in times.items()}

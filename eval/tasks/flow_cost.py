@@ -1,4 +1,4 @@
-"""What objectives with derivatives cost: a training step of each, relative to a flow-matching step on the same batch.
+"""Cost of objectives with derivatives: a training step of each, relative to a flow-matching step on the same batch.
 
 A step is forward, backward, clip, AdamW and, where the objective has a target network, its update. Documents are some
 ids and a picture, everything supervised, with several noisy copies of each picture. Weights are random: cost does not
@@ -46,7 +46,7 @@ class FlowCostOptions(TaskOptions):
     text: int = Field(default=24, ge=1)
     side: int = Field(default=4, ge=1)
     copies: int = Field(default=2, ge=1)
-    attention: str | None = Field(default=None, description="of what has no tangent; None: the device's own")
+    attention: str | None = Field(default=None, description="backend without tangents; None: the device's default")
     bf16: bool = Field(default=False, description="under bfloat16 autocast")
     compile: bool = Field(default=False, description="compile the layers, all methods alike")
 
@@ -69,7 +69,7 @@ def build_model(options: FlowCostOptions, key: Key) -> Omni:
 
 
 def build_batch(options: FlowCostOptions, key: Key) -> Batch:
-    """ValueError when the documents do not fit in the rows evenly."""
+    """ValueError where the documents do not divide evenly into the rows."""
     per_row, rest = divmod(options.documents, options.rows)
     if rest or not per_row:
         raise ValueError(f"flow_cost: documents ({options.documents}) must be a multiple of rows ({options.rows})")

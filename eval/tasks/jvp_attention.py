@@ -1,17 +1,18 @@
 """Attention with its tangent on a GPU: errors, milliseconds and peak memory of the Triton kernels.
 
     forward, backward      at 24 heads of 128 and length 8192 in bf16: value and tangent, and the gradient through both;
-                           beside explicit attention with the same tangent, and torch's fast attention without any
-    forward_1024 ...       the same by length, without context or copies; `growth` is the peak of the longest over half
-                           of it at half its length, 1 where memory is linear and 2 where it is quadratic
-    float32, bfloat16      the largest errors over small shapes of every kind, against autograd in float64: outputs, and
-                           gradients. Norm of the difference over norm of the exact result; `peak` takes its root mean
-                           square over the largest magnitude of the exact result. Rounding to bf16 is 1.7e-3 of the norm
+                           compared with explicit attention with the same tangent, and torch's attention without tangent
+    forward_1024 ...       the same by length, without context or copies; `growth` is peak(longest) / (2 peak(half of
+                           it)): 1 where memory is linear, 2 where it is quadratic
+    float32, bfloat16      the largest errors over small shapes of every kind, against autograd in float64, of outputs
+                           and gradients: norm of the difference over norm of the exact result. `peak`: root mean square
+                           difference over the largest magnitude of the exact result. Rounding to bf16: 1.7e-3 of the
+                           norm
 
-With `sweep` every kernel is timed by itself under several tiles, and the fastest are used for the rest of the run; a
-line is printed as soon as it is known. Kernels are compiled side by side beforehand. Explicit attention is quadratic in
-memory: it runs `math_heads` heads at a time, and its times are scaled to all (its peak is not). Ratios above 1 mean
-that the kernels are faster.
+With `sweep` every kernel is timed alone under several tilings, and the fastest are used for the rest of the run; each
+result is printed at once. Kernels are compiled in parallel in advance. Explicit attention is quadratic in memory: it
+runs `math_heads` heads at a time, and its times are scaled to all heads (its peak is not). A ratio above 1 means that
+the kernels are faster.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NEEDS_CUDA = (
     "the task jvp_attention measures CUDA kernels, and this machine has no CUDA device; leave it out of `tasks`"
 )
 
-# Tiles (queries, keys, warps, stages) that `sweep` tries at head width 128 in bf16, the likeliest first.
+# Tilings (queries, keys, warps, stages) that `sweep` times at head width 128 in bf16, the most promising first.
 SWEEP = {
     "forward": ((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
     "grad_q": ((128, 32, 8, 3), (128, 32, 8, 2), (128, 16, 8, 3), (64, 32, 4, 2)),
@@ -48,9 +49,9 @@ SWEEP = {
 
 
 class JvpAttentionOptions(TaskOptions):
-    """copies: into how many private copies the queries fall, 0: all see all. context: keys without tangents before
-    them, which every query sees. math_heads: heads of explicit attention at a time; 0 leaves it out. sweep: see the
-    head of the file. cases: whether small shapes are compared with float64. lengths: of the table by length."""
+    """copies: number of private copies that the queries form; 0: every query attends to every key. context: keys
+    without tangents, visible to every query. math_heads: heads of explicit attention at a time; 0 omits it. sweep: see
+    the head of the file. cases: whether small shapes are compared with float64. lengths: of the table by length."""
 
     heads: int = Field(default=24, ge=1)
     key_heads: int = Field(default=24, ge=1)
@@ -78,7 +79,7 @@ def _rows(options: JvpAttentionOptions) -> tuple[str, ...]:
 
 @task("jvp_attention", JvpAttentionOptions, rows=_rows)
 def jvp_attention(context: Context, options: JvpAttentionOptions) -> Outcome:
-    """Attention with its tangent on CUDA: errors, time and memory, forward and backward, beside explicit attention."""
+    """Attention with its tangent on CUDA: errors, time and memory, forward and backward, against explicit attention."""
     if not torch.cuda.is_available():
         raise ValueError(NEEDS_CUDA)
     if options.sweep and (options.copies or options.context or options.head_dim != 128 or options.length % 128):
@@ -111,7 +112,7 @@ def jvp_attention(context: Context, options: JvpAttentionOptions) -> Outcome:
 
 
 def _prepare(context: Context, options: JvpAttentionOptions, runs: list[Case]) -> None:
-    """Compile what will run, side by side: else every kernel would wait for the one before."""
+    """Compile all kernels of the run in parallel."""
     start = time.perf_counter()
     with caught() as launches:
         for case in runs:
@@ -124,9 +125,9 @@ def _prepare(context: Context, options: JvpAttentionOptions, runs: list[Case]) -
 
 
 def _candidates(launches: list[Launch]) -> Iterator[Launch]:
-    """The launches of one call under the tiles of SWEEP."""
+    """The launches of one call under the tilings of SWEEP."""
     for found in launches:
-        resident = found.name in ("grad_k", "grad_v")  # the place, in tiles, of the side that the grid counts
+        resident = found.name in ("grad_k", "grad_v")  # the index, in tiles, of the dimension that the grid counts
         for tiles in SWEEP.get(found.name, ()):
             options = found.options | dict(zip(("BQ", "BK", "num_warps", "num_stages"), tiles, strict=True))
             count = found.grid[0] * found.tiles[resident] // tiles[resident]
@@ -134,7 +135,7 @@ def _candidates(launches: list[Launch]) -> Iterator[Launch]:
 
 
 def _sweep(context: Context, options: JvpAttentionOptions, inputs: list[Tensor], mask: AttentionMask | None) -> None:
-    """Time every kernel by itself under the tiles of SWEEP; the fastest come into the table of the kernels."""
+    """Time every kernel alone under the tilings of SWEEP; put the fastest into the kernels' table."""
     with caught(also_run=("forward", "row_sums")) as launches:
         gradients(inputs, mask, "triton", torch.bfloat16)
     table = launch.BY_CAPABILITY.get(torch.cuda.get_device_capability(), launch.SMALL)
@@ -144,7 +145,7 @@ def _sweep(context: Context, options: JvpAttentionOptions, inputs: list[Tensor],
         for candidate in _candidates([x for x in launches if x.name == name]):
             try:
                 took = milliseconds(candidate.run)
-            except Exception as error:  # a candidate that this device refuses is no reason to stop
+            except Exception as error:  # the device may not support a candidate
                 context.say(f"  {name} {candidate.tiles}: {type(error).__name__}: {error}".splitlines()[0][:200])
                 continue
             context.say(f"  {name} {candidate.tiles}: {took:.3f} ms")
@@ -167,7 +168,7 @@ class Case(NamedTuple):
 
 
 def cases(key: Key, device: torch.device) -> Iterator[Case]:
-    """Small shapes of every kind, whose inputs both dtypes can hold."""
+    """Small shapes of every kind, with inputs that are exact in both dtypes."""
     for dtype in (torch.bfloat16, torch.float32):
         for D in (64, 128):
             made = partial(draw, key.fold(D), D=D, device=device)
@@ -187,14 +188,14 @@ def cases(key: Key, device: torch.device) -> Iterator[Case]:
 
 
 def draw(key: Key, R: int, H: int, G: int, Q: int, T: int, D: int, device: torch.device) -> list[Tensor]:
-    """A case's inputs, float64 that bfloat16 can hold."""
+    """A case's inputs: float64 values that are exact in bfloat16."""
     query, own, far = (R, H, Q, D), (R, G, Q, D), (R, G, T, D)
     shapes = (query, own, own, query, own, own, far, far, query, query)
     return [key.fold(n).normal(shape).to(device, torch.bfloat16).double() for n, shape in enumerate(shapes)]
 
 
 def copies(length: int, context: int, number: int, device: torch.device) -> AttentionMask:
-    """Queries in `number` private copies, before which a context stands that all see."""
+    """The mask of queries in `number` private copies after a context that all see."""
     own = torch.arange(length, device=device).expand(1, -1)
     far = torch.zeros(1, context, dtype=torch.int64, device=device)
     queries = Fields(own * 0, own * 0 + 1, 1 + own * number // length)
@@ -240,7 +241,7 @@ def _mask(options: JvpAttentionOptions) -> AttentionMask | None:
 
 
 def _say_rates(context: Context, options: JvpAttentionOptions, ours: dict[str, float]) -> None:
-    """Products that the kernels make: 6 of every tile forward, 24 backward (context: 4 and 16)."""
+    """Print the rate of matrix products: 6 per tile forward, 24 backward (context: 4 and 16)."""
     tile = 2e-12 * options.heads * options.head_dim * options.length
     for name, own, far in (("forward", 6, 4), ("backward", 24, 16)):
         total = tile * (own * options.length / max(1, options.copies) + far * options.context)
@@ -250,7 +251,7 @@ def _say_rates(context: Context, options: JvpAttentionOptions, ours: dict[str, f
 def _beside_math(
     key: Key, options: JvpAttentionOptions, mask: AttentionMask | None, ours: dict[str, float]
 ) -> list[Measure]:
-    """Explicit attention on a few heads, scaled to all; and how far the kernels are from it in float32."""
+    """Explicit attention on a few heads, scaled to all; and the kernels' difference from it in float32."""
     few = _inputs(key, options, options.length, options.math_heads, options.math_heads)
     scale = options.heads / options.math_heads
     theirs = _measure(few, mask, "math", 3)
@@ -273,7 +274,7 @@ _PRECISIONS = (("triton", torch.bfloat16), ("math", torch.float32))
 
 
 def _plain(inputs: list[Tensor], options: JvpAttentionOptions) -> list[Measure]:
-    """torch's own attention of the own keys without any tangent, for scale: 2 products of a tile, and 5."""
+    """torch's own attention of the own keys without tangent, for scale: 2 products per tile forward, 5 backward."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     attend = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, enable_gqa=q.shape[1] != k.shape[1])
     backward = partial(torch.autograd.grad, attend(), (q, k, v), inputs[8], retain_graph=True)

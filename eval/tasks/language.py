@@ -1,4 +1,4 @@
-"""Tasks about words: naming or describing a given picture, when to start a picture, questions that need none."""
+"""Tasks with text: naming or describing a given picture, when to generate a picture, questions that need none."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ TEXT_KINDS = ("is", "translate", "english", "member")
 
 @task("naming", RequestOptions, rows=("right", *NAME_KINDS))
 def naming(context: Context, options: RequestOptions) -> Outcome:
-    """A given picture named, in English or in the language asked for: the reply is exactly the name."""
+    """Name a given picture, in English or in the requested language: the reply is exactly the name."""
     return exact_words(context, options, "name", NAME_KINDS)
 
 
 @task("describe", RequestOptions, rows=("right", *DESCRIBE_KINDS))
 def describe(context: Context, options: RequestOptions) -> Outcome:
-    """One or two given objects: what they are, where, on what background; the reply is exactly the caption."""
+    """Describe one or two given objects, their places and background: the reply is exactly the caption."""
     return exact_words(context, options, "describe", DESCRIBE_KINDS)
 
 
 @task("rewriting", RequestOptions, rows=("right", *REWRITE_KINDS))
 def rewriting(context: Context, options: RequestOptions) -> Outcome:
-    """A scene in words and an edit of it: the reply is exactly the caption of what will be there, and no picture."""
+    """A scene in words and an edit of it: the reply is exactly the caption of the result, without a picture."""
     return exact_words(context, options, "rewrite", REWRITE_KINDS)
 
 
 def exact_words(context: Context, options: RequestOptions, kind: str, rows: Sequence[str]) -> Outcome:
-    """The share of replies that are exactly the expected words and nothing else; by kind."""
+    """The share of replies that are exactly the expected words, without a picture; by kind."""
     documents = requests(context, {kind: 1.0}, options.requests, of_kinds(options))
     answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
     right = [
@@ -46,7 +46,7 @@ def exact_words(context: Context, options: RequestOptions, kind: str, rows: Sequ
 
 
 class WhenOptions(RequestOptions):
-    """steps: the pictures are not judged here, so two passes are enough."""
+    """steps: the pictures are not judged here, so two sampling steps are enough."""
 
     steps: int = 2
 
@@ -60,7 +60,7 @@ def wants_picture(document: Document) -> bool:
 
 @task("when_to_draw", WhenOptions, rows=("right", "drawn_when_asked", "not_drawn_when_not_asked"))
 def when_to_draw(context: Context, options: WhenOptions) -> Outcome:
-    """All kinds of requests, half of which ask for a picture: one is started when asked for, and only then."""
+    """All kinds of requests, half of them for a picture: the reply has a picture exactly where it is requested."""
     half = options.requests // 2
     asking = {"draw": 3, "scene": 3, "edit": 2, "open": 2, "story": 1, "chat": 1}
     asked = requests(context, asking, options.requests - half, of_kinds(options))

@@ -1,4 +1,4 @@
-"""Requests with many right answers, which alone show whether a sampler draws from the distribution or averages it."""
+"""Requests with many right answers: they show whether a sampler samples the distribution or its mean."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BIG_SLOT = slots_of(single("cat"))
 
 
 class OpenOptions(RequestOptions):
-    """draws: how often one class is asked for, to count the members that come. coverage_class: which class."""
+    """draws: number of requests for one class, to count its generated members. coverage_class: the class."""
 
     draws: int = Field(default=500, ge=0)
     coverage_class: str = "animal"
@@ -43,7 +43,7 @@ class OpenOptions(RequestOptions):
 
 
 def read_open(judge: Judge, picture: torch.Tensor, meta: dict[str, Any]) -> tuple[bool, bool, Reading]:
-    """(of the class and clear, sharp too, the reading) of one picture under a request with many right answers."""
+    """(right and clear, also sharp, the reading) of one picture under a request with many right answers."""
     if meta["kind"] == "anywhere":
         reading = judge.read_any(picture, small_layouts(2), SCENE_NAMES)
         right = reading.scene.names == (meta["class"], meta["class"])
@@ -60,7 +60,7 @@ def read_open(judge: Judge, picture: torch.Tensor, meta: dict[str, Any]) -> tupl
     rows=("right", "right_and_sharp", "class", "background", "anywhere", "coverage", "evenness"),
 )
 def open_requests(context: Context, options: OpenOptions) -> Outcome:
-    """Any member of a class, on any background, or two anywhere: right and sharp; and how many members ever come."""
+    """Any member of a class, on any background, or two anywhere: right and sharp; and how many members occur."""
     documents = requests(context, {"open": 1.0}, options.requests, of_kinds(options))
     answers, note = replies(context, documents, options, max_images=1)
     judge, atlas = judge_of(context), atlas_of(context)
@@ -91,7 +91,7 @@ def open_requests(context: Context, options: OpenOptions) -> Outcome:
 
 
 def _coverage(context: Context, options: OpenOptions, judge: Judge) -> tuple[list[Measure], Curve, list[str]]:
-    """Draw one class many times (heldout phrasings of its plain request) and count the members among sharp pictures."""
+    """Request one class many times (held-out phrasings) and count its members among the sharp pictures."""
     wanted = options.coverage_class
 
     def accept(meta: Any) -> bool:

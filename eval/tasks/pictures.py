@@ -1,7 +1,7 @@
-"""Tasks whose answer is one picture that the request fixes: draw, scenes, counts, edits, edits in a conversation.
+"""Tasks whose answer is one determined picture: draw, scenes, counts, edits, edits in a conversation.
 
-Right means, for draw, that the nearest of all vocabulary names is the one asked for; for the others that the judge
-reads exactly the expected scene: names, places, background, nothing else, and no slot between two names.
+Right means, for draw, that the nearest of all vocabulary names is the requested one; for the others, that the judge
+reads exactly the expected scene: names, places, background, nothing else, and no ambiguous slot.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DrawOptions(RequestOptions):
 
 @task("draw", DrawOptions, rows=DRAW_ROWS)
 def draw(context: Context, options: DrawOptions) -> Outcome:
-    """One emoji on request: nearest neighbour among all vocabulary names, at the size and on the background asked."""
+    """One emoji on request: nearest neighbour among all vocabulary names, at the requested size and background."""
     documents = requests(context, {"draw": 1.0}, options.requests, of_kinds(options))
     answers, note = replies(context, documents, options, max_images=1)
     judge, scenes = judge_of(context), [expected_scenes(document)[-1] for document in documents]
@@ -116,17 +116,17 @@ def scenes(context: Context, options: SceneOptions) -> Outcome:
 
 @task("counts", CountOptions, rows=("right", "objects", "row", "count"))
 def counts(context: Context, options: CountOptions) -> Outcome:
-    """Rows of three objects and counted objects, read in the same manner."""
+    """Rows of three objects and counted objects, read in the same way."""
     return exact_scenes(context, options, {"scene": 1.0}, ("row", "count"))
 
 
 @task("edits", RequestOptions, rows=("right", "objects", *EDIT_KINDS))
 def edits(context: Context, options: RequestOptions) -> Outcome:
-    """A given picture changed as told: exactly the expected scene, so neither the input nor another change."""
+    """Edits of a given picture: exactly the expected scene, so neither the input nor another change."""
     return exact_scenes(context, options, {"edit": 1.0}, EDIT_KINDS)
 
 
 @task("chat_edits", ChatEditOptions, rows=("right", "objects"))
 def chat_edits(context: Context, options: ChatEditOptions) -> Outcome:
-    """A picture of an earlier turn changed as told in the next."""
+    """Edits of a picture of an earlier turn."""
     return exact_scenes(context, options, {"chat": 1.0}, ())

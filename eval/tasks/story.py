@@ -1,4 +1,4 @@
-"""Short illustrated stories: text and pictures in turn, and each picture the one that its own sentence describes."""
+"""Short illustrated stories: text and pictures alternate, and each picture shows its own sentence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from omni.generation.events import TextPart
 
 
 class StoryOptions(RequestOptions):
-    """pictures: how many pictures the story is asked to have (2-5)."""
+    """pictures: the requested number of pictures in a story (2-5)."""
 
     requests: int = 100
     pictures: int = Field(default=3, ge=2, le=5)
@@ -31,7 +31,7 @@ class StoryOptions(RequestOptions):
 
 @task("story", StoryOptions, rows=("in_place", "sentences", "pictures"))
 def story(context: Context, options: StoryOptions) -> Outcome:
-    """A story in three pictures: each of them after its sentence, no more and no fewer; and what they show."""
+    """A story in three pictures: each after its sentence, no more and no fewer; and what they show."""
     documents = requests(
         context, {"story": 1.0}, options.requests, lambda meta: meta["num_pictures"] == options.pictures
     )
@@ -39,8 +39,8 @@ def story(context: Context, options: StoryOptions) -> Outcome:
     judge, atlas = judge_of(context), atlas_of(context)
     form = " ".join(["text image"] * options.pictures)
     in_place = [shape_of(reply) == form and None not in picture_list(reply) for reply in answers]
-    sentences: list[bool] = []  # of stories in place: is it a sentence of the world, about the hero asked for?
-    pictures: list[bool] = []  # of those: does the picture show it?
+    sentences: list[bool] = []  # of stories in place: whether it is a sentence of the world, about the requested hero
+    pictures: list[bool] = []  # of those: whether the picture shows it
     panels = []
     for document, reply, fine in zip(documents, answers, in_place, strict=True):
         reference = [render(scene, atlas) for scene in expected_scenes(document)]

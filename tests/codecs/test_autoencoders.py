@@ -1,4 +1,4 @@
-"""The diffusers adapter, on tiny random instances of the real classes; the reference is the class itself."""
+"""The diffusers adapter, on tiny random instances of the real classes, against the classes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference_latents(name: str, module, picture: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 class TestAdapter:
-    def test_latents_are_those_of_the_class(self, name: str) -> None:
+    def test_latents_equal_those_of_the_class(self, name: str) -> None:
         codec = codec_of(name)
         pixels = pictures(2, 16, 16)
         with torch.no_grad():
@@ -86,8 +86,8 @@ class TestAdapter:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_pass_has_one_shape_and_leaves_no_trace(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU each picture is a pass; elsewhere the last one is filled up. Alone or among others, equal bits."""
+def test_batches_have_one_shape_and_do_not_affect_results(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU each picture is one batch; elsewhere the last batch is padded. A result does not depend on its batch."""
     assert [pictures_per_pass(*x) for x in (("cpu", 64, 64), ("cuda", 64, 64), ("cuda", 1024, 768))] == [1, 64, 1]
     monkeypatch.setattr(autoencoders, "pictures_per_pass", lambda device, height, width: count)
     codec, passes = codec_of("AutoencoderDC"), []
@@ -116,7 +116,7 @@ def kl_codec(**settings: object) -> AutoencoderCodec:
     return AutoencoderCodec.initialised({"class_name": "AutoencoderKL", "model": model}, "test", Key(0))
 
 
-def test_a_vae_with_statistics_of_its_own_is_normalised_by_them(tmp_path) -> None:
+def test_a_vae_with_its_own_statistics_is_normalised_by_them(tmp_path) -> None:
     """As diffusers' pipelines decode: raw = z latents_std / scaling_factor + latents_mean."""
     codec = kl_codec(latents_mean=MEAN, latents_std=STD)
     assert torch.equal(codec.mean, torch.tensor(MEAN))
@@ -170,7 +170,7 @@ def test_null_factors_are_one_and_zero(settings: dict, mean: float, deviation: f
         ({"block_out_channels": []}, r"block_out_channels = \[\] is no list of 1 to 16 stages"),
     ],
 )
-def test_statistics_and_sizes_without_sense_are_refused(settings: dict, said: str) -> None:
+def test_invalid_statistics_and_sizes_raise(settings: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         kl_codec(**settings)
 
@@ -207,7 +207,7 @@ def test_a_saved_codec_is_built_when_it_is_first_needed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path, value: float) -> None:
+def test_weights_that_are_not_finite_raise(tmp_path, value: float) -> None:
     codec = codec_of("AutoencoderTiny")
     name, weight = next(iter(codec.module.state_dict().items()))
     weight[(0,) * weight.ndim] = value
@@ -244,7 +244,7 @@ def test_fused_norm_computes_the_same() -> None:
     torch.testing.assert_close(layer(hidden), expected)
 
 
-def test_errors_name_the_value_and_the_way_out(tmp_path, monkeypatch) -> None:
+def test_errors_name_the_value_and_the_remedy(tmp_path, monkeypatch) -> None:
     config = CONFIGS["autoencoder"]
     with pytest.raises(ValueError, match="no argument 'latent_chanels'; did you mean 'latent_channels'"):
         AutoencoderCodec.from_config({**config, "model": {"latent_chanels": 4}}, "test")

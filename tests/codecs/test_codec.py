@@ -1,4 +1,4 @@
-"""What every codec promises: shapes, sizes, files, clips. Parametrised over the registry, on tiny random networks."""
+"""The contract of every codec: shapes, sizes, files, clips. Parametrised over the registry, on tiny random networks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TestContract:
         alone = torch.cat([codec.encode(pixels[i : i + 1]) for i in range(3)])
         assert torch.equal(together, alone)
 
-    def test_saved_and_loaded_it_computes_the_same(self, name: str, tmp_path) -> None:
+    def test_a_saved_and_loaded_codec_computes_the_same(self, name: str, tmp_path) -> None:
         codec = make(name)
         codec.save(tmp_path / "codec")
         first = load_codec(tmp_path / "codec")
@@ -77,7 +77,7 @@ class TestContract:
         assert torch.equal(first.encode(pixels), second.encode(pixels))  # bf16 weights survive a round trip
         assert type(first) is type(codec)
 
-    def test_sizes_off_the_stride_are_refused(self, name: str) -> None:
+    def test_sizes_off_the_stride_raise(self, name: str) -> None:
         with pytest.raises(ValueError, match=r"15 x 18 .*stride 4 x 4; omni.media.preparation"):
             make(name).encode(pictures(1, 15, 18))
 
@@ -93,7 +93,7 @@ class TestContract:
         with pytest.raises(ValueError, match=f"{side} x 8 pixels is too large.*smaller"):
             codec.encode(torch.zeros(1, side, 8, 3, dtype=torch.uint8))
 
-    def test_what_is_not_finite_is_an_error_and_not_black(self, name: str) -> None:
+    def test_non_finite_values_raise_and_are_not_black(self, name: str) -> None:
         codec = make(name)
         latents = codec.encode(pictures(2, 16, 16))
         for wrong in (math.nan, math.inf, -math.inf, 1e30):
@@ -120,7 +120,7 @@ class TestContract:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["autoencoder", "fsq"])
-def test_a_damaged_autoencoder_is_an_error_and_not_black(name: str, value: float) -> None:
+def test_a_damaged_autoencoder_raises_and_is_not_black(name: str, value: float) -> None:
     for part, what in (("encoder", f"the latents that codec '{name}' makes"), ("decoder", "the pixels that the codec")):
         codec = make(name)
         assert isinstance(codec, AutoencoderCodec)
@@ -161,7 +161,7 @@ def test_pixel_codec_survives_every_value_and_small_errors() -> None:
     assert int(codec.decode(torch.full((1, 1, 1, 3), 9.0)).min()) == 255
 
 
-def test_a_patch_is_where_the_picture_says() -> None:
+def test_a_patch_keeps_its_place() -> None:
     codec = PixelCodec(PixelConfig(patch=2))
     pixels = pictures(1, 4, 6)
     latents = codec.encode(pixels)
@@ -198,7 +198,7 @@ def test_config_json_is_plain_and_names_its_kind(tmp_path) -> None:
     assert config["kind"] == "fsq" and config["levels"] == [8, 5] and len(config["mean"]) == 2
 
 
-def test_psnr_is_the_textbook_number() -> None:
+def test_psnr_follows_its_definition() -> None:
     white = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
     assert psnr(white, white).isinf().all()
     assert torch.allclose(psnr(white, white - 255), torch.zeros(1))

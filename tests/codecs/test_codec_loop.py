@@ -1,4 +1,4 @@
-"""The codec trainer: exact resume, what it writes, and that its parts do what the recipe says."""
+"""The codec trainer: exact resume, its files, and the effect of each key of the recipe."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_run_writes_a_loadable_normalised_codec(tmp_path: Path) -> None:
         codec_loop.train(recipe(batch_size=4), tmp_path)
 
 
-def test_a_longer_run_with_a_lower_rate_goes_on_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_longer_run_with_a_lower_rate_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codec_loop.train(recipe(), tmp_path)
     codec_loop.train(recipe(steps=6, learning_rate=1e-4), tmp_path)
     said = capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_longer_run_with_a_lower_rate_goes_on_and_says_so(tmp_path: Path, caps
 
 
 def spoil(run: CodecRun, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """At these steps the loss is finite, and its gradient is not."""
+    """At these steps the loss is finite and its gradient is not."""
     real = codec_loop.loss_terms
 
     def terms(codec: object, pictures: object, recipe: object, key: Key) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def spoil(run: CodecRun, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> No
     monkeypatch.setattr(codec_loop, "loss_terms", terms)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_many_end_the_run(
+def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = CodecRun(recipe(max_nonfinite=2), tmp_path)
@@ -134,7 +134,7 @@ def test_the_command_locks_saves_and_stops_as_for_a_model(tmp_path: Path, capsys
     newest = out / "state/step-00000002/state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     assert main([str(file), *overrides, "--out", str(out)]) == 4
-    assert "no intact training state" in capsys.readouterr().err
+    assert "no intact checkpoint" in capsys.readouterr().err
     (out / ".codec.tmp-01234567").mkdir()
     (out / "state/step-00000002").rename(tmp_path / "away")
     assert main([str(file), *overrides, "--out", str(out)]) == 0

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation: the allowed values, the tokens, the gradient; and the codec around it."""
+"""Finite scalar quantisation: the allowed values, the tokens, the gradient; and its codec."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=5).map(tuple)
 
 @given(LEVELS, st.integers(0, 99), st.floats(0.1, 20))
 @settings(max_examples=50, deadline=None)
-def test_every_channel_takes_its_levels_and_no_other(levels: tuple[int, ...], seed: int, spread: float) -> None:
+def test_every_channel_has_exactly_its_levels(levels: tuple[int, ...], seed: int, spread: float) -> None:
     quantiser = FiniteScalarQuantiser(levels)
     codes = quantiser.quantise(spread * Key(seed).normal((64, len(levels), 3)))
     assert codes.abs().max() <= 1
@@ -46,7 +46,7 @@ def test_all_levels_are_reached_and_the_middle_is_near_zero() -> None:
     assert codes[1000, :2].abs().max() == 0
 
 
-def test_the_gradient_is_that_of_the_squashing() -> None:
+def test_the_gradient_is_that_of_the_bounding_function() -> None:
     quantiser = FiniteScalarQuantiser((5,))
     raw = torch.tensor([[-0.7], [0.0], [1.3]], requires_grad=True)
     quantiser.quantise(raw).sum().backward()
@@ -55,14 +55,14 @@ def test_the_gradient_is_that_of_the_squashing() -> None:
     torch.testing.assert_close(raw.grad, expected)
 
 
-def test_bad_levels_and_tokens_are_refused() -> None:
+def test_bad_levels_and_tokens_raise() -> None:
     with pytest.raises(ValueError, match=r"two or more each, got \(8, 1\)"):
         FiniteScalarQuantiser((8, 1))
     with pytest.raises(ValueError, match="must lie in 0 .. 39, got up to 40"):
         FiniteScalarQuantiser((8, 5)).codes(torch.tensor([40]))
 
 
-def test_codec_tokens_carry_the_picture() -> None:
+def test_codec_tokens_determine_the_picture() -> None:
     codec = FsqCodec.initialised(CONFIGS["fsq"], "test", Key(0))
     codec.normalise_over([pictures(8, 16, 16)])
     pixels = pictures(2, 16, 16, seed=3)

@@ -20,7 +20,7 @@ class Output(SimpleNamespace):
 
 
 class Doubles(nn.Module):
-    """Latents: twice the first colour, and the second plus one, one of each 2 x 2 pixels. A decoder that inverts it."""
+    """Latents: twice the first colour, and the second plus one, per 2 x 2 pixels; and the inverse as decoder."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_a_channel_without_variation_keeps_a_deviation_above_zero() -> None:
     assert one.mean.tolist() == [2.0, 2.0] and one.deviation.tolist() == pytest.approx([1e-6] * 2)
 
 
-def test_many_pictures_pass_in_parts_and_in_order() -> None:
+def test_many_pictures_are_encoded_in_parts_and_in_order() -> None:
     one = codec()
     pixels = grey(*range(150))
     latents = one.encode(pixels)
@@ -120,8 +120,8 @@ def test_many_pictures_pass_in_parts_and_in_order() -> None:
     assert torch.equal(one.decode(latents)[..., :2], pixels[..., :2])
 
 
-def test_weights_alone_are_taken_from_another_family() -> None:
-    """A codec of the same class gives its normalisation too."""
+def test_another_family_gives_its_weights_alone() -> None:
+    """From a codec of the same class the normalisation is copied too."""
     mine, other = codec(), codec((0.5, -1.0), (4.0, 0.25))
     with torch.no_grad():
         other.module.weight.fill_(float(Key(0).normal((1,))))

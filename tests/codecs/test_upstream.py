@@ -1,4 +1,4 @@
-"""The autoencoder classes without the rest of diffusers: the numbers of the whole package, and nothing dragged in."""
+"""The autoencoder classes without the rest of diffusers: equal results to the whole package, no other imports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps([left, found]))
 """
 
 
-def test_the_classes_compute_what_the_whole_package_computes() -> None:
+def test_the_classes_equal_those_of_the_whole_package() -> None:
     from tests.codecs.test_autoencoders import MODELS
 
     done = subprocess.run(
@@ -50,7 +50,7 @@ def test_the_classes_compute_what_the_whole_package_computes() -> None:
     assert found == {name: ["_omni_diffusers", "diffusers", True] for name in MODELS}
 
 
-def test_what_goes_wrong_falls_back_to_the_whole_package(
+def test_an_error_falls_back_to_the_whole_package(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import diffusers
@@ -69,7 +69,7 @@ def test_what_goes_wrong_falls_back_to_the_whole_package(
     assert upstream.diffusers_class("AutoencoderDC") is diffusers.AutoencoderDC  # imported already: its own
 
 
-def test_a_placeholder_may_be_inherited_from_and_not_used() -> None:
+def test_a_placeholder_allows_inheritance_and_no_use() -> None:
     from omni.codecs.upstream import _Placeholder
 
     module = _Placeholder("x.loaders")
@@ -90,8 +90,8 @@ print([early, [m for m in HEAVY if m in sys.modules], type(model.codec.module)._
 """
 
 
-def test_what_a_reply_imports() -> None:
-    """Without a picture nothing of diffusers; with one, no package beside its own files."""
+def test_imports_of_a_reply() -> None:
+    """Without a picture nothing of diffusers is imported; with one, only its own files."""
     heavy = ["_omni_diffusers", "diffusers", "transformers", "accelerate", "scipy", "sympy", "torch._dynamo"]
     code = START.replace("HEAVY", repr(heavy))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)

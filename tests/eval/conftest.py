@@ -1,4 +1,4 @@
-"""One atlas and one judge for all tests of eval: building the templates takes seconds and some hundred megabytes."""
+"""One atlas and one judge for all tests of eval: building the templates takes seconds and some 100 MB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laboratory on CIFAR-10 in small: its data, its judge, its network's two ways of being called, and the task."""
+"""The CIFAR-10 experiments at small size: data, judge, the two calls of the network, and the task."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_epoch_takes_every_picture_once_and_is_keyed() -> None:
     first = torch.cat([order.rows(step) for step in range(3)])
     assert len(set(first.tolist())) == 9 and not torch.equal(order.rows(3), first[:3])
     assert torch.equal(order.rows(0), first[:3]) and not torch.equal(other.rows(0), first[:3])
-    with pytest.raises(ValueError, match="a batch of 11 is more than the 10 pictures"):
+    with pytest.raises(ValueError, match="a batch of 11 is larger than the 10 pictures"):
         Order(10, 11, Key(0), torch.device("cpu"))
 
 
@@ -121,7 +121,7 @@ def learner_of(method: Method, options: TrainOptions = SMALL) -> Learner:
 
 
 def awake(learner: Learner) -> Learner:
-    """With weights that are not at their zeros."""
+    """With nonzero weights where the initialisation is zero."""
     for name, parameter in learner.model.named_parameters():
         parameter.detach().add_(0.1 * Key(1).fold(name).normal(tuple(parameter.shape)))
     return learner
@@ -141,8 +141,8 @@ def test_a_step_changes_classes_and_latents_and_keeps_the_layout() -> None:
     assert dropped.null is not None and set(dropped.null.ids[:, CLASS_PLACE].tolist()) == {NO_CLASS}
 
 
-def test_drawing_and_training_see_one_network() -> None:
-    """Without a mask and a number of copies, as in sampling, F is what the training forward gives."""
+def test_sampling_and_training_compute_the_same_function() -> None:
+    """Without a mask and with one copy, as in sampling, F equals the training forward's."""
     learner = awake(learner_of(Method(objective="flow_matching")))
     x, t, s = Key(3).normal((8, 16, 192)), Key(4).uniform((8,)).fill_(0.8), torch.full((8,), 0.3)
     labels = torch.arange(8)
@@ -156,7 +156,7 @@ def test_drawing_and_training_see_one_network() -> None:
             assert float((drawing(x, 0.8, 0.3) - wanted).abs().max()) < 1e-5 < float((plain - null).abs().max())
 
 
-def test_pictures_are_drawn_alone_as_in_a_crowd_and_start_where_the_method_says() -> None:
+def test_samples_do_not_depend_on_the_batch_and_start_at_start_time() -> None:
     learner = awake(learner_of(Method(objective="flow_matching")))
     noise, labels = Key(5).normal((11, *learner.patches.shape)), torch.arange(11) % 10
     model = learner.model.eval()
@@ -186,7 +186,7 @@ def test_every_objective_trains(name: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, learner.model.flow.parameters(), strict=True))
 
 
-def test_training_learns_and_the_rehearsal_leaves_no_trace() -> None:
+def test_training_learns_and_the_rehearsal_changes_nothing() -> None:
     fresh, learner = learner_of(Method(objective="shortcut")), learner_of(Method(objective="shortcut"))
     learner.rehearse()
     assert fresh.target is not None and learner.target is not None
@@ -249,7 +249,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(bad_objectives
 
 
 def test_frechet_distance_of_normal_distributions() -> None:
-    """Of commuting covariances it is |m - n|^2 + |sqrt(a) - sqrt(b)|^2; of any, it is that of rotated ones."""
+    """For commuting covariances it is |m - n|^2 + |sqrt(a) - sqrt(b)|^2; a common rotation does not change it."""
     a, b = torch.tensor([1.0, 4.0, 0.0]).double(), torch.tensor([9.0, 1.0, 2.0]).double()
     m, n = torch.tensor([1.0, 0.0, 2.0]).double(), torch.zeros(3).double()
     turn = torch.linalg.qr(Key(0).normal((3, 3), torch.float64)).Q
@@ -268,7 +268,7 @@ def test_frechet_distance_of_normal_distributions() -> None:
     assert frechet_distance(one, Moments(m * torch.nan, a.diag())) != frechet_distance(one, two)
 
 
-def test_the_distance_sees_what_pictures_look_like() -> None:
+def test_the_distance_grows_with_distortion() -> None:
     features = Classifier(ClassifierOptions(width=4, features=16), Key(0)).eval().features
     data, more = moments(features, pictures(200).pixels), moments(features, pictures(200, seed=1).pixels)
     noise = moments(features, (Key(2).uniform((200, SIDE, SIDE, 3)) * 256).to(torch.uint8))
@@ -327,11 +327,11 @@ def test_a_tiny_run_gives_all_rows_and_pictures(run: Callable, tmp_path: Path, c
     assert rows["mean_flow_minutes"]["value"] >= 0.003 and rows["mean_flow_failed"]["value"] == 0
     for name in ("cifar10.png", "cifar10_samples.png"):
         assert 500 < (tmp_path / "runs" / "eval" / name).stat().st_size < 400_000
-    printed = capsys.readouterr().out.partition("\nname ")[0]  # rows are told as they are made, not only at the end
+    printed = capsys.readouterr().out.partition("\nname ")[0]  # rows are printed at once, not only at the end
     assert printed.index("    mean_flow_1 = ") < printed.index("    terminal_velocity_1 = ")
 
 
-def test_what_fails_costs_the_others_nothing(run: Callable, bad_objectives: object) -> None:
+def test_a_failing_method_does_not_affect_the_others(run: Callable, bad_objectives: object) -> None:
     code, rows = run(
         'cifar10.only=["flow_matching","shortcut","first","second"]', "cifar10.methods.first.objective=poisoned",
         "cifar10.methods.second.objective=broken", "cifar10.evaluations=[1,2]", "cifar10.train.nonfinite_steps=0",
@@ -344,7 +344,7 @@ def test_what_fails_costs_the_others_nothing(run: Callable, bad_objectives: obje
     assert rows["best_to_flow_matching_1"]["value"] > 0 and rows["shortcut_1"]["value"] > 0
 
 
-def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
+def test_mistakes_raise_before_anything_runs(tmp_path: Path) -> None:
     for change, message in (
         ('cifar10.only=["mean_flo"]', "did you mean 'mean_flow'"),
         ("cifar10.methods.mean_flow.objective=mean_flwo", "did you mean 'mean_flow'"),

@@ -1,4 +1,4 @@
-"""The judge against pictures whose content is known: true renders, wrong ones, averaged ones, blurred ones."""
+"""The judge on pictures with known content: true renders, wrong ones, averaged ones, blurred ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mean(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def random_pairs(key: Key, num: int = NUM) -> list[tuple[Scene, Scene]]:
-    """Two-object scenes beside the same with the objects exchanged."""
+    """Two-object scenes, and the same with the objects exchanged."""
     draw = key.python()
     pairs = []
     for _ in range(num):
@@ -61,7 +61,7 @@ def test_true_single_renders_are_named(judge: Judge) -> None:
         assert sum(f.distance <= MAX_SHARP for f in found) >= 0.99 * NUM
 
 
-def test_wrong_single_renders_are_rejected(judge: Judge) -> None:
+def test_wrong_single_renders_are_wrong(judge: Judge) -> None:
     draw = Key(3).python()
     asked = [single(draw.choice(judge.atlas.names), draw.choice(list(BACKGROUNDS))) for _ in range(NUM)]
     shown = [single(draw.choice(judge.atlas.names), scene.background) for scene in asked]
@@ -71,7 +71,7 @@ def test_wrong_single_renders_are_rejected(judge: Judge) -> None:
 
 
 def test_means_of_members_are_hardly_ever_sharp_and_clear(judge: Judge) -> None:
-    """Those that are look like a third member: the mean of a red and a green heart is a brown one."""
+    """The exceptions look like a third member: the mean of a red and a green heart is a brown one."""
     draw = Key(4).python()
     groups = [draw.sample(members, number) for members in CLASSES.values() for number in (2, 2, 2, 2, 3, 7)]
     shown = torch.stack(
@@ -112,8 +112,8 @@ def test_an_object_too_many_or_missing_or_another_background_is_wrong(judge: Jud
     assert readings[3].scene == blue and readings[4].scene == missing
 
 
-def test_what_should_be_gone_is_seen_however_pale(judge: Judge) -> None:
-    """A cloud on gray is 8 from its background: only its slot tells that an edit left it there."""
+def test_a_pale_remainder_of_an_edit_is_found(judge: Judge) -> None:
+    """A cloud on gray is 8 from its background: only its slot shows that an edit left it there."""
     before = small_objects(("cat", "cloud"), PAIR_SLOTS[0], "gray")
     after = Scene("gray", before.placements[:1])
     shown = pictures_of(judge, [before, after])
@@ -160,7 +160,7 @@ def test_skin_tones_are_told_apart_and_are_no_reason_to_be_unclear(judge: Judge)
     assert sum(right) >= 0.99 * len(tones)
 
 
-def test_distances_agree_with_the_plain_computation(judge: Judge) -> None:
+def test_distances_equal_the_direct_computation(judge: Judge) -> None:
     names = SCENE_NAMES[:7]
     picture = render(small_objects(("cat", "dog"), PAIR_SLOTS[1], "green"), judge.atlas)
     shown = pictures_of(judge, [single(name, "green", CENTRE) for name in names])

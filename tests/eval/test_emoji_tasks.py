@@ -1,4 +1,4 @@
-"""Every emoji-world task against models whose answers are known: the right ones, wrong ones, averaged ones, none."""
+"""Every emoji-world task on models with known answers: right ones, wrong ones, averaged ones, none."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def test_answers_to_other_requests_score_almost_0(run: Callable[..., dict[str, f
 
 
 def unchanged(answers: list[tuple[Segment, ...]], i: int) -> tuple[Segment, ...]:
-    """The words of the right answer, above the picture that was given."""
+    """The words of the right answer, with the given picture."""
     raise NotImplementedError  # KnownModel answers with the prompt's own picture
 
 
 @pytest.mark.parametrize("name", ["edits", "chat_edits"])
-def test_a_picture_left_as_it_was_scores_0(run: Callable[..., dict[str, float]], name: str) -> None:
+def test_an_unchanged_picture_scores_0(run: Callable[..., dict[str, float]], name: str) -> None:
     assert run(name, unchanged)["right"] == 0
 
 
@@ -143,7 +143,7 @@ def test_open_requests_and_their_coverage(run: Callable[..., dict[str, float]]) 
     assert averages["right_and_sharp"] <= 10
 
 
-def test_a_story_out_of_place_is_told_from_one_in_place(run: Callable[..., dict[str, float]]) -> None:
+def test_a_story_out_of_place_scores_0(run: Callable[..., dict[str, float]]) -> None:
     values = run("story", right)
     assert set(values.values()) == {100.0}
     assert run("story", lambda answers, i: answers[i][:-1])["in_place"] == 0

@@ -1,4 +1,4 @@
-"""The few-step task: rows follow from lines, a wrong reference is refused, and the bundled model is measured."""
+"""The few-step task: lines define the rows, a wrong reference raises, and the bundled model is measured."""
 
 from __future__ import annotations
 

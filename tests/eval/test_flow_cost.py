@@ -1,4 +1,4 @@
-"""The cost task runs, its rows are ratios to flow matching, and it refuses what cannot be packed."""
+"""The cost task runs, its rows are ratios to flow matching, and documents that cannot be packed raise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omni.rng import Key
 SMALL = FlowCostOptions(repeats=1, width=64, depth=1, channels=4, documents=4, rows=2, text=3, side=2)
 
 
-def test_it_measures_every_row() -> None:
+def test_every_row_is_measured() -> None:
     outcome = flow_cost(Context(), SMALL)
     values = {measure.name: measure.value for measure in outcome.measures}
     assert values.keys() == {*ROWS, "flow_matching_step"} and all(value > 0 for value in values.values())
@@ -30,6 +30,6 @@ def test_every_method_trains_the_same_batch() -> None:
         assert not torch.equal(before, model.flow.velocity.weight)
 
 
-def test_uneven_rows_are_refused() -> None:
+def test_uneven_rows_raise() -> None:
     with pytest.raises(ValueError, match=r"documents \(5\) must be a multiple of rows \(2\)"):
         build_batch(SMALL.model_copy(update={"documents": 5}), Key(0))

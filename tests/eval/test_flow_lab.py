@@ -1,4 +1,4 @@
-"""The laboratory of flow maps: its distance, its network's derivatives, its keyed draws, and both tasks in small."""
+"""The flow-map experiments: distance, derivatives of the network, keyed samples, and both tasks at small size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SUITE = str(ROOT / "eval" / "suites" / "flow_maps.toml")
 
 
 def test_sliced_wasserstein_is_the_best_matching_along_every_direction() -> None:
-    """Beside it the obvious computation: all matchings of five points, direction by direction."""
+    """Against the direct computation: all matchings of five points, direction by direction."""
     a, b = Key(0).fold("a").normal((5, 2)), Key(0).fold("b").normal((5, 2))
     key, num = Key(1), 7
     found = sliced_wasserstein(a, b, key, num)
@@ -64,7 +64,7 @@ def test_data_sets_are_keyed_and_of_unit_scale(name: str) -> None:
     assert float(points.mean(0).abs().max()) < 0.03 and float((points.std(0) - 1).abs().max()) < 0.05
 
 
-def test_names_of_a_batch_are_keyed_and_stratified_like_others() -> None:
+def test_names_of_a_batch_are_keyed_and_stratified() -> None:
     names = BatchNames(8, copies=4)
     assert list(names) == [(n // 4, 0, n % 4) for n in range(8)]
     draws = stratified_I(names, Key(0), "time")
@@ -159,7 +159,7 @@ def test_closed_forms_hold_and_would_fail(tmp_path: Path, monkeypatch: pytest.Mo
     assert rows("flow_closed_forms.particles=32", off_path)["largest_residual"] > 1e-8
 
 
-def test_the_count_is_of_objectives_that_are_near_on_every_data_set() -> None:
+def test_the_count_needs_a_small_distance_on_every_data_set() -> None:
     options = load_suite(SUITE, ['flow_plane.only=["flow_matching","shortcut","mean_flow"]'])
     plane = options.flow_plane  # type: ignore[attr-defined]
     first, second = plane.data_sets
@@ -191,7 +191,7 @@ def test_a_tiny_run_of_the_plane_gives_all_rows_and_pictures(tmp_path: Path, mon
         assert 500 < (tmp_path / "runs" / "eval" / name).stat().st_size < 200_000
 
 
-def test_the_table_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_table_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for change, message in (
         ('flow_plane.only=["mean_flo"]', "did you mean 'mean_flow'"),
         ("flow_plane.methods.ddim.objective=mean_flow", "or trained_as another"),

@@ -1,4 +1,4 @@
-"""Provable floors against published numbers, closed forms, and the obvious search beside each shortcut."""
+"""Lower bounds against published numbers, closed forms, and exhaustive searches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LN2 = math.log(2)
         ("word_problem4", 1.792, 0.833, 0.812, 3.167),
     ],
 )
-def test_floors_of_products(name: str, correlation: float, marginals: float, least: float, accepted: float) -> None:
+def test_bounds_of_products(name: str, correlation: float, marginals: float, least: float, accepted: float) -> None:
     joint = known_table(name)
     assert total_correlation(joint) == pytest.approx(correlation, abs=6e-4)
     assert marginals_tv(joint) == pytest.approx(marginals, abs=6e-4)
@@ -70,8 +70,8 @@ def test_least_products_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_least_product_of_a_random_joint_beside_a_fine_grid(seed: int) -> None:
-    """Two bits: every product on a grid of 400 x 400; the best of them is no better, and hardly worse."""
+def test_least_product_of_a_random_joint_equals_a_grid_search(seed: int) -> None:
+    """Two bits: the best product on a grid of 400 x 400 is no better, and hardly worse."""
     p = Key(seed).uniform((4,), torch.float64)
     joint = table("random", torch.tensor(list(product((0, 1), repeat=2))), 2, p)
     a = torch.linspace(0, 1, 401, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_the_product_of_marginals_has_least_divergence_and_not_least_distance() 
         assert of_law(joint, moved[0][:, None] * moved[1]).forward_kl > found.forward_kl
 
 
-def test_floors_of_products_are_keyed() -> None:
+def test_lower_bounds_of_products_are_keyed() -> None:
     joint = known_table("permutation3")
     assert least_product_tv(joint, Key(5), 2, 3) == least_product_tv(joint, Key(5), 2, 3)
 
@@ -133,7 +133,7 @@ def test_accepted_tokens_by_enumeration(name: str) -> None:
         ("word_problem4", [1.792, 0], [1.792, 1.792, 0]),
     ],
 )
-def test_floors_of_several_steps(name: str, best: list[float], random: list[float]) -> None:
+def test_lower_bounds_of_several_steps(name: str, best: list[float], random: list[float]) -> None:
     joint = known_table(name)
     assert best_step_floors(joint)[: len(best)] == pytest.approx(best, abs=6e-4)
     assert random_step_floors(joint)[: len(random)] == pytest.approx(random, abs=6e-4)
@@ -151,7 +151,7 @@ def ordered_partitions(items: tuple[int, ...]):  # noqa: ANN201
 
 
 def slow_cost(joint: Table, sets: list[tuple[int, ...]]) -> float:
-    """The divergence of the joint from what the sampler of these sets draws, by its law itself."""
+    """The divergence of the joint from the distribution of the sampler of these sets, by its probabilities."""
     log_q, done = torch.zeros(len(joint.p), dtype=torch.float64), []
     for chosen in sets:
         for k in chosen:
@@ -161,13 +161,13 @@ def slow_cost(joint: Table, sets: list[tuple[int, ...]]) -> float:
 
 
 def _mass(joint: Table, places: list[int]) -> torch.Tensor:
-    """(N,): the probability that every string's ids stand at these places."""
+    """(N,): the marginal probability of every string's ids at these places."""
     same = (joint.ids[:, None, places] == joint.ids[None, :, places]).all(-1)
     return (same * joint.p).sum(-1)
 
 
 @pytest.mark.parametrize("name", ["permutation4", "group_words4", "very_sticky3", "poker_s6_dealt"])
-def test_steps_beside_all_ordered_partitions(name: str) -> None:
+def test_steps_equal_a_search_over_ordered_partitions(name: str) -> None:
     joint = known_table(name)
     found = [math.inf] * joint.length
     equal: dict[int, list[float]] = {}
@@ -190,7 +190,7 @@ def test_entropies_of_subsets() -> None:
 
 
 @pytest.mark.slow
-def test_floors_of_sudoku() -> None:
+def test_lower_bounds_of_sudoku() -> None:
     joint = known_table("sudoku")
     assert total_correlation(joint) == pytest.approx(16.518, abs=6e-4)
     assert float(marginal_product(joint).sum()) == pytest.approx(6.7e-8, rel=0.01)
@@ -245,9 +245,9 @@ def test_states_of_a_chain_whose_tokens_depend_on_the_state_alone(name: str, sta
     assert emitting_states(known_table(name)) == (states, states)
 
 
-def test_enough_states_are_enough_and_fewer_are_not() -> None:
-    """Three tokens: given the middle state they are independent, so that fewer states than products cannot do. And the
-    chain of prefix classes and tokens, multiplied out, is the joint."""
+def test_the_sufficient_states_suffice_and_fewer_do_not() -> None:
+    """Three tokens are independent given the middle state, so fewer states than products do not suffice. The chain of
+    prefix classes and tokens, multiplied out, is the joint."""
     joint = known_table("parity3")
     assert best_mixture(joint, 3, Key(0), restarts=48).kl > 0.1 > 1e-3 > best_mixture(joint, 4, Key(0), restarts=48).kl
     law = torch.zeros(2, 2, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Known joints: what they are, that their oracles are exact, keyed draws, and distances of laws from them."""
+"""Known joints: their definitions, exact oracles, keyed samples, and distances of distributions from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = (
 )  # fmt: skip
 
 
-# ---- what they are -------------------------------------------------------------------------------------------------
+# ---- definitions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_group_words_multiply_in_a_group_that_does_not_commute() -> None:
     assert {tuple(row) for row in known_table("group_words4").ids.tolist()} == found
 
 
-# ---- oracles and draws ---------------------------------------------------------------------------------------------
+# ---- oracles and samples -------------------------------------------------------------------------------------------
 
 
 def slow_conditionals(joint: Table, ids: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def slow_conditionals(joint: Table, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_conditionals_are_those_of_the_enumerated_law(name: str) -> None:
+def test_conditionals_equal_those_of_the_enumerated_distribution(name: str) -> None:
     joint = known_table(name)
     ids = torch.cat([joint.ids[:12], torch.zeros(1, joint.length, dtype=torch.int64)])
     found = joint.conditionals(ids).exp()
@@ -103,7 +103,7 @@ def test_conditionals_are_those_of_the_enumerated_law(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", (*SMALL, "sudoku", "large_bigram4"))
-def test_draws_are_keyed_and_follow_the_law(name: str) -> None:
+def test_samples_are_keyed_and_follow_the_distribution(name: str) -> None:
     joint, num = build_joint(name), 2_000 if name == "large_bigram4" else 20_000
     ids = joint.draw(Key(0), num)
     assert torch.equal(ids, joint.draw(Key(0), num)) and not torch.equal(ids, joint.draw(Key(1), num))
@@ -114,8 +114,8 @@ def test_draws_are_keyed_and_follow_the_law(name: str) -> None:
         assert of_samples(joint, ids).tv < 2 * sample_floor(joint, num) + 1e-9
 
 
-def test_the_autoregressive_oracle_draws_the_joint() -> None:
-    """Token by token with the oracle, from common noise: what plain decoding does once it has learned all."""
+def test_the_autoregressive_oracle_samples_the_joint() -> None:
+    """Token by token with the oracle, from common noise: autoregressive decoding of a perfect model."""
     joint, num = known_table("permutation4"), 20_000
     u, ids = Key(3).uniform((num, 4), torch.float64), torch.zeros(num, 4, dtype=torch.int64)
     for k in range(4):
@@ -152,7 +152,7 @@ def test_strings_outside_of_the_support() -> None:
         ("sudok", "did you mean 'sudoku'"),
     ],
 )
-def test_unknown_joints_name_the_way_out(name: str, message: str) -> None:
+def test_unknown_joints_name_the_nearest_kind(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_joint(name)
 
@@ -163,7 +163,7 @@ def test_every_registered_joint_can_be_built() -> None:
         assert joint.name == name and joint.draw(Key(0), 3).shape == (3, joint.length)
 
 
-def test_tables_merge_what_is_given_twice_and_drop_what_has_no_weight() -> None:
+def test_tables_merge_equal_strings_and_drop_zero_weights() -> None:
     ids = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 0]])
     joint = table("t", ids, 2, torch.tensor([1.0, 2.0, 1.0, 0.0]))
     assert joint.ids.tolist() == [[0, 1], [1, 1]] and joint.p.tolist() == [0.5, 0.5]
@@ -173,7 +173,7 @@ def test_tables_merge_what_is_given_twice_and_drop_what_has_no_weight() -> None:
 # ---- distances -----------------------------------------------------------------------------------------------------
 
 
-def test_distances_of_a_law_are_their_definitions() -> None:
+def test_distances_of_a_distribution_follow_their_definitions() -> None:
     joint = known_table("permutation3")
     q = Key(0).uniform((3, 3, 3), torch.float64)
     q /= q.sum()
@@ -191,7 +191,7 @@ def test_distances_of_a_law_are_their_definitions() -> None:
     assert itself.tv < 1e-12 and abs(itself.forward_kl) < 1e-12 and abs(itself.reverse_kl) < 1e-12
 
 
-def test_distances_of_draws_by_hand() -> None:
+def test_distances_of_samples_by_hand() -> None:
     joint = known_table("parity2")  # 00 and 11
     found = of_samples(joint, torch.tensor([[0, 0], [0, 0], [0, 0], [0, 1]]))
     assert (found.tv, found.valid, found.coverage) == (0.5, 0.75, 0.5)
@@ -202,7 +202,7 @@ def test_distances_of_draws_by_hand() -> None:
     assert of_samples(joint, torch.tensor([[2, 0], [5, 5]])).valid == 0  # ids past the words
 
 
-def test_the_distance_of_exact_draws_is_what_it_is_said_to_be() -> None:
+def test_the_distance_of_exact_samples_equals_its_formula() -> None:
     for name, num in (("permutation5", 2000), ("poker_s6_dealt", 300)):
         joint = known_table(name)
         mean = sum(of_samples(joint, joint.draw(Key(n), num)).tv for n in range(100)) / 100
@@ -211,9 +211,9 @@ def test_the_distance_of_exact_draws_is_what_it_is_said_to_be() -> None:
     assert sample_floor(known_table("parity8"), 400_000) == pytest.approx(0.0071, abs=1e-4)
 
 
-def test_laws_that_are_none_are_refused() -> None:
+def test_invalid_distributions_raise() -> None:
     joint = known_table("parity2")
     with pytest.raises(ValueError, match="sum 1"):
         of_law(joint, torch.full((2, 2), 0.5))
-    with pytest.raises(ValueError, match="log of a law"):
+    with pytest.raises(ValueError, match="log-probabilities"):
         of_support(joint, torch.zeros(2))

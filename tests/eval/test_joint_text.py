@@ -1,4 +1,4 @@
-"""The laboratory of real text in small: decoding that loses nothing, likelihoods, rows, and what is refused."""
+"""The text experiments at small size: lossless decoding, likelihoods, rows, and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def backbone():  # noqa: ANN201
     return train_backbone(TEXT, SMALL, Key(0))
 
 
-def test_windows_are_pieces_of_the_text_wherever_they_start() -> None:
+def test_windows_are_pieces_of_the_text() -> None:
     found = windows(TEXT.train, 200, 7, Key(1))
     pieces = {bytes(row.tolist()).decode() for row in found}
     assert all(piece in WORDS for piece in pieces) and len(pieces) > 50
@@ -59,7 +59,7 @@ def test_windows_are_pieces_of_the_text_wherever_they_start() -> None:
 
 
 @pytest.mark.parametrize("head", ["product", "push_forward", "sequential"])
-def test_coupled_rounds_say_what_plain_decoding_says(backbone, head: str) -> None:  # noqa: ANN001
+def test_coupled_rounds_emit_the_autoregressive_tokens(backbone, head: str) -> None:  # noqa: ANN001
     model = train_head(backbone, TextLine(head=head), TEXT, SMALL, Key(2))
     contexts = contexts_of(TEXT, SMALL, Key(3))
     plain = decode_plain(backbone, contexts, SMALL, Key(4))
@@ -90,7 +90,7 @@ def test_block_verification_drafts_every_round_anew(backbone, monkeypatch: pytes
 
 
 def test_likelihoods_are_of_the_blocks(backbone) -> None:  # noqa: ANN001
-    """A product head that has hardly been trained reads the start everywhere, which fits the first token alone."""
+    """A hardly trained product head reads the start at every position, which fits the first token alone."""
     model = train_head(backbone, TextLine(head="product"), TEXT, SMALL, Key(2))
     scores, plain = held_out(model, TEXT, SMALL, Key(5)), measure_plain(backbone, TEXT, SMALL, Key(5)).scores
     assert scores.kind == "exact" and scores.positions and plain.positions
@@ -108,7 +108,7 @@ def test_a_line_is_measured_under_every_verification_that_it_allows(backbone) ->
     assert set(run_line(backbone, TextLine(head="push_forward"), TEXT, SMALL, Key(6)).rounds) == {"coupled", "greedy"}
 
 
-def test_the_task_names_its_rows_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_task_names_its_rows_in_advance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(WORDS)
     Path("b.txt").write_text(OTHERS)
@@ -123,7 +123,7 @@ def test_the_task_names_its_rows_beforehand(tmp_path: Path, monkeypatch: pytest.
     assert main([suite, *options, "joint_text.train_text=none.txt"]) == 2
 
 
-def test_what_cannot_be_run_is_said_before_anything_runs() -> None:
+def test_invalid_options_raise_before_anything_runs() -> None:
     suite = str(ROOT / "eval/suites/joint_tokens.toml")
     for change, message in (
         ('joint_text.only=["prodct"]', "did you mean 'product'"),

@@ -1,4 +1,4 @@
-"""The laboratory of joint-token heads in small: what is trained and measured, both tasks, their table, the picture."""
+"""The joint-token experiments at small size: training, measurement, both tasks, their table, the picture."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES = [
 
 @JOINT_HEADS.register("listener")
 class Listener(JointHead):
-    """Says what its teacher's laws name; learns nothing, but keeps what it was taught."""
+    """Emits the ids of its teacher's probabilities; does not learn, but stores the teacher's values."""
 
     layout, needs_teacher, passes = "causal", True, "divisors"
     heard: list[torch.Tensor] = []
@@ -69,7 +69,7 @@ def tiny(name: str, head: str = "product"):  # noqa: ANN201
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def test_scores_of_the_support_are_those_of_what_is_drawn() -> None:
+def test_scores_of_the_support_match_the_samples() -> None:
     joint, model = tiny("parity3")
     scores = support_scores(model, joint).exp()
     ids = draw_ids(model, 3, 20_000, Key(0))
@@ -81,7 +81,7 @@ def test_scores_of_the_support_are_those_of_what_is_drawn() -> None:
     assert (shares - scores).abs().max() < 0.015 and scores.max() > 0.05
 
 
-def test_the_plain_law_is_that_of_decoding_token_by_token() -> None:
+def test_the_plain_distribution_is_that_of_autoregressive_decoding() -> None:
     joint, model = tiny("parity3")
     ids = torch.tensor([[a, b, c] for a in range(3) for b in range(3) for c in range(3)])  # 2: what starts a string
     with torch.inference_mode():
@@ -111,14 +111,14 @@ def test_heads_share_a_backbone_and_depend_on_their_key_alone() -> None:
 
 
 def test_training_learns_the_marginals() -> None:
-    """Two hundred steps: from anything to near the product of marginals, and not below the floor of products."""
+    """200 steps: from any start to near the product of marginals, and not below the lower bound of products."""
     options = SMALL.model_copy(update={"backbone_steps": 100, "head_steps": 100, "rows": 64, "rate": 1e-2})
     found = run_group("equal_pairs2", {"product": HeadLine(head="product")}, options, Key(0))
     assert 0.5 < found.heads["product"].distances[1].tv < 0.85
     assert found.plain.tv < 0.4
 
 
-def test_the_exact_teacher_is_heard_and_the_plain_one_is_the_backbones() -> None:
+def test_the_exact_teacher_is_used_and_the_plain_one_is_the_backbone() -> None:
     joint = known_table("parity3")
     for teacher in ("exact", "plain"):
         Listener.heard.clear()
@@ -142,7 +142,7 @@ def test_the_exact_teacher_is_heard_and_the_plain_one_is_the_backbones() -> None
         (("poker_s6",), {"teacher": "exact"}, "no use for a teacher"),
     ],
 )
-def test_what_cannot_be_run_is_said_before_anything_runs(joints: tuple[str, ...], line: dict, message: str) -> None:
+def test_invalid_options_raise_before_anything_runs(joints: tuple[str, ...], line: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_lines(joints, {"line": HeadLine(**({"head": "product"} | line))}, SMALL)
 
@@ -210,7 +210,7 @@ def test_the_committed_tables_name_what_exists() -> None:
 # ---- the picture ---------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_is_blue_where_it_may_be_said_red_where_not_and_white_where_it_is_not() -> None:
+def test_legal_pairs_are_blue_illegal_ones_red_and_absent_ones_white() -> None:
     joint = known_table("poker_s6")
     law = pair_law(torch.tensor([[0, 1], [0, 3], [10, 3]]), 10)  # "high card", "high pair", and no word
     assert float(law.sum()) == pytest.approx(2 / 3) and float(law[0, 1]) == pytest.approx(1 / 3)

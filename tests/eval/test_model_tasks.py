@@ -1,4 +1,4 @@
-"""The tasks with a real engine and a tiny untrained model: everything runs, and it is right in nothing."""
+"""The tasks with a real engine and a tiny untrained model: everything runs and scores 0."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(context: Context, name: str, **options: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["draw", "scenes", "edits", "chat_edits", "naming", "describe", "story", "questions"])
-def test_an_untrained_model_is_right_in_nothing(context: Context, name: str) -> None:
+def test_an_untrained_model_scores_0(context: Context, name: str) -> None:
     assert run(context, name, requests=3, steps=1, batch=2)["right" if name != "story" else "in_place"] == 0
 
 
@@ -49,8 +49,8 @@ def test_open_and_when_to_draw_run(context: Context) -> None:
     assert 0 <= run(context, "when_to_draw", requests=4, steps=1)["right"] <= 100
 
 
-def test_blocks_of_text_are_those_of_plain_decoding(context: Context) -> None:
-    """The first token of a draft is plain decoding's own; of an untrained head hardly any other stands."""
+def test_speculative_text_equals_autoregressive_decoding(context: Context) -> None:
+    """The first token of a draft is autoregressive; of an untrained head hardly any other is accepted."""
     values = run(context, "text_blocks", requests=4, repeats=1)
     assert values["identical"] == 100
     assert 1 <= values["accepted"] <= values["drafted"] <= 4 and values["emitted"] >= 1

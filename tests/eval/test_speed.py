@@ -1,6 +1,6 @@
-"""The speed suite is fair: on both sides of a ratio the same dtype, mode, samples, parameters, ids and tokens.
+"""The speed suite is fair: both sides of a ratio have the same dtype, mode, samples, parameters, ids and tokens.
 
-Without the extra `peers` a small stand-in takes the other library's place where only our side of the bargain is tested.
+Without the extra `peers` a small stand-in replaces the other library where only our side is tested.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MOST = 0.9  # autocast leaves transfusion-pytorch's attention over layers in flo
 
 
 class Products(TorchDispatchMode):
-    """Counts the elements that matrix products read, by dtype: what a library computes in, whatever it is told."""
+    """Counts the elements that matrix products read, by dtype: the precision that a library computes in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Products(TorchDispatchMode):
 
 
 def share(run: Callable[[], Any], dtype: str) -> float:
-    """Of what matrix products read during `run`: how much of it is of the dtype."""
+    """The share of the elements that matrix products read during `run` that have the dtype."""
     with Products() as products:
         run()
     assert products.read.total()
@@ -80,7 +80,7 @@ def share(run: Callable[[], Any], dtype: str) -> float:
 
 
 class StandIn(nn.Module):
-    """Takes samples as transfusion-pytorch does."""
+    """Accepts samples as transfusion-pytorch does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_both_training_steps_compute_in_the_dtype_of_their_row(dtype: str) -> No
 
 
 def test_the_dtype_rule_can_fail() -> None:
-    """A peer that is timed in float32 where the row says bfloat16."""
+    """A peer that runs in float32 in a bfloat16 row."""
     peer = StandIn()
     samples = samples_of(Context(), "text_image", SMALL)
     assert share(training_step(peer, transfusion_loss(peer, samples), "float32"), "bf16") == 0.0
@@ -189,7 +189,7 @@ def test_the_two_models_are_of_one_size() -> None:
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
-def test_as_many_ids_are_prefilled_and_tokens_emitted_as_is_said(prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stated_numbers_of_ids_are_prefilled_and_emitted(prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_omni(Context(), "tiny", 512, pictures=False).eval()
     seen: list[torch.Size] = []
     embed = model.embed_context
@@ -203,7 +203,7 @@ def test_as_many_ids_are_prefilled_and_tokens_emitted_as_is_said(prompts: int, m
 
 
 @needs_transfusion
-def test_both_draw_with_as_many_evaluations_as_is_said() -> None:
+def test_both_sample_with_the_stated_number_of_evaluations() -> None:
     options = ImageOptions(quick=True, steps=3, vocab_size=512)
     models = build_models(Context(), "tiny", SMALL)
     theirs = models["transfusion", "eager"]
@@ -212,7 +212,7 @@ def test_both_draw_with_as_many_evaluations_as_is_said() -> None:
     assert {num_evaluations(theirs, run) for name, run in runs.items() if "midpoint" in name} == {6}
 
 
-def test_our_loss_is_the_mean_over_what_is_trained() -> None:
+def test_our_loss_is_the_mean_over_supervised_positions() -> None:
     model = build_omni(Context(), "tiny", 512)
     loss = omni_loss(model, samples_of(Context(), "text_image", SMALL), Context())()
     assert loss.requires_grad and 4 < float(loss.detach()) < 10  # log(512) of text and about 2 of latents
@@ -221,7 +221,7 @@ def test_our_loss_is_the_mean_over_what_is_trained() -> None:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_ratio_takes_the_fastest_of_theirs_and_says_what_it_is() -> None:
+def test_a_ratio_uses_their_fastest_setting_and_names_it() -> None:
     times = Times({"ours": [1.0, 2.0, 9.0], "slow": [8.0], "fast": [3.0, 5.0, 4.0]}, "a machine")
     measure = times.ratio("row", ["slow", "fast", "absent"], "ours")
     assert measure.value == 2.0
@@ -244,7 +244,7 @@ def test_every_ratio_has_both_sides_as_rows() -> None:
     }
 
 
-def test_slow_bfloat16_is_not_measured_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bfloat16_is_not_measured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "fast_bf16", lambda: False)
     assert TrainingOptions().dtypes == ("float32",)
     assert TrainingOptions(slow_bf16=True).dtypes == TrainingOptions(quick=True).dtypes == ("float32", "bf16")
@@ -254,7 +254,7 @@ def test_slow_bfloat16_is_not_measured_unless_asked(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
-def test_without_the_extra_there_is_one_line(
+def test_without_the_extra_one_line_is_printed(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -265,7 +265,7 @@ def test_without_the_extra_there_is_one_line(
     assert "pip install 'omni-flow[peers]'" in error and len(error.splitlines()) == 1
 
 
-def test_an_unknown_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_size_raises(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SUITE, "tasks=speed_text", 'speed_text.sizes=["9m"]']) == 2
     assert "9m" in capsys.readouterr().err
 

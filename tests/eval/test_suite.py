@@ -1,4 +1,4 @@
-"""The mechanics of a suite with toy tasks: exit codes, JSON keys, bars, HTML escapes, errors that name the way out."""
+"""A suite with toy tasks: exit codes, JSON keys, bars, HTML escapes, errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_nan_holds_no_bar_and_is_null(suite_file: str) -> None:
         TASKS._items.pop("nothing")
 
 
-def test_a_bar_on_a_row_that_did_not_come_does_not_hold(suite_file: str) -> None:
+def test_a_bar_on_a_missing_row_does_not_hold(suite_file: str) -> None:
     TASKS._items.pop("half", None)
 
     @task("half", TaskOptions, rows=("right", "sometimes"))
@@ -112,7 +112,7 @@ def test_a_bar_on_a_row_that_did_not_come_does_not_hold(suite_file: str) -> None
         ([], "no suite given"),
     ],
 )
-def test_exit_2_names_the_way_out(
+def test_exit_2_names_the_remedy(
     suite_file: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--json", "rows.json"] if arguments else []) == 2
@@ -145,12 +145,12 @@ def test_bars_parse(text: str) -> None:
     assert bar.holds(bar.bound) == ("=" in bar.relation)
 
 
-def test_values_read_well() -> None:
+def test_values_have_three_or_four_digits() -> None:
     assert [format_value(v) for v in (None, 95.0, 3.14159, 1e-7, 0.0)] == ["nan", "95", "3.14", "1e-07", "0"]
 
 
 def test_every_committed_suite_is_valid(tmp_path: Path) -> None:
-    """Each says its command, runs tasks that exist, and is refused with one key misspelt."""
+    """Each has its command and known tasks, and raises with one key misspelt."""
     suites = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
     assert len(suites) >= 10
     for path in suites:

@@ -1,15 +1,15 @@
-"""Mutation testing: do the tests notice a changed operator, number, condition or literal?
+"""Mutation testing: checks that the tests fail for a changed operator, number, condition or literal.
 
     python tests/mutation/run.py --seed 1              # 60 mutants, spread over the groups of groups.toml
-    python tests/mutation/run.py --check               # every file: is it the mutated copy that the tests import?
+    python tests/mutation/run.py --check               # every file: check that the tests import the mutated copy
     python tests/mutation/run.py --seed 1 --only cache --count 20
     python tests/mutation/run.py --seed 1 --list       # the mutants alone, without a run
 
-The mutants are cosmic-ray's (pip install cosmic-ray; the extra `dev` names it), drawn by the seed: first the place,
-then one of the mutations of that place. A change of annotations or of nothing is no mutant. Each runs in a copy of the
-working tree, without bytecode files, against the tests of its file with -x (server.py). A mutant is killed when they
-fail, or take longer than five times their unmutated time and 30 s. Exit code 0 when at least 95 % are killed or known
-to be equivalent (equivalent.toml), 1 when not.
+The mutants are cosmic-ray's (pip install cosmic-ray; in the extra `dev`), sampled by the seed: first the place, then a
+mutation of that place. A change of annotations, or without effect on the source, does not count. Each mutant runs in a
+copy of the working tree, without bytecode files, against the tests of its file with -x (server.py). It is killed where
+they fail, or take longer than five times their unmutated time and 30 s. Exit code 0 where at least 95 % are killed or
+known to be equivalent (equivalent.toml), else 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ENOUGH = 0.95
 
 
 class Literal(Operator):
-    """One letter more in a string or bytes literal. Docstrings, f-strings and error messages stay."""
+    """Add a letter to a string or bytes literal. Docstrings, f-strings and error messages stay."""
 
     def mutation_positions(self, node):  # noqa: ANN001, ANN201
         if node.type == "string" and node.parent.type not in ("simple_stmt", "strings") and not _in_raise(node):
@@ -112,7 +112,7 @@ def modules() -> list[Module]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Without annotations: they are not evaluated where a file imports `annotations` from __future__."""
+    """Remove annotations: they are not evaluated where a file imports `annotations` from __future__."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
@@ -128,7 +128,7 @@ class _Bare(ast.NodeTransformer):
 
 
 def meaning(source: str) -> str | None:
-    """None for what does not compile."""
+    """None where the source does not compile."""
     try:
         compile(source, "", "exec", dont_inherit=True)
         return ast.dump(_Bare().visit(ast.parse(source)))
@@ -169,7 +169,7 @@ def places(module: Module) -> dict[tuple[str, int, int], list[tuple[str, int]]]:
 
 
 def draw(chosen: list[Module], count: int, seed: int) -> list[Mutant]:
-    """`count` mutants, as many of each group as of the others, by the seed."""
+    """`count` mutants, equally many of each group, by the seed."""
     rng = random.Random(seed)
     names = sorted({module.group for module in chosen})
     rng.shuffle(names)
@@ -203,7 +203,7 @@ def _mutants(pool: list, rng: random.Random) -> Iterator[Mutant]:
 
 
 def copy_tree(target: Path) -> None:
-    """The working tree as git sees it: no bytecode, no outputs."""
+    """The files of the working tree that git does not ignore: no bytecode, no outputs."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True
     )
@@ -226,7 +226,7 @@ class Worker:
         )  # fmt: skip
 
     def run(self, tests: tuple[str, ...], timeout: float) -> tuple[int | None, float]:
-        """(exit code or None past the timeout, seconds) of the tests in the tree as it is now."""
+        """(exit code or None after the timeout, seconds) of the tests in the current tree."""
         arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
         request = {"tree": str(self.tree), "arguments": arguments, "timeout": timeout, "log": str(self.log)}
         assert self.server.stdin is not None and self.server.stdout is not None
@@ -242,7 +242,7 @@ class Worker:
         return self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def unmutated(self, tests: tuple[str, ...]) -> float:
-        """Seconds of the tests as they are; they must pass."""
+        """Seconds of the unmutated tests, which must pass."""
         code, seconds = self.run(tests, 900)
         if code != 0:
             raise SystemExit(f"{self.output()}\nthe tests fail without any mutant: {' '.join(tests)}")
@@ -291,7 +291,7 @@ def run_all(mutants: list[Mutant], jobs: int, python: str) -> list[Mutant]:
 
 
 def check(chosen: list[Module]) -> list[Mutant]:
-    """One mutant for every file, which raises when it is imported."""
+    """One mutant for every file; it raises on import."""
     out = []
     for module in {m.file + str(m.tests): m for m in chosen}.values():
         source = (ROOT / module.file).read_text(encoding="utf-8") + "\nraise RuntimeError('the mutant is imported')\n"
@@ -300,7 +300,7 @@ def check(chosen: list[Module]) -> list[Mutant]:
 
 
 def report(mutants: list[Mutant]) -> bool:
-    """Print the survivors; True when enough are killed."""
+    """Print the survivors; return whether enough are killed."""
     known = tomllib.loads((HERE / "equivalent.toml").read_text(encoding="utf-8")).get("mutant", [])
     reasons = {(entry["file"], entry["before"], entry["after"]): entry["why"] for entry in known}
     lost = 0

@@ -1,8 +1,8 @@
-"""Runs pytest again and again in forks of one process that has the heavy packages loaded. Started by run.py; POSIX.
+"""Runs pytest repeatedly in forks of one process that has the heavy packages loaded. Started by run.py; POSIX.
 
 A request is a line of JSON on stdin: {"tree": folder, "arguments": of pytest, "timeout": seconds, "log": file}. The
-answer is a line on stdout: {"code": exit code, null past the timeout, "seconds": ...}. Nothing of the tree is loaded
-before the fork, so every run imports what lies in the tree at that moment; nothing writes bytecode.
+answer is a line on stdout: {"code": exit code, null after the timeout, "seconds": ...}. Nothing of the tree is loaded
+before the fork, so every run imports the current tree; nothing writes bytecode.
 """
 
 from __future__ import annotations

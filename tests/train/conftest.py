@@ -1,4 +1,4 @@
-"""A tiny recipe (text, pictures and clips on exact pixels) that makes a step in a few hundredths of a second."""
+"""A tiny recipe (text, pictures and clips on exact pixels); a step takes a few hundredths of a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mean of two models: their weights' mean, everything else the first one's; what does not fit is refused."""
+"""The mean of two models: the mean of the weights, everything else from the first; mismatches raise."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shares_must_add_up(two: tuple[str, str], shares: tuple[float, ...], mes
         average(list(zip(two, shares, strict=False)))
 
 
-def test_another_shape_is_refused(two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_shape_raises(two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = omni.from_pretrained(two[0])
     transformer = odd.config.transformer.model_copy(update={"depth": odd.config.transformer.depth + 1})
     Omni(odd.config.model_copy(update={"transformer": transformer}), Key(0)).save_pretrained(tmp_path / "odd")
@@ -47,7 +47,7 @@ def test_another_shape_is_refused(two: tuple[str, str], tmp_path: Path, capsys: 
     assert "does not fit" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_damaged_input_is_one_line_and_4(
+def test_damaged_input_prints_one_line_and_exits_4(
     two: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = Path(two[1]) / "model.safetensors"
@@ -61,7 +61,7 @@ def test_damaged_input_is_one_line_and_4(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_without_an_expert_counts_with_copies(two: tuple[str, str], tmp_path: Path) -> None:
+def test_a_model_without_an_expert_is_upcycled_first(two: tuple[str, str], tmp_path: Path) -> None:
     plain = omni.from_pretrained(two[0])
 
     def with_weights_of_latents(kind: str) -> str:

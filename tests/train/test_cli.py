@@ -1,4 +1,4 @@
-"""python -m train: a mistake is one line and exit code 2, a dry run leaves nothing, the smoke recipe runs."""
+"""python -m train: a mistake prints one line and exits 2, a dry run writes nothing, the smoke recipe runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
         ("preparation.side=64", "unknown key 'preparation.side'; did you mean 'size'"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_a_mistake_prints_one_line_and_writes_nothing(
     recipe_file: Path, tmp_path: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["drop.images=0.9"] if override.startswith("drop") else ["model.num_kv_heads=2"]
@@ -65,7 +65,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "smoke.toml" in capsys.readouterr().err
 
 
-def test_dry_run_says_what_would_run_and_leaves_nothing(
+def test_dry_run_prints_sizes_and_writes_nothing(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(recipe_file), "--dry-run", "--out", str(tmp_path / "out")]) == 0
@@ -74,14 +74,14 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]
 
 
-def test_a_retired_key_is_read_where_it_changed_nothing(recipe_file: Path) -> None:
+def test_a_retired_key_without_effect_is_accepted(recipe_file: Path) -> None:
     with pytest.warns(RetiredKeyWarning, match="coupling is no longer a key of recipes; remove it"):
         assert "coupling" not in load_toml(recipe_file, ["coupling=false"], Recipe).model_dump()
     with pytest.raises(ValueError, match="coupling = True is no longer supported; leave it out"):
         load_toml(recipe_file, ["coupling=true"], Recipe)
 
 
-def test_the_smoke_recipe_learns_draws_and_publishes(tmp_path: Path) -> None:
+def test_the_smoke_recipe_trains_samples_and_publishes(tmp_path: Path) -> None:
     import omni
 
     out = tmp_path / "smoke"
@@ -91,13 +91,13 @@ def test_the_smoke_recipe_learns_draws_and_publishes(tmp_path: Path) -> None:
     assert [p.name for p in (out / "sheets").iterdir()] == ["step-00000020.png"]
     model = omni.from_pretrained(out / "model")
     assert model.tokenizer is not None and model.codec is not None
-    with hold(out):  # of a run in progress too
+    with hold(out):  # also while a run holds the lock
         assert main([str(RECIPES / "smoke.toml"), "--out", str(out), "--publish", str(tmp_path / "again")]) == 0
     again = omni.from_pretrained(tmp_path / "again")
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
 
 
-def test_a_finished_run_goes_on_and_publishes_again(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_finished_run_continues_and_publishes_again(recipe_file: Path, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert main([str(recipe_file), "max_steps=1", *out]) == 0
     before = (tmp_path / "out/model/manifest.json").read_bytes()
@@ -105,7 +105,7 @@ def test_a_finished_run_goes_on_and_publishes_again(recipe_file: Path, tmp_path:
     assert (tmp_path / "out/model/manifest.json").read_bytes() != before
 
 
-def test_init_from_another_tokenizer_or_another_shape_is_said(
+def test_init_from_another_tokenizer_or_shape_is_reported(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from omni.text.bpe import BPETokenizer
@@ -129,10 +129,10 @@ def test_init_from_another_tokenizer_or_another_shape_is_said(
     assert "has transformer.rope_base = 10000.0, this recipe has 500.0" in said
     assert re.search('has preparation = {.*"tail": "repeat"}, this recipe has {.*"tail": "cut"}', said)
     assemble(load_toml(recipe_file, [*same, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "third")
-    assert "weights begin as initialised" in capsys.readouterr().err
+    assert "weights stay as initialised" in capsys.readouterr().err
 
 
-def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: Path) -> None:
+def test_init_from_loads_the_published_weights(recipe_file: Path, tmp_path: Path) -> None:
     from train.build import assemble
 
     assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
@@ -146,8 +146,8 @@ def test_init_from_starts_at_the_published_weights(recipe_file: Path, tmp_path: 
     assemble(load_toml(recipe_file, [*change, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "fifth")
 
 
-def test_a_generation_expert_starts_as_a_copy_and_trains_alone(recipe_file: Path, tmp_path: Path) -> None:
-    """Weights of their own begin as those of text, and `train_only` with "*" leaves every bit of the rest."""
+def test_a_generation_expert_is_upcycled_and_trains_alone(recipe_file: Path, tmp_path: Path) -> None:
+    """Separate latent weights start as copies of the text weights; `train_only` with "*" changes no other bit."""
     from train.build import assemble
 
     assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0

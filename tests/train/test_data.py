@@ -1,4 +1,4 @@
-"""Sources are pure and endless, mixtures exact, a batch depends on the cursor alone, a corrupt record costs one."""
+"""Sources are pure and endless, mixtures exact, a batch depends on the cursor alone, a corrupt record is skipped."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_messages_and_llava_give_the_same_document_shape(tmp_path: Path) -> None
         assert isinstance(answer, Text) and answer.text == text and answer.supervise
 
 
-def test_pictures_outside_the_folder_are_refused(tmp_path: Path) -> None:
+def test_pictures_outside_the_folder_raise(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save_png(picture(1), tmp_path / "secret.png")
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
@@ -111,7 +111,7 @@ def test_pictures_outside_the_folder_are_refused(tmp_path: Path) -> None:
         source.document(0)
 
 
-def test_clips_too_are_read_beside_the_file(tmp_path: Path) -> None:
+def test_clips_are_read_from_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     frames = torch.stack([picture(n, 40) for n in range(4)])
     for folder in (tmp_path, tmp_path / "in"):
@@ -129,7 +129,7 @@ def test_clips_too_are_read_beside_the_file(tmp_path: Path) -> None:
             assert isinstance(clip, Video) and clip.frames.shape == (4, 40, 40, 3)
 
 
-def test_other_words_are_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_words_change_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     from omni.data.emoji_world import phrases
 
     same = [build_source("emoji_world", {}, Key(5), "t").fingerprint() for _ in range(2)]
@@ -200,7 +200,7 @@ def test_documents_are_consumed_once_in_order(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("trim", [0.0, 1.0])
 def test_a_batch_ends_where_a_document_has_no_room(make_run: MakeRun, trim: float) -> None:
-    """Not where the loader stopped reading: with pictures left out of the context, more documents fit."""
+    """Not where the loader stopped reading: more documents fit where pictures are left out of the context."""
     run = make_run(f"batch.trim={trim}", "drop.text=0", "drop.images=0", "drop.all=0")
     shapes = run.recipe.batch.shapes
     cursor = 0
@@ -254,7 +254,7 @@ def damaged_jsonl(folder: Path) -> str:
     return str(path)
 
 
-def test_a_corrupt_record_costs_one_record(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_corrupt_record_skips_one_record(make_run: MakeRun, tmp_path: Path) -> None:
     path = damaged_jsonl(tmp_path)
     source = f'data=[{{name="jsonl",options={{path="{path}"}}}}]'
     one, two = make_run(source), make_run(source)
@@ -270,8 +270,8 @@ def test_a_corrupt_record_costs_one_record(make_run: MakeRun, tmp_path: Path) ->
     assert one.loader.counts["skipped"] == len(skipped)
 
 
-def test_a_clip_that_the_model_cannot_take_costs_one_record(make_run: MakeRun, tmp_path: Path) -> None:
-    """One of more chunks than it has, and a line damaged inside its compressed pixels, among twenty good ones."""
+def test_a_clip_that_is_too_long_skips_one_record(make_run: MakeRun, tmp_path: Path) -> None:
+    """A clip with too many chunks, and a line with damaged compressed pixels, among twenty good ones."""
     documents = [Document((Text("look", Role.USER), Image(picture(n), Role.ASSISTANT, True))) for n in range(20)]
     long = Video(picture(0)[None].expand(17, -1, -1, -1), role=Role.ASSISTANT, supervise=True)
     odd = Document((Text("odd", Role.USER), long))
@@ -309,7 +309,7 @@ def write_odd_media(folder: Path) -> str:
 
 @pytest.mark.parametrize("rules", [[], ["preparation.resize=stride", "preparation.tail=cut"]])
 def test_odd_sizes_and_short_clips_train(make_run: MakeRun, tmp_path: Path, rules: list[str]) -> None:
-    """No document of a folder of odd sizes, with chunks of 2 frames, is passed over, and a step runs."""
+    """No document of a folder of odd sizes, with chunks of 2 frames, is skipped, and a step runs."""
     from train import loop
 
     shapes = "batch.shapes=[{rows=2, budget=480, refine_budget=480}]"  # 64 latents, 6 frames
@@ -332,7 +332,7 @@ def test_mostly_corrupt_data_stop_the_run(make_run: MakeRun, tmp_path: Path) -> 
         run.loader.next(0)
 
 
-def test_other_data_are_refused_on_resume(make_run: MakeRun, tmp_path: Path) -> None:
+def test_other_data_raise_on_resume(make_run: MakeRun, tmp_path: Path) -> None:
     from train import loop
 
     path = write_jsonl(tmp_path)["path"]

@@ -1,4 +1,4 @@
-"""train/README.md has every file and the tables of the registries; its paths and names: tests/test_readmes.py."""
+"""train/README.md lists every file and the registries. tests/test_readmes.py checks its paths and names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names(text: str) -> list[str]:
     ]
 
 
-def test_every_file_has_its_place() -> None:
+def test_every_file_is_listed() -> None:
     parts = [path.relative_to(ROOT) for path in (ROOT / "train").rglob("*.py") if path.name != "__init__.py"]
     place = section("Where is what")
     missing = [str(path) for path in parts if f"`{path}`" not in place and f"`{path.name}`" not in place]

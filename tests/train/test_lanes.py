@@ -1,4 +1,4 @@
-"""Lanes: what several loading processes send, with latents put in here, is what one loader would have made."""
+"""Data-loading workers: their steps, with latents filled in by the trainer, equal those of one loader."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def tensors(batch: Batch) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("with_nulls", [False, True])
-def test_lanes_send_what_one_loader_makes(make_run: MakeRun, with_nulls: bool) -> None:
-    """Pictures and clips, in the context and to refine, and in null contexts; three steps of each of two lanes."""
+def test_workers_give_the_batches_of_one_loader(make_run: MakeRun, with_nulls: bool) -> None:
+    """Pictures and clips, in the context, to refine and in null contexts; three steps of each of two workers."""
     wanted = ["objectives.1.name=shortcut", "objectives.1.options.guidance_scale=2.0"] if with_nulls else []
     run, plain = make_run("workers=2", *wanted), make_run(*wanted).loader
     plain.stride = 2
@@ -64,8 +64,8 @@ def go(run: Run, until: int) -> None:
     tracker.close()
 
 
-def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
-    """Also where the next step is not the first lane's."""
+def test_resume_with_workers_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
+    """Also where the next step is not the first worker's."""
     go(make_run("workers=3", out="straight"), 7)
     for stop in (4,):
         out = tmp_path / f"stop{stop}"
@@ -82,19 +82,19 @@ def test_resume_with_lanes_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
         assert states[0].read_bytes() == states[1].read_bytes()
 
 
-def test_a_lane_ends_with_a_killed_training_process() -> None:
-    """It holds its standard output: whoever reads that sees its end, and not ten minutes later."""
+def test_a_worker_ends_with_a_killed_training_process() -> None:
+    """A worker holds the standard output of its run: a reader sees its end at once."""
     code = (
         "import os, signal, time\nfrom train.data.lanes import _end_with_parent\n"
         "if os.fork():\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "_end_with_parent(0)\nprint('alive', flush=True)\ntime.sleep(20)\nprint('outlived', flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
-    assert done.returncode == -signal.SIGKILL and done.stdout == b"alive\n"  # its output ends with the lane
+    assert done.returncode == -signal.SIGKILL and done.stdout == b"alive\n"  # the output ends with the worker
 
 
-def test_a_signal_to_the_whole_group_saves_and_ends_in_order(recipe_file: Path, tmp_path: Path) -> None:
-    """As `timeout`, systemd and job queues send it: the lanes leave the answer to the training process."""
+def test_a_signal_to_the_process_group_saves_and_stops(recipe_file: Path, tmp_path: Path) -> None:
+    """As `timeout`, systemd and job queues send it: workers ignore it and the training process stops."""
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "train", str(recipe_file), "workers=2", "max_steps=100000", "--out", str(out)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -108,8 +108,8 @@ def test_a_signal_to_the_whole_group_saves_and_ends_in_order(recipe_file: Path, 
     assert list((out / "state").glob("step-*/manifest.json"))
 
 
-def test_what_is_wrong_beyond_the_end_does_no_harm(make_run: MakeRun, tmp_path: Path) -> None:
-    """A lane that gives up is heard when its step is asked for: the step before is made and saved."""
+def test_an_error_in_an_unused_step_is_not_raised(make_run: MakeRun, tmp_path: Path) -> None:
+    """The error of a worker is raised at its step; the step before is trained and saved."""
     run = make_run("workers=1", out="early")
     whole = run.loader.document.__self__.sources  # type: ignore[attr-defined]
     for source in whole:
@@ -134,7 +134,7 @@ def _readable_until(end: int, document: Callable[[int], object]) -> Callable[[in
     return read
 
 
-def test_a_mistake_in_a_lane_is_said_in_one_line(make_run: MakeRun) -> None:
+def test_a_mistake_in_a_worker_prints_one_line(make_run: MakeRun) -> None:
     run = make_run("workers=2")
 
     def missing(index: int) -> None:
@@ -146,7 +146,7 @@ def test_a_mistake_in_a_lane_is_said_in_one_line(make_run: MakeRun) -> None:
         run.next()
 
 
-def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:
+def test_tickets_drop_sent_media(make_run: MakeRun) -> None:
     run = make_run()
     tickets = Tickets(run.model.codec)
     loader = run.loader
@@ -158,7 +158,7 @@ def test_tickets_forget_what_was_sent(make_run: MakeRun) -> None:
     assert most < 200 < tickets._next
 
 
-def test_unreadable_documents_end_a_run_with_lanes_as_without(make_run: MakeRun) -> None:
+def test_unreadable_documents_end_a_run_with_workers_too(make_run: MakeRun) -> None:
     run = make_run("workers=2")
 
     def unreadable(index: int) -> None:

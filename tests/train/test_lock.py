@@ -1,4 +1,4 @@
-"""One run per output directory, one process per run; what a killed save leaves is cleared, and nothing is lost."""
+"""One run per output directory, one process per run; leftovers of a killed save are removed, nothing is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
-    """What `waitpid` says of a forked process that does the work and ends, also where the work kills it."""
+    """The `waitpid` status of a forked process that does the work and ends, also where the work kills it."""
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -37,7 +37,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_second_run_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
+def test_a_second_run_raises_and_names_the_holder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with hold(out):
         with (
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_and_the_holder_is_named(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["model", "codec"])
-def test_a_second_run_of_either_kind_ends_with_2(
+def test_a_second_run_of_either_kind_exits_2(
     kind: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_file if kind == "model" else RECIPES / "bundled/codec.toml"
@@ -63,7 +63,7 @@ def test_a_second_run_of_either_kind_ends_with_2(
         assert names(tmp_path / "out") == before
 
 
-def test_the_lock_ends_with_its_process_though_killed(tmp_path: Path) -> None:
+def test_the_lock_ends_with_a_killed_process(tmp_path: Path) -> None:
     def held_until_killed() -> None:
         with hold(tmp_path):
             die()
@@ -93,7 +93,7 @@ def test_a_forked_loader_that_outlives_a_killed_run_does_not_keep_the_lock(tmp_p
 
 
 @pytest.mark.parametrize("kind", ["model", "codec"])
-def test_several_processes_are_refused(
+def test_several_processes_raise(
     kind: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -104,7 +104,7 @@ def test_several_processes_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_was_made_for_a_mistake_goes_again(tmp_path: Path) -> None:
+def test_a_folder_created_by_a_failed_command_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mistake"), hold(tmp_path / "out"):
         raise ValueError("mistake")
     assert not (tmp_path / "out").exists()
@@ -158,7 +158,7 @@ def test_leftovers_of_a_killed_save_are_cleared_and_nothing_is_lost(
     assert verify(folder / "step-00000002") and (folder / "step-00000002" / "a").read_text() == content
 
 
-def test_of_two_left_aside_the_newer_is_put_back(tmp_path: Path) -> None:
+def test_the_newer_of_two_leftovers_is_restored(tmp_path: Path) -> None:
     for number, name in enumerate(("old-00000000", "old-11111111", "old-00000002")):
         aside = tmp_path / f".model.{name}"
         aside.mkdir()
@@ -168,7 +168,7 @@ def test_of_two_left_aside_the_newer_is_put_back(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "a").read_text() == "old-11111111"
 
 
-def test_half_written_files_go_and_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_written_files_are_removed_and_links_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "a").write_text("mine")

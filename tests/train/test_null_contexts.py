@@ -1,4 +1,4 @@
-"""Null contexts: every picture of a batch also stands behind an empty history, in the same order."""
+"""Null contexts: every picture of a batch also has an empty context, in the same order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def flow_call(run: Run, batch, beta: float = 1.0) -> tuple[BatchFlowCall, torch.
 
 
 def test_null_calls_equal_the_null_documents_alone(make_run: MakeRun) -> None:
-    """The items of a batch with their condition dropped: as if each null document were the only one there is."""
+    """Items of a batch with a dropped condition: equal to each null document alone."""
     run = make_run("autocast=none", "drop.all=0", "drop.text=0", "drop.images=0")
     loader = loader_of(run)
     compared = 0
@@ -69,7 +69,7 @@ def test_null_calls_equal_the_null_documents_alone(make_run: MakeRun) -> None:
     assert compared > 3
 
 
-def test_dropped_documents_are_known_and_keep_their_null_context(make_run: MakeRun) -> None:
+def test_dropped_documents_are_marked_and_keep_their_null_context(make_run: MakeRun) -> None:
     run = make_run("drop.all=0.5", "drop.text=0", "drop.images=0")
     batches = loader_of(run).next(0).batches
     dropped, documents = (set().union(*sets) for sets in zip(*((b.dropped, b.documents) for b in batches), strict=True))
@@ -79,7 +79,7 @@ def test_dropped_documents_are_known_and_keep_their_null_context(make_run: MakeR
             assert batch.null.num_items == batch.num_items
 
 
-def test_a_batch_without_null_contexts_says_so(make_run: MakeRun) -> None:
+def test_a_batch_without_null_contexts_raises(make_run: MakeRun) -> None:
     run = make_run()
     batch = next(b for b in run.loader.next(0).batches if b.num_items)
     call, _, _ = flow_call(run, batch)
@@ -87,7 +87,7 @@ def test_a_batch_without_null_contexts_says_so(make_run: MakeRun) -> None:
         call.null()
 
 
-def test_null_documents_are_what_dropping_everything_makes(make_run: MakeRun) -> None:
+def test_null_documents_equal_dropping_everything(make_run: MakeRun) -> None:
     run = make_run()
     for index in range(30):
         document = run.loader.document(index)

@@ -1,4 +1,4 @@
-"""Muon beside torch's, and the choice of precision."""
+"""Muon against torch's, and the choice of precision."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def matrices(*parts: str) -> list[torch.Tensor]:
     return [Key(0).fold(*parts, n).normal(shape) for n, shape in enumerate([(64, 48), (64, 48), (24, 96)])]
 
 
-def test_muon_makes_the_updates_of_torch_muon() -> None:
-    """Four steps of both; torch iterates in bfloat16, so they agree to its three digits, and in bfloat16 better."""
+def test_muon_computes_the_updates_of_torch_muon() -> None:
+    """Four steps of both; torch iterates in bfloat16, so they agree to three digits, and in bfloat16 more closely."""
     for dtype, tolerance in ((torch.float32, 2e-2), (torch.bfloat16, 6e-3)):
         start = matrices("weights")
         ours, theirs = ([w.clone().requires_grad_() for w in start] for _ in range(2))
@@ -46,13 +46,13 @@ def test_orthogonalise_flattens_the_spectrum_and_keeps_the_directions() -> None:
     assert torch.equal(orthogonalise(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
 
 
-def test_muon_refuses_what_is_no_matrix() -> None:
+def test_muon_raises_for_other_shapes_than_matrices() -> None:
     with pytest.raises(ValueError, match=r"Muon takes matrices only, got a parameter of shape \(3,\)"):
         Muon([torch.zeros(3, requires_grad=True)], lr=0.1)
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_autocast_follows_the_machine_unless_told(recipe_file, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:  # noqa: ANN001
+def test_autocast_follows_the_device(recipe_file, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:  # noqa: ANN001
     monkeypatch.setattr("train.recipe.fast_bf16", lambda device: fast)
     monkeypatch.setattr(runs, "fast_bf16", lambda device: fast)
 

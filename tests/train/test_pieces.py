@@ -1,4 +1,4 @@
-"""A document too long for a row is split where it may be, or dropped and counted apart; never taken for damaged."""
+"""A document too long for a row is split at allowed places, or dropped and counted apart; never counted as damaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def picture(n: int, role: Role = Role.ASSISTANT, side: int = 32) -> Image:
 
 
 def measure(segment: Segment) -> Size:
-    """A text is as long as its characters, a picture 16 and its header; both copies of a supervised one are refined."""
+    """A text has one position per character, a picture 16 and its header; a supervised picture has two noisy copies."""
     if isinstance(segment, Text):
         return Size(len(segment.text), 0)
     latents = 16 * (segment.frames.shape[0] if isinstance(segment, Video) else segment.pixels.shape[0] // 32)
@@ -90,7 +90,7 @@ def test_cuts_are_between_exchanges_then_between_segments(segments: list[Segment
     assert all(limits.fits(one.document.segments) and one.document.meta == {"id": 7} for one in pieces)
 
 
-def test_a_piece_says_whether_replies_begin_and_end_with_it() -> None:
+def test_a_piece_records_whether_replies_begin_and_end_with_it() -> None:
     parts = [ask(), picture(0), answer(), picture(1), answer(), ask(), picture(2)]
     pieces, problem = splitter(refine=32).split(document(*parts))
     assert [(shown(p.document.segments), p.begins, p.ends) for p in pieces] == [
@@ -114,13 +114,13 @@ def test_a_long_text_is_cut_at_words_and_nothing_of_it_is_lost() -> None:
 
 
 def test_text_of_no_turn_is_cut_too() -> None:
-    """What pretraining reads: one supervised text without a request."""
+    """A document of pretraining: one supervised text without a request."""
     pieces, problem = splitter().split(document(words(100, Role.USER, True)))
     assert len(pieces) > 5 and not problem and all(one.document.segments[0].supervise for one in pieces)
 
 
-def test_what_fits_in_no_row_goes_alone() -> None:
-    """A picture that is too large, and a request that leaves no room: the exchanges beside them stay."""
+def test_only_the_part_that_fits_in_no_row_is_left_out() -> None:
+    """A picture that is too large, and a request that leaves no room: the other exchanges stay."""
     large = picture(1, side=32 * 8)
     pieces, problem = splitter().split(document(ask(), answer(), ask(), large, answer(), ask(), answer(40)))
     assert [shown(one.document.segments) for one in pieces] == ["UA", "UA"]
@@ -135,7 +135,7 @@ def test_what_fits_in_no_row_goes_alone() -> None:
 
 @settings(max_examples=30)
 @given(st.text(max_size=60), st.integers(1, 60))
-def test_a_cut_parts_no_character_from_its_marks(text: str, end: int) -> None:
+def test_a_cut_separates_no_character_from_its_marks(text: str, end: int) -> None:
     end = min(end, len(text))
     at = cut_before(text, end)
     assert 0 <= at <= end and (at > 0 or end == 0)
@@ -181,7 +181,7 @@ def test_any_document_gives_pieces_that_fit_and_keep_order(given_segments: list[
         places = [order[id(s)] for s in piece.document.segments if id(s) in order]
         assert places == sorted(places)
         supervised += [order[id(s)] for s in piece.document.segments if id(s) in order and s.supervise]
-    assert len(supervised) == len(set(supervised))  # nothing is taught twice
+    assert len(supervised) == len(set(supervised))  # nothing is supervised twice
     whole = {n for n, s in enumerate(segments) if s.supervise and isinstance(s, Image)}
     assert problem or whole <= set(supervised)
 
@@ -291,7 +291,7 @@ PLAIN_LOSS = 'objectives=[{name="next_token"},{name="flow_matching"}]'
     "workers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3]
 )
 def test_resume_in_the_middle_of_a_document_is_exact(make_run: MakeRun, tmp_path: Path, workers: int) -> None:
-    """Most steps end inside a document here."""
+    """Here most steps end inside a document."""
     recipe = (write(tmp_path, mixed()), f"workers={workers}", PLAIN_LOSS, FOUR)
     go(make_run(*recipe, out="straight"), 6)
     inside = 0
@@ -306,14 +306,14 @@ def test_resume_in_the_middle_of_a_document_is_exact(make_run: MakeRun, tmp_path
     assert states[0].read_bytes() == states[1].read_bytes()
 
 
-def test_one_loading_process_makes_the_same_numbers_as_none(make_run: MakeRun, tmp_path: Path) -> None:
+def test_one_worker_gives_the_same_numbers_as_none(make_run: MakeRun, tmp_path: Path) -> None:
     source = write(tmp_path, mixed())
     for workers in (0, 1):
         go(make_run(source, f"workers={workers}", PLAIN_LOSS, FOUR, out=f"by{workers}"), 3)
     assert rows(tmp_path / "by0") == rows(tmp_path / "by1")
 
 
-def test_three_loading_processes_make_the_same_pieces(make_run: MakeRun, tmp_path: Path) -> None:
+def test_three_workers_give_the_same_pieces(make_run: MakeRun, tmp_path: Path) -> None:
     source = write(tmp_path, mixed())
     plain, run = make_run(source, *PLAIN, FOUR).loader, make_run(source, *PLAIN, FOUR, "workers=3")
     uids = {uid for _ in range(6) for batch in run.next().batches for uid in batch.documents}
@@ -323,14 +323,14 @@ def test_three_loading_processes_make_the_same_pieces(make_run: MakeRun, tmp_pat
     assert run.loader.counts["split"] > 2
 
 
-# ---- what is counted and said --------------------------------------------------------------------------------------
+# ---- counts and messages -------------------------------------------------------------------------------------------
 
 
 SMALL_ROWS = "batch.shapes=[{rows=2,budget=256,refine_budget=100}]"  # two copies of 8 x 8 latents are more
 
 
 @pytest.mark.parametrize("too_long", ["split", "drop"])
-def test_a_picture_that_no_row_holds_is_dropped_counted_and_said_once(
+def test_a_picture_that_no_row_holds_is_dropped_counted_and_reported_once(
     make_run: MakeRun, tmp_path: Path, too_long: str
 ) -> None:
     good = [Document((Text(f"draw {n}", Role.USER), picture(n))) for n in range(6)]
@@ -346,14 +346,14 @@ def test_a_picture_that_no_row_holds_is_dropped_counted_and_said_once(
     assert sum(row.get("event") == "document dropped" for row in events) == counts["dropped"]
 
 
-def test_data_of_which_nothing_fits_end_with_a_line(
+def test_data_that_never_fit_raise_in_one_line(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader_module, "MAX_PASSED_OVER", 40)
     source = write(tmp_path, [Document((Text("all", Role.USER), picture(0, side=320)))])
     assert main([str(recipe_file), source, SMALL_ROWS, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "40 documents in a row and none to train on; the last: too long: a picture" in said
+    assert "40 documents in a row are unusable; the last: too long: a picture" in said
 
 
 def broken(folder: Path, good: int, bad: int) -> str:
@@ -362,7 +362,7 @@ def broken(folder: Path, good: int, bad: int) -> str:
     return f'data=[{{name="jsonl",options={{path="{folder / "some.jsonl"}"}}}}]'
 
 
-def test_the_ceiling_of_corrupt_documents_is_the_recipes(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_limit_of_corrupt_documents_is_in_the_recipe(make_run: MakeRun, tmp_path: Path) -> None:
     source = broken(tmp_path, 30, 10)
     with pytest.raises(TooManyCorrupt, match=r"could not be used, and batch.max_corrupt = 0.05; the last: some.jsonl"):
         go(make_run(source, "batch.min_corrupt=5"), 50)
@@ -372,10 +372,10 @@ def test_the_ceiling_of_corrupt_documents_is_the_recipes(make_run: MakeRun, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_that_stops_at_the_ceiling_saves_first(
+def test_a_run_that_stops_at_the_limit_saves_first(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
-    """The tenth of the data that is damaged comes after the third step or so; the run goes on with a higher ceiling."""
+    """The damaged tenth of the data begins after about the third step; the run continues with a higher limit."""
     out = ["--out", str(tmp_path / "out"), f"workers={workers}"]
     recipe = [str(recipe_file), broken(tmp_path, 60, 12), "batch.min_corrupt=4", "max_steps=30"]
     assert main([*recipe, *out]) == EXIT_CORRUPT

@@ -1,4 +1,4 @@
-"""Exact resume: stopping anywhere and going on changes no bit of losses, weights, optimiser or averages."""
+"""Exact resume: a stop at any step and a resume change no bit of losses, weights, optimiser or averages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def final_bytes(out: Path, step: int) -> dict[str, bytes]:
     return {name: (folder / f"{name}.safetensors").read_bytes() for name in ("model", "ema", "optimiser")}
 
 
-def test_20_straight_equal_7_and_13_in_a_new_process(make_run: MakeRun, recipe_file: Path, tmp_path: Path) -> None:
+def test_20_steps_equal_7_and_13_in_a_new_process(make_run: MakeRun, recipe_file: Path, tmp_path: Path) -> None:
     go(make_run(out="straight"), 20)
     go(make_run(out="broken"), 7)
     command = [sys.executable, "-m", "train", str(recipe_file), "--out", str(tmp_path / "broken"), "--resume"]
@@ -67,7 +67,7 @@ def test_resume_at_every_step_and_twice(make_run: MakeRun, tmp_path: Path) -> No
     for stop in range(total):
         out = f"stop{stop}"
         go(make_run(out=out), stop)
-        for until in (stop, total):  # the first resume makes no step at all
+        for until in (stop, total):  # the first resume trains no step
             run = make_run(out=out)
             loop.resume(run, lambda line: None)
             go(run, until)
@@ -94,7 +94,7 @@ def test_every_objective_resumes_exactly(make_run: MakeRun, tmp_path: Path, name
 
 
 def test_resume_with_a_target_network(make_run: MakeRun, tmp_path: Path) -> None:
-    """The averaged weights of terminal velocity matching go on where they were; without them the losses differ."""
+    """The averaged weights of terminal velocity matching are restored; without them the losses differ."""
     recipe = ("objectives.2.name=terminal_velocity", "objectives.2.options.target_decay=0.5")
     go(make_run(*recipe, out="straight"), 6)
     for out, forgets in (("broken", False), ("forgetful", True)):
@@ -114,8 +114,8 @@ def test_resume_with_a_target_network(make_run: MakeRun, tmp_path: Path) -> None
         assert exact == [not forgets] * 3
 
 
-def test_a_state_of_another_device_is_taken(make_run: MakeRun) -> None:
-    """What a GPU has trained can be gone on with, or published, where there is none."""
+def test_a_checkpoint_of_another_device_loads(make_run: MakeRun) -> None:
+    """A checkpoint from a GPU resumes, and publishes, on a machine without one."""
     run = make_run("max_steps=1")
     loop.train_step(run, run.next())
     identity = {**run.identity, "recipe": {**run.identity["recipe"], "device": "cuda"}}
@@ -131,8 +131,8 @@ def test_a_state_of_another_device_is_taken(make_run: MakeRun) -> None:
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_a_state_of_other_data_can_be_published_and_not_resumed(recipe_file: Path, tmp_path: Path) -> None:
-    """A change of the corpus's code must not lock finished weights up."""
+def test_a_checkpoint_of_other_data_is_published_and_not_resumed(recipe_file: Path, tmp_path: Path) -> None:
+    """After a change of the corpus's code, finished weights can still be published."""
     out = ["--out", str(tmp_path / "out")]
     assert main([str(recipe_file), "max_steps=1", *out]) == 0
     directory = tmp_path / "out/state/step-00000001"
@@ -151,8 +151,8 @@ def test_the_comparison_can_fail(make_run: MakeRun, tmp_path: Path) -> None:
     assert final_bytes(tmp_path / "other", 3) != final_bytes(tmp_path / "straight", 3)
 
 
-def test_metrics_of_lost_steps_are_made_again(make_run: MakeRun, tmp_path: Path) -> None:
-    """Killed without warning after step 5, with a state of step 3: the file has every step once."""
+def test_metrics_of_lost_steps_are_written_again(make_run: MakeRun, tmp_path: Path) -> None:
+    """Killed after step 5, with a checkpoint of step 3: the file has every step once."""
     go(make_run(out="straight"), 6)
     run = make_run(out="killed")
     go(run, 3)
@@ -174,14 +174,14 @@ REFUSED = {
 }
 
 
-def test_another_recipe_is_refused_by_name(make_run: MakeRun) -> None:
+def test_another_recipe_raises_and_names_the_key(make_run: MakeRun) -> None:
     go(make_run(), 0)
     for change, said in REFUSED.items():
         with pytest.raises(ValueError, match=said):
             loop.resume(make_run(change), lambda line: None)
 
 
-def test_what_may_change_is_said_and_recorded(
+def test_allowed_changes_are_printed_and_recorded(
     make_run: MakeRun, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go(make_run("max_steps=3"), 3)
@@ -206,14 +206,14 @@ def test_what_may_change_is_said_and_recorded(
     assert rates[3] == pytest.approx(0.8 * fall)
 
 
-def test_nothing_is_said_where_nothing_changed(make_run: MakeRun) -> None:
+def test_nothing_is_printed_without_a_change(make_run: MakeRun) -> None:
     go(make_run(), 1)
     said: list[str] = []
     loop.resume(make_run(), said.append)
     assert len(said) == 1 and said[0].endswith("at step 1, document " + str(make_run().loader.next(0).cursor))
 
 
-def test_a_longer_run_keeps_the_schedule_it_is_told(make_run: MakeRun) -> None:
+def test_a_longer_run_keeps_schedule_steps(make_run: MakeRun) -> None:
     schedule = ("optimiser.schedule_steps=4", "optimiser.min_factor=0.25", "max_steps=4")
     go(make_run(*schedule), 0)
     said: list[str] = []
@@ -225,12 +225,12 @@ def test_a_longer_run_keeps_the_schedule_it_is_told(make_run: MakeRun) -> None:
     assert multiplier(config, 2, 0.0) == pytest.approx(0.6 * (0.25 + 0.75 * 0.5))
 
 
-def test_a_state_of_an_earlier_version_is_taken(make_run: MakeRun) -> None:
-    """Its recipe lacks keys that there were not."""
+def test_a_checkpoint_of_an_earlier_version_loads(make_run: MakeRun) -> None:
+    """Its recipe lacks later keys."""
     run = make_run()
     recipe = {k: v for k, v in run.identity["recipe"].items() if k not in ("workers", "max_steps", "device")}
     recipe["batch"] = {k: v for k, v in recipe["batch"].items() if k != "too_long"}
-    recipe["coupling"] = False  # a key that there is no more
+    recipe["coupling"] = False  # a retired key
     identity = {**run.identity, "recipe": recipe}
     state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
     again = make_run("max_steps=7", "batch.too_long=drop")
@@ -239,9 +239,7 @@ def test_a_state_of_an_earlier_version_is_taken(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 3), (2, 0)])
-def test_other_numbers_of_loading_processes_train_on_no_document_twice(
-    make_run: MakeRun, before: int, after: int
-) -> None:
+def test_other_numbers_of_workers_train_on_no_document_twice(make_run: MakeRun, before: int, after: int) -> None:
     recipe = ("drop.text=0", "drop.images=0", "drop.all=0")
 
     def steps(run: Run, count: int) -> list[int]:
@@ -264,12 +262,12 @@ def test_other_numbers_of_loading_processes_train_on_no_document_twice(
     assert min(more) <= max(seen) + max(before, 1)
 
 
-def test_none_and_one_loading_process_are_one_another(make_run: MakeRun) -> None:
+def test_no_worker_and_one_worker_are_equivalent(make_run: MakeRun) -> None:
     whole = state.Progress(step=5, cursor=17 + 2 * PIECES)
     assert not whole.use_lanes(1) and whole.lanes == [17 + 2 * PIECES]
     assert not whole.use_lanes(0) and (whole.cursor, whole.lanes) == (17 + 2 * PIECES, [])
     assert whole.use_lanes(2) and whole.lanes == [18, 19]
-    assert not state.Progress(cursor=4).use_lanes(3)  # nothing is trained yet
+    assert not state.Progress(cursor=4).use_lanes(3)  # no step is done
 
 
 def test_sigterm_saves_and_exits_75(recipe_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Another tokenizer for a trained model: known ids keep their vectors, new ones begin from what they are made of."""
+"""Another tokenizer for a trained model: known ids keep their vectors, new ones start from the old ids' vectors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_as_many_ids_in_another_order(model: Omni, named: Tokenizer) -> None:
         assert torch.equal(after[other.encode(phrase)], before[named.encode(phrase)])
 
 
-def test_a_text_without_phrases_is_read_as_before(model: Omni, named: Tokenizer) -> None:
+def test_a_text_without_phrases_gives_the_same_hidden_states(model: Omni, named: Tokenizer) -> None:
     document = Document((Text("the green dog", Role.USER),))
 
     def hidden(of: Omni) -> torch.Tensor:
@@ -60,8 +60,8 @@ def test_a_text_without_phrases_is_read_as_before(model: Omni, named: Tokenizer)
     assert torch.equal(hidden(model), hidden(retokenize(model, named)))
 
 
-def test_codes_tell_what_a_linear_map_needs_to_know(model: Omni, named: Tokenizer) -> None:
-    """As many pictures as the code has components, less one: their latents are a linear function of it, exactly."""
+def test_codes_determine_latents_by_a_linear_map(model: Omni, named: Tokenizer) -> None:
+    """One picture less than components of the code: latents are an exact linear function of it."""
     side = 64
     width = model.config.transformer.width
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A trained model names a sampler that reads what its objectives train, and the log has the losses without weights."""
+"""A trained model names a sampler whose inputs its objectives train; the log has the unweighted losses."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_a_one_line_change_of_objective_brings_its_sampler(name: str, recipe_fil
     assert sampler_of(recipe_file, *only(name)) == FIRST.get(name, OBJECTIVES.get(name)().samplers[0])
 
 
-def test_the_published_model_has_it(recipe_file: Path, tmp_path: Path) -> None:
+def test_the_published_model_has_the_sampler(recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([str(recipe_file), *only("mean_flow"), "max_steps=1", "--out", str(out)]) == 0
     assert load_json(out / "model/config.json", OmniConfig).sampler == "flow_map"
 
 
 @pytest.mark.parametrize("where", ["heads.sampler", "generation.sampler"])
-def test_a_sampler_that_does_not_fit_is_refused_by_name(
+def test_a_sampler_that_does_not_fit_raises_and_is_named(
     where: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -68,7 +68,7 @@ def test_a_sampler_that_does_not_fit_is_refused_by_name(
     assert said.count("\n") == 1 and not out.exists()
 
 
-def test_one_of_jumps_to_data_refuses_jumps_between(recipe_file: Path) -> None:
+def test_an_objective_of_jumps_to_data_excludes_jumps_between(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match="use restart$"):
         sampler_of(recipe_file, *only("consistency"), "heads.sampler=flow_map")
     with pytest.raises(ValueError, match="use restart$"):
@@ -85,8 +85,8 @@ def test_of_several_objectives_the_largest_decides_and_all_fit(recipe_file: Path
     assert sampler_of(recipe_file, "heads.sampler=gamma") == "gamma"
 
 
-def test_what_comes_from_a_model_of_jumps_may_keep_its_sampler(recipe_file: Path, tmp_path: Path) -> None:
-    """Flow matching on a model that has learnt jumps, and a joint-token head beside it."""
+def test_a_run_from_a_model_of_jumps_may_keep_its_sampler(recipe_file: Path, tmp_path: Path) -> None:
+    """Flow matching, and a joint-token head, on a model that is trained for jumps."""
     config = OmniConfig(vocab_size=300, sampler="flow_map").model_dump_json()
     (tmp_path / "config.json").write_text(config)
     start = f"init_from={tmp_path}"
@@ -100,7 +100,7 @@ def test_what_comes_from_a_model_of_jumps_may_keep_its_sampler(recipe_file: Path
 
 
 def test_the_loss_without_its_weight_is_logged_beside_it(make_run: MakeRun) -> None:
-    """MeanFlow's loss is e / (e + 0.001): near 1 whatever happens; the mean of e is what falls."""
+    """MeanFlow's loss is e / (e + 0.001), always near 1; the mean of e falls."""
     run = make_run("max_steps=2", *only("mean_flow"), "autocast=none")
     stream = io.StringIO()
     tracker = Tracker(run.out, 0, stream=stream)

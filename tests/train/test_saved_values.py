@@ -1,4 +1,4 @@
-"""Guard, averages and saved states by hand: no run, a model of a few numbers."""
+"""Guard, averages and checkpoints by hand: no run, a model of a few numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_loss_and_gradient_must_both_be_finite(loss: float, norm: float, accepte
     assert (guard.num_skipped, guard.num_in_row) == ((0, 0) if accepted else (1, 1))
 
 
-def test_ten_refusals_in_a_row_are_the_limit_unless_told() -> None:
+def test_ten_skipped_steps_in_a_row_are_the_default_limit() -> None:
     guard = Guard()
     assert [guard.accepts(n, math.nan, 1.0, []) for n in range(9)] == [False] * 9
     with pytest.raises(TooManyNonFinite):
@@ -46,7 +46,7 @@ def test_ten_refusals_in_a_row_are_the_limit_unless_told() -> None:
     assert (guard.num_skipped, guard.num_in_row) == (10, 10)
 
 
-def test_the_last_refusal_names_step_values_and_documents() -> None:
+def test_the_last_skipped_step_names_step_values_and_documents() -> None:
     guard = Guard(limit=3)
     steps = [math.nan, math.nan, 1.0, math.nan, math.nan]
     assert [guard.accepts(n, loss, 1.0, [n]) for n, loss in enumerate(steps)] == [False, False, True, False, False]
@@ -61,7 +61,7 @@ def test_the_last_refusal_names_step_values_and_documents() -> None:
 
 
 class Small(nn.Module):
-    """Two parameters, one of them known by two names, and a buffer of either kind."""
+    """Two parameters, one of them with two names, and a buffer of either kind."""
 
     def __init__(self, value: float = 0.0, width: int = 2) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_decay_warms_up_to_its_value() -> None:
         assert ema.averages["first.weight"].tolist()[0] == pytest.approx([expected] * 2, rel=1e-6)
 
 
-def test_averages_are_lent_and_given_back_also_after_an_error() -> None:
+def test_averages_are_applied_and_undone_also_after_an_error() -> None:
     model = Small(1.0)
     ema = Ema(model, decay=0.5)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_saved_averages_must_fit() -> None:
             ema.load(wrong, 1)
 
 
-# ---- states --------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 IDENTITY: dict[str, Any] = {"recipe": {"seed": 3, "model": {"depth": 2}, "workers": 0}, "data": "abc", "draws": 1}
 
@@ -140,7 +140,7 @@ def save(folder: Path, step: int, identity: dict[str, Any] = IDENTITY, keep: int
     return state.save(folder, Progress(step), *trained(), identity, keep)
 
 
-def test_a_state_comes_back_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_everything(tmp_path: Path) -> None:
     model, ema, optimiser = trained(1.0)
     progress = Progress(12, 34, 5.5, 6, 2, {"a": 7}, [8, 9])
     target = Target(model, 0.5)
@@ -154,7 +154,7 @@ def test_a_state_comes_back_whole(tmp_path: Path) -> None:
     assert state.load(directory, fresh, averages, other, IDENTITY, follower) == progress
     assert torch.equal(fresh.first.weight, model.first.weight) and (fresh.first.weight < 1).all()
     assert torch.equal(fresh.scale, model.scale) and fresh.scale.dtype == torch.bfloat16
-    assert (fresh.kept == 1).all() and (fresh.made == 0).all()  # what is not persistent is made, not kept
+    assert (fresh.kept == 1).all() and (fresh.made == 0).all()  # a buffer that is not persistent is not saved
     assert averages.num_updates == 1
     assert all(torch.equal(averages.averages[n], v) for n, v in ema.averages.items())
     found, wanted = other.state_tensors(), optimiser.state_tensors()
@@ -162,7 +162,7 @@ def test_a_state_comes_back_whole(tmp_path: Path) -> None:
     assert follower.model.scale == 0.25 and (follower.model.first.weight == target.model.first.weight).all()
 
 
-def test_progress_counts_steps_and_the_next_document_of_its_lane() -> None:
+def test_progress_counts_steps_and_the_next_document_of_a_worker() -> None:
     progress = Progress(lanes=[0, 0])
     progress.advance(5, None)
     progress.advance(7, 1)
@@ -174,16 +174,16 @@ def test_progress_counts_steps_and_the_next_document_of_its_lane() -> None:
     [
         (6, [], 0, (6, []), False),  # as many as before
         (0, [4, 9], 2, (0, [4, 9]), False),
-        (6, [], 1, (0, [6]), False),  # one process reads what none does
+        (6, [], 1, (0, [6]), False),  # one worker reads the same as none
         (0, [6], 0, (6, []), False),
         (6, [], 2, (0, [6, 7]), True),
-        (0, [4, 9], 0, (9, []), True),  # from the first document that none has come to
+        (0, [4, 9], 0, (9, []), True),  # from the first document that no worker has reached
         (0, [4, 9], 3, (0, [9, 10, 11]), True),
         (PIECES + 4, [], 2, (0, [5, 6]), True),  # not in the middle of a document
         (PIECES + 4, [], 1, (0, [PIECES + 4]), False),  # but where the order is the same
     ],
 )
-def test_another_number_of_loading_processes(
+def test_another_number_of_workers(
     cursor: int, lanes: list[int], number: int, after: tuple[int, list[int]], changed: bool
 ) -> None:
     progress = Progress(3, cursor, lanes=lanes)
@@ -194,7 +194,7 @@ def test_another_number_of_loading_processes(
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (9, [0, 1, 2, 3])])
-def test_as_many_are_kept_as_asked(tmp_path: Path, keep: int, left: list[int]) -> None:
+def test_the_requested_number_is_kept(tmp_path: Path, keep: int, left: list[int]) -> None:
     for step in range(4):
         save(tmp_path, step, keep=keep)
     assert [step for step, _ in state.saved_steps(tmp_path)] == left
@@ -206,11 +206,11 @@ def test_as_many_are_kept_as_asked(tmp_path: Path, keep: int, left: list[int]) -
 def test_no_folder_has_no_steps(tmp_path: Path) -> None:
     (tmp_path / "step-12").mkdir(), (tmp_path / "step-000000012").mkdir(), (tmp_path / "x-step-00000012").mkdir()
     assert state.saved_steps(tmp_path) == [] == state.saved_steps(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no intact training state"):
+    with pytest.raises(ValueError, match="holds no intact checkpoint"):
         state.newest(tmp_path)
 
 
-def test_damaged_states_are_passed_over_and_not_counted(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped_and_not_counted(tmp_path: Path) -> None:
     for step in (1, 2, 5):
         save(tmp_path, step, keep=9)
     (tmp_path / "step-00000005" / "manifest.json").unlink()
@@ -220,9 +220,9 @@ def test_damaged_states_are_passed_over_and_not_counted(tmp_path: Path) -> None:
     weights.write_bytes(data)
     said: list[str] = []
     assert state.newest(tmp_path, said.append) == tmp_path / "step-00000001"
-    assert [line.startswith("passing over a damaged state: ") for line in said] == [True] * 2
+    assert [line.startswith("skipping a damaged checkpoint: ") for line in said] == [True] * 2
     assert "step-00000005" in said[0] and "step-00000002" in said[1]
-    save(tmp_path, 3, keep=1)  # 5 is later than what is saved, so it is damaged, and does not push 3 out
+    save(tmp_path, 3, keep=1)  # 5 is later than the saved step, so it is damaged and does not count against `keep`
     assert [step for step, _ in state.saved_steps(tmp_path)] == [3, 5]
 
 
@@ -237,7 +237,7 @@ def test_damaged_states_are_passed_over_and_not_counted(tmp_path: Path) -> None:
         ({"draws": 3}, "draws was 1, now 3;"),
     ],
 )
-def test_another_run_is_refused_by_its_first_difference(tmp_path: Path, identity: dict, message: str) -> None:
+def test_another_run_raises_with_its_first_difference(tmp_path: Path, identity: dict, message: str) -> None:
     directory = save(tmp_path, 1)
     with pytest.raises(ValueError, match=message):
         state.load(directory, *parts(0.0), identity)
@@ -248,11 +248,11 @@ def test_parts_that_are_left_out_and_keys_that_are_free_are_not_compared(tmp_pat
     directory = save(tmp_path, 1, saved)
     for identity in (IDENTITY, {"data": "abc"}, {}, {"recipe": IDENTITY["recipe"]}):
         assert state.load(directory, *parts(0.0), identity).step == 1
-    old = save(tmp_path, 2, {"recipe": {"seed": 3, "model": {"depth": 2}}, "data": "abc"})  # knew no workers, no draws
+    old = save(tmp_path, 2, {"recipe": {"seed": 3, "model": {"depth": 2}}, "data": "abc"})  # early format: no `workers`
     assert state.load(old, *parts(0.0), IDENTITY).step == 2
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_model_raise(tmp_path: Path) -> None:
     directory = save(tmp_path, 1)
     model, ema, optimiser = parts(0.0, width=3)
     with pytest.raises(ValueError, match=r"saved 'first.weight' has shape \(1, 2\), this model \(1, 3\)"):
@@ -269,10 +269,10 @@ def test_the_scalars_are_json(tmp_path: Path) -> None:
     directory = save(tmp_path, 4)
     text = (directory / "state.json").read_text()
     scalars = json.loads(text)
-    assert text == json.dumps(scalars, sort_keys=True, indent=1)  # two equal states are equal files
+    assert text == json.dumps(scalars, sort_keys=True, indent=1)  # equal checkpoints are equal files
     assert scalars["progress"]["step"] == 4 and scalars["ema_updates"] == 1 and scalars["identity"] == IDENTITY
 
 
-def test_a_change_is_a_fact() -> None:
+def test_a_change_is_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         Change("seed", 1, 2).key = "x"  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A list of stages as one run: each begins from the last, a stop is resumed to the bit, errors name stage and key."""
+"""A list of stages as one run: each starts from the last, a resume is exact, errors name stage and key."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "recipe.json").read_text())
 
 
-def test_each_stage_begins_where_the_last_one_ended(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_stage_starts_from_the_last_one(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = listed.parent / "out"
     assert main([str(listed), "--out", str(out)]) == 0
     second, last = recipe_of(out / "second"), recipe_of(out / "last")
@@ -111,7 +111,7 @@ def test_each_stage_begins_where_the_last_one_ended(listed: Path, capsys: pytest
     assert ids[1] == ids[0] + 2
 
     assert main([str(listed), "--out", str(out)]) == 2  # like a run: not without --resume
-    assert "holds 'words' already; go on with --resume" in capsys.readouterr().err
+    assert "holds 'words' already; continue with --resume" in capsys.readouterr().err
     shutil.rmtree(out / "last")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert main([str(listed), "--out", str(out), "--resume"]) == 0
@@ -122,7 +122,7 @@ def test_each_stage_begins_where_the_last_one_ended(listed: Path, capsys: pytest
 
 
 def check_that_others_are_refused(listed: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A finished stage that the file has otherwise, or whose beginning is gone, is not passed over in silence."""
+    """A finished stage with changed settings, or without its first stage, raises."""
     resume = ["--out", str(out), "--resume"]
     assert main([str(listed), "stages.2.changes.seed=5", *resume]) == 2
     assert re.search(r"error: stage 'second': .* recipe.seed was 4, now 5", capsys.readouterr().err)
@@ -134,7 +134,7 @@ def check_that_others_are_refused(listed: Path, out: Path, capsys: pytest.Captur
     assert "stage 'second': it is finished, and 'first' before it is not; remove" in capsys.readouterr().err
 
 
-def test_a_stopped_stage_goes_on_to_the_bit(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_stage_resumes_to_the_bit(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = ["stages.1.changes.max_steps=4", "stages.2.changes.max_steps=3"]
     text = listed.read_text()
     listed.write_text(text[: text.index('[[stages]]\nname = "mean"')])
@@ -196,7 +196,7 @@ def test_a_mistake_names_the_stage_and_the_key(
         ("stages.6.changes.objectives.1.options.powr=2", "stage 'last': .*unknown key 'powr'"),
         ("stages.6.changes.data.0.options.sprit=9", "stage 'last': .*unknown key 'sprit'; did you mean 'sprite'"),
         ("stages.6.changes.heads.logit=1", "stage 'last': .*unknown key 'logit'"),
-        ('stages.6.changes.train_only=["flw"]', "stage 'last': train_only = 'flw' is the beginning of no weight's"),
+        ('stages.6.changes.train_only=["flw"]', "stage 'last': train_only = 'flw' matches no weight's"),
     ],
 )
 def test_options_of_the_last_stage_are_checked_before_the_first_begins(
@@ -208,7 +208,7 @@ def test_options_of_the_last_stage_are_checked_before_the_first_begins(
         assert not (listed.parent / "out").exists()
 
 
-def test_a_dry_run_leaves_nothing(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_nothing(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(listed.parent.rglob("*"))
     assert main([str(listed), "--dry-run", "--out", str(listed.parent / "out")]) == 0
     assert sorted(listed.parent.rglob("*")) == before
@@ -216,7 +216,7 @@ def test_a_dry_run_leaves_nothing(listed: Path, capsys: pytest.CaptureFixture[st
     assert len(said) == 7 and said[2].startswith("second: model, to be made, checked without ")
 
 
-def test_a_file_of_an_unknown_kind_is_said(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_an_unknown_kind_raises(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed.write_text('kind = "stage"\n')
     assert main([str(listed)]) == 2
     assert "kind = 'stage'; did you mean 'stages'?" in capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_a_file_of_an_unknown_kind_is_said(listed: Path, capsys: pytest.CaptureF
     assert "--publish is for models" in capsys.readouterr().err
 
 
-def test_fresh_weights_and_other_beginnings(listed: Path) -> None:
+def test_init_none_and_init_of_another_stage(listed: Path) -> None:
     out = str(listed.parent / "out")
     fresh = planned(listed, "stages.2.init=none")[2].settings
     assert isinstance(fresh, Recipe) and fresh.init_from is None
@@ -246,8 +246,8 @@ def test_merged_by_hand() -> None:
     assert stages.merged({"a": 2}, {"a": {"b": 1}}, "") == {"a": {"b": 1}}
 
 
-def test_the_command_line_has_the_last_word(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over what the file says of all stages, and over what a stage says of itself."""
+def test_the_command_line_applies_last(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the changes of the file for all stages, and after a stage's own."""
     planned: list[list[stages.Stage]] = []
     monkeypatch.setattr(stages, "dry_run", lambda plan: planned.append(plan) or 0)
     for overrides in ([], ["changes.max_steps=7", "changes.seed=9"], ["stages.6.changes.max_steps=5"]):

@@ -1,4 +1,4 @@
-"""Saved states: half-written and damaged ones are passed over, old ones removed, tensors restored by name."""
+"""Checkpoints: half-written and damaged ones are skipped, old ones removed, tensors restored by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_steps(run: Run, steps: list[int]) -> None:
         loop.save(run)
 
 
-def test_half_written_and_damaged_states_are_passed_over(make_run: MakeRun) -> None:
+def test_half_written_and_damaged_checkpoints_are_skipped(make_run: MakeRun) -> None:
     run = make_run("report.keep=10")
     save_steps(run, [1, 2, 3, 4])
     folder = run.out / "state"
@@ -41,7 +41,7 @@ def test_only_the_newest_are_kept(make_run: MakeRun) -> None:
     assert [step for step, _ in state.saved_steps(run.out / "state")] == [5, 9]
 
 
-def test_a_state_saved_after_a_damaged_later_one_is_kept(make_run: MakeRun) -> None:
+def test_a_checkpoint_saved_after_a_damaged_later_one_is_kept(make_run: MakeRun) -> None:
     run = make_run("report.keep=1")
     save_steps(run, [4])
     (run.out / "state" / "step-00000004" / "manifest.json").unlink()
@@ -50,13 +50,13 @@ def test_a_state_saved_after_a_damaged_later_one_is_kept(make_run: MakeRun) -> N
     assert [step for step, _ in state.saved_steps(run.out / "state")] == [3, 4]
 
 
-def test_nothing_to_resume_is_said(make_run: MakeRun, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no intact training state"):
+def test_nothing_to_resume_raises(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no intact checkpoint"):
         loop.resume(make_run(out="empty"), print)
 
 
 @pytest.mark.parametrize("operation", range(9))
-def test_a_failed_save_leaves_the_last_state(
+def test_a_failed_save_keeps_the_last_checkpoint(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, operation: int
 ) -> None:
     """The disk is full at the n-th file operation of saving: five writes, a sync, the rename, a last sync."""
@@ -85,7 +85,7 @@ def test_a_failed_save_leaves_the_last_state(
     assert not [p for p in (run.out / "state").iterdir() if p.name.startswith(".")]
 
 
-def test_a_state_of_another_model_is_refused(make_run: MakeRun) -> None:
+def test_a_checkpoint_of_another_model_raises(make_run: MakeRun) -> None:
     run = make_run()
     directory = loop.save(run)
     other = make_run("model.depth=2")

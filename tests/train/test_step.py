@@ -37,7 +37,7 @@ def everything(run: Run) -> dict[str, torch.Tensor]:
 
 
 def spoiled(run: Run, loss: torch.Tensor, how: str) -> torch.Tensor:
-    """The loss, or its gradient alone (0 is added, by a root whose slope there is infinite), made NaN or infinite."""
+    """Make the loss, or its gradient alone (by adding the root of 0, whose slope is infinite), NaN or infinite."""
     part, value = how.split()
     if part == "loss":
         return loss * float(value)
@@ -58,7 +58,7 @@ def poison(run: Run, steps: set[int], how: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(run.model, "forward", loss)
 
 
-def test_what_is_spoiled_is_what_is_said(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_injected_error_affects_loss_or_gradient_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     poison(run, {0, 1}, "gradient nan", monkeypatch)
     metrics = loop.train_step(run, run.next())
@@ -96,9 +96,7 @@ def test_too_many_in_a_row_stop_the_run(make_run: MakeRun, monkeypatch: pytest.M
     poison(run, {2, 3, 4}, "gradient nan", monkeypatch)
     with pytest.raises(TooManyNonFinite, match="3 steps in a row"):
         loop.train(run, Tracker(run.out, 0, stream=io.StringIO()), lambda: False)
-    again = make_run(
-        "max_nonfinite=3", "optimiser.rate=1e-4"
-    )  # what it had learnt is saved, and a lower rate may go on
+    again = make_run("max_nonfinite=3", "optimiser.rate=1e-4")  # a checkpoint is saved, and a lower rate may continue
     loop.resume(again, lambda line: None)
     before, after = everything(run), everything(again)
     assert again.progress.step == 4 and before.keys() == after.keys()
@@ -169,7 +167,7 @@ def test_clip_scales_to_the_norm_and_leaves_nan_alone() -> None:
     assert math.isnan(optimiser.clip())
 
 
-def test_ema_follows_its_formula_and_lends_itself() -> None:
+def test_ema_follows_its_formula_and_can_be_applied() -> None:
     layer = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         layer.weight.zero_()
@@ -193,7 +191,7 @@ def test_losses_are_divided_once_by_the_global_count() -> None:
     assert float(loop.mean_of(parts[2:])) == 0.0
 
 
-def test_packing_changes_neither_draws_nor_losses(make_run: MakeRun) -> None:
+def test_packing_changes_neither_noise_nor_losses(make_run: MakeRun) -> None:
     """The same documents in short rows, in one long row, and in two batches: equal noise, equal losses."""
     run = make_run("autocast=none")
     spans = [run.loader._read(index).pieces[0].spans for index in range(6)]
@@ -241,12 +239,12 @@ def test_train_only_leaves_every_bit_of_the_rest(make_run: MakeRun) -> None:
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (not name.startswith("joint.")), name
         assert torch.equal(run.ema.averages[name], before[name]) == (not name.startswith("joint.")), name
-    with pytest.raises(ValueError, match="train_only = 'jiont' is the beginning of no weight's name"):
+    with pytest.raises(ValueError, match="train_only = 'jiont' matches no weight's name"):
         make_run('train_only=["jiont"]')
 
 
-def test_a_run_with_nothing_to_learn_stops(make_run: MakeRun, tmp_path: Path) -> None:
-    """Documents whose segments nobody marked as supervised."""
+def test_a_run_without_supervision_stops(make_run: MakeRun, tmp_path: Path) -> None:
+    """Documents without supervised segments."""
     lines = [Document((Text("hello"), Text("hi", Role.ASSISTANT))).to_json() for _ in range(3)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     run = make_run(f'data=[{{name="jsonl", options={{path="{tmp_path}/d.jsonl"}}}}]', "max_steps=3")

@@ -1,4 +1,4 @@
-"""The target network: follows by its formula, takes part in the loss, is kept where asked for and nowhere else."""
+"""The target network follows by its formula, is used in the loss, and exists only where an objective needs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MakeRun = Callable[..., Run]
 TVM = "objectives.2.name=terminal_velocity"
 
 
-def test_it_follows_each_step_and_shares_tokenizer_and_codec(make_run: MakeRun) -> None:
+def test_the_target_follows_each_step_and_shares_tokenizer_and_codec(make_run: MakeRun) -> None:
     run = make_run(TVM, "objectives.2.options.target_decay=0.75")
     target = run.target
     assert target is not None and target.model.codec is run.model.codec and target.decay == 0.75
@@ -45,7 +45,7 @@ def test_the_loss_reads_it(make_run: MakeRun) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-6) and abs(values[2] - values[0]) > 1e-3 * values[0]
 
 
-def test_a_skipped_step_leaves_it(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_does_not_change_the_target(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(TVM)
     assert run.target is not None
     loop.train_step(run, run.loader.next(0))
@@ -55,14 +55,14 @@ def test_a_skipped_step_leaves_it(make_run: MakeRun, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(v, before[n]) for n, v in run.target.tensors().items())
 
 
-def test_none_is_kept_unless_asked_for(make_run: MakeRun) -> None:
+def test_no_target_is_kept_by_default(make_run: MakeRun) -> None:
     assert make_run().target is None
     assert make_run(TVM, "objectives.2.options.target_decay=0").target is None
 
 
 @pytest.mark.parametrize("name", ["shortcut", "terminal_velocity", "consistency_trajectory", "moment_matching"])
-def test_an_average_kept_for_another_objective_is_not_read(make_run: MakeRun, name: str) -> None:
-    """Of target_decay None or 0 the present weights serve, whatever the trainer keeps."""
+def test_an_average_for_another_objective_is_not_used(make_run: MakeRun, name: str) -> None:
+    """With target_decay None or 0 the current weights are the target, also where the trainer keeps averages."""
     run = make_run(TVM)
     assert run.target is not None
     with torch.no_grad():
@@ -80,13 +80,13 @@ def test_an_average_kept_for_another_objective_is_not_read(make_run: MakeRun, na
         assert (losses[0] == losses[1]) == same, (decay, losses)
 
 
-def test_averaged_guidance_has_its_average(make_run: MakeRun) -> None:
+def test_averaged_guidance_uses_its_average(make_run: MakeRun) -> None:
     guidance = "objectives.2.options.guidance={scale=2.0,averaged=true,average_decay=0.9}"  # of MeanFlow
     assert make_run(guidance).target is not None
     assert make_run(guidance.replace("averaged=true", "averaged=false")).target is None
 
 
-def test_two_decays_are_refused(make_run: MakeRun) -> None:
+def test_two_decays_raise(make_run: MakeRun) -> None:
     both = ("objectives.1.name=shortcut", TVM)
     with pytest.raises(ValueError, match=r"different target_decay.*0\.999.*0\.99"):
         make_run(*both)

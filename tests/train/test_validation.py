@@ -1,4 +1,4 @@
-"""The held-out loss: of documents that training never sees, comparable between steps, no trace of it in the run."""
+"""The held-out loss: of documents outside training, comparable between steps, without effect on the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOW = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), 
 
 
 def pictures(folder: Path, count: int = 60, name: str = "d.jsonl") -> Path:
-    """Captioned pictures; each comes twice in the file."""
+    """Captioned pictures; each occurs twice in the file."""
     documents = [
         Document((
             Text(f"picture {n // 2}", Role.USER),
@@ -55,7 +55,7 @@ def held_out(run: Run) -> set[str]:
 
 
 def trained_on(run: Run, steps: int) -> set[str]:
-    """Digests of what the sources give at the indices that the steps hold, unfiltered."""
+    """Digests of the sources' documents at the indices of the steps, unfiltered."""
     mixture, found = run.loader.document.__self__, set()  # type: ignore[attr-defined]
     for _ in range(steps):
         packed = run.next()
@@ -67,27 +67,27 @@ def trained_on(run: Run, steps: int) -> set[str]:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_no_document_that_is_held_out_is_trained_on(make_run: MakeRun, tmp_path: Path, workers: int) -> None:
-    """Over two epochs of a file that has every picture twice; all others are trained on."""
+def test_no_held_out_document_is_trained_on(make_run: MakeRun, tmp_path: Path, workers: int) -> None:
+    """Two epochs of a file with every picture twice; all other documents are trained on."""
     run = make_run(source(pictures(tmp_path)), "validation.share=0.2", f"workers={workers}")
     kept, seen = held_out(run), trained_on(run, 12)
     assert 2 <= len(kept) <= 12 and len(seen) == 30 - len(kept) and not kept & seen
     assert run.loader.counts["held_out"] >= 2 * len(kept) and not run.loader.counts["skipped"]
 
 
-def test_of_generated_data_too(make_run: MakeRun) -> None:
+def test_generated_data_are_held_out_too(make_run: MakeRun) -> None:
     run = make_run("validation.share=0.1", "validation.documents=40")
     mixture = run.loader.document.__self__  # type: ignore[attr-defined]
     assert len(mixture.held_out.documents) > 30
     clips = [document for document in mixture.held_out.documents if document.meta.get("task") == "clip"]
-    assert clips and not held_out(run) & trained_on(run, 3)  # the twelve clips come again and again
+    assert clips and not held_out(run) & trained_on(run, 3)  # the twelve clips repeat
     with pytest.raises(KeptOut):
         for index in range(400):
             mixture.document(index)
 
 
-def test_data_of_its_own_is_measured_and_never_trained_on(make_run: MakeRun, tmp_path: Path) -> None:
-    """Also where it lies in the training file."""
+def test_separate_validation_data_are_never_trained_on(make_run: MakeRun, tmp_path: Path) -> None:
+    """Also where the training file contains them."""
     lines = pictures(tmp_path).read_text().splitlines()
     (tmp_path / "v.jsonl").write_text("\n".join(lines[:6]) + "\n")
     own = source(tmp_path / "v.jsonl").replace("data=", "validation.data=")
@@ -99,7 +99,7 @@ def test_data_of_its_own_is_measured_and_never_trained_on(make_run: MakeRun, tmp
         loop.resume(make_run(source(tmp_path / "d.jsonl"), own), print)
 
 
-def test_another_seed_holds_out_others_and_the_share_is_about_right(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_seed_decides_the_held_out_documents_and_the_share_holds(make_run: MakeRun, tmp_path: Path) -> None:
     path = source(pictures(tmp_path, 400))
     more = ("validation.share=0.25", "validation.documents=400")
     kept = [held_out(make_run(path, *more, f"seed={seed}")) for seed in (3, 4)]
@@ -109,7 +109,7 @@ def test_another_seed_holds_out_others_and_the_share_is_about_right(make_run: Ma
 RUN = ("validation.share=0.2", "validation.steps=2", "max_steps=5", "autocast=none")
 
 
-def test_values_are_logged_comparable_and_without_a_trace(make_run: MakeRun, tmp_path: Path) -> None:
+def test_values_are_logged_comparable_and_change_nothing_in_the_run(make_run: MakeRun, tmp_path: Path) -> None:
     path = source(pictures(tmp_path))
     run = make_run(path, *RUN, out="with")
     assert run.validation is not None
@@ -120,7 +120,7 @@ def test_values_are_logged_comparable_and_without_a_trace(make_run: MakeRun, tmp
     assert [row["step"] for row in rows if "validation/loss" in row] == [1, 3, 4]
     assert rows[-1]["validation/loss"] < first["loss"]
     assert "validation at step 4, averaged weights: NextToken " in said
-    # The same documents are passed over, and nothing else is changed, where nothing is measured.
+    # Without a measurement the same documents are skipped, and nothing else changes.
     silent = make_run(path, *RUN, out="without")
     silent.validation = None
     go(silent, 5)
@@ -130,7 +130,7 @@ def test_values_are_logged_comparable_and_without_a_trace(make_run: MakeRun, tmp
     assert states[0].read_bytes() == states[1].read_bytes()
 
 
-def test_it_is_of_the_averaged_weights(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_averaged_weights_are_measured(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(source(pictures(tmp_path)), *RUN)
     assert run.validation is not None
     before = run.validation(run)
@@ -181,7 +181,7 @@ def test_mistakes(
     assert said in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_share_that_leaves_nothing_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_share_that_leaves_nothing_raises(make_run: MakeRun, tmp_path: Path) -> None:
     pictures(tmp_path, 2)
     seed = next(s for s in range(40) if _holds_all(make_run, tmp_path, s))
     assert seed >= 0
@@ -195,8 +195,8 @@ def _holds_all(make_run: MakeRun, tmp_path: Path, seed: int) -> bool:
     return False
 
 
-def test_files_of_records_are_told_apart_by_their_bytes(make_run: MakeRun, tmp_path: Path) -> None:
-    """A record that does not decode has an identity too, and is not looked at for it."""
+def test_records_are_distinguished_by_their_bytes(make_run: MakeRun, tmp_path: Path) -> None:
+    """A record that does not decode has an identity too; reading the identity does not decode it."""
     path = pictures(tmp_path, 40)
     lines = path.read_text().splitlines()
     lines[3] = "not json"

@@ -1,4 +1,4 @@
-"""What one training step holds: its configuration, and what the loader makes of documents on the way to it."""
+"""The data of one training step: its configuration, and the loader's forms of a document."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PIECES = 1 << 40  # piece p of document i has the uid i + p PIECES (see train.da
 
 
 class TooManyCorrupt(RuntimeError):
-    """More than `batch.max_corrupt` of the documents could not be read."""
+    """A larger share of the documents than `batch.max_corrupt` could not be read."""
 
 
 class ShapeConfig(Frozen):
-    """`rows` rows of `budget` context and `refine_budget` refine positions."""
+    """`rows` batch rows of `budget` context and `refine_budget` refine positions."""
 
     rows: int = Field(ge=1)
     budget: int = Field(ge=8)
@@ -26,13 +26,13 @@ class ShapeConfig(Frozen):
 
 
 class BatchConfig(Frozen):
-    """What one step holds: rows of one or more shapes (short rows first: attention costs least there).
+    """Batch rows of one or more shapes (short rows first: attention costs least there).
 
     copies: noisy copies of every supervised block. trim: share of the documents whose last picture is left out of the
-    context stream, where nothing but the closing ids would read it (cheaper; the rest teach how a turn closes).
-    fixed: tensors always have the full shape; else they shrink to what is used. too_long: what becomes of a document
-    that no row holds; a picture or clip that none holds is dropped in any case (see train.data.pieces). max_corrupt:
-    the run stops when a larger share of the documents cannot be read, from `min_corrupt` such documents on.
+    context stream, where only the closing ids attend to it (cheaper; the other documents train the end of a turn).
+    fixed: tensors always have the full shape; else they shrink to the used part. too_long: split or drop a document
+    that no row holds; a picture or clip that no row holds is always dropped (see train.data.pieces). max_corrupt: the
+    run stops where a larger share of the documents cannot be read, from `min_corrupt` such documents on.
     """
 
     shapes: tuple[ShapeConfig, ...] = Field(min_length=1)
@@ -49,7 +49,7 @@ class BatchConfig(Frozen):
 
 
 class DropConfig(Frozen):
-    """How often training hides conditions, for guidance: probabilities per document with a supervised picture."""
+    """Probabilities of dropping conditions, for guidance, per document with a supervised picture."""
 
     text: float = Field(0.0, ge=0, le=1)
     images: float = Field(0.0, ge=0, le=1)
@@ -67,8 +67,8 @@ class Composed:
 
 @dataclass(frozen=True)
 class Read:
-    """What a document became: its pieces, one where it is not too long. Without pieces, `what` says why it has none;
-    `why` in words, also of what was left out where there are some."""
+    """A document as read: its pieces, one where it is not too long. `what`: the reason where it has no pieces; `why`:
+    the same in words, or what was left out of the pieces."""
 
     pieces: tuple[Composed, ...] = ()
     what: Literal["read", "skipped", "dropped", "held_out"] = "read"
@@ -77,10 +77,10 @@ class Read:
 
 @dataclass(frozen=True)
 class Packed:
-    """What one step trains on: a batch per shape, the global indices of its documents, and the cursor after it (of a
-    lane, see train.data.lanes). skipped: corrupt documents; dropped: what no row holds. counts: how many documents were
-    packed, skipped, dropped (in part or whole), held out and split, and into how many pieces; one that is split counts
-    once."""
+    """The data of one step: a batch per shape, the global indices of its documents, and the cursor after it (of one
+    worker, see train.data.lanes). skipped: corrupt documents; dropped: documents that no row holds. counts: how many
+    documents were packed, skipped, dropped (in part or whole), held out and split, and how many pieces; a split
+    document counts once."""
 
     batches: list[Batch]
     documents: list[int]

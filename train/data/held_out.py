@@ -1,8 +1,8 @@
-"""Documents that are kept out of training, to measure the loss on.
+"""Held-out documents, for the validation loss.
 
-Of a file, a share of the records: those whose identity (Source.identity) has a keyed hash below it. Of a generated
-source, which has no end, documents far beyond those that training comes to. Or documents of sources of their own. In
-every case training passes over each document of the same identity, wherever it occurs.
+Of a file: the records whose identity (Source.identity) has a keyed hash below the share. Of a generated source, which
+has no end: documents far beyond those of training. Or the documents of separate sources. In every case training skips
+each document of the same identity.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from omni.document import Document
 from omni.rng import Key
 
 FIRST_UNSEEN = 10**9
-ATTEMPTS = 20  # documents that are read for each that is wanted, where they are damaged or alike
+ATTEMPTS = 20  # documents to read at most for each wanted one, where some are damaged or equal
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`documents` to measure on, and which others of the sources are not for training. share: of files."""
+    """`documents` to measure on, and the rule for all others that training skips. share: of files."""
 
     documents: tuple[Document, ...]
     identities: frozenset[str]
@@ -41,10 +41,10 @@ def is_below(key: Key, identity: str, share: float) -> bool:
 
 
 def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, share: float | None, key: Key) -> HeldOut:
-    """At most `count` documents, of each source in proportion to its weight.
+    """At most `count` documents, from each source in proportion to its weight.
 
-    share: of the training data's own sources; None: the sources are for validation alone. Raises ValueError where
-    nothing is held out, or nothing of a source would be left to train on.
+    share: of the training sources; None: the sources serve validation alone. Raises ValueError where nothing is held
+    out, or where a source would have no document left for training.
     """
     documents: dict[str, Document] = {}
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
@@ -57,8 +57,8 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
         raise ValueError(
             "validation: no document can be held out"
             + (
-                f" by validation.share = {share:g}; raise it (to 0.1 for some dozens of documents), give it data of "
-                "its own, or remove [validation]"
+                f" by validation.share = {share:g}; raise it (to 0.1 for some dozens of documents), give "
+                "validation.data, or remove [validation]"
                 if share
                 else "; give other data"
             )
@@ -67,7 +67,7 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
 
 
 def _of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dict[str, Document], int]:
-    """Up to `wanted` documents by identity, and how many were looked at and are held out."""
+    """Up to `wanted` documents by identity, and how many of the examined records are held out."""
     of_files = isinstance(source, FiniteSource)
     start = 0 if of_files or share is None else FIRST_UNSEEN
     most = source.num_records if of_files else ATTEMPTS * wanted

@@ -1,12 +1,12 @@
-"""Lanes: several processes load, each its own share of the documents, so that a fast device does not wait for them.
+"""Data-loading workers: processes that each load their own share of the documents, ahead of the device.
 
-Lane l of L reads the documents l, l + L, l + 2 L, ... and makes every L-th step, from step l on. So the state of the
-data is one cursor per lane (`train.checkpoint.Progress.lanes`), and a resumed run goes on bit for bit.
+Worker l of L reads the documents l, l + L, l + 2 L, ... and makes every L-th step, from step l on. So the state of the
+data is one cursor per worker (`train.checkpoint.Progress.lanes`), and a resumed run is equal to the bit.
 
-Steps wait in shared memory, a few for every lane (/dev/shm on Linux: a gigabyte for steps of thousands of documents).
+A few steps of every worker wait in shared memory (/dev/shm on Linux: a gigabyte for steps of thousands of documents).
 
-Loading processes have no device. Where a batch has latents they put tickets, (number of the picture, place in it), and
-send the pictures along; `Lanes` encodes those on the device of the training process and puts the latents in.
+Workers have no device. In place of latents a worker puts tickets, (number of the picture, place in it), and sends the
+pictures along; `Lanes` encodes them on the device of the training process and fills in the latents.
 
 Shapes: P pictures, N latents of one, C channels; R rows, L positions (context or refine).
 """
@@ -33,13 +33,13 @@ from omni.sequence.layout import Batch
 from train.data.batch import Packed, TooManyCorrupt
 from train.data.loader import Loader
 
-PREFETCH = 2  # steps that every lane is ahead
+PREFETCH = 2  # steps that every worker is ahead
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One step as a lane sends it: batches whose latents are rows of a table (R, L), which the codec makes of `media`,
-    uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the lane gave up, where that is no bug."""
+    """One step as a worker sends it. In its batches, latents are row indices (R, L) of a table that the codec makes of
+    `media`, uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the worker stopped, unless by a bug."""
 
     packed: Packed
     media: tuple[Tensor, ...] = ()
@@ -47,12 +47,12 @@ class Sent:
 
 
 class Tickets:
-    """Stands where a LatentMemo stands, in a lane: "encodes" media as tickets, float32 of two channels."""
+    """Replaces a LatentMemo in a worker: "encodes" media as tickets, float32 with two channels."""
 
     channels = 2
 
     def __init__(self, codec: Codec) -> None:
-        self.codec = codec  # asked for its shapes alone
+        self.codec = codec  # used for shapes alone
         self._media: dict[int, tuple[Tensor, int]] = {}  # pixels, number of latents
         self._next = 0
 
@@ -70,7 +70,7 @@ class Tickets:
         return list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
 
     def collect(self, packed: Packed, waiting: Iterable[Tensor]) -> Sent:
-        """The step with the media that it needs; forgets all but those of `waiting`, tickets of steps to come."""
+        """The step with the media that it needs. Keeps only the media of `waiting`, tickets of later steps."""
         places = [at for batch in packed.batches for part in (batch, batch.null) if part for at in _places(part)]
         tickets = torch.cat([latents[where] for latents, where in places]).long()
         numbers, which = tickets[:, 0].unique(return_inverse=True)
@@ -91,7 +91,7 @@ class Tickets:
 
 
 class Lane(IterableDataset):
-    """What a loading process runs: the steps of its lane, from `cursors` on, without end."""
+    """The dataset of one data-loading worker: its steps, from `cursors` on, without end."""
 
     def __init__(
         self, loader: Callable[[Tickets, int], Loader], codec: Codec, cursors: Sequence[int], step: int
@@ -100,7 +100,7 @@ class Lane(IterableDataset):
 
     def __iter__(self) -> Iterator[Sent]:
         info = get_worker_info()
-        lane = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first process makes the first step
+        lane = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first worker makes the first step
         tickets = Tickets(self.codec)
         loader, cursor = self.loader(tickets, len(self.cursors)), self.cursors[lane]
         while True:
@@ -117,11 +117,12 @@ class Lane(IterableDataset):
 
 
 class Lanes:
-    """`next()` gives the steps of all lanes in turn, with latents, on `device`.
+    """`next()` returns the steps of all data-loading workers in turn, with latents, on `device`.
 
     Args:
-        loader: (tickets, number of lanes) -> the loader of a lane.
-        cursors: the next document of every lane; at first 0, 1, 2, ... step: how many steps were made.
+        loader: (tickets, number of workers) -> the loader of a worker.
+        cursors: the next document of every worker; at first 0, 1, 2, ...
+        step: how many steps are done.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Lanes:
             batch_size=None,
             num_workers=len(cursors),
             prefetch_factor=PREFETCH,
-            multiprocessing_context="fork",  # a lane inherits sources, tokenizer and codec as they are
+            multiprocessing_context="fork",  # a worker inherits sources, tokenizer and codec as they are
             collate_fn=_same,
             worker_init_fn=_end_with_parent,
         )
@@ -169,7 +170,7 @@ class Lanes:
 
 
 def _places(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """(what stands for the latents, where they are), of the context and of the refine stream."""
+    """(latents or their tickets, mask of their positions), of the context and of the refine stream."""
     return [(batch.latents, batch.is_latent), (batch.refine_latents, batch.item >= 0)]
 
 
@@ -187,11 +188,11 @@ def _filled(where: Tensor, rows: Tensor) -> Tensor:
 
 
 def _allow_many_files() -> None:
-    """Every tensor that waits is an open file here, and the usual limit is 1,024."""
-    import resource  # lanes are forks, and so is this: not on Windows
+    """Every waiting tensor is an open file, and the usual limit is 1,024."""
+    import resource  # not on Windows, like fork
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # where the hard limit is infinite it cannot be asked for
+    with contextlib.suppress(ValueError, OSError):  # an infinite hard limit cannot be set
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -200,15 +201,15 @@ def _same(sent: Sent) -> Sent:
 
 
 def _end_with_parent(worker: int) -> None:
-    """A lane whose training process was killed would wait for ever to hand over its steps: it ends too."""
+    """End a worker whose training process was killed: it would wait for ever to send its steps."""
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    can_tell = hasattr(signal, "sigtimedwait")  # who sent a signal; not on macOS
+    can_tell = hasattr(signal, "sigtimedwait")  # reports the sender of a signal; not on macOS
     if can_tell:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
-        """A stop that is meant for the whole group is the training process's to answer; its own is obeyed."""
+        """End on a SIGTERM from the training process; ignore one sent to the whole group, which the trainer handles."""
         while os.getppid() == parent:
             if not can_tell:
                 time.sleep(1)

@@ -1,7 +1,7 @@
-"""Latents of media, remembered: every distinct picture goes through the codec once while it stays in memory.
+"""A cache of latents: the codec encodes every distinct picture once while it stays in memory.
 
-The memo is keyed by a digest of the pixels. A latent does not depend on whether it was remembered, nor on what
-was encoded beside it (Codec.encode).
+The key is a digest of the pixels. A latent does not depend on whether it was cached, nor on the rest of its batch
+(Codec.encode).
 Shapes: t h w latents, C channels.
 """
 

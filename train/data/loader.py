@@ -1,11 +1,11 @@
-"""Loader: an endless source becomes packed batches. Its whole state is one integer, the cursor.
+"""Loader: packs an endless source into batches. The state is one integer, the cursor.
 
-A batch holds documents cursor, cursor + 1, ... until one fits in no row (sequence.layout); that one starts the next
-batch. So the batch at a cursor is a pure function of the cursor, whatever was read, encoded or remembered before.
+A batch holds documents cursor, cursor + 1, ... until one fits in no batch row (sequence.layout); that one starts the
+next batch. The batch depends on the cursor alone, not on cached latents.
 
 A document that is too long for every row is split into pieces (train.data.pieces) or dropped. Piece p of document i has
 the uid i + p PIECES, which names it in batches and keys its noise; the uid of the next piece is the cursor. A corrupt
-document is passed over, counted and named; so is one that is dropped, which is counted apart.
+document is skipped, counted and reported; so is a dropped one, which is counted separately.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, 
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
 
 LOOKAHEAD = 48
-MAX_PASSED_OVER = 1000  # documents in a row, with none to train on
+MAX_PASSED_OVER = 1000  # unusable documents in a row
 
 EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
 Compose = Callable[[Document, EncodeMedia], list[Span]]
 
 
 class Encoder(Protocol):
-    """A LatentMemo, or what stands for one."""
+    """A LatentMemo, or a replacement for one."""
 
     def encode(self, segments: Sequence[Image | Video]) -> list[list[torch.Tensor]]: ...
 
 
 class Loader:
-    """`next(cursor)` gives the batch that starts there.
+    """`next(cursor)` returns the batch that starts there.
 
     Args:
         document: index -> Document; pure. May raise CorruptRecord.
-        prepare: a segment -> the segment in a size that the codec can encode (Omni.prepare).
+        prepare: segment -> the segment in a size that the codec can encode (Omni.prepare).
         compose: (document, encode_media) -> spans, with the tokenizer bound.
-        memo: the codec behind its memo, or what stands for it in a lane.
+        memo: the cached codec, or its replacement in a data-loading worker.
         channels, pad_id: of the codec's latents; of the tokenizer.
-        key: of everything drawn per document here (drop, trim).
+        key: of everything sampled per document here (drop, trim).
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
-        stride: from one document to the next, for a loader that is one of several (see train.data.lanes).
-        end: where the documents end; None: nowhere.
+        stride: from one document to the next, in a data-loading worker (see train.data.lanes).
+        end: number of documents; None: endless.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Loader:
         self._window: dict[int, Read] = {}
 
     def next(self, cursor: int) -> Packed:
-        """The batch whose first document, or piece, is `cursor` or the first good one after it. At the end of the
-        documents, one without documents whose cursor is the end."""
+        """The batch whose first document, or piece, is `cursor` or the first good one after it. At the end, a batch
+        without documents whose cursor is the end."""
         shape = self.shape
         composed: dict[int, Composed] = {}
         passed: dict[int, Read] = {}
@@ -112,7 +112,7 @@ class Loader:
         return self._told(batches, uids[:num_used], after, passed)
 
     def waiting(self) -> Iterator[torch.Tensor]:
-        """The latents (N, C) of everything that is read and not yet packed."""
+        """The latents (N, C) of all documents that are read and not yet packed."""
         for read in self._window.values():
             for one in read.pieces:
                 for span in (span for spans in (one.spans, *one.nulls) for span in spans):
@@ -120,7 +120,7 @@ class Loader:
                         yield span.latents
 
     def _walk(self, cursor: int) -> Iterator[tuple[int, Composed | Read]]:
-        """From `cursor` on: every piece with its uid, and every document that has none."""
+        """From `cursor` on: every piece with its uid, and every document without pieces."""
         part, index = divmod(cursor, PIECES)
         while self.end is None or index < self.end:
             read = self._read(index)
@@ -130,7 +130,7 @@ class Loader:
             index, part = index + self.stride, 0
 
     def _told(self, batches: list[Batch], used: list[int], after: int, passed: dict[int, Read]) -> Packed:
-        """The batches, with what became of the documents that this step is done with; forgets those."""
+        """The batches, with the counts of the documents that this step finishes; removes those from the window."""
         begun = {uid: self._window[uid] for uid in used if uid < PIECES}
         done = {i: read for i, read in passed.items() if i < after % PIECES}
         skipped, dropped = ([(i, r.why) for i, r in done.items() if r.what == what] for what in ("skipped", "dropped"))
@@ -145,7 +145,7 @@ class Loader:
         return Packed(batches, documents, after, skipped, dropped, counts)
 
     def _with_nulls(self, batch: Batch, composed: dict[int, Composed]) -> Batch:
-        """The batch, told which of its documents were dropped, and with a null context for each of its items."""
+        """The batch with the uids of documents with dropped conditions, and a null context for each of its items."""
         batch = replace(batch, dropped=frozenset(uid for uid in batch.documents if composed[uid].dropped))
         if not self.null_contexts or not batch.num_items:
             return batch
@@ -163,7 +163,7 @@ class Loader:
         return self._window[index]
 
     def _fill(self, start: int) -> None:
-        """Read, prepare and compose LOOKAHEAD documents, with all their media through the codec together."""
+        """Read, prepare and compose LOOKAHEAD documents; encode all their media in one call."""
         read: dict[int, Document] = {}
         end = start + LOOKAHEAD * self.stride
         for index in range(start, end if self.end is None else min(end, self.end), self.stride):
@@ -187,7 +187,7 @@ class Loader:
                 self._window[index] = _unusable(error)
 
     def _made(self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]) -> Read:
-        """media: the document's; latents: of each."""
+        """media: of the document; latents: of each of them."""
         encoded = {id(segment): one for segment, one in zip(media, latents, strict=True)}
         whole = self._composed(Piece(document), encoded)
         size = self._size(whole.spans)
@@ -205,7 +205,7 @@ class Loader:
             if problem
             else ""
             if made
-            else f"too long, with nothing to learn; {limit}"
+            else f"too long, with no supervised segment; {limit}"
         )
         return Read(made, "read" if made else "dropped", why)
 
@@ -217,7 +217,7 @@ class Loader:
         return Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
     def _measured(self, segment: Segment, encoded: dict[int, list[torch.Tensor]]) -> Size:
-        """Of one segment, without the ids of its document and turn."""
+        """The size of one segment, without the ids of its document and turn."""
         latents = [] if isinstance(segment, Text) else [encoded[id(segment)]]
         size = self._size(self.compose(Document((segment,)), _hand_out(latents)))
         return Size(size.context - BEGIN - TURN, size.refine)
@@ -250,7 +250,7 @@ class Loader:
         return document
 
     def _check_passed(self, num_seen: int, passed: dict[int, Read], some_good: bool) -> None:
-        """Whether to go on: a run without an end in sight, or on damaged data, is an error."""
+        """Raise where too many documents are corrupt, or too many in a row are unusable."""
         shape, last = self.shape, list(passed.values())[-1].why
         skipped = self.counts["skipped"] + sum(read.what == "skipped" for read in passed.values())
         seen = sum(self.counts[name] for name in ("documents", "skipped", "dropped", "held_out")) + num_seen
@@ -260,16 +260,17 @@ class Loader:
                 f"the last: {last}"
             )
         if len(passed) >= MAX_PASSED_OVER and not some_good:
-            raise ValueError(f"{len(passed)} documents in a row and none to train on; the last: {last}")
+            raise ValueError(f"{len(passed)} documents in a row are unusable; the last: {last}")
 
 
 def _unusable(error: ValueError) -> Read:
-    """Such as a picture's size that the codec or a block's header cannot take."""
+    """For example a picture whose size the codec or a block's header cannot represent."""
     return Read((), "skipped", f"unusable: {error}")
 
 
 def _taught(spans: list[Span], piece: Piece) -> list[Span]:
-    """The spans of a piece, without the lesson that a reply begins or ends where the piece does alone."""
+    """The spans of a piece; the first supervised id, or the last id, is unsupervised where the reply does not begin, or
+    end, with the piece."""
     if not piece.begins:
         first = ((n, s) for n, s in enumerate(spans) if isinstance(s, TokenSpan) and any(s.supervise))
         spans = next((_unsupervised(spans, n, s.supervise.index(True)) for n, s in first), spans)
@@ -285,6 +286,6 @@ def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
 
 
 def _hand_out(latents: list[list[torch.Tensor]]) -> EncodeMedia:
-    """An encode_media for `compose`: the next latents for each media segment, in the document's order."""
+    """An encode_media for `compose`: returns the next latents for each media segment, in the document's order."""
     waiting = iter(latents)
     return lambda segments: [next(waiting) for _ in segments]

@@ -1,8 +1,8 @@
 """Mixture: many sources as one endless sequence, in exact shares.
 
-Global indices come in blocks of 1000. In every block each source has its share (rounded so that the running total is
-never off by more than one), in a keyed order; the k-th index that falls to a source is that source's document k. So a
-finite source is visited exactly once per epoch whatever the weights are, and any index is found without history.
+Global indices come in groups of 1000. In every group each source has its share (rounded so that the running total is
+never off by more than one), in a keyed order; the k-th index of a source is that source's document k. So a finite
+source is visited exactly once per epoch for any weights, and any index is found without history.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Mixture:
         return document
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(which source, which of its documents) the global `index` is."""
+        """(number of the source, index in the source) of the global `index`."""
         if len(self.sources) == 1:
             return 0, index
         block, offset = divmod(index, BLOCK)
@@ -64,6 +64,6 @@ class Mixture:
         return result
 
     def _counts(self, index: int) -> list[int]:
-        """How many of the first `index` global indices fall to each source; `index` is a multiple of BLOCK."""
+        """How many of the first `index` global indices belong to each source; `index` is a multiple of BLOCK."""
         edges = [0, *(math.floor(index * edge) for edge in self._edges)]
         return [high - low for low, high in zip(edges, edges[1:], strict=False)]

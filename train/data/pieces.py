@@ -1,15 +1,15 @@
-"""A document too long for a row, as several documents that are not: its pieces.
+"""Splits a document that is too long for a batch row into pieces, each a document that fits.
 
     head  exchange  exchange  |  head  exchange  |  head  request  reply, first part  |  head  request  reply, the rest
 
-An exchange is what is asked and what is answered to it: it begins where a turn of the user (or of the system) follows
-one of the assistant. Pieces are cut between exchanges where they can be. An exchange that is too long alone is cut
-inside its reply, between segments; the request, everything before its first supervised segment, stands before each
-part. A text that is too long alone is cut inside, at the end of a paragraph, a sentence or a word where there is one. A
-picture or clip is never cut. The head, the system turns that the document begins with, stands before each piece.
+An exchange is a request and its reply: it begins where a turn of the user (or of the system) follows one of the
+assistant. Cuts are between exchanges where possible. An exchange that is too long alone is cut inside its reply,
+between segments; the request, everything before its first supervised segment, is repeated before each part. A text that
+is too long alone is cut at the end of a paragraph, a sentence or a word where there is one. A picture or clip is never
+cut. The head, the system turns at the start of the document, is repeated before each piece.
 
-What fits in no row with its head and request is left out, and with it the rest of its exchange, which may speak of it.
-A piece without a supervised segment teaches nothing and is left out too.
+A segment that fits in no row with its head and request is left out, with the rest of its exchange, which may refer to
+it. A piece without a supervised segment is left out too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import NamedTuple
 from omni.document import Document, Image, Role, Segment, Text, Video
 
 BEGIN, TURN = 1, 2  # ids of omni.text.compose: of a document; of a turn, its role and its end
-REQUEST_SHARE = 0.75  # of a row, at most, for head and request, where a text is cut inside: else rows repeat them alone
-CUTS = (("\n\n", 2), ("\n", 1), (". ", 1), (" ", 0))  # where a text may be cut, and how far behind its beginning
+REQUEST_SHARE = 0.75  # of a row, at most, for head and request where a text is cut: else rows repeat little else
+CUTS = (("\n\n", 2), ("\n", 1), (". ", 1), (" ", 0))  # marks to cut a text at, and the offset of the cut
 
 
 class Size(NamedTuple):
@@ -35,8 +35,8 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """begins, ends: whether what it teaches begins, and ends, where a reply of the document does. Else its first
-    supervised id, and the end of its last turn, are no lesson."""
+    """begins, ends: whether its supervised part begins, and ends, where a reply of the document does. Otherwise its
+    first supervised id, or the end of its last turn, is not supervised."""
 
     document: Document
     begins: bool = True
@@ -55,7 +55,7 @@ class Splitter:
         self._known: dict[int, Size] = {}
 
     def split(self, document: Document) -> tuple[list[Piece], str]:
-        """The pieces in order, and why something was left out: empty where nothing was."""
+        """The pieces in order, and the reason for what was left out: empty where nothing was."""
         self._known = {id(segment): self._measure(segment) for segment in document.segments}
         head, exchanges = _exchanges(document.segments)
         pieces: list[Piece] = []
@@ -80,7 +80,7 @@ class Splitter:
         return pieces, problem
 
     def size(self, segments: Sequence[Segment]) -> Size:
-        """Of a document of these segments."""
+        """The size of a document of these segments."""
         sizes = [self._known.get(id(segment)) or self._measure(segment) for segment in segments]
         turns = sum(1 for at, s in enumerate(segments) if not at or s.role != segments[at - 1].role)
         return Size(BEGIN + TURN * turns + sum(s.context for s in sizes), sum(s.refine for s in sizes))
@@ -121,7 +121,7 @@ class Splitter:
         return pieces, ""
 
     def _beginning(self, before: Sequence[Segment], segment: Text) -> str:
-        """As much of a text as fits behind `before`, up to a good place to cut; empty where too little does."""
+        """As much of a text as fits behind `before`, up to a good place to cut; empty where too little fits."""
         size = self.size(before)
         if not self._fits(Size(round(size.context / REQUEST_SHARE), size.refine)):
             return ""
@@ -135,7 +135,7 @@ class Splitter:
 
 
 def longest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest n <= most that fits, where all below it do; few and short tries, if it is far below `most`."""
+    """The largest n <= most that fits, if fits is monotone. Few and short trials where it is far below `most`."""
     low, step = 0, 64
     while low + step <= most and fits(low + step):
         low, step = low + step, 2 * step
@@ -147,8 +147,8 @@ def longest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def cut_before(text: str, end: int) -> int:
-    """The best place in the second half of text[:end]: behind a paragraph, a line, a sentence, a word (spaces go with
-    what follows, as tokenizers have it); else the last place that parts no character from its marks."""
+    """The best cut in the second half of text[:end]: behind a paragraph, a line, a sentence, a word (a space belongs to
+    the next word, as in tokenizers); else the last cut that separates no character from its combining marks."""
     for mark, behind in CUTS:
         at = text.rfind(mark, max(end // 2, 1), end)
         if at >= 0:
@@ -160,12 +160,12 @@ def cut_before(text: str, end: int) -> int:
 
 
 def _belongs(before: str, after: str) -> bool:
-    joins = "\u200d"  # zero-width joiner: emoji of several
+    joins = "\u200d"  # zero-width joiner: composed emoji
     return joins in (before, after) or bool(unicodedata.combining(after)) or after in "\ufe0e\ufe0f"
 
 
 def _exchanges(segments: Iterable[Segment]) -> tuple[list[Segment], list[list[Segment]]]:
-    """The system turns at the beginning (none that are supervised), and the rest, exchange by exchange."""
+    """The unsupervised system turns at the beginning, and the rest, exchange by exchange."""
     waiting = list(segments)
     head: list[Segment] = []
     while waiting and waiting[0].role == Role.SYSTEM and not waiting[0].supervise:

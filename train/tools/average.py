@@ -2,9 +2,9 @@
 
     python -m train.tools.average OUT MODEL=0.7 MODEL=0.3
 
-Configuration, tokenizer and codec are the first model's. One without weights of their own for latents counts with
-copies of those of text (see train.upcycling). Stages that follow one another forget a little of what came
-before; a mean with an earlier stage brings it back without a step of training.
+Configuration, tokenizer and codec are the first model's. A model without separate latent weights is upcycled first
+(see train.upcycling). A later stage forgets a little of earlier ones; a mean with an earlier stage recovers it without
+training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from train.upcycling import with_copies
 
 
 def average(models: Sequence[tuple[str, float]]) -> Omni:
-    """The mean of model directories with shares that add up to 1. ValueError where shares or shapes do not fit."""
+    """The weighted mean of model directories; shares add up to 1. ValueError where shares or shapes do not fit."""
     total = sum(share for _, share in models)
     if len(models) < 2 or abs(total - 1) > 1e-6 or min(share for _, share in models) <= 0:
         raise ValueError(f"give at least two models with positive shares that add up to 1, got {list(models)}")

@@ -1,14 +1,14 @@
-"""A model for another tokenizer: every weight stays, and every text id gets a vector from what its bytes were before.
+"""A model for another tokenizer: all other weights stay, and every text id gets a vector made from the old ids.
 
     python -m train.tools.retokenize OUT MODEL TOKENIZER [--pictures emoji_world]
 
 An id whose text was one id of the old tokenizer keeps that id's vector; any other gets the mean of the vectors of the
-old ids that its text consists of. Control ids keep theirs. The joint-token head is left out: train it again. A short
-run with the new tokenizer then teaches what the new ids mean.
+old ids of its text. Control ids keep theirs. The joint-token head is left out: train it again. A short run with the new
+tokenizer then trains the new vectors.
 
 With `--pictures`, the id of a name whose picture is known gets a code of that picture too: its principal components.
-So "how does this code become latents" is one function that all names teach together, where otherwise each name's
-vector has to learn its own picture, from a few dozen visits.
+So the map from code to latents is one function that all names train together; otherwise each name's vector has to learn
+its own picture from a few dozen examples.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ CODE_DEVIATION = 0.08  # of a code's coordinates; a trained embedding's are abou
 
 
 def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor] | None = None) -> Omni:
-    """A new model like `model`, with the rows of its vocabulary made anew for `tokenizer`.
+    """A new model with the weights of `model` and a vocabulary for `tokenizer`.
 
-    pictures: uint8 (H, W, 3), all of one size, by name; the ids of a name, with or without a space before it, get its
-    code (see `picture_codes`) added. ValueError for a model without a tokenizer.
+    pictures: uint8 (H, W, 3), all of one size, by name; the code of a name (see `picture_codes`) is added to its ids,
+    with and without a space before it. ValueError for a model without a tokenizer.
     """
     old = model.tokenizer
     if old is None:
@@ -63,8 +63,8 @@ def retokenize(model: Omni, tokenizer: Tokenizer, pictures: Mapping[str, Tensor]
 def picture_codes(model: Omni, pictures: Sequence[Tensor]) -> Tensor:
     """(N, width) float32 codes of N uint8 (H, W, 3) pictures: principal components of their latents, in a random basis.
 
-    A component's deviation enters by its square root: small ones stay readable, large ones precise. At most `width`
-    components; fewer pictures than that have fewer. Coordinates have deviation CODE_DEVIATION.
+    A component's standard deviation enters by its square root, which keeps small ones visible. At most `width`
+    components, and at most one per picture. Coordinates have standard deviation CODE_DEVIATION.
     """
     latents = torch.stack([block for [block] in model.encode_media([Image(pixels) for pixels in pictures])]).flatten(1)
     left, deviations, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
@@ -76,7 +76,7 @@ def picture_codes(model: Omni, pictures: Sequence[Tensor]) -> Tensor:
 
 
 def emoji_pictures() -> dict[str, Tensor]:
-    """Every name of the emoji world and its picture, big and on white."""
+    """Every name of the emoji world and its picture, large, on white."""
     from omni.data.emoji_world import Atlas
     from omni.data.emoji_world.scene import render, single
 
@@ -85,7 +85,7 @@ def emoji_pictures() -> dict[str, Tensor]:
 
 
 def _old_ids(old: Tokenizer, data: bytes) -> list[int]:
-    """The old ids whose bytes joined are `data`: of its text, or of its bytes one by one where it is no text."""
+    """The old ids of `data`: of its text, or of each byte where it is not valid text."""
     text = decode_bytes(data)
     if text.encode("utf-8", "surrogatepass") == data:
         return old.encode(text)

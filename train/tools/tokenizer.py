@@ -3,7 +3,8 @@
     python -m train.tools.tokenizer tokenizers_cfg/emoji_bpe.toml corpus=FILE out=DIR
 
 The corpus is a text file (one text per line) or "emoji_world": the text of that world's training documents. The same
-recipe, corpus and library version give the same files. Prints what it made; exits 2 on a bad recipe.
+recipe, corpus and library version give the same files. Prints sizes, bytes per id and a digest; exits 2 on a bad
+recipe.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from omni.text.tokenizer import Tokenizer, backends
 
 
 class TokenizerRecipe(Frozen):
-    """backend: bpe or sentencepiece; vocab_size: number of text ids, not counting phrases; num_texts: at most so many
-    lines or documents; phrases: None, a text file of one phrase a line, or "emoji_world"."""
+    """backend: bpe or sentencepiece; vocab_size: number of text ids, without phrases; num_texts: lines or documents, at
+    most; phrases: None, a text file with one phrase a line, or "emoji_world"."""
 
     backend: str
     vocab_size: int = Field(gt=0)

@@ -1,1 +1,1 @@
-"""CIFAR-10 as a laboratory of flow-map objectives: pictures, Omni over their patches, a judge of what is drawn."""
+"""Experiments with flow-map objectives on CIFAR-10: pictures, Omni over their patches, a judge of the samples."""

@@ -1,15 +1,15 @@
-"""Flow-map objectives on CIFAR-10 with classes: Frechet distance against evaluations, at equal device time.
+"""Flow-map objectives on CIFAR-10 with classes: Frechet distance against function evaluations, at equal device time.
 
     cifar10   the methods of a table (eval/suites/cifar10.toml), each trained for `minutes_per_objective`
 
-All have the same network, Omni itself: a short chat names the class, and a picture is one block of pixel patches. A row
-`METHOD_N` is the mean over seeds of the Frechet distance between `num_samples` pictures drawn in N steps and the
-training pictures; with several seeds `METHOD_N_spread` is its standard deviation. Features are those of a classifier
-that the task trains first (see judge.py); `floor` is the distance of the test pictures. `best_to_REFERENCE_N`
-is the smallest distance of the other methods over the reference's, both in N steps.
+All methods have the same network, Omni: a short chat names the class, and a picture is one block of pixel patches. The
+report row `METHOD_N` is the mean over seeds of the Frechet distance between `num_samples` pictures sampled in N steps
+and the training pictures; with several seeds `METHOD_N_spread` is its standard deviation. Features are those of a
+classifier that the task trains first (see judge.py); `floor` is the distance of the test pictures.
+`best_to_REFERENCE_N` is the smallest distance of the other methods over the reference's, both in N steps.
 
-A method that fails, or whose steps stop being finite, costs the others nothing: `METHOD_failed` counts its seeds
-without a result and has the reason as its unit. Rows are printed as they are made.
+A method that fails, or has too many non-finite steps, does not affect the others: `METHOD_failed` counts its seeds
+without a result, with the reason as its unit. Each row is printed at once.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from omni.rng import Key
 from omni.sequence.layout import Batch
 from train.charts import require_matplotlib
 
-PASS = 500  # pictures drawn at once
+PASS = 500  # pictures sampled at once
 
 
 class Cifar10Options(TaskOptions):
-    """data: the folder with train.parquet and test.parquet. pictures: only so many of training, and of test; None: all.
-    workers: processes that decode them. device: None is the suite's.
+    """data: the folder with train.parquet and test.parquet. pictures: number of training and of test pictures; None:
+    all. workers: processes that decode them. device: None is the suite's.
 
-    methods: the table, by name; only: names of those to run, none is all. reference: what the others are compared with.
-    evaluations: numbers of steps to draw in. minutes_per_objective: of device time, for every method alike.
-    inception: a TorchScript file of features in place of the classifier's. folder: where the two pictures go.
+    methods: the table, by name; only: names of those to run, none is all. reference: the method to compare with.
+    evaluations: numbers of sampling steps. minutes_per_objective: device time of every method. inception: a TorchScript
+    file of features in place of the classifier's. folder: of the two output pictures.
     """
 
     data: str | None = None
@@ -96,7 +96,7 @@ class Cifar10Options(TaskOptions):
         return {name: m for name, m in self.methods.items() if not self.only or name in self.only}
 
     def numbers(self, method: Method) -> list[int]:
-        """Of steps to draw in, ascending."""
+        """Numbers of sampling steps, ascending."""
         return sorted(set(method.evaluations or self.evaluations))
 
 
@@ -115,7 +115,7 @@ def cifar10_rows(options: Cifar10Options) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Lab:
-    """What all methods share: the data, their normalised patches, the judge, and the documents to draw into."""
+    """Shared by all methods: the data, their normalised patches, the judge, and the documents to sample into."""
 
     options: Cifar10Options
     pictures: Pictures
@@ -126,12 +126,12 @@ class Lab:
     labels: Tensor  # (num_samples,) int64: the classes in turn
 
     def canvas(self, key: Key) -> Canvas:
-        """With the noise of a seed."""
+        """The canvas with the noise of a seed."""
         noise = key.fold("start").normal((len(self.labels), *self.patches.shape)).to(self.labels.device)
         return Canvas(self.blank, self.patches, noise, self.labels)
 
     def distance(self, pixels: Tensor) -> float:
-        """Of uint8 pictures (N, P, P, 3) from the training pictures."""
+        """The distance of uint8 pictures (N, P, P, 3) from the training pictures."""
         return frechet_distance(moments(self.features, pixels), self.wanted)
 
 
@@ -146,13 +146,13 @@ class Run:
 
 @dataclass
 class Results:
-    """Of all methods, by name: runs in the order of seeds, and the reasons of those that are missing."""
+    """By method: runs in the order of seeds, and the errors of missing runs."""
 
     runs: dict[str, list[Run]] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
 
     def mean(self, name: str, n: int) -> float:
-        """Over seeds; NaN where there is none."""
+        """The mean over seeds; NaN without runs."""
         values = [run.distances[n] for run in self.runs.get(name, []) if n in run.distances]
         return statistics.fmean(values) if values else float("nan")
 
@@ -177,7 +177,7 @@ def cifar10(context: Context, options: Cifar10Options) -> Outcome:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """TF32 for what stands outside of autocast ("high"); differences of float32 want all of its digits ("highest")."""
+    """TF32 outside autocast ("high"); differences in float32 need full precision ("highest")."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -190,7 +190,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def prepare(context: Context, options: Cifar10Options) -> tuple[Lab, list[Measure]]:
-    """Read the data and make the judge. Returns its rows too."""
+    """Read the data and build the judge. Returns its rows too."""
     device, folder, start = options.device or context.device, Path(options.data or ""), time.perf_counter()
     paths = [folder / f"{part}.parquet" for part in ("train", "test")]
     train_set, test_set = load_pictures(paths, options.pictures, options.workers, device)
@@ -214,8 +214,8 @@ def prepare(context: Context, options: Cifar10Options) -> tuple[Lab, list[Measur
 
 
 def run_all(context: Context, lab: Lab) -> Results:
-    """Seed by seed, so that every method has a result before any has two. Of one seed all begin with the same weights
-    and see the same pictures in the same order."""
+    """Run seed by seed, so that every method has a result before any has two. Within a seed all methods start from the
+    same weights and get the same pictures in the same order."""
     results, options = Results(), lab.options
     for seed in range(options.seeds):
         key = context.key("cifar10", seed)
@@ -223,7 +223,7 @@ def run_all(context: Context, lab: Lab) -> Results:
         for name, method in options.chosen.items():
             try:
                 results.runs.setdefault(name, []).append(run_method(lab, method, canvas, key))
-            except Exception as error:  # whatever goes wrong in one method, the others are still worth running
+            except Exception as error:  # an error in one method does not stop the others
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 results.failures.setdefault(name, []).append(reason)
                 context.say("".join(traceback.format_exception(error)))
@@ -234,7 +234,7 @@ def run_all(context: Context, lab: Lab) -> Results:
 
 
 def run_method(lab: Lab, method: Method, canvas: Canvas, key: Key) -> Run:
-    """Train and draw. Raises ValueError where too many steps were not finite."""
+    """Train and sample. Raises ValueError where too many steps were not finite."""
     options = lab.options
     learner = Learner(method, options.train, lab.pictures, lab.patches, key.fold("train"))
     trained = train(learner, 60 * options.minutes_per_objective)
@@ -248,7 +248,7 @@ def run_method(lab: Lab, method: Method, canvas: Canvas, key: Key) -> Run:
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last method had, so that the next one's memory does not depend on it."""
+    """Free the memory of the last method, so that the next one's does not depend on it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -258,7 +258,7 @@ def release(device: torch.device) -> None:
 
 
 def ratios(results: Results, options: Cifar10Options) -> Iterator[Measure]:
-    """Where the reference and another method have a result."""
+    """Ratios to the reference, where it and another method have a result."""
     others = [name for name in options.chosen if name != options.reference]
     for n in sorted(set(options.evaluations)):
         own = results.mean(options.reference, n)
@@ -307,13 +307,13 @@ def notes(lab: Lab, results: Results, device: torch.device) -> list[str]:
         f"{options.patch} pixels, {'bfloat16' if on_cuda else 'float32'}"
         f"{', compiled' if own.compile else ''}, tangents {own.tangents}; {options.num_samples} pictures drawn",
         f"{60 * options.minutes_per_objective:.1f} s of device time for each method; the clock starts after "
-        f"{REHEARSALS} steps on the same shapes, in which everything is compiled and which are then undone (rehearsal)",
+        f"{REHEARSALS} steps on the same shapes, which compile everything and are then undone (rehearsal)",
         *(f"{name} failed: {reason}" for name, reasons in results.failures.items() for reason in reasons),
     ]
 
 
 def curves(results: Results, floor: float, options: Cifar10Options) -> list[Curve]:
-    """The frontier, drawn as a file too: `cifar10.png`."""
+    """The curves of distance, also as the file `cifar10.png`."""
     lines = {
         name: [(float(n), results.mean(name, n)) for n in options.numbers(options.methods[name])]
         for name in options.chosen
@@ -328,7 +328,7 @@ def curves(results: Results, floor: float, options: Cifar10Options) -> list[Curv
 
 
 def panels(results: Results, options: Cifar10Options) -> list[Panel]:
-    """One picture of each class by method and number of steps, first seed; as a file `cifar10_samples.png`."""
+    """One picture of each class by method and number of steps, first seed; also as the file `cifar10_samples.png`."""
     rows = {
         f"{name}, {n}": pictures
         for name in options.chosen

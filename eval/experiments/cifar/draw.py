@@ -1,8 +1,8 @@
-"""Pictures drawn from a trained network, many at once, and a sheet of them.
+"""Samples pictures from a trained network, many at once, and makes a sheet of them.
 
-The contexts are encoded once and read by every evaluation; the noise is the same for all networks and numbers of steps.
+The contexts are encoded once for all evaluations; the noise is the same for all networks and numbers of steps.
 
-Legend: M pictures to draw, R rows of a pass, N latents, C channels, P side in pixels.
+Legend: M pictures to sample, R batch rows, N latents, C channels, P side in pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCALE, GAP, LABEL_WIDTH = 2, 2, 190
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """What all are drawn from and into: `blank`, R documents of one copy; `noise` (M, N, C) and `labels` (M,)."""
+    """Inputs of sampling: `blank`, R documents of one copy; `noise` (M, N, C) and `labels` (M,)."""
 
     blank: Batch
     patches: Patches
@@ -41,11 +41,11 @@ class Canvas:
 
 @torch.no_grad()
 def draw_pictures(model: Omni, method: Method, steps: int, canvas: Canvas, key: Key) -> Tensor:
-    """uint8 (M, P, P, 3) by the method's sampler, R rows a pass. ValueError if they are not finite."""
+    """uint8 (M, P, P, 3) by the method's sampler, R pictures a batch. ValueError where they are not finite."""
     rows, num, device = len(canvas.blank.ids), len(canvas.labels), canvas.labels.device
     times, found = time_grid(steps, start=method.start_time), []
     for at in range(0, num, rows):
-        where = torch.arange(at, at + rows, device=device) % num  # the last pass is as full as the others
+        where = torch.arange(at, at + rows, device=device) % num  # the last batch is as full as the others
         start = times[0] * canvas.noise[where]  # at t < 1 pure noise is t eps
 
         def renoise(jump: int, at: int = at, shape: tuple[int, ...] = tuple(start.shape)) -> Tensor:
@@ -58,12 +58,12 @@ def draw_pictures(model: Omni, method: Method, steps: int, canvas: Canvas, key: 
         found.append(last.x[: num - at])
     latents = torch.cat(found)
     if not bool(latents.isfinite().all()):
-        raise ValueError(f"what {steps} steps draw is not finite")
+        raise ValueError(f"samples in {steps} steps are not finite")
     return canvas.patches.decode(latents)
 
 
 def velocity_of(model: Omni, method: Method, batch: Batch) -> Callable[[Tensor, float, float], Tensor]:
-    """F(x, t, s) of the rows of a batch with one copy each, guided where the method says so."""
+    """F(x, t, s) of the rows of a batch with one copy each, with the method's guidance."""
     w, ones = method.guidance, torch.ones(len(batch.ids), device=batch.ids.device)
     memory, told = _memory(model, batch), ones / method.told_guidance
     null = None if w == 1 or batch.null is None else _memory(model, batch.null)
@@ -78,7 +78,7 @@ def velocity_of(model: Omni, method: Method, batch: Batch) -> Callable[[Tensor, 
 
 
 def _memory(model: Omni, batch: Batch) -> Memory:
-    """The context, all of which every position of the block sees (see eval.experiments.cifar.patches)."""
+    """The context; every position of the block attends to all of it (see eval.experiments.cifar.patches)."""
     return replace(model.context(batch)[1], uniform=True)
 
 

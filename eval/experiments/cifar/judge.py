@@ -1,7 +1,7 @@
-"""How far drawn pictures are from CIFAR-10's: the Frechet distance of the features of a small classifier.
+"""Distance of sampled pictures from CIFAR-10: the Frechet distance of the features of a small classifier.
 
-The distance is that of arXiv 1706.08500, of other features than Inception's, so its values compare only with others of
-the same classifier (or of the same TorchScript file): it is trained anew by every run, from a key.
+The distance is that of arXiv 1706.08500, but not on Inception features, so values are comparable only for the same
+classifier (or the same TorchScript file). Every run trains the classifier, from a key.
 
 Legend: N pictures, D features, P side in pixels.
 """
@@ -24,12 +24,12 @@ from omni.config import Frozen
 from omni.rng import Key
 from train.optim.optimiser import Optimiser
 
-CHUNK = 1000  # pictures a pass of the features
+CHUNK = 1000  # pictures per batch of features
 
 
 class ClassifierOptions(Frozen):
-    """width: channels of the first layer, a quarter of the last. features: of the layer before the classes. rate: the
-    highest of stochastic gradient descent."""
+    """width: channels of the first layer, a quarter of the last. features: of the layer before the classes. rate: peak
+    learning rate of stochastic gradient descent."""
 
     width: int = Field(default=64, ge=1)
     features: int = Field(default=256, ge=1)
@@ -55,7 +55,7 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A residual network of eight convolutions, in the manner of ResNet-9."""
+    """A residual network of eight convolutions, similar to ResNet-9."""
 
     def __init__(self, options: ClassifierOptions, key: Key) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
                 parameter.detach().copy_(key.fold("initialise", name).normal(tuple(parameter.shape)) * std)
 
     def features(self, pixels_NPP3: Tensor) -> Tensor:
-        """uint8 (N, P, P, 3) -> (N, D), none of them negative."""
+        """uint8 (N, P, P, 3) -> (N, D), none negative."""
         x = (pixels_NPP3.permute(0, 3, 1, 2).float() / 64 - 2).contiguous(memory_format=torch.channels_last)
         return F.relu(self.squeeze(self.body(x).mean((2, 3))))
 
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(pictures: Pictures, options: ClassifierOptions, key: Key) -> Classifier:
-    """In bfloat16 on CUDA, on flipped and cropped pictures."""
+    """Train in bfloat16 on CUDA, on flipped and cropped pictures."""
     device, batch = pictures.labels.device, min(options.batch, len(pictures))
     classifier = Classifier(options, key).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sgd = torch.optim.SGD(
@@ -102,14 +102,14 @@ def train_classifier(pictures: Pictures, options: ClassifierOptions, key: Key) -
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, pictures: Pictures) -> float:
-    """In percent."""
+    """Accuracy in percent."""
     guesses = torch.cat([classifier(part).argmax(-1) for part in pictures.pixels.split(CHUNK)])
     return 100 * float((guesses == pictures.labels).float().mean())
 
 
 def load_features(path: str | Path, device: str) -> Callable[[Tensor], Tensor]:
     """uint8 (N, P, P, 3) -> (N, D) by a TorchScript module that takes uint8 (N, 3, P, P) and `return_features`, such as
-    the Inception of StyleGAN's metrics, which resizes by itself. ValueError where there is none."""
+    the Inception of StyleGAN's metrics, which resizes its input. ValueError where the file is not TorchScript."""
     try:
         module = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
@@ -120,7 +120,7 @@ def load_features(path: str | Path, device: str) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """mean (D,) and covariance (D, D) of features, float64."""
+    """Mean (D,) and covariance (D, D) of features, float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -128,7 +128,7 @@ class Moments:
 
 @torch.no_grad()
 def moments(features: Callable[[Tensor], Tensor], pixels_NPP3: Tensor) -> Moments:
-    """Of the features of uint8 pictures, on their device."""
+    """The moments of the features of uint8 pictures, on their device."""
     found = torch.cat([features(part).double() for part in pixels_NPP3.split(CHUNK)])
     return Moments(found.mean(0), torch.cov(found.T))
 

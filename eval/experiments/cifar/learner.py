@@ -1,12 +1,12 @@
 """One objective trained on CIFAR-10 for a number of seconds of device time.
 
-The network is Omni, its batch is laid out once; a step puts other classes and latents into it, all on the device. This
-file waits for nothing within a step (objectives do, where they read numbers back), but lets the host be at most one
-step ahead of the device: so its clock is the device's, to within a step. Compilation and the first steps stand outside
-of the time: the learner rehearses on the very same shapes, and is then put back to where it began.
+The network is Omni. Its batch is laid out once; a step replaces classes and latents in it, all on the device. The loop
+does not synchronise within a step (objectives do, where they read numbers back), but keeps the host at most one step
+ahead of the device, so its clock equals the device's to within a step. Compilation and the first steps are not timed:
+the learner rehearses on the same shapes and is then reset.
 
-A step whose gradient is not finite changes nothing (the fused optimiser is told so on the device) and is counted; an
-objective with more than `nonfinite_steps` of them stops.
+A step whose gradient is not finite changes nothing (a flag on the device makes the fused optimiser skip it) and is
+counted. An objective with more than `nonfinite_steps` of them stops.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ REHEARSALS = 3  # steps before the clock starts
 
 
 class Method(Frozen):
-    """One line of the comparison: an objective with its options, how it is trained and how it is drawn from.
+    """One line of the comparison: an objective with its options, its training and its sampling.
 
-    head: options of the flow head in which it differs (parametrisation, time_scale, ...). copies: noisy ones of each
-    picture, which a step then has fewer of. rate: if not the run's. start_time: of sampling, where it is not 1.
-    guidance: w of sampling, with two evaluations a step; told_guidance: the w that the network is told, where the
-    objective trained it. evaluations: if not the task's numbers of steps.
+    head: options of the flow head that differ (parametrisation, time_scale, ...). copies: noisy copies of each picture;
+    a step then has fewer pictures. rate: if not the run's. start_time: of sampling, where it is not 1. guidance: w of
+    sampling, with two evaluations a step; told_guidance: w of the guidance embedding, where the objective trained it.
+    evaluations: if not the task's numbers of steps.
     """
 
     objective: str
@@ -72,7 +72,7 @@ class Method(Frozen):
         return FlowHeadConfig.model_validate(self.head | {"channels": channels})
 
     def build(self) -> FlowObjective:
-        """ValueError for an unknown objective, a wrong option, and an objective on text."""
+        """ValueError for an unknown objective, a wrong option, or an objective on text."""
         objective = build_objective(self.objective, **self.options)
         if not isinstance(objective, FlowObjective):
             raise ValueError(f"{self.objective!r} is not an objective on latents; pictures have nothing else")
@@ -80,8 +80,8 @@ class Method(Frozen):
 
 
 class TrainOptions(Frozen):
-    """batch: noisy pictures of a step. dropout: share of the documents without a class. decay: of the averaged weights
-    that are drawn from. tangents, attention: see TransformerConfig; compile: the blocks, which needs a C++ compiler."""
+    """batch: noisy pictures of a step. dropout: share of the documents without a class. decay: of the averaged weights,
+    which are sampled. tangents, attention: see TransformerConfig; compile: the layers, which needs a C++ compiler."""
 
     width: int = Field(default=384, ge=8)
     depth: int = Field(default=8, ge=1)
@@ -107,7 +107,7 @@ class TrainOptions(Frozen):
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave and took. `model` has the averaged weights. seconds: by the clock; rehearsal: before it."""
+    """Result and cost of training. `model` has the averaged weights. seconds: timed; rehearsal: seconds before."""
 
     model: Omni
     steps: int
@@ -127,7 +127,7 @@ def build_model(options: TrainOptions, method: Method, channels: int, key: Key) 
 
 
 class Learner:
-    """The moving parts of a run. `average` follows the model for drawing, `target` for objectives that want one."""
+    """The parts of a run. `average`: averaged weights for sampling; `target`: for objectives with a target network."""
 
     def __init__(self, method: Method, options: TrainOptions, pictures: Pictures, patches: Patches, key: Key) -> None:
         rows, rest = divmod(options.batch, method.copies)
@@ -186,8 +186,8 @@ class Learner:
 
 
 def in_half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA. No casts are kept: one first made for a derivative without a graph could cut the graph of what
-    comes after it (pytorch issues 112583, 158232)."""
+    """bfloat16 on CUDA, without a cache of casts: a cast made for a derivative without a graph could cut the graph of
+    later uses (pytorch issues 112583, 158232)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
@@ -214,8 +214,8 @@ def train(learner: Learner, seconds: float) -> Trained:
 
 
 def _clock(device: torch.device) -> Callable[[bool], float]:
-    """Seconds on the host, once the device is done with all that it was given (True), or with all but what it was
-    given since the last reading (False)."""
+    """Seconds on the host, after the device finishes all of its work (True), or all work queued before the last reading
+    (False)."""
     last: list[Any] = []
 
     def read(whole: bool) -> float:

@@ -1,10 +1,10 @@
-"""Pictures as Omni reads them: a short chat that names a class, and one block of normalised patches to refine.
+"""CIFAR-10 as documents of Omni: a short chat that names a class, and one block of normalised patches to refine.
 
     begin user CLASS end assistant image SIZE SIZE   [ block ]
 
-Every row of a batch is one such document, so a batch is laid out once and each step only puts other classes and
-latents into it. The block is the last thing in its document, so its clean latents are not in the context: all of the
-context is visible to every refine position.
+Every batch row is one such document, so a batch is laid out once and each step only replaces classes and latents. The
+block ends its document, so its clean latents are not in the context, and every refine position attends to the whole
+context.
 
 Legend: R rows, T context and S refine positions of a row, N latents of a picture, C channels, P side in pixels.
 """
@@ -44,12 +44,12 @@ class Patches:
 
     @property
     def side(self) -> int:
-        """Of the grid of latents."""
+        """Side of the grid of latents."""
         return self.codec.grid(SIDE, SIDE)[0]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, C) of a picture."""
+        """Shape (N, C) of a picture's latents."""
         return self.side**2, self.codec.spec.channels
 
     def encode(self, pixels_RPP3: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def lay_pictures(rows: int, patches: Patches, copies: int = 1) -> Batch:
 
 
 def with_classes(blank: Batch, labels_R: Tensor, dropped_R: Tensor | None = None) -> Batch:
-    """The rows of `lay_pictures` with their classes. dropped_R (bool, CPU): the rows that have none."""
+    """The rows of `lay_pictures` with their classes. dropped_R (bool, CPU): the rows without a class."""
     ids, dropped = blank.ids.clone(), frozenset[int]()
     ids[:, CLASS_PLACE] = FIRST_CLASS + labels_R
     if dropped_R is not None:
@@ -83,6 +83,6 @@ def with_classes(blank: Batch, labels_R: Tensor, dropped_R: Tensor | None = None
 
 
 def with_latents(batch: Batch, latents_RNC: Tensor) -> Batch:
-    """The clean latents of each row in all of its copies."""
+    """The batch with the clean latents of each row in all of its copies."""
     copies = batch.refine_latents.shape[1] // latents_RNC.shape[1]
     return replace(batch, refine_latents=latents_RNC.repeat(1, copies, 1))

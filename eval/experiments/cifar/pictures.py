@@ -1,4 +1,4 @@
-"""CIFAR-10 as bytes on one device: read from parquet once, dealt out in keyed shuffles, flipped and cropped.
+"""CIFAR-10 as bytes on one device: read from parquet once, batched in keyed shuffles, flipped and cropped.
 
 Legend: N pictures, B pictures of a step, P side in pixels.
 """
@@ -68,7 +68,7 @@ def _read(path: Path, num: int | None) -> tuple[list[bytes], list[int]]:
 
 
 def decode(encoded: Sequence[bytes]) -> numpy.ndarray:
-    """Encoded pictures -> uint8 (N, P, P, 3). A function of its own module, so that other processes can import it."""
+    """Encoded pictures -> uint8 (N, P, P, 3). A module-level function, so that other processes can import it."""
     pictures = [load_image(data) for data in encoded]
     wrong = next((tuple(picture.shape) for picture in pictures if picture.shape != (SIDE, SIDE, 3)), None)
     if wrong is not None:
@@ -77,11 +77,11 @@ def decode(encoded: Sequence[bytes]) -> numpy.ndarray:
 
 
 class Order:
-    """Which pictures a step takes: a fresh keyed shuffle for every epoch, the rest that fills no batch left out."""
+    """The pictures of each step: a new keyed shuffle every epoch; an incomplete last batch is left out."""
 
     def __init__(self, num: int, batch: int, key: Key, device: torch.device) -> None:
         if batch > num:
-            raise ValueError(f"a batch of {batch} is more than the {num} pictures there are; make it smaller")
+            raise ValueError(f"a batch of {batch} is larger than the {num} pictures; make it smaller")
         self.num, self.batch, self.key, self.device = num, batch, key, device
         self._epoch, self._shuffled = -1, torch.empty(0)
 
@@ -95,13 +95,13 @@ class Order:
 
 
 def flipped(pixels_BPP3: Tensor, key: Key) -> Tensor:
-    """A keyed half of the pictures mirrored."""
+    """Mirror a keyed half of the pictures."""
     flips = (key.fold("flip").uniform((len(pixels_BPP3),)) < 0.5).to(pixels_BPP3.device, non_blocking=True)
     return torch.where(flips[:, None, None, None], pixels_BPP3.flip(2), pixels_BPP3)
 
 
 def cropped(pixels_BPP3: Tensor, key: Key, margin: int = 4) -> Tensor:
-    """Moved by up to `margin` pixels in each direction, what comes in repeating the edge."""
+    """Shift by up to `margin` pixels in each direction; repeat the edge outside."""
     num, side = pixels_BPP3.shape[:2]
     shift = (key.fold("crop").uniform((2, num, 1)) * (2 * margin + 1)).floor().long() - margin
     place = torch.arange(side, device=pixels_BPP3.device) + shift.to(pixels_BPP3.device, non_blocking=True)

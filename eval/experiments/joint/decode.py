@@ -1,9 +1,9 @@
-"""Decoding of plain rows of ids with a joint-token head: rounds of draft and verification, as the engine makes them.
+"""Speculative decoding of text ids with a joint-token head: rounds of draft and verification, as in the engine.
 
-No pictures, no control tokens, every row as long as it takes: what is left is the bookkeeping of a round, so that a
-table of heads measures the heads. The pieces are the engine's own (CacheCall, append_all, the verifications).
+No pictures, no control tokens, no early end of a batch row: a table of heads measures the heads alone. The parts are
+the engine's own (CacheCall, append_all, the draft verifications).
 
-Legend: R rows, P ids of a context, K drafted tokens, V vocabulary.
+Legend: R batch rows, P ids of a context, K drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from omni.sequence.layout import TokenSpan
 
 
 class Decoding(Protocol):
-    """What of a lab's options decoding reads."""
+    """The options that decoding reads."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -47,7 +47,7 @@ class Decoding(Protocol):
 
 @dataclass(frozen=True)
 class Pace:
-    """ids (R, num_tokens) that were said, and how fast: tokens of all rows by wall time."""
+    """Emitted ids (R, num_tokens), and the rate: tokens of all rows over wall time."""
 
     ids: Tensor
     tokens_per_second: float
@@ -55,8 +55,8 @@ class Pace:
 
 @dataclass(frozen=True)
 class Rounds(Pace):
-    """kept: drafted tokens that stood per round (the one that verification adds is not among them). positions (K,):
-    the share of rounds in which the first k + 1 tokens stood."""
+    """kept: accepted drafted tokens per round (without the token that verification adds). positions (K,): the share of
+    rounds that accept the first k + 1 tokens."""
 
     kept: float
     positions: tuple[float, ...]
@@ -64,7 +64,7 @@ class Rounds(Pace):
 
 @torch.inference_mode()
 def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace:
-    """Token by token, against the cache."""
+    """Autoregressive decoding with the cache."""
     noise, start = _noise(contexts, run, key), time.perf_counter()
     cache, last = _prefill(model, contexts)
     step, said = TokenStep(model.transformer), []
@@ -78,8 +78,8 @@ def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace
 
 @torch.inference_mode()
 def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: Key) -> Rounds:
-    """In blocks, verified by `kind`: "coupled", "greedy" (coupled at temperature 0; drafts of noise 1/2 are the
-    medians of a head's laws, as in the engine), "rejection" or "block"."""
+    """Speculative decoding, with draft verification `kind`: "coupled", "greedy" (coupled at temperature 0; drafts with
+    noise 1/2 are the medians of a head's distributions, as in the engine), "rejection" or "block"."""
     greedy = kind == "greedy"
     noise = torch.full_like(_noise(contexts, run, key), 0.5) if greedy else _noise(contexts, run, key)
     temperature, top_p = (0.0, 1.0) if greedy else (run.temperature, run.top_p)
@@ -89,14 +89,14 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
     said: list[list[int]] = [[] for _ in contexts]
     stood, number, total = torch.zeros(run.length), 0, 0
     while min(map(len, said)) < run.num_tokens:
-        at = torch.tensor([min(len(row), run.num_tokens) for row in said])  # who is done goes on, uncounted
+        at = torch.tensor([min(len(row), run.num_tokens) for row in said])  # finished rows continue, uncounted
         own = noise[torch.arange(len(said))[:, None], at[:, None] + torch.arange(run.length + 1)]
         draws = key.fold("round", kind, number)
-        if kind == "block":  # its verdict hangs on drafts that it then throws away: their noise is used up
+        if kind == "block":  # its verdict depends on drafts that it discards, so their noise is used
             own = draws.fold("tokens").uniform(tuple(own.shape), torch.float64)
         call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
         draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
-        if kind in ("coupled", "greedy"):  # what plain decoding says first is in the same pass
+        if kind in ("coupled", "greedy"):  # the first autoregressive token is in the same pass
             first = pick(token_law(model.token.read(call.start), temperature, top_p), own[:, 0])
             draft = replace(draft, ids=torch.cat([first[:, None], draft.ids[:, 1:]], 1))
         first_hidden = call.start.unsqueeze(1)
@@ -128,12 +128,12 @@ def _judge(kind: str, draft: Draft, law: Tensor, noise: Tensor, key: Key) -> Ver
 
 
 def _noise(contexts: Tensor, run: Decoding, key: Key) -> Tensor:
-    """(R, num_tokens + K + 1): one uniform a token, and some for blocks that run over the end."""
+    """(R, num_tokens + K + 1): one uniform per token, and K + 1 more for blocks that exceed the end."""
     return key.fold("tokens").uniform((len(contexts), run.num_tokens + run.length + 1), torch.float64)
 
 
 def _prefill(model: Omni, contexts: Tensor) -> tuple[KVCache, Tensor]:
-    """A cache that holds BOS and the contexts but for their last ids; those."""
+    """A cache of BOS and the contexts without their last ids; and the last ids."""
     R, P = contexts.shape
     cache = model.transformer.new_cache(R, 2 * P)
     first = torch.full((R, 1), model.config.vocab_size - 1)

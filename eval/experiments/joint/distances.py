@@ -1,10 +1,10 @@
-"""How far a law is from a joint that is known: total variation, both divergences, valid mass, coverage, entropy.
+"""Distances of a distribution from a known joint: total variation, both divergences, valid mass, coverage, entropy.
 
-The law comes as draws, as a full table, or as its log-probabilities on the joint's support, which is all that total
-variation needs: 1 - sum over the support of min(p, q). Draws of finite number have a distance of their own, however
-good they are (`sample_floor`).
+The distribution is given by samples, as a full table, or by log-probabilities on the joint's support, which suffice for
+total variation: 1 - sum over the support of min(p, q). A finite number of exact samples has a positive expected
+distance (`sample_floor`).
 
-Legend: B draws, K tokens, V ids, N strings of the support.
+Legend: B samples, K tokens, V ids, N strings of the support.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from eval.experiments.joint.joints import Table, codes
 
 @dataclass(frozen=True)
 class Distances:
-    """Of a law q from a joint p. Divergences in nats, infinite where a string that one draws is none of the other's.
+    """Distances of a distribution q from a joint p. Divergences in nats, infinite where a support is not contained.
 
-    valid: q's mass on p's support. coverage: the share of p's strings that q gives, or gave. entropy: of q in nats,
-    of the plug-in law for draws; None where q is known on the support alone.
+    valid: q's mass on p's support. coverage: the share of p's strings with mass, or samples, in q. entropy: of q in
+    nats, for samples of the empirical distribution; None where q is known on the support alone.
     """
 
     tv: float
@@ -35,11 +35,11 @@ class Distances:
 
 
 def of_support(joint: Table, log_q: Tensor, entropy: float | None = None, slack: float = 1e-9) -> Distances:
-    """From log q (N,) of the joint's strings. Mass elsewhere of up to `slack` counts as none."""
+    """From log q (N,) of the joint's strings. Other mass of up to `slack` counts as none."""
     q, p = log_q.double().exp(), joint.p
     valid = float(q.sum())
     if valid > 1 + 1e-6:
-        raise ValueError(f"probabilities of distinct strings add up to {valid}; give the log of a law")
+        raise ValueError(f"probabilities of distinct strings add up to {valid}; give log-probabilities")
     given = q > 0
     ratio = torch.where(given, (q.clamp(min=1e-300) / p).log(), -math.inf)
     reverse = float((q * ratio)[given].sum()) if valid >= 1 - slack else math.inf
@@ -48,16 +48,16 @@ def of_support(joint: Table, log_q: Tensor, entropy: float | None = None, slack:
 
 
 def of_law(joint: Table, q: Tensor) -> Distances:
-    """From the law itself, (V,) * K or flat, of sum 1."""
+    """From the full table of probabilities, (V,) * K or flat, of sum 1."""
     flat = q.double().flatten()
     if len(flat) != joint.vocab_size**joint.length or abs(float(flat.sum()) - 1) > 1e-6:
-        raise ValueError(f"{joint.name} wants {joint.vocab_size}^{joint.length} probabilities of sum 1")
+        raise ValueError(f"{joint.name} needs {joint.vocab_size}^{joint.length} probabilities of sum 1")
     entropy = float(-torch.special.xlogy(flat, flat).sum())
     return of_support(joint, flat[joint.codes].log(), entropy)
 
 
 def of_samples(joint: Table, ids: Tensor) -> Distances:
-    """From draws (B, K) int64; ids of V and above are outside of the support."""
+    """From samples (B, K) int64; ids of V and above are outside the support."""
     at = joint.find(ids)
     counts = torch.bincount(at[at >= 0], minlength=len(joint.p)).double()
     base = max(joint.vocab_size, int(ids.max()) + 1)
@@ -66,7 +66,7 @@ def of_samples(joint: Table, ids: Tensor) -> Distances:
 
 
 def sample_floor(joint: Table, num: int) -> float:
-    """The expected total variation of `num` exact draws: half the sum of mean absolute deviations of binomials
+    """The expected total variation of `num` exact samples: half the sum of mean absolute deviations of binomials
     (de Moivre), about sum sqrt(p (1 - p) / (2 pi num))."""
     p = joint.p[joint.p < 1]
     m = (num * p).floor() + 1

@@ -1,15 +1,15 @@
-"""What provably cannot be had: the least distance of factorised laws, mixtures and few-step samplers from a joint.
+"""Lower bounds: the least distance of product distributions, mixtures and few-step samplers from a joint.
 
     kl          forward divergence. Of a product: the total correlation, at the product of marginals. Of a sampler that
-                reveals sets S_1, S_2, .. and draws each as a product, perfect otherwise: the sum of
-                E[total correlation of S_i given what precedes it]
+                reveals sets S_1, S_2, .. and samples each as a product, exact otherwise: the sum of
+                E[total correlation of S_i given the sets before it]
     tv          total variation. Least over products by linear programmes over one factor at a time: overlap is
                 sum_x min(p(x), a(x_k) w(x)), concave in a, piecewise linear and a sum over the ids of x_k, so that
                 filling the steepest pieces first is the exact optimum of each; starts are keyed
     mixtures    least forward divergence at a rank, by expectation-maximisation (of many restarts: an upper bound)
-    ranks       how many products, or states of a chain, it takes to be exact
+    ranks       how many products, or states of a chain, are needed to be exact
 
-Only the support is ever visited. Legend: N strings of the support, K tokens, V ids, R restarts or rank, L steps.
+Only the support is visited. Legend: N strings of the support, K tokens, V ids, R restarts or rank, L steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def total_correlation(joint: Table) -> float:
 
 
 def marginal_product(joint: Table) -> Tensor:
-    """(N,): what the product of marginals gives each string of the support."""
+    """(N,): probabilities of the strings of the support under the product of marginals."""
     return joint.marginals()[torch.arange(joint.length), joint.ids].prod(-1)
 
 
@@ -44,14 +44,14 @@ def marginals_tv(joint: Table) -> float:
 
 
 def least_product_tv(joint: Table, key: Key, restarts: int = 32, rounds: int = 60) -> float:
-    """The least total variation of any product that keyed starts find; the product of marginals is one of them.
+    """The least total variation of a product found from keyed starts; the product of marginals is one of them.
 
-    Half of the starts go straight to the linear programmes, half climb a smoothed overlap before: one factor at a time
-    halts on edges from which only several at once lead upwards.
+    Half of the starts use the linear programmes at once, half first ascend a smoothed overlap: a search over one factor
+    at a time stops at edges that only several factors together can leave.
     """
     K, V = joint.length, joint.vocab_size
     start = -key.fold("start").uniform((restarts, K, V), torch.float64).clamp(min=1e-12).log()
-    shape = 3 * key.fold("sparse").uniform((restarts, 1, 1), torch.float64)  # from even starts to nearly single ids
+    shape = 3 * key.fold("sparse").uniform((restarts, 1, 1), torch.float64)  # from uniform starts to nearly single ids
     allowed = joint.marginals() > 0
     start = torch.where(allowed, start ** (1 + shape), 0.0)
     factors = start / start.sum(-1, keepdim=True)
@@ -73,7 +73,7 @@ def least_product_tv(joint: Table, key: Key, restarts: int = 32, rounds: int = 6
 
 
 def _climb(joint: Table, factors: Tensor, steps: int = 240) -> Tensor:
-    """Factors (R, K, V) after Adam on log-factors, the edge of min(p, q) rounded off ever less."""
+    """Factors (R, K, V) after Adam on log-factors, with less and less smoothing of min(p, q)."""
     log_a = factors.clamp(min=1e-4).log().requires_grad_()
     allowed = joint.marginals() > 0
     optimiser = torch.optim.Adam([log_a], lr=0.1, betas=(0.8, 0.98))
@@ -91,7 +91,7 @@ def _climb(joint: Table, factors: Tensor, steps: int = 240) -> Tensor:
 
 
 def _others(joint: Table, factors: Tensor, without: int | None) -> Tensor:
-    """(R, N): the product of the factors (R, K, V) at the strings of the support, of all places but one."""
+    """(R, N): the product of the factors (R, K, V) at the strings of the support, without one place."""
     found = factors.new_ones(len(factors), len(joint.p))
     for k in range(joint.length):
         if k != without:
@@ -103,8 +103,8 @@ def _fill(joint: Table, weight: Tensor, k: int, ties: Tensor) -> Tensor:
     """(R, V): the factor a of place k that maximises sum_x min(p(x), a(x_k) weight(x)), weight (R, N).
 
     String x gains weight(x) per unit of a(x_k) until a(x_k) = p(x) / weight(x). The slope of id v on a piece is the
-    sum of the weights that have not run out; pieces are taken from the steepest until 1 is spent, equal slopes in the
-    order of `ties` (R, N). What no slope asks for is spread evenly over the ids.
+    sum of the weights that have not run out; pieces are filled from the steepest until the sum is 1, equal slopes in
+    the order of `ties` (R, N). A remainder without slope is spread evenly over the ids.
     """
     V, place = joint.vocab_size, joint.ids[:, k]
     end = torch.where(weight > 0, joint.p / weight.clamp(min=1e-300), math.inf)
@@ -128,7 +128,7 @@ def _fill(joint: Table, weight: Tensor, k: int, ties: Tensor) -> Tensor:
 
 
 def accepted_by_marginals(joint: Table) -> float:
-    """Mean number of tokens of a block, drafted from the product of marginals, that rejection verification accepts:
+    """Mean number of accepted tokens of a block drafted from the product of marginals, under rejection verification:
     the sum over prefixes of prod_j min(p(x_j | x_<j), q_j(x_j)) (arXiv 2211.17192)."""
     marginals, total = joint.marginals(), 0.0
     reach = {0: 1.0}
@@ -151,7 +151,7 @@ def subset_entropies(joint: Table) -> np.ndarray:
     """(2^K,) float64: the entropy of every subset of the tokens, by bit mask (bit k is token k)."""
     K = joint.length
     if K > 16:
-        raise ValueError(f"{joint.name}: 2^{K} subsets are too many; floors of several steps are for up to 16 tokens")
+        raise ValueError(f"{joint.name}: 2^{K} subsets are too many; bounds of several steps are for up to 16 tokens")
     found = np.zeros(1 << K)
     powers, ids = joint.vocab_size ** torch.arange(K), joint.ids
     for mask in range(1, 1 << K):
@@ -165,7 +165,7 @@ def subset_entropies(joint: Table) -> np.ndarray:
 def best_step_floors(joint: Table, most: int | None = None) -> list[float]:
     """For L = 1 .. K (or `most`): the least forward divergence of L factorised steps, over all ordered partitions.
 
-    Exact, by recursion over what is already revealed. Revealing S after P costs
+    Exact, by recursion over the revealed set. Revealing S after P costs
     sum over k in S of H(P + k) - H(P), less H(P + S) - H(P).
     """
     H, K = subset_entropies(joint), joint.length
@@ -179,7 +179,7 @@ def best_step_floors(joint: Table, most: int | None = None) -> list[float]:
     for now in range(1, 1 << K):
         bits = [k for k in range(K) if (now >> k) & 1]
         before = np.zeros(1, dtype=np.int64)
-        for k in bits:  # subsets of `now`; the tokens that are not in a subset are revealed after it
+        for k in bits:  # subsets of `now`; tokens outside a subset are revealed after it
             before = np.concatenate([before, before | (1 << k)])
         apart = np.zeros(len(before))
         for k in bits:
@@ -193,7 +193,7 @@ def best_step_floors(joint: Table, most: int | None = None) -> list[float]:
 
 def random_step_floors(joint: Table) -> list[float]:
     """The same for L = 1 .. K sets of equal size (the first ones larger by one where K leaves a rest), in random order:
-    in the mean it depends on h(m), the mean entropy of m tokens, alone."""
+    the mean depends only on h(m), the mean entropy of m tokens."""
     H, K = subset_entropies(joint), joint.length
     sizes = np.array([bin(mask).count("1") for mask in range(1 << K)])
     h = [float(H[sizes == m].mean()) for m in range(K + 1)]
@@ -256,9 +256,9 @@ def _log_products(factors: Tensor, ids: Tensor) -> Tensor:
 
 
 def cp_rank(joint: Table) -> int | None:
-    """How many products an exact mixture needs, where that is plain; else None.
+    """The number of products in an exact mixture, where it is easy to determine; else None.
 
-    Of two tokens it is the rank of their matrix, if that is at most 2 or all of the ids that either token has; where no
+    For two tokens it is the rank of their matrix, if that is at most 2 or the number of ids of either token. Where no
     two strings differ in exactly one place, every product inside the support is a single string, and the rank is the
     number of strings.
     """
@@ -274,7 +274,7 @@ def _pair_rank(joint: Table) -> int | None:
 
 
 def _isolated(ids: Tensor) -> bool:
-    """Whether no two rows (N, m) differ in exactly one place: no row comes twice once a place is left out."""
+    """Whether no two rows (N, m) differ in exactly one place: rows stay distinct without any one place."""
     m = ids.shape[1]
     base = int(ids.max()) + 1
     rest = [codes(ids[:, [j for j in range(m) if j != k]], base) for k in range(m)]
@@ -282,8 +282,8 @@ def _isolated(ids: Tensor) -> bool:
 
 
 def cut_rank(joint: Table) -> int:
-    """The greatest rank of the matrix of prefixes and suffixes over all cuts: no chain of fewer states is exact,
-    whatever its states emit."""
+    """The greatest rank of the matrix of prefixes and suffixes over all cuts: no chain with fewer states is exact, for
+    any emissions."""
     ranks = []
     for k in range(1, joint.length):
         _, rows = codes(joint.ids[:, :k], joint.vocab_size).unique(return_inverse=True)
@@ -295,12 +295,12 @@ def cut_rank(joint: Table) -> int:
 
 
 def emitting_states(joint: Table) -> tuple[int, int]:
-    """(least, enough) states of a hidden Markov chain in which a token depends on its state alone, as in the head
-    "hmm". More than the cut rank: the state at place k must make prefix, token and suffix independent.
+    """(lower bound, sufficient number) of states of a hidden Markov chain whose token depends on its state alone, as in
+    the head "hmm". More than the cut rank: the state at place k must make prefix, token and suffix independent.
 
-    Least: prefixes, tokens and suffixes that tell apart nothing else are merged into classes; where no two of the
-    triples left differ in one place alone, each needs a state of its own (see `cp_rank`), else the cut rank is all
-    that is claimed. Enough: one state for every class of prefixes with every token that may follow it.
+    Lower bound: equivalent prefixes, tokens and suffixes are merged into classes; where no two of the remaining triples
+    differ in one place alone, each needs its own state (see `cp_rank`), else the bound is the cut rank. Sufficient: one
+    state for every class of prefixes with every token that may follow it.
     """
     least, enough = cut_rank(joint), 1
     for k in range(joint.length):
@@ -313,8 +313,8 @@ def emitting_states(joint: Table) -> tuple[int, int]:
 
 
 def _classes(joint: Table, k: int) -> tuple[Tensor, Tensor]:
-    """(N,) twice: the class of every string's first k tokens, alike if the rest has one law after them, and of the
-    rest, alike if it has one law of what precedes it."""
+    """(N,) twice: the class of every string's first k tokens, equal if the distribution of the rest given them is
+    equal; and of the rest, equal if the distribution of the prefix given it is equal."""
     _, rows = codes(joint.ids[:, :k], joint.vocab_size).unique(return_inverse=True)
     _, columns = codes(joint.ids[:, k:], joint.vocab_size).unique(return_inverse=True)
     matrix = torch.zeros(int(rows.max()) + 1, int(columns.max()) + 1, dtype=torch.float64)

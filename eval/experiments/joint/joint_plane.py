@@ -1,13 +1,13 @@
-"""Joint-token heads on joints whose every probability is known: what one pass of the backbone can say.
+"""Joint-token heads on joints with known probabilities: the distributions that one pass of the backbone can sample.
 
     joint_toys   the heads of a table (eval/suites/joint_toys.toml), each trained on each joint with several seeds
-    poker        the argument in a minute: names of poker hands, two words, both from one pass
+    poker        the same in a minute: names of poker hands, two words, both from one pass
 
-A row `JOINT_HEAD_tv` is the mean over seeds of the total variation between the joint and what the head says in one
-pass, `_tv_N` in N passes, `_valid` the mass it gives to strings that the joint has, `_spread` the standard deviation of
-the first, `_seconds` the processor time of training one head. Beside them stand the floors (floors.py):
-`JOINT_floor_kl` and `_floor_tv` of any law whose tokens are independent, `_floor_marginals` of the one that maximum
-likelihood finds, `_floor_samples` of as many exact draws as are counted; and `_plain_tv`, of plain decoding.
+The report row `JOINT_HEAD_tv` is the mean over seeds of the total variation between the joint and the head in one pass,
+`_tv_N` in N passes, `_valid` the head's mass on strings of the joint, `_spread` the standard deviation of the first,
+`_seconds` the processor time of training one head. The lower bounds (floors.py): `JOINT_floor_kl` and `_floor_tv` of
+any distribution with independent tokens, `_floor_marginals` of the maximum-likelihood one, `_floor_samples` of as many
+exact samples. `_plain_tv` is autoregressive decoding.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ToysOptions(TaskOptions):
         return {name: line for name, line in self.heads.items() if not self.only or name in self.only}
 
     def of(self, joint: str) -> dict[str, HeadLine]:
-        """The lines that are run on a joint."""
+        """The lines that run on a joint."""
         return {name: line for name, line in self.chosen.items() if not line.joints or joint in line.joints}
 
 
@@ -80,7 +80,7 @@ def toys_rows(options: ToysOptions) -> list[str]:
 
 @task("joint_toys", ToysOptions, rows=toys_rows)
 def joint_toys(context: Context, options: ToysOptions) -> Outcome:
-    """Joint-token heads on known joints: total variation of one pass, beside what is provably out of reach."""
+    """Joint-token heads on known joints: total variation of one pass, against proven lower bounds."""
     results = run_all(context, options)
     measures, notes = [], [conditions(options)]
     for joint in options.joints:
@@ -92,7 +92,7 @@ def joint_toys(context: Context, options: ToysOptions) -> Outcome:
 
 
 class PokerOptions(ToysOptions):
-    """joints: one, of pairs of words. folder: where the picture goes."""
+    """joints: one, of pairs of words. folder: of the output picture."""
 
     run: LabOptions = LabOptions(backbone_steps=300, head_steps=400, num_samples=40_000)
     seeds: int = Field(default=1, ge=1)
@@ -112,7 +112,7 @@ def poker_rows(options: PokerOptions) -> list[str]:
 
 @task("poker", PokerOptions, rows=poker_rows)
 def poker(context: Context, options: PokerOptions) -> Outcome:
-    """Two words of a poker hand from one pass: why a head whose tokens are independent says "high pair"."""
+    """Two words of a poker hand from one pass: a head with independent tokens emits "high pair"."""
     [name] = options.joints
     joint, groups = known_table(name), run_all(context, options)[name]
     found = floors(joint, options.run.num_samples, context.key("floors", name))
@@ -126,7 +126,7 @@ def poker(context: Context, options: PokerOptions) -> Outcome:
 
 
 def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
-    """One job for every joint and seed; jobs are independent of one another and of who runs them."""
+    """One job for every joint and seed. A result does not depend on other jobs or on the worker."""
     check_lines(options.joints, options.chosen, options.run)
     jobs = [
         (joint, options.of(joint), options.run, context.key("joints", joint, seed))
@@ -139,7 +139,7 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
         values = "  ".join(f"{name} {head.distances[1].tv:.3f}" for name, head in group.heads.items())
         context.say(f"  {len(found)}/{len(jobs)} {jobs[number][0]}  plain {group.plain.tv:.3f}  {values}")
     results: dict[str, list[Group]] = {}
-    for number, job in enumerate(jobs):  # in the order of the list, whoever finished first
+    for number, job in enumerate(jobs):  # in the order of the list
         results.setdefault(job[0], []).append(found[number])
     return results
 
@@ -179,8 +179,8 @@ def conditions(options: ToysOptions) -> str:
     run = options.run
     return (
         f"{options.seeds} seed(s); a transformer of {run.depth} layers of {run.width}; {run.backbone_steps} steps of "
-        f"{run.rows} strings for plain decoding, then {run.head_steps} (or what its line says) for each "
-        "head beside it, frozen; total variation from the likelihood on all strings where it is exact, else from "
+        f"{run.rows} strings for autoregressive decoding, then {run.head_steps} (or the line's own) for each "
+        "head, the backbone frozen; total variation from the likelihood on all strings where it is exact, else from "
         f"{run.num_samples:,} draws"
     )
 
@@ -189,7 +189,7 @@ def table_of(joint: str, found: Mapping[str, float], groups: Sequence[Group]) ->
     """One line per head: mean +- spread of the total variation, mass on strings that exist, how it was measured."""
     rows = {name: value for name, value, _ in head_rows(groups)}
     head = f"{joint}: any product {found['floor_tv']:.3f}, that of marginals {found['floor_marginals']:.3f}, "
-    lines = [head + f"exact draws {found['floor_samples']:.3f}, plain decoding {rows['plain_tv']:.3f}"]
+    lines = [head + f"exact samples {found['floor_samples']:.3f}, autoregressive decoding {rows['plain_tv']:.3f}"]
     for name, run in groups[0].heads.items():
         tv = f"{rows[f'{name}_tv']:.3f} +- {rows[f'{name}_spread']:.3f}"
         how = "likelihood" if run.exact else "draws"
@@ -198,7 +198,7 @@ def table_of(joint: str, found: Mapping[str, float], groups: Sequence[Group]) ->
 
 
 def curves(results: Results) -> list[Curve]:
-    """Total variation against passes, where any head was asked in more than one."""
+    """Total variation against passes, where any head samples in more than one."""
     found = []
     for joint, groups in results.items():
         lines = {
@@ -211,7 +211,7 @@ def curves(results: Results) -> list[Curve]:
 
 
 def examples(joint: Table, group: Group) -> list[str]:
-    """How often each head says what no hand is called: the likeliest such pair of the product of marginals."""
+    """How often each head emits an impossible pair: the likeliest one of the product of marginals."""
     marginals = joint.marginals()
     illegal = torch.where(joint.full() > 0, -1.0, marginals[0][:, None] * marginals[1])
     first, second = divmod(int(illegal.argmax()), joint.vocab_size)
@@ -222,7 +222,7 @@ def examples(joint: Table, group: Group) -> list[str]:
 
 
 def hand_panels(joint: Table, group: Group, path: Path) -> list[Panel]:
-    """The law of the pairs, as a file too: the joint, the product of marginals, and what each head drew."""
+    """The distribution of the pairs, also as a file: the joint, the product of marginals, and each head's samples."""
     legal, marginals = joint.full() > 0, joint.marginals()
     laws = {"the_joint": joint.full(), "product_of_marginals": marginals[0][:, None] * marginals[1]}
     laws |= {name: pair_law(head.ids, joint.vocab_size) for name, head in group.heads.items()}
@@ -230,5 +230,5 @@ def hand_panels(joint: Table, group: Group, path: Path) -> list[Panel]:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid([cells[i : i + 3] for i in range(0, len(cells), 3)]), path)
     tv = {name: f"total variation {head.distances[1].tv:.3f}" for name, head in group.heads.items()}
-    tv["product_of_marginals"] = f"{float(marginal_product(joint).sum()):.1%} of what it says are hands"
+    tv["product_of_marginals"] = f"{float(marginal_product(joint).sum()):.1%} of its mass is on hands"
     return [Panel(name.replace("_", " "), answer=(pixels,), note=tv.get(name, "")) for name, pixels in cells]

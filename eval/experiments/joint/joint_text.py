@@ -1,14 +1,14 @@
-"""Joint-token heads on real text, and a model's own text in blocks.
+"""Joint-token heads on real text, and speculative decoding of a model's own text.
 
-    joint_text    the heads of a table, each trained at one budget beside one backbone trained here, byte by byte
-    text_blocks   a model's replies to the emoji world's heldout requests: in blocks, and token by token
+    joint_text    the heads of a table, each trained at one budget on one frozen backbone, byte by byte
+    text_blocks   a model's replies to the emoji world's held-out requests: speculative and autoregressive decoding
 
-Rows of joint_text, by head: `_nll`, nats per byte of held-out text (the notes say which are exact and which bounds);
-`_coupled`, `_greedy`, `_rejection`, `_block`, drafted tokens that stand per pass of drafting under that verification;
-`_coupled_gain` and `_rejection_gain`, those beside the product head's; `_tokens_per_second` with the quickest lossless
-verification; `_free_N`, nats per byte under plain decoding of blocks from N passes that nobody verifies (`plain_free`:
-of plain decoding's own). `dependence` is what the bytes of a block say about one another in nats: how far the product
-head's laws fall short of plain decoding's, summed over a block.
+Report rows of joint_text, by head: `_nll`, nats per byte of held-out text (the notes list which are exact and which are
+bounds); `_coupled`, `_greedy`, `_rejection`, `_block`, accepted drafted tokens per draft under that verification;
+`_coupled_gain` and `_rejection_gain`, their ratios to the product head; `_tokens_per_second` with the fastest lossless
+verification; `_free_N`, nats per byte, under autoregressive decoding, of unverified blocks from N passes (`plain_free`:
+of autoregressive samples). `dependence` is the mutual information of the bytes of a block in nats, estimated as the
+product head's loss minus autoregressive decoding's, summed over a block.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class JointTextOptions(TaskOptions):
 
 
 def text_rows(options: JointTextOptions) -> list[str]:
-    """All that may come; a head without laws has no rows of the verifications that need them."""
+    """All possible rows; a head without probabilities has no rows of the verifications that need them."""
     rows = ["plain_nll", "plain_free", "plain_tokens_per_second", "dependence"]
     for name, line in options.chosen.items():
         ends = ["nll", "coupled", "greedy", *LAWS, "coupled_gain", "rejection_gain", "tokens_per_second", "seconds"]
@@ -92,11 +92,11 @@ def text_rows(options: JointTextOptions) -> list[str]:
 
 @task("joint_text", JointTextOptions, rows=text_rows)
 def joint_text(context: Context, options: JointTextOptions) -> Outcome:
-    """Heads on real text: what a block of theirs is worth to plain decoding."""
+    """Heads on real text: accepted tokens and speed of speculative decoding."""
     text, key = _text(context, options), context.key("joint_text")
     backbone = train_backbone(text, options.run, key)
     plain = measure_plain(backbone, text, options.run, key)
-    context.say(f"  plain decoding: {plain.scores.mean:.3f} nats per byte")
+    context.say(f"  autoregressive decoding: {plain.scores.mean:.3f} nats per byte")
     lines, found = options.chosen, {}
     jobs = [(backbone, line, text, options.run, key) for line in lines.values()]
     for number, result in work(run_line, jobs, options.workers):
@@ -104,7 +104,7 @@ def joint_text(context: Context, options: JointTextOptions) -> Outcome:
         found[name] = result
         kept = "  ".join(f"{kind} {rounds.kept:.2f}" for kind, rounds in result.rounds.items())
         context.say(f"  {len(found)}/{len(jobs)} {name}  kept of {options.run.length}: {kept}")
-    results = {name: found[name] for name in lines}  # in the order of the table, whoever finished first
+    results = {name: found[name] for name in lines}  # in the order of the table
     measures = [*plain_measures(plain, results), *(m for n in results for m in head_measures(n, results))]
     notes = [_conditions(text, options), table_of(plain, results)]
     return Outcome(measures, curves=list(curves(plain, results)), notes=notes)
@@ -119,7 +119,7 @@ def _text(context: Context, options: JointTextOptions) -> Text:
 
 
 def _words(context: Context, split: str, documents: int) -> str:
-    """The text of documents, a line per segment, with the name of who speaks."""
+    """The text of documents, a line per segment, with the role's name."""
     world = EmojiWorld(atlas_of(context), seed=context.seed, split=split, mixture=MIXTURE)
     lines = []
     for index in range(documents):
@@ -143,12 +143,12 @@ def plain_measures(plain: PlainResult, results: Results) -> Iterator[Measure]:
 
 
 def plain_pace(results: Results) -> float:
-    """Tokens per second of plain decoding, as measured beside the rounds of every head; the median."""
+    """Tokens per second of autoregressive decoding: the median over the measurements next to every head's rounds."""
     return statistics.median(result.plain_pace for result in results.values())
 
 
 def gaps(plain: PlainResult, result: TextResult) -> list[float]:
-    """By position: how far a head's laws fall short of plain decoding's, in nats."""
+    """By position: the head's loss minus autoregressive decoding's, in nats."""
     assert plain.scores.positions and result.scores.positions
     return [own - theirs for own, theirs in zip(result.scores.positions, plain.scores.positions, strict=True)]
 
@@ -174,7 +174,7 @@ def table_of(plain: PlainResult, results: Results) -> str:
     head = f"{'':16}{'nats/byte':>18}{'coupled':>9}{'greedy':>9}{'rejection':>11}{'block':>9}{'free':>8}"
     head += f"{'tokens/s':>10}"
     own = f"{plain.free:>8.3f}{plain_pace(results):>10.0f}"
-    lines = [head, f"{'plain decoding':16}{plain.scores.mean:>12.3f} exact{'':38}{own}"]
+    lines = [head, f"{'autoregressive':16}{plain.scores.mean:>12.3f} exact{'':38}{own}"]
     for name, result in results.items():
         nats = f"{result.scores.mean:.3f} {result.scores.kind}" if result.scores.kind else "-"
         kept = {kind: f"{rounds.kept:.2f}" for kind, rounds in result.rounds.items()}
@@ -194,16 +194,19 @@ def curves(plain: PlainResult, results: Results) -> Iterator[Curve]:
             for name, result in results.items()
             if kind in result.rounds
         }
-        yield Curve(f"{kind}: share of drafts that stand so far", "token of the draft", "share", lines)
+        yield Curve(f"{kind}: share of drafts accepted up to here", "token of the draft", "share", lines)
     lines = {
         name: [(float(k + 1), gap) for k, gap in enumerate(gaps(plain, result))]
         for name, result in results.items()
         if result.scores.positions
     }
-    yield Curve("what a head does not know of the tokens before", "token of the block", "nats", lines)
+    yield Curve("loss above autoregressive decoding", "token of the block", "nats", lines)
     free = {name: [(float(n), value) for n, value in result.free.items()] for name, result in results.items()}
-    free["plain decoding"] = [(1.0, plain.free), (float(max(n for line in free.values() for n, _ in line)), plain.free)]
-    yield Curve("blocks that nobody verifies", "passes", "nats per byte of plain decoding", free)
+    free["autoregressive decoding"] = [
+        (1.0, plain.free),
+        (float(max(n for line in free.values() for n, _ in line)), plain.free),
+    ]
+    yield Curve("unverified blocks", "passes", "nats per byte of autoregressive decoding", free)
 
 
 def _conditions(text: Text, options: JointTextOptions) -> str:
@@ -212,18 +215,18 @@ def _conditions(text: Text, options: JointTextOptions) -> str:
     return (
         f"{source}: {len(text.train):,} bytes to train on, {len(text.test):,} held out; a transformer of {run.depth} "
         f"layers of {run.width}, {run.backbone_steps} steps of {run.rows} windows of {run.window} bytes, then "
-        f"{run.head_steps} steps for each head beside it, frozen; blocks of {run.length}; temperature "
+        f"{run.head_steps} steps for each head, the backbone frozen; blocks of {run.length}; temperature "
         f"{run.temperature:g}, top_p {run.top_p:g}; {run.contexts} contexts continued by {run.num_tokens} bytes; a "
-        '"bound" of nats per byte is an upper one'
+        '"bound": an upper bound of nats per byte'
     )
 
 
-# ---- a model's own text in blocks ----------------------------------------------------------------------------------
+# ---- speculative decoding of a model's own text --------------------------------------------------------------------
 
 
 class BlockOptions(TaskOptions):
-    """requests: how many, over all kinds of documents. repeats: alternating runs of each way, of which the medians
-    count. tokens_per_pass: None is all that the head draws. compile: text steps of plain decoding as native code."""
+    """requests: number, over all kinds of documents. repeats: alternating runs of each kind of decoding; the medians
+    count. tokens_per_pass: None is the head's full block. compile: steps of autoregressive decoding as native code."""
 
     requests: int = Field(default=48, ge=1)
     repeats: int = Field(default=3, ge=1)
@@ -237,7 +240,7 @@ class BlockOptions(TaskOptions):
 
 @task("text_blocks", BlockOptions, rows=("accepted", "emitted", "identical", "speedup", "speedup_whole", "drafted"))
 def text_blocks(context: Context, options: BlockOptions) -> Outcome:
-    """Text of heldout answers drafted in blocks, beside plain cached decoding of the same replies in the same run."""
+    """Speculative decoding of held-out answers against cached autoregressive decoding of the same replies."""
     if context.model.joint is None:
         raise ValueError("text_blocks needs a model with a joint-token head; see train/recipes/bundled")
     engine = Engine(context.model, compile=options.compile)
@@ -271,15 +274,15 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
         f"{len(fresh)} drafts of the head, {sum(one.passes for one in rounds)} passes (emitted: tokens by these); "
         f"{options.verify}, temperature "
         f"{options.temperature:g}; one reply at a time, time between pictures alone; medians of {options.repeats} "
-        "alternating runs; speedup leaves out the pass over the prompt, speedup_whole does not"
+        "alternating runs; speedup excludes the pass over the prompt, speedup_whole includes it"
     )
     return Outcome(measures, notes=[note])
 
 
 @dataclass(frozen=True)
 class Told:
-    """A reply: its words, the shapes of its pictures and what ended it, as one string; its rounds; tokens that were
-    chosen; seconds spent on anything but pictures."""
+    """A reply: its words, the shapes of its pictures and its stop reason, as one string; its rounds; its number of
+    tokens; its seconds without pictures."""
 
     text: str
     rounds: list[Drafted]
@@ -313,7 +316,7 @@ def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -
 
 @torch.inference_mode()
 def _read_prompt(engine: Engine, prompt: Document) -> float:
-    """Seconds of the pass over a prompt, which both ways of decoding make."""
+    """Seconds of the pass over a prompt, which both kinds of decoding need."""
     start = time.perf_counter()
     spans = engine.model.spans(prompt, generation_prompt=True)
     hidden = append_spans(engine.model, engine.model.transformer.new_cache(1, 256), [spans], engine.control.pad)

@@ -1,8 +1,8 @@
-"""Joints whose every probability is known: what a joint-token head is measured against before it sees text.
+"""Joint distributions with known probabilities, to measure joint-token heads before they train on text.
 
-A `Table` lists its support, so that entropies, floors (floors.py) and total variation are sums, not estimates.
-A `Chain` (a Markov chain over many words) is known by its transitions alone, however many strings it has. Names are a
-kind and, for most, a number: "poker_s6", "parity8", "permutation5"; see the bottom of this file.
+A `Table` lists its support, so that entropies, lower bounds (floors.py) and total variation are sums, not estimates.
+A `Chain` (a Markov chain over many words) has known transitions and any number of strings. Names are a kind and, for
+most, a number: "poker_s6", "parity8", "permutation5"; see the end of this file.
 
 Legend: B rows, K tokens, V ids, N strings of the support, M prefixes.
 """
@@ -24,12 +24,12 @@ from omni.registry import Registry
 from omni.rng import Key
 from omni.samplers.inverse_cdf import pick
 
-MOST_STRINGS = 1 << 18  # that are ever listed
+MOST_STRINGS = 1 << 18  # in a listed support
 
 
 @dataclass(frozen=True, eq=False)
 class Joint(ABC):
-    """A law of K = `length` ids out of V = `vocab_size`. `words`: what the ids say, where they say something."""
+    """A distribution of K = `length` ids out of V = `vocab_size`. `words`: the texts of the ids, if any."""
 
     name: str
     vocab_size: int
@@ -42,23 +42,23 @@ class Joint(ABC):
 
     @abstractmethod
     def conditionals(self, ids: Tensor) -> Tensor:
-        """(B, K, V) float64 log p(. | x_<k) for ids (B, K): the autoregressive oracle. After a prefix that is never
-        drawn it is uniform, which means nothing but lets a verifier ask."""
+        """(B, K, V) float64 log p(. | x_<k) for ids (B, K): the autoregressive oracle. After a prefix of probability 0
+        it is uniform, so that draft verification can evaluate it."""
 
     @abstractmethod
     def entropy(self) -> float:
-        """Of whole strings, in nats."""
+        """Entropy of whole strings, in nats."""
 
     @abstractmethod
     def log_prob(self, ids: Tensor) -> Tensor:
-        """(B,) float64 of ids (B, K); -inf outside of the support, ids of V and above included."""
+        """(B,) float64 of ids (B, K); -inf outside the support, also for ids of V and above."""
 
 
 def codes(ids: Tensor, base: int) -> Tensor:
-    """(...) int64: rows of ids (..., m) as numbers in base `base`; ValueError where 63 bits do not hold them."""
+    """(...) int64: rows of ids (..., m) as numbers in base `base`; ValueError where they exceed 63 bits."""
     m = ids.shape[-1]
     if m * math.log2(max(base, 2)) > 62:
-        raise ValueError(f"{m} ids of {base} do not fit a number of 63 bits; take a shorter block")
+        raise ValueError(f"{m} ids of {base} do not fit a number of 63 bits; use a shorter block")
     found = ids.new_zeros(ids.shape[:-1])
     for k in range(m):
         found = found * base + ids[..., k]
@@ -67,8 +67,8 @@ def codes(ids: Tensor, base: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Table(Joint):
-    """A listed law: `ids` (N, K) int64, in the order of their codes and without repetition, `p` (N,) float64, above 0
-    and of sum 1. Use `table` to make one."""
+    """A listed distribution: `ids` (N, K) int64, distinct, in the order of their codes; `p` (N,) float64, above 0 and
+    of sum 1. Build one with `table`."""
 
     ids: Tensor = torch.empty(0)
     p: Tensor = torch.empty(0)
@@ -83,7 +83,7 @@ class Table(Joint):
 
     @cached_property
     def prefixes(self) -> list[tuple[Tensor, Tensor]]:
-        """For k = 0 .. K - 1: codes (M,) of the prefixes of k ids, ascending, and the masses (M, V) of what follows."""
+        """For k = 0 .. K - 1: codes (M,) of the prefixes of k ids, ascending, and the masses (M, V) of the next id."""
         found = []
         for k in range(self.length):
             known, place = codes(self.ids[:, :k], self.vocab_size).unique(return_inverse=True)
@@ -97,7 +97,7 @@ class Table(Joint):
         return self.ids[torch.searchsorted(self.cumulative, u, right=True).clamp(max=len(self.p) - 1)]
 
     def find(self, ids: Tensor) -> Tensor:
-        """(B,) int64: where ids (B, K) stand in the support; -1 for strings that are not in it."""
+        """(B,) int64: indices of ids (B, K) in the support; -1 for strings that are not in it."""
         inside = ((ids >= 0) & (ids < self.vocab_size)).all(-1)
         wanted = codes(torch.where(inside.unsqueeze(-1), ids, 0), self.vocab_size)
         at = torch.searchsorted(self.codes, wanted).clamp(max=len(self.codes) - 1)
@@ -128,7 +128,7 @@ class Table(Joint):
         return found
 
     def full(self) -> Tensor:
-        """(V,) * K float64: the law with its zeros."""
+        """(V,) * K float64: all probabilities, with zeros."""
         if self.vocab_size**self.length > MOST_STRINGS:
             raise ValueError(f"{self.name}: {self.vocab_size}^{self.length} strings are too many to list")
         law = torch.zeros(self.vocab_size**self.length, dtype=torch.float64)
@@ -137,8 +137,8 @@ class Table(Joint):
 
 
 def table(name: str, ids: Tensor, vocab_size: int, p: Tensor | None = None, words: Sequence[str] = ()) -> Table:
-    """The law of strings ids (N, K) with weights p (N,), of any sum; equally likely without. Weights of 0 are left out,
-    those of a string given twice are added."""
+    """The distribution of strings ids (N, K) with weights p (N,), of any sum; uniform without. Weights of 0 are left
+    out; weights of equal strings are added."""
     weights = torch.ones(len(ids)) if p is None else p
     known, place = codes(ids, vocab_size).unique(return_inverse=True)
     mass = torch.zeros(len(known), dtype=torch.float64).index_add_(0, place, weights.double())
@@ -149,7 +149,7 @@ def table(name: str, ids: Tensor, vocab_size: int, p: Tensor | None = None, word
 
 @dataclass(frozen=True, eq=False)
 class Chain(Joint):
-    """A Markov chain: log-laws of the first id (V,) and of the next given the last (V, V), float64."""
+    """A Markov chain: log-probabilities of the first id (V,) and of the next given the last (V, V), float64."""
 
     first: Tensor = torch.empty(0)
     moves: Tensor = torch.empty(0)
@@ -178,7 +178,7 @@ class Chain(Joint):
         return total
 
     def listed(self) -> Table:
-        """The same as a table, where there are few enough strings."""
+        """The same as a table. ValueError where there are too many strings."""
         if self.vocab_size**self.length > MOST_STRINGS:
             raise ValueError(f"{self.name}: {self.vocab_size}^{self.length} strings are too many to list")
         ids = _all_strings(self.vocab_size, self.length)
@@ -201,7 +201,7 @@ SIZED_JOINTS: Registry[Callable[[str, int], Joint]] = Registry("joint with a num
 
 
 def build_joint(name: str) -> Joint:
-    """The joint called `name`, "permutation5" being permutation(5). ValueError with the nearest known kind."""
+    """The joint called `name`: "permutation5" is permutation(5). ValueError with the nearest known kind."""
     match = re.fullmatch(r"(.*\D)(\d+)", name)
     if name not in JOINTS.names() and match is not None:
         return SIZED_JOINTS.get(match[1])(name, int(match[2]))
@@ -211,15 +211,15 @@ def build_joint(name: str) -> Joint:
 
 
 WORDS = tuple("high card one pair two full house straight flush royal".split())
-HANDS = {  # five cards of fifty-two: how many deals are of this kind
+HANDS = {  # number of deals of each kind, five cards of fifty-two
     "high card": 1_302_540, "one pair": 1_098_240, "two pair": 123_552, "full house": 3_744,
     "straight flush": 36, "royal flush": 4,
 }  # fmt: skip
 
 
 def poker(name: str, without: Sequence[str] = (), dealt: bool = False) -> Table:
-    """Two-word names of poker hands (arXiv 2503.07154), equally likely or as often as they are dealt. S6 has all six;
-    S5 lacks "one pair", and S4, in which no word comes twice in one place, "royal flush" as well."""
+    """Two-word names of poker hands (arXiv 2503.07154), uniform or with the frequencies of deals. S6 has all six; S5
+    lacks "one pair"; S4 also lacks "royal flush", so that no word occurs twice in one place."""
     hands = [hand for hand in HANDS if hand not in without]
     ids = torch.tensor([[WORDS.index(word) for word in hand.split()] for hand in hands])
     counts = torch.tensor([HANDS[hand] if dealt else 1 for hand in hands])
@@ -242,14 +242,14 @@ def permutation(name: str, length: int) -> Table:
 
 
 def sticky(name: str, length: int, vocab_size: int = 4, stay: float = 0.7) -> Chain:
-    """A chain that stays where it is with probability `stay` and else goes anywhere else; it starts anywhere."""
+    """A chain that keeps its id with probability `stay`, else moves to any other id; the start is uniform."""
     moves = torch.full((vocab_size, vocab_size), (1 - stay) / (vocab_size - 1), dtype=torch.float64)
     first = torch.full((vocab_size,), -math.log(vocab_size), dtype=torch.float64)
     return Chain(name, vocab_size, length, first=first, moves=moves.fill_diagonal_(stay).log())
 
 
 def bigram(name: str, length: int, vocab_size: int = 256, spread: float = 2.0) -> Chain:
-    """A language whose next word depends on the last by a fixed random table, of normal logits of deviation `spread`:
+    """A language whose next word depends on the last by a fixed random table, with normal logits of deviation `spread`:
     the same for every length."""
     key = Key(0).fold("bigram language", vocab_size)
     moves = key.fold("moves").normal((vocab_size, vocab_size), torch.float64) * spread
@@ -280,7 +280,7 @@ def products(words: Tensor, elements: Sequence[Element]) -> Tensor:
 
 
 def word_problem(name: str, length: int, degree: int = 3) -> Table:
-    """x_K = x_1 x_2 .. x_(K-1) in the symmetric group, whose elements are the ids: depth, where nothing commutes."""
+    """x_K = x_1 x_2 .. x_(K-1) in the symmetric group, whose elements are the ids: a deep, non-commutative product."""
     elements = symmetric_group(degree)
     free = _all_strings(len(elements), length - 1)
     return table(name, torch.cat([free, products(free, elements).unsqueeze(1)], 1), len(elements))

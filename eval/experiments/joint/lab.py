@@ -1,7 +1,7 @@
-"""Heads trained on known joints, and how far what they say is from them: the part of a task that costs time.
+"""Trains heads on known joints and measures their distances from them: the slow part of a task.
 
-For a joint and a seed the backbone is trained once; every head of a table then starts from a copy of it, which stays as
-it is. A head whose likelihood is exact is measured by it, on every string of the support; others by draws.
+For a joint and a seed the backbone is trained once; every head of a table then starts from a frozen copy of it. A head
+with an exact likelihood is measured by it, on every string of the support; other heads by samples.
 
 Legend: B rows, K tokens, V ids, N strings of the support.
 """
@@ -28,16 +28,15 @@ from omni.heads.joint.training import teacher_laws
 from omni.model import Omni
 from omni.rng import Key
 
-CHUNK = 4096  # rows a pass when measuring
+CHUNK = 4096  # batch rows when measuring
 
 
 class HeadLine(Frozen):
-    """One line of the comparison: a head with its options, and how it is trained and asked.
+    """One line of the comparison: a head with its options, its training and its sampling.
 
-    joints: those it is trained on; none is all. teacher: whose laws the noise of data is read off, the backbone's own
-    ("plain") or the joint's ("exact"), which leaves out what the backbone has not learned. head_steps, rate: if not the
-    run's. passes: numbers of passes, besides one, that it is asked to draw in, on blocks for
-    which it can.
+    joints: to train on; none is all. teacher: the probabilities that give the noise of data, the backbone's own
+    ("plain") or the joint's ("exact"), which excludes errors of the backbone. head_steps, rate: if not the run's.
+    passes: numbers of passes, besides one, to sample in, for block lengths that allow them.
     """
 
     head: str
@@ -49,13 +48,13 @@ class HeadLine(Frozen):
     passes: tuple[int, ...] = ()
 
     def numbers(self, length: int) -> list[int]:
-        """Of passes for blocks of `length` tokens, ascending; 1 is among them."""
+        """Numbers of passes for blocks of `length` tokens, ascending, with 1."""
         head = JOINT_HEADS.get(self.head)
         return sorted({1, *(n for n in self.passes if head.can_pass(n, length))})
 
 
 class LabOptions(Frozen):
-    """Of the model (width, depth, adapter_rank of placeholders), of training, and num_samples of the measuring."""
+    """Options of the model (width, depth, adapter_rank of placeholders), of training, and num_samples to measure."""
 
     width: int = Field(default=64, ge=8, multiple_of=4)
     depth: int = Field(default=2, ge=1)
@@ -73,8 +72,8 @@ class LabOptions(Frozen):
 
 @dataclass(frozen=True)
 class Measured:
-    """One head with one seed: distances by number of passes, one pass from an exact likelihood or from draws, what it
-    draws in one pass, and the processor time of its training."""
+    """One head with one seed: distances by number of passes (one pass by exact likelihood or by samples), samples of
+    one pass, and the processor time of its training."""
 
     distances: Mapping[int, Distances]
     exact: bool
@@ -84,7 +83,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Group:
-    """All heads of one joint and seed. plain: the backbone's own law, which plain decoding draws from in K passes."""
+    """All heads of one joint and seed. plain: the backbone's distribution, by autoregressive decoding in K passes."""
 
     plain: Distances
     heads: Mapping[str, Measured]
@@ -92,20 +91,20 @@ class Group:
 
 @cache
 def known_table(name: str) -> Table:
-    """The joint of that name; ValueError for one that is not listed, whose total variation nobody can compute."""
+    """The joint `name`; ValueError for one without a listed support, whose total variation cannot be computed."""
     joint = build_joint(name)
     if not isinstance(joint, Table):
-        raise ValueError(f"joint {name!r} has too many strings to compare a head with; take a smaller one")
+        raise ValueError(f"joint {name!r} has too many strings to compare a head with; use a smaller one")
     return joint
 
 
 def check_lines(joints: tuple[str, ...], lines: Mapping[str, HeadLine], options: LabOptions) -> None:
-    """ValueError for whatever would go wrong after hours: unknown joints and heads, options, a teacher nobody hears."""
+    """ValueError in advance for unknown joints and heads, wrong options, and a teacher without effect."""
     tables = [known_table(name) for name in joints]
     for name, line in lines.items():
         for other in line.joints:
             if other not in joints:
-                raise ValueError(f"head {name!r} wants joint {other!r}, which is not among {', '.join(joints)}")
+                raise ValueError(f"head {name!r} needs joint {other!r}, which is not among {', '.join(joints)}")
         for joint in tables:
             if not line.joints or joint.name in line.joints:
                 head = build_head(line.head, line.options, joint.length, joint.vocab_size + 1, options.width)
@@ -114,7 +113,7 @@ def check_lines(joints: tuple[str, ...], lines: Mapping[str, HeadLine], options:
 
 
 def run_group(joint_name: str, lines: Mapping[str, HeadLine], options: LabOptions, key: Key) -> Group:
-    """Train and measure. Depends on nothing but what is given."""
+    """Train and measure. Depends on the arguments alone."""
     joint = known_table(joint_name)
     backbone = toy_model(None, joint.vocab_size, key.fold("model"), options.width, options.depth)
     draw = _drawer(joint)
@@ -149,7 +148,7 @@ def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOp
 
 
 def exact_laws(joint: Table, ids: Tensor) -> Tensor:
-    """(B, K, V) float64: log P(x_k | x_<k) of the joint itself, over the ids of the model."""
+    """(B, K, V) float64: log P(x_k | x_<k) of the joint, over the ids of the model."""
     laws = joint.conditionals(ids)
     return torch.cat([laws, laws.new_full((*laws.shape[:2], 1), -math.inf)], -1)
 
@@ -182,7 +181,7 @@ def support_scores(model: Omni, joint: Table) -> Tensor:
 
 @torch.inference_mode()
 def plain_distances(model: Omni, joint: Table) -> Distances:
-    """Of the model's own chain of next-token laws, on the support."""
+    """Distances of the model's autoregressive distribution, on the support."""
     found = []
     for ids in joint.ids.split(CHUNK):
         batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, joint.vocab_size)

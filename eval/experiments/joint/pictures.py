@@ -1,4 +1,4 @@
-"""A law of two words as a picture: one cell for every pair, dark where it is likely, red where it is never said.
+"""A distribution of two words as a picture: one cell for every pair, dark where it is likely, red where impossible.
 
 Legend: V words, H x W pixels.
 """
@@ -17,15 +17,15 @@ LEGAL, ILLEGAL, FRAME, PALE = (22, 78, 150), (205, 40, 40), (90, 90, 90), (228, 
 
 
 def pair_law(ids: Tensor, vocab_size: int) -> Tensor:
-    """(V, V) float64: shares of draws (B, 2); a draw with an id of V or above counts nowhere."""
+    """(V, V) float64: shares of samples (B, 2); a sample with an id of V or above does not count."""
     inside = ids[(ids < vocab_size).all(-1)]
     counts = torch.bincount(inside[:, 0] * vocab_size + inside[:, 1], minlength=vocab_size**2)
     return counts.double().view(vocab_size, vocab_size) / len(ids)
 
 
 def law_picture(law: Tensor, legal: Tensor, words: Sequence[str]) -> Tensor:
-    """uint8 (H, W, 3) of a law (V, V), first words down, second words across; `legal` (V, V) bool: pairs that the joint
-    has, which are framed. Shades are on one scale for all pictures: full at 1 / (number of legal pairs)."""
+    """uint8 (H, W, 3) of probabilities (V, V), first words down, second words across; `legal` (V, V) bool: pairs of the
+    joint, with a frame. Shades have one scale for all pictures: full at 1 / (number of legal pairs)."""
     from PIL import Image, ImageDraw
 
     V = len(words)
@@ -47,7 +47,7 @@ def law_picture(law: Tensor, legal: Tensor, words: Sequence[str]) -> Tensor:
 
 
 def _word(picture: Any, draw: Any, word: str, n: int) -> None:
-    """Beside row n, and, turned, above column n."""
+    """Write a word beside row n and, rotated, above column n."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, middle = ImageFont.load_default(12), EDGE + n * CELL + CELL // 2

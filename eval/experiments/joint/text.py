@@ -1,9 +1,9 @@
-"""Joint-token heads on real text, byte by byte: one backbone trained once, then every head beside it, that frozen.
+"""Joint-token heads on real text, byte by byte: one backbone trained once, then every head on the frozen backbone.
 
-Bytes need no tokenizer, suit the families whose tables grow with the vocabulary, and a block of K of them is a word or
-two. Documents are windows of T bytes of a training text; measuring is on another text.
+Bytes need no tokenizer and suit heads whose tables grow with the vocabulary; a block of K bytes is a word or two.
+Documents are windows of T bytes of a training text; measurements are on another text.
 
-Legend: R rows, T bytes of a window, N blocks of a row, B = R N blocks, K bytes of a block, V = 256 and BOS.
+Legend: R batch rows, T bytes of a window, N blocks of a row, B = R N blocks, K bytes of a block, V = 256 and BOS.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from omni.sequence.layout import Batch
 from omni.sequence.placeholders import Blocks, choose_blocks
 
 BYTES = 256
-CHUNK = 64  # rows of a pass when measuring
+CHUNK = 64  # batch rows when measuring
 
 
 class TextLine(Frozen):
-    """One head of the comparison. law_options: options under which the same weights draw from laws that they know, for
-    verification that needs them; None: the same as `options`. passes: numbers of passes, besides one, for blocks that
-    nobody verifies."""
+    """One head of the comparison. law_options: options under which the same weights sample with known probabilities,
+    for the verifications that need them; None: `options`. passes: numbers of passes, besides one, for unverified
+    blocks."""
 
     head: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -44,8 +44,8 @@ class TextLine(Frozen):
 
 
 class TextOptions(Frozen):
-    """Of the model, of training (`blocks` of a window at once) and of measuring: `contexts` of half a window each are
-    continued by `num_tokens`; `scored` windows give likelihoods. length: K."""
+    """Options of the model, of training (`blocks` of a window at once) and of measuring: `contexts` of half a window
+    are continued by `num_tokens`; `scored` windows give likelihoods. length: K."""
 
     length: int = Field(default=8, ge=2, le=64)
     width: int = Field(default=128, ge=8, multiple_of=4)
@@ -70,7 +70,7 @@ class TextOptions(Frozen):
 
 @dataclass(frozen=True)
 class Text:
-    """Two texts that share no line, as bytes (n,) uint8."""
+    """Two texts without common lines, as bytes (n,) uint8."""
 
     train: Tensor
     test: Tensor
@@ -81,7 +81,7 @@ class Text:
 
     @staticmethod
     def read(train: str | Path, test: str | Path) -> Text:
-        """Raises ValueError naming a file that is not there or is not UTF-8."""
+        """Raises ValueError naming a file that does not exist or is not UTF-8."""
         found = []
         for path in (train, test):
             try:
@@ -92,7 +92,7 @@ class Text:
 
 
 def windows(text: Tensor, num: int, length: int, key: Key) -> Tensor:
-    """(num, length) int64: pieces of a text, wherever they start. ValueError where it is shorter than a piece."""
+    """(num, length) int64: pieces of a text at any start. ValueError where the text is shorter than a piece."""
     if len(text) <= length:
         raise ValueError(f"a text of {len(text)} bytes has no windows of {length}; give more text or a shorter window")
     at = (key.uniform((num,), torch.float64) * (len(text) - length)).long()
@@ -117,7 +117,7 @@ def train_backbone(text: Text, run: TextOptions, key: Key) -> Omni:
 
 
 def train_head(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: Key) -> Omni:
-    """A model with the backbone's weights and a trained head. Depends on what is given alone."""
+    """A model with the backbone's weights and a trained head. Depends on the arguments alone."""
     config = JointConfig(head=line.head, length=run.length, adapter_rank=run.adapter_rank, options=line.options)
     model = beside(backbone, config, key.fold("model"))
     for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def _batch(windows_RT: Tensor) -> Batch:
 @dataclass(frozen=True)
 class Scores:
     """Nats per byte of whole blocks of held-out text, and of each of their K positions given the ones before it, where
-    the head has such laws. kind: "exact", "bound" (an upper one), or None where there is no likelihood."""
+    the head has them. kind: "exact", "bound" (an upper bound), or None without a likelihood."""
 
     mean: float
     positions: tuple[float, ...] | None
@@ -153,8 +153,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class TextResult:
-    """rounds: by verification. free: nats per byte, under plain decoding's laws, of unverified blocks by number of
-    passes. plain_pace: tokens per second of plain decoding in the same process. seconds: processor time of training."""
+    """rounds: by verification. free: nats per byte, under the backbone, of unverified blocks by number of passes.
+    plain_pace: tokens per second of autoregressive decoding in the same process. seconds: processor time of training.
+    """
 
     scores: Scores
     rounds: Mapping[str, Rounds]
@@ -165,7 +166,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class PlainResult:
-    """scores and free: of the backbone's own laws, on held-out text and on its own draws."""
+    """scores and free: of the backbone, on held-out text and on its own samples."""
 
     scores: Scores
     pace: Pace
@@ -221,7 +222,7 @@ def _knows_its_law(model: Omni, contexts: Tensor, key: Key) -> bool:
 
 @torch.inference_mode()
 def free_nats(model: Omni, contexts: Tensor, passes: int, length: int, key: Key) -> float:
-    """Nats per byte, under the backbone, of blocks that the head draws in `passes` passes and nobody verifies."""
+    """Nats per byte, under the backbone, of unverified blocks that the head samples in `passes` passes."""
     found = []
     for at, part in enumerate(contexts.split(CHUNK)):
         own = key.fold("chunk", at)
@@ -279,7 +280,7 @@ def _held_out_blocks(model: Omni, text: Text, run: TextOptions, key: Key) -> Ite
 
 
 def _of_ids(laws: Tensor, ids: Tensor) -> Tensor:
-    """(B, K) float64 of laws (B, K, V): what they say of ids (B, K)."""
+    """(B, K) float64: entries of log-probabilities (B, K, V) at ids (B, K)."""
     return laws.double().gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 

@@ -1,8 +1,8 @@
-"""A tiny Omni on blocks of tokens with a known joint: autoregression first, then its joint-token head, that frozen.
+"""A tiny Omni on blocks of tokens with a known joint: train the backbone first, then the joint-token head on it.
 
-A row is [BOS, x_1 .. x_K], or [BOS, prefix.., x_1 .. x_K] where a prefix selects the joint; the block starts at the
-last position before x_1. The head is trained beside a backbone that no longer moves, so the intervals of noise that
-data stand for (see heads.joint.push_forward) do not move either.
+A batch row is [BOS, x_1 .. x_K], or [BOS, prefix.., x_1 .. x_K] where a prefix selects the joint; the block starts at
+the last position before x_1. The backbone is frozen while the head trains, so the noise intervals of the data (see
+heads.joint.push_forward) are constant.
 
 Legend: B rows, P positions before the block, K tokens of a block, V ids.
 """
@@ -34,7 +34,7 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of autoregression, then of the head; rows a step; AdamW's rate at its highest (warm-up, cosine to zero)."""
+    """Steps of the backbone, then of the head; batch rows; AdamW's peak rate (warm-up, cosine to zero)."""
 
     backbone_steps: int = 2000
     head_steps: int = 3000
@@ -50,7 +50,7 @@ def toy_model(joint: JointConfig | None, vocab_size: int, key: Key, width: int =
 
 
 def beside(backbone: Omni, joint: JointConfig, key: Key) -> Omni:
-    """A new model of the backbone's weights, with a joint-token head drawn by `key`."""
+    """A new model with the backbone's weights and a joint-token head initialised by `key`."""
     model = Omni(backbone.config.model_copy(update={"joint": joint}), key)
     left = model.load_state_dict(backbone.state_dict(), strict=False)
     assert all(name.startswith("joint.") for name in left.missing_keys), left
@@ -58,7 +58,7 @@ def beside(backbone: Omni, joint: JointConfig, key: Key) -> Omni:
 
 
 def toy_batch(prefix: Tensor, block: Tensor, bos: int) -> tuple[Batch, Starts, Blocks]:
-    """One document a row; the whole block supervised, the prefix not."""
+    """One document a row; the block is supervised, the prefix is not."""
     B, K = block.shape
     first = torch.full((B, 1), bos, dtype=torch.int64)
     ids = torch.cat([first, prefix, block], 1)
@@ -80,15 +80,15 @@ def toy_batch(prefix: Tensor, block: Tensor, bos: int) -> tuple[Batch, Starts, B
 
 
 def toy_call(model: Omni, prefix: Tensor, num_tokens: int) -> BatchCall:
-    """The backbone behind given prefixes (B, P - 1), to sample or score blocks with."""
+    """The backbone after given prefixes (B, P - 1), to sample or score blocks with."""
     filler = torch.zeros(len(prefix), num_tokens, dtype=torch.int64)
     batch, starts, _ = toy_batch(prefix, filler, model.config.vocab_size - 1)
     return BatchCall(model, starts, *model.context(batch))
 
 
 def train(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teacher | None = None) -> dict[str, list[float]]:
-    """Both stages. Returns the losses of every step, by name. Depends on the key alone. teacher: what heads learn the
-    intervals of noise from, given (prefix, block) -> (B, K, V) log-laws; None is the model's own autoregression."""
+    """Both stages. Returns the losses of every step, by name. Depends on the key alone. teacher: (prefix, block) ->
+    (B, K, V) log-probabilities that define the noise intervals; None is the model's own autoregression."""
     joint = [p for name, p in model.named_parameters() if name.startswith("joint.")]
     rest = [p for name, p in model.named_parameters() if not name.startswith(("joint.", "flow."))]
     losses = optimise(rest, budget.backbone_steps, budget, _backbone_loss(model, draw, budget, key.fold("backbone")))
@@ -133,7 +133,7 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
 
 
 def optimise(parameters: list[Tensor], steps: int, budget: Budget, loss: Loss) -> dict[str, list[float]]:
-    """`steps` steps on the sum of what `loss` (of step and progress) gives by name; its values, of every step."""
+    """Run `steps` steps on the sum of the losses that `loss` (of step and progress) returns by name. Returns them."""
     losses: dict[str, list[float]] = {}
     adamw = torch.optim.AdamW(parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=0.0)
     optimiser = Optimiser({"adamw": adamw})

@@ -1,1 +1,1 @@
-"""Small problems whose answer is known or measurable in seconds: Gaussians with a closed-form flow map, 2-D data."""
+"""Small problems with a known or quickly measured answer: Gaussians with a closed-form flow map, 2-D data."""

@@ -1,7 +1,7 @@
 """2-D data sets, batches of them as items, and the sliced Wasserstein distance between two clouds of points.
 
-Every data set has mean 0 and about unit variance per coordinate, so that the house path x_t = (1 - t) x0 + t eps suits
-it as it is. A point is an item of one latent with two channels.
+Every data set has mean 0 and about unit variance per coordinate, as the path x_t = (1 - t) x0 + t eps assumes. A point
+is an item of one latent with two channels.
 
 Legend: N points, P projections.
 """
@@ -54,7 +54,7 @@ def moons(key: Key, num: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PlaneItems(Items):
-    """A batch of points, drawn as one: all noise of a purpose comes from one generator (see BatchNames)."""
+    """A batch of points that share a generator: all noise of a purpose comes from one (see BatchNames)."""
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(1, N, 2) standard normal, in the latents' dtype."""
@@ -71,8 +71,8 @@ def plane_items(points_N2: Tensor, progress: float = 1.0, pairing: Pairing = "in
 def sliced_wasserstein(a_N2: Tensor, b_N2: Tensor, key: Key, num_projections: int = 32) -> float:
     """sqrt(E over directions of W2^2 of the projected points) (arXiv 1506.06041), both clouds of one size.
 
-    The directions are spread evenly over the half circle from a keyed offset, which has far less variance than
-    independent ones. In one dimension W2^2 is the mean squared difference of the sorted points.
+    The directions are even over the half circle from a keyed offset, which has far less variance than independent ones.
+    In one dimension W2^2 is the mean squared difference of the sorted points.
     """
     if a_N2.shape != b_N2.shape:
         raise ValueError(f"clouds of {len(a_N2)} and {len(b_N2)} points; give two of one size")

@@ -1,20 +1,20 @@
-"""Objectives and samplers where the right answer is a formula: Gaussian data, whose exact flow map is known.
+"""Objectives and samplers on Gaussian data, whose exact flow map is known.
 
     flow_closed_forms   the methods of a table (eval/suites/flow_maps.toml) at the exact map and at a wrong one
 
-Rows, for the laws `line` (one dimension) and `plane` (two, correlated), in float64:
+Report rows, for the distributions `line` (one dimension) and `plane` (two, correlated), in float64:
 
     LAW_METHOD         residual: the loss at the exact map, which is 0
                        discrepancy: the loss at the exact map over that at the wrong one; Monte Carlo noise remains
-    LAW_METHOD_wrong   the loss at the wrong map, which must be seen
-    error_SAMPLER      largest error of a sampler that is told the exact map, over numbers of steps
-    order_SAMPLER      order of convergence of one that is told the exact velocity alone
+    LAW_METHOD_wrong   the loss at the wrong map, which must not be 0
+    error_SAMPLER      largest error of a sampler on the exact map, over numbers of steps
+    order_SAMPLER      order of convergence of a sampler on the exact velocity alone
     one_step_SAMPLER   largest error of one evaluation
     law_SAMPLER        a sampler that adds noise: largest error of mean and covariance over numbers of steps
 
-`largest_residual` and `smallest_wrong` are over the methods whose loss is a residual. It vanishes point by point only
-on the exact path: the sample's v is replaced by the marginal velocity, and points at a second time by the image of x_t
-there (`velocity_at` and `on_path` of the table say which fields).
+`largest_residual` and `smallest_wrong` are over the methods whose loss is a residual. A residual is 0 point by point
+only on the exact path: the marginal velocity replaces the sample's v, and the image of x_t replaces points at a second
+time (`velocity_at` and `on_path` of the table name the fields).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Check(Frozen):
     """An objective with the options under which its loss is 0 at the exact map.
 
     velocity_at: the fields of its Draw that hold the point and time of the velocity target. on_path: fields that hold
-    points at a second time, each with the field that holds the time. error: how wrong the wrong map is, F + error x t.
+    points at a second time, each with the field that holds the time. error: the wrong map is F + error x t.
     """
 
     objective: str
@@ -57,7 +57,7 @@ class Check(Frozen):
 
 
 class ClosedFormOptions(TaskOptions):
-    """items: points per residual. particles: points per discrepancy. points: drawn by samplers that add noise."""
+    """items: points per residual. particles: points per discrepancy. points: samples of samplers that add noise."""
 
     methods: dict[str, Check] = Field(default_factory=dict)
     items: int = Field(default=512, ge=1)
@@ -109,7 +109,7 @@ def at_map(check: Check, law: Gaussian, options: ClosedFormOptions, key: Key, er
 
 
 def on_path(draw: Draw, law: Gaussian, check: Check) -> Draw:
-    """The draw with marginal velocities and points on one path of the flow."""
+    """The Draw with marginal velocities and points on one path of the flow."""
     expand = draw.items.expand
     x, t = (getattr(draw, field) for field in check.velocity_at)
     moved = {
@@ -126,7 +126,7 @@ def mean(terms: Terms) -> float:
 
 
 def sampler_measures(name: str, points: int, key: Key) -> Iterator[Measure]:
-    """Errors of a sampler told the exact F of the plane's law. Noise wants many `points`; others are exact in few."""
+    """Errors of a sampler on the exact F of the plane. A sampler with noise needs many `points`; others need few."""
     sampler = SAMPLERS.get(name)
     num = points if adds_noise(name) else 1000
     start = key.normal((num, 2), torch.float64)

@@ -1,11 +1,11 @@
-"""Every flow-map objective on 2-D data at one budget: quality against the number of evaluations.
+"""Every flow-map objective on 2-D data at one budget: quality against the number of function evaluations.
 
     flow_plane   the methods of a table (eval/suites/flow_maps.toml), each trained on each data set with several seeds
 
-The same network, batch and budget of evaluations with a graph for all; only options, rates and samplers differ, and
-they stand in the table. A row `DATA_METHOD_N` is the mean over seeds of the sliced Wasserstein distance to fresh data
+All methods have the same network, batch and budget of evaluations with a graph; only the options, rates and samplers in
+the table differ. The report row `DATA_METHOD_N` is the mean over seeds of the sliced Wasserstein distance to fresh data
 after N evaluations; `_spread` its standard deviation at the fewest; `_seconds` the processor time of one training run.
-`DATA_floor` is the distance between two independent clouds of the data themselves.
+`DATA_floor` is the distance between two independent clouds of the data.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Results = Mapping[tuple[str, str], Sequence[Run]]  # (data set, method) -> one r
 
 
 class PlaneOptions(TaskOptions):
-    """methods: the table, by name; `methods_of`: the suite of eval/suites whose table stands below it. only: names of
-    those to run; none is all. workers: processes that share the runs.
+    """methods: the table, by name; `methods_of`: the suite of eval/suites whose table it extends. only: names of those
+    to run; none is all. workers: processes that share the runs.
 
     The row `objectives_within` counts the methods whose distance at the fewest evaluations is at most `within` times
     that of `reference` at the most. `many` and `few`: the methods whose numbers of particles are compared.
-    folder: where the two pictures go.
+    folder: of the two output pictures.
     """
 
     run: RunOptions = RunOptions()
@@ -129,7 +129,7 @@ def flow_plane(context: Context, options: PlaneOptions) -> Outcome:
 
 
 def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], list[Run]]:
-    """Methods that share weights run in one job; jobs are independent of one another and of who runs them."""
+    """Methods that share weights run in one job. A result does not depend on other jobs or on the worker."""
     groups: dict[str, dict[str, Method]] = {}
     for name, method in options.chosen.items():
         groups.setdefault(method.trained_as or name, {})[name] = method
@@ -146,7 +146,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
             distances = "  ".join(f"{n}: {d:.3f}" for n, d in run.distances.items())
             context.say(f"  {len(found)}/{len(jobs)} {jobs[number][2]} {name}  {distances}  ({run.seconds:.1f} s)")
     results: dict[tuple[str, str], list[Run]] = {}
-    for number, job in enumerate(jobs):  # in the order of the table, whoever finished first
+    for number, job in enumerate(jobs):  # in the order of the table
         for name, run in found[number].items():
             results.setdefault((job[2], name), []).append(run)
     return results
@@ -171,7 +171,7 @@ def spread_at(runs: Sequence[Run], n: int) -> float:
 
 
 def verdicts(results: Results, options: PlaneOptions) -> Iterator[Measure]:
-    """The counts and ratios that bars stand on; those whose methods were not run are left out."""
+    """The counts and ratios that have bars, where their methods were run."""
     data_sets, few = options.data_sets, options.fewest
     if options.reference in options.chosen:
         trained = [name for name, method in options.chosen.items() if method.trained_as is None]
@@ -194,7 +194,7 @@ def verdicts(results: Results, options: PlaneOptions) -> Iterator[Measure]:
 
 
 def table(results: Results, options: PlaneOptions, data_set: str) -> str:
-    """One line per method: what it cost, and mean +- spread of the distance by number of evaluations."""
+    """One line per method: its cost, and mean +- spread of the distance by number of evaluations."""
     heading = ["steps", "graph", "plain", "s", *(f"{n} eval." for n in options.run.evaluations)]
     lines = [f"{data_set:28}" + "".join(f"{cell:>{14 if i > 3 else 7}}" for i, cell in enumerate(heading))]
     for name in options.chosen:
@@ -209,7 +209,7 @@ def table(results: Results, options: PlaneOptions, data_set: str) -> str:
 
 
 def curves(results: Results, floors: Mapping[str, float], options: PlaneOptions) -> list[Curve]:
-    """The frontier of every data set, drawn as a file too: `flow_maps_plane.png`."""
+    """The curves of every data set, also as the file `flow_maps_plane.png`."""
     panels = {}
     for d in options.data_sets:
         lines = {
@@ -224,7 +224,7 @@ def curves(results: Results, floors: Mapping[str, float], options: PlaneOptions)
 
 
 def panels(results: Results, options: PlaneOptions, across: int = 8) -> list[Panel]:
-    """What one evaluation gives, first seed; as a file `flow_maps_samples.png`."""
+    """Samples of one evaluation, first seed; also as the file `flow_maps_samples.png`."""
     rows: list[list[tuple[str, torch.Tensor]]] = []
     for data_set in options.data_sets:
         cells = [(data_set, cloud(DATA_SETS.get(data_set)(Key(0).fold("picture"), options.run.num_points)))]

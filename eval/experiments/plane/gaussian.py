@@ -1,6 +1,6 @@
-"""Gaussian data, whose flow map is known in closed form, as the callable that objectives and samplers see.
+"""Gaussian data with its closed-form flow map, as the callable of objectives and samplers.
 
-Data N(mean, U diag(variance) U^T) in C channels, one latent per position. Along the eigenvectors the map keeps
+Data N(mean, U diag(variance) U^T) in C channels, one latent per position. Along the eigenvectors the map preserves
 quantiles: deviation(t)^2 = (1 - t)^2 variance + t^2.
 """
 
@@ -64,9 +64,9 @@ PLANE = Gaussian(torch.tensor([0.7, -0.4]).double(), torch.tensor([[0.5, 0.3], [
 
 @dataclass(frozen=True)
 class GaussianCall:
-    """The exact F of a law; `error` spoils it, by `error * x` (times t, so that it is wrong in t and s too).
+    """The exact F of a Gaussian, plus `error * x` (times t, so that it is wrong in t and s too).
 
-    `weight` (I,), set by `guided`, is remembered and changes nothing: a Gaussian has no condition.
+    `weight` (I,), set by `guided`, is stored and changes nothing: a Gaussian has no condition.
     """
 
     items: Items

@@ -1,12 +1,12 @@
-"""A small network F(x, t, s, beta) on the plane, and the callable that objectives see of it.
+"""A small network F(x, t, s, beta) on the plane, and its callable for objectives.
 
     features  x, and of t and of t - s: itself and sin, cos of 1, 2, 4 quarter turns; beta - 1; 1 without condition
     network   a stack of linear layers with SiLU
 
-The time features are of low frequency because derivatives with respect to time multiply by the frequency.
-`Count` books what an objective spends: an evaluation is one point through the network once. An evaluation whose
-result has a graph counts as `gradient` (it is paid for again in the backward pass), any other as `plain`; a
-derivative counts as two evaluations, value and tangent.
+The time features have low frequencies because derivatives with respect to time multiply by the frequency.
+`Count` counts the evaluations of an objective: one evaluation is one point through the network. A result with a graph
+counts as `gradient` (the backward pass costs again), any other as `plain`; a derivative counts as two evaluations,
+value and tangent.
 
 Legend: I items (points), C channels, K frequencies, W width.
 """
@@ -28,7 +28,7 @@ FREQUENCIES = (1.0, 2.0, 4.0)  # in quarter turns over the unit interval of time
 class PlaneNetwork(nn.Module):
     """Linear layers of `width`, `depth` of them hidden, with SiLU between. F starts at 0.
 
-    Conditions are the data set and none (`is_null`); both and beta are inputs like the rest.
+    The condition is the data set or none (`is_null`); it and beta are inputs.
     """
 
     def __init__(self, key: Key, channels: int = 2, width: int = 128, depth: int = 3) -> None:
@@ -52,7 +52,7 @@ class PlaneNetwork(nn.Module):
     def with_tangent(
         self, primals: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor, Tensor, Tensor], *constants: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(F, dF) along tangents of (x, t, s). By hand, a third of the cost of forward-mode autograd at this size."""
+        """(F, dF) along tangents of (x, t, s). Written out: a third of the cost of forward-mode autograd here."""
         (_, t, s), (dx, dt, ds) = primals, tangents
         h = features(*primals, *constants)
         rate = torch.cat([dx, time_rates(t, dt), time_rates(t - s, dt - ds), dt.new_zeros(len(dt), 2)], -1)
@@ -104,9 +104,9 @@ class Count:
 
 @dataclass(frozen=True)
 class PlaneCall:
-    """The objective's view of a PlaneNetwork (see omni.objectives.base.FlowCall). Each item is one latent.
+    """The FlowCall of a PlaneNetwork (see omni.objectives.base). Each item is one latent.
 
-    `averages`: the target network, None where the objective keeps none. `frozen`: results have no graph.
+    `averages`: the target network, None where the objective has none. `frozen`: results have no graph.
     """
 
     network: PlaneNetwork
@@ -147,7 +147,7 @@ class PlaneCall:
         return found[0].view(x.shape), found[1].view(x.shape)
 
     def _book(self, num: int, *, graph: bool) -> torch.set_grad_enabled:
-        """Count `num` evaluations; a context with gradients on if they are and a graph is wanted."""
+        """Count `num` evaluations; return a context with gradients where they are enabled and `graph` is true."""
         graph = graph and torch.is_grad_enabled()
         self.count.add(num, has_graph=graph)
         return torch.set_grad_enabled(graph)

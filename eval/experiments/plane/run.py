@@ -1,7 +1,7 @@
-"""One run on the plane: an objective trained for a fixed number of evaluations, then drawn from in few of them.
+"""One run on the plane: train an objective for a fixed number of evaluations, then sample with few.
 
-The budget counts evaluations with a graph (see network.Count), so an objective that needs three a step takes a third
-of the steps; what it spends beside, and its wall time, is reported with the result.
+The budget counts evaluations with a graph (see network.Count), so an objective that needs three a step has a third of
+the steps. The result reports its other evaluations and its wall time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from train.optim.optimiser import Optimiser
 from train.optim.schedule import fall, rise_over
 from train.optim.target import build_target
 
-CHUNK = 1024  # points a pass when drawing: activations stay in the processor's cache
+CHUNK = 1024  # points per batch of sampling: activations stay in the processor's cache
 
 
 class Method(Frozen):
-    """One line of the comparison: an objective with its options, and how it is trained and drawn from.
+    """One line of the comparison: an objective with its options, its training and its sampling.
 
-    trained_as: take the weights of another line instead of training (another sampler on the same network).
-    evaluations: where only some of the run's numbers of evaluations make sense (a generator knows one), these.
+    trained_as: use the weights of another line instead of training (another sampler on the same network).
+    evaluations: the numbers of evaluations, where not all of the run's apply (a generator has one).
     """
 
     objective: str = ""
@@ -47,14 +47,14 @@ class Method(Frozen):
     evaluations: tuple[int, ...] | None = None
 
     def numbers(self, options: RunOptions) -> list[int]:
-        """Of evaluations, ascending."""
+        """Numbers of evaluations, ascending."""
         return sorted(n for n in options.evaluations if self.evaluations is None or n in self.evaluations)
 
 
 class RunOptions(Frozen):
-    """budget: evaluations with a graph, in points. decay: of the averaged weights that are drawn from, per step.
+    """budget: evaluations with a graph, in points. decay: per step, of the averaged weights, which are sampled.
 
-    num_points: points drawn per evaluation, compared with as many of the data along `num_projections` directions.
+    num_points: samples per number of evaluations, compared with as many of the data along `num_projections` directions.
     """
 
     budget: int = Field(default=768_000, ge=1)
@@ -69,7 +69,7 @@ class RunOptions(Frozen):
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gives: distance by number of evaluations, points drawn in the fewest, and what it cost."""
+    """Result of one run: distance by number of evaluations, samples at the fewest, and costs."""
 
     distances: Mapping[int, float]
     points: Tensor  # (num_points, 2)
@@ -81,7 +81,7 @@ class Run:
 def run_methods(
     base: Method, members: Mapping[str, Method], data_set: str, options: RunOptions, key: Key
 ) -> dict[str, Run]:
-    """Train `base`, then draw from its network by the sampler of each of `members`. Depends on nothing else."""
+    """Train `base`, then sample its network by the sampler of each of `members`. Depends on the arguments alone."""
     network, steps, count, seconds = train(base, data_set, options, key)
     runs = {}
     for name, method in members.items():

@@ -1,14 +1,14 @@
-"""Speed beside two other libraries in the same run: equal work and dtype, alternating runs, ratio of medians.
+"""Speed against two other libraries in the same run: equal work and dtype, alternating runs, ratio of medians.
 
     speed_training   a training step on text-image and text-image-text-image-text samples, against transfusion-pytorch
-    speed_text       cached greedy decoding of one row of text, against transformers' LlamaForCausalLM.generate
+    speed_text       cached greedy decoding of one request, against transformers' LlamaForCausalLM.generate
     speed_prefill    the first token after a long prompt, against the same
-    speed_batch      cached greedy decoding of many rows at once, against the same
+    speed_batch      cached greedy decoding of a batch of requests, against the same
     speed_image      one image block after a text prompt, against transfusion-pytorch
 
-Weights are random: speed depends on nothing else in them, except where a row says what they hold. A ratio above 1 means
+Weights are random: speed does not depend on them, except where a report row names their values. A ratio above 1 means
 that Omni is faster. In a ratio both sides compute in one dtype, do the same work, and are both eager or both compiled;
-what is compared is in the row's note, with the spread. Of several settings of the other library that compute the same,
+the row's note lists what is compared, with the spread. Of several settings of the other library that compute the same,
 the fastest counts. Rows in bfloat16 are not measured (nan) on a machine that computes it slowly, unless `slow_bf16`.
 """
 

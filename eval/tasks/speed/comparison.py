@@ -1,4 +1,4 @@
-"""What the speed tasks share: sizes, models with random weights, the machine in words, times of alternating runs."""
+"""Parts of all speed tasks: sizes, models with random weights, the machine as text, times of alternating runs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ MODES = ("eager", "compiled")
 
 
 class SpeedOptions(TaskOptions):
-    """repeats: alternating runs of each library, of which the median counts. compiled: measure the compiled rows, which
-    takes minutes of compiling; None: unless quick. slow_bf16: measure bfloat16 also where the machine computes it
-    slowly. quick: tiny models, one run, both dtypes: shows that everything runs; its figures mean nothing."""
+    """repeats: alternating runs of each library; the median counts. compiled: measure the compiled rows, with minutes
+    of compiling; None: unless quick. slow_bf16: measure bfloat16 also where the machine computes it slowly. quick: tiny
+    models, one run, both dtypes: checks that everything runs; its figures have no meaning."""
 
     repeats: int = Field(default=7, ge=1)
     vocab_size: int = Field(default=4096, ge=512)
@@ -58,7 +58,7 @@ class SpeedOptions(TaskOptions):
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The names of those that are measured here."""
+        """The names of the dtypes that are measured on this machine."""
         return tuple(DTYPES) if self.quick or self.slow_bf16 or fast_bf16() else ("float32",)
 
     @property
@@ -69,7 +69,7 @@ class SpeedOptions(TaskOptions):
 def build_omni(context: Context, size: str, vocab_size: int, pictures: bool = True, bf16_values: bool = False) -> Omni:
     """A model of a size in SIZES with random weights, a byte tokenizer and the exact codec (64 latents for 32x32).
 
-    bf16_values: float32 weights whose values bfloat16 holds, as those of a published checkpoint."""
+    bf16_values: float32 weights with values that are exact in bfloat16, as in a published checkpoint."""
     width, depth, heads, hidden = SIZES[size]
     transformer = TransformerConfig(
         width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=64, mlp_width=hidden
@@ -88,13 +88,13 @@ def prompt_of(num_bytes: int) -> str:
 
 
 def num_prompt_ids(model: Omni, prompt: str) -> int:
-    """How many ids the engine prefills for a prompt, its control ids included: the other library gets as many."""
+    """Number of ids that the engine prefills for a prompt, with control ids; the other library gets as many."""
     spans = model.spans(Document((Text(prompt, Role.USER),)), generation_prompt=True)
     return sum(len(span.ids) for span in spans if isinstance(span, TokenSpan))
 
 
 def machine(*packages: str) -> str:
-    """Versions, what the processor can, threads. Raises ValueError where a package is missing."""
+    """Versions, capabilities of the processor, threads. Raises ValueError where a package is missing."""
     versions = ", ".join(f"{package} {require(package)}" for package in ("torch", *packages))
     bf16 = "fast" if fast_bf16() else "slow"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -111,7 +111,7 @@ def notes_of(options: SpeedOptions, *notes: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of alternating runs, by name. What was not run is nan. `conditions` end every row's note."""
+    """Seconds of alternating runs, by name; nan without a run. `conditions` end every row's note."""
 
     seconds: Mapping[str, Sequence[float]]
     conditions: str
@@ -124,11 +124,11 @@ class Times:
         return statistics.median(self.seconds[name]) if name in self.seconds else math.nan
 
     def fastest(self, names: Sequence[str]) -> str:
-        """Of those that were run; the first where none was."""
+        """The fastest of the runs; the first name where none was run."""
         return min((name for name in names if name in self.seconds), key=self.median, default=names[0])
 
     def spread(self, name: str) -> str:
-        """In words: median, least and most."""
+        """As text: median, minimum and maximum."""
         if name not in self.seconds:
             return f"{name}: not measured"
         low, high = min(self.seconds[name]), max(self.seconds[name])
@@ -139,7 +139,7 @@ class Times:
         return f"{', '.join(map(self.spread, names))}; {runs} run(s); {self.conditions}"
 
     def ratio(self, row: str, theirs: Sequence[str], ours: str) -> Measure:
-        """How many times as long the fastest of theirs takes; nan where ours or the first of theirs was not run."""
+        """Time of the fastest of theirs over ours; nan where ours or the first of theirs was not run."""
         base = self.fastest(theirs) if theirs[0] in self.seconds else theirs[0]
         return Measure(row, self.median(base) / self.median(ours), "x", self.note(base, ours))
 
@@ -151,7 +151,7 @@ class Times:
 
 
 def first_run(run: Callable[[], Any]) -> str:
-    """Run once what compiles itself. Returns why it cannot, in a line, or nothing."""
+    """Run once a function that compiles at its first call. Returns the error in one line, or an empty text."""
     try:
         run()
     except RuntimeError as error:  # of torch._dynamo and torch._inductor too

@@ -1,7 +1,7 @@
-"""One image block of 64 latents after a text prompt, beside transfusion-pytorch of equal parameters and dtype.
+"""One image block of 64 latents after a text prompt, against transfusion-pytorch of equal parameters and dtype.
 
-Main rows: equal evaluations of the network, Euler steps by both. Beside them equal steps of each library's own default
-solver (theirs takes two evaluations a step, of a higher order), and theirs compiled; ours has no compiled picture.
+Main rows: equal evaluations of the network, Euler steps by both. Other rows: equal steps of each library's default
+solver (theirs has a higher order and two evaluations a step), and theirs compiled; ours has no compiled pictures.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ for _dtype in DTYPES:
 
 @task("speed_image", ImageOptions, rows=ROWS)
 def speed_image(context: Context, options: ImageOptions) -> Outcome:
-    """One image block of 64 latents after a text prompt, beside transfusion-pytorch: equal evaluations, equal steps."""
+    """One image block of 64 latents after a text prompt, against transfusion-pytorch: equal evaluations and steps."""
     conditions = machine("transfusion_pytorch")
     size = "tiny" if options.quick else "8m"
     ours = build_omni(context, size, options.vocab_size)
@@ -110,7 +110,7 @@ def by_sampler(kind: str) -> list[str]:
 
 def image_runs(ours: Omni, models: dict[str, Any], options: ImageOptions, dtype: str) -> Runs:
     """Runs of both libraries in `dtype`: ours by sampler, theirs by mode and solver. Casts `ours` to `dtype`.
-    AssertionError if theirs makes another number of evaluations than its row names."""
+    AssertionError where theirs runs another number of evaluations than its row names."""
     prompt = ids_like(1, num_prompt_ids(ours, PROMPT))[0]
     runs: Runs = {"omni": omni_draw(ours.eval().to(DTYPES[dtype]), PROMPT, options.steps)}
     for mode, model in models.items():
@@ -125,14 +125,14 @@ def image_runs(ours: Omni, models: dict[str, Any], options: ImageOptions, dtype:
 
 
 def num_evaluations(model: Any, run: Callable[[], Any]) -> int:
-    """Of theirs: passes of its transformer over at least a whole picture."""
+    """Evaluations of theirs: passes of its transformer over at least a whole picture."""
     with inputs_of(model.transformer) as shapes:
         run()
     return sum(shape[1] >= GRID[0] * GRID[1] for shape in shapes)
 
 
 def omni_draw(model: Omni, prompt: str, steps: int) -> Callable[[], Any]:
-    """Text prompt, forced picture of 64 latents, decoded to pixels; ends when it is delivered."""
+    """Text prompt and forced picture of 64 latents, decoded to pixels; ends with its event."""
     engine = Engine(model)
     options = GenerationOptions(
         steps=steps, force_image=True, image_size=(GRID[0] * PATCH, GRID[1] * PATCH), max_images=1, max_tokens=4

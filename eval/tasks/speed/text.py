@@ -1,9 +1,9 @@
-"""Text beside transformers' LlamaForCausalLM.generate, of the same width, depth, vocabulary and dtype: decoding of one
-row, the first token after a long prompt, and decoding of many rows. Both prefill as many ids and emit as many tokens.
+"""Text against transformers' LlamaForCausalLM.generate, of the same width, depth, vocabulary and dtype: decoding of one
+request, the first token after a long prompt, and decoding of a batch. Both prefill as many ids and emit as many tokens.
 
-Omni's compiled side is `Engine(model, compile=True)`: one row's step as native code, float32 arithmetic on weights that
-are read in float32, or, where bfloat16 holds their values (as those of published checkpoints), from a bfloat16 copy.
-There is none for prompts and for many rows: those rows compare its eager code with theirs, eager and compiled.
+Omni's compiled side is `Engine(model, compile=True)`: the step of one request as native code, float32 arithmetic on
+float32 weights, or on a bfloat16 copy where it is exact (as with published checkpoints). Prompts and batches have no
+compiled side: their report rows compare Omni's eager code with theirs, eager and compiled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Runs = dict[str, Callable[[], Any]]
 
 
 class SizedOptions(SpeedOptions):
-    """sizes: of {8m, 90m}. new_tokens: how many tokens follow a prompt, at each size."""
+    """sizes: of {8m, 90m}. new_tokens: number of tokens after a prompt, at each size."""
 
     repeats: int = Field(default=5, ge=1)
     sizes: tuple[str, ...] = ("8m", "90m")
@@ -65,7 +65,7 @@ class SizedOptions(SpeedOptions):
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The sizes that rows are named of: those that a bar can be set on, measured or not."""
+        """The sizes in the names of rows: a bar can be set on them, measured or not."""
         return tuple(dict.fromkeys((*self.sizes, *self.measured)))
 
     def rows(self, *names: str) -> list[str]:
@@ -75,13 +75,13 @@ class SizedOptions(SpeedOptions):
 
 
 class PrefillOptions(SizedOptions):
-    """prompt: bytes, each an id; a few control ids come with them."""
+    """prompt: bytes, each an id; a few control ids are added."""
 
     prompt: int = Field(default=512, ge=1)
 
 
 class BatchOptions(SizedOptions):
-    """batches: how many rows at once."""
+    """batches: numbers of requests at once."""
 
     repeats: int = Field(default=3, ge=1)
     new_tokens: dict[str, int] = {"8m": 32, "90m": 16}
@@ -92,7 +92,7 @@ class BatchOptions(SizedOptions):
 
 
 def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = False) -> Callable[[], None]:
-    """Greedy decoding of exactly `num_new` tokens after each prompt through the engine, events, text and all."""
+    """Greedy decoding of exactly `num_new` tokens after each prompt by the engine, with events and text."""
     engine = Engine(model, compile)
     control = engine.control
     engine.grammar.allowed["text"][[control.end, control.image, control.video]] = -torch.inf  # no earlier end
@@ -109,13 +109,13 @@ def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = F
 
 
 def llama_runs(model: Any, prompts: Tensor, num_new: int, compiled: bool) -> Runs:
-    """With each cache, and with what follows the prompt compiled."""
+    """Runs with each cache, and with compiled steps after the prompt."""
     caches = ("dynamic", "static", "compiled")[: 3 if compiled else 2]
     return {f"transformers {cache}": llama_decode(model, prompts, num_new, cache) for cache in caches}
 
 
 def without_failing(runs: Runs, notes: list[str], where: str) -> Runs:
-    """The runs that compile here. For one that does not, the reason is appended to `notes`."""
+    """The runs that compile on this machine. The error of another run is appended to `notes`."""
     why = first_run(runs["transformers compiled"]) if "transformers compiled" in runs else ""
     if not why:
         return runs
@@ -135,7 +135,7 @@ def build_pair(
 
 
 def opening(context: Context, options: SizedOptions) -> tuple[str, list[str], list[Measure]]:
-    """Conditions, first notes, rows of parameters: of all that decoding reads, embeddings and read-out included."""
+    """Conditions, first notes, rows of parameters: all that decoding reads, with embeddings and output projection."""
     conditions = machine("transformers")
     measures = []
     for size in options.measured:
@@ -146,7 +146,7 @@ def opening(context: Context, options: SizedOptions) -> tuple[str, list[str], li
     return conditions, notes_of(options, conditions), measures
 
 
-# ---- one row ---------------------------------------------------------------------------------------------------------
+# ---- one request -----------------------------------------------------------------------------------------------------
 
 TEXT_RATIOS = ("ratio_eager", "ratio_compiled")
 TEXT_RATES = ("omni_eager", "omni_compiled", "transformers_dynamic", "transformers_static", "transformers_compiled")
@@ -160,7 +160,7 @@ def text_rows(options: SizedOptions) -> list[str]:
 
 @task("speed_text", SizedOptions, rows=text_rows)
 def speed_text(context: Context, options: SizedOptions) -> Outcome:
-    """Cached greedy decoding of one row in tokens/s: eager against eager, compiled against compiled."""
+    """Cached greedy decoding of one request in tokens/s: eager against eager, compiled against compiled."""
     conditions, notes, measures = opening(context, options)
     notes.append(
         "compiled: ours native code, theirs the fastest of compiled steps with a static cache and its eager runs. "
@@ -198,13 +198,13 @@ def text_runs(context: Context, size: str, options: SizedOptions, dtype: str) ->
     return runs
 
 
-# ---- prompts and many rows -------------------------------------------------------------------------------------------
+# ---- prompts and batches ---------------------------------------------------------------------------------------------
 
 EAGER_ONLY = ("ratio_eager", "ratio_theirs_compiled", "omni", "transformers_eager", "transformers_compiled")
 
 
 def eager_only(times: Times, end: str, rate: Callable[[str, str], Measure]) -> list[Measure]:
-    """The rows of EAGER_ONLY. ratio_theirs_compiled: the fastest of all of theirs beside ours."""
+    """The rows of EAGER_ONLY. ratio_theirs_compiled: the fastest of all of theirs over ours."""
     return [
         times.ratio(f"ratio_eager_{end}", EAGER, "omni"),
         times.ratio(f"ratio_theirs_compiled_{end}", THEIRS, "omni"),
@@ -216,7 +216,7 @@ def eager_only(times: Times, end: str, rate: Callable[[str, str], Measure]) -> l
 
 @task("speed_prefill", PrefillOptions, rows=lambda options: options.rows(*EAGER_ONLY))
 def speed_prefill(context: Context, options: PrefillOptions) -> Outcome:
-    """Milliseconds to the first token after a long prompt, beside transformers, eager and compiled."""
+    """Milliseconds to the first token after a long prompt, against transformers, eager and compiled."""
     conditions, notes, measures = opening(context, options)
     notes.append(
         f"one token after a prompt of {options.prompt} bytes, an id each; ours has no compiled pass of prompts"
@@ -243,7 +243,7 @@ def batch_rows(options: BatchOptions) -> list[str]:
 
 @task("speed_batch", BatchOptions, rows=batch_rows)
 def speed_batch(context: Context, options: BatchOptions) -> Outcome:
-    """Cached greedy decoding of many rows at once, tokens/s of all rows, beside transformers, eager and compiled."""
+    """Cached greedy decoding of a batch of requests, total tokens/s, against transformers, eager and compiled."""
     conditions, notes, measures = opening(context, options)
     notes.append("rows of equal length; ours has no compiled step of many rows")
     for size in options.measured:

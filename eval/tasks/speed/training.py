@@ -1,9 +1,9 @@
-"""Training steps beside transfusion-pytorch: the same samples, parameters, dtype, optimiser and threads.
+"""Training steps against transfusion-pytorch: the same samples, parameters, dtype, optimiser and threads.
 
-What counts as a token of a step: the data's text ids and latents, each once, all of them supervised; not the control
-ids that each library adds of its own, nor the second time that a library computes a latent. Omni does the latter: a
-picture that something follows is in the context stream (clean) and in the refine stream (noisy). transfusion-pytorch
-has one stream, in which what follows a picture reads it noisy. The rows `positions` count what each computes.
+The tokens of a step are the data's text ids and latents, each once, all supervised. Control ids of a library do not
+count, nor a second computation of a latent. Omni computes some twice: a picture before other segments is in the context
+stream (clean) and in the refine stream (noisy). transfusion-pytorch has one stream, in which later segments attend to
+the noisy picture. The report rows `positions` count the computed positions of each.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, lay_out, pack
 
-# The last picture of a document is not in the context stream, since nothing reads it there (layout.lay_out): all of
-# text_image's pictures, none of interleaved's.
+# The last picture of a document is not in the context stream, since nothing attends to it there (layout.lay_out): all
+# pictures of text_image, none of interleaved.
 LAYOUTS = {"text_image": ("text", "image"), "interleaved": ("text", "image", "text", "image", "text")}
 LIBRARIES = ("omni", "transfusion")
 
@@ -61,7 +61,7 @@ def _rows() -> list[str]:
 
 
 class TrainingOptions(SpeedOptions):
-    """Each of `batch` samples is of `text` ids wherever its layout has text, and of 64 latents wherever a picture."""
+    """Each of `batch` samples has `text` ids per text of its layout, and 64 latents per picture."""
 
     batch: int = Field(default=8, ge=1)
     text: int = Field(default=32, ge=1)
@@ -69,7 +69,7 @@ class TrainingOptions(SpeedOptions):
 
 @task("speed_training", TrainingOptions, rows=_rows())
 def speed_training(context: Context, options: TrainingOptions) -> Outcome:
-    """Training tokens/s on text-image and interleaved samples, beside transfusion-pytorch of equal parameters."""
+    """Training tokens/s on text-image and interleaved samples, against transfusion-pytorch of equal parameters."""
     conditions = machine("transfusion_pytorch")
     size = "tiny" if options.quick else "8m"
     models = build_models(context, size, options)
@@ -106,7 +106,7 @@ def speed_training(context: Context, options: TrainingOptions) -> Outcome:
 
 
 def build_models(context: Context, size: str, options: SpeedOptions) -> dict[tuple[str, str], nn.Module]:
-    """Of each library and mode, those of a library alike in everything but the mode."""
+    """A model of each library and mode; those of one library differ in the mode alone."""
     models: dict[tuple[str, str], nn.Module] = {}
     for mode in options.modes:
         ours = build_omni(context, size, options.vocab_size)
@@ -127,7 +127,7 @@ def training_steps(
     for (library, mode), model in models.items():
         if library == "omni":
             assert isinstance(model, Omni)
-            # The trainer keeps no casts: a target network's would cut the graph.
+            # As in the trainer, no cache of casts: a target network's casts would cut the graph.
             step = training_step(model, omni_loss(model, samples, context), dtype, keep_casts=False)
         else:
             step = training_step(model, transfusion_loss(model, samples), dtype)
@@ -170,7 +170,7 @@ def num_data_tokens(sample: Sample) -> int:
 
 
 def spans_of(sample: Sample, model: Omni) -> list[Span]:
-    """A sample as spans, all of it supervised, with the picture's header as the composer writes it."""
+    """A sample as supervised spans, with the picture's header as `compose` writes it."""
     assert model.tokenizer is not None
     control = model.tokenizer.control
     spans: list[Span] = []
@@ -187,7 +187,7 @@ def spans_of(sample: Sample, model: Omni) -> list[Span]:
 
 
 def pack_samples(model: Omni, samples: list[Sample]) -> Batch:
-    """One sample a row, as the recipes pack: a last picture is not in the context."""
+    """One sample per batch row, as the recipes pack: a last picture is not in the context."""
     assert model.tokenizer is not None
     pad = model.tokenizer.control.pad
     documents = [spans_of(sample, model) for sample in samples]
@@ -218,7 +218,7 @@ def omni_loss(model: Omni, samples: list[Sample], context: Context) -> Callable[
 
 @torch.no_grad()
 def transfusion_positions(model: nn.Module, samples: list[Sample]) -> int:
-    """How many positions a step computes, padding and control ids included."""
+    """Number of positions that a step computes, with padding and control ids."""
     with inputs_of(model.transformer) as shapes:  # type: ignore[arg-type]
         transfusion_loss(model, samples)()
     return sum(math.prod(shape[:2]) for shape in shapes)
