@@ -13,7 +13,7 @@ from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.errors import NotFiniteError, in_range, require_finite
 from omni.generation.engine import Engine
 from omni.model import Omni
-from omni.samplers.token import masked_scores, token_law
+from omni.samplers.token import masked_scores, token_log_probs
 
 PICTURE = {"force_image": True, "image_size": (8, 8), "max_tokens": 2, "max_images": 1, "steps": 2}
 WRONG = [math.nan, math.inf, -math.inf]
@@ -94,7 +94,7 @@ def test_the_smallest_temperature_is_greedy() -> None:
     """Scores divided by it overflow; the result is the argmax."""
     score = torch.tensor([1.0, 12.0, -3.0])
     for temperature in (5e-324, 1e-300, 1e-30):
-        assert token_law(score, temperature).exp().tolist() == [0.0, 1.0, 0.0]
+        assert token_log_probs(score, temperature).exp().tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("value", WRONG)

@@ -387,3 +387,31 @@ def test_the_hazard_rule_can_fail(code: str, tmp_path: Path) -> None:
     path = tmp_path / "sample.py"
     path.write_text(code)
     assert len(list(hazards(path))) >= 1
+
+
+# ------------------------------------------------------------------------------------------------ declared, not guessed
+
+
+def guesses(path: Path) -> Iterator[int]:
+    """Lines that ask whether a string is part of a parameter's name."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant) and isinstance(node.left.value, str):
+            asks = any(isinstance(op, ast.In | ast.NotIn) for op in node.ops)
+            if asks and any(isinstance(one, ast.Name) and one.id == "name" for one in node.comparators):
+                yield node.lineno
+
+
+def test_nothing_is_guessed_from_the_names_of_parameters() -> None:
+    """Initial weights and optimiser groups are declared (omni.nn.declare), losses by what an objective reads."""
+    places = [*files("train"), ROOT / "omni/model.py", ROOT / "omni/losses.py"]
+    places += [path for folder in ("nn", "heads", "objectives") for path in (ROOT / "omni" / folder).rglob("*.py")]
+    places = [path for path in places if path.name != "jvp.py"]  # names of arguments
+    assert not [f"{name(path)}:{line}" for path in places for line in guesses(path)]
+    ladder = [n for n in ast.walk(tree(ROOT / "omni/losses.py")) if isinstance(n, ast.Name) and n.id == "isinstance"]
+    assert not ladder
+
+
+def test_a_guess_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "sample.py"
+    path.write_text('if "norm" in name:\n    pass\nif name in ("a", "b"):\n    pass\n')
+    assert list(guesses(path)) == [1]

@@ -37,12 +37,12 @@ from omni.generation.options import GenerationOptions, check_defaults
 from omni.generation.reply import Reply
 from omni.generation.row import Row
 from omni.generation.runtime import Runtime
-from omni.generation.speculative import speak
+from omni.generation.speculative import speculative_round
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.nn.decode_step import TokenStep
 from omni.nn.native_step import CompiledStep
-from omni.samplers.token import draw_token, masked_scores
+from omni.samplers.token import masked_scores, sample_token
 from omni.sequence.context_limit import require_room, warn_if_nearly_full
 from omni.sequence.layout import LatentSpan, TokenSpan
 from omni.text.chat import messages_to_document
@@ -125,7 +125,7 @@ class Engine:
         out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **own})
         num = out.speculative.tokens_per_pass or 1
         if num > length:
-            why = "this model has no joint-token head" if joint is None else f"its joint-token head draws {length}"
+            why = "this model has no joint-token head" if joint is None else f"its joint-token head drafts {length}"
             raise ValueError(f"tokens_per_pass = {num} is too many: {why}; take at most {length}")
         return out
 
@@ -168,20 +168,22 @@ class Engine:
         logits = torch.empty(0)
         while any(row.phase != "done" for row in rows):
             waiting = [r for r in rows if r.phase == "block"]
-            talking = [r for r in rows if r.phase not in ("block", "done")]
-            forced = [r for r in talking if r.forced]
+            decoding = [r for r in rows if r.phase not in ("block", "done")]
+            forced = [r for r in decoding if r.forced]
             if forced:
                 for row in forced:
                     row.num_tokens += 1
                     yield from self._accept(row, row.forced.pop(0))
                 continue
-            together = [r for r in talking if (r.options.speculative.tokens_per_pass or 1) > 1]
+            together = [r for r in decoding if (r.options.speculative.tokens_per_pass or 1) > 1]
             if together:
-                yield from speak(self.runtime, [r for r in together if r.drafting == together[0].drafting], rows, cache)
+                yield from speculative_round(
+                    self.runtime, [r for r in together if r.drafting == together[0].drafting], rows, cache
+                )
                 continue
             logits = self._flush(rows, cache, logits)
-            if talking:
-                for row, token in zip(talking, self._choose(talking, logits), strict=True):
+            if decoding:
+                for row, token in zip(decoding, self._choose(decoding, logits), strict=True):
                     yield from self._accept(row, token)
                 continue
             for group in groups(self.grammar, waiting):
@@ -206,7 +208,7 @@ class Engine:
                 chosen.append(best)
             else:
                 chosen.append(
-                    draw_token(
+                    sample_token(
                         score,
                         row.options.text.temperature,
                         row.options.text.top_p,

@@ -32,33 +32,35 @@ from omni.generation.row import Row
 from omni.generation.runtime import Runtime
 from omni.heads.joint import Draft
 from omni.nn.cache import KVCache
-from omni.samplers.inverse_cdf import pick
-from omni.samplers.token import masked_scores, token_law, token_noise
+from omni.samplers.inverse_cdf import inverse_cdf_sample
+from omni.samplers.token import masked_scores, token_log_probs, token_uniform
 from omni.samplers.verification import Verdict, agreed, block, rejection
 from omni.sequence.layout import Span, TokenSpan
 
 Wanted = dict[int, tuple[list[int], bool]]  # of a request: the ids of its draft, and whether one more may follow
 
 
-def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[int, Event]]:
+def speculative_round(
+    runtime: Runtime, decoding: Sequence[Row], rows: Sequence[Row], cache: KVCache
+) -> Iterator[tuple[int, Event]]:
     """One round for decoding requests with equal `Row.drafting`; the other batch rows of the cache do not change."""
     assert runtime.model.joint is not None
-    carries_on = runtime.model.joint.head.carries_on and runtime.model.joint.head.length > 1
-    again, options = bool(talking[0].leftover), talking[0].options.speculative
+    is_recurrent = runtime.model.joint.head.is_recurrent and runtime.model.joint.head.length > 1
+    again, options = bool(decoding[0].leftover), decoding[0].options.speculative
     draft: Draft | None = None
     start: Tensor | None = None
     if again:
-        proposals = {row.number: row.leftover for row in talking}
-    elif talking[0].state is not None:
-        draft = _carry_on(runtime, talking, len(rows))
-        proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
+        proposals = {row.number: row.leftover for row in decoding}
+    elif decoding[0].state is not None:
+        draft = _draft_recurrently(runtime, decoding, len(rows))
+        proposals = {row.number: draft.ids[row.number].tolist() for row in decoding}
     else:
-        draft, start = _draft(runtime, talking, rows, cache)
-        proposals = {row.number: draft.ids[row.number].tolist() for row in talking}
-    wanted: Wanted = {row.number: _usable(runtime, row, proposals[row.number]) for row in talking}
+        draft, start = _draft(runtime, decoding, rows, cache)
+        proposals = {row.number: draft.ids[row.number].tolist() for row in decoding}
+    wanted: Wanted = {row.number: _usable(runtime, row, proposals[row.number]) for row in decoding}
     base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
     for _ in range(options.sweeps):
-        for row, hidden in _read_drafts(runtime, talking, rows, cache, start, wanted):
+        for row, hidden in _read_drafts(runtime, decoding, rows, cache, start, wanted):
             ids = wanted[row.number][0]
             redrawn = _plain(runtime, row, ids, runtime.model.token.read(hidden))[: len(ids)]
             wanted[row.number] = _usable(runtime, row, redrawn.tolist())
@@ -66,13 +68,13 @@ def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: 
     reads = options.sweeps + (options.verify != "none")
     passes = (start is not None) + (reads if _is_read(start, wanted) else 0)
     if options.verify == "none":
-        for row in talking:
+        for row in decoding:
             ids = wanted[row.number][0]
             legal = _legal(runtime, row, ids)
             said = yield from _emit(runtime, row, legal, Drafted(len(ids), len(legal), passes))
             row.pending = [TokenSpan(said, [False] * len(said))]
         return
-    for row, hidden in _read_drafts(runtime, talking, rows, cache, start, wanted):
+    for row, hidden in _read_drafts(runtime, decoding, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
         verdict = _judge(runtime, row, draft, ids, runtime.model.token.read(hidden))
         kept = int(verdict.kept[0])
@@ -84,17 +86,17 @@ def speak(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: 
         row.pending = [TokenSpan([said[-1]], [False])]
         over = row.phase in ("block", "done") or bool(row.forced)
         row.leftover = [] if over or not row.recycles else verdict.ids[0, count : len(ids) + whole].tolist()
-        row.state = None if over or not carries_on else hidden[len(said) - 1]
+        row.state = None if over or not is_recurrent else hidden[len(said) - 1]
 
 
 def _read_drafts(
-    runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
+    runtime: Runtime, decoding: Sequence[Row], rows: Sequence[Row], cache: KVCache, start: Tensor | None, wanted: Wanted
 ) -> Iterator[tuple[Row, Tensor]]:
     """One pass over the draft of every decoding request, written to the cache; yields the hidden states of each,
     `start` (R, W) first. Without a start, the last id of each request precedes its draft. An id that nothing may follow
     is not read (a round may then need no pass): hidden states (K, W), else (K + 1, W)."""
     ids: list[list[int]] = [[] for _ in rows]
-    for row in talking:
+    for row in decoding:
         draft, whole = wanted[row.number]
         read = draft if whole else draft[:-1]
         ids[row.number] = [*_last(row), *read] if start is None else read
@@ -104,7 +106,7 @@ def _read_drafts(
     else:
         assert start is not None
         hidden = start.unsqueeze(1)
-    for row in talking:
+    for row in decoding:
         draft, whole = wanted[row.number]
         yield row, hidden[row.number, : len(draft) + whole]
 
@@ -126,82 +128,82 @@ def _plain(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Te
     if not row.options.text.temperature:
         return _scores(runtime, row, ids, logits)[1]
     laws = _laws(runtime, row, ids, logits)
-    return pick(laws, laws.new_tensor(_noise(row, len(laws))))
+    return inverse_cdf_sample(laws, laws.new_tensor(_noise(row, len(laws))))
 
 
-def _draft(runtime: Runtime, talking: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
+def _draft(runtime: Runtime, decoding: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
     """The head's draft for every batch row of the cache (undefined for other requests), and the hidden states (R, W)
     before the drafts; the pending spans are appended to the cache. The tokens' noise belongs to the request. A head's
     other samples (the component of a latent mixture) depend on the batch: with such a head "rejection" and "block" keep
     the distribution of a reply in another batch, not its ids.
     """
     spans: list[list[Span]] = [[] for _ in rows]
-    for row in talking:
+    for row in decoding:
         spans[row.number] = _merged(row.pending)
     joint = runtime.model.joint
     assert joint is not None
-    num = max(row.draft_length for row in talking)
+    num = max(row.draft_length for row in decoding)
     uniforms = torch.full((len(rows), num), 0.5, dtype=torch.float64)
-    for row in talking:
+    for row in decoding:
         if row.options.text.temperature:
             uniforms[row.number] = torch.tensor(_noise(row, num), dtype=torch.float64)
     call = CacheCall(runtime.model, cache, spans, runtime.control.pad, runtime.step)
-    first = talking[0]
+    first = decoding[0]
     draft = joint.head.sample(call, uniforms.to(runtime.device), first.key.fold("draft", first.num_tokens))
-    _require_sound(runtime, talking, call, draft)
+    _require_sound(runtime, decoding, call, draft)
     if first.options.speculative.verify in ("rejection", "block"):  # they judge what was drawn from log_q
         return draft, call.start
     # The same pass gives the distribution of the first token, so its autoregressive id is known and always accepted.
     logits, ids = runtime.model.token.read(call.start), draft.ids.clone()
-    for row in talking:
+    for row in decoding:
         ids[row.number, 0] = _plain(runtime, row, (), logits[row.number : row.number + 1])[0]
     return replace(draft, ids=ids), call.start
 
 
-def _carry_on(runtime: Runtime, talking: Sequence[Row], num_rows: int) -> Draft:
+def _draft_recurrently(runtime: Runtime, decoding: Sequence[Row], num_rows: int) -> Draft:
     """Recurrent drafting: the head's draft after the last id of every decoding request, from the hidden state before
     that id. One batch row per row of the cache; those of other requests are undefined. Ids are sampled like in
     autoregressive decoding, at the request's temperature."""
-    joint, first = runtime.model.joint, talking[0]
+    joint, first = runtime.model.joint, decoding[0]
     assert joint is not None and first.state is not None
-    num = min(max(row.draft_length for row in talking), joint.head.length - 1)
+    num = min(max(row.draft_length for row in decoding), joint.head.length - 1)
     states, said = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
-    for row in talking:
+    for row in decoding:
         states[row.number], said[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
     wants_laws = first.options.speculative.verify in ("rejection", "block")
-    noise = {row.number: _noise(row, num) for row in talking}
+    noise = {row.number: _noise(row, num) for row in decoding}
 
     def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, law = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
-        for row in talking:
+        for row in decoding:
             temperature = row.options.text.temperature or 0.0
             if temperature or wants_laws:
-                own = law[row.number] = token_law(logits[row.number].float(), temperature, row.options.text.top_p)
-                ids[row.number] = pick(own, own.new_tensor(noise[row.number][k]))
+                own = law[row.number] = token_log_probs(logits[row.number].float(), temperature, row.options.text.top_p)
+                ids[row.number] = inverse_cdf_sample(own, own.new_tensor(noise[row.number][k]))
         return ids, law
 
     call = StateCall(runtime.model, states)
-    drafting = joint.head.carry_on(call, said.to(states.device))
+    drafting = joint.head.draft_recurrently(call, said.to(states.device))
     chosen = [choose(0, next(drafting))]
     while len(chosen) < num:  # until no request may have a further id
         so_far = torch.stack([ids for ids, _ in chosen], 1)
-        if not any(_usable(runtime, row, so_far[row.number].tolist())[1] for row in talking):
+        if not any(_usable(runtime, row, so_far[row.number].tolist())[1] for row in decoding):
             break
         chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
     ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     draft = Draft(ids, laws if wants_laws else None, len(chosen))
-    _require_sound(runtime, talking, call, draft)
+    _require_sound(runtime, decoding, call, draft)
     return draft
 
 
-def _require_sound(runtime: Runtime, talking: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
+def _require_sound(runtime: Runtime, decoding: Sequence[Row], call: CacheCall | StateCall, draft: Draft) -> None:
     """NotFiniteError if the head's logits or probabilities are not finite."""
     wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
     wrong = wrong if call.unsound is None else wrong | call.unsound
     if draft.log_q is not None:
         wrong = wrong | draft.log_q.gather(-1, draft.ids.unsqueeze(-1)).isnan().flatten(1).any(1)
     found = wrong.tolist()
-    for row in talking:
+    for row in decoding:
         if found[row.number]:
             logits = runtime.model.token.read(call.start[row.number : row.number + 1])
             masked_scores(logits, torch.zeros_like(logits), [row.num_tokens])  # raises if the token head caused it
@@ -227,8 +229,8 @@ def _noise(row: Row, num: int) -> list[float]:
     """The noise of the row's next tokens, the same that plain decoding has for them. Of "block", whose verdict hangs on
     tokens that it then throws away, every round has its own: theirs is no longer uniform once the verdict is known."""
     if row.options.speculative.verify == "block":
-        return [token_noise(row.key.fold("block token", row.num_tokens, k)) for k in range(num)]
-    return [token_noise(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
+        return [token_uniform(row.key.fold("block token", row.num_tokens, k)) for k in range(num)]
+    return [token_uniform(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
 
 
 def _usable(runtime: Runtime, row: Row, ids: Sequence[int]) -> tuple[list[int], bool]:
@@ -257,7 +259,7 @@ def _laws(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Ten
     phase."""
     temperature = row.options.text.temperature
     assert temperature is not None
-    return token_law(_scores(runtime, row, ids, logits)[0], temperature, row.options.text.top_p)
+    return token_log_probs(_scores(runtime, row, ids, logits)[0], temperature, row.options.text.top_p)
 
 
 def _scores(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def pick(log_p: Tensor, u: Tensor) -> Tensor:
+def inverse_cdf_sample(log_p: Tensor, u: Tensor) -> Tensor:
     """The inverse-CDF sample at u: min{v : F(v) > u}, F the cumulative distribution in the order of ids.
 
     log_p (..., V), normalised or not; u (...) in [0, 1) -> (...) int64. Computed in float64; rounding never gives an id
@@ -25,9 +25,9 @@ def pick(log_p: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(found, last)
 
 
-def interval(log_p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(lower, width) of the uniforms that `pick` maps to ids: u in [lower, lower + width). All of ids' shape,
-    float64."""
+def uniform_interval(log_p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(lower, width) of the uniforms that `inverse_cdf_sample` maps to ids: u in [lower, lower + width). Both have the
+    shape of ids, float64."""
     p = log_p.double().softmax(-1)
     cumulative = p.cumsum(-1)
     upper = cumulative.gather(-1, ids.unsqueeze(-1)).squeeze(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omni.errors import NotFiniteError, in_range, require_finite
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 
 def masked_scores(logits_NV: Tensor, mask: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def _require_sound(logits_V: Tensor, best: float, number: int) -> None:
         raise NotFiniteError(f"{what} are all 0: a hidden state overflowed because a weight is too large; {way_out}")
 
 
-def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+def token_log_probs(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """(..., V) float64 log-probabilities of softmax(score / temperature), restricted to the top-p nucleus: the smallest
     set of most probable ids with at least that mass. Temperature 0: all mass on the (first) largest score."""
     if temperature == 0:
@@ -57,11 +57,15 @@ def token_law(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     return law.log_softmax(-1)
 
 
-def token_noise(key: Key) -> float:
+def token_uniform(key: Key) -> float:
     """The uniform of one token, in autoregressive and in speculative decoding."""
     return key.python().random()
 
 
-def draw_token(score_V: Tensor, temperature: float, top_p: float, key: Key) -> int:
-    """The inverse-CDF sample of `token_law` at the key's uniform."""
-    return int(pick(token_law(score_V, temperature, top_p), torch.tensor(token_noise(key), dtype=torch.float64)))
+def sample_token(score_V: Tensor, temperature: float, top_p: float, key: Key) -> int:
+    """The inverse-CDF sample of `token_log_probs` at the key's uniform."""
+    return int(
+        inverse_cdf_sample(
+            token_log_probs(score_V, temperature, top_p), torch.tensor(token_uniform(key), dtype=torch.float64)
+        )
+    )

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 LOSSLESS = ("coupled", "rejection", "block")
 VERIFICATIONS = (*LOSSLESS, "none")
@@ -41,7 +41,7 @@ class Verdict:
 
 def coupled(draft: Tensor, log_p: Tensor, uniforms: Tensor) -> Verdict:
     """draft (B, K); log_p (B, K + 1, V): log-probabilities after each prefix of the draft; uniforms (B, K + 1)."""
-    return agreed(draft, pick(log_p, uniforms))
+    return agreed(draft, inverse_cdf_sample(log_p, uniforms))
 
 
 def agreed(draft: Tensor, plain: Tensor) -> Verdict:
@@ -84,7 +84,7 @@ def _finish(draft: Tensor, kept: Tensor, excess: Tensor, p: Tensor, uniforms: Te
     rows = torch.arange(len(draft), device=draft.device)
     law = excess[rows, kept]
     law = torch.where(law.sum(-1, keepdim=True) > 0, law, p[rows, kept])
-    drawn = pick(law.log(), uniforms[rows, kept])
+    drawn = inverse_cdf_sample(law.log(), uniforms[rows, kept])
     ids = torch.nn.functional.pad(draft, (0, 1)).clone()
     ids[rows, kept] = drawn
     return Verdict(ids, kept)

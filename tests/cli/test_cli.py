@@ -619,7 +619,7 @@ def test_out_of_memory_is_one_line_and_the_chat_continues(fake: Any, at: Path, c
     fake.setattr(cli_chat.Engine, "stream", lambda self, *arguments: next(streams)(self, *arguments))
     assert chat("one\ntwo\n", fake) == 2
     out, err = capsys.readouterr()
-    assert "out of memory: ask for less" in err and err.count("\n") == 1 and "The end." in out
+    assert "out of memory: use less" in err and err.count("\n") == 1 and "The end." in out
 
 
 # ------------------------------------------------------------------------------------------------ inspect, doctor

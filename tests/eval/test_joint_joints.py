@@ -13,7 +13,7 @@ from eval.experiments.joint.distances import of_law, of_samples, of_support, sam
 from eval.experiments.joint.joints import JOINTS, SIZED_JOINTS, Joint, Table, bigram, build_joint, codes, sticky, table
 from eval.experiments.joint.lab import known_table
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 SMALL = (
     "poker_s4", "poker_s5", "poker_s6", "poker_s6_dealt", "equal_pairs3", "parity5", "permutation4", "sticky3",
@@ -119,7 +119,7 @@ def test_the_autoregressive_oracle_samples_the_joint() -> None:
     joint, num = known_table("permutation4"), 20_000
     u, ids = Key(3).uniform((num, 4), torch.float64), torch.zeros(num, 4, dtype=torch.int64)
     for k in range(4):
-        ids[:, k] = pick(joint.conditionals(ids)[:, k], u[:, k])
+        ids[:, k] = inverse_cdf_sample(joint.conditionals(ids)[:, k], u[:, k])
     found = of_samples(joint, ids)
     assert found.valid == 1 and found.coverage == 1 and found.tv < 2 * sample_floor(joint, num)
 

@@ -24,10 +24,10 @@ from eval.experiments.joint.pictures import LEVELS, law_picture, pair_law
 from eval.experiments.joint.toy import toy_batch, toy_model
 from eval.suite import load_suite, main
 from omni.heads.joint import JOINT_HEADS, Draft, JointConfig, JointHead
-from omni.heads.joint.training import teacher_laws
+from omni.heads.joint.training import teacher_log_probs
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 ROOT = Path(__file__).parents[2]
 SMALL = LabOptions(width=16, depth=1, adapter_rank=2, backbone_steps=3, head_steps=3, rows=16, num_samples=600)
@@ -50,7 +50,7 @@ class Listener(JointHead):
 
     def sample(self, call, uniforms, key, passes=1):  # noqa: ANN001, ANN201
         law = self.bias.double().expand(*uniforms.shape, -1)
-        return Draft(pick(law, uniforms))
+        return Draft(inverse_cdf_sample(law, uniforms))
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
         Listener.heard.append(lesson.teacher)
@@ -86,7 +86,7 @@ def test_the_plain_distribution_is_that_of_autoregressive_decoding() -> None:
     ids = torch.tensor([[a, b, c] for a in range(3) for b in range(3) for c in range(3)])  # 2: what starts a string
     with torch.inference_mode():
         batch, starts, blocks = toy_batch(torch.zeros(27, 0, dtype=torch.int64), ids, 2)
-        laws = teacher_laws(model, model.context(batch)[0], starts, blocks).exp()
+        laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks).exp()
     law = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).prod(-1)
     assert float(law.sum()) == pytest.approx(1)
     q = torch.tensor([float(law[(ids == row).all(-1)]) for row in joint.ids])

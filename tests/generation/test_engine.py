@@ -17,7 +17,7 @@ from omni.generation.engine import Engine
 from omni.generation.events import BlockDone, BlockStart, BlockStep, Stop, TextDelta, VideoPart
 from omni.generation.options import GenerationOptions
 from omni.rng import Key
-from omni.samplers.token import draw_token
+from omni.samplers.token import sample_token
 from omni.sequence.guidance import drop, reduce
 from omni.sequence.layout import TokenSpan
 from omni.text.compose import frame_rate
@@ -361,7 +361,7 @@ def test_length_limit(model: omni.Omni) -> None:
 
 def test_samples_follow_temperature_and_top_p() -> None:
     score = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    draws = torch.tensor([draw_token(score, 0.7, 0.9, Key(0).fold(n)) for n in range(4000)])
+    draws = torch.tensor([sample_token(score, 0.7, 0.9, Key(0).fold(n)) for n in range(4000)])
     p = (score.double() / 0.7).softmax(-1)
     p[2:] = 0  # 0.79 + 0.19 reach 0.9 with two tokens
     found = torch.bincount(draws, minlength=4) / len(draws)

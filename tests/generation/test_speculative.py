@@ -21,7 +21,7 @@ from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 K = 4
 
@@ -39,7 +39,7 @@ class RollOut(JointHead):
             start = call.start if k == 0 else After(call, ids).start
             scores = call.read(start).double()
             laws.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
-            ids = torch.cat([ids, pick(laws[-1], uniforms[:, k]).unsqueeze(1)], 1)
+            ids = torch.cat([ids, inverse_cdf_sample(laws[-1], uniforms[:, k]).unsqueeze(1)], 1)
         return Draft(ids, torch.stack(laws, 1))
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
@@ -53,7 +53,7 @@ class FourIds(JointHead):
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         law = torch.full((*uniforms.shape, self.vocab_size), -torch.inf, dtype=torch.float64)
         law[..., :4] = -math.log(4)
-        return Draft(pick(law, uniforms), law)
+        return Draft(inverse_cdf_sample(law, uniforms), law)
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
         raise NotImplementedError

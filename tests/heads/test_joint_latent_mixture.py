@@ -20,7 +20,7 @@ from omni.heads.joint.noise_kinds import draws_of
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 K, V = 3, 3
 
@@ -127,7 +127,7 @@ def test_given_lambda_ids_are_sampled_from_log_q() -> None:
         call = toy_call(model, empty(50), K)
         draft = head.sample(call, u, Key(1), passes)
         assert call.passes == passes and draft.log_q is not None
-        assert torch.equal(pick(draft.log_q, u), draft.ids)
+        assert torch.equal(inverse_cdf_sample(draft.log_q, u), draft.ids)
         assert torch.equal(head.sample(call, u, Key(1), passes).ids, draft.ids)
     first, other = (head.sample(call, uniforms(50, K, Key(n)), Key(1)) for n in (0, 1))
     assert first.log_q is not None and other.log_q is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from eval.experiments.joint.toy import uniforms
 from omni.heads.joint.noise_kinds import SMALLEST, TINY, NoiseKind, build_noise
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "tree", "gumbel")
 
@@ -46,7 +46,7 @@ def test_inverted_noise_of_random_tokens_is_the_prior(kind: NoiseKind) -> None:
     N, V = 20000, 5
     noise = build_noise(kind, V, 8, 4)
     log_p = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05], dtype=torch.float64).log()
-    ids = pick(log_p.expand(N, V), Key(0).fold("ids").uniform((N,), torch.float64))
+    ids = inverse_cdf_sample(log_p.expand(N, V), Key(0).fold("ids").uniform((N,), torch.float64))
     found = noise.invert(log_p.expand(N, V), ids, Key(1).uniform((N, noise.size), torch.float64))
     u = (-(-found).exp()).exp() if kind == "gumbel" else found
     assert _ks(u) < 1.95 < _ks(u[ids != 0]), "conditioning on the token must show"
@@ -73,9 +73,11 @@ def test_noise_from_the_prior_gives_the_distribution(kind: NoiseKind) -> None:
     assert (torch.bincount(ids.flatten(), minlength=V) / N - p).abs().max() < 0.012
     assert not torch.isin(ids, torch.tensor([1, 4])).any()
     if kind == "uniform":
-        assert torch.equal(ids, pick(p.log().expand(N, 1, V), u))
+        assert torch.equal(ids, inverse_cdf_sample(p.log().expand(N, 1, V), u))
     if kind == "tree":
-        assert torch.equal(ids >= 4, pick(p.log().expand(N, 1, V), u) >= 4), "the root's branch is plain decoding's"
+        assert torch.equal(ids >= 4, inverse_cdf_sample(p.log().expand(N, 1, V), u) >= 4), (
+            "the root's branch is plain decoding's"
+        )
 
 
 def test_a_tree_by_hand() -> None:

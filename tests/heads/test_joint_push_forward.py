@@ -19,10 +19,10 @@ from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
 from omni.heads.joint.push_forward import PushForward, block_bound, graded, semigroup_targets, set_task
-from omni.heads.joint.training import BatchCall, teacher_laws
+from omni.heads.joint.training import BatchCall, teacher_log_probs
 from omni.model import Omni
 from omni.rng import Key
-from omni.samplers.inverse_cdf import interval, pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample, uniform_interval
 from omni.sequence.layout import TokenSpan
 from omni.sequence.placeholders import Blocks
 
@@ -51,7 +51,7 @@ class OracleCall:
         ids, out = torch.zeros(self.rows, 0, dtype=torch.int64), [self.start]
         for j in range(inputs.shape[1]):
             law = out[-1][:, : self.joint.shape[0]]
-            now = inputs[:, j, 0].long() if j < clean else pick(law, inputs[:, j, 1])
+            now = inputs[:, j, 0].long() if j < clean else inverse_cdf_sample(law, inputs[:, j, 1])
             ids = torch.cat([ids, now.unsqueeze(-1)], 1)
             out.append(self._hidden(ids))
         return torch.stack(out, 1)
@@ -97,7 +97,7 @@ def test_with_an_oracle_every_number_of_passes_equals_autoregressive_decoding() 
     call, u = OracleCall(_joint(V, K), torch.zeros(0), N), uniforms(N, K, Key(0))
     plain = torch.zeros(N, 0, dtype=torch.int64)
     for k in range(K):
-        plain = torch.cat([plain, pick(call._hidden(plain)[:, :V], u[:, k]).unsqueeze(-1)], 1)
+        plain = torch.cat([plain, inverse_cdf_sample(call._hidden(plain)[:, :V], u[:, k]).unsqueeze(-1)], 1)
     for options in ({}, {"first": "decode"}, {"mode": "categorical"}):
         head = oracle_head(V, K, **options)
         for passes in (1, 2, 4):
@@ -105,7 +105,7 @@ def test_with_an_oracle_every_number_of_passes_equals_autoregressive_decoding() 
             assert torch.equal(draft.ids, plain)
             assert (draft.log_q is None) == ("mode" not in options)
             if draft.log_q is not None:
-                assert torch.equal(pick(draft.log_q, u), plain)
+                assert torch.equal(inverse_cdf_sample(draft.log_q, u), plain)
 
 
 def test_losses_of_an_oracle_are_its_entropy_and_zero() -> None:
@@ -175,7 +175,7 @@ def lesson(model: Omni, ids: Tensor, key: Key, valid: Tensor | None = None) -> t
         blocks = replace(blocks, valid=valid)
     hidden, memory = model.context(batch)
     call = BatchCall(model, starts, hidden, memory)
-    return call, Lesson(blocks, teacher_laws(model, hidden, starts, blocks), key)
+    return call, Lesson(blocks, teacher_log_probs(model, hidden, starts, blocks), key)
 
 
 def empty(rows: int) -> Tensor:
@@ -195,7 +195,7 @@ def exact_law(model: Omni, head: PushForward, K: int, grid: int) -> Tensor:
         middle = (torch.arange(steps).double() + 0.5) / steps
         rows = torch.arange(len(noise)).repeat_interleave(V * steps)
         ids = torch.arange(V).repeat_interleave(steps).repeat(len(noise))
-        lower, width = interval(law[rows], ids)
+        lower, width = uniform_interval(law[rows], ids)
         u = lower + width * middle.repeat(len(noise) * V)
         noise = torch.cat([noise[rows], u.view(-1, 1, 1)], 1)
         mass, code = mass[rows] * width / steps, code[rows] * V + ids
@@ -371,5 +371,5 @@ def test_a_trained_head_uses_its_noise() -> None:
             if mode == "decode":
                 second = head.decode(call, shuffled[:, 2]).argmax(-1)
             else:
-                second = pick(call.read(shuffled[:, 1]), u[:, 1])
+                second = inverse_cdf_sample(call.read(shuffled[:, 1]), u[:, 1])
             assert (ids[:, 0] == second).float().mean() < 0.35

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from eval.experiments.joint.toy import head_of, toy_batch, toy_call, toy_model
 from omni.heads.joint import JOINT_HEADS, JointConfig
-from omni.heads.joint.training import teacher_laws
+from omni.heads.joint.training import teacher_log_probs
 from omni.model import Omni
 from omni.rng import Key
-from omni.samplers.token import token_law
+from omni.samplers.token import token_log_probs
 from omni.samplers.verification import block, coupled, rejection
 
 V, K, LENGTH = 3, 2, 3  # ids (and BOS, which is masked), drafted tokens, tokens of a reply
@@ -60,9 +60,9 @@ def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ..
     n = LENGTH + K
     ids = torch.tensor(list(itertools.product(range(V), repeat=n)))
     batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, V)
-    laws = teacher_laws(model, model.context(batch)[0], starts, blocks)
+    laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
     laws[..., V] = -torch.inf
-    for row, law in zip(ids.tolist(), token_law(laws, temperature, top_p), strict=True):
+    for row, law in zip(ids.tolist(), token_log_probs(laws, temperature, top_p), strict=True):
         for k in range(n):
             found[tuple(row[:k])] = law[k]
     return found

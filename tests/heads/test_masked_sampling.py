@@ -18,7 +18,7 @@ from eval.experiments.joint.toy import uniforms
 from omni.heads.joint.masked import Masked
 from omni.heads.joint.masked_sampling import reveal_sizes
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def draw_slowly(head: Masked, uniform: list[float], passes: int, gumbel: list[li
         shown = torch.tensor([[x is not None for x in ids]])
         law = head.laws(small_call(1), torch.tensor([[x or 0 for x in ids]]), shown)[0]
         hidden = [k for k in range(n) if ids[k] is None]
-        drawn = {k: int(pick(law[k], torch.tensor(uniform[k]))) for k in hidden}
+        drawn = {k: int(inverse_cdf_sample(law[k], torch.tensor(uniform[k]))) for k in hidden}
         if head.config.unmasking == "confidence":
             heat = head.config.gumbel_temperature * (passes - 1 - i) / passes
             hidden.sort(key=lambda k: -float(law[k, drawn[k]]) - heat * gumbel[i][k])
@@ -63,7 +63,7 @@ def test_one_pass_samples_from_its_log_q() -> None:
     law = laws.gather(-1, everything.unsqueeze(-1)).squeeze(-1).sum(-1).exp()
     assert abs(float(law.sum()) - 1) < 1e-12 and float((law - 1 / len(law)).abs().sum() / 2) > 0.2
     assert total_variation(draft.ids, law) < 0.01
-    assert (laws[0] - draft.log_q[0]).abs().max() < 1e-12 and torch.equal(draft.ids, pick(draft.log_q, u))
+    assert (laws[0] - draft.log_q[0]).abs().max() < 1e-12 and torch.equal(draft.ids, inverse_cdf_sample(draft.log_q, u))
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from omni.rng import Key
 from omni.samplers import SAMPLERS, from_diffusers, num_steps, run_sampler, time_grid
-from omni.samplers.inverse_cdf import pick
-from omni.samplers.token import draw_token, token_law, token_noise
+from omni.samplers.inverse_cdf import inverse_cdf_sample
+from omni.samplers.token import sample_token, token_log_probs, token_uniform
 from omni.samplers.verification import LOSSLESS, VERIFICATIONS, Verdict, _finish, agreed, block, coupled, rejection
 
 TIMES = [1.0, 0.75, 0.5, 0.0]
@@ -168,7 +168,7 @@ def test_probabilities_of_tokens_by_hand() -> None:
     score = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]).double().log()
 
     def law(temperature: float, top_p: float = 1.0) -> list[list[float]]:
-        found = token_law(score.float(), temperature, top_p)
+        found = token_log_probs(score.float(), temperature, top_p)
         assert found.dtype == torch.float64
         return [pytest.approx(row, abs=1e-6) for row in found.exp().tolist()]
 
@@ -186,11 +186,11 @@ def test_a_token_is_drawn_by_its_keys_uniform() -> None:
     score = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     for number in range(20):
         key = Key(number)
-        u = token_noise(key)
+        u = token_uniform(key)
         assert u == key.python().random() and 0 <= u < 1
-        assert draw_token(score, 1.0, 1.0, key) == sum(u >= edge for edge in (0.1, 0.5, 0.7))
-        assert draw_token(score, 0.0, 1.0, key) == 1
-        assert draw_token(score, 1.0, 0.5, key) == (1 if u < 4 / 7 else 3)
+        assert sample_token(score, 1.0, 1.0, key) == sum(u >= edge for edge in (0.1, 0.5, 0.7))
+        assert sample_token(score, 0.0, 1.0, key) == 1
+        assert sample_token(score, 1.0, 0.5, key) == (1 if u < 4 / 7 else 3)
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_rows_are_judged_apart() -> None:
 def test_pick_is_the_first_id_whose_sum_is_above_the_noise() -> None:
     law = torch.tensor([0.1, 0.0, 0.4, 0.5, 0.0]).log()
     for u, wanted in ((0.0, 0), (0.09, 0), (0.11, 2), (0.49, 2), (0.51, 3), (1 - 2**-53, 3)):
-        assert int(pick(law, torch.tensor(u, dtype=torch.float64))) == wanted
+        assert int(inverse_cdf_sample(law, torch.tensor(u, dtype=torch.float64))) == wanted
 
 
 def test_states_and_verdicts_do_not_change() -> None:

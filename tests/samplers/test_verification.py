@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from omni.rng import Key
-from omni.samplers.inverse_cdf import interval, pick
-from omni.samplers.token import token_law
+from omni.samplers.inverse_cdf import inverse_cdf_sample, uniform_interval
+from omni.samplers.token import token_log_probs
 from omni.samplers.verification import block, coupled, rejection
 
 V, K, N = 4, 3, 200_000
@@ -41,7 +41,7 @@ def uniform(key: Key, *shape: int) -> Tensor:
 def draft_from(tables: list[Tensor], u: Tensor) -> Tensor:
     ids = torch.zeros(len(u), 0, dtype=torch.int64)
     for k in range(K):
-        ids = torch.cat([ids, pick(tables[k][code(ids)], u[:, k]).unsqueeze(1)], 1)
+        ids = torch.cat([ids, inverse_cdf_sample(tables[k][code(ids)], u[:, k]).unsqueeze(1)], 1)
     return ids
 
 
@@ -50,7 +50,7 @@ def emitted_law(verdict_ids: Tensor, kept: Tensor, p: list[Tensor], key: Key) ->
     u = uniform(key, len(kept), K)
     ids = verdict_ids[:, :0]
     for k in range(K):
-        drawn = pick(p[k][code(ids)], u[:, k])
+        drawn = inverse_cdf_sample(p[k][code(ids)], u[:, k])
         ids = torch.cat([ids, torch.where(k <= kept, verdict_ids[:, k], drawn).unsqueeze(1)], 1)
     return torch.bincount(code(ids), minlength=V**K) / len(ids)
 
@@ -74,7 +74,7 @@ FLOOR = 0.5 * (2 * V**K / (torch.pi * N)) ** 0.5  # the mean total variation of 
 @pytest.mark.parametrize("setting", [(1.0, 1.0), (0.7, 0.9)])
 def test_lossless(kind: str, setting: tuple[float, float]) -> None:
     """At temperature and top-p of the target too; the drafter is another random chain."""
-    p = [token_law(table, *setting) for table in chain(Key(1))]
+    p = [token_log_probs(table, *setting) for table in chain(Key(1))]
     q = chain(Key(2))
     key = Key(3).fold(kind)
     draft = draft_from(q, uniform(key.fold("draft"), N, K))
@@ -106,7 +106,7 @@ def test_rejection_holds_where_the_draft_knows_its_own_noise() -> None:
     for k in range(K):
         bent = (q[k][code(ids)] + 3 * (u[:, :k].sum(1, keepdim=True) % 1) * torch.arange(V)).log_softmax(-1)
         log_q.append(bent)
-        ids = torch.cat([ids, pick(bent, u[:, k]).unsqueeze(1)], 1)
+        ids = torch.cat([ids, inverse_cdf_sample(bent, u[:, k]).unsqueeze(1)], 1)
     for function in (rejection, block):
         verdict = function(
             ids, torch.stack(log_q, 1), laws(p, ids, K + 1), uniform(Key(4), N, K), uniform(Key(5), N, K + 1)
@@ -119,7 +119,7 @@ def test_coupled_output_is_plain_decoding_of_the_same_noise_whatever_the_drafter
     u = uniform(Key(2), 500, K + 1)
     plain = torch.zeros(500, 0, dtype=torch.int64)
     for k in range(K + 1):
-        plain = torch.cat([plain, pick(p[k][code(plain)], u[:, k]).unsqueeze(1)], 1)
+        plain = torch.cat([plain, inverse_cdf_sample(p[k][code(plain)], u[:, k]).unsqueeze(1)], 1)
     for drafter in range(3):
         draft = draft_from(chain(Key(10 + drafter)), uniform(Key(drafter), 500, K)) if drafter else plain[:, :K]
         verdict = coupled(draft, laws(p, draft, K + 1), u)
@@ -151,22 +151,22 @@ def test_rejection_accepts_as_often_as_two_laws_allow() -> None:
 def test_greedy_is_coupled_at_temperature_zero() -> None:
     scores = Key(1).normal((5, K + 1, V))
     best = scores.argmax(-1)
-    verdict = coupled(best[:, :K], token_law(scores, 0.0), uniform(Key(2), 5, K + 1))
+    verdict = coupled(best[:, :K], token_log_probs(scores, 0.0), uniform(Key(2), 5, K + 1))
     assert torch.equal(verdict.ids, best) and (verdict.kept == K).all()
 
 
 def test_noise_and_its_interval() -> None:
     """Any noise of an id's interval picks that id; ids of probability zero are never picked."""
-    law = token_law(Key(1).normal((2000, 9), torch.float64) * 6, 1.0, 0.8)
-    ids = pick(law, uniform(Key(2), 2000))
+    law = token_log_probs(Key(1).normal((2000, 9), torch.float64) * 6, 1.0, 0.8)
+    ids = inverse_cdf_sample(law, uniform(Key(2), 2000))
     assert (law.gather(-1, ids.unsqueeze(-1)) > -torch.inf).all()
-    low, width = interval(law, ids)
+    low, width = uniform_interval(law, ids)
     for share in (1e-6, 0.5, 1 - 1e-6):
         inside = low + share * width
-        assert (pick(law, inside) == ids).double().mean() > 0.999
-    assert (pick(law, torch.full((2000,), 1 - 2**-53, dtype=torch.float64)) >= 0).all()
+        assert (inverse_cdf_sample(law, inside) == ids).double().mean() > 0.999
+    assert (inverse_cdf_sample(law, torch.full((2000,), 1 - 2**-53, dtype=torch.float64)) >= 0).all()
 
 
 def test_token_law_keeps_the_smallest_set_with_the_mass() -> None:
-    law = token_law(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 1.0, 0.7)
+    law = token_log_probs(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 1.0, 0.7)
     assert torch.allclose(law.exp(), torch.tensor([0.625, 0.375, 0, 0], dtype=torch.float64))

@@ -23,8 +23,8 @@ from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.nn.decode_step import TokenStep
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
-from omni.samplers.token import token_law
+from omni.samplers.inverse_cdf import inverse_cdf_sample
+from omni.samplers.token import token_log_probs
 from omni.samplers.verification import Verdict, block, coupled, rejection
 from omni.sequence.layout import TokenSpan
 
@@ -70,7 +70,7 @@ def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace
     step, said = TokenStep(model.transformer), []
     for at in range(run.num_tokens):
         hidden = append_ids(model, cache, last.tolist(), step)
-        last = pick(token_law(model.token.read(hidden), run.temperature, run.top_p), noise[:, at])
+        last = inverse_cdf_sample(token_log_probs(model.token.read(hidden), run.temperature, run.top_p), noise[:, at])
         said.append(last)
     ids = torch.stack(said, 1)
     return Pace(ids, ids.numel() / (time.perf_counter() - start))
@@ -97,12 +97,12 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
         draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
         if kind in ("coupled", "greedy"):  # the first autoregressive token is in the same pass
-            first = pick(token_law(model.token.read(call.start), temperature, top_p), own[:, 0])
+            first = inverse_cdf_sample(token_log_probs(model.token.read(call.start), temperature, top_p), own[:, 0])
             draft = replace(draft, ids=torch.cat([first[:, None], draft.ids[:, 1:]], 1))
         first_hidden = call.start.unsqueeze(1)
         base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
         hidden = torch.cat([first_hidden, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
-        law = token_law(model.token.read(hidden), temperature, top_p)
+        law = token_log_probs(model.token.read(hidden), temperature, top_p)
         verdict = _judge(kind, draft, law, own, draws)
         counted = torch.tensor([len(row) < run.num_tokens for row in said])
         stood += (verdict.kept[counted, None] > torch.arange(run.length)).sum(0)

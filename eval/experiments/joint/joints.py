@@ -22,7 +22,7 @@ from torch import Tensor
 
 from omni.registry import Registry
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 MOST_STRINGS = 1 << 18  # in a listed support
 
@@ -156,9 +156,9 @@ class Chain(Joint):
 
     def draw(self, key: Key, num: int) -> Tensor:
         u = key.fold("draw", self.name).uniform((num, self.length), torch.float64)
-        found = [pick(self.first.expand(num, -1), u[:, 0])]
+        found = [inverse_cdf_sample(self.first.expand(num, -1), u[:, 0])]
         for k in range(1, self.length):
-            found.append(pick(self.moves[found[-1]], u[:, k]))
+            found.append(inverse_cdf_sample(self.moves[found[-1]], u[:, k]))
         return torch.stack(found, 1)
 
     def conditionals(self, ids: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from eval.experiments.joint.joints import Table, build_joint
 from eval.experiments.joint.toy import Budget, beside, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.config import Frozen
 from omni.heads.joint import JOINT_HEADS, JointConfig, build_head
-from omni.heads.joint.training import teacher_laws
+from omni.heads.joint.training import teacher_log_probs
 from omni.model import Omni
 from omni.rng import Key
 
@@ -185,6 +185,6 @@ def plain_distances(model: Omni, joint: Table) -> Distances:
     found = []
     for ids in joint.ids.split(CHUNK):
         batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, joint.vocab_size)
-        laws = teacher_laws(model, model.context(batch)[0], starts, blocks)
+        laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
         found.append(laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1))
     return of_support(joint, torch.cat(found))

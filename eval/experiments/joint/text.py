@@ -22,7 +22,7 @@ from eval.experiments.joint.decode import Pace, Rounds, decode_plain, decode_rou
 from eval.experiments.joint.toy import Budget, beside, head_of, optimise, toy_batch, toy_call, toy_model
 from omni.config import Frozen
 from omni.heads.joint import JointConfig, JointHead, build_head
-from omni.heads.joint.training import BatchCall, joint_loss, teacher_laws
+from omni.heads.joint.training import BatchCall, joint_loss, teacher_log_probs
 from omni.model import Omni
 from omni.rng import Key
 from omni.sequence.layout import Batch
@@ -236,7 +236,7 @@ def _own_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
     total = 0.0
     for prefix, block in zip(contexts.split(CHUNK), ids.split(CHUNK), strict=True):
         batch, starts, blocks = toy_batch(prefix, block, BYTES)
-        laws = teacher_laws(model, model.context(batch)[0], starts, blocks)
+        laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
         total -= float(laws.gather(-1, block.unsqueeze(-1)).sum())
     return total / ids.numel()
 
@@ -264,7 +264,7 @@ def _plain_scores(model: Omni, text: Text, run: TextOptions, key: Key) -> Scores
     total, number = torch.zeros(run.length, dtype=torch.float64), 0
     for call, blocks, _ in _held_out_blocks(model, text, run, key):
         whole = blocks.valid.all(1)
-        laws = teacher_laws(model, call.hidden, call.starts, blocks)
+        laws = teacher_log_probs(model, call.hidden, call.starts, blocks)
         total -= _of_ids(laws, blocks.ids)[whole].sum(0)
         number += int(whole.sum())
     return Scores(float(total.sum()) / number / run.length, tuple((total / number).tolist()), "exact")

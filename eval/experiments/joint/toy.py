@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omni.heads import FlowHeadConfig
 from omni.heads.joint import JointConfig, JointHead, Lesson
-from omni.heads.joint.training import BatchCall, teacher_laws
+from omni.heads.joint.training import BatchCall, teacher_log_probs
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
@@ -124,7 +124,7 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
         hidden, memory = model.context(batch)
         laws = torch.zeros(0)
         if head.needs_teacher:
-            laws = teacher(prefix, block) if teacher else teacher_laws(model, hidden, starts, blocks)
+            laws = teacher(prefix, block) if teacher else teacher_log_probs(model, hidden, starts, blocks)
         call = BatchCall(model, starts, hidden, memory)
         terms = head.loss(call, Lesson(blocks, laws, key.fold("noise", step), progress))
         return {name: term.weight * term.sum / max(term.count, 1.0) for name, term in terms.items()}

@@ -138,8 +138,8 @@ class JointHead(nn.Module, ABC):
     passes: the number of passes in which `sample` can draft n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass distribution; rejection and block verification need
     it.
-    carries_on: recurrent drafting: `carry_on` drafts from a hidden state of text and the ids since, without a pass of
-    the backbone.
+    is_recurrent: recurrent drafting: `draft_recurrently` drafts from a hidden state of text and the ids since, without
+    a pass of the backbone.
     """
 
     layout: ClassVar[Literal["none", "causal", "block"]] = "none"
@@ -147,7 +147,7 @@ class JointHead(nn.Module, ABC):
     universal: ClassVar[bool] = False
     needs_teacher: bool = False
     conditional: ClassVar[bool] = False
-    carries_on: ClassVar[bool] = False
+    is_recurrent: ClassVar[bool] = False
     passes: ClassVar[Literal["one", "divisors", "tokens", "any"]] = "one"
     order: ClassVar[Literal["left_to_right", "any"]] = "left_to_right"
     Config: ClassVar[type[Frozen]] = Frozen
@@ -175,9 +175,9 @@ class JointHead(nn.Module, ABC):
         """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n <=
         K: the noise of the tokens. `key`: all other random values. B is the number of blocks of the call."""
 
-    def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
+    def draft_recurrently(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
         """Recurrent drafting: yields logits (B, V) of one id after another, at most K - m, after ids `said` (B, m) that
-        follow call.start and that no pass has read; receives the chosen ids (B,). Only for heads with `carries_on`."""
+        follow call.start and that no pass has read; receives the chosen ids (B,). For heads with `is_recurrent`."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
 
     def fits(self, given: Tensor) -> int:

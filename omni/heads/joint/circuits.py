@@ -34,7 +34,7 @@ from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 Visit = Callable[[int, Tensor], Tensor]
 """(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token at k, given or chosen."""
@@ -181,7 +181,7 @@ class Circuit(JointHead):
         """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
-        ids, log_q = self.run(self.laws(call), num, lambda k, law: pick(law, uniforms[:, k]))
+        ids, log_q = self.run(self.laws(call), num, lambda k, law: inverse_cdf_sample(law, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
     def sample_latent(self, call: JointCall, uniforms: Tensor, key: Key) -> Draft:
@@ -191,7 +191,9 @@ class Circuit(JointHead):
         draws = key.fold("states").uniform((len(uniforms), self.length), torch.float64)
         states = self.states(laws, draws.to(uniforms.device))[:, :num]
         index = states[:, :, None, None].expand(-1, -1, 1, self.vocab_size)
-        return Draft(pick(laws.emissions[:, :num].gather(2, index).squeeze(2), uniforms), steps=self.steps)
+        return Draft(
+            inverse_cdf_sample(laws.emissions[:, :num].gather(2, index).squeeze(2), uniforms), steps=self.steps
+        )
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         """Of ids (B, m), m <= K: the exact marginal of a shorter block."""
@@ -242,7 +244,7 @@ class CP(Circuit):
             belief = (belief + visit(k, belief)).log_softmax(-1)
 
     def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        return pick(laws.root, uniforms[:, 0]).unsqueeze(1).expand(-1, self.length)
+        return inverse_cdf_sample(laws.root, uniforms[:, 0]).unsqueeze(1).expand(-1, self.length)
 
 
 @JOINT_HEADS.register("hmm")
@@ -265,10 +267,10 @@ class HMM(Circuit):
                 belief = (after.unsqueeze(-1) + laws.moves[:, k]).logsumexp(1)
 
     def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        found = [pick(laws.root, uniforms[:, 0])]
+        found = [inverse_cdf_sample(laws.root, uniforms[:, 0])]
         rows = torch.arange(len(uniforms), device=uniforms.device)
         for k in range(self.length - 1):
-            found.append(pick(laws.moves[rows, k, found[-1]], uniforms[:, k + 1]))
+            found.append(inverse_cdf_sample(laws.moves[rows, k, found[-1]], uniforms[:, k + 1]))
         return torch.stack(found, 1)
 
 
@@ -316,13 +318,15 @@ class Tree(Circuit):
         return found
 
     def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        state = {(0, self.length): pick(laws.root, uniforms[:, 0])}
+        state = {(0, self.length): inverse_cdf_sample(laws.root, uniforms[:, 0])}
         rows = torch.arange(len(uniforms), device=uniforms.device)[:, None]
         done = 0
         for level in self.levels:
             numbers = torch.arange(done, done + len(level), device=uniforms.device)
             parents = torch.stack([state[parent] for _, parent in level], 1)
-            drawn = pick(laws.moves[rows, numbers, parents], uniforms[:, 1 + done : 1 + done + len(level)])
+            drawn = inverse_cdf_sample(
+                laws.moves[rows, numbers, parents], uniforms[:, 1 + done : 1 + done + len(level)]
+            )
             state |= {span: drawn[:, n] for n, (span, _) in enumerate(level)}
             done += len(level)
         smallest = [min((s for s in state if s[0] <= k < s[1]), key=lambda s: s[1] - s[0]) for k in range(self.length)]

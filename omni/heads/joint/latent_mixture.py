@@ -22,7 +22,7 @@ from omni.heads.joint.base import JOINT_HEADS, After, Draft, JointCall, JointHea
 from omni.heads.joint.noise_kinds import Waves, draws_of
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 
 class LatentMixtureConfig(Frozen):
@@ -77,7 +77,7 @@ class LatentMixture(JointHead):
         for step in range(passes):
             latent = key.fold("latent", step).uniform((B,), torch.float64).to(uniforms.device)
             laws.append(self.laws(After(call, ids) if step else call, latent)[:, :n])
-            ids = torch.cat([ids, pick(laws[-1], uniforms[:, step * n : (step + 1) * n])], 1)
+            ids = torch.cat([ids, inverse_cdf_sample(laws[-1], uniforms[:, step * n : (step + 1) * n])], 1)
         return Draft(ids, torch.cat(laws, 1))
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ from omni.heads.joint.masked_sampling import Schedule, Unmasking, draw_in_passes
 from omni.heads.joint.noise_kinds import draws_of
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 from omni.sequence.placeholders import Blocks
 
 
@@ -89,7 +89,7 @@ class Masked(JointHead):
         self.check_passes(passes, num)
         if passes == 1:
             laws = self.conditionals(call, torch.zeros_like(uniforms, dtype=torch.int64))
-            return Draft(pick(laws, uniforms), laws)
+            return Draft(inverse_cdf_sample(laws, uniforms), laws)
         return Draft(draw_in_passes(partial(self.laws, call), uniforms, key, passes, self.config))
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:

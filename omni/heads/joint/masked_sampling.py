@@ -27,7 +27,7 @@ from torch import Tensor
 
 from omni.config import Frozen
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 Schedule = Literal["linear", "cosine"]
 Laws = Callable[[Tensor, Tensor], Tensor]  # ids (B, n), shown (B, n) -> (B, n, V) float64 log-probabilities; one pass
@@ -70,7 +70,7 @@ def draw_in_passes(laws: Laws, uniforms: Tensor, key: Key, passes: int, how: Unm
     sizes = reveal_sizes(uniforms.shape[1], passes, how.schedule)
     for i, size in enumerate(sizes):
         law = laws(ids, shown)
-        drawn = pick(law, uniforms)
+        drawn = inverse_cdf_sample(law, uniforms)
         if how.unmasking == "ancestral":
             now = most_wanted(order, shown, size)
         elif how.unmasking == "confidence":

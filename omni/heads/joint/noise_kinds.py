@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.rng import Key
-from omni.samplers.inverse_cdf import interval, pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample, uniform_interval
 
 NoiseKind = Literal["uniform", "tree", "gumbel"]
 SMALLEST = 1e-9  # the smallest probability that is inverted; below it float32 features of two noises are equal
@@ -92,12 +92,12 @@ class UniformNoise(Noise):
         self.waves = Waves(1, width, frequencies)
 
     def pick(self, log_p: Tensor, noise: Tensor) -> Tensor:
-        return pick(log_p, noise[..., 0])
+        return inverse_cdf_sample(log_p, noise[..., 0])
 
     def invert(self, log_p: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
-        lower, width = interval(log_p, ids)
+        lower, width = uniform_interval(log_p, ids)
         u = (lower + draws[..., 0] * width).clamp(max=1 - TINY)
-        wrong = pick(log_p, u) != ids  # u was rounded out of the interval; its middle is safe
+        wrong = inverse_cdf_sample(log_p, u) != ids  # u was rounded out of the interval; its middle is safe
         return torch.where(wrong, lower + width / 2, u).unsqueeze(-1)
 
     def embed(self, noise: Tensor) -> Tensor:

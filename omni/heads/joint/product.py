@@ -16,7 +16,7 @@ from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 
 class ProductConfig(Frozen):
@@ -46,7 +46,7 @@ class Product(JointHead):
         num = self.fits(uniforms)
         self.check_passes(passes, num)
         laws = self.laws(call)[:, :num]
-        return Draft(pick(laws, uniforms), laws)
+        return Draft(inverse_cdf_sample(laws, uniforms), laws)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         laws = self.laws(call)[:, : self.fits(ids)]

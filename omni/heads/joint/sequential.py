@@ -24,7 +24,7 @@ from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Less
 from omni.nn.transformer import RMSNorm
 from omni.objectives.terms import Terms
 from omni.rng import Key
-from omni.samplers.inverse_cdf import pick
+from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 
 class SequentialConfig(Frozen):
@@ -53,7 +53,7 @@ class Step(nn.Module):
 
 @JOINT_HEADS.register("sequential")
 class Sequential(JointHead):
-    exact, universal, conditional, carries_on = True, True, True, True
+    exact, universal, conditional, is_recurrent = True, True, True, True
     Config = SequentialConfig
 
     def __init__(self, config: SequentialConfig, length: int, vocab_size: int, width: int) -> None:
@@ -88,10 +88,10 @@ class Sequential(JointHead):
         """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
-        ids, log_q = self.run(call, num, lambda k, law: pick(law, uniforms[:, k]))
+        ids, log_q = self.run(call, num, lambda k, law: inverse_cdf_sample(law, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
-    def carry_on(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
+    def draft_recurrently(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
         if said.shape[1] >= self.length:
             raise ValueError(f"this head drafts {self.length} tokens after a hidden state; {said.shape[1]} leave none")
         return self.walk(call, said)

@@ -52,12 +52,12 @@ def joint_loss(
     joint = head_of(model)
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
     call = BatchCall(model, starts, hidden, memory)
-    teacher = teacher_laws(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
+    teacher = teacher_log_probs(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
     return joint.head.loss(call, Lesson(blocks, teacher, key, progress))
 
 
 @torch.no_grad()
-def teacher_laws(model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks) -> Tensor:
+def teacher_log_probs(model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks) -> Tensor:
     """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T, W). Undefined
     past the end of a block."""
     K = blocks.ids.shape[1]
