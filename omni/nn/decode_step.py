@@ -35,6 +35,7 @@ class TokenStep:
     def __init__(self, transformer: Transformer, output_weight: Tensor | None = None) -> None:
         self.c = transformer.c
         self.norm = transformer.norm
+        self.has_bias = self.c.qkv_bias or self.c.out_bias or self.c.mlp_bias
         self.output_weight = output_weight
         self.layers: list[Layer] = [block.text for block in transformer.blocks]  # type: ignore[misc]
         self.table: tuple[Tensor, Tensor] | None = None
@@ -60,12 +61,14 @@ class TokenStep:
         at, first = self.enter(cache, clean), self.c.depth - len(adapters)
         cos, sin = self._rotary(cache.next_position, num, tokens)
         h, bias = tokens.flatten(0, 1), _staircase(clean, clean, at, True, tokens)
+        operations = StepOperations(cos[:, :clean], sin[:, :clean], self.has_bias)
         for index in range(first):
-            h = self._layer(index, h, cos[:, :clean], sin[:, :clean], cache, at, bias)
+            h = self._layer(index, h, operations, cache, at, bias)
         h = torch.cat([h.view(tokens.shape), placeholders.to(h.dtype)], 1).flatten(0, 1)
         bias = _staircase(num, clean, at, causal, tokens)
+        operations = StepOperations(cos, sin, self.has_bias)
         for index, adapter in enumerate(adapters, first):
-            h = self._layer(index, h, cos, sin, cache, at, bias, (adapter, clean))
+            h = self._layer(index, h, operations, cache, at, bias, (adapter, clean))
         self.leave(cache, clean)
         return self._finish(h).view(-1, num, tokens.shape[2])
 
@@ -93,17 +96,18 @@ class TokenStep:
         at = self.enter(cache, num)
         cos, sin = self._rotary(cache.next_position, num, h)
         bias = _staircase(num, num, at, True, h)
+        operations = StepOperations(cos, sin, self.has_bias)
         for index in range(self.c.depth):
-            h = self._layer(index, h, cos, sin, cache, at, bias)
+            h = self._layer(index, h, operations, cache, at, bias)
         self.leave(cache, num)
         return h
 
     def _layer(
-        self, index: int, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, at: int, bias: Tensor | None,
+        self, index: int, h: Tensor, operations: StepOperations, cache: KVCache, at: int, bias: Tensor | None,
         adapter: tuple[Gated, int] | None = None,
     ) -> Tensor:  # fmt: skip
         """One layer on h (R n, W): writes slots `at` to `at + n`, attends to the used slots."""
-        keys, values, n, c = cache.k[index], cache.v[index], cos.shape[1], self.c
+        keys, values, n, c = cache.k[index], cache.v[index], operations.num, self.c
         H = c.num_heads
 
         def attention(qk: Tensor, v: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class TokenStep:
             q = qk[:, :, :H].transpose(1, 2)
             return F.scaled_dot_product_attention(q, *past, attn_mask=bias, enable_gqa=c.num_kv_heads != H)
 
-        return run_layer(StepOperations(self.layers[index], cos, sin, adapter), c, h, attention)
+        return run_layer(operations.of(self.layers[index], adapter), c, h, attention)
 
     def _finish(self, h: Tensor) -> Tensor:
         return _rms_norm(h, self.norm)
@@ -153,9 +157,13 @@ class StepOperations:
     last projection of attention and of the MLP is added to its residual in one operation. `adapter`: an adapter, and
     how many clean tokens of each batch row it skips."""
 
-    def __init__(self, weights: Layer, cos: Tensor, sin: Tensor, adapter: tuple[Gated, int] | None = None) -> None:
-        self.weights, self.cos, self.sin, self.adapter = weights, cos, sin, adapter
-        self.num = cos.shape[1]
+    def __init__(self, cos: Tensor, sin: Tensor, has_bias: bool) -> None:
+        self.cos, self.sin, self.num, self.has_bias = cos, sin, cos.shape[1], has_bias
+
+    def of(self, weights: Layer, adapter: tuple[Gated, int] | None) -> StepOperations:
+        """The same for another layer."""
+        self.weights, self.adapter = weights, adapter
+        return self
 
     def routed(self, function: Callable, x: Tensor) -> Any:
         return function(self.weights, x)
@@ -227,7 +235,7 @@ class Pending(NamedTuple):
 
     def _adapted(self, y: Tensor) -> Tensor:
         """y plus the bias, and at placeholders plus the adapter's output."""
-        if self.module.bias is not None:
+        if self.operations.has_bias and self.module.bias is not None:
             y = y + self.module.bias
         if self.operations.adapter is not None:
             (gated, clean), n = self.operations.adapter, self.operations.num

@@ -122,8 +122,10 @@ class RMSNorm(nn.Module):
 
     def scale(self, dtype: torch.dtype) -> Tensor:
         """The factor of the normalised values, (width,)."""
-        weight = self.weight if not self.offset else self.weight + self.offset
-        return weight.to(dtype)
+        weight = self.weight
+        if self.offset:
+            weight = weight + self.offset
+        return weight if weight.dtype == dtype else weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         # CUDA's autocast returns float32 (torch 2.12 on); queries and keys must keep the dtype of the values.
