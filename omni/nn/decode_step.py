@@ -163,22 +163,32 @@ class StepOperations:
     def of(self, weights: Layer, adapter: tuple[Gated, int] | None) -> StepOperations:
         """The same for another layer."""
         self.weights, self.adapter = weights, adapter
+        self.is_plain = adapter is None and not self.has_bias
         return self
 
     def routed(self, function: Callable, x: Tensor) -> Any:
         return function(self.weights, x)
 
     def norm(self, norm: RMSNorm, x: Tensor | Pending) -> Tensor:
-        return _rms_norm(x.alone() if isinstance(x, Pending) else x, norm)
-
-    def modulate(self, x: Tensor, scale: None, shift: None) -> Tensor:
-        return x
+        x = x.alone() if isinstance(x, Pending) else x
+        return _normalised(x, norm.eps) * norm.scale(x.dtype)
 
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
-        return self.output(w, part, x).alone()
+        module = getattr(w, part)
+        y = product(module.weight, x)
+        return y if self.is_plain else self.adapted(module, part, x, y)
 
     def output(self, w: Layer, part: str, x: Tensor) -> Pending:
         return Pending(getattr(w, part), part, x, self)
+
+    def adapted(self, module: nn.Linear, part: str, x: Tensor, y: Tensor) -> Tensor:
+        """The projection y of x with its bias, and at placeholders with what the adapter adds."""
+        if module.bias is not None:
+            y = y + module.bias
+        if self.adapter is not None:
+            (gated, clean), n = self.adapter, self.num
+            y.view(-1, n, y.shape[1])[:, clean:] += gated(part, x.view(-1, n, x.shape[1])[:, clean:])
+        return y
 
     def heads(self, w: Layer, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """(queries and keys (R, n, H + G, D), values (R, n, G, D))."""
@@ -200,15 +210,9 @@ class StepOperations:
         """(R, H, n, D) -> (R n, H D)."""
         return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
 
-    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = x.chunk(2, -1)
-        return a, b
-
-    def activation(self, name: Activation, x: Tensor) -> Tensor:
-        return activation(name, x)
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
+    def gated(self, name: Activation, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return (F.silu(gate) if name == "silu" else activation(name, gate)) * up
 
     def add(self, h: Tensor, y: Tensor | Pending, gate: None, scale: float) -> Tensor:
         if isinstance(y, Pending):
@@ -234,13 +238,8 @@ class Pending(NamedTuple):
         return self._adapted(product(self.module.weight, self.x, h))
 
     def _adapted(self, y: Tensor) -> Tensor:
-        """y plus the bias, and at placeholders plus the adapter's output."""
-        if self.operations.has_bias and self.module.bias is not None:
-            y = y + self.module.bias
-        if self.operations.adapter is not None:
-            (gated, clean), n = self.operations.adapter, self.operations.num
-            y.view(-1, n, y.shape[1])[:, clean:] += gated(self.part, self.x.view(-1, n, self.x.shape[1])[:, clean:])
-        return y
+        o = self.operations
+        return y if o.is_plain else o.adapted(self.module, self.part, self.x, y)
 
 
 def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:

@@ -185,7 +185,8 @@ def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modul
 
     def heads(w: Layer, x: Any) -> Any:
         x = o.norm(w.attention_norm, x) if norms_input else x
-        return o.heads(w, o.project(w, "qkv", o.modulate(x, scale_a, shift_a)))
+        x = x if scale_a is None else o.modulate(x, scale_a, shift_a)
+        return o.heads(w, o.project(w, "qkv", x))
 
     def merged(w: Layer, x: Any) -> Any:
         y = o.output(w, "out", x)
@@ -193,8 +194,8 @@ def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modul
 
     def mlp(w: Layer, x: Any) -> Any:
         x = o.norm(w.mlp_norm, x) if norms_input else x
-        gate, up = o.halves(o.project(w, "gate_up", o.modulate(x, scale_m, shift_m)))
-        y = o.output(w, "down", o.product(o.activation(c.activation, gate), up))
+        x = x if scale_m is None else o.modulate(x, scale_m, shift_m)
+        y = o.output(w, "down", o.gated(c.activation, o.project(w, "gate_up", x)))
         return o.norm(w.mlp_post_norm if norms_input else w.mlp_norm, y) if norms_output else y
 
     mixed = o.merge(attention(*o.arrange(*o.routed(heads, h))))
@@ -226,8 +227,8 @@ class Operations:
     def norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
         return norm(x)
 
-    def modulate(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        return x if scale is None or shift is None else x * scale + shift
+    def modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return x * scale + shift
 
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
         """The projection named `part`."""
@@ -250,15 +251,10 @@ class Operations:
         """(R, H, N, D) -> (R, N, H D)."""
         return x.transpose(1, 2).flatten(2)
 
-    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = x.chunk(2, -1)
-        return a, b
-
-    def activation(self, name: Activation, x: Tensor) -> Tensor:
-        return activation(name, x)
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
+    def gated(self, name: Activation, gate_up: Tensor) -> Tensor:
+        """The activation of the first half, times the second."""
+        gate, up = gate_up.chunk(2, -1)
+        return activation(name, gate) * up
 
     def add(self, h: Tensor, y: Tensor, gate: Tensor | None, scale: float) -> Tensor:
         y = y if scale == 1 else y * scale
@@ -316,15 +312,10 @@ class DualOperations:
     def merge(self, x: Dual) -> Dual:
         return tangent.linear(lambda y: y.transpose(1, 2).flatten(2), x)
 
-    def halves(self, x: Dual) -> tuple[Dual, Dual]:
-        a, b = map(Dual, *(part.chunk(2, -1) for part in x))
-        return a, b
-
-    def activation(self, name: Activation, x: Dual) -> Dual:
-        return tangent.silu(x) if name == "silu" else tangent.lift(lambda y: activation(name, y), x)
-
-    def product(self, a: Dual, b: Dual) -> Dual:
-        return tangent.product(a, b)
+    def gated(self, name: Activation, gate_up: Dual) -> Dual:
+        gate, up = map(Dual, *(part.chunk(2, -1) for part in gate_up))
+        acted = tangent.silu(gate) if name == "silu" else tangent.lift(lambda y: activation(name, y), gate)
+        return tangent.product(acted, up)
 
     def add(self, h: Dual, y: Dual, gate: Dual, scale: float) -> Dual:
         y = y if scale == 1 else tangent.linear(lambda part: part * scale, y)
