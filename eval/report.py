@@ -1,7 +1,8 @@
 """One self-contained HTML page of a suite's results: table, pictures beside their references, curves.
 
 No script, no network: pictures are PNG data URLs, curves are inline SVG. All text is escaped. Pictures are uint8
-(H, W, 3) tensors. Panels that failed come first; at most MAX_PANELS per task are shown, and the page says so.
+(H, W, 3) tensors. Panels that failed come first; at most MAX_PANELS per task are shown, and the
+page states how many of how many.
 """
 
 from __future__ import annotations

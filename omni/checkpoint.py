@@ -126,8 +126,8 @@ class Published:
         try:
             tensors = safetensors.torch.load(data)
         except Exception as error:  # SafetensorError, and other errors of torch and the reader for odd headers
-            said = f"{path} is not a safetensors file ({error}); publish or download it again"
-            raise DamagedError(" ".join(said.split())) from None
+            message = f"{path} is not a safetensors file ({error}); publish or download it again"
+            raise DamagedError(" ".join(message.split())) from None
         for key, value in tensors.items():
             if not _is_finite(value):
                 bad = int((~torch.isfinite(value.float())).sum())

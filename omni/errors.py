@@ -37,8 +37,8 @@ def is_mistake(error: BaseException) -> bool:
     None), an OSError, too deep nesting and too large a request. All else is a bug."""
     if isinstance(error, RecursionError) or is_out_of_memory(error):
         return True
-    said = isinstance(error, ImportError) and error.name is None
-    return bool(str(error)) and (said or isinstance(error, ValueError | OSError))
+    names_an_extra = isinstance(error, ImportError) and error.name is None
+    return bool(str(error)) and (names_an_extra or isinstance(error, ValueError | OSError))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

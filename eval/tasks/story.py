@@ -47,11 +47,11 @@ def story(context: Context, options: StoryOptions) -> Outcome:
         note_lines = [f"parts: {shape_of(reply)}"]
         if fine:
             texts = [part.text for part in reply.parts if isinstance(part, TextPart)]
-            told = [story_scene(document.meta["hero"], text) for text in texts]
-            sentences += [scene is not None for scene in told]
-            scenes = [scene if scene is not None else Scene() for scene in told]
+            parsed = [story_scene(document.meta["hero"], text) for text in texts]
+            sentences += [scene is not None for scene in parsed]
+            scenes = [scene if scene is not None else Scene() for scene in parsed]
             readings = read_pictures(judge, picture_list(reply), scenes)
-            for text, scene, reading in zip(texts, told, readings, strict=True):
+            for text, scene, reading in zip(texts, parsed, readings, strict=True):
                 shown = reading is not None and reading.clear and reading.scene == scene
                 pictures.append(shown)
                 note_lines.append(f"{'ok' if shown else 'NOT SHOWN'}: {text.strip()}")

@@ -55,13 +55,13 @@ def options_of(arguments: argparse.Namespace) -> GenerationOptions:
     return checked({name: parse(name, value) for name, value in given.items()}, "command line")
 
 
-def changed_by(options: GenerationOptions, name: str, texts: list[str], said: str) -> GenerationOptions:
-    """`options` with one field set from text, as a line of a chat does. ValueError that names the line `said`."""
+def changed_by(options: GenerationOptions, name: str, texts: list[str], line: str) -> GenerationOptions:
+    """`options` with one field set from text, as a line of a chat does. ValueError that names the line `line`."""
     if texts == [DEFAULT]:
         value = FIELDS[name].default
     else:
         value = parse(name, texts if FIELDS[name].annotation == tuple[str, ...] else texts[0])
-    return checked({**options.flat(), name: value}, said, {name: said})
+    return checked({**options.flat(), name: value}, line, {name: line})
 
 
 def checked(values: dict[str, Any], source: str, names: dict[str, str] | None = None) -> GenerationOptions:

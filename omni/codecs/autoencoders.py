@@ -276,8 +276,8 @@ def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
     try:
         module = chosen(**config.model)
     except Exception as error:  # each class checks its arguments in its own way, or not at all
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{config.class_name} cannot be built of these arguments ({said:.200})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{config.class_name} cannot be built of these arguments ({reason:.200})") from None
     use_fused_norms(module)
     return module
 

@@ -33,7 +33,7 @@ def read_codec(files: Published) -> Codec:
 
 
 def _is_diffusers(path: Path) -> bool:
-    """Whether a config.json is diffusers' own. A damaged file is not: the digest check says what is wrong with it."""
+    """Whether a config.json is diffusers' own. A damaged file is not: the digest check names the damage."""
     try:
         return "_class_name" in table_of(parse_json(path.read_bytes(), str(path)), str(path))
     except ValueError:

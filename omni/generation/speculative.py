@@ -62,7 +62,7 @@ def speculative_round(
     for _ in range(options.sweeps):
         for row, hidden in _read_drafts(runtime, decoding, rows, cache, start, wanted):
             ids = wanted[row.number][0]
-            redrawn = _plain(runtime, row, ids, runtime.model.token.read(hidden))[: len(ids)]
+            redrawn = _autoregressive_ids(runtime, row, ids, runtime.model.token.read(hidden))[: len(ids)]
             wanted[row.number] = _usable(runtime, row, redrawn.tolist())
             cache.truncate(row.number, *(field[row.number] for field in base))
     reads = options.sweeps + (options.verify != "none")
@@ -71,8 +71,8 @@ def speculative_round(
         for row in decoding:
             ids = wanted[row.number][0]
             legal = _legal(runtime, row, ids)
-            said = yield from _emit(runtime, row, legal, Drafted(len(ids), len(legal), passes))
-            row.pending = [TokenSpan(said, [False] * len(said))]
+            emitted = yield from _emit(runtime, row, legal, Drafted(len(ids), len(legal), passes))
+            row.pending = [TokenSpan(emitted, [False] * len(emitted))]
         return
     for row, hidden in _read_drafts(runtime, decoding, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
@@ -80,13 +80,13 @@ def speculative_round(
         kept = int(verdict.kept[0])
         count = kept + 1 if whole or kept < len(ids) else kept
         trace = Drafted(len(ids), kept, passes, again)
-        said = yield from _emit(runtime, row, verdict.ids[0, :count].tolist(), trace)
-        m = len(said) - (start is not None)  # the last id waits; without a start, this pass appended one id more
+        emitted = yield from _emit(runtime, row, verdict.ids[0, :count].tolist(), trace)
+        m = len(emitted) - (start is not None)  # the last id waits; without a start, this pass appended one id more
         cache.truncate(r, *(field[r] + m for field in base))
-        row.pending = [TokenSpan([said[-1]], [False])]
+        row.pending = [TokenSpan([emitted[-1]], [False])]
         over = row.phase in ("block", "done") or bool(row.forced)
         row.leftover = [] if over or not row.recycles else verdict.ids[0, count : len(ids) + whole].tolist()
-        row.state = None if over or not is_recurrent else hidden[len(said) - 1]
+        row.state = None if over or not is_recurrent else hidden[len(emitted) - 1]
 
 
 def _read_drafts(
@@ -122,9 +122,9 @@ def _last(row: Row) -> list[int]:
     return span.ids
 
 
-def _plain(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
-    """What plain decoding says in place of every id of a draft if those before it were right, and after it: as many ids
-    as there are logits (K, V) or (K + 1, V)."""
+def _autoregressive_ids(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """The ids of autoregressive decoding in place of every drafted id, if those before it are right, and after the
+    draft: int64, as many as there are logits (K, V) or (K + 1, V)."""
     if not row.options.text.temperature:
         return _scores(runtime, row, ids, logits)[1]
     laws = _laws(runtime, row, ids, logits)
@@ -156,7 +156,7 @@ def _draft(runtime: Runtime, decoding: Sequence[Row], rows: Sequence[Row], cache
     # The same pass gives the distribution of the first token, so its autoregressive id is known and always accepted.
     logits, ids = runtime.model.token.read(call.start), draft.ids.clone()
     for row in decoding:
-        ids[row.number, 0] = _plain(runtime, row, (), logits[row.number : row.number + 1])[0]
+        ids[row.number, 0] = _autoregressive_ids(runtime, row, (), logits[row.number : row.number + 1])[0]
     return replace(draft, ids=ids), call.start
 
 
@@ -167,9 +167,9 @@ def _draft_recurrently(runtime: Runtime, decoding: Sequence[Row], num_rows: int)
     joint, first = runtime.model.joint, decoding[0]
     assert joint is not None and first.state is not None
     num = min(max(row.draft_length for row in decoding), joint.head.length - 1)
-    states, said = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
+    states, emitted = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
     for row in decoding:
-        states[row.number], said[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
+        states[row.number], emitted[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
     wants_laws = first.options.speculative.verify in ("rejection", "block")
     noise = {row.number: _noise(row, num) for row in decoding}
 
@@ -183,7 +183,7 @@ def _draft_recurrently(runtime: Runtime, decoding: Sequence[Row], num_rows: int)
         return ids, law
 
     call = StateCall(runtime.model, states)
-    drafting = joint.head.draft_recurrently(call, said.to(states.device))
+    drafting = joint.head.draft_recurrently(call, emitted.to(states.device))
     chosen = [choose(0, next(drafting))]
     while len(chosen) < num:  # until no request may have a further id
         so_far = torch.stack([ids for ids, _ in chosen], 1)
@@ -226,8 +226,8 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 
 
 def _noise(row: Row, num: int) -> list[float]:
-    """The noise of the row's next tokens, the same that plain decoding has for them. Of "block", whose verdict hangs on
-    tokens that it then throws away, every round has its own: theirs is no longer uniform once the verdict is known."""
+    """The noise of the row's next tokens, equal to that of autoregressive decoding. "block"
+    draws new noise each round: its decision depends on tokens that it then drops, so theirs is no longer uniform."""
     if row.options.speculative.verify == "block":
         return [token_uniform(row.key.fold("block token", row.num_tokens, k)) for k in range(num)]
     return [token_uniform(row.key.fold("token", row.num_tokens + k)) for k in range(num)]
@@ -271,7 +271,7 @@ def _scores(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> t
 def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
     drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.speculative.verify, len(ids)
     if kind in ("coupled", "greedy"):
-        return agreed(drafted, _after_all(_plain(runtime, row, ids, logits), K)[None])
+        return agreed(drafted, _after_all(_autoregressive_ids(runtime, row, ids, logits), K)[None])
     log_p = _after_all(_laws(runtime, row, ids, logits), K)[None]
     if draft is None or draft.log_q is None:
         raise ValueError(
@@ -304,12 +304,12 @@ def _emit(runtime: Runtime, row: Row, ids: Sequence[int], trace: Drafted) -> Ite
     """Emit ids of a request until its phase ends; yields events, returns the emitted ids."""
     row.note(trace)
     yield row.number, trace
-    said: list[int] = []
+    emitted: list[int] = []
     for token in ids:
-        said.append(token)
+        emitted.append(token)
         row.num_tokens += 1
         for event in runtime.grammar.advance(row, token):
             yield row.number, event
         if row.phase in ("block", "done") or row.forced:
             break
-    return said
+    return emitted

@@ -171,7 +171,7 @@ class StepOperations:
 
     def norm(self, norm: RMSNorm, x: Tensor | Pending) -> Tensor:
         x = x.alone() if isinstance(x, Pending) else x
-        return _normalised(x, norm.eps) * norm.scale(x.dtype)
+        return _rms_norm(x, norm)
 
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
         module = getattr(w, part)

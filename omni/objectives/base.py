@@ -114,12 +114,6 @@ class Items:
             )
         return value_RSC[self.mask].unflatten(0, (len(self.names), -1))  # items are in flat order (layout.pack)
 
-    def unflat(self, value_INC: Tensor) -> Tensor:
-        """Inverse of `flat`; zero on padding."""
-        out = value_INC.new_zeros(*self.item.shape, value_INC.shape[-1])
-        out[self.mask] = value_INC.flatten(0, 1)
-        return out
-
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(R, S, C) standard normal, zero on padding. An item's noise depends on (key, document, block, copy) alone.
         The exception is purpose "noise", which is paired with data, under pairing "transport"."""

@@ -153,8 +153,8 @@ class Drifting(ParticleObjective):
     def goals(self, call: FlowCall, draw: DriftDraw) -> Iterator[list[Goal]]:
         """One goal per feature family, for each kind of group."""
         items = draw.items
-        told = call if self.guidance.is_off else call.guided(1 / draw.alpha)
-        y = land(told, draw.x, draw.t, draw.s, items)
+        embedded = call if self.guidance.is_off else call.guided(1 / draw.alpha)
+        y = land(embedded, draw.x, draw.t, draw.s, items)
         for members in draw.groups.members:
             others = self._nulls(items, members)
             generated, data = (self._features(gather(items, value, members)) for value in (y, draw.positives))

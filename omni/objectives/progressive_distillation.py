@@ -57,11 +57,11 @@ class ProgressiveDistillation(FlowObjective):
 
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
         items, w, path = draw.items, self.guidance_scale, self._path(call.target(), draw)
-        told, errors = call if w == 1 else tell(call, items, w), []
+        embedded, errors = call if w == 1 else tell(call, items, w), []
         for n in self.jumps:
             for k in range(n):
                 x, end = (path[(k + ahead) * self.fine // n] for ahead in (0, 1))
-                found = told(x.to(items.latents.dtype), *self._times(draw, k, n))
+                found = embedded(x.to(items.latents.dtype), *self._times(draw, k, n))
                 errors.append(n * channel_error(found, (x - end) * n))
         error = torch.stack(errors).sum(0) / sum(n * n for n in self.jumps)
         if self.velocity_weight:

@@ -93,8 +93,8 @@ class Shortcut(FlowObjective):
             jumps = draw.items.expand(draw.t - draw.s) > 0
             with torch.no_grad():
                 target = torch.where(jumps, self._two_halves(call.target(), draw).to(target.dtype), target)
-        told = self._told(call, draw.items, draw.t > draw.s)
-        return squared_error(told(draw.x, draw.t, draw.s), target, draw.items, self.weight)
+        embedded = self._told(call, draw.items, draw.t > draw.s)
+        return squared_error(embedded(draw.x, draw.t, draw.s), target, draw.items, self.weight)
 
     def _told(self, call: FlowCall, items: Items, where_I: Tensor) -> FlowCall:
         """The call with the guidance embedding of the scale at items of `where`, if `tell_guidance`."""

@@ -78,15 +78,15 @@ class TargetGuidance(Frozen):
         if draw.scale is None:
             return call, draw.v
         w, t, items = draw.scale, draw.t, draw.items
-        told = call.guided(1 / w)
-        network = told.target() if self.averaged else told
+        embedded = call.guided(1 / w)
+        network = embedded.target() if self.averaged else embedded
         mix = 1 - 1 / w if self.mix == "inverse" else torch.full_like(w, self.mix)
         with torch.no_grad():
             null = network.null()(draw.x, t, t)
             own = null if self.mix == 0 else network(draw.x, t, t)  # not used at mix 0
             guided = guided_velocity(draw.v, own, null, items.expand(w), items.expand(mix))
         inside = items.expand((w > 1) & (t >= self.low) & (t <= self.high)) > 0
-        return told, torch.where(inside, guided.to(draw.v.dtype), draw.v)
+        return embedded, torch.where(inside, guided.to(draw.v.dtype), draw.v)
 
 
 def guided_velocity(v: Tensor, own: Tensor, null: Tensor, w: Tensor | float, mix: Tensor | float = 0.0) -> Tensor:

@@ -255,10 +255,10 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
         for name, way in ways.items():
             how = {"temperature": options.temperature, "max_tokens": 96, "steps": 1, **way}
             found[name] = [_tell(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
-            seconds[name].append(sum(told.seconds for told in found[name]))
-    rounds = [one for told in found["blocks"] for one in told.rounds]
+            seconds[name].append(sum(reply.seconds for reply in found[name]))
+    rounds = [one for reply in found["blocks"] for one in reply.rounds]
     fresh = [one for one in rounds if not one.again]
-    number = sum(told.num_tokens for told in found["plain"])
+    number = sum(reply.num_tokens for reply in found["plain"])
     spent = {name: statistics.median(values) for name, values in seconds.items()}
     same = [a.text == b.text for a, b in zip(found["plain"], found["blocks"], strict=True)]
     measures = [

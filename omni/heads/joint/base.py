@@ -175,9 +175,10 @@ class JointHead(nn.Module, ABC):
         """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n <=
         K: the noise of the tokens. `key`: all other random values. B is the number of blocks of the call."""
 
-    def draft_recurrently(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
-        """Recurrent drafting: yields logits (B, V) of one id after another, at most K - m, after ids `said` (B, m) that
-        follow call.start and that no pass has read; receives the chosen ids (B,). For heads with `is_recurrent`."""
+    def draft_recurrently(self, call: JointCall, emitted: Tensor) -> Generator[Tensor, Tensor, None]:
+        """Recurrent drafting: yields logits (B, V) of one id after another, at most K - m, after ids `emitted` (B, m)
+        that follow call.start and that no pass has read; receives the chosen ids (B,). For heads with
+        `is_recurrent`."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
 
     def fits(self, given: Tensor) -> int:

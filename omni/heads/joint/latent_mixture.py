@@ -53,8 +53,8 @@ class LatentMixture(JointHead):
 
     def laws(self, call: JointCall, latent: Tensor) -> Tensor:
         """(B, length, V) float64 log q_k(. | c, lambda) for lambda (B,). One pass."""
-        told = self.placeholder + self.waves(latent.unsqueeze(-1))
-        hidden = call(told.unsqueeze(1).expand(-1, self.length, -1), causal=False)[:, 1:]
+        inputs = self.placeholder + self.waves(latent.unsqueeze(-1))
+        hidden = call(inputs.unsqueeze(1).expand(-1, self.length, -1), causal=False)[:, 1:]
         moved = hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype))
         return call.read(moved).double().log_softmax(-1)
 

@@ -232,10 +232,10 @@ def set_task(head: PushForward, call: JointCall, lesson: Lesson) -> Task:
         return Task(noise, blocks.ids, counted, fresh)
     fresh = draws_of(blocks.names, (), lesson.key.fold("share")).to(device) < share
     free = head.noise.form(draws_of(blocks.names, shape, lesson.key.fold("fresh")).to(device))
-    said = semigroup_targets(head, call, free, lesson)
+    targets = semigroup_targets(head, call, free, lesson)
     mine = fresh.unsqueeze(-1)
     noise = torch.where(mine.unsqueeze(-1), free, noise)
-    return Task(noise, torch.where(mine, said, blocks.ids), torch.where(mine, blocks.valid, counted), fresh)
+    return Task(noise, torch.where(mine, targets, blocks.ids), torch.where(mine, blocks.valid, counted), fresh)
 
 
 @torch.no_grad()

@@ -61,10 +61,10 @@ class Sequential(JointHead):
         self.step = Step(width, config.expansion, config.norm_eps)
         self.norm = RMSNorm(width, config.norm_eps)
 
-    def walk(self, call: JointCall, said: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
-        """Yields logits (B, V) of the next id repeatedly; receives ids (B,); the first ids are `said` (B, m)."""
+    def walk(self, call: JointCall, emitted: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
+        """Yields logits (B, V) of the next id repeatedly; receives ids (B,); the first ids are `emitted` (B, m)."""
         state = call.start
-        ids = iter(() if said is None else said.unbind(1))
+        ids = iter(() if emitted is None else emitted.unbind(1))
         for k in range(self.length):
             last = next(ids, None)
             if last is None:
@@ -91,10 +91,12 @@ class Sequential(JointHead):
         ids, log_q = self.run(call, num, lambda k, law: inverse_cdf_sample(law, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
-    def draft_recurrently(self, call: JointCall, said: Tensor) -> Generator[Tensor, Tensor, None]:
-        if said.shape[1] >= self.length:
-            raise ValueError(f"this head drafts {self.length} tokens after a hidden state; {said.shape[1]} leave none")
-        return self.walk(call, said)
+    def draft_recurrently(self, call: JointCall, emitted: Tensor) -> Generator[Tensor, Tensor, None]:
+        if emitted.shape[1] >= self.length:
+            raise ValueError(
+                f"this head drafts {self.length} tokens after a hidden state; {emitted.shape[1]} leave none"
+            )
+        return self.walk(call, emitted)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         """Of ids (B, m), m <= K: the exact marginal of a shorter block."""

@@ -239,8 +239,8 @@ def set_task(head: Simplex, call: JointCall, lesson: Lesson) -> Task:
     x = items.interpolate(items.noise(lesson.key), t)
     laws = torch.nn.functional.one_hot(ids, head.vocab_size).to(x.dtype)
     if share:
-        said = semigroup_law(head, call.target(), x, t, m, s)
-        laws = torch.where(jumps.view(-1, 1, 1), said.to(x.dtype), laws)
+        target = semigroup_law(head, call.target(), x, t, m, s)
+        laws = torch.where(jumps.view(-1, 1, 1), target.to(x.dtype), laws)
     return Task(x, t, s, laws, jumps, items.mask)
 
 
