@@ -230,12 +230,12 @@ def _run(args: argparse.Namespace) -> int:
     results = []
     for result in run_suite(suite, args.suite, args.overrides, context):
         results.append(result)
-        context.say(f"{result.name}: {result.seconds:.1f} s")
+        context.report(f"{result.name}: {result.seconds:.1f} s")
         for note in result.outcome.notes:
-            context.say(f"  {note}")
+            context.report(f"  {note}")
         for row in result.rows:
             warning = "" if row.holds else f"  (the bar is {row.bar})"
-            context.say(f"  {row.name} = {format_value(row.value)} {row.unit}{warning}")
+            context.report(f"  {row.name} = {format_value(row.value)} {row.unit}{warning}")
     rows = [row for result in results for row in result.rows]
     print("\n" + format_table(rows))
     if args.json:

@@ -118,7 +118,7 @@ class Context:
     model_path: str | None = None
     font: str | None = None
     seed: int = 0
-    say: Callable[[str], None] = print
+    report: Callable[[str], None] = print
     shared: dict[str, Any] = field(default_factory=dict)  # objects that several tasks use: atlas, judge
     device: str = "cpu"
 

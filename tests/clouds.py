@@ -19,9 +19,13 @@ class Cloud(Items):
         return key.fold(purpose).normal(tuple(self.latents.shape), self.latents.dtype)
 
 
-def cloud(law: Gaussian, num: int, copies: int = 1, key: Key | None = None) -> Cloud:
+def cloud(distribution: Gaussian, num: int, copies: int = 1, key: Key | None = None) -> Cloud:
     """`num` points, each repeated `copies` times; float64."""
-    points = law.sample(key or Key(3), num, 1).expand(num, copies, law.channels).reshape(1, -1, law.channels)
+    points = (
+        distribution.sample(key or Key(3), num, 1)
+        .expand(num, copies, distribution.channels)
+        .reshape(1, -1, distribution.channels)
+    )
     return Cloud(points, torch.arange(num * copies)[None], BatchNames(num * copies, copies))
 
 

@@ -66,8 +66,8 @@ class OracleCall:
         fits = ((patterns.unsqueeze(1) == self.joint.ids) | (patterns.unsqueeze(1) < 0)).all(-1)  # (M, N)
         onehot = torch.nn.functional.one_hot(self.joint.ids, V).double().flatten(1)
         mass = ((fits * self.joint.p) @ onehot).view(len(patterns), length, V)
-        law = torch.where(mass.sum(-1, keepdim=True) > 0, mass / mass.sum(-1, keepdim=True), 1 / V)
-        hidden = torch.nn.functional.pad(law.log().clamp(min=-99), (0, 2))[place]
+        distribution = torch.where(mass.sum(-1, keepdim=True) > 0, mass / mass.sum(-1, keepdim=True), 1 / V)
+        hidden = torch.nn.functional.pad(distribution.log().clamp(min=-99), (0, 2))[place]
         return torch.cat([self.start.unsqueeze(1), hidden], 1)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -97,16 +97,16 @@ def score_in_order(head: Masked, call: JointCall, ids: Tensor, order: tuple[int,
     """(B,) log-probability of ids (B, n) revealed in this order, `sizes` tokens in each pass."""
     shown, total, at = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.float64), 0
     for size in sizes:
-        law = head.laws(call, ids, shown)
+        distribution = head.log_probs(call, ids, shown)
         for k in order[at : at + size]:
-            total += law[:, k].gather(-1, ids[:, k : k + 1]).squeeze(-1)
+            total += distribution[:, k].gather(-1, ids[:, k : k + 1]).squeeze(-1)
         shown = shown.clone()
         shown[:, list(order[at : at + size])] = True
         at += size
     return total
 
 
-def ancestral_law(head: Masked, call: JointCall, ids: Tensor, passes: int) -> Tensor:
+def ancestral_distribution(head: Masked, call: JointCall, ids: Tensor, passes: int) -> Tensor:
     """(B,) probabilities of ids: the mean over all orders."""
     orders = list(itertools.permutations(range(ids.shape[1])))
     sizes = reveal_sizes(ids.shape[1], passes, head.config.schedule)

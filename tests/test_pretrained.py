@@ -40,14 +40,14 @@ def listed(directory: Path, **changes: Any) -> None:
     (directory / "manifest.json").write_bytes(checkpoint._render_manifest({k: v for k, v in body.items() if v != "-"}))
 
 
-def refused(model: Path, capsys: Any, *said: str) -> None:
+def refused(model: Path, capsys: Any, *parts: str) -> None:
     """`omni` prints one line and exits with 4."""
     capsys.readouterr()
     for argv in (["verify", str(model)], ["generate", "hello", "--model", str(model), "--out", str(model / "out")]):
         assert main(argv) == 4
         error = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("loading ")]
         assert len(error) == 1 and error[0].startswith("omni: error: "), error
-        assert all(part in error[0] for part in said), error
+        assert all(part in error[0] for part in parts), error
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -249,8 +249,10 @@ def test_every_invalid_json_file_raises_one_line(model: Path, capsys: Any, name:
     (model / name).write_text(text)
     if name == "tokenizer/tokenizer.json":
         config = model / "tokenizer/tokenizer_config.json"
-        told = json.loads(config.read_text()) | {"blake2b": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-        config.write_text(json.dumps(told))
+        changed = json.loads(config.read_text()) | {
+            "blake2b": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        }
+        config.write_text(json.dumps(changed))
     listed(model)
     refused(model, capsys, Path(name).name)
 

@@ -89,10 +89,10 @@ def probabilities(head: JointHead, seed: int = 0) -> Tensor:
     return found.value.exp().view(2, -1)
 
 
-def total_variation(ids: Tensor, law: Tensor) -> float:
+def total_variation(ids: Tensor, distribution: Tensor) -> float:
     """Total variation between the frequencies of blocks (N, K) and a distribution (V^K,)."""
-    frequency = torch.bincount(codes(ids), minlength=len(law)).double() / len(ids)
-    return float((frequency - law).abs().sum() / 2)
+    frequency = torch.bincount(codes(ids), minlength=len(distribution)).double() / len(ids)
+    return float((frequency - distribution).abs().sum() / 2)
 
 
 def lesson_of(ids: Tensor, lengths: list[int], progress: float = 1.0) -> Lesson:

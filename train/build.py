@@ -33,10 +33,10 @@ from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.checkpoint import AVERAGES, WEIGHTS
 from train.data.held_out import HeldOut, hold_out
-from train.data.lanes import Lanes, Tickets
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
 from train.data.mixture import Mixture
+from train.data.workers import Tickets, WorkerLoader
 from train.guard import Guard
 from train.loop import Run
 from train.optim.ema import Ema
@@ -56,7 +56,7 @@ WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
 NOT_YET = {"latent_weights": "shared"}
 
 
-def assemble(recipe: Recipe, out: Path) -> Run:
+def build_run(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, in one line, where a part of the recipe is missing or does not fit."""
     key = Key(recipe.seed)
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
@@ -76,13 +76,13 @@ def assemble(recipe: Recipe, out: Path) -> Run:
     train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
     own = {"memo": memo, "channels": codec.spec.channels}
 
-    def open_lanes(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> Lanes:
-        def of_lane(tickets: Tickets, lanes: int) -> Loader:
-            made = train(memo=tickets, channels=tickets.channels, stride=lanes)
-            made.counts.update({name: count // lanes for name, count in counts.items()})
+    def open_workers(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> WorkerLoader:
+        def loader_of_worker(tickets: Tickets, num_workers: int) -> Loader:
+            made = train(memo=tickets, channels=tickets.channels, stride=num_workers)
+            made.counts.update({name: count // num_workers for name, count in counts.items()})
             return made
 
-        return Lanes(of_lane, codec, cursors, step, recipe.device)
+        return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device)
 
     validation, held_out = None, ()
     if mixture.held_out is not None:
@@ -110,7 +110,7 @@ def assemble(recipe: Recipe, out: Path) -> Run:
         target=build_target(model, objectives),
         validation=validation,
         held_out=held_out,
-        open_lanes=open_lanes if recipe.workers else None,
+        open_workers=open_workers if recipe.workers else None,
     )
 
 
@@ -136,7 +136,7 @@ def build_codec(recipe: Recipe) -> Codec:
 
 
 def check_alone(recipe: Recipe) -> None:
-    """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `assemble`."""
+    """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `build_run`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
     config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
     if recipe.train_only or config.joint is not None:  # checks that need the weights or the head
@@ -165,10 +165,10 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
             begin = f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
             print(begin, file=sys.stderr)
         for difference in other_settings(recipe.init_from, model.config):
-            said = f"init_from {str(recipe.init_from)!r} has {difference}"
+            message = f"init_from {str(recipe.init_from)!r} has {difference}"
             if recipe.train_only:
-                raise ValueError(f"{said}; frozen weights cannot adapt: use the same")
-            print(said, file=sys.stderr)
+                raise ValueError(f"{message}; frozen weights cannot adapt: use the same")
+            print(message, file=sys.stderr)
         if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
             print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
         if not recipe.init_partial:

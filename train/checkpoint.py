@@ -52,7 +52,7 @@ class Change:
 @dataclass
 class Progress:
     """Where a run is: `step` steps done, the next document `cursor` (with data-loading workers: one cursor of each in
-    `lanes`), wall-clock seconds over all resumes."""
+    `cursors`), wall-clock seconds over all resumes."""
 
     step: int = 0
     cursor: int = 0
@@ -60,27 +60,27 @@ class Progress:
     num_nonfinite: int = 0
     num_nonfinite_in_row: int = 0
     documents: dict[str, int] = field(default_factory=dict)
-    lanes: list[int] = field(default_factory=list)
+    cursors: list[int] = field(default_factory=list)
 
-    def advance(self, cursor: int, lane: int | None) -> None:
+    def advance(self, cursor: int, worker: int | None) -> None:
         """Count one step; the next document is `cursor`."""
         self.step += 1
-        if lane is None:
+        if worker is None:
             self.cursor = cursor
         else:
-            self.lanes[lane] = cursor
+            self.cursors[worker] = cursor
 
-    def use_lanes(self, number: int) -> bool:
+    def use_workers(self, number: int) -> bool:
         """Continue with another number of data-loading workers (0: none) from the first document that no worker has
         reached. No document is trained on twice; some that slower workers had not reached are left out. Returns
         whether the order of the documents changed."""
-        if number == len(self.lanes) or not self.step:
+        if number == len(self.cursors) or not self.step:
             return False
-        start = max(cursor % PIECES + (cursor >= PIECES) for cursor in self.lanes or [self.cursor])
-        was_one = max(number, len(self.lanes)) == 1
+        start = max(cursor % PIECES + (cursor >= PIECES) for cursor in self.cursors or [self.cursor])
+        was_one = max(number, len(self.cursors)) == 1
         if was_one:  # one worker reads the same documents as none, in the same order
-            start = max(self.lanes or [self.cursor])
-        self.cursor, self.lanes = (0, [start + lane for lane in range(number)]) if number else (start, [])
+            start = max(self.cursors or [self.cursor])
+        self.cursor, self.cursors = (0, [start + worker for worker in range(number)]) if number else (start, [])
         return not was_one
 
 
@@ -130,7 +130,7 @@ def saved_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
-def newest(folder: Path, say: Callable[[str], None] = print, kind: str = KIND) -> Path:
+def newest(folder: Path, report: Callable[[str], None] = print, kind: str = KIND) -> Path:
     """The newest directory that passes the digest check. Prints which fail it. ValueError where there is none, or one
     of another kind of run; DamagedError where all are damaged."""
     saved = saved_steps(folder)
@@ -138,7 +138,7 @@ def newest(folder: Path, say: Callable[[str], None] = print, kind: str = KIND) -
         try:
             found = checkpoint.verify(directory)["info"].get("kind", KIND)
         except ValueError as error:
-            say(f"skipping a damaged checkpoint: {error}")
+            report(f"skipping a damaged checkpoint: {error}")
             continue
         if found != kind:
             raise ValueError(f"{directory} is a {found}, not a {kind}, from another kind of run; choose another --out")
@@ -167,7 +167,10 @@ def load(
     optimiser.load_state_tensors(checkpoint.load_tensors(directory / OPTIMISER))
     if target is not None:
         target.load(checkpoint.load_tensors(directory / TARGET))
-    return Progress(**scalars["progress"])
+    progress = dict(scalars["progress"])
+    if "lanes" in progress:  # the name that `cursors` had in earlier checkpoints
+        progress["cursors"] = progress.pop("lanes")
+    return Progress(**progress)
 
 
 def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:

@@ -22,8 +22,8 @@ from omni.objectives.terms import Terms
 from omni.rng import Key
 from train import checkpoint as state
 from train.data.batch import PIECES, Packed
-from train.data.lanes import Lanes
 from train.data.loader import Loader
+from train.data.workers import WorkerLoader
 from train.guard import Guard
 from train.metrics import Tracker
 from train.optim.ema import Ema
@@ -51,8 +51,9 @@ class Run:
     target: Target | None = None
     validation: Callable[[Run], dict[str, float]] | None = None
     held_out: Sequence[Document] = ()
-    open_lanes: Callable[[Sequence[int], int, Mapping[str, int]], Lanes] | None = None  # where the recipe has workers
-    lanes: Lanes | None = None
+    # where the recipe has data-loading workers:
+    open_workers: Callable[[Sequence[int], int, Mapping[str, int]], WorkerLoader] | None = None
+    workers: WorkerLoader | None = None
     waited: float = 0.0  # seconds of waiting for data-loading workers, within steps
     changes: Sequence[state.Change] = ()  # of the recipe, since the checkpoint that was resumed
     learns: bool = False  # whether an objective counted anything in any step
@@ -68,9 +69,9 @@ class Run:
 
     def next(self) -> Packed:
         """The data of the next step."""
-        if self.open_lanes is None:
+        if self.open_workers is None:
             return self.loader.next(self.progress.cursor)
-        packed, self._ahead = self._ahead or self._from_lanes(), None
+        packed, self._ahead = self._ahead or self._from_workers(), None
         if isinstance(packed, Exception):
             raise packed
         self.loader.counts.update(packed.counts)
@@ -79,21 +80,21 @@ class Run:
     def look_ahead(self) -> None:
         """Encode the next step's pictures while the device computes this step. Only with data-loading workers. An error
         is kept and raised by `next`, so that this step completes."""
-        if self.lanes is None or self.progress.step + 1 >= self.recipe.max_steps:
+        if self.workers is None or self.progress.step + 1 >= self.recipe.max_steps:
             return
         start = time.perf_counter()
         try:
-            self._ahead = self._from_lanes()
+            self._ahead = self._from_workers()
         except Exception as error:
             self._ahead = error
         self.waited += time.perf_counter() - start
 
-    def _from_lanes(self) -> Packed:
-        if self.lanes is None:
-            assert self.open_lanes is not None
-            self.progress.lanes = self.progress.lanes or list(range(self.recipe.workers))
-            self.lanes = self.open_lanes(self.progress.lanes, self.progress.step, self.loader.counts)
-        return self.lanes.next()
+    def _from_workers(self) -> Packed:
+        if self.workers is None:
+            assert self.open_workers is not None
+            self.progress.cursors = self.progress.cursors or list(range(self.recipe.workers))
+            self.workers = self.open_workers(self.progress.cursors, self.progress.step, self.loader.counts)
+        return self.workers.next()
 
 
 def train_step(run: Run, packed: Packed) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
         if run.target is not None:
             run.target.update()
     run.optimiser.zero_grad()
-    run.progress.advance(packed.cursor, packed.lane)
+    run.progress.advance(packed.cursor, packed.worker)
     run.between_updates = True
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
     values |= unweighted(parts)
@@ -177,10 +178,10 @@ def train(
         if run.between_updates and saved_at != run.progress.step:
             with suppress(OSError):  # a full disk may have ended the run
                 save(run)
-                tracker.say(f"saved at step {run.progress.step}; continue with --resume")
+                tracker.report(f"saved at step {run.progress.step}; continue with --resume")
         raise
     finally:
-        tracker.say(documents_of(run.loader.counts))
+        tracker.report(documents_of(run.loader.counts))
     if saved_at != run.progress.step:
         save(run)
     return run.fraction() >= 1.0
@@ -202,11 +203,11 @@ def _step(run: Run, tracker: Tracker) -> None:
     if run.validation is not None and plan is not None and (step % plan.steps == 0 or run.fraction() >= 1.0):
         found = run.validation(run)
         metrics |= {f"validation/{name}": value for name, value in found.items()}
-        tracker.say(f"validation at step {step}, averaged weights: {losses_of(found)}")
+        tracker.report(f"validation at step {step}, averaged weights: {losses_of(found)}")
     tracker.metrics(step - 1, metrics)
     _report_documents(tracker, step - 1, packed, dropped_before)
     if run.guard.num_skipped > skipped_before:
-        tracker.say(f"step {step - 1} was not finite and is skipped; its documents are in metrics.jsonl")
+        tracker.report(f"step {step - 1} was not finite and is skipped; its documents are in metrics.jsonl")
         tracker.metrics(step - 1, {"event": "not finite", "documents": packed.documents})
     tracker.progress(_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
 
@@ -220,29 +221,29 @@ def save(run: Run) -> Path:
     return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, run.target)
 
 
-def resume(run: Run, say: Callable[[str], None], any_data: bool = False) -> None:
+def resume(run: Run, report: Callable[[str], None], any_data: bool = False) -> None:
     """Restore the newest intact checkpoint of run.out, bit for bit. Raises ValueError where none fits. Changes of the
     recipe are printed, and kept in run.changes.
 
     any_data: the data may differ from the checkpoint's: enough to publish it, not to continue training.
     """
-    directory = state.newest(run.out / "state", say)
+    directory = state.newest(run.out / "state", report)
     identity = {name: part for name, part in run.identity.items() if not (any_data and name in ("data", "draws"))}
     run.changes = state.changes(directory, identity)
     run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
-    documents = ", ".join(str(cursor % PIECES) for cursor in run.progress.lanes or [run.progress.cursor])
-    say(f"resumed {directory} at step {run.progress.step}, document {documents}")
+    documents = ", ".join(str(cursor % PIECES) for cursor in run.progress.cursors or [run.progress.cursor])
+    report(f"resumed {directory} at step {run.progress.step}, document {documents}")
     for change in run.changes:
-        say(f"changed: {change}")
+        report(f"changed: {change}")
     if any(change.key.startswith(("optimiser.", "max_")) for change in run.changes):
-        _say_rates(run, state.saved_recipe(directory), say)
-    if run.progress.use_lanes(run.recipe.workers):
-        say("the documents are in another order from here: each data-loading worker has its own share")
+        _report_rates(run, state.saved_recipe(directory), report)
+    if run.progress.use_workers(run.recipe.workers):
+        report("the documents are in another order from here: each data-loading worker has its own share")
 
 
-def _say_rates(run: Run, saved: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _report_rates(run: Run, saved: Mapping[str, Any], report: Callable[[str], None]) -> None:
     """Print where the next step's learning rate differs from the saved recipe's: a schedule may jump."""
     step, seconds, recipe = run.progress.step, run.progress.seconds, run.recipe
     config = OptimiserConfig.model_validate(saved["optimiser"])
@@ -252,7 +253,7 @@ def _say_rates(run: Run, saved: Mapping[str, Any], say: Callable[[str], None]) -
     if was != now:
         longer = any(change.key.startswith("max_") for change in run.changes)
         hint = "; optimiser.schedule_steps keeps a schedule where the length of the run changes" if longer else ""
-        say(f"the learning rate of step {step} is {now:.3g}, by the saved recipe it was {was:.3g}{hint}")
+        report(f"the learning rate of step {step} is {now:.3g}, by the saved recipe it was {was:.3g}{hint}")
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -274,13 +275,13 @@ def documents_of(counts: Mapping[str, int]) -> str:
 def _report_documents(tracker: Tracker, step: int, packed: Packed, dropped_before: int) -> None:
     """Report skipped and dropped documents: all in metrics.jsonl; on the console the skipped and the first dropped."""
     for index, reason in packed.skipped:
-        tracker.say(f"document {index} skipped: {reason}")
+        tracker.report(f"document {index} skipped: {reason}")
         tracker.metrics(step, {"event": "document skipped", "document": index, "reason": reason})
     for index, reason in packed.dropped:
         tracker.metrics(step, {"event": "document dropped", "document": index, "reason": reason})
     if packed.dropped and not dropped_before:
         index, reason = packed.dropped[0]
-        tracker.say(f"document {index} dropped, in part or whole: {reason}; others are counted, see metrics.jsonl")
+        tracker.report(f"document {index} dropped, in part or whole: {reason}; others are counted, see metrics.jsonl")
 
 
 def losses_of(metrics: Mapping[str, Any]) -> str:

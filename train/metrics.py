@@ -43,7 +43,7 @@ class Tracker:
             self._stream.write(line + "\n")
         self._stream.flush()
 
-    def say(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Print a line that stays."""
         self._stream.write(("\r\x1b[2K" if self._live else "") + line + "\n")
         self._stream.flush()

@@ -92,7 +92,7 @@ class Recipe(Frozen):
     device: str = "cpu"
     threads: int = Field(1, ge=1, le=1024)
     workers: int = Field(
-        0, ge=0, le=256, description="data-loading workers, see train.data.lanes; 0: the training process loads"
+        0, ge=0, le=256, description="data-loading workers, see train.data.workers; 0: the training process loads"
     )
     autocast: Literal["auto", "bf16", "none"] = Field("auto", description="auto: bf16 where the device is fast at it")
     compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
@@ -175,13 +175,33 @@ class Recipe(Frozen):
         return fraction_of(self.max_steps, self.max_minutes, step, seconds)
 
 
+RENAMED_OBJECTIVES = {"straight": "rectified_jumps"}  # old name -> new name
+RENAMED_OPTIONS = {  # objective -> old option -> new option
+    "rectified_jumps": {"told_guidance": "guidance_embedding"},
+    "shortcut": {"tell_guidance": "embed_guidance"},
+    "drifting": {"floor": "min_affinity"},
+    "moment_matching": {"gap_floor": "kernel_gap"},
+}
+
+
 def without_retired(data: Mapping[str, Any]) -> dict[str, Any]:
     """JSON of a saved recipe without the keys that earlier versions had and that changed nothing; others under their
     new names."""
     kept = {name: value for name, value in data.items() if name != "coupling" or value}
     if isinstance(options := kept.get("generation"), dict):
         kept["generation"] = {RENAMED.get(name, name): value for name, value in options.items()}
+    if isinstance(objectives := kept.get("objectives"), list | tuple):
+        kept["objectives"] = [_renamed_objective(one) if isinstance(one, dict) else one for one in objectives]
     return kept
+
+
+def _renamed_objective(data: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective of a saved recipe with its name and options as they are now."""
+    out = {**data, "name": RENAMED_OBJECTIVES.get(data.get("name", ""), data.get("name"))}
+    if isinstance(options := data.get("options"), dict):
+        renamed = RENAMED_OPTIONS.get(out["name"], {})
+        out["options"] = {renamed.get(name, name): value for name, value in options.items()}
+    return out
 
 
 def fraction_of(max_steps: int, max_minutes: float | None, step: int, seconds: float) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from omni.nn.precision import fast_bf16
 from train import loop
-from train.build import assemble, publish_model
+from train.build import build_run, publish_model
 from train.checkpoint import saved_steps
 from train.codec import loop as codec_loop
 from train.lock import hold
@@ -33,7 +33,7 @@ def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
     with hold(out):
         if not resume and saved_steps(out / "state"):
             raise ValueError(f"{str(out)!r} holds a run already; continue it with --resume, or choose another --out")
-        run = assemble(recipe, out)
+        run = build_run(recipe, out)
         if resume:
             loop.resume(run, lambda line: print(line, file=sys.stderr))
         return _train(run)
@@ -43,18 +43,18 @@ def _train(run: loop.Run) -> int:
     recipe, out = run.recipe, run.out
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
-    tracker.say(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
-    tracker.say(_precision(recipe))
+    tracker.report(f"{loop.num_parameters(run.model):,} parameters; Muon has {_muon_share(run):.0%} of them; {out}")
+    tracker.report(_precision(recipe))
     for change in run.changes:
         tracker.metrics(run.progress.step, {"event": "recipe changed", **asdict(change)})
     try:
         finished = loop.train(run, tracker, stop, _sheets(tracker))
         if finished:
             publish_model(run, out / "model")
-            tracker.say(f"done after {run.progress.step} steps: {out / 'model'}")
+            tracker.report(f"done after {run.progress.step} steps: {out / 'model'}")
         else:
             why = stop.received.name if stop.received else "stopped"
-            tracker.say(f"{why}: saved at step {run.progress.step}; continue with --resume")
+            tracker.report(f"{why}: saved at step {run.progress.step}; continue with --resume")
     finally:
         stop.restore()
         tracker.close()
@@ -66,7 +66,7 @@ def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
     torch.set_num_threads(recipe.threads)
     if directory.exists():
         raise ValueError(f"{str(directory)!r} exists already; choose another directory to publish to")
-    run = assemble(recipe, out)
+    run = build_run(recipe, out)
     loop.resume(run, lambda line: print(line, file=sys.stderr), any_data=True)
     print(publish_model(run, directory))
     return 0
@@ -75,7 +75,7 @@ def publish_state(recipe: Recipe, out: Path, directory: Path) -> int:
 def dry_run(recipe: Recipe, out: Path) -> int:
     """Run two steps, write nothing; print sizes and speed."""
     torch.set_num_threads(recipe.threads)
-    run = assemble(recipe, out)
+    run = build_run(recipe, out)
     parameters = loop.num_parameters(run.model)
     loop.train_step(run, run.next())  # fills caches; only the second step is timed
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
         try:
             draw_sheet(run, run.out / "sheets" / f"step-{run.progress.step:08d}.png")
         except (ValueError, RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
-            tracker.say(f"no sample sheet at step {run.progress.step}: {type(error).__name__}: {error}")
+            tracker.report(f"no sample sheet at step {run.progress.step}: {type(error).__name__}: {error}")
 
     return sheet
 

@@ -52,7 +52,7 @@ from pydantic import Field, model_validator
 from omni.config import Frozen, build, nearest, parse_json, parse_toml
 from train import checkpoint as state
 from train import runs
-from train.build import assemble, check_alone
+from train.build import build_run, check_alone
 from train.codec.loop import CodecRecipe, CodecRun
 from train.lock import hold
 from train.recipe import Recipe
@@ -332,7 +332,7 @@ def check(stage: Stage) -> str:
         case Recipe() as recipe if missing:
             check_alone(recipe)
         case Recipe() as recipe:
-            assemble(recipe, stage.out)
+            build_run(recipe, stage.out)
         case CodecRecipe() as recipe if recipe.init_from is None or Path(recipe.init_from).is_dir():
             CodecRun(recipe, stage.out)
     begun = "has begun" if stage.begun else "to be made"

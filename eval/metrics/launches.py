@@ -89,7 +89,7 @@ def compile_all(launches: Sequence[Launch]) -> list[tuple[Launch, str]]:
 
     kinds = list({launch.compiled_for: launch for launch in launches}.values())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return [(launch, said) for launch, said in zip(kinds, pool.map(attempt, kinds), strict=True) if said]
+        return [(launch, message) for launch, message in zip(kinds, pool.map(attempt, kinds), strict=True) if message]
 
 
 def milliseconds(run: Callable[[], object], budget: float = 80.0, most: int = 20) -> float:

@@ -87,7 +87,7 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
             values, shown = measure(contexts[name], options, line, n)
             found[name, n] = values
             panels += [replace(panel, note=f"{name}, {n} steps: {panel.note}") for panel in shown]
-            context.say(f"  {name} {n}: " + "  ".join(f"{what} {value:.3g}" for what, value in values.items()))
+            context.report(f"  {name} {n}: " + "  ".join(f"{what} {value:.3g}" for what, value in values.items()))
     evaluations: dict[tuple[str, int], int] = {}
     for which, (seconds, spent) in seconds_a_picture(contexts, options).items():
         found[which]["seconds"], evaluations[which] = seconds, spent

@@ -93,7 +93,7 @@ def jvp_attention(context: Context, options: JvpAttentionOptions) -> Outcome:
     measures = _errors(context, runs)
     ours = _measure(inputs, mask, "triton", options.repeats)
     measures += [Measure(name, ours[name], "MiB" if name in ("peak", "saved") else "ms") for name in SIZES]
-    _say_rates(context, options, ours)
+    _report_rates(context, options, ours)
     if options.math_heads:
         measures += _beside_math(key, options, mask, ours)
     measures += _plain(inputs, options)
@@ -119,9 +119,9 @@ def _prepare(context: Context, options: JvpAttentionOptions, runs: list[Case]) -
             gradients(case.inputs, case.mask, "triton", case.dtype)
     candidates = list(_candidates(launches[-5:])) if options.sweep else []
     failures = compile_all([*launches, *candidates])
-    context.say(f"{len(launches) + len(candidates)} launches compiled in {time.perf_counter() - start:.1f} s")
+    context.report(f"{len(launches) + len(candidates)} launches compiled in {time.perf_counter() - start:.1f} s")
     for failed, failure in failures:
-        context.say(f"  {failed.name} {failed.tiles} does not compile: {failure}")
+        context.report(f"  {failed.name} {failed.tiles} does not compile: {failure}")
 
 
 def _candidates(launches: list[Launch]) -> Iterator[Launch]:
@@ -146,13 +146,13 @@ def _sweep(context: Context, options: JvpAttentionOptions, inputs: list[Tensor],
             try:
                 took = milliseconds(candidate.run)
             except Exception as error:  # the device may not support a candidate
-                context.say(f"  {name} {candidate.tiles}: {type(error).__name__}: {error}".splitlines()[0][:200])
+                context.report(f"  {name} {candidate.tiles}: {type(error).__name__}: {error}".splitlines()[0][:200])
                 continue
-            context.say(f"  {name} {candidate.tiles}: {took:.3f} ms")
+            context.report(f"  {name} {candidate.tiles}: {took:.3f} ms")
             if took < best:
                 best, known[name] = took, launch.Tiling(*candidate.tiles)
     table[128, 2] = launch.Tilings(**known)
-    context.say(f"  fastest: {table[128, 2]}")
+    context.report(f"  fastest: {table[128, 2]}")
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def _errors(context: Context, runs: list[Case]) -> list[Measure]:
         try:
             found = gradients(case.inputs, case.mask, "triton", case.dtype)
         except Exception as error:
-            context.say(f"  {case.name}: {type(error).__name__}: {error}".splitlines()[0][:300])
+            context.report(f"  {case.name}: {type(error).__name__}: {error}".splitlines()[0][:300])
             for what in ("", "_gradient", "_peak"):
                 worst[name + what] = float("nan")
             continue
@@ -217,7 +217,7 @@ def _errors(context: Context, runs: list[Case]) -> list[Measure]:
         pairs = [(a.double(), b) for a, b in zip(found, wanted, strict=True) if b.numel()]
         far = [float((a - b).norm() / b.norm()) for a, b in pairs]
         peak = max(float((a - b).pow(2).mean().sqrt() / b.abs().max()) for a, b in pairs)
-        context.say(f"  {case.name}: {' '.join(f'{x:.1e}' for x in far)}; peak {peak:.1e}")
+        context.report(f"  {case.name}: {' '.join(f'{x:.1e}' for x in far)}; peak {peak:.1e}")
         for row, value in ((name, max(far[:2])), (f"{name}_gradient", max(far[2:])), (f"{name}_peak", peak)):
             worst[row] = value if math.isnan(value) or value > worst[row] else worst[row]  # NaN stays
     known = {str(case.dtype).removeprefix("torch.") for case in runs}
@@ -240,12 +240,12 @@ def _mask(options: JvpAttentionOptions) -> AttentionMask | None:
     return copies(options.length, options.context, options.copies, torch.device("cuda")) if options.copies else None
 
 
-def _say_rates(context: Context, options: JvpAttentionOptions, ours: dict[str, float]) -> None:
+def _report_rates(context: Context, options: JvpAttentionOptions, ours: dict[str, float]) -> None:
     """Print the rate of matrix products: 6 per tile forward, 24 backward (context: 4 and 16)."""
     tile = 2e-12 * options.heads * options.head_dim * options.length
     for name, own, far in (("forward", 6, 4), ("backward", 24, 16)):
         total = tile * (own * options.length / max(1, options.copies) + far * options.context)
-        context.say(f"  {name}: {ours[name]:.3f} ms, {total:.2f} TFLOP, {1e3 * total / ours[name]:.0f} TFLOP/s")
+        context.report(f"  {name}: {ours[name]:.3f} ms, {total:.2f} TFLOP, {1e3 * total / ours[name]:.0f} TFLOP/s")
 
 
 def _beside_math(
@@ -288,7 +288,7 @@ def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list
     for n in options.lengths:
         ours = _measure(_inputs(key, plain, n, options.heads, options.key_heads), None, "triton", options.repeats)
         peaks[n] = ours["peak"]
-        context.say(
+        context.report(
             f"  length {n}: {ours['forward']:.3f} ms forward, {ours['backward']:.3f} backward, {ours['peak']:.0f} MiB"
         )
         measures += [Measure(f"{name}_{n}", ours[name], "MiB" if name == "peak" else "ms") for name in SIZES[:3]]

@@ -41,7 +41,7 @@ def append_ids(model: Backbone, cache: KVCache, ids: Sequence[int], step: TokenS
     """Append one text id to every batch row; returns hidden states (R, W). Uses TokenStep where possible, else
     `extend`."""
     tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
-    if step.serves(cache):
+    if step.supports(cache):
         return step.step(model.token.embed(tensor), cache)
     return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
 
@@ -85,7 +85,7 @@ def append_all(
 def append_text(model: Backbone, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
     """Append text ids to every batch row; returns hidden states (R, N, W). Uses TokenStep where possible and all rows
     have equal length, else `extend`."""
-    if step.serves(cache) and len({len(row) for row in ids}) == 1:
+    if step.supports(cache) and len({len(row) for row in ids}) == 1:
         tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
         return step.append(model.token.embed(tensor), cache)
     return append_all(model, cache, [[TokenSpan(row, [False] * len(row))] if row else [] for row in ids], pad_id)[0]

@@ -79,7 +79,7 @@ class CacheCall(DraftReads):
         ids = [row[0].ids if len(row) == 1 and isinstance(row[0], TokenSpan) else [] for row in self.spans]
         num = len(ids[0])
         even = num > 0 and all(len(row) == num for row in ids)
-        if self.step is not None and joint.adapters is not None and even and self.step.serves(self.cache):
+        if self.step is not None and joint.adapters is not None and even and self.step.supports(self.cache):
             tokens = self.embed(torch.tensor(ids, device=inputs.device))
             hidden = self.step.draft(tokens, inputs, self.cache, joint.adapters.gated(None), causal)
             self._start = hidden[:, num - 1]

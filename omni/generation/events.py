@@ -122,7 +122,7 @@ class Drafted:
     the draft comes from the verification logits after a rejected token, not from the head."""
 
     drafted: int
-    kept: int
+    accepted: int
     passes: int
     again: bool = False
 

@@ -103,5 +103,5 @@ class Row:
         the number of accepted tokens plus 2."""
         self.drafts.append(drafted)
         if self.options.speculative.adaptive and not drafted.again:
-            whole = drafted.kept == drafted.drafted
-            self.room = max(2 * drafted.drafted, 2) if whole else drafted.kept + 2
+            whole = drafted.accepted == drafted.drafted
+            self.room = max(2 * drafted.drafted, 2) if whole else drafted.accepted + 2

@@ -34,7 +34,7 @@ from omni.heads.joint import Draft
 from omni.nn.cache import KVCache
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 from omni.samplers.token import masked_scores, token_log_probs, token_uniform
-from omni.samplers.verification import Verdict, agreed, block, rejection
+from omni.samplers.verification import Verified, agreed, block, rejection
 from omni.sequence.layout import Span, TokenSpan
 
 Wanted = dict[int, tuple[list[int], bool]]  # of a request: the ids of its draft, and whether one more may follow
@@ -76,16 +76,16 @@ def speculative_round(
         return
     for row, hidden in _read_drafts(runtime, decoding, rows, cache, start, wanted):
         r, (ids, whole) = row.number, wanted[row.number]
-        verdict = _judge(runtime, row, draft, ids, runtime.model.token.read(hidden))
-        kept = int(verdict.kept[0])
-        count = kept + 1 if whole or kept < len(ids) else kept
-        trace = Drafted(len(ids), kept, passes, again)
-        emitted = yield from _emit(runtime, row, verdict.ids[0, :count].tolist(), trace)
+        verified = _judge(runtime, row, draft, ids, runtime.model.token.read(hidden))
+        accepted = int(verified.accepted[0])
+        count = accepted + 1 if whole or accepted < len(ids) else accepted
+        trace = Drafted(len(ids), accepted, passes, again)
+        emitted = yield from _emit(runtime, row, verified.ids[0, :count].tolist(), trace)
         m = len(emitted) - (start is not None)  # the last id waits; without a start, this pass appended one id more
         cache.truncate(r, *(field[r] + m for field in base))
         row.pending = [TokenSpan([emitted[-1]], [False])]
         over = row.phase in ("block", "done") or bool(row.forced)
-        row.leftover = [] if over or not row.recycles else verdict.ids[0, count : len(ids) + whole].tolist()
+        row.leftover = [] if over or not row.recycles else verified.ids[0, count : len(ids) + whole].tolist()
         row.state = None if over or not is_recurrent else hidden[len(emitted) - 1]
 
 
@@ -127,8 +127,8 @@ def _autoregressive_ids(runtime: Runtime, row: Row, ids: Sequence[int], logits: 
     draft: int64, as many as there are logits (K, V) or (K + 1, V)."""
     if not row.options.text.temperature:
         return _scores(runtime, row, ids, logits)[1]
-    laws = _laws(runtime, row, ids, logits)
-    return inverse_cdf_sample(laws, laws.new_tensor(_noise(row, len(laws))))
+    log_probs = _log_probs(runtime, row, ids, logits)
+    return inverse_cdf_sample(log_probs, log_probs.new_tensor(_noise(row, len(log_probs))))
 
 
 def _draft(runtime: Runtime, decoding: Sequence[Row], rows: Sequence[Row], cache: KVCache) -> tuple[Draft, Tensor]:
@@ -170,17 +170,19 @@ def _draft_recurrently(runtime: Runtime, decoding: Sequence[Row], num_rows: int)
     states, emitted = first.state.new_zeros(num_rows, len(first.state)), torch.zeros(num_rows, 1, dtype=torch.int64)
     for row in decoding:
         states[row.number], emitted[row.number, 0] = row.state, _last(row)[0]  # type: ignore[assignment]
-    wants_laws = first.options.speculative.verify in ("rejection", "block")
+    wants_log_probs = first.options.speculative.verify in ("rejection", "block")
     noise = {row.number: _noise(row, num) for row in decoding}
 
     def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, law = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
+        ids, log_p = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
         for row in decoding:
             temperature = row.options.text.temperature or 0.0
-            if temperature or wants_laws:
-                own = law[row.number] = token_log_probs(logits[row.number].float(), temperature, row.options.text.top_p)
+            if temperature or wants_log_probs:
+                own = log_p[row.number] = token_log_probs(
+                    logits[row.number].float(), temperature, row.options.text.top_p
+                )
                 ids[row.number] = inverse_cdf_sample(own, own.new_tensor(noise[row.number][k]))
-        return ids, law
+        return ids, log_p
 
     call = StateCall(runtime.model, states)
     drafting = joint.head.draft_recurrently(call, emitted.to(states.device))
@@ -190,8 +192,8 @@ def _draft_recurrently(runtime: Runtime, decoding: Sequence[Row], num_rows: int)
         if not any(_usable(runtime, row, so_far[row.number].tolist())[1] for row in decoding):
             break
         chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
-    ids, laws = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
-    draft = Draft(ids, laws if wants_laws else None, len(chosen))
+    ids, log_probs = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
+    draft = Draft(ids, log_probs if wants_log_probs else None, len(chosen))
     _require_sound(runtime, decoding, call, draft)
     return draft
 
@@ -254,8 +256,8 @@ def _masks(runtime: Runtime, row: Row, ids: Sequence[int], num: int) -> Tensor:
     return torch.stack(masks)
 
 
-def _laws(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
-    """(K + 1, V) float64, or (K, V) as the logits have it: the law of every next id, each under the mask of its
+def _log_probs(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
+    """(K + 1, V) float64, or (K, V) as the logits have it: log-probabilities of every next id, under the mask of its
     phase."""
     temperature = row.options.text.temperature
     assert temperature is not None
@@ -268,11 +270,11 @@ def _scores(runtime: Runtime, row: Row, ids: Sequence[int], logits: Tensor) -> t
     return masked_scores(logits, _masks(runtime, row, ids, len(logits)), numbers)
 
 
-def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verdict:
+def _judge(runtime: Runtime, row: Row, draft: Draft | None, ids: Sequence[int], logits: Tensor) -> Verified:
     drafted, kind, K = torch.tensor([list(ids)], device=logits.device), row.options.speculative.verify, len(ids)
     if kind in ("coupled", "greedy"):
         return agreed(drafted, _after_all(_autoregressive_ids(runtime, row, ids, logits), K)[None])
-    log_p = _after_all(_laws(runtime, row, ids, logits), K)[None]
+    log_p = _after_all(_log_probs(runtime, row, ids, logits), K)[None]
     if draft is None or draft.log_q is None:
         raise ValueError(
             f"verify = {kind!r} needs the probabilities of the draft, which this model's joint-token head does not "

@@ -40,7 +40,7 @@ class TokenStep:
         self.layers: list[Layer] = [block.text for block in transformer.blocks]  # type: ignore[misc]
         self.table: tuple[Tensor, Tensor] | None = None
 
-    def serves(self, cache: KVCache) -> bool:
+    def supports(self, cache: KVCache) -> bool:
         return cache.uniform
 
     def step(self, h: Tensor, cache: KVCache) -> Tensor:

@@ -12,12 +12,12 @@
 
 namespace {
 
-struct Sizes {  // the order of compiled_step.py
+struct Sizes {  // the order of native_step.py
   int64_t width, depth, num_heads, num_kv_heads, head_dim, hidden;
 };
 
 template <typename T>
-struct Layer {  // the order of compiled_step.py; norms are float32
+struct Layer {  // the order of native_step.py; norms are float32
   const float *attention_norm, *q_norm, *k_norm, *mlp_norm;
   const T *qkv, *out, *gate_up, *down;
 };
@@ -114,7 +114,7 @@ void step(const Sizes& c, const Layer<T>* layers, const float* norm, float* h, c
 
 }  // namespace
 
-// What compiled_step.py calls: each once for float32 weights, once for bfloat16.
+// What native_step.py calls: each once for float32 weights, once for bfloat16.
 #define EXPORT(SUFFIX, T)                                                                                             \
   extern "C" void step_##SUFFIX(const void* sizes, const void* layers, const float* norm, float* h, const float* cos, \
                                 const float* sin, float* keys, float* values, int64_t capacity, int64_t at,           \

@@ -1,7 +1,7 @@
 """The drift V of generative drifting (arXiv 2602.04770): attraction to data minus repulsion from generated particles.
 
-    joint   A = sqrt(max(softmax over targets * softmax over particles, floor)) of logits -d / tau, times the weight of
-            the target;  V = sum_+ A_+ (y_+ - x) * sum A_-  -  sum_- A_- (y_- - x) * sum A_+           (released code)
+    joint   A = sqrt(max(softmax over targets * softmax over particles, min_affinity)) of logits -d / tau, times the
+            target's weight;  V = sum_+ A_+ (y_+ - x) * sum A_-  -  sum_- A_- (y_- - x) * sum A_+        (released code)
     row     V = sum_+ k (y_+ - x) / sum_+ k  -  sum_- k (y_- - x) / sum_- k,  k = weight exp(-d / tau)      (the paper)
 
 Both change sign if positives and negatives are swapped. So V = 0 in expectation if both have one distribution; the
@@ -55,23 +55,23 @@ def distances(x_GMD: Tensor, targets: Targets, *, per_group: bool) -> tuple[Tens
     return found + FAR * mean * targets.own, mean
 
 
-def drift(x_GMD: Tensor, targets: Targets, cost_GMT: Tensor, affinity: Affinity, floor: float) -> Tensor:
+def drift(x_GMD: Tensor, targets: Targets, cost_GMT: Tensor, affinity: Affinity, min_affinity: float) -> Tensor:
     """V (G, M, D) of particles x at one temperature; `cost`: distance / tau."""
     coefficients = joint_coefficients if affinity == "joint" else row_coefficients
-    signed_GMT = coefficients(cost_GMT, targets.weight, targets.num_negatives, floor)
+    signed_GMT = coefficients(cost_GMT, targets.weight, targets.num_negatives, min_affinity)
     return signed_GMT @ targets.vectors - signed_GMT.sum(-1, keepdim=True) * x_GMD
 
 
-def joint_coefficients(cost_GMT: Tensor, weight_GT: Tensor, num_negatives: int, floor: float) -> Tensor:
+def joint_coefficients(cost_GMT: Tensor, weight_GT: Tensor, num_negatives: int, min_affinity: float) -> Tensor:
     """(G, M, T): the factor of y - x for each target y, negative for negatives."""
     both = cost_GMT.neg().softmax(-1) * cost_GMT.neg().softmax(-2)
-    affinity = both.clamp(min=floor).sqrt() * weight_GT[:, None]
+    affinity = both.clamp(min=min_affinity).sqrt() * weight_GT[:, None]
     negative, positive = affinity[..., :num_negatives], affinity[..., num_negatives:]
     return torch.cat([-negative * positive.sum(-1, keepdim=True), positive * negative.sum(-1, keepdim=True)], -1)
 
 
-def row_coefficients(cost_GMT: Tensor, weight_GT: Tensor, num_negatives: int, floor: float) -> Tensor:
-    """The same for the paper's field, in which each side has mass 1; `floor` is not used."""
+def row_coefficients(cost_GMT: Tensor, weight_GT: Tensor, num_negatives: int, min_affinity: float) -> Tensor:
+    """The same for the paper's field, in which each side has mass 1; `min_affinity` is not used."""
     logits = weight_GT.log()[:, None] - cost_GMT
     negative, positive = logits[..., :num_negatives].softmax(-1), logits[..., num_negatives:].softmax(-1)
     return torch.cat([-negative, positive], -1)

@@ -87,8 +87,8 @@ class Goal:
 class Drifting(ParticleObjective):
     """particles: the size of a group; the paper: 64 per class. temperatures: tau above, in mean distances.
 
-    features: a name in FEATURES. affinity: "joint" (released) or "row" (the paper's field); `floor`: the lower bound of
-    the joint one's product. unit_distance: distances and coordinates in mean distances; else tau is in units of the
+    features: a name in FEATURES. affinity: "joint" (released) or "row" (the paper's field); `min_affinity`: of the
+    joint one's product. unit_distance: distances and coordinates in mean distances; else tau is in units of the
     features.
     unit_force: each V_tau divided by its root mean square. scope: the range of those means. With the released code's
     "batch" a loss depends on the rest of the batch; with "group", Omni's default, it does not. The paper's plain field
@@ -100,7 +100,7 @@ class Drifting(ParticleObjective):
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
     features: str = "latents"
     affinity: Affinity = "joint"
-    floor: float = Field(default=1e-6, ge=0)
+    min_affinity: float = Field(default=1e-6, ge=0)
     unit_distance: bool = True
     unit_force: bool = True
     scope: Literal["group", "batch"] = "group"
@@ -175,7 +175,7 @@ class Drifting(ParticleObjective):
             scaled = Targets(targets.vectors / c, targets.num_negatives, targets.weight, targets.own)
             total, force = torch.zeros_like(particles), 0.0
             for tau in self.temperatures:
-                v = drift(particles / c, scaled, distance / unit / tau, self.affinity, self.floor)
+                v = drift(particles / c, scaled, distance / unit / tau, self.affinity, self.min_affinity)
                 force = force + v.pow(2).mean(-1)
                 square = v.pow(2).mean((1, 2) if per_group else (0, 1, 2), keepdim=True)
                 total += v / square.clamp(min=1e-8).sqrt() if self.unit_force else v

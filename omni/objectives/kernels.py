@@ -2,7 +2,7 @@
 
 With d = |a - b|_2, e = d^2 / D and a scale w of each group; the first two kernels are averaged over `bandwidths` h:
 
-    laplace        exp(-(w / h) max(d, floor) / D)          (arXiv 2503.07565, section 4: floor 1e-8)
+    laplace        exp(-(w / h) max(d, min_distance) / D)   (arXiv 2503.07565, section 4: 1e-8)
     rbf            exp(-(w / h)^2 d^2 / (2 D))
     energy         -sqrt(e)                                 these three do not use w; they are conditionally positive
     squared        -e                                       definite; with one particle: consistency training
@@ -31,7 +31,7 @@ class Kernel(Frozen):
 
     kind: Literal["laplace", "rbf", "energy", "squared", "pseudo_huber"] = "laplace"
     bandwidths: tuple[float, ...] = (1.0,)
-    floor: float = Field(default=1e-8, gt=0)
+    min_distance: float = Field(default=1e-8, gt=0)
     huber_c: float = Field(default=0.00054, gt=0)
 
     @field_validator("bandwidths")
@@ -45,7 +45,7 @@ class Kernel(Frozen):
         """(G, M, K), up to a constant."""
         d, dim, w = pairwise_distance(a_GMD, b_GKD), a_GMD.shape[-1], scale_G[:, None, None]
         if self.kind == "laplace":
-            d = d.clamp(min=self.floor) / dim
+            d = d.clamp(min=self.min_distance) / dim
             return torch.stack([torch.expm1(-w / h * d) for h in self.bandwidths]).mean(0)
         if self.kind == "rbf":
             e = d.pow(2) / dim

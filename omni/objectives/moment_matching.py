@@ -17,7 +17,7 @@ Choices that the paper leaves open
     contexts     see `particles`: "mixed" groups (the paper's, where a label is a context), or "copies"
     dropout      whether the two passes share it: Omni's network has none
     r = s        the target is then x_s itself, exactly: f(x, s, s) = x
-    s near t     the kernel's scale grows as distances shrink; in it t - s is at least `gap_floor`
+    s near t     the kernel's scale grows as distances shrink; in it t - s is at least `kernel_gap`
     c_in         of the network, not the objective (Omni's networks take x itself)
     ranks        a group never leaves its batch; a group cut by the batch's edge is smaller
 
@@ -77,7 +77,7 @@ class MomentMatching(ParticleObjective):
     min_gap: float = Field(default=1e-4, ge=0, lt=1)
     kernel: Kernel = Kernel()
     output: Literal["velocity", "simple_edm", "x"] = "velocity"
-    gap_floor: float = Field(default=1e-6, gt=0)
+    kernel_gap: float = Field(default=1e-6, gt=0)
     weighting: Literal["elbo", "one"] = "elbo"
     bias: float = 4.0
     power: float = Field(default=1.0, ge=0)
@@ -126,4 +126,4 @@ class MomentMatching(ParticleObjective):
     def kernel_scale(self, t: Tensor, s: Tensor) -> Tensor:
         """1 / |c_out(s, t)|."""
         width = {"velocity": torch.ones_like(t), "simple_edm": ((1 - t) ** 2 + t**2).sqrt(), "x": t}[self.output]
-        return width / (t - s).clamp(min=self.gap_floor)
+        return width / (t - s).clamp(min=self.kernel_gap)

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Terms, channel_error
-from omni.objectives.target_guidance import guide, tell
+from omni.objectives.target_guidance import embed_scale, guide
 
 
 @OBJECTIVES.register("progressive_distillation")
@@ -57,7 +57,7 @@ class ProgressiveDistillation(FlowObjective):
 
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
         items, w, path = draw.items, self.guidance_scale, self._path(call.target(), draw)
-        embedded, errors = call if w == 1 else tell(call, items, w), []
+        embedded, errors = call if w == 1 else embed_scale(call, items, w), []
         for n in self.jumps:
             for k in range(n):
                 x, end = (path[(k + ahead) * self.fine // n] for ahead in (0, 1))

@@ -7,9 +7,9 @@ target = v, at s = t           for the others (flow matching)
 The paper's network takes log2(1/d), and the finest step 1/M represents the instantaneous velocity. Here that velocity
 is the diagonal, so the two halves of the finest jump, 2/M, are Euler steps along F(x, t, t). Only that level is guided
 (with the target network's own null velocity); coarser levels inherit it. The paper has no guidance embedding. With
-`tell_guidance`, jumps have the guidance embedding of beta = 1 / w and the velocity keeps beta = 1. One network then has
-both fields, and a guided jump is one evaluation (guided distillation, arXiv 2210.03142, in one training). Every item
-passes through every evaluation: flow-matching items do not save the two of the target.
+`embed_guidance`, jumps have the guidance embedding of beta = 1 / w and the velocity keeps beta = 1. One network then
+has both fields, and a guided jump is one evaluation (guided distillation, arXiv 2210.03142, in one training). Every
+item passes through every evaluation: flow-matching items do not save the two of the target.
 
 Legend: I items.
 """
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
-from omni.objectives.target_guidance import guide, tell
+from omni.objectives.target_guidance import embed_scale, guide
 from omni.objectives.times import TimeDistribution, uniform_I
 from omni.rng import Key
 
@@ -44,7 +44,7 @@ class Shortcut(FlowObjective):
     dyadic: bool = True
     clip: float | None = Field(default=4.0, gt=0)
     guidance_scale: float = Field(default=1.0, ge=1)
-    tell_guidance: bool = False
+    embed_guidance: bool = False
     target_decay: float | None = Field(default=0.999, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class Shortcut(FlowObjective):
                 raise ValueError(f"shares must be {self.num_levels} weights, one per level, got {list(self.shares)}")
             if not self.dyadic:
                 raise ValueError("shares has no effect with dyadic=false, whose jumps have any length; leave it out")
-        if self.tell_guidance and self.guidance_scale == 1:
+        if self.embed_guidance and self.guidance_scale == 1:
             raise ValueError("tell_guidance has no effect at guidance_scale 1; raise it, or leave tell_guidance out")
         return self
 
@@ -93,12 +93,12 @@ class Shortcut(FlowObjective):
             jumps = draw.items.expand(draw.t - draw.s) > 0
             with torch.no_grad():
                 target = torch.where(jumps, self._two_halves(call.target(), draw).to(target.dtype), target)
-        embedded = self._told(call, draw.items, draw.t > draw.s)
+        embedded = self._embedded(call, draw.items, draw.t > draw.s)
         return squared_error(embedded(draw.x, draw.t, draw.s), target, draw.items, self.weight)
 
-    def _told(self, call: FlowCall, items: Items, where_I: Tensor) -> FlowCall:
-        """The call with the guidance embedding of the scale at items of `where`, if `tell_guidance`."""
-        return tell(call, items, self.guidance_scale, where_I) if self.tell_guidance else call
+    def _embedded(self, call: FlowCall, items: Items, where_I: Tensor) -> FlowCall:
+        """The call with the guidance embedding of the scale at items of `where`, if `embed_guidance`."""
+        return embed_scale(call, items, self.guidance_scale, where_I) if self.embed_guidance else call
 
     def _two_halves(self, network: FlowCall, draw: Draw) -> Tensor:
         t, s, items = draw.t, draw.s, draw.items
@@ -115,6 +115,6 @@ class Shortcut(FlowObjective):
     def _velocity(self, network: FlowCall, x: Tensor, t: Tensor, s: Tensor, finest: Tensor, items: Items) -> Tensor:
         """F (R, S, C), guided at the finest level for items with their condition."""
         x = x.to(items.latents.dtype)
-        own = self._told(network, items, ~finest)(x, t, s)
+        own = self._embedded(network, items, ~finest)(x, t, s)
         w = self.guidance_scale
         return own if w == 1 else guide(own, network, x, t, s, w, items, finest)

@@ -94,7 +94,7 @@ def guided_velocity(v: Tensor, own: Tensor, null: Tensor, w: Tensor | float, mix
     return w * (1 - mix) * v + (1 - w * (1 - mix) - mix) * null + mix * own
 
 
-def tell(call: FlowCall, items: Items, w: float, where_I: Tensor | None = None) -> FlowCall:
+def embed_scale(call: FlowCall, items: Items, w: float, where_I: Tensor | None = None) -> FlowCall:
     """The call with the guidance embedding of beta = 1 / w for items with their condition (in `where_I`), and 1 for
     others."""
     return call.guided(torch.where(_conditioned(items, where_I), 1 / w, 1.0))

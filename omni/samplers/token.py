@@ -45,16 +45,16 @@ def token_log_probs(score: Tensor, temperature: float, top_p: float = 1.0) -> Te
     """(..., V) float64 log-probabilities of softmax(score / temperature), restricted to the top-p nucleus: the smallest
     set of most probable ids with at least that mass. Temperature 0: all mass on the (first) largest score."""
     if temperature == 0:
-        law = torch.full(score.shape, -torch.inf, dtype=torch.float64, device=score.device)
-        return law.scatter_(-1, score.argmax(-1, keepdim=True), 0.0)
+        log_p = torch.full(score.shape, -torch.inf, dtype=torch.float64, device=score.device)
+        return log_p.scatter_(-1, score.argmax(-1, keepdim=True), 0.0)
     score = score.double()
-    law = ((score - score.amax(-1, keepdim=True)) / temperature).log_softmax(-1)  # the largest never overflows
+    log_p = ((score - score.amax(-1, keepdim=True)) / temperature).log_softmax(-1)  # the largest never overflows
     if top_p >= 1:
-        return law
-    values, order = law.exp().sort(dim=-1, descending=True, stable=True)
+        return log_p
+    values, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
     dropped = (values.cumsum(-1) - values) >= top_p
-    law = law.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), -torch.inf)
-    return law.log_softmax(-1)
+    log_p = log_p.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), -torch.inf)
+    return log_p.log_softmax(-1)
 
 
 def token_uniform(key: Key) -> float:

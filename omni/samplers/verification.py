@@ -32,35 +32,35 @@ VERIFICATIONS = (*LOSSLESS, "none")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verified:
     """ids (B, K + 1): of batch row b the first `kept[b] + 1` are emitted; the last of these is sampled here."""
 
     ids: Tensor
-    kept: Tensor  # (B,) int64, 0..K
+    accepted: Tensor  # (B,) int64, 0..K
 
 
-def coupled(draft: Tensor, log_p: Tensor, uniforms: Tensor) -> Verdict:
+def coupled(draft: Tensor, log_p: Tensor, uniforms: Tensor) -> Verified:
     """draft (B, K); log_p (B, K + 1, V): log-probabilities after each prefix of the draft; uniforms (B, K + 1)."""
     return agreed(draft, inverse_cdf_sample(log_p, uniforms))
 
 
-def agreed(draft: Tensor, plain: Tensor) -> Verdict:
+def agreed(draft: Tensor, plain: Tensor) -> Verified:
     """The same, given the ids of autoregressive decoding after each prefix of the draft: plain (B, K + 1)."""
-    return Verdict(plain, _leading(plain[:, :-1] == draft))
+    return Verified(plain, _leading(plain[:, :-1] == draft))
 
 
-def rejection(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: Tensor) -> Verdict:
+def rejection(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: Tensor) -> Verified:
     """log_q (B, K, V): the log-probabilities that the draft was sampled from. coins (B, K), uniforms (B, K + 1) in [0,
     1), independent of the draft and of one another."""
     p, q = log_p.double().exp(), log_q.double().exp()
     at = draft.unsqueeze(-1)
     ratio = p[:, :-1].gather(-1, at).squeeze(-1) / q.gather(-1, at).squeeze(-1).clamp(min=1e-300)
-    kept = _leading(coins < ratio)
+    accepted = _leading(coins < ratio)
     excess = (p[:, :-1] - q).clamp(min=0)
-    return _finish(draft, kept, torch.cat([excess, p[:, -1:]], 1), p, uniforms)
+    return _finish(draft, accepted, torch.cat([excess, p[:, -1:]], 1), p, uniforms)
 
 
-def block(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: Tensor) -> Verdict:
+def block(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: Tensor) -> Verified:
     """Arguments as in `rejection`; one coin for each prefix length 1..K."""
     p, q = log_p.double().exp(), log_q.double().exp()
     B, K = draft.shape
@@ -75,19 +75,19 @@ def block(draft: Tensor, log_q: Tensor, log_p: Tensor, coins: Tensor, uniforms: 
     accept = torch.cat([accept[:, 1:], weight[:, K:]], 1)  # of prefix lengths 1..K
     passed = coins < accept
     lengths = torch.arange(1, K + 1, device=draft.device)
-    kept = torch.where(passed, lengths, 0).max(1).values
-    return _finish(draft, kept, torch.cat([excess, p[:, -1:]], 1), p, uniforms)
+    accepted = torch.where(passed, lengths, 0).max(1).values
+    return _finish(draft, accepted, torch.cat([excess, p[:, -1:]], 1), p, uniforms)
 
 
-def _finish(draft: Tensor, kept: Tensor, excess: Tensor, p: Tensor, uniforms: Tensor) -> Verdict:
+def _finish(draft: Tensor, accepted: Tensor, excess: Tensor, p: Tensor, uniforms: Tensor) -> Verified:
     """The token after the accepted ones, sampled from the excess there; if rounding left none, from p itself."""
     rows = torch.arange(len(draft), device=draft.device)
-    law = excess[rows, kept]
-    law = torch.where(law.sum(-1, keepdim=True) > 0, law, p[rows, kept])
-    drawn = inverse_cdf_sample(law.log(), uniforms[rows, kept])
+    residual = excess[rows, accepted]
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[rows, accepted])
+    drawn = inverse_cdf_sample(residual.log(), uniforms[rows, accepted])
     ids = torch.nn.functional.pad(draft, (0, 1)).clone()
-    ids[rows, kept] = drawn
-    return Verdict(ids, kept)
+    ids[rows, accepted] = drawn
+    return Verified(ids, accepted)
 
 
 def _leading(flags: Tensor) -> Tensor:

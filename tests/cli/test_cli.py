@@ -164,13 +164,13 @@ def test_an_attached_picture_is_kept_beside_the_reply(fake: Any, at: Path) -> No
 def test_a_picture_is_attached_unchanged_and_its_size_printed(
     size: Any, read: Any, rule: Any, fake: Any, at: Path
 ) -> None:
-    pixels, said = torch.full((*size, 3), 9, dtype=torch.uint8), io.StringIO()
+    pixels, output = torch.full((*size, 3), 9, dtype=torch.uint8), io.StringIO()
     model = cli_generate.load_model(None)
     fake.setattr(model, "preparation", Preparation(**rule))
-    fake.setattr(sys, "stderr", said)
+    fake.setattr(sys, "stderr", output)
     assert cli_generate.attach(model, pixels).pixels is pixels
     named = f"a picture of {size[0]}x{size[1]} is resized to {read[0]}x{read[1]}\n"
-    assert said.getvalue() == ("" if size == read else named)
+    assert output.getvalue() == ("" if size == read else named)
 
 
 def test_a_prompt_from_standard_input(fake: Any, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,8 +494,8 @@ def test_chat_expands_the_home_folder(fake: Any, at: Path) -> None:
 
 def test_chat_reports_a_bad_number_in_one_line(fake: Any, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat("/guidance nan\n", fake) == 2
-    said = capsys.readouterr().err
-    assert said == (
+    output = capsys.readouterr().err
+    assert output == (
         "omni: error: line 1: /guidance: guidance = nan: must be a finite number from 0 to 100; or leave it out\n"
     )
 

@@ -147,7 +147,7 @@ def test_null_factors_are_one_and_zero(settings: dict, mean: float, deviation: f
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"latents_mean": MEAN}, "come together"),
         ({"latents_std": STD}, "come together"),
@@ -170,8 +170,8 @@ def test_null_factors_are_one_and_zero(settings: dict, mean: float, deviation: f
         ({"block_out_channels": []}, r"block_out_channels = \[\] is no list of 1 to 16 stages"),
     ],
 )
-def test_invalid_statistics_and_sizes_raise(settings: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_statistics_and_sizes_raise(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         kl_codec(**settings)
 
 

@@ -79,9 +79,9 @@ def test_a_run_writes_a_loadable_normalised_codec(tmp_path: Path) -> None:
 def test_a_longer_run_with_a_lower_rate_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codec_loop.train(recipe(), tmp_path)
     codec_loop.train(recipe(steps=6, learning_rate=1e-4), tmp_path)
-    said = capsys.readouterr().err
-    assert "changed: steps was 4, now 6" in said and "changed: learning_rate was 0.001, now 0.0001" in said
-    assert "the learning rate of step 4 is 3.33e-05, by the saved recipe it was 0" in said
+    output = capsys.readouterr().err
+    assert "changed: steps was 4, now 6" in output and "changed: learning_rate was 0.001, now 0.0001" in output
+    assert "the learning rate of step 4 is 3.33e-05, by the saved recipe it was 0" in output
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 6 and {row["key"] for row in rows if "key" in row} == {"steps", "learning_rate"}
 

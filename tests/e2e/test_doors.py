@@ -27,7 +27,7 @@ from omni.document import Document, Image, Role, Text
 from omni.media import save_png
 from omni.media.preparation import Preparation
 from omni.pretrained import BUNDLED
-from train.build import assemble
+from train.build import build_run
 from train.data.latents import LatentMemo
 from train.recipe import Recipe
 
@@ -73,7 +73,7 @@ def train_on(path: Path, pixels: torch.Tensor, **more: Any) -> torch.Tensor:
         "data": [{"name": "messages", "options": {"path": str(path / "m.jsonl")}}],
         "preparation": {"resize": "letterbox", "size": [64, 64]}, **more,
     }  # fmt: skip
-    run = assemble(build(recipe, Recipe, "recipe"), path / "run")
+    run = build_run(build(recipe, Recipe, "recipe"), path / "run")
     [batch] = run.next().batches
     return batch.latents[0, :][batch.is_latent[0]][:16]
 
@@ -90,13 +90,13 @@ def test_every_entry_point_gives_equal_latents(
     encode = Codec.encode
     monkeypatch.setattr(AutoencoderCodec, "encode", lambda self, x: seen.append(encode(self, x)) or seen[-1])
     content = [{"type": "image", "path": str(tmp_path / "strip.png")}, {"type": "text", "text": "what is this?"}]
-    told = [model.generate([{"role": "user", "content": content}]).text]
+    texts = [model.generate([{"role": "user", "content": content}]).text]
     assert command("generate", "what is this?", "--image", "strip.png", "--out", "r", "--no-show") == 0
-    told.append(answer())
+    texts.append(answer())
     monkeypatch.setattr(sys, "stdin", io.StringIO("/image strip.png\nwhat is this?\n/save c\n"))
     assert command("chat", "--no-show") == 0
     assert command("inspect", "strip.png") == 0
-    assert len(seen) == 4 and told[0] == told[1]
+    assert len(seen) == 4 and texts[0] == texts[1]
     doors = [*seen, train_on(tmp_path, pixels), train_on(tmp_path, pixels, workers=1)]
     for latents in doors:
         assert torch.equal(latents.reshape(16, 64), wanted.reshape(16, 64))
@@ -118,9 +118,9 @@ def test_squeezed_pictures_give_equal_answers(model: omni.Omni, cat: PillowImage
     """Both entry points give the same answer, right or wrong."""
     cat.resize((75, 100)).save("cat.png")
     pixels = torch.from_numpy(np.array(cat.resize((75, 100)).convert("RGB")))
-    told = model.generate(Document((Image(pixels), Text("what is this?")))).text
+    texts = model.generate(Document((Image(pixels), Text("what is this?")))).text
     assert command("generate", "what is this?", "--image", "cat.png", "--out", "r", "--no-show") == 0
-    assert answer() == told
+    assert answer() == texts
 
 
 def test_the_bundled_preparation_is_the_letterbox_it_was_trained_with(model: omni.Omni) -> None:

@@ -33,7 +33,7 @@ def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
         lines={"m": Line(steps=(1, 3)), "outside": Line(steps=(2,), guidance=2.0, guidance_embedding=1.0)},
         reference=("m", 3),
     )
-    outcome = TASKS.get("few_step").run(Context(say=lambda _: None), options)
+    outcome = TASKS.get("few_step").run(Context(report=lambda _: None), options)
     values = {measure.name: measure.value for measure in outcome.measures}
     assert tuple(values) == TASKS.get("few_step").rows_of(options)
     assert values["m_3_speedup"] == 1.0 and values["m_1_seconds"] > 0 and values["m_3_seconds"] > 0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eval.experiments.plane.data import DATA_SETS, PlaneItems, plane_items, sliced_wasserstein
-from eval.experiments.plane.flow_closed_forms import LAWS
-from eval.experiments.plane.flow_plane import plane_rows, verdicts
+from eval.experiments.plane.flow_closed_forms import GAUSSIANS
+from eval.experiments.plane.flow_plane import comparisons, plane_rows
 from eval.experiments.plane.network import Count, PlaneCall, PlaneNetwork
 from eval.experiments.plane.run import Run
 from eval.plots import cloud
@@ -151,10 +151,12 @@ def test_closed_forms_hold_and_would_fail(tmp_path: Path, monkeypatch: pytest.Mo
     right = rows("flow_closed_forms.particles=1024")
     assert right["largest_residual"] < 1e-8 < right["smallest_wrong"]
     assert right["line_mean_flow"] < 1e-20 and right["error_flow_map"] < 1e-12
-    assert all(right[f"{law}_{name}"] < 0.1 for law in LAWS for name in ("moment_matching", "gmmn", "drifting"))
+    assert all(
+        right[f"{gaussian}_{name}"] < 0.1 for gaussian in GAUSSIANS for name in ("moment_matching", "gmmn", "drifting")
+    )
     assert 0.95 < right["order_euler"] < 1.05 and 1.9 < right["order_heun"] < 2.1
     assert right["one_step_euler"] == pytest.approx(right["one_step_ddim"])
-    assert max(right["law_restart"], right["law_gamma"]) < 0.03
+    assert max(right["distribution_restart"], right["distribution_gamma"]) < 0.03
     off_path = "flow_closed_forms.methods.consistency_ect.on_path={}"
     assert rows("flow_closed_forms.particles=32", off_path)["largest_residual"] > 1e-8
 
@@ -170,7 +172,7 @@ def test_the_count_needs_a_small_distance_on_every_data_set() -> None:
     results = {(d, "flow_matching"): run(0.9, 0.1) for d in (first, second)}
     results |= {(first, "shortcut"): run(0.14, 0.1), (second, "shortcut"): run(0.2, 0.1)}
     results |= {(first, "mean_flow"): run(0.2, 0.1), (second, "mean_flow"): run(0.14, 0.1)}
-    values = {measure.name: measure.value for measure in verdicts(results, plane)}
+    values = {measure.name: measure.value for measure in comparisons(results, plane)}
     assert values["objectives_within"] == 0
     assert values[f"objectives_within_{first}"] == values[f"objectives_within_{second}"] == 1
 

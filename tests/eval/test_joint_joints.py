@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.experiments.joint.distances import of_law, of_samples, of_support, sample_floor
+from eval.experiments.joint.distances import of_distribution, of_samples, of_support, sampling_error
 from eval.experiments.joint.joints import JOINTS, SIZED_JOINTS, Joint, Table, bigram, build_joint, codes, sticky, table
 from eval.experiments.joint.lab import known_table
 from omni.rng import Key
@@ -111,7 +111,7 @@ def test_samples_are_keyed_and_follow_the_distribution(name: str) -> None:
     scores = joint.log_prob(ids)
     assert -float(scores.mean()) == pytest.approx(joint.entropy(), abs=5 * float(scores.std()) / num**0.5 + 1e-9)
     if isinstance(joint, Table):
-        assert of_samples(joint, ids).tv < 2 * sample_floor(joint, num) + 1e-9
+        assert of_samples(joint, ids).tv < 2 * sampling_error(joint, num) + 1e-9
 
 
 def test_the_autoregressive_oracle_samples_the_joint() -> None:
@@ -121,7 +121,7 @@ def test_the_autoregressive_oracle_samples_the_joint() -> None:
     for k in range(4):
         ids[:, k] = inverse_cdf_sample(joint.conditionals(ids)[:, k], u[:, k])
     found = of_samples(joint, ids)
-    assert found.valid == 1 and found.coverage == 1 and found.tv < 2 * sample_floor(joint, num)
+    assert found.valid == 1 and found.coverage == 1 and found.tv < 2 * sampling_error(joint, num)
 
 
 def test_a_chain_and_its_table_agree() -> None:
@@ -177,17 +177,17 @@ def test_distances_of_a_distribution_follow_their_definitions() -> None:
     joint = known_table("permutation3")
     q = Key(0).uniform((3, 3, 3), torch.float64)
     q /= q.sum()
-    p, found = joint.full(), of_law(joint, q)
+    p, found = joint.full(), of_distribution(joint, q)
     assert found.tv == pytest.approx(float((p - q).abs().sum() / 2))
     assert found.valid == pytest.approx(float(q[p > 0].sum())) and found.coverage == 1
     assert found.forward_kl == pytest.approx(float((p[p > 0] * (p[p > 0] / q[p > 0]).log()).sum()))
     assert found.reverse_kl == math.inf and found.entropy == pytest.approx(float(-(q * q.log()).sum()))
     inside = torch.where(p > 0, q, 0.0)
     inside /= inside.sum()
-    legal = of_law(joint, inside)
+    legal = of_distribution(joint, inside)
     assert legal.reverse_kl == pytest.approx(float((inside[p > 0] * (inside[p > 0] / p[p > 0]).log()).sum()))
     assert of_support(joint, inside.flatten()[joint.codes].log()).tv == pytest.approx(legal.tv)
-    itself = of_law(joint, p)
+    itself = of_distribution(joint, p)
     assert itself.tv < 1e-12 and abs(itself.forward_kl) < 1e-12 and abs(itself.reverse_kl) < 1e-12
 
 
@@ -206,14 +206,14 @@ def test_the_distance_of_exact_samples_equals_its_formula() -> None:
     for name, num in (("permutation5", 2000), ("poker_s6_dealt", 300)):
         joint = known_table(name)
         mean = sum(of_samples(joint, joint.draw(Key(n), num)).tv for n in range(100)) / 100
-        assert sample_floor(joint, num) == pytest.approx(mean, rel=0.06)
-    assert sample_floor(known_table("permutation5"), 400_000) == pytest.approx(0.0069, abs=1e-4)
-    assert sample_floor(known_table("parity8"), 400_000) == pytest.approx(0.0071, abs=1e-4)
+        assert sampling_error(joint, num) == pytest.approx(mean, rel=0.06)
+    assert sampling_error(known_table("permutation5"), 400_000) == pytest.approx(0.0069, abs=1e-4)
+    assert sampling_error(known_table("parity8"), 400_000) == pytest.approx(0.0071, abs=1e-4)
 
 
 def test_invalid_distributions_raise() -> None:
     joint = known_table("parity2")
     with pytest.raises(ValueError, match="sum 1"):
-        of_law(joint, torch.full((2, 2), 0.5))
+        of_distribution(joint, torch.full((2, 2), 0.5))
     with pytest.raises(ValueError, match="log-probabilities"):
         of_support(joint, torch.zeros(2))

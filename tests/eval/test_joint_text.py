@@ -65,7 +65,7 @@ def test_coupled_rounds_emit_the_autoregressive_tokens(backbone, head: str) -> N
     plain = decode_plain(backbone, contexts, SMALL, Key(4))
     rounds = decode_rounds(model, contexts, "coupled", SMALL, Key(4))
     assert torch.equal(plain.ids, rounds.ids)
-    assert len(rounds.positions) == 4 and rounds.positions[0] == 1 and 1 <= rounds.kept <= 4
+    assert len(rounds.positions) == 4 and rounds.positions[0] == 1 and 1 <= rounds.accepted <= 4
     assert list(rounds.positions) == sorted(rounds.positions, reverse=True)
 
 
@@ -100,7 +100,7 @@ def test_likelihoods_are_of_the_blocks(backbone) -> None:  # noqa: ANN001
 
 
 def test_a_line_is_measured_under_every_verification_that_it_allows(backbone) -> None:  # noqa: ANN001
-    line = TextLine(head="push_forward", law_options={"mode": "categorical"}, passes=(2, 4))
+    line = TextLine(head="push_forward", log_q_options={"mode": "categorical"}, passes=(2, 4))
     found, again = (run_line(backbone, line, TEXT, SMALL, Key(6)) for _ in range(2))
     assert set(found.rounds) == {"coupled", "greedy", "rejection", "block"} and set(found.free) == {1, 2, 4}
     assert found.scores.kind == "bound" and found.scores.positions is None

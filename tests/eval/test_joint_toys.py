@@ -14,13 +14,13 @@ from eval.experiments.joint.lab import (
     LabOptions,
     check_lines,
     draw_ids,
-    exact_laws,
+    exact_distributions,
     known_table,
     plain_distances,
     run_group,
     support_scores,
 )
-from eval.experiments.joint.pictures import LEVELS, law_picture, pair_law
+from eval.experiments.joint.pictures import LEVELS, pair_frequencies, table_picture
 from eval.experiments.joint.toy import toy_batch, toy_model
 from eval.suite import load_suite, main
 from omni.heads.joint import JOINT_HEADS, Draft, JointConfig, JointHead
@@ -42,18 +42,18 @@ class Listener(JointHead):
     """Emits the ids of its teacher's probabilities; does not learn, but stores the teacher's values."""
 
     layout, needs_teacher, passes = "causal", True, "divisors"
-    heard: list[torch.Tensor] = []
+    lessons: list[torch.Tensor] = []
 
     def __init__(self, config: object, length: int, vocab_size: int, width: int) -> None:
         super().__init__(config, length, vocab_size, width)
         self.bias = torch.nn.Parameter(torch.zeros(vocab_size))
 
     def sample(self, call, uniforms, key, passes=1):  # noqa: ANN001, ANN201
-        law = self.bias.double().expand(*uniforms.shape, -1)
-        return Draft(inverse_cdf_sample(law, uniforms))
+        distribution = self.bias.double().expand(*uniforms.shape, -1)
+        return Draft(inverse_cdf_sample(distribution, uniforms))
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
-        Listener.heard.append(lesson.teacher)
+        Listener.lessons.append(lesson.teacher)
         return {"listener": Terms(self.bias.square().sum(), 1.0)}
 
 
@@ -86,10 +86,10 @@ def test_the_plain_distribution_is_that_of_autoregressive_decoding() -> None:
     ids = torch.tensor([[a, b, c] for a in range(3) for b in range(3) for c in range(3)])  # 2: what starts a string
     with torch.inference_mode():
         batch, starts, blocks = toy_batch(torch.zeros(27, 0, dtype=torch.int64), ids, 2)
-        laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks).exp()
-    law = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).prod(-1)
-    assert float(law.sum()) == pytest.approx(1)
-    q = torch.tensor([float(law[(ids == row).all(-1)]) for row in joint.ids])
+        distributions = teacher_log_probs(model, model.context(batch)[0], starts, blocks).exp()
+    distribution = distributions.gather(-1, ids.unsqueeze(-1)).squeeze(-1).prod(-1)
+    assert float(distribution.sum()) == pytest.approx(1)
+    q = torch.tensor([float(distribution[(ids == row).all(-1)]) for row in joint.ids])
     assert plain_distances(model, joint).valid == pytest.approx(float(q.sum()), abs=1e-6)
     assert plain_distances(model, joint).tv == pytest.approx(
         1 - float(torch.minimum(q.double(), joint.p).sum()), abs=1e-6
@@ -121,15 +121,15 @@ def test_training_learns_the_marginals() -> None:
 def test_the_exact_teacher_is_used_and_the_plain_one_is_the_backbone() -> None:
     joint = known_table("parity3")
     for teacher in ("exact", "plain"):
-        Listener.heard.clear()
+        Listener.lessons.clear()
         run_group("parity3", {"listener": HeadLine(head="listener", teacher=teacher)}, SMALL, Key(0))
-        assert len(Listener.heard) == SMALL.head_steps and Listener.heard[0].shape == (16, 3, 3)
-        last = Listener.heard[0][:, 2].exp()
+        assert len(Listener.lessons) == SMALL.head_steps and Listener.lessons[0].shape == (16, 3, 3)
+        last = Listener.lessons[0][:, 2].exp()
         assert (last.sum(-1) - 1).abs().max() < 1e-9
         assert bool((last.max(-1).values == 1).all()) == (teacher == "exact")
     ids = joint.draw(Key(3), 5)
-    laws = exact_laws(joint, ids)
-    assert torch.equal(laws[..., :2], joint.conditionals(ids)) and (laws[..., 2] == -torch.inf).all()
+    distributions = exact_distributions(joint, ids)
+    assert torch.equal(distributions[..., :2], joint.conditionals(ids)) and (distributions[..., 2] == -torch.inf).all()
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,10 @@ def test_the_committed_tables_name_what_exists() -> None:
 
 def test_legal_pairs_are_blue_illegal_ones_red_and_absent_ones_white() -> None:
     joint = known_table("poker_s6")
-    law = pair_law(torch.tensor([[0, 1], [0, 3], [10, 3]]), 10)  # "high card", "high pair", and no word
-    assert float(law.sum()) == pytest.approx(2 / 3) and float(law[0, 1]) == pytest.approx(1 / 3)
-    pixels = law_picture(law, joint.full() > 0, joint.words)
+    ids = torch.tensor([[0, 1], [0, 3], [10, 3]])  # "high card", "high pair", and no word
+    distribution = pair_frequencies(ids, 10)
+    assert float(distribution.sum()) == pytest.approx(2 / 3) and float(distribution[0, 1]) == pytest.approx(1 / 3)
+    pixels = table_picture(distribution, joint.full() > 0, joint.words)
     assert pixels.dtype == torch.uint8 and pixels.shape[0] == pixels.shape[1]
 
     def cell(i: int, j: int) -> list[int]:

@@ -103,9 +103,9 @@ def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_im
     assert found.shape == (2, 6, 48)
     for row, history in enumerate(HISTORIES):
         full, text, everything = (branch(model, history, what, start[row]) for what in (None, "text", "all"))
-        told = branch(model, history, None, start[row], 0.5)  # beta = 1 / 2; 1 for reduced histories
-        assert min(float((a - b).abs().max()) for a, b in ((full, text), (text, everything), (full, told))) > 1e-3
-        wanted = everything + w_image * (text - everything) + w_text * (told - text)
+        embedded = branch(model, history, None, start[row], 0.5)  # beta = 1 / 2; 1 for reduced histories
+        assert min(float((a - b).abs().max()) for a, b in ((full, text), (text, everything), (full, embedded))) > 1e-3
+        wanted = everything + w_image * (text - everything) + w_text * (embedded - text)
         torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -216,18 +216,18 @@ def test_resolved_options_can_be_given_again(model: omni.Omni) -> None:
 
 
 def test_beta_is_one_over_the_guidance_of_the_embedding(model: omni.Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[list[float]] = []
+    betas: list[list[float]] = []
     velocity = model.velocity
 
     def listening(x, t, s, beta, *rest):  # noqa: ANN001, ANN002, ANN202
-        told.append(beta.tolist())
+        betas.append(beta.tolist())
         return velocity(x, t, s, beta, *rest)
 
     monkeypatch.setattr(model, "velocity", listening)
     plain = {"force_image": True, "image_size": (8, 8), "steps": 1, "max_tokens": 1, "max_images": 1}
     for embedding, guidance in ((None, 1.0), (2.0, 1.0), (2.0, 3.0)):
         model.generate("draw", guidance=guidance, guidance_embedding=embedding, **plain)
-    assert told == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
+    assert betas == [[1.0], [0.5], [0.5, 1.0]]  # the reduced history was trained at 1
 
 
 def test_a_reply_does_not_depend_on_the_batch(model: omni.Omni) -> None:

@@ -62,8 +62,8 @@ def main() -> int:
             subprocess.run(["git", "worktree", "remove", "--force", worktree], check=True, cwd=ROOT)
     for line in found:
         print(line)
-    verdict = "DIFFERENT" if found else "equal to the bit"
-    print(f"{number} requests in float64 and float32, 20 losses, {base} and here: {verdict}")
+    verified = "DIFFERENT" if found else "equal to the bit"
+    print(f"{number} requests in float64 and float32, 20 losses, {base} and here: {verified}")
     return bool(found)
 
 

@@ -83,7 +83,7 @@ def sheet(pictures: list[dict[str, Any]], tile: int = 64, columns: int = 8) -> I
 
 def answer(reply: omni.Reply) -> dict[str, Any]:
     parts = [getattr(part, "text", "") for part in reply.parts]
-    rounds = [[d.drafted, d.kept, d.passes] for d in reply.drafts]
+    rounds = [[d.drafted, d.accepted if hasattr(d, "accepted") else d.kept, d.passes] for d in reply.drafts]
     images = [packed(image) for image in reply.images]
     made = {"stop": reply.stop_reason, "evaluations": reply.evaluations, "rounds": rounds}
     return {"parts": parts, **made, "images": images}

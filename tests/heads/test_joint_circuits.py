@@ -22,7 +22,7 @@ from tiny_call import (
 from torch import Tensor
 
 from eval.experiments.joint.toy import uniforms
-from omni.heads.joint.circuits import Circuit, Laws
+from omni.heads.joint.circuits import Circuit, Factors
 from omni.rng import Key
 
 R = 3
@@ -55,10 +55,10 @@ def places(name: str, length: int) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def slow(
-    name: str, laws: Laws, b: int, ids: list[int], length: int, power: float = 1.0
+    name: str, factors: Factors, b: int, ids: list[int], length: int, power: float = 1.0
 ) -> dict[tuple[int, ...], float]:
     """P(z) f(x_1 .. x_m | z)^power for every assignment z of latent states, z[0] the first."""
-    root, moves, emissions = (t[b].exp().tolist() for t in (laws.root, laws.moves, laws.emissions))
+    root, moves, emissions = (t[b].exp().tolist() for t in (factors.root, factors.moves, factors.emissions))
     edges, of_token = places(name, length)
     found = {}
     for z in itertools.product(range(R), repeat=1 + len(edges)):
@@ -78,18 +78,18 @@ def test_log_prob_is_the_sum_over_latent_states(name: str, length: int) -> None:
     ids = Key(1).generator()
     blocks = torch.randint(0, VOCABULARY, (4, length), generator=ids)
     call = tiny_call(4)
-    laws = head.laws(call)
+    factors = head.factors(call)
     found = head.log_prob(call, blocks, Key(0))
     assert found.kind == "exact"
     for b in range(4):
-        expected = sum(slow(name, laws, b, blocks[b].tolist(), length).values())
+        expected = sum(slow(name, factors, b, blocks[b].tolist(), length).values())
         assert abs(found.value[b].item() - math.log(expected)) < 1e-10
 
 
 def test_a_tree_of_seven() -> None:
     head, blocks = circuit("tree", 7), torch.tensor([[0, 2, 1, 1, 0, 2, 2]])
     call = tiny_call(1)
-    expected = sum(slow("tree", head.laws(call), 0, blocks[0].tolist(), 7).values())
+    expected = sum(slow("tree", head.factors(call), 0, blocks[0].tolist(), 7).values())
     assert abs(head.log_prob(call, blocks, Key(0)).value.item() - math.log(expected)) < 1e-10
     assert head.steps == 3
 
@@ -99,17 +99,17 @@ def test_a_tree_of_seven() -> None:
 def test_probabilities_are_computed_from_the_start(name: str, rank: int) -> None:
     """Entry by entry: emissions from the expanded start, root and moves linear in it."""
     head, call = circuit(name, 4, expander_rank=rank), tiny_call(2)
-    laws, weights = head.laws(call), dict(head.named_parameters())
-    assert laws.moves.shape == (2, {"cp": 0, "hmm": 3, "tree": 2}[name], R, R)
+    factors, weights = head.factors(call), dict(head.named_parameters())
+    assert factors.moves.shape == (2, {"cp": 0, "hmm": 3, "tree": 2}[name], R, R)
     for b, k, r in itertools.product(range(2), range(4), range(R)):
         h = call.start[b]
         full = weights["expand_down"][k, r] @ weights["expand_up"][k, r] if rank else weights["expand"][k, r]
         logits = call.read(h + h @ full + weights["expand_bias"][k, r])
-        assert torch.allclose(laws.emissions[b, k, r], logits.log_softmax(-1), atol=1e-10)
-        for n in range(laws.moves.shape[1]):
+        assert torch.allclose(factors.emissions[b, k, r], logits.log_softmax(-1), atol=1e-10)
+        for n in range(factors.moves.shape[1]):
             row = slice((n * R + r) * R, (n * R + r + 1) * R)
             move = weights["moves.weight"][row] @ h + weights["moves.bias"][row]
-            assert torch.allclose(laws.moves[b, n, r], move.log_softmax(-1), atol=1e-10)
+            assert torch.allclose(factors.moves[b, n, r], move.log_softmax(-1), atol=1e-10)
 
 
 # ---- enumeration ----------------------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ def test_conditionals_are_ratios_of_marginals_and_chain_to_the_joint(name: str) 
     assert found.shape == (len(everything), K, VOCABULARY) and found.dtype == torch.float64
     for k in range(K):
         marginal = joint.flatten(k + 1).sum(-1) if k + 1 < K else joint
-        law = marginal / marginal.sum(-1, keepdim=True)
-        expected = law.view(-1, VOCABULARY).repeat_interleave(VOCABULARY ** (K - k), 0)
+        log_p = marginal / marginal.sum(-1, keepdim=True)
+        expected = log_p.view(-1, VOCABULARY).repeat_interleave(VOCABULARY ** (K - k), 0)
         assert (found[:, k].exp() - expected).abs().max() < 1e-10
     chained = found.gather(-1, everything.unsqueeze(-1)).squeeze(-1).sum(-1)
     assert (chained - joint.flatten().log()).abs().max() < 1e-10
@@ -164,13 +164,13 @@ def test_a_shorter_block_scores_its_marginal(name: str) -> None:
 def test_both_ways_of_sampling_have_the_distribution_of_log_prob(name: str) -> None:
     K, num = 3, 200_000
     head, u = circuit(name, K), uniforms(num, K, Key(5))
-    law = probabilities(head)[0]
+    log_p = probabilities(head)[0]
     for draw in (head.sample, head.sample_latent):
         with torch.no_grad():
             parts = [draw(tiny_call(1, len(part)), part, Key(n)).ids for n, part in enumerate(u.split(10_000))]
-        assert total_variation(torch.cat(parts), law) < 0.01
-    uniform = torch.full_like(law, 1 / len(law))
-    assert float((law - uniform).abs().sum() / 2) > 0.1
+        assert total_variation(torch.cat(parts), log_p) < 0.01
+    uniform = torch.full_like(log_p, 1 / len(log_p))
+    assert float((log_p - uniform).abs().sum() / 2) > 0.1
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
@@ -179,12 +179,12 @@ def test_latent_states_have_their_joint_distribution(name: str, length: int) -> 
     """Pairs (z_first, z_last) of the ancestral form, against the plain sum."""
     head, num = circuit(name, length), 40_000
     with torch.no_grad():
-        laws = head.laws(tiny_call(1, num))
-        states = head.states(laws, uniforms(num, length, Key(6)))
+        factors = head.factors(tiny_call(1, num))
+        states = head.states(factors, uniforms(num, length, Key(6)))
     assert states.shape == (num, length)
     of_token = places(name, length)[1]
     expected = torch.zeros(R, R, dtype=torch.float64)
-    for z, p in slow(name, laws, 0, [], length).items():
+    for z, p in slow(name, factors, 0, [], length).items():
         expected[z[of_token[0]], z[of_token[-1]]] += p
     found = torch.bincount(states[:, 0] * R + states[:, -1], minlength=R * R).double() / num
     assert (found - expected.flatten()).abs().sum() / 2 < 0.015
@@ -233,12 +233,12 @@ def test_annealing_softens_responsibilities_and_bounds_the_loss(name: str) -> No
     K, gamma, power = 4, 0.9, 0.75
     head, ids, lengths = circuit(name, K, anneal=0.5), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]]), [4, 3]
     call = tiny_call(2)
-    laws = head.laws(call)
+    factors = head.factors(call)
     expected = 0.0
     for b, m in enumerate(lengths):
         scores = [0.0]
         for k in range(1, m + 1):
-            scores.append(math.log(sum(slow(name, laws, b, ids[b, :k].tolist(), K, power).values())) / power)
+            scores.append(math.log(sum(slow(name, factors, b, ids[b, :k].tolist(), K, power).values())) / power)
             expected -= gamma ** (k - 1) * (scores[k] - scores[k - 1])
     losses = [head.loss(call, lesson_of(ids, lengths, p))["circuit"].sum.item() for p in (0.0, 0.25, 0.5, 1.0)]
     assert abs(losses[1] - expected) < 1e-10
@@ -250,12 +250,12 @@ def test_balance_is_the_missing_entropy_of_states(name: str) -> None:
     K = 3
     head, ids, lengths = circuit(name, K, balance=0.1), torch.tensor([[0, 1, 2], [2, 2, 1], [1, 1, 0]]), [3, 1, 2]
     call = tiny_call(3)
-    laws, of_token, expected = head.laws(call), places(name, K)[1], 0.0
+    factors, of_token, expected = head.factors(call), places(name, K)[1], 0.0
     for k in range(K):
         there = [b for b in range(3) if lengths[b] > k]
         use = [0.0] * R
         for b in there:
-            terms = slow(name, laws, b, ids[b, : k + 1].tolist(), K)
+            terms = slow(name, factors, b, ids[b, : k + 1].tolist(), K)
             for z, p in terms.items():
                 use[z[of_token[k]]] += p / sum(terms.values()) / len(there)
         expected += len(there) * (math.log(R) + sum(p * math.log(p) for p in use))
@@ -269,7 +269,7 @@ def test_states_start_distinct_and_near_the_model(name: str) -> None:
     heads = [tiny_head(name, 3, size=0.0, num_states=R, noise=noise) for noise in (0.5, 1e-4)]
     for head in heads:
         assert isinstance(head, Circuit)
-        table = head.laws(tiny_call(1)).emissions[0].flatten(0, 1).detach()
+        table = head.factors(tiny_call(1)).emissions[0].flatten(0, 1).detach()
         assert torch.pdist(table).min() > 1e-6
     own = tiny_call(1).read(tiny_call(1).start).log_softmax(-1)
     assert (table - own).abs().max() < 1e-2

@@ -41,36 +41,38 @@ def all_blocks() -> Tensor:
     return torch.cartesian_prod(*[torch.arange(V)] * K)
 
 
-def exact_law(model: Omni, head: LatentMixture, grid: int = 4000) -> Tensor:
+def exact_distribution(model: Omni, head: LatentMixture, grid: int = 4000) -> Tensor:
     """(V^K,): the mean over lambda of a product of distributions, by the midpoint rule."""
-    laws = head.laws(toy_call(model, empty(grid), K), (torch.arange(grid).double() + 0.5) / grid).exp()
-    return torch.stack([laws[:, torch.arange(K), ids].prod(-1).mean() for ids in all_blocks()])
+    distributions = head.log_probs(toy_call(model, empty(grid), K), (torch.arange(grid).double() + 0.5) / grid).exp()
+    return torch.stack([distributions[:, torch.arange(K), ids].prod(-1).mean() for ids in all_blocks()])
 
 
 @torch.no_grad()
 def test_samples_and_bounds_against_the_exact_distribution() -> None:
     model, head = tiny(num_samples=64)
-    law, N = exact_law(model, head), 40000
-    assert abs(float(law.sum()) - 1) < 1e-12
-    marginals = [torch.stack([law[all_blocks()[:, k] == v].sum() for v in range(V)]) for k in range(K)]
+    distribution, N = exact_distribution(model, head), 40000
+    assert abs(float(distribution.sum()) - 1) < 1e-12
+    marginals = [torch.stack([distribution[all_blocks()[:, k] == v].sum() for v in range(V)]) for k in range(K)]
     product = torch.stack([torch.stack([marginals[k][x] for k, x in enumerate(ids)]).prod() for ids in all_blocks()])
-    assert (product - law).abs().sum() / 2 > 0.04, "lambda ties the tokens of this head"
+    assert (product - distribution).abs().sum() / 2 > 0.04, "lambda ties the tokens of this head"
     call = toy_call(model, empty(N), K)
     ids = head.sample(call, uniforms(N, K, Key(0)), Key(1)).ids
     assert call.passes == 1
     code = (ids * V ** torch.arange(K - 1, -1, -1)).sum(-1)
-    assert (torch.bincount(code, minlength=V**K) / N - law).abs().sum() / 2 < 0.015
+    assert (torch.bincount(code, minlength=V**K) / N - distribution).abs().sum() / 2 < 0.015
     rows = all_blocks().repeat(20, 1)
     call, means = toy_call(model, empty(len(rows)), K), {}
     for M in (1, 4, 64):
         offsets = Key(2).fold(M).uniform((len(rows), M), torch.float64)
         value = head.mixture(call, rows, torch.ones_like(rows).bool(), offsets).view(20, -1)
-        means[M] = float((law * value.mean(0)).sum())
-    exact = float((law * law.log()).sum())
+        means[M] = float((distribution * value.mean(0)).sum())
+    exact = float((distribution * distribution.log()).sum())
     assert means[1] < means[4] < exact and means[1] < exact - 0.02 and abs(means[64] - exact) < 1e-3
-    assert (value.exp().mean(0) - law).abs().sum() / 2 < 0.005, "q itself has no bias"
+    assert (value.exp().mean(0) - distribution).abs().sum() / 2 < 0.005, "q itself has no bias"
     stated = head.log_prob(call, rows, Key(2))
-    assert stated.kind == "bound" and abs(float((law * stated.value.view(20, -1).mean(0)).sum()) - exact) < 2e-3
+    assert (
+        stated.kind == "bound" and abs(float((distribution * stated.value.view(20, -1).mean(0)).sum()) - exact) < 2e-3
+    )
 
 
 def lesson(model: Omni, ids: Tensor, valid: Tensor) -> tuple[BatchCall, Lesson]:
@@ -90,8 +92,8 @@ def test_the_loss_is_log_mean_exp_over_valid_prefixes_and_its_gradient_is_right(
     for b, length in enumerate((3, 2, 1, 0)):
         mean = 0.0
         for m in range(5):
-            laws = head.laws(call, ((m + offsets[:, m]) / 5)).detach()[b]
-            mean += math.prod(math.exp(float(laws[k, ids[b, k]])) for k in range(length)) / 5
+            distributions = head.log_probs(call, ((m + offsets[:, m]) / 5)).detach()[b]
+            mean += math.prod(math.exp(float(distributions[k, ids[b, k]])) for k in range(length)) / 5
         expected -= math.log(mean)
     assert abs(float(term.sum.detach()) - expected) < 1e-4 and term.count == 6
     other = replace(given, blocks=replace(given.blocks, ids=torch.where(valid, ids, (ids + 1) % V)))

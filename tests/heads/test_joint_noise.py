@@ -35,7 +35,7 @@ def test_inverted_noise_maps_to_its_token(kind: NoiseKind, vocab_size: int) -> N
             assert sure.any()
             for draws in (free, torch.zeros_like(free), torch.full_like(free, 1 - TINY)):
                 found = noise.invert(log_p, ids, draws)
-                assert found.isfinite().all() and torch.equal(noise.pick(log_p, found)[sure], ids[sure])
+                assert found.isfinite().all() and torch.equal(noise.choose(log_p, found)[sure], ids[sure])
                 if kind != "gumbel":
                     assert found[sure].min() >= 0 and found[sure].max() < 1
 
@@ -69,7 +69,7 @@ def test_noise_from_the_prior_gives_the_distribution(kind: NoiseKind) -> None:
     u = uniforms(N, 1, Key(0))
     free = noise.prior(u, Key(1))
     assert free.shape == (N, 1, noise.size)
-    ids = noise.pick(p.log().expand(N, 1, V), free)
+    ids = noise.choose(p.log().expand(N, 1, V), free)
     assert (torch.bincount(ids.flatten(), minlength=V) / N - p).abs().max() < 0.012
     assert not torch.isin(ids, torch.tensor([1, 4])).any()
     if kind == "uniform":
@@ -89,4 +89,4 @@ def test_a_tree_by_hand() -> None:
             middle = (low + high) // 2
             left, right = float(p[low:middle].sum()), float(p[middle:high].sum())
             low, high = (middle, high) if right > 0 and u[level] * (left + right) >= left else (low, middle)
-        assert int(noise.pick(p.log(), draw)) == low
+        assert int(noise.choose(p.log(), draw)) == low

@@ -50,8 +50,8 @@ class OracleCall:
         self.passes += 1
         ids, out = torch.zeros(self.rows, 0, dtype=torch.int64), [self.start]
         for j in range(inputs.shape[1]):
-            law = out[-1][:, : self.joint.shape[0]]
-            now = inputs[:, j, 0].long() if j < clean else inverse_cdf_sample(law, inputs[:, j, 1])
+            distribution = out[-1][:, : self.joint.shape[0]]
+            now = inputs[:, j, 0].long() if j < clean else inverse_cdf_sample(distribution, inputs[:, j, 1])
             ids = torch.cat([ids, now.unsqueeze(-1)], 1)
             out.append(self._hidden(ids))
         return torch.stack(out, 1)
@@ -61,9 +61,13 @@ class OracleCall:
         mass = self.joint[tuple(ids.T)].reshape(self.rows, *self.joint.shape[ids.shape[1] :]) if ids.shape[1] else (
             self.joint.expand(self.rows, *self.joint.shape)
         )  # fmt: skip
-        law = torch.full((self.rows, V), 1 / V) if ids.shape[1] == K else mass.reshape(self.rows, V, -1).sum(-1)
+        distribution = (
+            torch.full((self.rows, V), 1 / V) if ids.shape[1] == K else mass.reshape(self.rows, V, -1).sum(-1)
+        )
         own = torch.nn.functional.one_hot(ids[:, -1], V) * 80.0 if ids.shape[1] else torch.zeros(self.rows, V)
-        return torch.cat([law.double().log().clamp(min=-99), own.double(), torch.zeros(self.rows, 2).double()], -1)
+        return torch.cat(
+            [distribution.double().log().clamp(min=-99), own.double(), torch.zeros(self.rows, 2).double()], -1
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.pad(ids.unsqueeze(-1).double(), (0, 2 * self.joint.shape[0] + 1))
@@ -182,7 +186,7 @@ def empty(rows: int) -> Tensor:
     return torch.zeros(rows, 0, dtype=torch.int64)
 
 
-def exact_law(model: Omni, head: PushForward, K: int, grid: int) -> Tensor:
+def exact_distribution(model: Omni, head: PushForward, K: int, grid: int) -> Tensor:
     """(V^K,) distribution of categorical mode in one pass, uniform noise: the volume of the noise of each block, by
     midpoints of the interval of every token, token by token."""
     V = head.vocab_size
@@ -190,12 +194,12 @@ def exact_law(model: Omni, head: PushForward, K: int, grid: int) -> Tensor:
     for k in range(K):
         call = toy_call(model, empty(len(noise)), K)
         hidden = call(head.placeholders(noise))[:, -1] if k else call.start
-        law = call.read(hidden).double().log_softmax(-1)
+        distribution = call.read(hidden).double().log_softmax(-1)
         steps = grid if k < K - 1 else 1
         middle = (torch.arange(steps).double() + 0.5) / steps
         rows = torch.arange(len(noise)).repeat_interleave(V * steps)
         ids = torch.arange(V).repeat_interleave(steps).repeat(len(noise))
-        lower, width = uniform_interval(law[rows], ids)
+        lower, width = uniform_interval(distribution[rows], ids)
         u = lower + width * middle.repeat(len(noise) * V)
         noise = torch.cat([noise[rows], u.view(-1, 1, 1)], 1)
         mass, code = mass[rows] * width / steps, code[rows] * V + ids
@@ -212,21 +216,21 @@ def test_bounds_are_ordered_below_the_exact_log_probability() -> None:
     log."""
     K, V = 3, 3
     model, head = tiny(K, V - 1, frequencies=1, mode="categorical", num_samples=32)
-    law = exact_law(model, head, K, 24)
-    assert abs(float(law.sum()) - 1) < 1e-12
+    distribution = exact_distribution(model, head, K, 24)
+    assert abs(float(distribution.sum()) - 1) < 1e-12
     N = 40000
     ids = head.sample(toy_call(model, empty(N), K), uniforms(N, K, Key(0)), Key(0)).ids
     code = (ids * V ** torch.arange(K - 1, -1, -1)).sum(-1)
-    assert (torch.bincount(code, minlength=V**K) / N - law).abs().sum() / 2 < 0.015
+    assert (torch.bincount(code, minlength=V**K) / N - distribution).abs().sum() / 2 < 0.015
     everything = all_blocks(V, K).repeat(20, 1)
     call = toy_call(model, empty(len(everything)), K)
     found = {M: block_bound(head, call, everything, Key(5), M).view(20, -1) for M in (1, 8, 32)}
-    means = {M: (law * value.mean(0)).sum() for M, value in found.items()}
-    errors = {M: (law**2 * value.var(0) / 20).sum().sqrt() for M, value in found.items()}
-    exact = (law * law.log()).sum()
+    means = {M: (distribution * value.mean(0)).sum() for M, value in found.items()}
+    errors = {M: (distribution**2 * value.var(0) / 20).sum().sqrt() for M, value in found.items()}
+    exact = (distribution * distribution.log()).sum()
     assert means[1] + 4 * errors[1] < means[8] and means[8] + 3 * errors[8] < means[32] + 1e-3
     assert means[32] < exact + 4 * errors[32] and exact - means[32] < 0.2 * (exact - means[1])
-    assert (found[32].exp().mean(0) / law - 1).abs().max() < 0.15, "the mean of q itself has no bias"
+    assert (found[32].exp().mean(0) / distribution - 1).abs().max() < 0.15, "the mean of q itself has no bias"
     stated = head.log_prob(call, everything, Key(5))
     assert stated.kind == "bound" and torch.equal(stated.value.view(20, -1), found[32])
 
@@ -297,15 +301,15 @@ def test_passes_are_counted_and_samples_keyed(kind: NoiseKind) -> None:
             assert call.passes == (passes if passes < K else K - 1), "the context's own pass says the first token"
             assert torch.equal(first.ids, head.sample(call, u, Key(1), passes).ids)
             assert torch.equal(first.ids, head.sample(call, u, Key(2), passes).ids) == (kind == "uniform")
-            law = call.read(call.start).log_softmax(-1)
+            distribution = call.read(call.start).log_softmax(-1)
             noise = head.noise.prior(u, Key(1))
-            assert torch.equal(first.ids[:, 0], head.noise.pick(law, noise[:, 0]))
+            assert torch.equal(first.ids[:, 0], head.noise.choose(distribution, noise[:, 0]))
             if first.log_q is not None:
-                assert torch.equal(head.noise.pick(first.log_q, noise), first.ids)
+                assert torch.equal(head.noise.choose(first.log_q, noise), first.ids)
     plain = empty(200)
     for k in range(K):  # K passes are autoregressive decoding
         call = toy_call(model, plain, 1)
-        now = head.noise.pick(call.read(call.start), noise[:, k])
+        now = head.noise.choose(call.read(call.start), noise[:, k])
         plain = torch.cat([plain, now.unsqueeze(-1)], 1)
     assert torch.equal(plain, head.sample(toy_call(model, empty(200), K), u, Key(1), K).ids)
 

@@ -84,8 +84,8 @@ def test_conditionals_are_ratios_of_marginals_and_a_shorter_block_scores_its_mar
     assert (taken.sum(-1) - joint.flatten().log()).abs().max() < 1e-10
     for m in range(1, K + 1):
         marginal = joint.flatten(m).sum(-1) if m < K else joint
-        law = marginal / marginal.sum(-1, keepdim=True)
-        expected = law.view(-1, VOCABULARY).repeat_interleave(VOCABULARY ** (K - m + 1), 0)
+        distribution = marginal / marginal.sum(-1, keepdim=True)
+        expected = distribution.view(-1, VOCABULARY).repeat_interleave(VOCABULARY ** (K - m + 1), 0)
         assert (found[:, m - 1].exp() - expected).abs().max() < 1e-10
         score = head.log_prob(tiny_call(1, VOCABULARY**m), all_blocks(m), Key(0)).value
         assert (score.exp() - marginal.flatten()).abs().max() < 1e-10
@@ -96,17 +96,17 @@ def test_conditionals_are_ratios_of_marginals_and_a_shorter_block_scores_its_mar
 
 def test_the_first_distribution_is_the_models_own() -> None:
     head, call = sequential(3), tiny_call(4)
-    law = head.conditionals(call, torch.zeros(4, 3, dtype=torch.int64))[:, 0]
-    assert torch.equal(law, call.read(call.start).log_softmax(-1))
+    distribution = head.conditionals(call, torch.zeros(4, 3, dtype=torch.int64))[:, 0]
+    assert torch.equal(distribution, call.read(call.start).log_softmax(-1))
 
 
 def test_samples_have_the_distribution_of_log_prob() -> None:
     K, num = 3, 200_000
     head, u = sequential(K), uniforms(num, K, Key(5))
-    law = probabilities(head)[0]
+    distribution = probabilities(head)[0]
     with torch.no_grad():
-        assert total_variation(head.sample(tiny_call(1, num), u, Key(0)).ids, law) < 0.01
-    assert float((law - 1 / len(law)).abs().sum() / 2) > 0.1
+        assert total_variation(head.sample(tiny_call(1, num), u, Key(0)).ids, distribution) < 0.01
+    assert float((distribution - 1 / len(distribution)).abs().sum() / 2) > 0.1
 
 
 def test_a_sample_is_a_function_of_the_uniforms() -> None:

@@ -37,7 +37,7 @@ HEADS = {
     "masked": ("masked", {}),
     "simplex": ("simplex", {}),
 }
-WITHOUT_LAWS = ("push_forward", "simplex")  # these support verification by common noise only
+WITHOUT_LOG_Q = ("push_forward", "simplex")  # these support verification by common noise only
 
 
 def random_model(name: str) -> Omni:
@@ -54,53 +54,53 @@ def random_model(name: str) -> Omni:
 
 
 @torch.inference_mode()
-def laws_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ...], Tensor]:
+def log_probs_of(model: Omni, temperature: float, top_p: float) -> dict[tuple[int, ...], Tensor]:
     """log P(. | x) (V + 1,) of autoregressive decoding after every string that a round can reach."""
     found = {}
     n = LENGTH + K
     ids = torch.tensor(list(itertools.product(range(V), repeat=n)))
     batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, V)
-    laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
-    laws[..., V] = -torch.inf
-    for row, law in zip(ids.tolist(), token_log_probs(laws, temperature, top_p), strict=True):
+    log_probs = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
+    log_probs[..., V] = -torch.inf
+    for row, distribution in zip(ids.tolist(), token_log_probs(log_probs, temperature, top_p), strict=True):
         for k in range(n):
-            found[tuple(row[:k])] = law[k]
+            found[tuple(row[:k])] = distribution[k]
     return found
 
 
 @torch.inference_mode()
-def replies(model: Omni, kind: str, laws: dict[tuple[int, ...], Tensor], num: int) -> Tensor:
+def replies(model: Omni, kind: str, log_probs: dict[tuple[int, ...], Tensor], num: int) -> Tensor:
     """(V^LENGTH,) int64: how many of `num` replies equal each string. Drafts as in the engine: a token keeps its
     uniform in all rounds (tokens of a simplex also depend on the noise of later ones), except with "block"."""
     counts = torch.zeros(V**LENGTH, dtype=torch.int64)
     own = Key(2).fold(kind, "own").uniform((num, LENGTH + K), torch.float64)
     waiting = {(): torch.arange(num)}
     while waiting:
-        said, members = waiting.popitem()
-        rows, key = len(members), Key(2).fold(kind, *said)
-        prefix = torch.tensor(said, dtype=torch.int64).expand(rows, -1)
+        prefix_ids, members = waiting.popitem()
+        rows, key = len(members), Key(2).fold(kind, *prefix_ids)
+        prefix = torch.tensor(prefix_ids, dtype=torch.int64).expand(rows, -1)
         if kind != "block":
-            noise = own[members, len(said) : len(said) + K + 1]
+            noise = own[members, len(prefix_ids) : len(prefix_ids) + K + 1]
         else:
             noise = key.fold("noise").uniform((rows, K + 1), torch.float64)
         draft = head_of(model).sample(toy_call(model, prefix, K), noise[:, :K], key.fold("draft"))
         ids = draft.ids.clamp(max=V - 1) if kind == "coupled" else draft.ids
-        table = torch.stack([laws[(*said, *x)] for k in range(K + 1) for x in _strings(k)])
+        table = torch.stack([log_probs[(*prefix_ids, *x)] for k in range(K + 1) for x in _strings(k)])
         first = torch.tensor([sum((V + 1) ** j for j in range(k)) for k in range(K + 1)])
         code = torch.stack([torch.zeros(rows, dtype=torch.int64), *_codes(ids)], 1)
         log_p = table[first + code]
         if kind == "coupled":
-            verdict = coupled(ids, log_p, noise)
+            verified = coupled(ids, log_p, noise)
         else:
             assert draft.log_q is not None
             coins, fresh = (key.fold(n).uniform((rows, K + 1), torch.float64) for n in ("coins", "rest"))
             judge = {"rejection": rejection, "block": block}[kind]
-            verdict = judge(ids, draft.log_q, log_p, coins[:, :K], fresh)
+            verified = judge(ids, draft.log_q, log_p, coins[:, :K], fresh)
         for n in range(K + 1):
-            here = verdict.kept == n
-            strings, index = torch.unique(verdict.ids[here, : n + 1], dim=0, return_inverse=True)
+            here = verified.accepted == n
+            strings, index = torch.unique(verified.ids[here, : n + 1], dim=0, return_inverse=True)
             for number, x in enumerate(strings.tolist()):
-                whole, found = (*said, *x), members[here][index == number]
+                whole, found = (*prefix_ids, *x), members[here][index == number]
                 if len(whole) >= LENGTH:
                     counts[sum(i * V**j for j, i in enumerate(whole[:LENGTH]))] += len(found)
                 else:
@@ -122,10 +122,10 @@ def _codes(ids: Tensor) -> list[Tensor]:
     return found
 
 
-def exact(laws: dict[tuple[int, ...], Tensor]) -> Tensor:
+def exact(log_probs: dict[tuple[int, ...], Tensor]) -> Tensor:
     out = torch.zeros(V**LENGTH, dtype=torch.float64)
     for x in itertools.product(range(V), repeat=LENGTH):
-        value = sum(float(laws[x[:k]][x[k]]) for k in range(LENGTH))
+        value = sum(float(log_probs[x[:k]][x[k]]) for k in range(LENGTH))
         out[sum(i * V**j for j, i in enumerate(x))] = math.exp(value)
     return out
 
@@ -133,7 +133,7 @@ def exact(laws: dict[tuple[int, ...], Tensor]) -> Tensor:
 CASES = [
     (name, kind)
     for name in HEADS
-    for kind in (("coupled",) if name in WITHOUT_LAWS else ("coupled", "rejection", "block"))
+    for kind in (("coupled",) if name in WITHOUT_LOG_Q else ("coupled", "rejection", "block"))
 ]
 
 
@@ -149,10 +149,10 @@ CASES = [
 def test_lossless(name: str, kind: str, num: int, setting: tuple[float, float]) -> None:
     """At this temperature and top-p, of the target."""
     model = random_model(name)
-    laws = laws_of(model, *setting)
-    p = exact(laws)
+    log_probs = log_probs_of(model, *setting)
+    p = exact(log_probs)
     assert abs(float(p.sum()) - 1) < 1e-9
-    found = replies(model, kind, laws, num).double() / num
+    found = replies(model, kind, log_probs, num).double() / num
     # The total variation of num exact samples is about half of the sum of sqrt(2 p (1 - p) / (pi num)).
     expected = float((2 * p * (1 - p) / (math.pi * num)).sqrt().sum()) / 2
     assert float((found - p).abs().sum()) / 2 < 2 * expected
@@ -162,19 +162,19 @@ def test_lossless(name: str, kind: str, num: int, setting: tuple[float, float]) 
 def test_unverified_drafts_differ(name: str) -> None:
     """Control: drafts without verification have another distribution."""
     model = random_model(name)
-    laws = laws_of(model, 1.0, 1.0)
+    log_probs = log_probs_of(model, 1.0, 1.0)
     num, key = 20_000, Key(3)
     draft = head_of(model).sample(
         toy_call(model, torch.zeros(num, 0, dtype=torch.int64), K), key.uniform((num, K), torch.float64), key
     )
     pairs = torch.bincount(draft.ids.clamp(max=V - 1) @ torch.tensor([1, V]), minlength=V * V).double() / num
-    assert float((pairs - _pairs(laws)).abs().sum()) / 2 > 0.05
+    assert float((pairs - _pairs(log_probs)).abs().sum()) / 2 > 0.05
 
 
-def _pairs(laws: dict[tuple[int, ...], Tensor]) -> Tensor:
+def _pairs(log_probs: dict[tuple[int, ...], Tensor]) -> Tensor:
     out = torch.zeros(V * V, dtype=torch.float64)
     for a, b in itertools.product(range(V), repeat=2):
-        out[a + V * b] = math.exp(float(laws[()][a] + laws[(a,)][b]))
+        out[a + V * b] = math.exp(float(log_probs[()][a] + log_probs[(a,)][b]))
     return out
 
 

@@ -11,17 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from masked_calls import K, OracleCall, ancestral_law, masked_head, oracle_head, score_in_order, small_call
+from masked_calls import K, OracleCall, ancestral_distribution, masked_head, oracle_head, score_in_order, small_call
 from tiny_call import VOCABULARY, WIDTH, all_blocks, codes, lesson_of, tiny_head, worst_gradient_error
 from torch import Tensor
 
-from eval.experiments.joint.floors import random_step_floors, total_correlation
 from eval.experiments.joint.joints import Table, build_joint
+from eval.experiments.joint.lower_bounds import random_step_bounds, total_correlation
 from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.generation.context import append_spans
 from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, build_head
-from omni.heads.joint.masked import Masked, draw_masks, number_law, sets_of, spread_uniforms
+from omni.heads.joint.masked import Masked, draw_masks, number_probs, sets_of, spread_uniforms
 from omni.heads.joint.masked_sampling import reveal_sizes
 from omni.rng import Key
 from omni.sequence.layout import TokenSpan
@@ -39,14 +39,14 @@ def test_passes_with_exact_conditionals_cost_the_lower_bound(name: str) -> None:
     head, call, n = oracle_head(joint), OracleCall(joint, len(joint.p)), joint.length
     few = [Key(k).python().sample(range(n), n) for k in range(3)]
     orders = list(itertools.permutations(range(n))) if n < 6 else few
-    floors = random_step_floors(joint)
+    lower_bounds = random_step_bounds(joint)
     for passes in range(1, n + 1):
         sizes = reveal_sizes(n, passes, "linear")
         costs = [joint.p @ (joint.p.log() - score_in_order(head, call, joint.ids, tuple(o), sizes)) for o in orders]
-        assert abs(float(torch.stack(costs).mean()) - floors[passes - 1]) < 1e-9
-    assert abs(floors[0] - total_correlation(joint)) < 1e-9 and floors[-1] < 1e-9 < floors[0]
+        assert abs(float(torch.stack(costs).mean()) - lower_bounds[passes - 1]) < 1e-9
+    assert abs(lower_bounds[0] - total_correlation(joint)) < 1e-9 and lower_bounds[-1] < 1e-9 < lower_bounds[0]
     stated = {"parity8": [0.693] * 4 + [0.0] * 4, "equal_pairs4": [2.773, 0.924, 0.462, 0.0]}
-    assert all(abs(a - b) < 6e-4 for a, b in zip(floors, stated.get(name, floors), strict=True))
+    assert all(abs(a - b) < 6e-4 for a, b in zip(lower_bounds, stated.get(name, lower_bounds), strict=True))
 
 
 @torch.no_grad()
@@ -69,13 +69,13 @@ def test_the_bound_is_the_mean_over_orders_and_below_the_log_probability_of_reve
     call = small_call(len(ids))
     orders = list(itertools.permutations(range(num)))
     chains = torch.stack([score_in_order(head, call, ids, order, [1] * num) for order in orders])
-    law = ancestral_law(head, call, ids, num)
+    distribution = ancestral_distribution(head, call, ids, num)
     bound = head.log_prob(call, ids, Key(0)).value
-    assert (bound - chains.mean(0)).abs().max() < 1e-12 and abs(float(law.sum()) - 1) < 1e-12
+    assert (bound - chains.mean(0)).abs().max() < 1e-12 and abs(float(distribution.sum()) - 1) < 1e-12
     if num == 1:
-        assert (bound - law.log()).abs().max() < 1e-12
+        assert (bound - distribution.log()).abs().max() < 1e-12
     else:
-        assert (bound <= law.log() + 1e-12).all() and float(law @ (law.log() - bound)) > 0.01
+        assert (bound <= distribution.log() + 1e-12).all() and float(distribution @ (distribution.log() - bound)) > 0.01
     one, two = sets_of(200, 4, 2, 2, Key(0))
     assert (one.sum(-1) == 2).all() and 20 < int((one == two).all(-1).sum()) < 50, "alike one time in six"
     few = masked_head(4, num_samples=2)
@@ -92,9 +92,9 @@ def test_numbers_of_masked_tokens_are_those_of_the_diffusion() -> None:
     for schedule, share in (("linear", times), ("cosine", torch.cos(math.pi / 2 * times))):
         number = (each < share).sum(-1)
         counts = torch.bincount(number, minlength=7)[1:].double()
-        law = number_law(6, schedule)  # type: ignore[arg-type]
-        assert (counts / counts.sum() - law).abs().max() < 0.003 and abs(float(law.sum()) - 1) < 1e-12
-    assert (number_law(6, "cosine")[-1] > 0.3) and number_law(1, "cosine").tolist() == [1.0]
+        distribution = number_probs(6, schedule)  # type: ignore[arg-type]
+        assert (counts / counts.sum() - distribution).abs().max() < 0.003 and abs(float(distribution.sum()) - 1) < 1e-12
+    assert (number_probs(6, "cosine")[-1] > 0.3) and number_probs(1, "cosine").tolist() == [1.0]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -106,9 +106,9 @@ def test_masks_of_valid_prefixes(schedule: str) -> None:
     assert not (masked & ~blocks.valid).any()
     for length in (1, 3, 4):
         mine = torch.tensor(lengths) == length
-        law, number = number_law(length, schedule), masked[mine].sum(-1)  # type: ignore[arg-type]
-        assert (number >= 1).all() and (weights[mine] - 1 / (number * law[number - 1])).abs().max() < 1e-12
-        assert (torch.bincount(number, minlength=length + 1)[1:] / mine.sum() - law).abs().max() < 0.02
+        distribution, number = number_probs(length, schedule), masked[mine].sum(-1)  # type: ignore[arg-type]
+        assert (number >= 1).all() and (weights[mine] - 1 / (number * distribution[number - 1])).abs().max() < 1e-12
+        assert (torch.bincount(number, minlength=length + 1)[1:] / mine.sum() - distribution).abs().max() < 0.02
         for m in range(1, length + 1):
             rows_of_m = masked[mine][number == m]
             sets = codes(rows_of_m.long()).unique(return_counts=True)[1]
@@ -129,8 +129,8 @@ def test_the_loss_is_the_bound_in_the_mean() -> None:
         assert term.count == rows * length and term.sum.dtype == torch.float64
         bound = float(head.log_prob(small_call(1), block[None, :length], Key(0)).value)
         masked, weights = draw_masks(lesson.blocks, head.config.schedule, lesson.key)
-        law = head.laws(small_call(rows), lesson.blocks.ids, lesson.blocks.valid & ~masked).detach()
-        score = law.gather(-1, lesson.blocks.ids.unsqueeze(-1)).squeeze(-1)
+        distribution = head.log_probs(small_call(rows), lesson.blocks.ids, lesson.blocks.valid & ~masked).detach()
+        score = distribution.gather(-1, lesson.blocks.ids.unsqueeze(-1)).squeeze(-1)
         each = -torch.where(masked, score, 0.0).sum(-1) * weights
         assert abs(float(each.sum() - term.sum.detach())) < 1e-8 * rows
         assert abs(float(each.mean()) + bound) < 4 * float(each.std()) / math.sqrt(rows)
@@ -212,12 +212,12 @@ def test_probabilities_with_a_cache_equal_those_with_a_batch() -> None:
     assert isinstance(head, Masked)
     with torch.inference_mode():
         shown = torch.tensor([[True, False, True], [False, False, False]])
-        beside = head.laws(toy_call(model, prefix, n), ids, shown)
+        beside = head.log_probs(toy_call(model, prefix, n), ids, shown)
         cache = model.transformer.new_cache(2, 8)
         append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
         behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
-        assert (head.laws(behind, ids, shown) - beside).abs().max() < 1e-9
-        assert (beside - head.laws(toy_call(model, prefix, n), ids, ~shown)).abs().max() > 1e-2
+        assert (head.log_probs(behind, ids, shown) - beside).abs().max() < 1e-9
+        assert (beside - head.log_probs(toy_call(model, prefix, n), ids, ~shown)).abs().max() > 1e-2
         for passes in (1, 2, 3):
             before = behind.passes
             head.sample(behind, uniforms(2, n, Key(1)), Key(0), passes)

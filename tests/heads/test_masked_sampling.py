@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from masked_calls import K, OracleCall, ancestral_law, masked_head, oracle_head, small_call
+from masked_calls import K, OracleCall, ancestral_distribution, masked_head, oracle_head, small_call
 from tiny_call import all_blocks, total_variation
 
 from eval.experiments.joint.joints import Table, build_joint, equal_pairs
@@ -28,15 +28,15 @@ def draw_slowly(head: Masked, uniform: list[float], passes: int, gumbel: list[li
     ids: list[int | None] = [None] * n
     for i in range(passes):
         shown = torch.tensor([[x is not None for x in ids]])
-        law = head.laws(small_call(1), torch.tensor([[x or 0 for x in ids]]), shown)[0]
+        distribution = head.log_probs(small_call(1), torch.tensor([[x or 0 for x in ids]]), shown)[0]
         hidden = [k for k in range(n) if ids[k] is None]
-        drawn = {k: int(inverse_cdf_sample(law[k], torch.tensor(uniform[k]))) for k in hidden}
+        drawn = {k: int(inverse_cdf_sample(distribution[k], torch.tensor(uniform[k]))) for k in hidden}
         if head.config.unmasking == "confidence":
             heat = head.config.gumbel_temperature * (passes - 1 - i) / passes
-            hidden.sort(key=lambda k: -float(law[k, drawn[k]]) - heat * gumbel[i][k])
+            hidden.sort(key=lambda k: -float(distribution[k, drawn[k]]) - heat * gumbel[i][k])
             size = reveal_sizes(n, passes, head.config.schedule)[i]
         else:
-            entropy = {k: -float((law[k].exp() * law[k]).sum()) for k in hidden}
+            entropy = {k: -float((distribution[k].exp() * distribution[k]).sum()) for k in hidden}
             hidden.sort(key=lambda k: entropy[k])
             size = 1
             while size < len(hidden) and sum(entropy[k] for k in hidden[:size]) <= head.config.entropy_bound:
@@ -59,11 +59,16 @@ def test_one_pass_samples_from_its_log_q() -> None:
     draft = head.sample(call, u, Key(0))
     assert call.passes == 1 and draft.log_q is not None and draft.log_q.dtype == torch.float64
     everything = all_blocks(K)
-    laws = head.conditionals(small_call(len(everything)), everything)
-    law = laws.gather(-1, everything.unsqueeze(-1)).squeeze(-1).sum(-1).exp()
-    assert abs(float(law.sum()) - 1) < 1e-12 and float((law - 1 / len(law)).abs().sum() / 2) > 0.2
-    assert total_variation(draft.ids, law) < 0.01
-    assert (laws[0] - draft.log_q[0]).abs().max() < 1e-12 and torch.equal(draft.ids, inverse_cdf_sample(draft.log_q, u))
+    distributions = head.conditionals(small_call(len(everything)), everything)
+    distribution = distributions.gather(-1, everything.unsqueeze(-1)).squeeze(-1).sum(-1).exp()
+    assert (
+        abs(float(distribution.sum()) - 1) < 1e-12
+        and float((distribution - 1 / len(distribution)).abs().sum() / 2) > 0.2
+    )
+    assert total_variation(draft.ids, distribution) < 0.01
+    assert (distributions[0] - draft.log_q[0]).abs().max() < 1e-12 and torch.equal(
+        draft.ids, inverse_cdf_sample(draft.log_q, u)
+    )
 
 
 @torch.no_grad()
@@ -71,15 +76,17 @@ def test_one_pass_samples_from_its_log_q() -> None:
 def test_more_passes_have_the_mean_distribution_over_orders(schedule: str) -> None:
     num = 100_000
     head, everything, u = masked_head(4, schedule=schedule), all_blocks(4), uniforms(num, 4, Key(6))
-    laws = {}
+    distributions = {}
     for passes in (1, 2, 4):
-        laws[passes] = ancestral_law(head, small_call(len(everything)), everything, passes)
-        assert abs(float(laws[passes].sum()) - 1) < 1e-10
+        distributions[passes] = ancestral_distribution(head, small_call(len(everything)), everything, passes)
+        assert abs(float(distributions[passes].sum()) - 1) < 1e-10
         call = small_call(num)
         draft = head.sample(call, u, Key(1), passes)
         assert call.passes == passes and (draft.log_q is None) == (passes > 1)
-        assert total_variation(draft.ids, laws[passes]) < 0.016  # exact samples: .01
-    assert all((laws[4] - laws[n]).abs().sum() / 2 > 0.05 for n in (1, 2)), "passes of this head differ"
+        assert total_variation(draft.ids, distributions[passes]) < 0.016  # exact samples: .01
+    assert all((distributions[4] - distributions[n]).abs().sum() / 2 > 0.05 for n in (1, 2)), (
+        "passes of this head differ"
+    )
 
 
 @torch.no_grad()
@@ -96,7 +103,7 @@ def test_confident_and_certain_tokens_first(options: dict[str, object]) -> None:
     rows, n = 40, 5
     head, u = masked_head(n, **options), uniforms(rows, n, Key(2))
     draws = torch.stack([Key(0).fold("confidence", i).uniform((rows, n), torch.float64) for i in range(n)], 1)
-    gumbel, told = (-(-draws.log()).log()).tolist(), set()
+    gumbel, found_orders = (-(-draws.log()).log()).tolist(), set()
     for passes in range(1, n + 1):
         call = small_call(rows)
         found = head.sample(call, u, Key(0), passes).ids
@@ -104,8 +111,8 @@ def test_confident_and_certain_tokens_first(options: dict[str, object]) -> None:
             draw_slowly(head, row, passes, noise) for row, noise in zip(u.tolist(), gumbel, strict=True)
         ]
         assert call.passes <= passes and (call.passes == passes or options["unmasking"] == "entropy")
-        told.add(str(found.tolist()))
-    assert len(told) > 1, "passes of this head differ"
+        found_orders.add(str(found.tolist()))
+    assert len(found_orders) > 1, "passes of this head differ"
 
 
 @torch.no_grad()
@@ -158,8 +165,8 @@ def test_with_exact_conditionals_n_passes_sample_the_joint() -> None:
         for passes in range(1, 5):
             ids = oracle_head(joint).sample(OracleCall(joint, num), uniforms(num, 4, Key(1)), Key(2), passes).ids
             everything = torch.tensor(list(itertools.product(range(2), repeat=4)))
-            law = ancestral_law(oracle_head(joint), OracleCall(joint, 16), everything, passes)
+            distribution = ancestral_distribution(oracle_head(joint), OracleCall(joint, 16), everything, passes)
             frequency = torch.bincount((ids * torch.tensor([8, 4, 2, 1])).sum(-1), minlength=16) / num
-            assert (frequency - law).abs().sum() / 2 < 0.02
-            found[passes] = float((law - joint.full().flatten()).abs().sum() / 2)
+            assert (frequency - distribution).abs().sum() / 2 < 0.02
+            found[passes] = float((distribution - joint.full().flatten()).abs().sum() / 2)
         assert found[4] < 1e-12 and found[1] > 0.4 and found[1] >= found[2] - 1e-12 >= found[3] - 2e-12

@@ -16,24 +16,24 @@ from torch import Tensor
 
 from eval.experiments.joint.toy import uniforms
 from omni.heads.joint import Lesson, build_head
-from omni.heads.joint.simplex import Clock, Simplex, decoding_error, graded, semigroup_law, set_task
+from omni.heads.joint.simplex import Clock, Simplex, decoding_error, graded, semigroup_target, set_task
 from omni.rng import Key
 from omni.sequence.placeholders import Blocks
 
 K, V = 2, 3
 STRINGS = torch.cartesian_prod(torch.arange(V), torch.arange(V))
 POINTS = torch.nn.functional.one_hot(STRINGS, V).double()  # (N, K, V)
-LAW = torch.tensor([0.3, 0.02, 0.08, 0.0, 0.25, 0.1, 0.15, 0.0, 0.1], dtype=torch.float64)
+DISTRIBUTION = torch.tensor([0.3, 0.02, 0.08, 0.0, 0.25, 0.1, 0.15, 0.0, 0.1], dtype=torch.float64)
 Map = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-# ---- the exact map of LAW ------------------------------------------------------------------------------------------
+# ---- the exact map of DISTRIBUTION -----------------------------------------------------------------------------------
 
 
 def posterior(x: Tensor, t: float, scale: float) -> Tensor:
     """(B, K, V): marginals of the posterior over strings, each weighted by its density at x (B, K, V)."""
     distance = (x.unsqueeze(1) - scale * (1 - t) * POINTS).pow(2).sum((-1, -2))
-    weights = (LAW.log() - distance / (2 * t * t)).softmax(-1)
+    weights = (DISTRIBUTION.log() - distance / (2 * t * t)).softmax(-1)
     return (weights @ POINTS.flatten(1)).view_as(x)
 
 
@@ -72,26 +72,26 @@ def exact_endpoint(scale: float, steps: int = 2000) -> Map:
     return endpoint
 
 
-class Said(Simplex):
+class ExactHead(Simplex):
     """A head whose network is a given D."""
 
-    said: Map
+    endpoint: Map
 
     def log_endpoint(self, call, x: Tensor, t: Tensor, s: Tensor) -> Tensor:  # noqa: ANN001
-        return self.said(x, t, s).clamp(min=1e-300).log()
+        return self.endpoint(x, t, s).clamp(min=1e-300).log()
 
 
-def told(said: Map | None = None, **options: object) -> Said:
+def with_endpoint(endpoint: Map | None = None, **options: object) -> ExactHead:
     head = build_head("simplex", options, K, V, 4)
-    head.__class__ = Said
-    assert isinstance(head, Said)
-    head.said = said or exact_endpoint(head.scale)
+    head.__class__ = ExactHead
+    assert isinstance(head, ExactHead)
+    head.endpoint = endpoint or exact_endpoint(head.scale)
     return head
 
 
 def distance(ids: Tensor) -> float:
     frequency = torch.bincount(ids @ torch.tensor([V, 1]), minlength=V**K).double() / len(ids)
-    return float((frequency - LAW).abs().sum() / 2)
+    return float((frequency - DISTRIBUTION).abs().sum() / 2)
 
 
 NOWHERE = None  # never called
@@ -103,7 +103,7 @@ def test_euler_on_the_exact_diagonal_samples_the_joint() -> None:
     u = uniforms(20000, K, Key(0))
     found = {}
     for steps in (1, 2, 64):
-        draft = told(sampler="euler").sample(NOWHERE, u, Key(1), steps)
+        draft = with_endpoint(sampler="euler").sample(NOWHERE, u, Key(1), steps)
         assert draft.log_q is None and draft.ids.shape == (20000, K)
         found[steps] = distance(draft.ids)
     assert found[64] < 0.016 < 0.06 < found[2] < found[1], found
@@ -113,13 +113,13 @@ def test_euler_on_the_exact_diagonal_samples_the_joint() -> None:
 def test_the_exact_map_samples_the_joint_in_any_number_of_jumps() -> None:
     """The strings equal those of a fine Euler, except near a border."""
     u = uniforms(2000, K, Key(0))
-    said = exact_endpoint(told().scale, steps=100)
-    once = told(said).sample(NOWHERE, u, Key(1), 1).ids
+    endpoint = exact_endpoint(with_endpoint().scale, steps=100)
+    once = with_endpoint(endpoint).sample(NOWHERE, u, Key(1), 1).ids
     assert distance(once) < 0.035  # .020 on average for exact samples
-    assert (told(said).sample(NOWHERE, u, Key(1), 3).ids == once).all(-1).float().mean() > 0.999
-    fine = told(sampler="euler").sample(NOWHERE, u, Key(1), 200).ids
+    assert (with_endpoint(endpoint).sample(NOWHERE, u, Key(1), 3).ids == once).all(-1).float().mean() > 0.999
+    fine = with_endpoint(sampler="euler").sample(NOWHERE, u, Key(1), 200).ids
     assert (fine == once).all(-1).float().mean() > 0.98
-    other = told(said).sample(NOWHERE, u, Key(2), 1).ids
+    other = with_endpoint(endpoint).sample(NOWHERE, u, Key(2), 1).ids
     assert (other == once).all(-1).float().mean() < 0.6
 
 
@@ -127,9 +127,11 @@ def test_the_exact_map_samples_the_joint_in_any_number_of_jumps() -> None:
 def test_scale_changes_the_clock_only() -> None:
     """In the clock of decoding errors, steps in a are equal for every scale, and so are the strings."""
     u = uniforms(1000, K, Key(0))
-    first, second = (told(sampler="euler", scale=c).sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0))
+    first, second = (with_endpoint(sampler="euler", scale=c).sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0))
     assert torch.equal(first, second)
-    uniform = [told(sampler="euler", scale=c, clock="uniform").sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0)]
+    uniform = [
+        with_endpoint(sampler="euler", scale=c, clock="uniform").sample(NOWHERE, u, Key(1), 5).ids for c in (1.0, 4.0)
+    ]
     assert not torch.equal(*uniform)
 
 
@@ -137,35 +139,35 @@ def test_scale_changes_the_clock_only() -> None:
 def test_two_jumps_of_the_exact_map_equal_one() -> None:
     """Each jump is integrated separately, with an error of about 1e-11."""
     scale, B = 1.5, 20
-    head = told(exact_endpoint(scale, steps=1000), scale=scale)
+    head = with_endpoint(exact_endpoint(scale, steps=1000), scale=scale)
     for t, m, s in ((0.9, 0.35, 0.3), (0.95, 0.6, 0.3)):
         noise = Key(0).fold(str(t)).normal((B, K, V), torch.float64)
-        ids = STRINGS[torch.multinomial(LAW, B, True, generator=Key(1).generator())]
+        ids = STRINGS[torch.multinomial(DISTRIBUTION, B, True, generator=Key(1).generator())]
         x = (1 - t) * scale * torch.nn.functional.one_hot(ids, V) + t * noise
         times = [torch.full((B,), value, dtype=torch.float64) for value in (t, m, s)]
-        law = semigroup_law(head, NOWHERE, x, *times)
-        expected, first = head.said(x, times[0], times[2]), head.said(x, times[0], times[1])
+        probs = semigroup_target(head, NOWHERE, x, *times)
+        expected, first = head.endpoint(x, times[0], times[2]), head.endpoint(x, times[0], times[1])
         rough = exact_endpoint(scale, steps=750)(x, times[0], times[2])
         assert (expected - rough).abs().max() < 1e-10
-        assert (law - expected).abs().max() < 1e-10
-        assert expected.min() > -1e-12 and (expected.sum(-1) - 1).abs().max() < 1e-12, "a law again"
+        assert (probs - expected).abs().max() < 1e-10
+        assert expected.min() > -1e-12 and (expected.sum(-1) - 1).abs().max() < 1e-12, "probabilities again"
         a, b, c = (1 - t, 1 - m, 1 - s)  # the time of arXiv 2604.09784 and 2602.16813: 0 is noise
         share = (b - a) * (1 - c) / ((c - a) * (1 - b))
         landing = carried(x, t, m, scale, 1000)
-        convex = share * first + (1 - share) * head.said(landing, times[1], times[2])
-        assert (law - convex).abs().max() < 1e-10
-        assert (expected - first).abs().max() > 0.01, "the two jumps are different laws"
+        convex = share * first + (1 - share) * head.endpoint(landing, times[1], times[2])
+        assert (probs - convex).abs().max() < 1e-10
+        assert (expected - first).abs().max() > 0.01, "the two jumps have different ends"
     end = torch.zeros(B, dtype=torch.float64)
-    law = semigroup_law(head, NOWHERE, x, times[0], times[1], end)
-    assert (law - head.said(x, times[0], end)).abs().max() < 1e-9, "at s = 0 the first law has no share"
-    near = head.said(x, times[0], times[0] - 1e-6)
+    probs = semigroup_target(head, NOWHERE, x, times[0], times[1], end)
+    assert (probs - head.endpoint(x, times[0], end)).abs().max() < 1e-9, "at s = 0 the first jump has no share"
+    near = head.endpoint(x, times[0], times[0] - 1e-6)
     assert (near - posterior(x, float(times[0][0]), scale)).abs().max() < 1e-4, "the diagonal is the limit"
 
 
 @torch.no_grad()
 def test_the_loss_of_the_exact_diagonal_is_its_entropy_and_no_other_is_lower() -> None:
     B = 4000
-    ids = STRINGS[torch.multinomial(LAW, B, True, generator=Key(1).generator())]
+    ids = STRINGS[torch.multinomial(DISTRIBUTION, B, True, generator=Key(1).generator())]
     blocks = Blocks(ids, torch.ones_like(ids).bool(), tuple((n, 0, 0) for n in range(B)))
     given = Lesson(blocks, torch.zeros(0), Key(0))
 
@@ -173,16 +175,16 @@ def test_the_loss_of_the_exact_diagonal_is_its_entropy_and_no_other_is_lower() -
         """The posterior, for blocks whose times differ."""
         return torch.cat([posterior(x[n : n + 1].double(), float(t[n]), head.scale) for n in range(len(x))])
 
-    head = told(semigroup_share=0.0)
-    head.said = each
+    head = with_endpoint(semigroup_share=0.0)
+    head.endpoint = each
     task = set_task(head, NOWHERE, given)
     right = graded(head, NOWHERE, task)["diagonal"]
-    laws = each(task.x, task.t, task.s)
-    entropy = -torch.special.xlogy(laws, laws).sum()
+    log_probs = each(task.x, task.t, task.s)
+    entropy = -torch.special.xlogy(log_probs, log_probs).sum()
     assert right.count == B * K
     assert abs(float(right.sum) - float(entropy)) / (B * K) < 0.02, "calibrated: what the posterior says is how often"
-    for wrong in (lambda law: (law + 0.03) / 1.09, lambda law: law**1.3 / (law**1.3).sum(-1, keepdim=True)):
-        head.said = lambda x, t, s, wrong=wrong: wrong(laws)
+    for wrong in (lambda probs: (probs + 0.03) / 1.09, lambda probs: probs**1.3 / (probs**1.3).sum(-1, keepdim=True)):
+        head.endpoint = lambda x, t, s, wrong=wrong: wrong(log_probs)
         assert graded(head, NOWHERE, task)["diagonal"].sum > right.sum
 
 

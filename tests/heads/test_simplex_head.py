@@ -73,9 +73,9 @@ def test_one_pass_is_the_endpoint_of_noise_and_every_step_costs_a_pass() -> None
 
     head.log_endpoint = watched  # type: ignore[method-assign]
     draft = head.sample(call, u, Key(1))
-    [(x, t, s, said)] = seen
+    [(x, t, s, endpoint)] = seen
     assert call.passes == 1 and (t == 1).all() and (s == 0).all()
-    assert torch.equal(said.argmax(-1), draft.ids) and draft.log_q is None and draft.steps == 1
+    assert torch.equal(endpoint.argmax(-1), draft.ids) and draft.log_q is None and draft.steps == 1
     assert torch.allclose(torch.special.ndtr(x[..., 0]), u) and x.dtype == torch.float64
     for passes in (2, 3, 7):
         for sampler in ("flow_map", "euler"):
@@ -88,10 +88,12 @@ def test_one_pass_is_the_endpoint_of_noise_and_every_step_costs_a_pass() -> None
             grid = [1.0, *(float(entry[1][0]) for entry in seen[1:]), 0.0]
             ends = [float(entry[2][0]) for entry in seen]
             assert ends == pytest.approx(grid[1:] if sampler == "flow_map" else grid[:-1], abs=1e-12)
-            assert torch.equal(seen[-1][-1].argmax(-1), ids), "the last step's law is what is read"
+            assert torch.equal(seen[-1][-1].argmax(-1), ids), "ids are read from the last step's probabilities"
             again = [x]
-            for (_, _, _, law), (before, after) in zip(seen, zip(grid[:-1], grid[1:], strict=True), strict=True):
-                again.append(after / before * again[-1] + (1 - after / before) * head.scale * law.exp())
+            for (_, _, _, distribution), (before, after) in zip(
+                seen, zip(grid[:-1], grid[1:], strict=True), strict=True
+            ):
+                again.append(after / before * again[-1] + (1 - after / before) * head.scale * distribution.exp())
             assert all(torch.allclose(a, b[0], atol=1e-12) for a, b in zip(again, seen, strict=False))
 
 
@@ -106,12 +108,12 @@ def test_samples_are_keyed_and_depend_on_noise_and_times() -> None:
     assert head.sample(call, u[:, :2], Key(1)).ids.shape == (300, 2)
     x = Key(4).normal((300, 3, V), torch.float64)
     half, zero = torch.full((300,), 0.5).double(), torch.zeros(300).double()
-    said = head.log_endpoint(call, x, half, zero)
-    assert (said - head.log_endpoint(call, x, half, half)).abs().max() > 0.01
-    assert (said - head.log_endpoint(call, x, half + 0.4, zero)).abs().max() > 0.01
+    endpoint = head.log_endpoint(call, x, half, zero)
+    assert (endpoint - head.log_endpoint(call, x, half, half)).abs().max() > 0.01
+    assert (endpoint - head.log_endpoint(call, x, half + 0.4, zero)).abs().max() > 0.01
     moved = x.clone()
     moved[:, 2] += 1
-    assert (said - head.log_endpoint(call, moved, half, zero))[:, 0].abs().max() > 0.01, "all see one another"
+    assert (endpoint - head.log_endpoint(call, moved, half, zero))[:, 0].abs().max() > 0.01, "all see one another"
 
 
 def test_initial_head_equals_the_model() -> None:
@@ -150,7 +152,7 @@ def test_the_gradient_is_that_of_the_loss_with_its_targets_held() -> None:
     model, head = tiny(semigroup_share=0.6)
     call, given = lesson(model, random_ids(8))
     task = set_task(head, call, given)
-    assert 0 < task.jumps.sum() < 8 and not task.laws.requires_grad
+    assert 0 < task.jumps.sum() < 8 and not task.probs.requires_grad
 
     def value() -> Tensor:
         terms = graded(head, call, task)
@@ -212,9 +214,9 @@ def test_f_has_the_jumps_of_the_endpoint() -> None:
     model, head = tiny(objective="shortcut", min_time=0.1)
     call, x = toy_call(model, empty(5), 3), Key(0).normal((5, 3, V), torch.float64)
     t, s = torch.linspace(0.2, 0.9, 5).double(), torch.linspace(0.0, 0.5, 5).double()
-    law, F = head.log_endpoint(call, x, t, s).exp(), velocity_of(head, call)(x, t, s)
+    distribution, F = head.log_endpoint(call, x, t, s).exp(), velocity_of(head, call)(x, t, s)
     kept = (s / t).view(-1, 1, 1)
-    assert torch.allclose(x - (t - s).view(-1, 1, 1) * F, kept * x + (1 - kept) * head.scale * law)
+    assert torch.allclose(x - (t - s).view(-1, 1, 1) * F, kept * x + (1 - kept) * head.scale * distribution)
     assert velocity_of(head, call)(x, t * 0, s * 0).isfinite().all()
     at_times = lambda x, t, s: velocity_of(head, call)(x, t + 0 * x[:, 0, 0], s + 0 * x[:, 0, 0])  # noqa: E731
     *_, last = run_sampler(SAMPLERS.get("flow_map"), at_times, x, [1.0, 0.0])

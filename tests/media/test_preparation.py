@@ -264,7 +264,7 @@ def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monke
     assert [(p.width, p.height) for p in reply.images] == [(12, 8), (12, 8)]
     own, *others = list(appended.values())
     assert [span.grid for span in own[:2]] == [(1, 4, 4), (1, 2, 3)]
-    told = [spans for spans in others if len(spans) == 2]  # the second picture's history without its text
-    assert len(told) == 1
-    for one, other in zip(told[0], own, strict=False):
+    reduced = [spans for spans in others if len(spans) == 2]  # the second picture's history without its text
+    assert len(reduced) == 1
+    for one, other in zip(reduced[0], own, strict=False):
         assert one.grid == other.grid and torch.equal(one.latents, other.latents)

@@ -31,7 +31,7 @@ SHAPES = {
 class Extend(TokenStep):
     """The test oracle: it never serves, so `append_ids` uses Transformer.extend."""
 
-    def serves(self, cache) -> bool:  # noqa: ANN001
+    def supports(self, cache) -> bool:  # noqa: ANN001
         return False
 
 

@@ -313,8 +313,8 @@ def test_autocast_gives_its_dtype_and_float32_sums() -> None:
 def test_gpu_task_without_cuda_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "suite.toml").write_text('title = "GPU"\ntasks = ["jvp_attention"]\n')
     assert evaluate([str(tmp_path / "suite.toml"), "--html", str(tmp_path / "report.html")]) == 2
-    said = capsys.readouterr().err
-    assert "this machine has no CUDA device" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "this machine has no CUDA device" in output and output.count("\n") == 1
 
 
 # ---- Triton, in its interpreter --------------------------------------------------------------------------------------

@@ -19,23 +19,23 @@ from omni.objectives.target_guidance import GuidedDraw
 from omni.rng import Key
 
 
-def draw_of(law: Gaussian, num: int = 64, diagonal: float = 0.0) -> GuidedDraw:
-    return AlphaFlow(diagonal=diagonal).draw(gaussian_items(law, num), Key(0))
+def draw_of(distribution: Gaussian, num: int = 64, diagonal: float = 0.0) -> GuidedDraw:
+    return AlphaFlow(diagonal=diagonal).draw(gaussian_items(distribution, num), Key(0))
 
 
 def gradients(objective: FlowObjective, call: NetworkCall, draw: GuidedDraw) -> list[Tensor]:
     return list(torch.autograd.grad(objective.loss(call, draw).sum, list(call.live.values())))
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 0.9])
-def test_residual_vanishes_at_the_exact_map(law: Gaussian, alpha: float) -> None:
+def test_residual_vanishes_at_the_exact_map(distribution: Gaussian, alpha: float) -> None:
     """alpha = 0 with the marginal velocity as tangent; alpha > 0 with the network's average velocity, so that z stays
     on the path."""
-    draw = draw_of(law)
-    draw = replace(draw, v=law.velocity(draw.x, draw.items.expand(draw.t)))
+    draw = draw_of(distribution)
+    draw = replace(draw, v=distribution.velocity(draw.x, draw.items.expand(draw.t)))
     objective = AlphaFlow(alpha=alpha, power=0.0, velocity="network" if alpha else "data")
-    exact, wrong = (float(objective.loss(GaussianCall(draw.items, law, e), draw).sum) for e in (0.0, 0.1))
+    exact, wrong = (float(objective.loss(GaussianCall(draw.items, distribution, e), draw).sum) for e in (0.0, 0.1))
     assert exact < 1e-8 < 1e-5 < wrong
 
 

@@ -22,20 +22,20 @@ from omni.rng import Key
 TIME = Consistency().time
 
 
-def on_path(draw: ConsistencyDraw, law: Gaussian) -> ConsistencyDraw:
+def on_path(draw: ConsistencyDraw, distribution: Gaussian) -> ConsistencyDraw:
     """x_r on the path of the flow instead of the sample's line."""
     items = draw.items
-    return replace(draw, x_r=law.map(draw.x, items.expand(draw.t), items.expand(draw.r)))
+    return replace(draw, x_r=distribution.map(draw.x, items.expand(draw.t), items.expand(draw.r)))
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
 @pytest.mark.parametrize("schedule", ["ect", "ict"])
-def test_residual_vanishes_at_the_exact_map_on_the_path(law: Gaussian, schedule: str) -> None:
+def test_residual_vanishes_at_the_exact_map_on_the_path(distribution: Gaussian, schedule: str) -> None:
     for progress in (0.0, 0.5):
-        items = replace(gaussian_items(law), progress=progress)
+        items = replace(gaussian_items(distribution), progress=progress)
         objective = Consistency(schedule=schedule, distance="l2", clock="house")  # type: ignore[arg-type]
-        draw = on_path(objective.draw(items, Key(0)), law)
-        exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.2))
+        draw = on_path(objective.draw(items, Key(0)), distribution)
+        exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.2))
         assert exact < 1e-8 < 1e-4 < wrong
 
 

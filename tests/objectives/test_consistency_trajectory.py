@@ -18,13 +18,13 @@ from omni.objectives.times import BatchNames
 from omni.rng import Key
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map_on_the_path(law: Gaussian) -> None:
-    items = gaussian_items(law)
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map_on_the_path(distribution: Gaussian) -> None:
+    items = gaussian_items(distribution)
     objective = ConsistencyTrajectory(velocity_weight=0.0)
     draw = objective.draw(items, Key(0))
-    draw = replace(draw, x_u=law.map(draw.x, items.expand(draw.t), items.expand(draw.u)))
-    exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.2))
+    draw = replace(draw, x_u=distribution.map(draw.x, items.expand(draw.t), items.expand(draw.u)))
+    exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.2))
     assert exact < 1e-8 < 1e-4 < wrong
 
 

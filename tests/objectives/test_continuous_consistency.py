@@ -16,14 +16,14 @@ from omni.objectives.target_guidance import GuidedDraw, TargetGuidance
 from omni.rng import Key
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map_with_the_marginal_velocity(law: Gaussian) -> None:
-    items = gaussian_items(law)
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map_with_the_marginal_velocity(distribution: Gaussian) -> None:
+    items = gaussian_items(distribution)
     for normalise in ("none", "rms", "norm"):
         objective = ContinuousConsistency(normalise=normalise)
         draw = objective.draw(items, Key(0))
-        draw = replace(draw, v=law.velocity(draw.x, items.expand(draw.t)))
-        exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.1))
+        draw = replace(draw, v=distribution.velocity(draw.x, items.expand(draw.t)))
+        exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.1))
         assert exact < 1e-8 < 1e-4 < wrong
 
 

@@ -114,7 +114,7 @@ def test_the_loss_is_the_released_one(taus: tuple[float, ...]) -> None:
     terms = objective.loss(call, draw)
     wanted = (4 * first + 2 * second) / 6
     assert abs(float(terms.sum.detach()) / terms.count - wanted) < 1e-9 * wanted
-    assert torch.equal(call.log[-1][3], 1 / draw.alpha)  # type: ignore[arg-type]  (the network is told)
+    assert torch.equal(call.log[-1][3], 1 / draw.alpha)  # type: ignore[arg-type]  (the network reads it)
 
 
 def test_one_temperature_makes_the_loss_constant_but_not_the_force() -> None:
@@ -127,8 +127,8 @@ def test_one_temperature_makes_the_loss_constant_but_not_the_force() -> None:
         terms = objective.loss(call, objective.draw(items, key))
         values.append(float(terms.sum) / terms.count)
         reported = Drifting(particles=200, temperatures=(0.2,), report="force")
-        told = reported.loss(call, reported.draw(items, key))
-        forces.append(float(told.sum) / told.count)
+        embedded = reported.loss(call, reported.draw(items, key))
+        forces.append(float(embedded.sum) / embedded.count)
         assert abs(forces[-1] - float(objective.force(call, objective.draw(items, key)).mean())) < 1e-12
         several = Drifting().loss(call, Drifting().draw(items, key))
         three.append(float(several.sum) / several.count)
@@ -151,15 +151,15 @@ def test_report_does_not_change_the_gradient() -> None:
 NUMBERS = [pytest.param(20_000, id="20k"), pytest.param(100_000, id="100k", marks=pytest.mark.slow)]
 
 
-def products(law: Gaussian, num: int, error: float, **options: object) -> Tensor:
+def products(distribution: Gaussian, num: int, error: float, **options: object) -> Tensor:
     """V . V' at fixed points, mean over points, for pairs of independent groups of 100: |E V|^2 without bias."""
     objective = Drifting(particles=100, **FIELD, **options)  # type: ignore[arg-type]
-    points = law.sample(Key(9), 1, 20)
+    points = distribution.sample(Key(9), 1, 20)
     found = []
     for chunk in range(num // 10_000):
-        items = cloud(law, 10_000, key=Key(chunk).fold("data"))
+        items = cloud(distribution, 10_000, key=Key(chunk).fold("data"))
         draw = objective.draw(items, Key(chunk))
-        y = land(GaussianCall(items, law, error), draw.x, draw.t, draw.s, items)
+        y = land(GaussianCall(items, distribution, error), draw.x, draw.t, draw.s, items)
         for value in fields(objective, draw, items, y, points):
             pairs = value.unflatten(0, (-1, 2))
             found.append((pairs[:, 0] * pairs[:, 1]).mean((1, 2)))
@@ -178,22 +178,22 @@ def fields(objective: Drifting, draw: DriftDraw, items: Items, y: Tensor, points
 
 
 @pytest.mark.parametrize("num", NUMBERS)
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_the_field_is_zero_in_the_population_at_the_exact_map(law: Gaussian, num: int) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_the_field_is_zero_in_the_population_at_the_exact_map(distribution: Gaussian, num: int) -> None:
     """Within 4 standard errors at the exact map, beyond 8 at a wrong one."""
-    assert abs(standard_errors(products(law, num, 0.0))) < 4
-    assert standard_errors(products(law, num, 0.3)) > 8
+    assert abs(standard_errors(products(distribution, num, 0.0))) < 4
+    assert standard_errors(products(distribution, num, 0.3)) > 8
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_the_field_is_zero_between_any_two_times(law: Gaussian) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_the_field_is_zero_between_any_two_times(distribution: Gaussian) -> None:
     """f(x_t, t, s) against samples of p_s; no particle sees its own positive. V . (x - mean), which detects a wrong
     deviation, is 0 in expectation at the exact map, at the objective's own particles."""
-    objective, items = Drifting(particles=50, pairs="below", **FIELD), cloud(law, 10_000)  # type: ignore[arg-type]
+    objective, items = Drifting(particles=50, pairs="below", **FIELD), cloud(distribution, 10_000)  # type: ignore[arg-type]
     draw = objective.draw(items, Key(0))
     for error, is_wrong in ((0.0, False), (0.6, True)):
         found = []
-        for families in objective.goals(GaussianCall(items, law, error), draw):
+        for families in objective.goals(GaussianCall(items, distribution, error), draw):
             for goal in families:
                 x = goal.x - goal.x.mean(1, keepdim=True)
                 found.append(((goal.goal - goal.x) * x).sum(-1).mean(1))

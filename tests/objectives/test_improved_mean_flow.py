@@ -23,31 +23,31 @@ class RightOnTheDiagonal(GaussianCall):
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         start, end = self.items.expand(t), self.items.expand(s)
-        return self.law.average(x, start, end) + self.error * x * (start - end)
+        return self.gaussian.average(x, start, end) + self.error * x * (start - end)
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map(distribution: Gaussian) -> None:
     """Both terms, if v is the marginal velocity."""
-    items = gaussian_items(law)
+    items = gaussian_items(distribution)
     objective = ImprovedMeanFlow(diagonal=0.0, power=0.0)
     draw = objective.draw(items, Key(0))
-    draw = replace(draw, v=law.velocity(draw.x, items.expand(draw.t)))
-    exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.1))
+    draw = replace(draw, v=distribution.velocity(draw.x, items.expand(draw.t)))
+    exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.1))
     assert exact < 1e-8 < 1e-4 < wrong
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_compound_velocity_needs_no_marginal_velocity_as_tangent(law: Gaussian) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_compound_velocity_needs_no_marginal_velocity_as_tangent(distribution: Gaussian) -> None:
     """MeanFlow's target has the noise of the sample's v in its tangent; V does not. At the exact map, V's error against
     the sample's v is the irreducible error of the diagonal, at every item."""
-    items = gaussian_items(law)
+    items = gaussian_items(distribution)
     draw = ImprovedMeanFlow(diagonal=0.0).draw(items, Key(0))
-    call = GaussianCall(items, law)
-    floor = FlowMatching().loss(call, draw)
+    call = GaussianCall(items, distribution)
+    least = FlowMatching().loss(call, draw)
     found = ImprovedMeanFlow(power=0.0, velocity_weight=0.0).loss(call, draw)
-    assert abs(float(found.sum - floor.sum)) < 1e-8
-    assert abs(float(MeanFlow(power=0.0).loss(call, draw).sum - floor.sum)) > 1e-2
+    assert abs(float(found.sum - least.sum)) < 1e-8
+    assert abs(float(MeanFlow(power=0.0).loss(call, draw).sum - least.sum)) > 1e-2
 
 
 @pytest.mark.parametrize("options", [{}, {"power": 0.0, "velocity_weight": 0.3}])

@@ -18,13 +18,13 @@ from omni.objectives.times import BatchNames, TimeDistribution
 from omni.rng import Key
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map_with_the_marginal_velocity(law: Gaussian) -> None:
-    items = gaussian_items(law)
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map_with_the_marginal_velocity(distribution: Gaussian) -> None:
+    items = gaussian_items(distribution)
     objective = MeanFlow(diagonal=0.0, power=0.0)
     draw = objective.draw(items, Key(0))
-    draw = replace(draw, v=law.velocity(draw.x, items.expand(draw.t)))
-    exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.1))
+    draw = replace(draw, v=distribution.velocity(draw.x, items.expand(draw.t)))
+    exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.1))
     assert exact < 1e-8 < 1e-4 < wrong
 
 
@@ -85,9 +85,9 @@ def test_guidance_enters_the_tangent_as_well_as_the_target() -> None:
     items = gaussian_items(PLANE)
     objective = MeanFlow(diagonal=0.0, power=0.0, guidance=TargetGuidance(scale=2.0))
     draw = objective.draw(items, Key(0))
-    told, v = objective.guidance.apply(network_call(items), draw)
+    embedded, v = objective.guidance.apply(network_call(items), draw)
     plain = MeanFlow(diagonal=0.0, power=0.0)
-    wanted = plain.loss(told, replace(draw, v=v, scale=None))
+    wanted = plain.loss(embedded, replace(draw, v=v, scale=None))
     found = objective.loss(network_call(items), draw)
     assert abs(float((found.sum - wanted.sum).detach())) < 1e-9
-    assert abs(float((found.sum - plain.loss(told, replace(draw, scale=None)).sum).detach())) > 1e-3
+    assert abs(float((found.sum - plain.loss(embedded, replace(draw, scale=None)).sum).detach())) > 1e-3

@@ -26,14 +26,14 @@ SQUARED = Kernel(kind="squared")
 DOUBLE = torch.float64
 
 
-def unbiased(law: Gaussian, num: int, error: float, **options: object) -> Tensor:
+def unbiased(distribution: Gaussian, num: int, error: float, **options: object) -> Tensor:
     """The discrepancy without diagonals of every group of 50, in chunks of 10,000 particles."""
     objective = MomentMatching(particles=50, **options)  # type: ignore[arg-type]
     found = []
     for chunk in range(num // 10_000):
-        items = cloud(law, 10_000, key=Key(chunk).fold("data"))
+        items = cloud(distribution, 10_000, key=Key(chunk).fold("data"))
         draw = objective.draw(items, Key(chunk))
-        found.append(objective.discrepancy(GaussianCall(items, law, error), draw, diagonals=False)[::50])
+        found.append(objective.discrepancy(GaussianCall(items, distribution, error), draw, diagonals=False)[::50])
     return torch.cat(found)
 
 
@@ -41,22 +41,24 @@ NUMBERS = [pytest.param(20_000, id="20k"), pytest.param(100_000, id="100k", mark
 
 
 @pytest.mark.parametrize("num", NUMBERS)
-@pytest.mark.parametrize("law", [LINE, PLANE])
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
 @pytest.mark.parametrize("options", [{"k": 4.0}, {"pairs": "one_step"}], ids=["inductive", "gmmn"])
-def test_population_discrepancy_is_zero_at_the_exact_map(law: Gaussian, options: dict, num: int) -> None:
+def test_population_discrepancy_is_zero_at_the_exact_map(distribution: Gaussian, options: dict, num: int) -> None:
     """Within 4 standard errors at the exact map, beyond 6 at a wrong one. The step from t to r is wide: a map that is
     wrong at t is wrong in the same way at a near r, as induction assumes, and the discrepancy is smaller."""
-    assert abs(standard_errors(unbiased(law, num, 0.0, **options))) < 4
-    assert standard_errors(unbiased(law, num, 0.6, **options)) > 6
+    assert abs(standard_errors(unbiased(distribution, num, 0.0, **options))) < 4
+    assert standard_errors(unbiased(distribution, num, 0.6, **options)) > 6
 
 
 def test_copies_of_one_point_are_biased_unless_the_point_is_all_there_is() -> None:
     """The bias of "copies" (see `particles`): given x0, the exact map has other ends from t than from r."""
     objective = MomentMatching(particles=50, groups="copies", k=6.0)
     narrow = Gaussian(PLANE.mean, PLANE.covariance * 1e-10)
-    for law, is_biased in ((PLANE, True), (narrow, False)):
-        items = cloud(law, 400, copies=50)
-        found = objective.discrepancy(GaussianCall(items, law), objective.draw(items, Key(0)), diagonals=False)[::50]
+    for distribution, is_biased in ((PLANE, True), (narrow, False)):
+        items = cloud(distribution, 400, copies=50)
+        found = objective.discrepancy(
+            GaussianCall(items, distribution), objective.draw(items, Key(0)), diagonals=False
+        )[::50]
         assert (standard_errors(found) > 8) == is_biased
         assert is_biased or abs(float(found.mean())) < 1e-6
 

@@ -14,12 +14,12 @@ from omni.objectives.progressive_distillation import ProgressiveDistillation
 from omni.rng import Key
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
-    items = gaussian_items(law, num=200, size=1)
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map(distribution: Gaussian) -> None:
+    items = gaussian_items(distribution, num=200, size=1)
     objective = ProgressiveDistillation(velocity_weight=0)
     draw = objective.draw(items, Key(0))
-    exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.1))
+    exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.1))
     assert exact < 1e-8 < 1e-4 < wrong
 
 

@@ -21,13 +21,13 @@ def at(draw: Draw, t: float, s: float) -> Draw:
     return replace(draw, x=draw.items.interpolate(draw.noise, times[0]), t=times[0], s=times[1])
 
 
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map(law: Gaussian) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map(distribution: Gaussian) -> None:
     """All levels but the finest (sampled with one level fewer), whose halves are Euler steps."""
-    items = gaussian_items(law, num=200, size=1)
+    items = gaussian_items(distribution, num=200, size=1)
     draw = Shortcut(num_levels=6, bootstrap=1.0).draw(items, Key(0))
     objective = Shortcut(num_levels=7, clip=None)
-    exact, wrong = (float(objective.loss(GaussianCall(items, law, e), draw).sum) for e in (0.0, 0.1))
+    exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.1))
     assert exact < 1e-8 < 1e-4 < wrong
 
 
@@ -106,10 +106,14 @@ def test_guidance_embedding_separates_two_fields() -> None:
     1."""
     dropped = torch.tensor([False, True] * 4)
     items = replace(gaussian_items(PLANE, num=8), is_null=dropped)
-    objective = Shortcut(clip=None, num_levels=3, guidance_scale=2.0, tell_guidance=True)
-    told, plain = torch.where(dropped, 1.0, 0.5).double(), torch.ones(8, dtype=torch.float64)
+    objective = Shortcut(clip=None, num_levels=3, guidance_scale=2.0, embed_guidance=True)
+    embedded, plain = torch.where(dropped, 1.0, 0.5).double(), torch.ones(8, dtype=torch.float64)
     draw = objective.draw(items, Key(0))
-    for s, wanted in ((0.25, (plain, plain, told)), (0.0, (told, told, told)), (0.5, (plain, plain, plain))):
+    for s, wanted in (
+        (0.25, (plain, plain, embedded)),
+        (0.0, (embedded, embedded, embedded)),
+        (0.5, (plain, plain, plain)),
+    ):
         call = network_call(items)
         objective.loss(call, at(draw, 0.5, s))
         own = [beta for kind, _, _, beta in call.log if kind == "call"]
@@ -124,7 +128,7 @@ def test_shares_of_levels() -> None:
     with pytest.raises(ValueError, match="3 weights, one per level"):
         Shortcut(num_levels=3, shares=(1.0, 1.0))
     with pytest.raises(ValueError, match="tell_guidance has no effect"):
-        Shortcut(tell_guidance=True)
+        Shortcut(embed_guidance=True)
 
 
 def test_clip_bounds_the_midpoint_and_the_target() -> None:

@@ -71,13 +71,13 @@ def test_outside_the_interval_the_velocity_is_plain_and_the_embedding_unchanged(
     objective = build_objective("mean_flow", guidance={"scale": 2.5, "mix": 0.92, "low": 0.3, "high": 0.8})
     draw = objective.draw(items, Key(1))
     call = network_call(items)
-    told, v = objective.guidance.apply(call, draw)
+    embedded, v = objective.guidance.apply(call, draw)
     inside = ((draw.t >= 0.3) & (draw.t <= 0.8))[items.item[0]]
     assert 50 < int(inside.sum()) < 190
     moved = (v != draw.v).any(-1)[0]
     assert torch.equal(moved, inside)
-    assert torch.equal(told.beta, torch.full_like(draw.t, 1 / 2.5))
-    null, own = (c(draw.x, draw.t, draw.t).detach() for c in (call.null(), told))
+    assert torch.equal(embedded.beta, torch.full_like(draw.t, 1 / 2.5))
+    null, own = (c(draw.x, draw.t, draw.t).detach() for c in (call.null(), embedded))
     wanted = 0.2 * draw.v + (1 - 0.2 - 0.92) * null + 0.92 * own  # the paper's omega = 0.2, kappa = 0.92
     assert float((v - wanted)[:, inside].abs().max()) < 1e-12
     assert not v.requires_grad

@@ -31,13 +31,13 @@ def items_with_null(num: int = 6) -> Items:
 
 
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_residual_vanishes_at_the_exact_map(law: Gaussian, detach: bool) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_residual_vanishes_at_the_exact_map(distribution: Gaussian, detach: bool) -> None:
     """The terminal term as sampled; the flow term with the marginal velocity instead of the conditional one."""
-    objective, items = TerminalVelocity(detach_tangent=detach), gaussian_items(law)
+    objective, items = TerminalVelocity(detach_tangent=detach), gaussian_items(distribution)
     draw = objective.draw(items, Key(0))
-    draw = replace(draw, v=law.velocity(draw.flow_x, items.expand(draw.flow_t)))
-    exact, wrong = GaussianCall(items, law), GaussianCall(items, law, 0.1)
+    draw = replace(draw, v=distribution.velocity(draw.flow_x, items.expand(draw.flow_t)))
+    exact, wrong = GaussianCall(items, distribution), GaussianCall(items, distribution, 0.1)
     assert float(objective.terminal_error(exact, draw).max()) < 1e-8
     assert float(objective.terminal_error(wrong, draw).mean()) > 1e-4
     assert float(objective.loss(exact, draw).sum) < 1e-8 < 1e-2 < float(objective.loss(wrong, draw).sum)
@@ -61,7 +61,7 @@ def test_the_detached_tangent_has_the_value_but_not_the_gradient() -> None:
     assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) > 1e-2
 
 
-def told_again(call: NetworkCall, draw: TerminalDraw, w: Tensor, scaled: bool) -> Tensor:
+def computed_again(call: NetworkCall, draw: TerminalDraw, w: Tensor, scaled: bool) -> Tensor:
     """The loss from its formulas, with dF/ds by central differences: (I,)."""
     items, s, t, x, h = draw.items, draw.s, draw.t, draw.x, 1e-6
     call, factor = call.guided(1 / w), items.expand(w) if scaled else 1.0
@@ -81,8 +81,8 @@ def test_the_loss_is_its_formula(options: dict, scaled: bool) -> None:
     draw, call = objective.draw(items, Key(2)), network_call(items)
     assert bool((draw.beta[items.is_null] == 1).all())
     with torch.no_grad():
-        wanted = (told_again(call, draw, 1 / draw.beta, scaled) * items.counts).sum()
-        other = (told_again(call, draw, 1.1 / draw.beta, scaled) * items.counts).sum()
+        wanted = (computed_again(call, draw, 1 / draw.beta, scaled) * items.counts).sum()
+        other = (computed_again(call, draw, 1.1 / draw.beta, scaled) * items.counts).sum()
     found = objective.loss(call, draw).sum.detach()
     assert float((found - wanted).abs() / wanted) < 1e-7 and float((found - other).abs() / wanted) > 1e-3
 

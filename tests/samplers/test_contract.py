@@ -1,5 +1,5 @@
 """What every sampler of the registry does, ours and those of installed packages: numbered states, right times, the
-law of the data with the exact map, keyed noise, rows apart. A new sampler changes nothing here."""
+distribution of the data with the exact map, keyed noise, rows apart. A new sampler changes nothing here."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NAMES = SAMPLERS.names()
 POINTS = 20_000
 
 
-def exact(law: Gaussian) -> Velocity:
+def exact(distribution: Gaussian) -> Velocity:
     one = torch.ones((), dtype=torch.float64)
-    return lambda x, t, s: law.average(x.double(), one * t, one * s).to(x.dtype)
+    return lambda x, t, s: distribution.average(x.double(), one * t, one * s).to(x.dtype)
 
 
 def keyed(seed: int, start: Tensor) -> Noise:
     return lambda jump: Key(seed).fold(jump).normal(tuple(start.shape), torch.float64)
 
 
-def states(name: str, start: Tensor, times: list[float], law: Gaussian = PLANE, seed: int = 6) -> list[State]:
-    return list(run_sampler(SAMPLERS.get(name), exact(law), start, times, keyed(seed, start)))
+def states(name: str, start: Tensor, times: list[float], distribution: Gaussian = PLANE, seed: int = 6) -> list[State]:
+    return list(run_sampler(SAMPLERS.get(name), exact(distribution), start, times, keyed(seed, start)))
 
 
 def asked(name: str, start: Tensor, times: list[float]) -> list[Call | State]:
@@ -67,20 +67,21 @@ def test_the_first_evaluation_is_at_the_start(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_the_exact_map_gives_the_data(name: str, law: Gaussian) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_the_exact_map_gives_the_data(name: str, distribution: Gaussian) -> None:
     """Samplers without noise end where the map does; others have its mean and covariance."""
     num = POINTS if adds_noise(name) else 500
-    start = Key(4).normal((num, law.channels), torch.float64)
-    end = states(name, start, time_grid(64), law)[-1].x
+    start = Key(4).normal((num, distribution.channels), torch.float64)
+    end = states(name, start, time_grid(64), distribution)[-1].x
     if adds_noise(name):
-        covariance = torch.cov(end.T).reshape(law.channels, law.channels)
-        assert float((end.mean(0) - law.mean).abs().max()) < 0.05
-        assert float((covariance - law.covariance).abs().max()) < 0.05
+        covariance = torch.cov(end.T).reshape(distribution.channels, distribution.channels)
+        assert float((end.mean(0) - distribution.mean).abs().max()) < 0.05
+        assert float((covariance - distribution.covariance).abs().max()) < 0.05
     else:
         one = torch.ones((), dtype=torch.float64)
-        error = [float((states(name, start, time_grid(n), law)[-1].x - law.map(start, one, 0 * one)).abs().max())
-                 for n in (16, 64)]  # fmt: skip
+        wanted = distribution.map(start, one, 0 * one)
+        ends = [states(name, start, time_grid(n), distribution)[-1].x for n in (16, 64)]
+        error = [float((end - wanted).abs().max()) for end in ends]
         assert error[1] < 0.1 and (error[1] < 0.5 * error[0] or error[1] < 1e-9)
 
 

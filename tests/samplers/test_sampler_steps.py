@@ -1,4 +1,4 @@
-"""Samplers, grids, token probabilities and verdicts on numbers that can be followed by hand."""
+"""Samplers, grids, token probabilities and draft verification on numbers that can be followed by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omni.rng import Key
 from omni.samplers import SAMPLERS, from_diffusers, num_steps, run_sampler, time_grid
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 from omni.samplers.token import sample_token, token_log_probs, token_uniform
-from omni.samplers.verification import LOSSLESS, VERIFICATIONS, Verdict, _finish, agreed, block, coupled, rejection
+from omni.samplers.verification import LOSSLESS, VERIFICATIONS, Verified, _finish, agreed, block, coupled, rejection
 
 TIMES = [1.0, 0.75, 0.5, 0.0]
 
@@ -167,19 +167,19 @@ def test_times_of_schedulers_by_hand() -> None:
 def test_probabilities_of_tokens_by_hand() -> None:
     score = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]).double().log()
 
-    def law(temperature: float, top_p: float = 1.0) -> list[list[float]]:
+    def distribution(temperature: float, top_p: float = 1.0) -> list[list[float]]:
         found = token_log_probs(score.float(), temperature, top_p)
         assert found.dtype == torch.float64
         return [pytest.approx(row, abs=1e-6) for row in found.exp().tolist()]
 
-    assert law(1.0) == [[0.1, 0.4, 0.2, 0.3], [0.25] * 4]
+    assert distribution(1.0) == [[0.1, 0.4, 0.2, 0.3], [0.25] * 4]
     squares = [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]
-    assert [squares, [0.25] * 4] == law(0.5)
-    assert law(0.0) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
-    assert law(1.0, 0.69) == [[0.0, 4 / 7, 0.0, 3 / 7], [1 / 3, 1 / 3, 1 / 3, 0.0]]
-    assert law(1.0, 0.1) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
-    assert law(1.0, 0.89) == [[0.0, 4 / 9, 2 / 9, 3 / 9], [0.25] * 4]
-    assert law(1.0, 0.5)[1] == [0.5, 0.5, 0.0, 0.0]  # exactly half the mass is in two of four
+    assert [squares, [0.25] * 4] == distribution(0.5)
+    assert distribution(0.0) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert distribution(1.0, 0.69) == [[0.0, 4 / 7, 0.0, 3 / 7], [1 / 3, 1 / 3, 1 / 3, 0.0]]
+    assert distribution(1.0, 0.1) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert distribution(1.0, 0.89) == [[0.0, 4 / 9, 2 / 9, 3 / 9], [0.25] * 4]
+    assert distribution(1.0, 0.5)[1] == [0.5, 0.5, 0.0, 0.0]  # exactly half the mass is in two of four
 
 
 def test_a_token_is_drawn_by_its_keys_uniform() -> None:
@@ -193,7 +193,7 @@ def test_a_token_is_drawn_by_its_keys_uniform() -> None:
         assert sample_token(score, 1.0, 0.5, key) == (1 if u < 4 / 7 else 3)
 
 
-# ---- verdicts ------------------------------------------------------------------------------------------------------
+# ---- draft verification --------------------------------------------------------------------------------------------
 
 
 def log(*rows: list[list[float]]) -> Tensor:
@@ -207,11 +207,11 @@ def test_names_of_verifications() -> None:
 def test_coupled_by_hand() -> None:
     plain = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [0, 2, 3]])
     draft = torch.tensor([[1, 2], [1, 0], [0, 2], [1, 2]])
-    verdict = agreed(draft, plain)
-    assert verdict.kept.tolist() == [2, 1, 0, 0] and torch.equal(verdict.ids, plain)
+    verified = agreed(draft, plain)
+    assert verified.accepted.tolist() == [2, 1, 0, 0] and torch.equal(verified.ids, plain)
     log_p = log([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]])
-    verdict = coupled(torch.tensor([[1, 0]]), log_p, torch.tensor([[0.6, 0.3, 0.95]]))
-    assert verdict.ids.tolist() == [[1, 1, 1]] and verdict.kept.tolist() == [1]
+    verified = coupled(torch.tensor([[1, 0]]), log_p, torch.tensor([[0.6, 0.3, 0.95]]))
+    assert verified.ids.tolist() == [[1, 1, 1]] and verified.accepted.tolist() == [1]
 
 
 P = [[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]
@@ -220,11 +220,11 @@ Q = [[0.25, 0.25, 0.5], [0.4, 0.3, 0.3]]
 
 def judge(function, draft: list[int], coins: list[float], uniforms: list[float]) -> tuple[int, list[int]]:  # noqa: ANN001
     """(kept, emitted ids)."""
-    verdict: Verdict = function(
+    verified: Verified = function(
         torch.tensor([draft]), log(Q), log(P), torch.tensor([coins]).double(), torch.tensor([uniforms]).double()
     )
-    kept = int(verdict.kept)
-    return kept, verdict.ids[0, : kept + 1].tolist()
+    accepted = int(verified.accepted)
+    return accepted, verified.ids[0, : accepted + 1].tolist()
 
 
 def test_rejection_by_hand() -> None:
@@ -254,25 +254,25 @@ def test_block_by_hand() -> None:
 def test_where_rounding_leaves_no_excess_the_token_comes_from_the_target() -> None:
     p = log([[0.2, 0.8], [0.5, 0.5]])
     for function in (rejection, block):
-        verdict = function(torch.tensor([[1]]), p[:, :1], p, torch.tensor([[1.0]]), torch.tensor([[0.1, 0.9]]))
-        assert verdict.kept.tolist() == [0] and verdict.ids[0, 0] == 0
+        verified = function(torch.tensor([[1]]), p[:, :1], p, torch.tensor([[1.0]]), torch.tensor([[0.1, 0.9]]))
+        assert verified.accepted.tolist() == [0] and verified.ids[0, 0] == 0
 
 
 def test_rows_are_judged_apart() -> None:
     draft = torch.tensor([[2, 0], [0, 1], [2, 0]])
     coins = torch.tensor([[0.41, 0.0], [0.5, 0.5], [0.3, 0.9]]).double()
     uniforms = torch.tensor([[0.84, 0, 0], [0, 0, 0.3], [0, 0.5, 0]]).double()
-    verdict = rejection(draft, log(Q).expand(3, -1, -1), log(P).expand(3, -1, -1), coins, uniforms)
-    assert verdict.kept.tolist() == [0, 2, 1]
-    assert verdict.ids.shape == (3, 3) and verdict.ids[0, 0] == 1
-    assert verdict.ids[1].tolist() == [0, 1, 1] and verdict.ids[2, :2].tolist() == [2, 1]
+    verified = rejection(draft, log(Q).expand(3, -1, -1), log(P).expand(3, -1, -1), coins, uniforms)
+    assert verified.accepted.tolist() == [0, 2, 1]
+    assert verified.ids.shape == (3, 3) and verified.ids[0, 0] == 1
+    assert verified.ids[1].tolist() == [0, 1, 1] and verified.ids[2, :2].tolist() == [2, 1]
     assert draft.tolist() == [[2, 0], [0, 1], [2, 0]]  # as it was
 
 
 def test_pick_is_the_first_id_whose_sum_is_above_the_noise() -> None:
-    law = torch.tensor([0.1, 0.0, 0.4, 0.5, 0.0]).log()
+    distribution = torch.tensor([0.1, 0.0, 0.4, 0.5, 0.0]).log()
     for u, wanted in ((0.0, 0), (0.09, 0), (0.11, 2), (0.49, 2), (0.51, 3), (1 - 2**-53, 3)):
-        assert int(inverse_cdf_sample(law, torch.tensor(u, dtype=torch.float64))) == wanted
+        assert int(inverse_cdf_sample(distribution, torch.tensor(u, dtype=torch.float64))) == wanted
 
 
 def test_states_and_verdicts_do_not_change() -> None:
@@ -284,10 +284,10 @@ def test_states_and_verdicts_do_not_change() -> None:
 
 def test_where_rounding_leaves_no_excess_the_token_is_drawn_from_p() -> None:
     """Row 0 has an excess, on id 2 alone; row 1 has none, and p puts all on id 1."""
-    draft, kept = torch.tensor([[0, 0], [0, 0]]), torch.tensor([1, 2])
+    draft, accepted = torch.tensor([[0, 0], [0, 0]]), torch.tensor([1, 2])
     excess, p = torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)
     excess[0, 1, 2] = 0.25
     p[0, 1, 0], p[1, 2, 1] = 1.0, 1.0
-    verdict = _finish(draft, kept, excess, p, torch.full((2, 3), 0.5))
-    assert verdict.ids[0, :2].tolist() == [0, 2] and verdict.ids[1].tolist() == [0, 0, 1]
-    assert verdict.kept.tolist() == [1, 2]
+    verified = _finish(draft, accepted, excess, p, torch.full((2, 3), 0.5))
+    assert verified.ids[0, :2].tolist() == [0, 2] and verified.ids[1].tolist() == [0, 0, 1]
+    assert verified.accepted.tolist() == [1, 2]

@@ -1,4 +1,4 @@
-"""Samplers and time grids: order, law and count of evaluations on exact Gaussian flows; options; keyed noise."""
+"""Samplers and time grids: order, distribution, count of evaluations on exact Gaussian flows; options; keyed noise."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ POINTS = 20_000
 
 
 class Exact:
-    """The exact F of a law, counting its evaluations."""
+    """The exact F of a distribution, counting its evaluations."""
 
-    def __init__(self, law: Gaussian) -> None:
-        self.law, self.evaluations = law, 0
+    def __init__(self, distribution: Gaussian) -> None:
+        self.distribution, self.evaluations = distribution, 0
 
     def __call__(self, x: Tensor, t: float, s: float) -> Tensor:
         self.evaluations += 1
         one = torch.ones((), dtype=torch.float64)
-        return self.law.average(x.double(), one * t, one * s).to(x.dtype)
+        return self.distribution.average(x.double(), one * t, one * s).to(x.dtype)
 
 
 def keyed(key: Key, *shape: int) -> Noise:
@@ -78,12 +78,12 @@ def test_the_state_stays_exact_where_the_network_is_bf16() -> None:
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("flow_map", math.inf)])
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_order_of_convergence_on_the_gaussian_flow(name: str, order: float, law: Gaussian) -> None:
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_order_of_convergence_on_the_gaussian_flow(name: str, order: float, distribution: Gaussian) -> None:
     """Against the exact map: errors fall as steps^-order; the flow-map sampler is exact in any number of steps."""
-    start = Key(4).normal((500, law.channels), torch.float64)
+    start = Key(4).normal((500, distribution.channels), torch.float64)
     one = torch.ones((), dtype=torch.float64)
-    wanted = law.map(start, one, 0 * one)
+    wanted = distribution.map(start, one, 0 * one)
     error = {n: float((last(name, start, time_grid(n)) - wanted).abs().max()) for n in (1, 2, 64, 128)}
     if order == math.inf:
         assert max(error.values()) < 1e-12
@@ -113,15 +113,15 @@ def test_ddim_is_euler_on_this_path() -> None:
 # ---- samplers that add noise ---------------------------------------------------------------------------------------
 
 
-def law_error(states: list[State], law: Gaussian) -> float:
+def distribution_error(states: list[State], distribution: Gaussian) -> float:
     """The largest error of mean and covariance over all states, in deviations of its Monte Carlo error."""
     worst = 0.0
     for state in states:
         t = torch.tensor(state.t, dtype=torch.float64)
-        covariance = (1 - t) ** 2 * law.covariance + t**2 * torch.eye(law.channels)
+        covariance = (1 - t) ** 2 * distribution.covariance + t**2 * torch.eye(distribution.channels)
         spread = covariance.diag()
-        found = torch.cov(state.x.T).reshape(law.channels, law.channels)
-        mean = (state.x.mean(0) - (1 - t) * law.mean) / (spread / POINTS).sqrt()
+        found = torch.cov(state.x.T).reshape(distribution.channels, distribution.channels)
+        mean = (state.x.mean(0) - (1 - t) * distribution.mean) / (spread / POINTS).sqrt()
         second = (found - covariance) / ((spread[:, None] * spread + covariance**2) / POINTS).sqrt()
         worst = max(worst, float(mean.abs().max()), float(second.abs().max()))
     return worst
@@ -129,14 +129,14 @@ def law_error(states: list[State], law: Gaussian) -> float:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize(("name", "gamma"), [("restart", None), ("gamma", 0.3), ("gamma", 0.8), ("gamma", 1.0)])
-@pytest.mark.parametrize("law", [LINE, PLANE])
-def test_added_noise_keeps_the_law(law: Gaussian, name: str, gamma: float | None, steps: int) -> None:
-    """With the exact map every state has the law of its time, within Monte Carlo error."""
-    start = Key(4).normal((POINTS, law.channels), torch.float64)
+@pytest.mark.parametrize("distribution", [LINE, PLANE])
+def test_added_noise_keeps_the_distribution(distribution: Gaussian, name: str, gamma: float | None, steps: int) -> None:
+    """With the exact map every state has the distribution of its time, within Monte Carlo error."""
+    start = Key(4).normal((POINTS, distribution.channels), torch.float64)
     options = {} if gamma is None else {"gamma": gamma}
     noise = keyed(Key(6), *start.shape)
-    states = list(run_sampler(SAMPLERS.get(name), Exact(law), start, time_grid(steps), noise, **options))
-    assert law_error(states, law) < 4
+    states = list(run_sampler(SAMPLERS.get(name), Exact(distribution), start, time_grid(steps), noise, **options))
+    assert distribution_error(states, distribution) < 4
 
 
 def spoiled(
@@ -156,9 +156,11 @@ def spoiled(
 def test_wrong_bookkeeping_is_caught() -> None:
     start, noise = Key(4).normal((POINTS, 2), torch.float64), keyed(Key(6), POINTS, 2)
     mistakes = ("end in t, not in eta", "data not scaled", "noise in eta, not in t", "the same noise again")
-    found = {e: law_error(list(spoiled(Exact(PLANE), start, time_grid(4), noise, 0.8, e)), PLANE) for e in mistakes}
+    found = {
+        e: distribution_error(list(spoiled(Exact(PLANE), start, time_grid(4), noise, 0.8, e)), PLANE) for e in mistakes
+    }
     assert min(found.values()) > 8, found
-    assert law_error(list(spoiled(Exact(PLANE), start, time_grid(4), noise, 0.8, "none")), PLANE) < 4
+    assert distribution_error(list(spoiled(Exact(PLANE), start, time_grid(4), noise, 0.8, "none")), PLANE) < 4
 
 
 def test_gamma_goes_from_the_flow_map_to_restart() -> None:

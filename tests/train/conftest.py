@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omni.config import load_toml
-from train.build import assemble
+from train.build import build_run
 from train.loop import Run
 from train.recipe import Recipe
 
@@ -70,6 +70,6 @@ def recipe_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_run(recipe_file: Path, tmp_path: Path) -> Callable[..., Run]:
     def make(*overrides: str, out: str = "run") -> Run:
-        return assemble(load_toml(recipe_file, overrides, Recipe), tmp_path / out)
+        return build_run(load_toml(recipe_file, overrides, Recipe), tmp_path / out)
 
     return make

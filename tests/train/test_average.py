@@ -53,8 +53,8 @@ def test_damaged_input_prints_one_line_and_exits_4(
     weights = Path(two[1]) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{two[1]}=0.5"]) == 4
-    said = capsys.readouterr().err
-    assert "model.safetensors does not match its digest" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "model.safetensors does not match its digest" in output and output.count("\n") == 1
     (Path(two[1]) / "manifest.json").unlink()
     assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{two[1]}=0.5"]) == 4
     assert main([str(tmp_path / "out"), f"{two[0]}=0.5", f"{tmp_path / 'none'}=0.5"]) in (2, 4)

@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optimizer.rate=1", "unknown key 'optimizer'; did you mean 'optimiser'?"),
         ("optimiser.rat=1", "did you mean"),
@@ -50,13 +50,13 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
     ],
 )
 def test_a_mistake_prints_one_line_and_writes_nothing(
-    recipe_file: Path, tmp_path: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, tmp_path: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["drop.images=0.9"] if override.startswith("drop") else ["model.num_kv_heads=2"]
     assert main([str(recipe_file), override, *more, "--out", str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1
-    assert said in errors
+    assert message in errors
     assert not (tmp_path / "out").exists()
 
 
@@ -109,7 +109,7 @@ def test_init_from_another_tokenizer_or_shape_is_reported(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from omni.text.bpe import BPETokenizer
-    from train.build import assemble
+    from train.build import build_run
 
     BPETokenizer.train(["a cat and a cat and a cat"], 257).save(tmp_path / "one")
     BPETokenizer.train(["the dog, the dog, the dog"], 257).save(tmp_path / "two")
@@ -119,41 +119,41 @@ def test_init_from_another_tokenizer_or_shape_is_reported(
     assert main([str(recipe_file), init, f"tokenizer={tmp_path / 'two'}"]) == 2
     assert "another tokenizer" in capsys.readouterr().err
     same = [init, f"tokenizer={tmp_path / 'one'}"]
-    assemble(load_toml(recipe_file, same, Recipe), tmp_path / "second")
-    said = capsys.readouterr().err
-    assert "as initialised" not in said and "this recipe has" not in said
+    build_run(load_toml(recipe_file, same, Recipe), tmp_path / "second")
+    output = capsys.readouterr().err
+    assert "as initialised" not in output and "this recipe has" not in output
     other = [*same, "heads.logit_cap=20.0", "model.rope_base=500.0", "preparation.tail=cut"]
-    assemble(load_toml(recipe_file, other, Recipe), tmp_path / "x")
-    said = capsys.readouterr().err
-    assert "has logit_cap = null, this recipe has 20.0" in said
-    assert "has transformer.rope_base = 10000.0, this recipe has 500.0" in said
-    assert re.search('has preparation = {.*"tail": "repeat"}, this recipe has {.*"tail": "cut"}', said)
-    assemble(load_toml(recipe_file, [*same, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "third")
+    build_run(load_toml(recipe_file, other, Recipe), tmp_path / "x")
+    output = capsys.readouterr().err
+    assert "has logit_cap = null, this recipe has 20.0" in output
+    assert "has transformer.rope_base = 10000.0, this recipe has 500.0" in output
+    assert re.search('has preparation = {.*"tail": "repeat"}, this recipe has {.*"tail": "cut"}', output)
+    build_run(load_toml(recipe_file, [*same, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "third")
     assert "weights stay as initialised" in capsys.readouterr().err
 
 
 def test_init_from_loads_the_published_weights(recipe_file: Path, tmp_path: Path) -> None:
-    from train.build import assemble
+    from train.build import build_run
 
     assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
     change = [f"init_from={tmp_path / 'first' / 'state' / 'step-00000002'}"]
-    warm = assemble(load_toml(recipe_file, change, Recipe), tmp_path / "second")
-    cold = assemble(load_toml(recipe_file, [], Recipe), tmp_path / "third")
+    warm = build_run(load_toml(recipe_file, change, Recipe), tmp_path / "second")
+    cold = build_run(load_toml(recipe_file, [], Recipe), tmp_path / "third")
     name = "token.embedding.weight"
     assert not torch.equal(warm.model.state_dict()[name], cold.model.state_dict()[name])
     with pytest.raises(ValueError, match="init_partial"):
-        assemble(load_toml(recipe_file, [*change, "model.depth=2"], Recipe), tmp_path / "fourth")
-    assemble(load_toml(recipe_file, [*change, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "fifth")
+        build_run(load_toml(recipe_file, [*change, "model.depth=2"], Recipe), tmp_path / "fourth")
+    build_run(load_toml(recipe_file, [*change, "model.depth=2", "init_partial=true"], Recipe), tmp_path / "fifth")
 
 
 def test_a_generation_expert_is_upcycled_and_trains_alone(recipe_file: Path, tmp_path: Path) -> None:
     """Separate latent weights start as copies of the text weights; `train_only` with "*" changes no other bit."""
-    from train.build import assemble
+    from train.build import build_run
 
     assert main([str(recipe_file), "max_steps=2", "--out", str(tmp_path / "first")]) == 0
     expert = [f"init_from={tmp_path / 'first/model'}", "model.latent_weights=refine"]
     only = 'train_only=["transformer.blocks.*.latent.", "flow.noisy"]'
-    run = assemble(load_toml(recipe_file, [*expert, only], Recipe), tmp_path / "second")
+    run = build_run(load_toml(recipe_file, [*expert, only], Recipe), tmp_path / "second")
     weights = run.model.state_dict()
     theirs = {name: value for name, value in weights.items() if ".latent." in name}
     assert theirs and all(torch.equal(v, weights[name.replace(".latent.", ".text.")]) for name, v in theirs.items())
@@ -162,4 +162,4 @@ def test_a_generation_expert_is_upcycled_and_trains_alone(recipe_file: Path, tmp
     with pytest.raises(ValueError, match="latent_weights"):
         saved = tmp_path / "saved"
         run.model.save_pretrained(saved)
-        assemble(load_toml(recipe_file, [f"init_from={saved}", only, "model.latent_weights=separate"], Recipe), saved)
+        build_run(load_toml(recipe_file, [f"init_from={saved}", only, "model.latent_weights=separate"], Recipe), saved)

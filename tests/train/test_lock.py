@@ -58,8 +58,8 @@ def test_a_second_run_of_either_kind_exits_2(
     with hold(tmp_path / "out"):
         before = names(tmp_path / "out")
         assert main([str(recipe), "--out", str(tmp_path / "out")]) == 2
-        said = capsys.readouterr().err
-        assert "is in use by process" in said and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert "is in use by process" in output and output.count("\n") == 1
         assert names(tmp_path / "out") == before
 
 
@@ -99,8 +99,8 @@ def test_several_processes_raise(
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe = recipe_file if kind == "model" else RECIPES / "bundled/codec.toml"
     assert main([str(recipe), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "WORLD_SIZE = 2" in said and "without torchrun" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "WORLD_SIZE = 2" in output and "without torchrun" in output and output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -46,8 +46,10 @@ def test_null_calls_equal_the_null_documents_alone(make_run: MakeRun) -> None:
         call, x, t = flow_call(run, batch)
         with torch.no_grad():
             found, plain = call.null()(x, t, 0.5 * t), call(x, t, 0.5 * t)
-            told = call.guided(0.5 * torch.ones_like(t))
-            assert torch.equal(told.null()(x, t, 0.5 * t), found) and not torch.equal(told(x, t, 0.5 * t), plain)
+            embedded = call.guided(0.5 * torch.ones_like(t))
+            assert torch.equal(embedded.null()(x, t, 0.5 * t), found) and not torch.equal(
+                embedded(x, t, 0.5 * t), plain
+            )
         index = 0
         for uid in batch.documents:
             for null in null_documents(loader.document(uid)):

@@ -61,7 +61,7 @@ def test_autocast_follows_the_device(recipe_file, monkeypatch: pytest.MonkeyPatc
 
     assert recipe().autocasts is fast
     assert recipe("autocast=bf16").autocasts and not recipe("autocast=none").autocasts
-    said = runs._precision(recipe("autocast=bf16"))
-    assert ("far faster" in said) is not fast
+    output = runs._precision(recipe("autocast=bf16"))
+    assert ("far faster" in output) is not fast
     assert runs._precision(recipe("autocast=none")) == "float32 on cpu"
     assert isinstance(fast_bf16("cpu"), bool)

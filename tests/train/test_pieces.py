@@ -300,7 +300,7 @@ def test_resume_in_the_middle_of_a_document_is_exact(make_run: MakeRun, tmp_path
         if until > 4:
             loop.resume(run, lambda line: None)
         go(run, until)
-        inside += any(cursor >= PIECES for cursor in run.progress.lanes or [run.progress.cursor])
+        inside += any(cursor >= PIECES for cursor in run.progress.cursors or [run.progress.cursor])
     assert inside and rows(tmp_path / "broken") == rows(tmp_path / "straight")
     states = [tmp_path / name / "state/step-00000006/model.safetensors" for name in ("straight", "broken")]
     assert states[0].read_bytes() == states[1].read_bytes()
@@ -337,11 +337,11 @@ def test_a_picture_that_no_row_holds_is_dropped_counted_and_reported_once(
     large = [Document((Text("all", Role.USER), picture(n, side=320))) for n in range(3)]
     recipe = (f"batch.too_long={too_long}", "batch.min_corrupt=1", SMALL_ROWS, *PLAIN)
     run = make_run(write(tmp_path, good + large), *recipe)
-    said = go(run, 3)
-    assert said.count(" dropped, in part or whole: too long") == 1 and "skipped" not in said
+    output = go(run, 3)
+    assert output.count(" dropped, in part or whole: too long") == 1 and "skipped" not in output
     counts = run.loader.counts
     assert counts["dropped"] >= 3 and counts["skipped"] == 0
-    assert f"{counts['dropped']} dropped in part or whole, longer than a row" in said.splitlines()[-1]
+    assert f"{counts['dropped']} dropped in part or whole, longer than a row" in output.splitlines()[-1]
     events = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("event") == "document dropped" for row in events) == counts["dropped"]
 
@@ -352,8 +352,8 @@ def test_data_that_never_fit_raise_in_one_line(
     monkeypatch.setattr(loader_module, "MAX_PASSED_OVER", 40)
     source = write(tmp_path, [Document((Text("all", Role.USER), picture(0, side=320)))])
     assert main([str(recipe_file), source, SMALL_ROWS, "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "40 documents in a row are unusable; the last: too long: a picture" in said
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert "40 documents in a row are unusable; the last: too long: a picture" in output
 
 
 def broken(folder: Path, good: int, bad: int) -> str:
@@ -379,8 +379,8 @@ def test_a_run_that_stops_at_the_limit_saves_first(
     out = ["--out", str(tmp_path / "out"), f"workers={workers}"]
     recipe = [str(recipe_file), broken(tmp_path, 60, 12), "batch.min_corrupt=4", "max_steps=30"]
     assert main([*recipe, *out]) == EXIT_CORRUPT
-    said = capsys.readouterr().err
-    assert "saved at step" in said and said.splitlines()[-1].startswith("error: ")
+    output = capsys.readouterr().err
+    assert "saved at step" in output and output.splitlines()[-1].startswith("error: ")
     assert list((tmp_path / "out/state").glob("step-*/manifest.json"))
     more = ["batch.max_corrupt=0.5", "max_steps=3", "optimiser.decay=none"]
     assert main([*recipe, *out, *more, "--resume"]) == 0

@@ -120,9 +120,9 @@ def test_a_checkpoint_of_another_device_loads(make_run: MakeRun) -> None:
     loop.train_step(run, run.next())
     identity = {**run.identity, "recipe": {**run.identity["recipe"], "device": "cuda"}}
     state.save(run.out / "state", run.progress, run.model, run.ema, run.optimiser, identity, keep=2)
-    other, said = make_run("max_steps=1"), []
-    loop.resume(other, said.append)
-    assert "changed: device was 'cuda', now 'cpu'" in said and other.progress.step == 1
+    other, output = make_run("max_steps=1"), []
+    loop.resume(other, output.append)
+    assert "changed: device was 'cuda', now 'cpu'" in output and other.progress.step == 1
     for mine, theirs in (
         (dict(other.model.named_parameters()), dict(run.model.named_parameters())),
         (other.ema.averages, run.ema.averages),
@@ -176,8 +176,8 @@ REFUSED = {
 
 def test_another_recipe_raises_and_names_the_key(make_run: MakeRun) -> None:
     go(make_run(), 0)
-    for change, said in REFUSED.items():
-        with pytest.raises(ValueError, match=said):
+    for change, output in REFUSED.items():
+        with pytest.raises(ValueError, match=output):
             loop.resume(make_run(change), lambda line: None)
 
 
@@ -188,14 +188,14 @@ def test_allowed_changes_are_printed_and_recorded(
     changes = ["max_steps=4", "optimiser.rate=1e-4", "report.save_steps=7", "threads=2", "ema_decay=0.5", "workers=1"]
     out = ["--out", str(tmp_path / "run")]
     assert main([str(recipe_file), *changes, *out, "--resume"]) == 0
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for line in (
         *("max_steps was 3, now 4", "optimiser.rate was 0.002, now 0.0001", "report.save_steps was 1000, now 7"),
         *("threads was 1, now 2", "ema_decay was 0.9, now 0.5", "workers was 0, now 1"),
     ):
-        assert f"changed: {line}\n" in said
+        assert f"changed: {line}\n" in output
     fall = 0.5 * (1 + math.cos(math.pi * 3 / 4))
-    assert f"the learning rate of step 3 is {0.8 * 1e-4 * fall:.3g}, by the saved recipe it was 0; " in said
+    assert f"the learning rate of step 3 is {0.8 * 1e-4 * fall:.3g}, by the saved recipe it was 0; " in output
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     changed = {
         row["key"]: (row["step"], row["was"], row["now"]) for row in events if row.get("event") == "recipe changed"
@@ -208,18 +208,20 @@ def test_allowed_changes_are_printed_and_recorded(
 
 def test_nothing_is_printed_without_a_change(make_run: MakeRun) -> None:
     go(make_run(), 1)
-    said: list[str] = []
-    loop.resume(make_run(), said.append)
-    assert len(said) == 1 and said[0].endswith("at step 1, document " + str(make_run().loader.next(0).cursor))
+    output: list[str] = []
+    loop.resume(make_run(), output.append)
+    assert len(output) == 1 and output[0].endswith("at step 1, document " + str(make_run().loader.next(0).cursor))
 
 
 def test_a_longer_run_keeps_schedule_steps(make_run: MakeRun) -> None:
     schedule = ("optimiser.schedule_steps=4", "optimiser.min_factor=0.25", "max_steps=4")
     go(make_run(*schedule), 0)
-    said: list[str] = []
+    output: list[str] = []
     run = make_run(*schedule[:2], "max_steps=40")
-    loop.resume(run, said.append)
-    assert not any("learning rate" in line for line in said) and any("max_steps was 4, now 40" in line for line in said)
+    loop.resume(run, output.append)
+    assert not any("learning rate" in line for line in output) and any(
+        "max_steps was 4, now 40" in line for line in output
+    )
     config = run.recipe.optimiser
     assert multiplier(config, 400, run.fraction()) == pytest.approx(0.25)
     assert multiplier(config, 2, 0.0) == pytest.approx(0.6 * (0.25 + 0.75 * 0.5))
@@ -246,17 +248,17 @@ def test_other_numbers_of_workers_train_on_no_document_twice(make_run: MakeRun, 
         found = []
         for _ in range(count):
             packed = run.next()
-            run.progress.advance(packed.cursor, packed.lane)
+            run.progress.advance(packed.cursor, packed.worker)
             found += packed.documents
         return found
 
     run = make_run(f"workers={before}", *recipe)
     seen = steps(run, 3)
     loop.save(run)
-    said: list[str] = []
+    output: list[str] = []
     run = make_run(f"workers={after}", *recipe)
-    loop.resume(run, said.append)
-    assert any("documents are in another order" in line for line in said)
+    loop.resume(run, output.append)
+    assert any("documents are in another order" in line for line in output)
     more = steps(run, 4)
     assert not set(seen) & set(more) and len(set(more)) == len(more)
     assert min(more) <= max(seen) + max(before, 1)
@@ -264,10 +266,10 @@ def test_other_numbers_of_workers_train_on_no_document_twice(make_run: MakeRun, 
 
 def test_no_worker_and_one_worker_are_equivalent(make_run: MakeRun) -> None:
     whole = state.Progress(step=5, cursor=17 + 2 * PIECES)
-    assert not whole.use_lanes(1) and whole.lanes == [17 + 2 * PIECES]
-    assert not whole.use_lanes(0) and (whole.cursor, whole.lanes) == (17 + 2 * PIECES, [])
-    assert whole.use_lanes(2) and whole.lanes == [18, 19]
-    assert not state.Progress(cursor=4).use_lanes(3)  # no step is done
+    assert not whole.use_workers(1) and whole.cursors == [17 + 2 * PIECES]
+    assert not whole.use_workers(0) and (whole.cursor, whole.cursors) == (17 + 2 * PIECES, [])
+    assert whole.use_workers(2) and whole.cursors == [18, 19]
+    assert not state.Progress(cursor=4).use_workers(3)  # no step is done
 
 
 def test_sigterm_saves_and_exits_75(recipe_file: Path, tmp_path: Path) -> None:

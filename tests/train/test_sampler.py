@@ -27,7 +27,9 @@ FLOW = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), 
 FIRST = {
     "flow_matching": "euler",
     **dict.fromkeys(("consistency", "continuous_consistency"), "restart"),
-    **dict.fromkeys(("mean_flow", "improved_mean_flow", "alpha_flow", "terminal_velocity", "straight"), "flow_map"),
+    **dict.fromkeys(
+        ("mean_flow", "improved_mean_flow", "alpha_flow", "terminal_velocity", "rectified_jumps"), "flow_map"
+    ),
     **dict.fromkeys(("shortcut", "progressive_distillation", "consistency_trajectory"), "flow_map"),
     **{"moment_matching": "flow_map", "drifting": "restart"},
 }
@@ -63,9 +65,9 @@ def test_a_sampler_that_does_not_fit_raises_and_is_named(
 ) -> None:
     out = tmp_path / "out"
     assert main([str(recipe_file), *only("flow_matching"), f"{where}=flow_map", "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert f"{where} = 'flow_map' reads what flow_matching does not train; use euler, ddim, heun" in said
-    assert said.count("\n") == 1 and not out.exists()
+    output = capsys.readouterr().err
+    assert f"{where} = 'flow_map' reads what flow_matching does not train; use euler, ddim, heun" in output
+    assert output.count("\n") == 1 and not out.exists()
 
 
 def test_an_objective_of_jumps_to_data_excludes_jumps_between(recipe_file: Path) -> None:
@@ -122,11 +124,15 @@ WEIGHTED = {
     "mean_flow": {"power": 0.0},
     "improved_mean_flow": {"power": 0.0},
     "alpha_flow": {"power": 0.0},
-    "straight": {"power": 0.0},
+    "rectified_jumps": {"power": 0.0},
     "moment_matching": {"weighting": "one"},
     "consistency_trajectory": {"distance": "l2"},
 }
-AS_WEIGHTED = {"alpha_flow": {"alpha": 1.0}, "straight": {"power": 1.0}, "consistency_trajectory": {"distance": "norm"}}
+AS_WEIGHTED = {
+    "alpha_flow": {"alpha": 1.0},
+    "rectified_jumps": {"power": 1.0},
+    "consistency_trajectory": {"distance": "norm"},
+}
 
 
 @pytest.mark.parametrize("name", WEIGHTED)

@@ -163,14 +163,14 @@ def test_a_checkpoint_restores_everything(tmp_path: Path) -> None:
 
 
 def test_progress_counts_steps_and_the_next_document_of_a_worker() -> None:
-    progress = Progress(lanes=[0, 0])
+    progress = Progress(cursors=[0, 0])
     progress.advance(5, None)
     progress.advance(7, 1)
-    assert progress == Progress(2, 5, lanes=[0, 7])
+    assert progress == Progress(2, 5, cursors=[0, 7])
 
 
 @pytest.mark.parametrize(
-    ("cursor", "lanes", "number", "after", "changed"),
+    ("cursor", "cursors", "number", "after", "changed"),
     [
         (6, [], 0, (6, []), False),  # as many as before
         (0, [4, 9], 2, (0, [4, 9]), False),
@@ -184,12 +184,12 @@ def test_progress_counts_steps_and_the_next_document_of_a_worker() -> None:
     ],
 )
 def test_another_number_of_workers(
-    cursor: int, lanes: list[int], number: int, after: tuple[int, list[int]], changed: bool
+    cursor: int, cursors: list[int], number: int, after: tuple[int, list[int]], changed: bool
 ) -> None:
-    progress = Progress(3, cursor, lanes=lanes)
-    assert progress.use_lanes(number) is changed and (progress.cursor, progress.lanes) == after
-    fresh = Progress(0, cursor, lanes=list(lanes))
-    assert not fresh.use_lanes(number + 1) and (fresh.cursor, fresh.lanes) == (cursor, lanes)
+    progress = Progress(3, cursor, cursors=cursors)
+    assert progress.use_workers(number) is changed and (progress.cursor, progress.cursors) == after
+    fresh = Progress(0, cursor, cursors=list(cursors))
+    assert not fresh.use_workers(number + 1) and (fresh.cursor, fresh.cursors) == (cursor, cursors)
     assert Progress() == Progress(0, 0, 0.0, 0, 0, {}, [])
 
 
@@ -218,10 +218,10 @@ def test_damaged_checkpoints_are_skipped_and_not_counted(tmp_path: Path) -> None
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    said: list[str] = []
-    assert state.newest(tmp_path, said.append) == tmp_path / "step-00000001"
-    assert [line.startswith("skipping a damaged checkpoint: ") for line in said] == [True] * 2
-    assert "step-00000005" in said[0] and "step-00000002" in said[1]
+    output: list[str] = []
+    assert state.newest(tmp_path, output.append) == tmp_path / "step-00000001"
+    assert [line.startswith("skipping a damaged checkpoint: ") for line in output] == [True] * 2
+    assert "step-00000005" in output[0] and "step-00000002" in output[1]
     save(tmp_path, 3, keep=1)  # 5 is later than the saved step, so it is damaged and does not count against `keep`
     assert [step for step, _ in state.saved_steps(tmp_path)] == [3, 5]
 

@@ -115,8 +115,8 @@ def test_each_stage_starts_from_the_last_one(listed: Path, capsys: pytest.Captur
     shutil.rmtree(out / "last")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert main([str(listed), "--out", str(out), "--resume"]) == 0
-    said = capsys.readouterr().out
-    assert said.count(": finished, ") == 6 and "stage 7 of 7, 'last': model" in said
+    output = capsys.readouterr().out
+    assert output.count(": finished, ") == 6 and "stage 7 of 7, 'last': model" in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     check_that_others_are_refused(listed, out, capsys)
 
@@ -159,7 +159,7 @@ def test_a_stopped_stage_resumes_to_the_bit(listed: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("stages.1.changes.optimizer.rate=1", "stage 'first': .* unknown key 'optimizer'; did you mean 'optimiser'?"),
         ("changes.drop.txt=1", "stage 'first': .* unknown key 'drop.txt'; did you mean 'text'?"),
@@ -181,17 +181,17 @@ def test_a_stopped_stage_resumes_to_the_bit(listed: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_a_mistake_names_the_stage_and_the_key(
-    listed: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
+    listed: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = listed.parent / "out"
     assert main([str(listed), override.format(folder=listed.parent), "--out", str(out)]) == 2
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and re.match(f"error: .*{said}", errors), errors
+    assert errors.count("\n") == 1 and re.match(f"error: .*{message}", errors), errors
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("stages.6.changes.objectives.1.options.powr=2", "stage 'last': .*unknown key 'powr'"),
         ("stages.6.changes.data.0.options.sprit=9", "stage 'last': .*unknown key 'sprit'; did you mean 'sprite'"),
@@ -200,11 +200,11 @@ def test_a_mistake_names_the_stage_and_the_key(
     ],
 )
 def test_options_of_the_last_stage_are_checked_before_the_first_begins(
-    listed: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
+    listed: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for more in ([], ["--dry-run"]):
         assert main([str(listed), override, "--out", str(listed.parent / "out"), *more]) == 2
-        assert re.match(f"error: {said}", capsys.readouterr().err)
+        assert re.match(f"error: {message}", capsys.readouterr().err)
         assert not (listed.parent / "out").exists()
 
 
@@ -212,8 +212,8 @@ def test_a_dry_run_writes_nothing(listed: Path, capsys: pytest.CaptureFixture[st
     before = sorted(listed.parent.rglob("*"))
     assert main([str(listed), "--dry-run", "--out", str(listed.parent / "out")]) == 0
     assert sorted(listed.parent.rglob("*")) == before
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 7 and said[2].startswith("second: model, to be made, checked without ")
+    output = capsys.readouterr().out.splitlines()
+    assert len(output) == 7 and output[2].startswith("second: model, to be made, checked without ")
 
 
 def test_a_file_of_an_unknown_kind_raises(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:

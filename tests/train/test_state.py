@@ -30,9 +30,9 @@ def test_half_written_and_damaged_checkpoints_are_skipped(make_run: MakeRun) -> 
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00") if weights.read_bytes()[-1] else weights.write_bytes(b"")
     (folder / ".step-00000009.tmp-abcd").mkdir()
     (folder / "step-5").mkdir()
-    said: list[str] = []
-    assert state.newest(folder, said.append).name == "step-00000002"
-    assert len(said) == 2 and "step-00000004" in said[0] and "step-00000003" in said[1]
+    output: list[str] = []
+    assert state.newest(folder, output.append).name == "step-00000002"
+    assert len(output) == 2 and "step-00000004" in output[0] and "step-00000003" in output[1]
 
 
 def test_only_the_newest_are_kept(make_run: MakeRun) -> None:

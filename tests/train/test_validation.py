@@ -59,7 +59,7 @@ def trained_on(run: Run, steps: int) -> set[str]:
     mixture, found = run.loader.document.__self__, set()  # type: ignore[attr-defined]
     for _ in range(steps):
         packed = run.next()
-        run.progress.advance(packed.cursor, packed.lane)
+        run.progress.advance(packed.cursor, packed.worker)
         for index in packed.documents:
             number, position = mixture.locate(index)
             found.add(document_digest(mixture.sources[number].document(position)))
@@ -115,11 +115,11 @@ def test_values_are_logged_comparable_and_change_nothing_in_the_run(make_run: Ma
     assert run.validation is not None
     first, again = run.validation(run), run.validation(run)
     assert first == again and set(first) >= {"loss", "loss/NextToken", "loss/FlowMatching", "unweighted/MeanFlow"}
-    said = go(run, 5)
+    output = go(run, 5)
     rows = read_metrics(tmp_path / "with/metrics.jsonl")
     assert [row["step"] for row in rows if "validation/loss" in row] == [1, 3, 4]
     assert rows[-1]["validation/loss"] < first["loss"]
-    assert "validation at step 4, averaged weights: NextToken " in said
+    assert "validation at step 4, averaged weights: NextToken " in output
     # Without a measurement the same documents are skipped, and nothing else changes.
     silent = make_run(path, *RUN, out="without")
     silent.validation = None
@@ -164,7 +164,7 @@ def measured(make_run: MakeRun, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("validation.share=0.00001", "validation: no document can be held out by validation.share = 1e-05; raise it"),
         ("validation.share=0.6", "validation.share = 0.6"),
@@ -174,11 +174,11 @@ def measured(make_run: MakeRun, tmp_path: Path) -> Run:
     ],
 )
 def test_mistakes(
-    change: str, said: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: str, message: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(recipe_file), source(pictures(tmp_path, 8)), change, "--out", str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err
-    assert said in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert message in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_share_that_leaves_nothing_raises(make_run: MakeRun, tmp_path: Path) -> None:

@@ -204,12 +204,12 @@ class CodecRun:
         publish(folder / f"step-{self.step:08d}", files, info={"kind": KIND, "step": self.step}, replace=True)
         state.remove_older(folder, self.step, KEEP)
 
-    def resume(self, say: Callable[[str], None] = print) -> bool:
+    def resume(self, report: Callable[[str], None] = print) -> bool:
         """Continue from the newest intact state, if there is one; ValueError if it is another recipe's. What this
         recipe has otherwise is said, and kept in `changes`."""
         if not state.saved_steps(self.out / "state"):
             return False
-        directory = state.newest(self.out / "state", say, KIND)
+        directory = state.newest(self.out / "state", report, KIND)
         saved = parse_json(read_bytes(directory / RECIPE), str(directory / RECIPE))
         own = json.loads(canonical_json(self.recipe))
         self.changes = state.compare({"recipe": {**own, **saved}}, {"recipe": own}, CHANGEABLE, directory)
@@ -225,12 +225,12 @@ class CodecRun:
         self.ema.load(part["average."], self.step)
         self.optimiser.load_state_tensors({name.replace(".", "/"): v for name, v in part["optimiser."].items()})
         self.guard.num_skipped, self.guard.num_in_row = tensors["nonfinite"].tolist()
-        say(f"resumed {directory} at step {self.step} of {self.recipe.last_step}")
+        report(f"resumed {directory} at step {self.step} of {self.recipe.last_step}")
         for change in self.changes:
-            say(f"changed: {change}")
+            report(f"changed: {change}")
         was = learning_rate_at(self.step, self.recipe.model_copy(update={c.key: c.was for c in self.changes}))
         if was != (now := learning_rate_at(self.step, self.recipe)):
-            say(f"the learning rate of step {self.step} is {now:.3g}, by the saved recipe it was {was:.3g}")
+            report(f"the learning rate of step {self.step} is {now:.3g}, by the saved recipe it was {was:.3g}")
         return True
 
     def publish(self, directory: Path) -> None:

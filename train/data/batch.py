@@ -78,7 +78,7 @@ class Read:
 @dataclass(frozen=True)
 class Packed:
     """The data of one step: a batch per shape, the global indices of its documents, and the cursor after it (of one
-    worker, see train.data.lanes). skipped: corrupt documents; dropped: documents that no row holds. counts: how many
+    worker, see train.data.workers). skipped: corrupt documents; dropped: documents that no row holds. counts: how many
     documents were packed, skipped, dropped (in part or whole), held out and split, and how many pieces; a split
     document counts once."""
 
@@ -88,4 +88,4 @@ class Packed:
     skipped: list[tuple[int, str]] = field(default_factory=list)
     dropped: list[tuple[int, str]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
-    lane: int | None = None
+    worker: int | None = None

@@ -49,7 +49,7 @@ class Loader:
         channels, pad_id: of the codec's latents; of the tokenizer.
         key: of everything sampled per document here (drop, trim).
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
-        stride: from one document to the next, in a data-loading worker (see train.data.lanes).
+        stride: from one document to the next, in a data-loading worker (see train.data.workers).
         end: number of documents; None: endless.
     """
 
@@ -109,7 +109,7 @@ class Loader:
         after = uids[num_used] if num_used < len(uids) else self.end
         assert after is not None, "more context than the rows have room for, and all of it was packed"
         batches = [self._with_nulls(batch, composed) for batch in batches]
-        return self._told(batches, uids[:num_used], after, passed)
+        return self._counted(batches, uids[:num_used], after, passed)
 
     def waiting(self) -> Iterator[torch.Tensor]:
         """The latents (N, C) of all documents that are read and not yet packed."""
@@ -129,7 +129,7 @@ class Loader:
                 yield index, read
             index, part = index + self.stride, 0
 
-    def _told(self, batches: list[Batch], used: list[int], after: int, passed: dict[int, Read]) -> Packed:
+    def _counted(self, batches: list[Batch], used: list[int], after: int, passed: dict[int, Read]) -> Packed:
         """The batches, with the counts of the documents that this step finishes; removes those from the window."""
         begun = {uid: self._window[uid] for uid in used if uid < PIECES}
         done = {i: read for i, read in passed.items() if i < after % PIECES}

@@ -5,7 +5,7 @@
 All methods have the same network, Omni: a short chat names the class, and a picture is one block of pixel patches. The
 report row `METHOD_N` is the mean over seeds of the Frechet distance between `num_samples` pictures sampled in N steps
 and the training pictures; with several seeds `METHOD_N_spread` is its standard deviation. Features are those of a
-classifier that the task trains first (see judge.py); `floor` is the distance of the test pictures.
+classifier that the task trains first (see judge.py); `test_distance` is the distance of the test pictures.
 `best_to_REFERENCE_N` is the smallest distance of the other methods over the reference's, both in N steps.
 
 A method that fails, or has too many non-finite steps, does not affect the others: `METHOD_failed` counts its seeds
@@ -166,12 +166,15 @@ def cifar10(context: Context, options: Cifar10Options) -> Outcome:
     with float32_products("highest" if options.train.tangents == "central" else "high"):
         lab, judged = prepare(context, options)
         results = run_all(context, lab)
-    floor = next(measure.value for measure in judged if measure.name == "floor")
+    test_distance = next(measure.value for measure in judged if measure.name == "floor")
     measures = [*ratios(results, options), *judged]
     for name, method in options.chosen.items():
         measures += rows_of_method(name, method, results, options)
     return Outcome(
-        measures, panels(results, options), curves(results, floor, options), notes(lab, results, lab.labels.device)
+        measures,
+        panels(results, options),
+        curves(results, test_distance, options),
+        notes(lab, results, lab.labels.device),
     )
 
 
@@ -194,7 +197,7 @@ def prepare(context: Context, options: Cifar10Options) -> tuple[Lab, list[Measur
     device, folder, start = options.device or context.device, Path(options.data or ""), time.perf_counter()
     paths = [folder / f"{part}.parquet" for part in ("train", "test")]
     train_set, test_set = load_pictures(paths, options.pictures, options.workers, device)
-    context.say(f"  {len(train_set)} + {len(test_set)} pictures in {time.perf_counter() - start:.1f} s")
+    context.report(f"  {len(train_set)} + {len(test_set)} pictures in {time.perf_counter() - start:.1f} s")
     measures: list[Measure] = []
     if options.inception is None:
         start = time.perf_counter()
@@ -205,9 +208,9 @@ def prepare(context: Context, options: Cifar10Options) -> tuple[Lab, list[Measur
     else:
         features = load_features(options.inception, device)
     wanted, patches = moments(features, train_set.pixels), Patches.of(train_set, options.patch)
-    floor = frechet_distance(moments(features, test_set.pixels), wanted)
-    measures.insert(0, Measure("floor", floor, "distance"))
-    say_rows(context, measures)
+    test_distance = frechet_distance(moments(features, test_set.pixels), wanted)
+    measures.insert(0, Measure("floor", test_distance, "distance"))
+    report_rows(context, measures)
     labels = torch.arange(options.num_samples, device=device) % NUM_CLASSES
     blank = lay_pictures(min(PASS, options.num_samples), patches)
     return Lab(options, train_set, patches, features, wanted, blank, labels), measures
@@ -226,9 +229,9 @@ def run_all(context: Context, lab: Lab) -> Results:
             except Exception as error:  # an error in one method does not stop the others
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 results.failures.setdefault(name, []).append(reason)
-                context.say("".join(traceback.format_exception(error)))
-            context.say(f"  seed {seed}, {name}")
-            say_rows(context, rows_of_method(name, method, results, options))
+                context.report("".join(traceback.format_exception(error)))
+            context.report(f"  seed {seed}, {name}")
+            report_rows(context, rows_of_method(name, method, results, options))
             release(lab.labels.device)
     return results
 
@@ -291,9 +294,9 @@ def rows_of_method(name: str, method: Method, results: Results, options: Cifar10
     return measures
 
 
-def say_rows(context: Context, measures: list[Measure]) -> None:
+def report_rows(context: Context, measures: list[Measure]) -> None:
     for measure in measures:
-        context.say(f"    {measure.name} = {measure.value:.5g} {measure.unit}")
+        context.report(f"    {measure.name} = {measure.value:.5g} {measure.unit}")
 
 
 def notes(lab: Lab, results: Results, device: torch.device) -> list[str]:
@@ -312,7 +315,7 @@ def notes(lab: Lab, results: Results, device: torch.device) -> list[str]:
     ]
 
 
-def curves(results: Results, floor: float, options: Cifar10Options) -> list[Curve]:
+def curves(results: Results, test_distance: float, options: Cifar10Options) -> list[Curve]:
     """The curves of distance, also as the file `cifar10.png`."""
     lines = {
         name: [(float(n), results.mean(name, n)) for n in options.numbers(options.methods[name])]
@@ -321,7 +324,7 @@ def curves(results: Results, floor: float, options: Cifar10Options) -> list[Curv
     }
     if not lines:
         return []
-    title = f"CIFAR-10 (test pictures: {floor:.3g})"
+    title = f"CIFAR-10 (test pictures: {test_distance:.3g})"
     picture = log_charts({title: lines}, "evaluations of the network", "Frechet distance")
     save_png(picture, place(options, "cifar10.png"))
     return [Curve(title, "evaluations", "Frechet distance", lines)]

@@ -65,7 +65,7 @@ def draw_pictures(model: Omni, method: Method, steps: int, canvas: Canvas, key: 
 def velocity_of(model: Omni, method: Method, batch: Batch) -> Callable[[Tensor, float, float], Tensor]:
     """F(x, t, s) of the rows of a batch with one copy each, with the method's guidance."""
     w, ones = method.guidance, torch.ones(len(batch.ids), device=batch.ids.device)
-    memory, beta = _memory(model, batch), ones / method.told_guidance
+    memory, beta = _memory(model, batch), ones / method.guidance_embedding
     null = None if w == 1 or batch.null is None else _memory(model, batch.null)
 
     def call(x: Tensor, t: float, s: float) -> Tensor:

@@ -57,7 +57,7 @@ class Method(Frozen):
     sampler_options: dict[str, Any] = Field(default_factory=dict)
     start_time: float | None = Field(default=None, gt=0, le=1)
     guidance: float = 1.0
-    told_guidance: float = Field(default=1.0, gt=0)
+    guidance_embedding: float = Field(default=1.0, gt=0)
     evaluations: tuple[int, ...] | None = None
 
     @model_validator(mode="after")

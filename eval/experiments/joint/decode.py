@@ -25,7 +25,7 @@ from omni.nn.decode_step import TokenStep
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 from omni.samplers.token import token_log_probs
-from omni.samplers.verification import Verdict, block, coupled, rejection
+from omni.samplers.verification import Verified, block, coupled, rejection
 from omni.sequence.layout import TokenSpan
 
 
@@ -58,7 +58,7 @@ class Rounds(Pace):
     """kept: accepted drafted tokens per round (without the token that verification adds). positions (K,): the share of
     rounds that accept the first k + 1 tokens."""
 
-    kept: float
+    accepted: float
     positions: tuple[float, ...]
 
 
@@ -67,12 +67,12 @@ def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace
     """Autoregressive decoding with the cache."""
     noise, start = _noise(contexts, run, key), time.perf_counter()
     cache, last = _prefill(model, contexts)
-    step, said = TokenStep(model.transformer), []
+    step, emitted = TokenStep(model.transformer), []
     for at in range(run.num_tokens):
         hidden = append_ids(model, cache, last.tolist(), step)
         last = inverse_cdf_sample(token_log_probs(model.token.read(hidden), run.temperature, run.top_p), noise[:, at])
-        said.append(last)
-    ids = torch.stack(said, 1)
+        emitted.append(last)
+    ids = torch.stack(emitted, 1)
     return Pace(ids, ids.numel() / (time.perf_counter() - start))
 
 
@@ -86,13 +86,13 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
     start = time.perf_counter()
     cache, last = _prefill(model, contexts)
     step = TokenStep(model.transformer)
-    said: list[list[int]] = [[] for _ in contexts]
-    stood, number, total = torch.zeros(run.length), 0, 0
-    while min(map(len, said)) < run.num_tokens:
-        at = torch.tensor([min(len(row), run.num_tokens) for row in said])  # finished rows continue, uncounted
-        own = noise[torch.arange(len(said))[:, None], at[:, None] + torch.arange(run.length + 1)]
+    emitted: list[list[int]] = [[] for _ in contexts]
+    accepted_at, number, total = torch.zeros(run.length), 0, 0
+    while min(map(len, emitted)) < run.num_tokens:
+        at = torch.tensor([min(len(row), run.num_tokens) for row in emitted])  # finished rows continue, uncounted
+        own = noise[torch.arange(len(emitted))[:, None], at[:, None] + torch.arange(run.length + 1)]
         draws = key.fold("round", kind, number)
-        if kind == "block":  # its verdict depends on drafts that it discards, so their noise is used
+        if kind == "block":  # it depends on drafts that it discards, so their noise is used
             own = draws.fold("tokens").uniform(tuple(own.shape), torch.float64)
         call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
         draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
@@ -102,29 +102,29 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         first_hidden = call.start.unsqueeze(1)
         base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
         hidden = torch.cat([first_hidden, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
-        law = token_log_probs(model.token.read(hidden), temperature, top_p)
-        verdict = _judge(kind, draft, law, own, draws)
-        counted = torch.tensor([len(row) < run.num_tokens for row in said])
-        stood += (verdict.kept[counted, None] > torch.arange(run.length)).sum(0)
+        log_p = token_log_probs(model.token.read(hidden), temperature, top_p)
+        verified = _judge(kind, draft, log_p, own, draws)
+        counted = torch.tensor([len(row) < run.num_tokens for row in emitted])
+        accepted_at += (verified.accepted[counted, None] > torch.arange(run.length)).sum(0)
         total += int(counted.sum())
-        for r, kept in enumerate(verdict.kept.tolist()):
-            said[r] += verdict.ids[r, : kept + 1].tolist()
-            cache.truncate(r, *(field[r] + kept for field in base))
-        last = torch.tensor([row[-1] for row in said])
+        for r, accepted in enumerate(verified.accepted.tolist()):
+            emitted[r] += verified.ids[r, : accepted + 1].tolist()
+            cache.truncate(r, *(field[r] + accepted for field in base))
+        last = torch.tensor([row[-1] for row in emitted])
         number += 1
     seconds = time.perf_counter() - start
-    ids = torch.tensor([row[: run.num_tokens] for row in said])
-    shares = tuple((stood / total).tolist())
+    ids = torch.tensor([row[: run.num_tokens] for row in emitted])
+    shares = tuple((accepted_at / total).tolist())
     return Rounds(ids, ids.numel() / seconds, sum(shares), shares)
 
 
-def _judge(kind: str, draft: Draft, law: Tensor, noise: Tensor, key: Key) -> Verdict:
+def _judge(kind: str, draft: Draft, log_p: Tensor, noise: Tensor, key: Key) -> Verified:
     if kind in ("coupled", "greedy"):
-        return coupled(draft.ids, law, noise)
+        return coupled(draft.ids, log_p, noise)
     assert draft.log_q is not None
     coins = key.fold("coins").uniform(tuple(draft.ids.shape), torch.float64)
     fresh = key.fold("rest").uniform(tuple(noise.shape), torch.float64)
-    return {"rejection": rejection, "block": block}[kind](draft.ids, draft.log_q, law, coins, fresh)
+    return {"rejection": rejection, "block": block}[kind](draft.ids, draft.log_q, log_p, coins, fresh)
 
 
 def _noise(contexts: Tensor, run: Decoding, key: Key) -> Tensor:

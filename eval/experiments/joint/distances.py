@@ -2,7 +2,7 @@
 
 The distribution is given by samples, as a full table, or by log-probabilities on the joint's support, which suffice for
 total variation: 1 - sum over the support of min(p, q). A finite number of exact samples has a positive expected
-distance (`sample_floor`).
+distance (`sampling_error`).
 
 Legend: B samples, K tokens, V ids, N strings of the support.
 """
@@ -47,7 +47,7 @@ def of_support(joint: Table, log_q: Tensor, entropy: float | None = None, slack:
     return Distances(max(tv, 0.0), float(-(p * ratio).sum()), reverse, valid, float(given.double().mean()), entropy)
 
 
-def of_law(joint: Table, q: Tensor) -> Distances:
+def of_distribution(joint: Table, q: Tensor) -> Distances:
     """From the full table of probabilities, (V,) * K or flat, of sum 1."""
     flat = q.double().flatten()
     if len(flat) != joint.vocab_size**joint.length or abs(float(flat.sum()) - 1) > 1e-6:
@@ -65,7 +65,7 @@ def of_samples(joint: Table, ids: Tensor) -> Distances:
     return of_support(joint, (counts / len(ids)).log(), float(-(f * f.log()).sum()), slack=0.5 / len(ids))
 
 
-def sample_floor(joint: Table, num: int) -> float:
+def sampling_error(joint: Table, num: int) -> float:
     """The expected total variation of `num` exact samples: half the sum of mean absolute deviations of binomials
     (de Moivre), about sum sqrt(p (1 - p) / (2 pi num))."""
     p = joint.p[joint.p < 1]

@@ -5,9 +5,9 @@
 
 The report row `JOINT_HEAD_tv` is the mean over seeds of the total variation between the joint and the head in one pass,
 `_tv_N` in N passes, `_valid` the head's mass on strings of the joint, `_spread` the standard deviation of the first,
-`_seconds` the processor time of training one head. The lower bounds (floors.py): `JOINT_floor_kl` and `_floor_tv` of
-any distribution with independent tokens, `_floor_marginals` of the maximum-likelihood one, `_floor_samples` of as many
-exact samples. `_plain_tv` is autoregressive decoding.
+`_seconds` the processor time of training one head. The lower bounds (lower_bounds.py): `JOINT_floor_kl` and `_floor_tv`
+of any distribution with independent tokens, `_floor_marginals` of the maximum-likelihood one, `_floor_samples` of as
+many exact samples. `_plain_tv` is autoregressive decoding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from pydantic import Field, model_validator
 
-from eval.experiments.joint.distances import sample_floor
-from eval.experiments.joint.floors import least_product_tv, marginal_product, marginals_tv, total_correlation
+from eval.experiments.joint.distances import sampling_error
 from eval.experiments.joint.joints import Table
 from eval.experiments.joint.lab import Group, HeadLine, LabOptions, Measured, check_lines, known_table, run_group
-from eval.experiments.joint.pictures import law_picture, pair_law
+from eval.experiments.joint.lower_bounds import least_product_tv, marginal_product, marginals_tv, total_correlation
+from eval.experiments.joint.pictures import pair_frequencies, table_picture
 from eval.jobs import work
 from eval.plots import grid
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
@@ -69,8 +69,8 @@ def tv_name(passes: int) -> str:
 
 
 def toys_rows(options: ToysOptions) -> list[str]:
-    floors = [f"{j}_{name}" for j in options.joints for name in (*FLOORS, "plain_tv")]
-    return floors + [
+    lower_bounds = [f"{j}_{name}" for j in options.joints for name in (*BOUNDS, "plain_tv")]
+    return lower_bounds + [
         f"{j}_{name}_{end}"
         for j in options.joints
         for name, line in options.of(j).items()
@@ -84,8 +84,8 @@ def joint_toys(context: Context, options: ToysOptions) -> Outcome:
     results = run_all(context, options)
     measures, notes = [], [conditions(options)]
     for joint in options.joints:
-        found = floors(known_table(joint), options.run.num_samples, context.key("floors", joint))
-        measures += [Measure(f"{joint}_{name}", value, FLOORS[name]) for name, value in found.items()]
+        found = lower_bounds(known_table(joint), options.run.num_samples, context.key("floors", joint))
+        measures += [Measure(f"{joint}_{name}", value, BOUNDS[name]) for name, value in found.items()]
         measures += [Measure(f"{joint}_{name}", value, unit) for name, value, unit in head_rows(results[joint])]
         notes.append(table_of(joint, found, results[joint]))
     return Outcome(measures, curves=curves(results), notes=notes)
@@ -115,8 +115,8 @@ def poker(context: Context, options: PokerOptions) -> Outcome:
     """Two words of a poker hand from one pass: a head with independent tokens emits "high pair"."""
     [name] = options.joints
     joint, groups = known_table(name), run_all(context, options)[name]
-    found = floors(joint, options.run.num_samples, context.key("floors", name))
-    measures = [Measure(row, value, FLOORS[row]) for row, value in found.items()]
+    found = lower_bounds(joint, options.run.num_samples, context.key("floors", name))
+    measures = [Measure(row, value, BOUNDS[row]) for row, value in found.items()]
     measures += [Measure(row, value, unit) for row, value, unit in head_rows(groups)]
     notes = [conditions(options), table_of(name, found, groups), *examples(joint, groups[0])]
     return Outcome(measures, hand_panels(joint, groups[0], Path(options.folder) / "poker.png"), notes=notes)
@@ -137,7 +137,7 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
     for number, group in work(run_group, jobs, options.workers):
         found[number] = group
         values = "  ".join(f"{name} {head.distances[1].tv:.3f}" for name, head in group.heads.items())
-        context.say(f"  {len(found)}/{len(jobs)} {jobs[number][0]}  plain {group.plain.tv:.3f}  {values}")
+        context.report(f"  {len(found)}/{len(jobs)} {jobs[number][0]}  plain {group.plain.tv:.3f}  {values}")
     results: dict[str, list[Group]] = {}
     for number, job in enumerate(jobs):  # in the order of the list
         results.setdefault(job[0], []).append(found[number])
@@ -146,16 +146,16 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
 
 # ---- what is read off ----------------------------------------------------------------------------------------------
 
-FLOORS = {"entropy": "nats", "floor_kl": "nats", "floor_tv": "", "floor_marginals": "", "floor_samples": ""}
+BOUNDS = {"entropy": "nats", "floor_kl": "nats", "floor_tv": "", "floor_marginals": "", "floor_samples": ""}
 
 
-def floors(joint: Table, num_samples: int, key: Key) -> dict[str, float]:
+def lower_bounds(joint: Table, num_samples: int, key: Key) -> dict[str, float]:
     return {
         "entropy": joint.entropy(),
         "floor_kl": total_correlation(joint),
         "floor_tv": least_product_tv(joint, key),
         "floor_marginals": marginals_tv(joint),
-        "floor_samples": sample_floor(joint, num_samples),
+        "floor_samples": sampling_error(joint, num_samples),
     }
 
 
@@ -215,18 +215,20 @@ def examples(joint: Table, group: Group) -> list[str]:
     marginals = joint.marginals()
     illegal = torch.where(joint.full() > 0, -1.0, marginals[0][:, None] * marginals[1])
     first, second = divmod(int(illegal.argmax()), joint.vocab_size)
-    said = f'"{joint.words[first]} {joint.words[second]}", which is no hand'
+    message = f'"{joint.words[first]} {joint.words[second]}", which is no hand'
     shares = {"independent words": float(illegal.max())}
-    shares |= {name: float(pair_law(head.ids, joint.vocab_size)[first, second]) for name, head in group.heads.items()}
-    return [f"{said}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())]
+    shares |= {
+        name: float(pair_frequencies(head.ids, joint.vocab_size)[first, second]) for name, head in group.heads.items()
+    }
+    return [f"{message}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())]
 
 
 def hand_panels(joint: Table, group: Group, path: Path) -> list[Panel]:
     """The distribution of the pairs, also as a file: the joint, the product of marginals, and each head's samples."""
     legal, marginals = joint.full() > 0, joint.marginals()
-    laws = {"the_joint": joint.full(), "product_of_marginals": marginals[0][:, None] * marginals[1]}
-    laws |= {name: pair_law(head.ids, joint.vocab_size) for name, head in group.heads.items()}
-    cells = [(name, law_picture(law, legal, joint.words)) for name, law in laws.items()]
+    tables = {"the_joint": joint.full(), "product_of_marginals": marginals[0][:, None] * marginals[1]}
+    tables |= {name: pair_frequencies(head.ids, joint.vocab_size) for name, head in group.heads.items()}
+    cells = [(name, table_picture(probs, legal, joint.words)) for name, probs in tables.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid([cells[i : i + 3] for i in range(0, len(cells), 3)]), path)
     tv = {name: f"total variation {head.distances[1].tv:.3f}" for name, head in group.heads.items()}

@@ -49,7 +49,7 @@ from omni.text.compose import header_length
 
 KINDS = ("draw", "name", "scene", "edit", "open", "story", "text", "chat")
 MIXTURE = {"draw": 0.1, "name": 0.1, "story": 0.3, "text": 0.4, "chat": 0.1}
-LAWS = ("rejection", "block")
+NEED_LOG_Q = ("rejection", "block")
 
 
 class JointTextOptions(TaskOptions):
@@ -72,7 +72,7 @@ class JointTextOptions(TaskOptions):
             if name not in self.heads:
                 raise ValueError(f"there is no head {name!r} in the table{nearest(name, self.heads)}")
         for line in self.heads.values():
-            for options in (line.options, line.law_options or line.options):
+            for options in (line.options, line.log_q_options or line.options):
                 build_head(line.head, options, self.run.length, 257, self.run.width)
         return self
 
@@ -85,7 +85,16 @@ def text_rows(options: JointTextOptions) -> list[str]:
     """All possible rows; a head without probabilities has no rows of the verifications that need them."""
     rows = ["plain_nll", "plain_free", "plain_tokens_per_second", "dependence"]
     for name, line in options.chosen.items():
-        ends = ["nll", "coupled", "greedy", *LAWS, "coupled_gain", "rejection_gain", "tokens_per_second", "seconds"]
+        ends = [
+            "nll",
+            "coupled",
+            "greedy",
+            *NEED_LOG_Q,
+            "coupled_gain",
+            "rejection_gain",
+            "tokens_per_second",
+            "seconds",
+        ]
         rows += [f"{name}_{end}" for end in (*ends, *(f"free_{n}" for n in sorted({1, *line.passes})))]
     return rows
 
@@ -96,14 +105,14 @@ def joint_text(context: Context, options: JointTextOptions) -> Outcome:
     text, key = _text(context, options), context.key("joint_text")
     backbone = train_backbone(text, options.run, key)
     plain = measure_plain(backbone, text, options.run, key)
-    context.say(f"  autoregressive decoding: {plain.scores.mean:.3f} nats per byte")
+    context.report(f"  autoregressive decoding: {plain.scores.mean:.3f} nats per byte")
     lines, found = options.chosen, {}
     jobs = [(backbone, line, text, options.run, key) for line in lines.values()]
     for number, result in work(run_line, jobs, options.workers):
         name = list(lines)[number]
         found[name] = result
-        kept = "  ".join(f"{kind} {rounds.kept:.2f}" for kind, rounds in result.rounds.items())
-        context.say(f"  {len(found)}/{len(jobs)} {name}  kept of {options.run.length}: {kept}")
+        accepted = "  ".join(f"{kind} {rounds.accepted:.2f}" for kind, rounds in result.rounds.items())
+        context.report(f"  {len(found)}/{len(jobs)} {name}  kept of {options.run.length}: {accepted}")
     results = {name: found[name] for name in lines}  # in the order of the table
     measures = [*plain_measures(plain, results), *(m for n in results for m in head_measures(n, results))]
     notes = [_conditions(text, options), table_of(plain, results)]
@@ -158,11 +167,11 @@ def head_measures(name: str, results: Results) -> Iterator[Measure]:
     if result.scores.kind:
         yield Measure(f"{name}_nll", result.scores.mean, "nats/byte")
     for kind, rounds in result.rounds.items():
-        yield Measure(f"{name}_{kind}", rounds.kept, "tokens/pass")
+        yield Measure(f"{name}_{kind}", rounds.accepted, "tokens/pass")
     for kind in ("coupled", "rejection"):
         base = results["product"].rounds.get(kind) if "product" in results else None
         if name != "product" and base and kind in result.rounds:
-            yield Measure(f"{name}_{kind}_gain", result.rounds[kind].kept / base.kept, "x")
+            yield Measure(f"{name}_{kind}_gain", result.rounds[kind].accepted / base.accepted, "x")
     fastest = max(rounds.tokens_per_second for kind, rounds in result.rounds.items() if kind != "greedy")
     yield Measure(f"{name}_tokens_per_second", fastest, "tokens/s")
     yield Measure(f"{name}_seconds", result.seconds, "s")
@@ -177,18 +186,18 @@ def table_of(plain: PlainResult, results: Results) -> str:
     lines = [head, f"{'autoregressive':16}{plain.scores.mean:>12.3f} exact{'':38}{own}"]
     for name, result in results.items():
         nats = f"{result.scores.mean:.3f} {result.scores.kind}" if result.scores.kind else "-"
-        kept = {kind: f"{rounds.kept:.2f}" for kind, rounds in result.rounds.items()}
+        accepted = {kind: f"{rounds.accepted:.2f}" for kind, rounds in result.rounds.items()}
         speed = max(rounds.tokens_per_second for kind, rounds in result.rounds.items() if kind != "greedy")
         lines.append(
-            f"{name:16}{nats:>18}{kept['coupled']:>9}{kept['greedy']:>9}{kept.get('rejection', '-'):>11}"
-            f"{kept.get('block', '-'):>9}{result.free[1]:>8.3f}{speed:>10.0f}"
+            f"{name:16}{nats:>18}{accepted['coupled']:>9}{accepted['greedy']:>9}{accepted.get('rejection', '-'):>11}"
+            f"{accepted.get('block', '-'):>9}{result.free[1]:>8.3f}{speed:>10.0f}"
         )
     return "\n".join(lines)
 
 
 def curves(plain: PlainResult, results: Results) -> Iterator[Curve]:
     """Acceptance by position under each verification; dependence by position; unverified blocks against passes."""
-    for kind in ("coupled", *LAWS):
+    for kind in ("coupled", *NEED_LOG_Q):
         lines = {
             name: [(float(k + 1), share) for k, share in enumerate(result.rounds[kind].positions)]
             for name, result in results.items()
@@ -249,12 +258,12 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     own["tokens_per_pass"] = options.tokens_per_pass or context.model.joint.head.length
     ways = {"plain": {"tokens_per_pass": 1}, "blocks": own}
     seconds: dict[str, list[float]] = {name: [] for name in ("prompt", *ways)}
-    found: dict[str, list[Told]] = {}
+    found: dict[str, list[Measured]] = {}
     for _ in range(options.repeats):
         seconds["prompt"].append(sum(_read_prompt(engine, prompt) for prompt in prompts))
         for name, way in ways.items():
             how = {"temperature": options.temperature, "max_tokens": 96, "steps": 1, **way}
-            found[name] = [_tell(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
+            found[name] = [_measure(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
             seconds[name].append(sum(reply.seconds for reply in found[name]))
     rounds = [one for reply in found["blocks"] for one in reply.rounds]
     fresh = [one for one in rounds if not one.again]
@@ -262,7 +271,7 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
     spent = {name: statistics.median(values) for name, values in seconds.items()}
     same = [a.text == b.text for a, b in zip(found["plain"], found["blocks"], strict=True)]
     measures = [
-        Measure("accepted", sum(one.kept for one in fresh) / len(fresh), "tokens/pass"),
+        Measure("accepted", sum(one.accepted for one in fresh) / len(fresh), "tokens/pass"),
         Measure("drafted", sum(one.drafted for one in fresh) / len(fresh), "tokens/pass"),
         Measure("emitted", number / sum(one.passes for one in rounds), "tokens/pass"),
         Measure("identical", percentage(same), "%"),
@@ -280,7 +289,7 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Told:
+class Measured:
     """A reply: its words, the shapes of its pictures and its stop reason, as one string; its rounds; its number of
     tokens; its seconds without pictures."""
 
@@ -290,7 +299,7 @@ class Told:
     seconds: float
 
 
-def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Told:
+def _measure(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Measured:
     rounds: list[Drafted] = []
     text, number, seconds, start = "", 0, 0.0, time.perf_counter()
     for event in engine.stream(prompt, seed=seed, **how):
@@ -311,7 +320,7 @@ def _tell(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -
                 number += event.reason in ("end", "images")
     words = re.split(r"<(?:image|video)[^>]*>|<(?:end|stop|length|images)>", text)
     number += sum(len(engine.tokenizer.encode(part)) for part in words)
-    return Told(text, rounds, number, seconds)
+    return Measured(text, rounds, number, seconds)
 
 
 @torch.inference_mode()

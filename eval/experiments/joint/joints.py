@@ -1,6 +1,6 @@
 """Joint distributions with known probabilities, to measure joint-token heads before they train on text.
 
-A `Table` lists its support, so that entropies, lower bounds (floors.py) and total variation are sums, not estimates.
+A `Table` lists its support: entropies, lower bounds (lower_bounds.py) and total variation are sums, not estimates.
 A `Chain` (a Markov chain over many words) has known transitions and any number of strings. Names are a kind and, for
 most, a number: "poker_s6", "parity8", "permutation5"; see the end of this file.
 
@@ -109,8 +109,8 @@ class Table(Joint):
         for k, (known, mass) in enumerate(self.prefixes):
             wanted = codes(ids[:, :k], self.vocab_size)
             at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
-            law = mass[at] / mass[at].sum(-1, keepdim=True)
-            out.append(torch.where((known[at] == wanted).unsqueeze(-1), law, uniform))
+            probs = mass[at] / mass[at].sum(-1, keepdim=True)
+            out.append(torch.where((known[at] == wanted).unsqueeze(-1), probs, uniform))
         return torch.stack(out, 1).log()
 
     def entropy(self) -> float:
@@ -131,9 +131,9 @@ class Table(Joint):
         """(V,) * K float64: all probabilities, with zeros."""
         if self.vocab_size**self.length > MOST_STRINGS:
             raise ValueError(f"{self.name}: {self.vocab_size}^{self.length} strings are too many to list")
-        law = torch.zeros(self.vocab_size**self.length, dtype=torch.float64)
-        law[self.codes] = self.p
-        return law.view((self.vocab_size,) * self.length)
+        probs = torch.zeros(self.vocab_size**self.length, dtype=torch.float64)
+        probs[self.codes] = self.p
+        return probs.view((self.vocab_size,) * self.length)
 
 
 def table(name: str, ids: Tensor, vocab_size: int, p: Tensor | None = None, words: Sequence[str] = ()) -> Table:
@@ -171,10 +171,10 @@ class Chain(Joint):
         return torch.where(inside, found, -math.inf)
 
     def entropy(self) -> float:
-        law, total = self.first.exp(), float(_entropy(self.first))
+        probs, total = self.first.exp(), float(_entropy(self.first))
         for _ in range(self.length - 1):
-            total += float(law @ _entropy(self.moves))
-            law = law @ self.moves.exp()
+            total += float(probs @ _entropy(self.moves))
+            probs = probs @ self.moves.exp()
         return total
 
     def listed(self) -> Table:

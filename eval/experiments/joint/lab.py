@@ -135,7 +135,7 @@ def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOp
         options.budget, backbone_steps=0, head_steps=line.head_steps or options.head_steps,
         rate=line.rate or options.rate,
     )  # fmt: skip
-    teacher = (lambda prefix, ids: exact_laws(joint, ids)) if line.teacher == "exact" else None
+    teacher = (lambda prefix, ids: exact_distributions(joint, ids)) if line.teacher == "exact" else None
     train(model, _drawer(joint), budget, key.fold("train"), teacher)
     seconds = time.process_time() - start
     model.eval()
@@ -147,10 +147,10 @@ def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOp
     return Measured(distances, head.exact, draws[1], seconds)
 
 
-def exact_laws(joint: Table, ids: Tensor) -> Tensor:
+def exact_distributions(joint: Table, ids: Tensor) -> Tensor:
     """(B, K, V) float64: log P(x_k | x_<k) of the joint, over the ids of the model."""
-    laws = joint.conditionals(ids)
-    return torch.cat([laws, laws.new_full((*laws.shape[:2], 1), -math.inf)], -1)
+    log_probs = joint.conditionals(ids)
+    return torch.cat([log_probs, log_probs.new_full((*log_probs.shape[:2], 1), -math.inf)], -1)
 
 
 def _drawer(joint: Table):  # noqa: ANN202
@@ -185,6 +185,6 @@ def plain_distances(model: Omni, joint: Table) -> Distances:
     found = []
     for ids in joint.ids.split(CHUNK):
         batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, joint.vocab_size)
-        laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
-        found.append(laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1))
+        log_probs = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
+        found.append(log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1))
     return of_support(joint, torch.cat(found))

@@ -16,14 +16,14 @@ LEVELS = 6  # of shade: few colours make small files
 LEGAL, ILLEGAL, FRAME, PALE = (22, 78, 150), (205, 40, 40), (90, 90, 90), (228, 228, 228)
 
 
-def pair_law(ids: Tensor, vocab_size: int) -> Tensor:
+def pair_frequencies(ids: Tensor, vocab_size: int) -> Tensor:
     """(V, V) float64: shares of samples (B, 2); a sample with an id of V or above does not count."""
     inside = ids[(ids < vocab_size).all(-1)]
     counts = torch.bincount(inside[:, 0] * vocab_size + inside[:, 1], minlength=vocab_size**2)
     return counts.double().view(vocab_size, vocab_size) / len(ids)
 
 
-def law_picture(law: Tensor, legal: Tensor, words: Sequence[str]) -> Tensor:
+def table_picture(probs: Tensor, legal: Tensor, words: Sequence[str]) -> Tensor:
     """uint8 (H, W, 3) of probabilities (V, V), first words down, second words across; `legal` (V, V) bool: pairs of the
     joint, with a frame. Shades have one scale for all pictures: full at 1 / (number of legal pairs)."""
     from PIL import Image, ImageDraw
@@ -32,7 +32,7 @@ def law_picture(law: Tensor, legal: Tensor, words: Sequence[str]) -> Tensor:
     size = EDGE + V * CELL + 2
     picture = Image.new("RGB", (size, size), "white")
     draw = ImageDraw.Draw(picture)
-    shades = ((law * int(legal.sum())).clamp(max=1).sqrt() * LEVELS).round() / LEVELS
+    shades = ((probs * int(legal.sum())).clamp(max=1).sqrt() * LEVELS).round() / LEVELS
     for i in range(V):
         _word(picture, draw, words[i], i)
         for j in range(V):

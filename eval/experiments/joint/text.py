@@ -33,13 +33,13 @@ CHUNK = 64  # batch rows when measuring
 
 
 class TextLine(Frozen):
-    """One head of the comparison. law_options: options under which the same weights sample with known probabilities,
+    """One head of the comparison. log_q_options: options under which the same weights sample with known probabilities,
     for the verifications that need them; None: `options`. passes: numbers of passes, besides one, for unverified
     blocks."""
 
     head: str
     options: dict[str, Any] = Field(default_factory=dict)
-    law_options: dict[str, Any] | None = None
+    log_q_options: dict[str, Any] | None = None
     passes: tuple[int, ...] = ()
 
 
@@ -189,9 +189,9 @@ def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: 
     plain_pace = decode_plain(model, contexts, run, noise).tokens_per_second
     rounds = {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("coupled", "greedy")}
     own = head_of(model)
-    if line.law_options is not None:
-        _put_head(model, _same_weights(own, line.head, line.law_options))
-    if _knows_its_law(model, contexts, key):
+    if line.log_q_options is not None:
+        _put_head(model, _same_weights(own, line.head, line.log_q_options))
+    if _has_log_q(model, contexts, key):
         rounds |= {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("rejection", "block")}
     _put_head(model, own)
     free = {n: free_nats(model, contexts, n, run.length, key.fold("free")) for n in sorted({1, *line.passes})}
@@ -215,7 +215,7 @@ def contexts_of(text: Text, run: TextOptions, key: Key) -> Tensor:
 
 
 @torch.inference_mode()
-def _knows_its_law(model: Omni, contexts: Tensor, key: Key) -> bool:
+def _has_log_q(model: Omni, contexts: Tensor, key: Key) -> bool:
     call = toy_call(model, contexts[:1], 2)
     return head_of(model).sample(call, torch.full((1, 2), 0.5, dtype=torch.float64), key).log_q is not None
 
@@ -236,8 +236,8 @@ def _own_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
     total = 0.0
     for prefix, block in zip(contexts.split(CHUNK), ids.split(CHUNK), strict=True):
         batch, starts, blocks = toy_batch(prefix, block, BYTES)
-        laws = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
-        total -= float(laws.gather(-1, block.unsqueeze(-1)).sum())
+        log_probs = teacher_log_probs(model, model.context(batch)[0], starts, blocks)
+        total -= float(log_probs.gather(-1, block.unsqueeze(-1)).sum())
     return total / ids.numel()
 
 
@@ -264,8 +264,8 @@ def _plain_scores(model: Omni, text: Text, run: TextOptions, key: Key) -> Scores
     total, number = torch.zeros(run.length, dtype=torch.float64), 0
     for call, blocks, _ in _held_out_blocks(model, text, run, key):
         whole = blocks.valid.all(1)
-        laws = teacher_log_probs(model, call.hidden, call.starts, blocks)
-        total -= _of_ids(laws, blocks.ids)[whole].sum(0)
+        log_probs = teacher_log_probs(model, call.hidden, call.starts, blocks)
+        total -= _of_ids(log_probs, blocks.ids)[whole].sum(0)
         number += int(whole.sum())
     return Scores(float(total.sum()) / number / run.length, tuple((total / number).tolist()), "exact")
 
@@ -279,9 +279,9 @@ def _held_out_blocks(model: Omni, text: Text, run: TextOptions, key: Key) -> Ite
         yield BatchCall(model, starts, *model.context(batch)), blocks, chunk
 
 
-def _of_ids(laws: Tensor, ids: Tensor) -> Tensor:
+def _of_ids(log_probs: Tensor, ids: Tensor) -> Tensor:
     """(B, K) float64: entries of log-probabilities (B, K, V) at ids (B, K)."""
-    return laws.double().gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return log_probs.double().gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def _has_likelihood(head: JointHead) -> bool:

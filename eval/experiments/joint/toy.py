@@ -122,11 +122,11 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
         prefix, block = draw(key.fold(step), budget.rows)
         batch, starts, blocks = toy_batch(prefix, block, model.config.vocab_size - 1)
         hidden, memory = model.context(batch)
-        laws = torch.zeros(0)
+        log_probs = torch.zeros(0)
         if head.needs_teacher:
-            laws = teacher(prefix, block) if teacher else teacher_log_probs(model, hidden, starts, blocks)
+            log_probs = teacher(prefix, block) if teacher else teacher_log_probs(model, hidden, starts, blocks)
         call = BatchCall(model, starts, hidden, memory)
-        terms = head.loss(call, Lesson(blocks, laws, key.fold("noise", step), progress))
+        terms = head.loss(call, Lesson(blocks, log_probs, key.fold("noise", step), progress))
         return {name: term.weight * term.sum / max(term.count, 1.0) for name, term in terms.items()}
 
     return loss

@@ -38,7 +38,7 @@ from omni.objectives.times import BatchNames
 from omni.rng import Key
 from omni.samplers import SAMPLERS, adds_noise, run_sampler, time_grid
 
-LAWS = {"line": LINE, "plane": PLANE}
+GAUSSIANS = {"line": LINE, "plane": PLANE}
 
 
 class Check(Frozen):
@@ -66,8 +66,10 @@ class ClosedFormOptions(TaskOptions):
 
 
 def closed_form_rows(options: ClosedFormOptions) -> list[str]:
-    methods = [f"{law}_{name}{end}" for law in LAWS for name in options.methods for end in ("", "_wrong")]
-    ends = ("error", "order", "one_step", "law")
+    methods = [
+        f"{gaussian}_{name}{end}" for gaussian in GAUSSIANS for name in options.methods for end in ("", "_wrong")
+    ]
+    ends = ("error", "order", "one_step", "distribution")
     samplers = [f"{end}_{name}" for end in ends for name in SAMPLERS.names()]
     return ["largest_residual", "smallest_wrong", *methods, *samplers]
 
@@ -76,15 +78,15 @@ def closed_form_rows(options: ClosedFormOptions) -> list[str]:
 def flow_closed_forms(context: Context, options: ClosedFormOptions) -> Outcome:
     """Residuals of all objectives at the exact map of a Gaussian, and errors of all samplers."""
     measures, residuals, wrongs = [], [0.0], [math.inf]
-    for law_name, law in LAWS.items():
+    for gaussian_name, gaussian in GAUSSIANS.items():
         for name, check in options.methods.items():
-            exact, wrong = (at_map(check, law, options, context.key(name), e) for e in (0.0, check.error))
+            exact, wrong = (at_map(check, gaussian, options, context.key(name), e) for e in (0.0, check.error))
             if check.kind == "residual":
                 residuals.append(exact)
                 wrongs.append(wrong)
             value, unit = (exact, "residual") if check.kind == "residual" else (exact / wrong, "of the wrong map's")
-            measures.append(Measure(f"{law_name}_{name}", value, unit))
-            measures.append(Measure(f"{law_name}_{name}_wrong", wrong, "loss"))
+            measures.append(Measure(f"{gaussian_name}_{name}", value, unit))
+            measures.append(Measure(f"{gaussian_name}_{name}_wrong", wrong, "loss"))
     measures.append(Measure("largest_residual", max(residuals), "residual"))
     measures.append(Measure("smallest_wrong", min(wrongs), "loss"))
     measures += [m for name in SAMPLERS.names() for m in sampler_measures(name, options.points, context.key("start"))]
@@ -94,28 +96,29 @@ def flow_closed_forms(context: Context, options: ClosedFormOptions) -> Outcome:
 # ---- objectives ----------------------------------------------------------------------------------------------------
 
 
-def at_map(check: Check, law: Gaussian, options: ClosedFormOptions, key: Key, error: float) -> float:
+def at_map(check: Check, gaussian: Gaussian, options: ClosedFormOptions, key: Key, error: float) -> float:
     """The mean loss at the exact map (error 0) or a wrong one."""
     objective = build_objective(check.objective, **check.options)
     assert isinstance(objective, FlowObjective)
     num = options.items if check.kind == "residual" else options.particles
-    points = law.sample(key.fold("data"), 1, num)
+    points = gaussian.sample(key.fold("data"), 1, num)
     items = PlaneItems(points, torch.arange(num)[None], BatchNames(num))
     draw = objective.draw(items, key.fold("draw"))
     with torch.no_grad():
         if check.kind == "residual":
-            draw = on_path(draw, law, check)
-        return mean(objective.loss(GaussianCall(items, law, error), draw))
+            draw = on_path(draw, gaussian, check)
+        return mean(objective.loss(GaussianCall(items, gaussian, error), draw))
 
 
-def on_path(draw: Draw, law: Gaussian, check: Check) -> Draw:
+def on_path(draw: Draw, gaussian: Gaussian, check: Check) -> Draw:
     """The Draw with marginal velocities and points on one path of the flow."""
     expand = draw.items.expand
     x, t = (getattr(draw, field) for field in check.velocity_at)
     moved = {
-        point: law.map(draw.x, expand(draw.t), expand(getattr(draw, time))) for point, time in check.on_path.items()
+        point: gaussian.map(draw.x, expand(draw.t), expand(getattr(draw, time)))
+        for point, time in check.on_path.items()
     }
-    return replace(draw, v=law.velocity(x, expand(t)), **moved)
+    return replace(draw, v=gaussian.velocity(x, expand(t)), **moved)
 
 
 def mean(terms: Terms) -> float:
@@ -146,7 +149,7 @@ def sampler_measures(name: str, points: int, key: Key) -> Iterator[Measure]:
 
     yield Measure(f"one_step_{name}", error(1), "absolute")
     if adds_noise(name):
-        yield Measure(f"law_{name}", max(moment_error(last(n)) for n in (1, 2, 8)), "absolute")
+        yield Measure(f"distribution_{name}", max(moment_error(last(n)) for n in (1, 2, 8)), "absolute")
         return
     errors = {n: error(n) for n in (2, 8, 32, 64)}
     if max(errors.values()) < 1e-6:

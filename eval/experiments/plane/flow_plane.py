@@ -104,10 +104,12 @@ def flow_plane(context: Context, options: PlaneOptions) -> Outcome:
     """Every objective on 2-D data at one budget, by sliced Wasserstein distance at 1 to 32 evaluations."""
     require_matplotlib()
     results = run_all(context, options)
-    floors = {data_set: floor(data_set, options.run, context.key("floor")) for data_set in options.data_sets}
-    measures = [*verdicts(results, options)]
+    data_distances = {
+        data_set: data_distance(data_set, options.run, context.key("floor")) for data_set in options.data_sets
+    }
+    measures = [*comparisons(results, options)]
     for data_set in options.data_sets:
-        measures.append(Measure(f"{data_set}_floor", floors[data_set], "distance"))
+        measures.append(Measure(f"{data_set}_floor", data_distances[data_set], "distance"))
         for name in options.chosen:
             runs = results[data_set, name]
             measures += [Measure(f"{data_set}_{name}_{n}", mean_at(runs, n), "distance") for n in runs[0].distances]
@@ -122,7 +124,7 @@ def flow_plane(context: Context, options: PlaneOptions) -> Outcome:
         "processor seconds of training on one thread",
         *(table(results, options, data_set) for data_set in options.data_sets),
     ]
-    return Outcome(measures, panels(results, options), curves(results, floors, options), notes)
+    return Outcome(measures, panels(results, options), curves(results, data_distances, options), notes)
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
         found[number] = runs
         for name, run in runs.items():
             distances = "  ".join(f"{n}: {d:.3f}" for n, d in run.distances.items())
-            context.say(f"  {len(found)}/{len(jobs)} {jobs[number][2]} {name}  {distances}  ({run.seconds:.1f} s)")
+            context.report(f"  {len(found)}/{len(jobs)} {jobs[number][2]} {name}  {distances}  ({run.seconds:.1f} s)")
     results: dict[tuple[str, str], list[Run]] = {}
     for number, job in enumerate(jobs):  # in the order of the table
         for name, run in found[number].items():
@@ -152,7 +154,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
     return results
 
 
-def floor(data_set: str, options: RunOptions, key: Key) -> float:
+def data_distance(data_set: str, options: RunOptions, key: Key) -> float:
     draw = DATA_SETS.get(data_set)
     clouds = [draw(key.fold(n), options.num_points) for n in range(6)]
     pairs = zip(clouds[::2], clouds[1::2], strict=True)
@@ -170,7 +172,7 @@ def spread_at(runs: Sequence[Run], n: int) -> float:
     return statistics.stdev(run.distances[n] for run in runs) if len(runs) > 1 else 0.0
 
 
-def verdicts(results: Results, options: PlaneOptions) -> Iterator[Measure]:
+def comparisons(results: Results, options: PlaneOptions) -> Iterator[Measure]:
     """The counts and ratios that have bars, where their methods were run."""
     data_sets, few = options.data_sets, options.fewest
     if options.reference in options.chosen:
@@ -208,7 +210,7 @@ def table(results: Results, options: PlaneOptions, data_set: str) -> str:
     return "\n".join(lines)
 
 
-def curves(results: Results, floors: Mapping[str, float], options: PlaneOptions) -> list[Curve]:
+def curves(results: Results, data_distances: Mapping[str, float], options: PlaneOptions) -> list[Curve]:
     """The curves of every data set, also as the file `flow_maps_plane.png`."""
     panels = {}
     for d in options.data_sets:
@@ -217,7 +219,7 @@ def curves(results: Results, floors: Mapping[str, float], options: PlaneOptions)
             for name, method in options.chosen.items()
         }
         ends = (float(options.fewest), float(max(options.run.evaluations)))
-        panels[d] = lines | {"data against data": [(n, floors[d]) for n in ends]}
+        panels[d] = lines | {"data against data": [(n, data_distances[d]) for n in ends]}
     picture = log_charts(panels, "evaluations of the network", "sliced Wasserstein distance")
     save_png(picture, place(options, "flow_maps_plane.png"))
     return [Curve(data_set, "evaluations", "distance", lines) for data_set, lines in panels.items()]

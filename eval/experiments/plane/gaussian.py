@@ -70,14 +70,14 @@ class GaussianCall:
     """
 
     items: Items
-    law: Gaussian
+    gaussian: Gaussian
     error: float | Tensor = 0.0
     beta: Tensor | None = None
     frozen: bool = False
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         start, end = self.items.expand(t), self.items.expand(s)
-        found = self.law.average(x, start, end) + self.error * x * (start + 0.5 * end)
+        found = self.gaussian.average(x, start, end) + self.error * x * (start + 0.5 * end)
         return found.detach() if self.frozen else found
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
@@ -99,10 +99,12 @@ class GaussianCall:
         return replace(self, beta=beta)
 
 
-def gaussian_items(law: Gaussian, num: int = 64, size: int = 4, copies: int = 1, key: Key | None = None) -> Items:
+def gaussian_items(gaussian: Gaussian, num: int = 64, size: int = 4, copies: int = 1, key: Key | None = None) -> Items:
     """`num` blocks of `size` latents each, with `copies` copies of every block, in one row; float64."""
     latents = (
-        law.sample(key or Key(3), num, 1, size).expand(num, copies, size, law.channels).reshape(1, -1, law.channels)
+        gaussian.sample(key or Key(3), num, 1, size)
+        .expand(num, copies, size, gaussian.channels)
+        .reshape(1, -1, gaussian.channels)
     )
     item = torch.arange(num * copies).repeat_interleave(size)[None]
     return Items(latents, item, [(n, 0, c) for n in range(num) for c in range(copies)])

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from omni.data.emoji_world.atlas import Atlas
-from omni.data.emoji_world.author import Author
 from omni.data.emoji_world.classes import CLASSES, FAMILY
+from omni.data.emoji_world.document_builder import DocumentBuilder
 from omni.data.emoji_world.edits import Edit, caption, draw_edit, request_for, spoken
 from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES
 from omni.data.emoji_world.scene import (
@@ -46,162 +46,162 @@ LANGUAGES = tuple(LANGUAGE_NAMES)
 Extra = dict[str, Any]
 
 
-def draw_one(author: Author) -> Extra:
+def draw_one(builder: DocumentBuilder) -> Extra:
     """ "draw a red apple": one big emoji; sometimes small, on a colour, or with a skin tone."""
-    draw, chance = author.draw, author.draw.random()
+    draw, chance = builder.draw, builder.draw.random()
     background = "white"
     if chance < 0.05:
         kind, name = "small", draw.choice(SCENE_NAMES)
-        while f"small {name}" in author.atlas.names:  # "small airplane" is the name of an emoji
+        while f"small {name}" in builder.atlas.names:  # "small airplane" is the name of an emoji
             name = draw.choice(SCENE_NAMES)
         words = with_article(name, "small")
     elif chance < 0.12:
-        kind, name = "tone", draw.choice(tones_of(author.atlas.tones, author.split))
+        kind, name = "tone", draw.choice(tones_of(builder.atlas.tones, builder.split))
         words = with_article(spoken(name))
     else:
-        kind, name = "plain", draw.choice(author.atlas.names)
+        kind, name = "plain", draw.choice(builder.atlas.names)
         words = with_article(name)
-    request = author.phrase("draw", a=words)
+    request = builder.phrase("draw", a=words)
     if chance > 0.85:
         kind, background = "background", draw.choice(list(BACKGROUNDS)[1:])
         mark = request[-1] if request[-1] == "?" else ""
         request = (
-            author.phrase("background", request=request.removesuffix("?"), c=background, on=article_for(background))
+            builder.phrase("background", request=request.removesuffix("?"), c=background, on=article_for(background))
             + mark
         )
-    author.ask(request)
+    builder.ask(request)
     if request.endswith("?"):  # a question gets text and picture, an order only the picture
-        author.say(f"Here is {words}." if is_countable(name) else f"Here you are: {words}.")
-    author.show(single(name, background, CENTRE if kind == "small" else None))
+        builder.answer(f"Here is {words}." if is_countable(name) else f"Here you are: {words}.")
+    builder.show(single(name, background, CENTRE if kind == "small" else None))
     return {"kind": kind, "name": name}
 
 
-def name_one(author: Author) -> Extra:
+def name_one(builder: DocumentBuilder) -> Extra:
     """A picture and "what is this?": the answer is the name."""
-    draw, chance = author.draw, author.draw.random()
+    draw, chance = builder.draw, builder.draw.random()
     language, kind = "en", "plain"
     if chance < 0.7:
-        name, request = draw.choice(author.atlas.names), author.phrase("name")
+        name, request = draw.choice(builder.atlas.names), builder.phrase("name")
     elif chance < 0.75:
-        kind, name, request = "tone", draw.choice(tones_of(author.atlas.tones, author.split)), author.phrase("name")
+        kind, name, request = "tone", draw.choice(tones_of(builder.atlas.tones, builder.split)), builder.phrase("name")
     else:
         kind, name, language = "language", draw.choice(SCENE_NAMES), draw.choice(LANGUAGES)
         english = draw.random() < 0.4
         words = {"language": LANGUAGE_NAMES[language]}
-        request = author.phrase("name.language", **words) if english else author.phrase(f"name.{language}")
+        request = builder.phrase("name.language", **words) if english else builder.phrase(f"name.{language}")
     scene = single(name, draw_background(draw, 0.8))
     if draw.random() < 0.5:
-        author.give(scene)
-        author.ask(request)
+        builder.give(scene)
+        builder.ask(request)
     else:
-        author.ask(request)
-        author.give(scene)
-    author.say(author.atlas.name_in(name, language))
+        builder.ask(request)
+        builder.give(scene)
+    builder.answer(builder.atlas.name_in(name, language))
     return {"kind": kind, "name": name, "language": language}
 
 
-def draw_scene(author: Author) -> Extra:
+def draw_scene(builder: DocumentBuilder) -> Extra:
     """Two objects in a relation, a row of three, or a count; sometimes on a colour."""
-    draw = author.draw
+    draw = builder.draw
     background = draw_background(draw, 0.75)
     kind = draw.choices(("left", "right", "above", "below", "row", "count"), (3, 3, 3, 3, 2, 3))[0]
     if kind == "count":
         name, number = draw.choice(COUNTABLE), draw.choice((2, 3, 4))
-        words = author.phrase("scene.count", n=NUMBERS[number], many=plural(name))
+        words = builder.phrase("scene.count", n=NUMBERS[number], many=plural(name))
         scene = counted(name, number, background)
     elif kind == "row":
-        names = draw_names(draw, 3, author.split, ROW_NAMES)
+        names = draw_names(draw, 3, builder.split, ROW_NAMES)
         draw.shuffle(names)
-        words = author.phrase("scene.row", **dict(zip("abd", map(with_article, names), strict=True)))
+        words = builder.phrase("scene.row", **dict(zip("abd", map(with_article, names), strict=True)))
         scene = row(names, background)
     else:
-        names = draw_names(draw, 2, author.split)
-        words = author.phrase(f"scene.{kind}", a=with_article(names[0]), b=with_article(names[1]))
+        names = draw_names(draw, 2, builder.split)
+        words = builder.phrase(f"scene.{kind}", a=with_article(names[0]), b=with_article(names[1]))
         order = names if kind in ("left", "above") else names[::-1]
         scene = small_objects(order, PAIR_SLOTS[kind in ("above", "below")], background)
-    request = author.phrase("scene", scene=words)
+    request = builder.phrase("scene", scene=words)
     if background != "white":
         mark = "?" if request.endswith("?") else ""
         request = (
-            author.phrase("background", request=request.removesuffix("?"), c=background, on=article_for(background))
+            builder.phrase("background", request=request.removesuffix("?"), c=background, on=article_for(background))
             + mark
         )
-    author.ask(request)
-    author.show(scene)
+    builder.ask(request)
+    builder.show(scene)
     return {"kind": kind}
 
 
-def edit_one(author: Author) -> Extra:
+def edit_one(builder: DocumentBuilder) -> Extra:
     """A user picture and an instruction; the answer is `answer_edit`."""
-    kind, edit = draw_edit(author)
-    author.give(edit.before)
-    author.ask(edit.instruction)
-    answer_edit(author, edit)
+    kind, edit = draw_edit(builder)
+    builder.give(edit.before)
+    builder.ask(edit.instruction)
+    answer_edit(builder, edit)
     return {"kind": kind, **edit.extra}
 
 
-def answer_edit(author: Author, edit: Edit) -> None:
+def answer_edit(builder: DocumentBuilder, edit: Edit) -> None:
     """The caption before, the caption after, then the picture after. Each step depends on the previous one; three small
     steps (describe, rewrite, generate) are easier to learn than one direct edit."""
-    author.say(f"I see {caption(edit.before)}. Here you are: {caption(edit.after)}.")
-    author.show(edit.after)
+    builder.answer(f"I see {caption(edit.before)}. Here you are: {caption(edit.after)}.")
+    builder.show(edit.after)
 
 
 REWRITTEN = {"swap": 4.0, "exchange": 2.0, "add": 3.0, "remove": 3.0, "recolour": 2.0}
 
 
-def rewrite(author: Author) -> Extra:
+def rewrite(builder: DocumentBuilder) -> Extra:
     """An edit of captions: the caption before and an instruction; the answer is the caption after. It trains the second
     caption of an edit with a quarter of the positions."""
-    kind, edit = draw_edit(author, REWRITTEN)
-    author.ask(author.phrase("text.rewrite", a=caption(edit.before), edit=edit.instruction))
-    author.say(f"{caption(edit.after)}.")
+    kind, edit = draw_edit(builder, REWRITTEN)
+    builder.ask(builder.phrase("text.rewrite", a=caption(edit.before), edit=edit.instruction))
+    builder.answer(f"{caption(edit.after)}.")
     return {"kind": kind, "before": edit.before.to_json(), "after": edit.after.to_json()}
 
 
-def describe(author: Author) -> Extra:
+def describe(builder: DocumentBuilder) -> Extra:
     """A picture of one or two objects and "describe this": the answer has objects, places and background."""
-    draw = author.draw
+    draw = builder.draw
     kind = draw.choices(("pair", "small", "big"), (6, 3, 1))[0]
     background = draw_background(draw, 0.6)
     if kind == "pair":
-        scene = small_objects(draw_names(draw, 2, author.split), draw.choice(PAIR_SLOTS), background)
+        scene = small_objects(draw_names(draw, 2, builder.split), draw.choice(PAIR_SLOTS), background)
     else:
         place = draw.choice(list(PLACES.values())) if kind == "small" else None
         scene = single(draw.choice(SCENE_NAMES), background, place)
-    author.give(scene)
-    author.ask(author.phrase("describe"))
-    author.say(f"{caption(scene)}.")
+    builder.give(scene)
+    builder.ask(builder.phrase("describe"))
+    builder.answer(f"{caption(scene)}.")
     return {"kind": kind}
 
 
-def draw_open(author: Author) -> Extra:
+def draw_open(builder: DocumentBuilder) -> Extra:
     """A request with many valid answers: any member of a class, on any background, or at any places."""
-    draw, chance = author.draw, author.draw.random()
+    draw, chance = builder.draw, builder.draw.random()
     if chance < 0.2:
-        return two_anywhere(author)
+        return two_anywhere(builder)
     noun = draw.choice(list(CLASSES))
-    request, background = author.phrase("open", x=noun), "white"
+    request, background = builder.phrase("open", x=noun), "white"
     kind, free = "class", ["member"]
     if chance < 0.4:
         kind, free, background = "background", ["member", "background"], draw.choice(list(BACKGROUNDS))
         mark = "?" if request.endswith("?") else ""
-        request = author.phrase("open.background", request=request.removesuffix("?")) + mark
-    author.ask(request)
-    author.show(single(draw.choice(CLASSES[noun]), background))
+        request = builder.phrase("open.background", request=request.removesuffix("?")) + mark
+    builder.ask(request)
+    builder.show(single(draw.choice(CLASSES[noun]), background))
     return {"kind": kind, "class": noun, "members": list(CLASSES[noun]), "free": free}
 
 
-def two_anywhere(author: Author) -> Extra:
+def two_anywhere(builder: DocumentBuilder) -> Extra:
     """Two equal objects at any two places without overlap: the open request with the most valid answers."""
-    name, slots = author.draw.choice(COUNTABLE), author.draw.choice(APART)
-    author.ask(author.phrase("open.anywhere", many=plural(name)))
-    author.show(small_objects((name, name), slots))
+    name, slots = builder.draw.choice(COUNTABLE), builder.draw.choice(APART)
+    builder.ask(builder.phrase("open.anywhere", many=plural(name)))
+    builder.show(small_objects((name, name), slots))
     return {"kind": "anywhere", "class": name, "members": [name], "free": ["places"]}
 
 
-def tell_story(author: Author) -> Extra:
-    return {"kind": "story", **write_story(author)}
+def ask_for_story(builder: DocumentBuilder) -> Extra:
+    return {"kind": "story", **write_story(builder)}
 
 
 SMALL_TALK = {
@@ -213,74 +213,74 @@ SMALL_TALK = {
 }
 
 
-def talk(author: Author) -> Extra:
+def talk(builder: DocumentBuilder) -> Extra:
     """Questions without pictures: classes, other languages, small talk."""
-    draw = author.draw
+    draw = builder.draw
     kind = draw.choices(("is", "translate", "english", "member", "talk"), (3, 3, 2, 2, 2))[0]
     if kind == "talk":
         kind = draw.choice(list(SMALL_TALK))
-        author.ask(author.phrase(kind))
-        author.say(SMALL_TALK[kind])
+        builder.ask(builder.phrase(kind))
+        builder.answer(SMALL_TALK[kind])
         return {"kind": kind}
     if kind == "is":
-        return {"kind": kind, **_ask_class(author)}
+        return {"kind": kind, **_ask_class(builder)}
     if kind == "member":
         noun = draw.choice(list(CLASSES))
-        author.ask(author.phrase("text.member", b=with_article(noun)))
-        author.say(draw.choice(CLASSES[noun]))
+        builder.ask(builder.phrase("text.member", b=with_article(noun)))
+        builder.answer(draw.choice(CLASSES[noun]))
         return {"kind": kind, "class": noun, "members": list(CLASSES[noun])}
     name, language = draw.choice(SCENE_NAMES), draw.choice(LANGUAGES)
-    foreign = author.atlas.name_in(name, language)
+    foreign = builder.atlas.name_in(name, language)
     if kind == "translate":
-        author.ask(author.phrase("text.translate", x=name, language=LANGUAGE_NAMES[language]))
-        author.say(foreign)
+        builder.ask(builder.phrase("text.translate", x=name, language=LANGUAGE_NAMES[language]))
+        builder.answer(foreign)
     else:
-        author.ask(author.phrase("text.english", x=foreign))
-        author.say(name)
+        builder.ask(builder.phrase("text.english", x=foreign))
+        builder.answer(name)
     return {"kind": kind, "name": name, "language": language}
 
 
-def _ask_class(author: Author) -> Extra:
+def _ask_class(builder: DocumentBuilder) -> Extra:
     """ "is a red apple a fruit?" with an indisputable yes or no."""
-    draw = author.draw
+    draw = builder.draw
     noun, yes = draw.choice(list(CLASSES)), draw.random() < 0.5
     clear = [n for n in CLASSES if n != noun and (n not in FAMILY or FAMILY[n] != FAMILY.get(noun))]
     source = noun if yes else draw.choice(clear)
     name = draw.choice([m for m in CLASSES[source] if is_countable(m) and (yes or m not in CLASSES[noun])])
-    author.ask(author.phrase("text.is", a=with_article(name), b=with_article(noun)))
-    author.say(f"Yes, it is {with_article(noun)}." if yes else f"No, it is not {with_article(noun)}.")
+    builder.ask(builder.phrase("text.is", a=with_article(name), b=with_article(noun)))
+    builder.answer(f"Yes, it is {with_article(noun)}." if yes else f"No, it is not {with_article(noun)}.")
     return {"name": name, "class": noun}
 
 
-def converse(author: Author) -> Extra:
+def converse(builder: DocumentBuilder) -> Extra:
     """Several turns or pictures: a picture and its edit, two pictures in one answer, or small talk and a picture."""
-    kind = author.draw.choices(("edit", "series", "talk"), (5, 3, 2))[0]
+    kind = builder.draw.choices(("edit", "series", "talk"), (5, 3, 2))[0]
     if kind == "edit":
-        _, edit = draw_edit(author)
-        author.ask(request_for(author, edit.before))
-        author.show(edit.before)
-        author.ask(edit.instruction)
-        answer_edit(author, edit)
+        _, edit = draw_edit(builder)
+        builder.ask(request_for(builder, edit.before))
+        builder.show(edit.before)
+        builder.ask(edit.instruction)
+        answer_edit(builder, edit)
     elif kind == "series":
-        names = author.draw.sample(SCENE_NAMES, 2)
-        author.ask(author.phrase("series", a=with_article(names[0]), b=with_article(names[1])))
+        names = builder.draw.sample(SCENE_NAMES, 2)
+        builder.ask(builder.phrase("series", a=with_article(names[0]), b=with_article(names[1])))
         for name in names:
-            author.say(f"Here is {with_article(name)}." if is_countable(name) else f"Here you are: {name}.")
-            author.show(single(name))
+            builder.answer(f"Here is {with_article(name)}." if is_countable(name) else f"Here you are: {name}.")
+            builder.show(single(name))
     else:
-        talk(author)
-        draw_one(author)
+        talk(builder)
+        draw_one(builder)
     return {"kind": kind}
 
 
-TASKS: dict[str, tuple[float, Callable[[Author], Extra]]] = {
+TASKS: dict[str, tuple[float, Callable[[DocumentBuilder], Extra]]] = {
     "draw": (0.32, draw_one),
     "name": (0.12, name_one),
     "scene": (0.17, draw_scene),
     "edit": (0.13, edit_one),
     "open": (0.07, draw_open),
     "describe": (0.04, describe),
-    "story": (0.05, tell_story),
+    "story": (0.05, ask_for_story),
     "text": (0.06, talk),
     "rewrite": (0.0, rewrite),  # weight 0: only for mixtures that name these tasks
     "anywhere": (0.0, two_anywhere),
@@ -324,8 +324,8 @@ class EmojiWorld:
         """The document of an index >= 0; a pure function of (seed, split, mixture, index)."""
         draw = Key(self.seed).fold("emoji_world", self.split, index).python()
         task = draw.choices(self._tasks, self._weights)[0]
-        author = Author(draw, self.atlas, self.split, self.foreign)
-        return author.finish(task, TASKS[task][1](author))
+        builder = DocumentBuilder(draw, self.atlas, self.split, self.foreign)
+        return builder.finish(task, TASKS[task][1](builder))
 
     def moving_emoji(self, index: int, num_frames: int = 8, side: int = 32) -> Document:
         """One of twelve clips (three emoji, four directions), as a Video of uint8 (num_frames, side, side, 3)."""
@@ -333,8 +333,8 @@ class EmojiWorld:
         name, direction = MOVERS[index // len(DIRECTIONS)], list(DIRECTIONS)[index % len(DIRECTIONS)]
         step_x, step_y = DIRECTIONS[direction]
         size = side // 2
-        author = Author(Key(self.seed).fold("moving_emoji", index).python(), self.atlas, self.split)
-        author.ask(author.phrase("video", a=with_article(name), direction=direction))
+        builder = DocumentBuilder(Key(self.seed).fold("moving_emoji", index).python(), self.atlas, self.split)
+        builder.ask(builder.phrase("video", a=with_article(name), direction=direction))
         scenes = []
         for frame in range(num_frames):
             travelled = round((side - size) * frame / max(1, num_frames - 1))
@@ -342,9 +342,9 @@ class EmojiWorld:
             place = Placement(name, start_x + step_x * travelled, start_y + step_y * travelled, size)
             scenes.append(Scene("white", (place,)))
         frames = torch.stack([render(scene, self.atlas, side) for scene in scenes])
-        author.segments.append(Video(frames, 8.0, Role.ASSISTANT, supervise=True))
-        author.scenes = scenes
-        return author.finish("video", {"kind": "moving", "name": name, "direction": direction})
+        builder.segments.append(Video(frames, 8.0, Role.ASSISTANT, supervise=True))
+        builder.scenes = scenes
+        return builder.finish("video", {"kind": "moving", "name": name, "direction": direction})
 
 
 def prompt_of(document: Document) -> Document:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omni.data.emoji_world.author import Author
+from omni.data.emoji_world.document_builder import DocumentBuilder
 from omni.data.emoji_world.names import tone_name
 from omni.data.emoji_world.objects import SCENE_NAMES
 from omni.data.emoji_world.scene import (
@@ -49,95 +49,95 @@ class Edit:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def edit_tone(author: Author) -> Edit:
+def edit_tone(builder: DocumentBuilder) -> Edit:
     """Change the skin tone of a person or hand, from yellow or from another skin tone."""
-    target = author.draw.choice(tones_of(author.atlas.tones, author.split))
+    target = builder.draw.choice(tones_of(builder.atlas.tones, builder.split))
     base, tone = target.removesuffix(" skin tone").split(": ")
     sources = [base] + [
         name
-        for name in author.atlas.tones
+        for name in builder.atlas.tones
         if name.startswith(f"{base}:") and name != target and not tone_is_heldout(name)
     ]
-    source = base if author.draw.random() < 0.6 else author.draw.choice(sources)
-    background = draw_background(author.draw, 0.7)
+    source = base if builder.draw.random() < 0.6 else builder.draw.choice(sources)
+    background = draw_background(builder.draw, 0.7)
     assert tone_name(base, tone) == target, target
     return Edit(
         single(source, background),
         single(target, background),
-        author.phrase("edit.tone", tone=tone),
+        builder.phrase("edit.tone", tone=tone),
         {"base": base, "tone": tone},
     )
 
 
-def edit_swap(author: Author) -> Edit:
+def edit_swap(builder: DocumentBuilder) -> Edit:
     """Replace one of two objects by a third."""
-    kept, new, old = draw_names(author.draw, 3, author.split)
-    slots, background = author.draw.choice(PAIR_SLOTS), draw_background(author.draw, 0.6)
-    order = author.draw.random() < 0.5
+    kept, new, old = draw_names(builder.draw, 3, builder.split)
+    slots, background = builder.draw.choice(PAIR_SLOTS), draw_background(builder.draw, 0.6)
+    order = builder.draw.random() < 0.5
     before, after = ((kept, old), (kept, new)) if order else ((old, kept), (new, kept))
     return Edit(
         small_objects(before, slots, background),
         small_objects(after, slots, background),
-        author.phrase("edit.swap", x=old, b=with_article(new)),
+        builder.phrase("edit.swap", x=old, b=with_article(new)),
     )
 
 
-def edit_move(author: Author) -> Edit:
+def edit_move(builder: DocumentBuilder) -> Edit:
     """Move one small object to another side or to the centre."""
-    name, background = author.draw.choice(SCENE_NAMES), draw_background(author.draw, 0.6)
-    start, goal = author.draw.sample(list(PLACES), 2)
-    instruction = author.phrase("edit.move", x=name, place=goal)
+    name, background = builder.draw.choice(SCENE_NAMES), draw_background(builder.draw, 0.6)
+    start, goal = builder.draw.sample(list(PLACES), 2)
+    instruction = builder.phrase("edit.move", x=name, place=goal)
     return Edit(single(name, background, PLACES[start]), single(name, background, PLACES[goal]), instruction)
 
 
-def edit_exchange(author: Author) -> Edit:
+def edit_exchange(builder: DocumentBuilder) -> Edit:
     """Exchange the places of two objects."""
-    first, second = draw_names(author.draw, 2, author.split)
-    slots, background = author.draw.choice(PAIR_SLOTS), draw_background(author.draw, 0.6)
+    first, second = draw_names(builder.draw, 2, builder.split)
+    slots, background = builder.draw.choice(PAIR_SLOTS), draw_background(builder.draw, 0.6)
     return Edit(
         small_objects((first, second), slots, background),
         small_objects((second, first), slots, background),
-        author.phrase("edit.exchange", x=first, y=second),
+        builder.phrase("edit.exchange", x=first, y=second),
     )
 
 
-def edit_add(author: Author) -> Edit:
+def edit_add(builder: DocumentBuilder) -> Edit:
     """Add a second object on the named side of the first."""
-    old, new = draw_names(author.draw, 2, author.split)
-    background = draw_background(author.draw, 0.6)
-    side = author.draw.choice(list(SIDES))
+    old, new = draw_names(builder.draw, 2, builder.split)
+    background = draw_background(builder.draw, 0.6)
+    side = builder.draw.choice(list(SIDES))
     slots = PAIR_SLOTS[0] if side in ("left", "right") else PAIR_SLOTS[1]
     names = (new, old) if side in ("left", "above") else (old, new)
     place = slots[names.index(old)]
     return Edit(
         single(old, background, place),
         small_objects(names, slots, background),
-        author.phrase("edit.add", x=old, b=with_article(new), side=author.draw.choice(SIDES[side])),
+        builder.phrase("edit.add", x=old, b=with_article(new), side=builder.draw.choice(SIDES[side])),
     )
 
 
-def edit_remove(author: Author) -> Edit:
+def edit_remove(builder: DocumentBuilder) -> Edit:
     """Remove one of two objects; the other keeps its place."""
-    names = draw_names(author.draw, 2, author.split)
-    background = draw_background(author.draw, 0.6)
-    before = small_objects(names, author.draw.choice(PAIR_SLOTS), background)
-    gone = author.draw.randrange(2)
+    names = draw_names(builder.draw, 2, builder.split)
+    background = draw_background(builder.draw, 0.6)
+    before = small_objects(names, builder.draw.choice(PAIR_SLOTS), background)
+    gone = builder.draw.randrange(2)
     after = replace(before, placements=(before.placements[1 - gone],))
-    return Edit(before, after, author.phrase("edit.remove", x=names[gone]))
+    return Edit(before, after, builder.phrase("edit.remove", x=names[gone]))
 
 
-def edit_recolour(author: Author) -> Edit:
+def edit_recolour(builder: DocumentBuilder) -> Edit:
     """Change the background of one big object or two small ones."""
-    old, new = author.draw.sample(list(BACKGROUNDS), 2)
-    if author.draw.random() < 0.6:
-        before = single(author.draw.choice(SCENE_NAMES), old)
+    old, new = builder.draw.sample(list(BACKGROUNDS), 2)
+    if builder.draw.random() < 0.6:
+        before = single(builder.draw.choice(SCENE_NAMES), old)
     else:
-        names = draw_names(author.draw, 2, author.split)
-        before = small_objects(names, author.draw.choice(PAIR_SLOTS), old)
-    return Edit(before, replace(before, background=new), author.phrase("edit.recolour", c=new, on=article_for(new)))
+        names = draw_names(builder.draw, 2, builder.split)
+        before = small_objects(names, builder.draw.choice(PAIR_SLOTS), old)
+    return Edit(before, replace(before, background=new), builder.phrase("edit.recolour", c=new, on=article_for(new)))
 
 
-EDITS: dict[str, tuple[float, Callable[[Author], Edit]]] = {
+EDITS: dict[str, tuple[float, Callable[[DocumentBuilder], Edit]]] = {
     "tone": (0.22, edit_tone),
     "swap": (0.2, edit_swap),
     "move": (0.14, edit_move),
@@ -151,20 +151,20 @@ EDITS: dict[str, tuple[float, Callable[[Author], Edit]]] = {
 WEIGHTS = {kind: weight for kind, (weight, _) in EDITS.items()}
 
 
-def draw_edit(author: Author, weights: Mapping[str, float] = WEIGHTS) -> tuple[str, Edit]:
+def draw_edit(builder: DocumentBuilder, weights: Mapping[str, float] = WEIGHTS) -> tuple[str, Edit]:
     """Sample a kind of edit, then an edit of that kind; returns both."""
-    kind = author.draw.choices(list(weights), list(weights.values()))[0]
-    return kind, EDITS[kind][1](author)
+    kind = builder.draw.choices(list(weights), list(weights.values()))[0]
+    return kind, EDITS[kind][1](builder)
 
 
-def request_for(author: Author, scene: Scene) -> str:
+def request_for(builder: DocumentBuilder, scene: Scene) -> str:
     """A user request for the scene before an edit."""
     if len(scene.names) == 2:
         a, b = map(with_article, scene.names)
-        return author.phrase("scene", scene=author.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _ground(scene))
+        return builder.phrase("scene", scene=builder.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _ground(scene))
     words = _lone(scene) + _ground(scene)
     is_big = scene.placements[0].size == BIG
-    return author.phrase("draw", a=words) if is_big else author.phrase("scene", scene=words)
+    return builder.phrase("draw", a=words) if is_big else builder.phrase("scene", scene=words)
 
 
 def caption(scene: Scene) -> str:

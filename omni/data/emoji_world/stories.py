@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omni.data.emoji_world.author import Author
+from omni.data.emoji_world.document_builder import DocumentBuilder
 from omni.data.emoji_world.objects import listed
 from omni.data.emoji_world.scene import PAIR_SLOTS, Scene, counted, pair_is_heldout, single, small_objects
 from omni.data.emoji_world.words import NUMBERS, plural, sentence, with_article
@@ -88,17 +88,17 @@ def _others(event: Event, hero: str, split: str) -> list[str]:
     return [o for o in allowed if not o or split == "heldout" or not pair_is_heldout(hero, o)]
 
 
-def write_story(author: Author) -> dict[str, object]:
+def write_story(builder: DocumentBuilder) -> dict[str, object]:
     """Add a story of 2-5 pictures: an opening, distinct events, an ending."""
-    draw = author.draw
+    draw = builder.draw
     hero, number = draw.choice(HEROES), draw.choice((2, 3, 3, 4, 5))
     count = str(number) if draw.random() < 0.5 else NUMBERS[number]
-    author.ask(author.phrase("story", n=count, a=with_article(hero)))
-    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _others(event, hero, author.split))}
+    builder.ask(builder.phrase("story", n=count, a=with_article(hero)))
+    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _others(event, hero, builder.split))}
     middles = draw.sample([e for e in MIDDLES if e in can], number - 2)
     events = [draw.choice(OPENINGS), *middles, draw.choice([e for e in ENDINGS if e in can])]
     for event in events:
         other = draw.choice(can.get(event, [""]))
-        author.say(event.words(hero, other))
-        author.show(event.scene(hero, other))
-    return {"hero": hero, "num_pictures": number, "sentences": list(author.answers)}
+        builder.answer(event.words(hero, other))
+        builder.show(event.scene(hero, other))
+    return {"hero": hero, "num_pictures": number, "sentences": list(builder.answers)}

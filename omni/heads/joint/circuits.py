@@ -61,7 +61,7 @@ class CircuitConfig(Frozen):
 
 
 @dataclass(frozen=True)
-class Laws:
+class Factors:
     """The circuits of B blocks, in float64 nats: each normalised over its last axis."""
 
     root: Tensor  # (B, R)
@@ -117,16 +117,16 @@ class Circuit(JointHead):
         """Sequential samples before all tokens are sampled at once (`sample_latent`)."""
 
     @abstractmethod
-    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
+    def walk(self, factors: Factors, num: int, visit: Visit) -> None:
         """Call `visit` for tokens 0 .. num - 1 in order, each given those before it."""
 
     @abstractmethod
-    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
+    def states(self, factors: Factors, uniforms: Tensor) -> Tensor:
         """(B, K) int64: latent states, sampled with uniforms (B, K)."""
 
     # ---- the contract ---------------------------------------------------------------------------------------------
 
-    def laws(self, call: JointCall) -> Laws:
+    def factors(self, call: JointCall) -> Factors:
         h, R = call.start, self.config.num_states
         if self.config.expander_rank:
             low = torch.einsum("bw,krwi->bkri", h, self.expand_down.to(h.dtype))
@@ -137,18 +137,18 @@ class Circuit(JointHead):
         emissions = call.read(expanded).double().log_softmax(-1)
         root = _linear(self.root, h).double().log_softmax(-1)
         if self.moves is None:
-            return Laws(root, root.new_zeros(len(h), 0, R, R), emissions)
+            return Factors(root, root.new_zeros(len(h), 0, R, R), emissions)
         moves = _linear(self.moves, h).double().unflatten(-1, (self.num_moves, R, R)).log_softmax(-1)
-        return Laws(root, moves, emissions)
+        return Factors(root, moves, emissions)
 
-    def score(self, laws: Laws, ids: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
+    def score(self, factors: Factors, ids: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids (B, m) -> log q(x_k | x_<k) (B, m) and log P(z_k | x_<=k) (B, m, R).
 
         With emissions f to a `power` below one: with F_k = log E_z[(f_1 .. f_k)^power] / power, the differences
         F_k - F_(k-1). By Jensen F_k <= log q(x_<=k). Responsibilities are those of the softened emissions.
         """
         index = ids[:, :, None, None].expand(-1, -1, self.config.num_states, 1)
-        scores = laws.emissions[:, : ids.shape[1]].gather(-1, index).squeeze(-1) * power
+        scores = factors.emissions[:, : ids.shape[1]].gather(-1, index).squeeze(-1) * power
         found: list[Tensor] = []
         after: list[Tensor] = []
 
@@ -158,50 +158,50 @@ class Circuit(JointHead):
             after.append(both.log_softmax(-1))
             return scores[:, k]
 
-        self.walk(laws, ids.shape[1], visit)
+        self.walk(factors, ids.shape[1], visit)
         return torch.stack(found, 1), torch.stack(after, 1)
 
-    def run(self, laws: Laws, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def run(self, factors: Factors, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
         (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
 
         def visit(k: int, belief: Tensor) -> Tensor:
-            law = (belief.unsqueeze(-1) + laws.emissions[:, k]).logsumexp(1)
-            found.append(law)
-            ids.append(choose(k, law))
+            log_p = (belief.unsqueeze(-1) + factors.emissions[:, k]).logsumexp(1)
+            found.append(log_p)
+            ids.append(choose(k, log_p))
             index = ids[-1][:, None, None].expand(-1, self.config.num_states, 1)
-            return laws.emissions[:, k].gather(-1, index).squeeze(-1)
+            return factors.emissions[:, k].gather(-1, index).squeeze(-1)
 
-        self.walk(laws, num, visit)
+        self.walk(factors, num, visit)
         return torch.stack(ids, 1), torch.stack(found, 1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
-        ids, log_q = self.run(self.laws(call), num, lambda k, law: inverse_cdf_sample(law, uniforms[:, k]))
+        ids, log_q = self.run(self.factors(call), num, lambda k, log_p: inverse_cdf_sample(log_p, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
     def sample_latent(self, call: JointCall, uniforms: Tensor, key: Key) -> Draft:
         """The same distribution in fewer sequential steps: states from the root down, sampled with `key`, then all
         tokens at once, token k at u_k. Its conditionals are those of `conditionals`; the draft has no `log_q`."""
-        laws, num = self.laws(call), self.fits(uniforms)
+        factors, num = self.factors(call), self.fits(uniforms)
         draws = key.fold("states").uniform((len(uniforms), self.length), torch.float64)
-        states = self.states(laws, draws.to(uniforms.device))[:, :num]
+        states = self.states(factors, draws.to(uniforms.device))[:, :num]
         index = states[:, :, None, None].expand(-1, -1, 1, self.vocab_size)
         return Draft(
-            inverse_cdf_sample(laws.emissions[:, :num].gather(2, index).squeeze(2), uniforms), steps=self.steps
+            inverse_cdf_sample(factors.emissions[:, :num].gather(2, index).squeeze(2), uniforms), steps=self.steps
         )
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         """Of ids (B, m), m <= K: the exact marginal of a shorter block."""
         self.fits(ids)
-        return LogProb(self.score(self.laws(call), ids)[0].sum(-1), "exact")
+        return LogProb(self.score(self.factors(call), ids)[0].sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.run(self.laws(call), self.fits(ids), lambda k, _: ids[:, k])[1]
+        return self.run(self.factors(call), self.fits(ids), lambda k, _: ids[:, k])[1]
 
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
         """-sum_k gamma^(k-1) log q(x_k | x_<k) over the valid prefix, per unit of gamma^(k-1).
@@ -215,7 +215,7 @@ class Circuit(JointHead):
         power = 1.0
         if lesson.progress < c.anneal:
             power = COOLING_FROM + (1 - COOLING_FROM) * lesson.progress / c.anneal
-        found, after = self.score(self.laws(call), ids, power)
+        found, after = self.score(self.factors(call), ids, power)
         weight = valid * c.gamma ** torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64)
         dtype = torch.promote_types(call.start.dtype, torch.float32)
         terms = {"circuit": Terms(-(found * weight).sum().to(dtype), float(weight.sum()))}
@@ -238,13 +238,13 @@ class CP(Circuit):
     def steps(self) -> int:
         return 1
 
-    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
-        belief = laws.root
+    def walk(self, factors: Factors, num: int, visit: Visit) -> None:
+        belief = factors.root
         for k in range(num):
             belief = (belief + visit(k, belief)).log_softmax(-1)
 
-    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        return inverse_cdf_sample(laws.root, uniforms[:, 0]).unsqueeze(1).expand(-1, self.length)
+    def states(self, factors: Factors, uniforms: Tensor) -> Tensor:
+        return inverse_cdf_sample(factors.root, uniforms[:, 0]).unsqueeze(1).expand(-1, self.length)
 
 
 @JOINT_HEADS.register("hmm")
@@ -259,18 +259,18 @@ class HMM(Circuit):
     def steps(self) -> int:
         return self.length
 
-    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
-        belief = laws.root
+    def walk(self, factors: Factors, num: int, visit: Visit) -> None:
+        belief = factors.root
         for k in range(num):
             after = (belief + visit(k, belief)).log_softmax(-1)
             if k + 1 < num:
-                belief = (after.unsqueeze(-1) + laws.moves[:, k]).logsumexp(1)
+                belief = (after.unsqueeze(-1) + factors.moves[:, k]).logsumexp(1)
 
-    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        found = [inverse_cdf_sample(laws.root, uniforms[:, 0])]
+    def states(self, factors: Factors, uniforms: Tensor) -> Tensor:
+        found = [inverse_cdf_sample(factors.root, uniforms[:, 0])]
         rows = torch.arange(len(uniforms), device=uniforms.device)
         for k in range(self.length - 1):
-            found.append(inverse_cdf_sample(laws.moves[rows, k, found[-1]], uniforms[:, k + 1]))
+            found.append(inverse_cdf_sample(factors.moves[rows, k, found[-1]], uniforms[:, k + 1]))
         return torch.stack(found, 1)
 
 
@@ -297,10 +297,10 @@ class Tree(Circuit):
     def steps(self) -> int:
         return 1 + len(self.levels)
 
-    def walk(self, laws: Laws, num: int, visit: Visit) -> None:
-        self._walk(laws, (0, self.length), laws.root, num, visit)
+    def walk(self, factors: Factors, num: int, visit: Visit) -> None:
+        self._walk(factors, (0, self.length), factors.root, num, visit)
 
-    def _walk(self, laws: Laws, span: Span, belief: Tensor, num: int, visit: Visit) -> Tensor:
+    def _walk(self, factors: Factors, span: Span, belief: Tensor, num: int, visit: Visit) -> Tensor:
         """belief (B, R): log P(state of span | x before it). Returns log P(x of span, up to token num | state)."""
         if span[1] - span[0] == 1:
             return visit(span[0], belief)
@@ -312,20 +312,20 @@ class Tree(Circuit):
             if half not in self.number:
                 found = found + visit(half[0], before)
                 continue
-            move = laws.moves[:, self.number[half]]
-            inner = self._walk(laws, half, (before.unsqueeze(-1) + move).logsumexp(1), num, visit)
+            move = factors.moves[:, self.number[half]]
+            inner = self._walk(factors, half, (before.unsqueeze(-1) + move).logsumexp(1), num, visit)
             found = found + (move + inner.unsqueeze(1)).logsumexp(-1)
         return found
 
-    def states(self, laws: Laws, uniforms: Tensor) -> Tensor:
-        state = {(0, self.length): inverse_cdf_sample(laws.root, uniforms[:, 0])}
+    def states(self, factors: Factors, uniforms: Tensor) -> Tensor:
+        state = {(0, self.length): inverse_cdf_sample(factors.root, uniforms[:, 0])}
         rows = torch.arange(len(uniforms), device=uniforms.device)[:, None]
         done = 0
         for level in self.levels:
             numbers = torch.arange(done, done + len(level), device=uniforms.device)
             parents = torch.stack([state[parent] for _, parent in level], 1)
             drawn = inverse_cdf_sample(
-                laws.moves[rows, numbers, parents], uniforms[:, 1 + done : 1 + done + len(level)]
+                factors.moves[rows, numbers, parents], uniforms[:, 1 + done : 1 + done + len(level)]
             )
             state |= {span: drawn[:, n] for n, (span, _) in enumerate(level)}
             done += len(level)

@@ -51,7 +51,7 @@ class LatentMixture(JointHead):
         super().initialise(key)
         torch.nn.init.zeros_(self.decoder)
 
-    def laws(self, call: JointCall, latent: Tensor) -> Tensor:
+    def log_probs(self, call: JointCall, latent: Tensor) -> Tensor:
         """(B, length, V) float64 log q_k(. | c, lambda) for lambda (B,). One pass."""
         inputs = self.placeholder + self.waves(latent.unsqueeze(-1))
         hidden = call(inputs.unsqueeze(1).expand(-1, self.length, -1), causal=False)[:, 1:]
@@ -63,8 +63,8 @@ class LatentMixture(JointHead):
         `valid` (B, K); offsets (B, M) in [0, 1). M passes."""
         M, scores = offsets.shape[1], []
         for m in range(M):
-            laws = self.laws(call, (m + offsets[:, m]) / M)[:, : ids.shape[1]]
-            found = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            log_probs = self.log_probs(call, (m + offsets[:, m]) / M)[:, : ids.shape[1]]
+            found = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
             scores.append(torch.where(valid, found, 0.0).sum(-1))
         return torch.stack(scores, -1).logsumexp(-1) - math.log(M)
 
@@ -73,12 +73,12 @@ class LatentMixture(JointHead):
         `log_q`. `passes` must divide K: each pass has a lambda of its own and gives K / passes tokens."""
         B, K = len(uniforms), self.fits(uniforms)
         self.check_passes(passes, K)
-        ids, laws, n = torch.zeros(B, 0, dtype=torch.int64, device=uniforms.device), [], K // passes
+        ids, log_probs, n = torch.zeros(B, 0, dtype=torch.int64, device=uniforms.device), [], K // passes
         for step in range(passes):
             latent = key.fold("latent", step).uniform((B,), torch.float64).to(uniforms.device)
-            laws.append(self.laws(After(call, ids) if step else call, latent)[:, :n])
-            ids = torch.cat([ids, inverse_cdf_sample(laws[-1], uniforms[:, step * n : (step + 1) * n])], 1)
-        return Draft(ids, torch.cat(laws, 1))
+            log_probs.append(self.log_probs(After(call, ids) if step else call, latent)[:, :n])
+            ids = torch.cat([ids, inverse_cdf_sample(log_probs[-1], uniforms[:, step * n : (step + 1) * n])], 1)
+        return Draft(ids, torch.cat(log_probs, 1))
 
     @torch.no_grad()
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:

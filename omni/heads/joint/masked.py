@@ -75,7 +75,7 @@ class Masked(JointHead):
         hidden = call(inputs, causal=False)[:, 1 : 1 + shown.shape[1]]
         return call.read(hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype)))
 
-    def laws(self, call: JointCall, ids: Tensor, shown: Tensor) -> Tensor:
+    def log_probs(self, call: JointCall, ids: Tensor, shown: Tensor) -> Tensor:
         """(B, n, V) float64 log q_k(. | c, x_S), S where `shown` (B, n). One pass."""
         return self.logits(call, ids, shown).double().log_softmax(-1)
 
@@ -88,14 +88,14 @@ class Masked(JointHead):
         num = self.fits(uniforms)
         self.check_passes(passes, num)
         if passes == 1:
-            laws = self.conditionals(call, torch.zeros_like(uniforms, dtype=torch.int64))
-            return Draft(inverse_cdf_sample(laws, uniforms), laws)
-        return Draft(draw_in_passes(partial(self.laws, call), uniforms, key, passes, self.config))
+            log_probs = self.conditionals(call, torch.zeros_like(uniforms, dtype=torch.int64))
+            return Draft(inverse_cdf_sample(log_probs, uniforms), log_probs)
+        return Draft(draw_in_passes(partial(self.log_probs, call), uniforms, key, passes, self.config))
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
         """Of one pass; they depend on no token."""
         self.fits(ids)
-        return self.laws(call, ids, torch.zeros_like(ids, dtype=torch.bool))
+        return self.log_probs(call, ids, torch.zeros_like(ids, dtype=torch.bool))
 
     @torch.no_grad()
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
@@ -112,8 +112,8 @@ class Masked(JointHead):
             scores = []
             for masked in sets_of(len(ids), num, m, self.config.num_samples, key):
                 masked = masked.to(ids.device)
-                laws = self.laws(call, ids, ~masked)
-                found = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+                log_probs = self.log_probs(call, ids, ~masked)
+                found = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
                 scores.append(torch.where(masked, found, 0.0).sum(-1) / m)
             total += torch.stack(scores).mean(0)
         return LogProb(total, "bound")
@@ -133,7 +133,7 @@ class Masked(JointHead):
 
 
 @cache
-def number_law(num: int, schedule: Schedule) -> Tensor:
+def number_probs(num: int, schedule: Schedule) -> Tensor:
     """(num,) float64: P(m) for m = 1 .. num masked tokens. At a time u ~ U[0, 1] each is masked with probability u
     ("linear") or cos(pi u / 2) ("cosine"); the binomial is averaged over u, without the case of no masked token."""
     if schedule == "linear":
@@ -151,12 +151,12 @@ def draw_masks(blocks: Blocks, schedule: Schedule, key: Key) -> tuple[Tensor, Te
     weight 0."""
     valid = blocks.valid.cpu()
     K, lengths = valid.shape[1], valid.sum(-1)
-    law = torch.stack([nn.functional.pad(number_law(n, schedule), (0, K - n)) for n in range(1, K + 1)])
-    law = law[(lengths - 1).clamp(min=0)]
+    probs = torch.stack([nn.functional.pad(number_probs(n, schedule), (0, K - n)) for n in range(1, K + 1)])
+    probs = probs[(lengths - 1).clamp(min=0)]
     u = spread_uniforms(blocks.names, key.fold("number"))
-    number = (law.cumsum(-1) <= u.unsqueeze(-1)).sum(-1) + 1
+    number = (probs.cumsum(-1) <= u.unsqueeze(-1)).sum(-1) + 1
     number = torch.minimum(number, lengths)
-    chosen = law.gather(-1, (number - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    chosen = probs.gather(-1, (number - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     weights = torch.where(lengths > 0, 1 / (number.clamp(min=1) * chosen), 0.0)
     draws = draws_of(blocks.names, (K,), key.fold("set")).masked_fill(~valid, 2.0)
     masked = valid & (draws.argsort(-1).argsort(-1) < number.unsqueeze(-1))

@@ -30,7 +30,8 @@ from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 Schedule = Literal["linear", "cosine"]
-Laws = Callable[[Tensor, Tensor], Tensor]  # ids (B, n), shown (B, n) -> (B, n, V) float64 log-probabilities; one pass
+# ids (B, n), shown (B, n) -> (B, n, V) float64 log-probabilities; one pass
+Conditionals = Callable[[Tensor, Tensor], Tensor]
 
 
 class Unmasking(Frozen):
@@ -63,22 +64,22 @@ def reveal_sizes(num: int, passes: int, schedule: Schedule) -> list[int]:
     return sizes
 
 
-def draw_in_passes(laws: Laws, uniforms: Tensor, key: Key, passes: int, how: Unmasking) -> Tensor:
-    """Ids (B, n) int64 for uniforms (B, n) from at most `passes` calls of `laws`."""
+def draw_in_passes(conditionals: Conditionals, uniforms: Tensor, key: Key, passes: int, how: Unmasking) -> Tensor:
+    """Ids (B, n) int64 for uniforms (B, n) from at most `passes` calls of `conditionals`."""
     ids, shown = torch.zeros_like(uniforms, dtype=torch.int64), torch.zeros_like(uniforms, dtype=torch.bool)
     order = _uniform(key.fold("order"), uniforms)
     sizes = reveal_sizes(uniforms.shape[1], passes, how.schedule)
     for i, size in enumerate(sizes):
-        law = laws(ids, shown)
-        drawn = inverse_cdf_sample(law, uniforms)
+        log_p = conditionals(ids, shown)
+        drawn = inverse_cdf_sample(log_p, uniforms)
         if how.unmasking == "ancestral":
             now = most_wanted(order, shown, size)
         elif how.unmasking == "confidence":
             noise = -(-_uniform(key.fold("confidence", i), uniforms).clamp(min=2.0**-53).log()).log()
-            sure = law.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            sure = log_p.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             now = most_wanted(sure + how.gumbel_temperature * (1 - (i + 1) / passes) * noise, shown, size)
         else:
-            now = least_entropy(law, shown, how.entropy_bound, passes - i)
+            now = least_entropy(log_p, shown, how.entropy_bound, passes - i)
         ids, shown = torch.where(now, drawn, ids), shown | now
         if how.unmasking == "entropy" and bool(shown.all()):
             break
@@ -91,10 +92,10 @@ def most_wanted(score: Tensor, shown: Tensor, size: int | Tensor) -> Tensor:
     return ~shown & (ranks < size)
 
 
-def least_entropy(law: Tensor, shown: Tensor, bound: float, passes_left: int) -> Tensor:
+def least_entropy(log_p: Tensor, shown: Tensor, bound: float, passes_left: int) -> Tensor:
     """(B, n) bool: tokens in order of entropy, while the sum over those before the last is at most `bound`. At least so
     many that each remaining pass reveals no more than its equal share."""
-    entropy = -torch.special.xlogy(law.exp(), law.exp()).sum(-1)
+    entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
     rising = entropy.masked_fill(shown, math.inf).sort(-1).values
     within = (rising.cumsum(-1) - rising).nan_to_num(math.inf) <= bound  # without the last, which is the largest
     left = (~shown).sum(-1, keepdim=True)

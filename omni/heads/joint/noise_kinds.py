@@ -71,7 +71,7 @@ class Noise(nn.Module, ABC):
         return self.form(torch.cat([kept, drawn], -1))
 
     @abstractmethod
-    def pick(self, log_p: Tensor, noise: Tensor) -> Tensor:
+    def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         """The id (...) of noise (..., S) under log_p (..., V); its probability is never zero."""
 
     @abstractmethod
@@ -91,7 +91,7 @@ class UniformNoise(Noise):
         super().__init__(1)
         self.waves = Waves(1, width, frequencies)
 
-    def pick(self, log_p: Tensor, noise: Tensor) -> Tensor:
+    def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         return inverse_cdf_sample(log_p, noise[..., 0])
 
     def invert(self, log_p: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class TreeNoise(Noise):
         super().__init__(max(1, math.ceil(math.log2(vocab_size))))
         self.waves = Waves(self.size, width, frequencies)
 
-    def pick(self, log_p: Tensor, noise: Tensor) -> Tensor:
+    def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         node = torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)
         for level, mass in enumerate(self._levels(log_p)):
             left, right = _children(mass, node)
@@ -166,7 +166,7 @@ class GumbelNoise(Noise):
     def form(self, draws: Tensor) -> Tensor:
         return -(-draws.clamp(min=TINY).log()).log()
 
-    def pick(self, log_p: Tensor, noise: Tensor) -> Tensor:
+    def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         return (log_p.double().log_softmax(-1) + noise).argmax(-1)
 
     def invert(self, log_p: Tensor, ids: Tensor, draws: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Product(JointHead):
         """Zero: every distribution starts as the model's own next-token distribution."""
         torch.nn.init.zeros_(self.blocks)
 
-    def laws(self, call: JointCall) -> Tensor:
+    def log_probs(self, call: JointCall) -> Tensor:
         """(B, K, V) log q_k."""
         h = call.start
         moved = torch.einsum("bw,kvw->bkv", h, self.blocks.to(h.dtype))
@@ -45,17 +45,17 @@ class Product(JointHead):
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         num = self.fits(uniforms)
         self.check_passes(passes, num)
-        laws = self.laws(call)[:, :num]
-        return Draft(inverse_cdf_sample(laws, uniforms), laws)
+        log_probs = self.log_probs(call)[:, :num]
+        return Draft(inverse_cdf_sample(log_probs, uniforms), log_probs)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        laws = self.laws(call)[:, : self.fits(ids)]
-        return LogProb(laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
+        log_probs = self.log_probs(call)[:, : self.fits(ids)]
+        return LogProb(log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.laws(call)[:, : self.fits(ids)]
+        return self.log_probs(call)[:, : self.fits(ids)]
 
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
         blocks = lesson.blocks
-        found = self.laws(call).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
+        found = self.log_probs(call).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
         return {"product": Terms(-(found * blocks.valid).sum().float(), blocks.count)}

@@ -137,9 +137,9 @@ class PushForward(JointHead):
         needed = 0 if n == 1 and first == "pick" else n - (mode == "categorical")
         hidden = call(self.placeholders(noise[:, :needed])) if needed else call.start.unsqueeze(1)
         if mode == "categorical":
-            laws = call.read(hidden).double().log_softmax(-1)
-            return self.noise.pick(laws, noise), laws
-        heads = [self.noise.pick(call.read(hidden[:, :1]), noise[:, :1])] if first == "pick" else []
+            log_probs = call.read(hidden).double().log_softmax(-1)
+            return self.noise.choose(log_probs, noise), log_probs
+        heads = [self.noise.choose(call.read(hidden[:, :1]), noise[:, :1])] if first == "pick" else []
         rest = hidden[:, 1 + len(heads) :]
         return torch.cat([*heads, self.decode(call, rest).argmax(-1)], 1), None
 
@@ -155,13 +155,13 @@ class PushForward(JointHead):
 
     def compose(self, call: JointCall, noise: Tensor, cuts: Sequence[int], mode: Mode, first: str) -> Draft:
         """Ids for noise (B, K, S), one pass for every number in `cuts`, each after the ids of the passes before it."""
-        ids, laws, at = noise.new_zeros(len(noise), 0, dtype=torch.int64), [], 0
+        ids, log_probs, at = noise.new_zeros(len(noise), 0, dtype=torch.int64), [], 0
         for n in cuts:
             behind = After(call, ids) if at else call
-            found, law = self.one_pass(behind, noise[:, at : at + n], mode, first)
+            found, log_p = self.one_pass(behind, noise[:, at : at + n], mode, first)
             ids, at = torch.cat([ids, found], 1), at + n
-            laws += [] if law is None else [law]
-        return Draft(ids, torch.cat(laws, 1) if laws else None)
+            log_probs += [] if log_p is None else [log_p]
+        return Draft(ids, torch.cat(log_probs, 1) if log_probs else None)
 
     def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
         return push_forward_terms(self, call, lesson)
@@ -178,9 +178,9 @@ def own_noise(head: PushForward, call: JointCall, ids: Tensor, draws: Tensor) ->
     K = ids.shape[1]
     hidden, found, scores = call.start, [], []
     for j in range(K):
-        law = call.read(hidden).double().log_softmax(-1)
-        scores.append(law.gather(-1, ids[:, j : j + 1]))
-        found.append(head.noise.invert(law, ids[:, j], draws[:, j]))
+        log_p = call.read(hidden).double().log_softmax(-1)
+        scores.append(log_p.gather(-1, ids[:, j : j + 1]))
+        found.append(head.noise.invert(log_p, ids[:, j], draws[:, j]))
         if j + 1 < K:
             hidden = call(head.placeholders(torch.stack(found, 1)))[:, -1]
     return torch.stack(found, 1), torch.cat(scores, 1)

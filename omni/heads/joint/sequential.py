@@ -88,7 +88,7 @@ class Sequential(JointHead):
         """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
         num = self.fits(uniforms)
         self.check_passes(passes, num)
-        ids, log_q = self.run(call, num, lambda k, law: inverse_cdf_sample(law, uniforms[:, k]))
+        ids, log_q = self.run(call, num, lambda k, log_p: inverse_cdf_sample(log_p, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
     def draft_recurrently(self, call: JointCall, emitted: Tensor) -> Generator[Tensor, Tensor, None]:

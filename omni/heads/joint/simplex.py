@@ -180,8 +180,8 @@ class Simplex(JointHead):
         noise[:, :n, 0] = torch.special.ndtri(uniforms.double().clamp(TINY, 1 - TINY))
 
         def velocity(x: Tensor, t: float, s: float) -> Tensor:
-            law = self.log_endpoint(call, x, x.new_full((B,), t), x.new_full((B,), s)).exp()
-            return (x - self.scale * law) / t
+            probs = self.log_endpoint(call, x, x.new_full((B,), t), x.new_full((B,), s)).exp()
+            return (x - self.scale * probs) / t
 
         *_, last = run_sampler(SAMPLERS.get(self.config.sampler), velocity, noise, times)
         return Draft(last.x.argmax(-1)[:, :n])
@@ -220,7 +220,7 @@ class Task:
     x: Tensor
     t: Tensor
     s: Tensor
-    laws: Tensor
+    probs: Tensor
     jumps: Tensor
     there: Tensor  # (B, K) bool
 
@@ -237,11 +237,11 @@ def set_task(head: Simplex, call: JointCall, lesson: Lesson) -> Task:
     [t, m, s] = items.times(t, m, s)
     jumps = jumps.to(ids.device)
     x = items.interpolate(items.noise(lesson.key), t)
-    laws = torch.nn.functional.one_hot(ids, head.vocab_size).to(x.dtype)
+    probs = torch.nn.functional.one_hot(ids, head.vocab_size).to(x.dtype)
     if share:
-        target = semigroup_law(head, call.target(), x, t, m, s)
-        laws = torch.where(jumps.view(-1, 1, 1), target.to(x.dtype), laws)
-    return Task(x, t, s, laws, jumps, items.mask)
+        target = semigroup_target(head, call.target(), x, t, m, s)
+        probs = torch.where(jumps.view(-1, 1, 1), target.to(x.dtype), probs)
+    return Task(x, t, s, probs, jumps, items.mask)
 
 
 def times_of(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -263,7 +263,7 @@ def times_of(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def semigroup_law(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Tensor, s: Tensor) -> Tensor:
+def semigroup_target(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Tensor, s: Tensor) -> Tensor:
     """(B, K, V) D* of x (B, K, V), through m: two passes of `call`. Undefined where t = m = s."""
     tiny = torch.finfo(x.dtype).tiny
     first = head.log_endpoint(call, x, t, m).exp()
@@ -276,7 +276,7 @@ def semigroup_law(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Tenso
 def graded(head: Simplex, call: JointCall, task: Task) -> dict[str, Terms]:
     """One pass, and its terms. Not random."""
     log_d = head.log_endpoint(call, task.x, task.t, task.s)
-    miss = (torch.special.xlogy(task.laws, task.laws) - task.laws * log_d).sum(-1)
+    miss = (torch.special.xlogy(task.probs, task.probs) - task.probs * log_d).sum(-1)
     jumps = task.jumps.unsqueeze(-1)
     terms = {"diagonal": _term(miss, task.there & ~jumps, 1.0)}
     if head.config.semigroup_share:
@@ -305,8 +305,8 @@ NO_DERIVATIVE = "it needs derivatives along the path, which joint-token heads do
 
 def velocity_of(head: Simplex, call: JointCall) -> AverageVelocity:
     def velocity(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        law = head.log_endpoint(call, x, t, s).exp()
-        return average_velocity(head.scale * law, x, t.view(-1, 1, 1), "x", head.config.min_time)
+        probs = head.log_endpoint(call, x, t, s).exp()
+        return average_velocity(head.scale * probs, x, t.view(-1, 1, 1), "x", head.config.min_time)
 
     return velocity
 

@@ -37,8 +37,8 @@ def pictures(document: Document, role: Role) -> list[torch.Tensor]:
 def scenes(document: Document) -> list[Scene]:
     """All scenes in pictures and in meta."""
     meta = document.meta
-    told = [meta[key] for key in ("before", "after") if key in meta]
-    return [Scene.from_json(data) for data in (*meta["given"], *meta["scenes"], *told)]
+    edited = [meta[key] for key in ("before", "after") if key in meta]
+    return [Scene.from_json(data) for data in (*meta["given"], *meta["scenes"], *edited)]
 
 
 def test_document_is_a_pure_function_of_seed_split_and_index(atlas: Atlas) -> None:
@@ -146,8 +146,8 @@ def test_rewriting_edits_captions(atlas: Atlas, split: str) -> None:
         before, after = scenes(document)
         kinds.add(document.meta["kind"])
         assert not document.images() and before != after
-        [asked, said] = [s.text for s in document.segments if isinstance(s, Text)]
-        assert caption(before)[1:] in asked and said == f"{caption(after)}."
+        [asked, answer] = [s.text for s in document.segments if isinstance(s, Text)]
+        assert caption(before)[1:] in asked and answer == f"{caption(after)}."
         assert split == "heldout" or not any(map(scene_is_heldout, (before, after)))
     assert kinds == set(REWRITTEN)
 
@@ -155,7 +155,7 @@ def test_rewriting_edits_captions(atlas: Atlas, split: str) -> None:
 def test_the_answer_of_an_edit_has_both_captions(atlas: Atlas) -> None:
     """The captions in an edit's answer determine the scenes before and after."""
     world = EmojiWorld(atlas, mixture={"edit": 2.0, "describe": 1.0})
-    said: dict[str, Scene] = {}
+    scene_of: dict[str, Scene] = {}
     for i in range(3000):
         meta = world.document(i).meta
         scene = Scene.from_json((meta["scenes"] or meta["given"])[0])
@@ -163,10 +163,10 @@ def test_the_answer_of_an_edit_has_both_captions(atlas: Atlas) -> None:
         if meta["task"] == "edit":
             seen, words = words.split(". Here you are: ")
             assert seen == f"I see {caption(Scene.from_json(meta['given'][0]))}"
-        assert said.setdefault(words, scene) == scene
+        assert scene_of.setdefault(words, scene) == scene
         assert all(spoken(name) in words for name in scene.names)
         assert scene.background == "white" or words.endswith(f"{scene.background} background.")
-    assert len(said) > 2000
+    assert len(scene_of) > 2000
 
 
 def test_open_requests_vary_and_cover_their_class(atlas: Atlas) -> None:

@@ -10,7 +10,7 @@ from gaussian import PLANE, gaussian_items
 from small_network import gradient_error, network_call
 
 from omni.objectives.flow_matching import FlowMatching
-from omni.objectives.straight import Straight, StraightDraw
+from omni.objectives.rectified_jumps import JumpDraw, RectifiedJumps
 from omni.objectives.weighting import adaptive
 from omni.rng import Key
 from omni.samplers import SAMPLERS, run_sampler, time_grid
@@ -31,7 +31,7 @@ class Line:
         return (noise - noise @ self.M.T)[None]
 
 
-def linear_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
+def linear_draw(objective: RectifiedJumps, M: torch.Tensor) -> JumpDraw:
     """Items whose data is M times their noise: no lines cross."""
     items = gaussian_items(PLANE, num=64, size=1)
     items = replace(items, latents=items.noise(Key(2)) @ M.T)
@@ -40,9 +40,9 @@ def linear_draw(objective: Straight, M: torch.Tensor) -> StraightDraw:
 
 def test_lines_without_crossings_are_exact_in_any_number_of_steps() -> None:
     M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
-    draw, line = linear_draw(Straight(), M), Line(M)
-    assert float(Straight().loss(line, draw).sum) < 1e-20
-    assert float(Straight().loss(Line(M * 1.1), draw).sum) > 1e-2
+    draw, line = linear_draw(RectifiedJumps(), M), Line(M)
+    assert float(RectifiedJumps().loss(line, draw).sum) < 1e-20
+    assert float(RectifiedJumps().loss(Line(M * 1.1), draw).sum) > 1e-2
     for steps in (1, 2, 4, 8):
 
         def velocity(x: torch.Tensor, t: float, s: float) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_lines_without_crossings_are_exact_in_any_number_of_steps() -> None:
 
 def test_times_are_of_whole_jumps_and_velocities_embed_no_guidance() -> None:
     items = gaussian_items(PLANE, num=400)
-    draw = Straight(jumps=(1, 4), shares=(3, 1), velocity=0.25, told_guidance=2.0).draw(items, Key(0))
+    draw = RectifiedJumps(jumps=(1, 4), shares=(3, 1), velocity=0.25, guidance_embedding=2.0).draw(items, Key(0))
     is_velocity = draw.t == draw.s
     assert 0.18 < float(is_velocity.float().mean()) < 0.32
     assert torch.equal(draw.beta, torch.where(is_velocity, 1.0, 0.5).double())
@@ -63,13 +63,13 @@ def test_times_are_of_whole_jumps_and_velocities_embed_no_guidance() -> None:
     assert set(length.tolist()) == {0.25, 1.0} and 0.68 < float((length == 1).float().mean()) < 0.82
     quarters = draw.t[~is_velocity][length == 0.25]
     assert set(quarters.tolist()) == {0.25, 0.5, 0.75, 1.0}
-    whole = Straight(jumps=(1,), velocity=0.0).draw(items, Key(0))
+    whole = RectifiedJumps(jumps=(1,), velocity=0.0).draw(items, Key(0))
     assert bool((whole.t == 1).all()) and bool((whole.s == 0).all()) and bool((whole.beta == 1).all())
 
 
 def test_velocities_alone_are_flow_matching() -> None:
     items, call = gaussian_items(PLANE), network_call(gaussian_items(PLANE))
-    straight, flow = Straight(velocity=1.0), FlowMatching()
+    straight, flow = RectifiedJumps(velocity=1.0), FlowMatching()
     draw = straight.draw(items, Key(0))
     assert torch.equal(draw.x, flow.draw(items, Key(0)).x)
     found, wanted = (objective.loss(call, draw).sum for objective in (straight, flow))
@@ -79,7 +79,7 @@ def test_velocities_alone_are_flow_matching() -> None:
 def test_large_errors_of_jumps_weigh_less_and_of_velocities_do_not() -> None:
     """e (offset / (e + offset))^power for a jump; at an exact prediction it has the slope of the square."""
     M = torch.tensor([[0.5, 0.2], [0.2, 0.8]]).double()
-    robust, plain = Straight(power=1.0, offset=0.1, velocity=0.0), Straight(velocity=0.0)
+    robust, plain = RectifiedJumps(power=1.0, offset=0.1, velocity=0.0), RectifiedJumps(velocity=0.0)
     draw = linear_draw(plain, M)
     for scale, low, high in ((1.001, 0.99, 1.0), (3.0, 0.0, 0.3)):
         call = Line(M * scale)
@@ -108,14 +108,14 @@ def test_a_jump_predicts_the_likeliest_of_two_ends() -> None:
 
 def test_gradient_equals_central_differences() -> None:
     items = gaussian_items(PLANE, num=6)
-    draw = Straight().draw(items, Key(1))
-    assert gradient_error(lambda call: Straight().loss(call, draw).sum, network_call(items)) < 1e-6
+    draw = RectifiedJumps().draw(items, Key(1))
+    assert gradient_error(lambda call: RectifiedJumps().loss(call, draw).sum, network_call(items)) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [({"jumps": ()}, "one or more counts"), ({"jumps": (0,)}, "at least 1"), ({"shares": (1.0,)}, "each of the 4")],
 )
-def test_invalid_jumps_are_named(options: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Straight(**options)
+def test_invalid_jumps_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RectifiedJumps(**options)

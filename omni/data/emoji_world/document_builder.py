@@ -1,6 +1,6 @@
 """Author: collects the segments, phrasings and scenes of one document for a task function.
 
-A task is a free function over an Author: it chooses names with `author.draw`, adds a user text from a template of the
+A task is a free function over an Author: it chooses names with `builder.draw`, adds a user text from a template of the
 split, and adds rendered scenes. Only assistant segments are supervised.
 """
 
@@ -19,7 +19,7 @@ from omni.document import Document, Image, Role, Segment, Text
 
 
 @dataclass
-class Author:
+class DocumentBuilder:
     """A document under construction. foreign: the share of phrasings with a foreign word."""
 
     draw: random.Random
@@ -55,7 +55,7 @@ class Author:
         self.given.append(scene)
         self.segments.append(Image(render(scene, self.atlas), Role.USER))
 
-    def say(self, text: str) -> None:
+    def answer(self, text: str) -> None:
         """Add an assistant text."""
         self.answers.append(text)
         self.segments.append(Text(text, Role.ASSISTANT, supervise=True))

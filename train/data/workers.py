@@ -1,12 +1,12 @@
 """Data-loading workers: processes that each load their own share of the documents, ahead of the device.
 
 Worker l of L reads the documents l, l + L, l + 2 L, ... and makes every L-th step, from step l on. So the state of the
-data is one cursor per worker (`train.checkpoint.Progress.lanes`), and a resumed run is equal to the bit.
+data is one cursor per worker (`train.checkpoint.Progress.cursors`), and a resumed run is equal to the bit.
 
 A few steps of every worker wait in shared memory (/dev/shm on Linux: a gigabyte for steps of thousands of documents).
 
 Workers have no device. In place of latents a worker puts tickets, (number of the picture, place in it), and sends the
-pictures along; `Lanes` encodes them on the device of the training process and fills in the latents.
+pictures along; `WorkerLoader` encodes them on the device of the training process and fills in the latents.
 
 Shapes: P pictures, N latents of one, C channels; R rows, L positions (context or refine).
 """
@@ -90,7 +90,7 @@ class Tickets:
         return Sent(replace(packed, batches=batches), tuple(media))
 
 
-class Lane(IterableDataset):
+class WorkerSteps(IterableDataset):
     """The dataset of one data-loading worker: its steps, from `cursors` on, without end."""
 
     def __init__(
@@ -100,23 +100,23 @@ class Lane(IterableDataset):
 
     def __iter__(self) -> Iterator[Sent]:
         info = get_worker_info()
-        lane = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first worker makes the first step
+        worker = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first worker makes the first step
         tickets = Tickets(self.codec)
-        loader, cursor = self.loader(tickets, len(self.cursors)), self.cursors[lane]
+        loader, cursor = self.loader(tickets, len(self.cursors)), self.cursors[worker]
         while True:
             try:
                 packed = loader.next(cursor)
             except Exception as error:
                 if not (isinstance(error, TooManyCorrupt) or is_mistake(error)):
                     raise
-                said = error if isinstance(error, TooManyCorrupt) else ValueError(one_line(error))
-                yield Sent(Packed([], [], cursor), error=said)
+                message = error if isinstance(error, TooManyCorrupt) else ValueError(one_line(error))
+                yield Sent(Packed([], [], cursor), error=message)
                 return
-            yield tickets.collect(replace(packed, lane=lane), loader.waiting())
+            yield tickets.collect(replace(packed, worker=worker), loader.waiting())
             cursor = packed.cursor
 
 
-class Lanes:
+class WorkerLoader:
     """`next()` returns the steps of all data-loading workers in turn, with latents, on `device`.
 
     Args:
@@ -136,7 +136,7 @@ class Lanes:
         self.codec, self.device = codec, torch.device(device)
         _allow_many_files()
         processes: Any = DataLoader(
-            Lane(loader, codec, cursors, step),
+            WorkerSteps(loader, codec, cursors, step),
             batch_size=None,
             num_workers=len(cursors),
             prefetch_factor=PREFETCH,
@@ -204,14 +204,14 @@ def _end_with_parent(worker: int) -> None:
     """End a worker whose training process was killed: it would wait for ever to send its steps."""
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    can_tell = hasattr(signal, "sigtimedwait")  # reports the sender of a signal; not on macOS
-    if can_tell:
+    has_sigtimedwait = hasattr(signal, "sigtimedwait")  # reports the sender of a signal; not on macOS
+    if has_sigtimedwait:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         """End on a SIGTERM from the training process; ignore one sent to the whole group, which the trainer handles."""
         while os.getppid() == parent:
-            if not can_tell:
+            if not has_sigtimedwait:
                 time.sleep(1)
                 continue
             found = signal.sigtimedwait({signal.SIGTERM}, 1)

@@ -17,7 +17,7 @@ from omni.data.source import CorruptRecord
 from omni.sequence.layout import Batch
 from train import loop
 from train.data.batch import TooManyCorrupt
-from train.data.lanes import Tickets
+from train.data.workers import Tickets
 from train.loop import Run
 from train.metrics import Tracker, read_metrics
 
@@ -43,12 +43,12 @@ def test_workers_give_the_batches_of_one_loader(make_run: MakeRun, with_nulls: b
     plain.stride = 2
     cursors, total = [0, 1], 0
     for step in range(6):
-        lane = step % 2
+        worker = step % 2
         plain._window.clear()
-        one, other = run.next(), plain.next(cursors[lane])
-        assert (one.lane, one.documents, one.cursor) == (lane, other.documents, other.cursor)
-        assert all(document % 2 == lane for document in one.documents)
-        cursors[lane] = one.cursor
+        one, other = run.next(), plain.next(cursors[worker])
+        assert (one.worker, one.documents, one.cursor) == (worker, other.documents, other.cursor)
+        assert all(document % 2 == worker for document in one.documents)
+        cursors[worker] = one.cursor
         for a, b in zip(one.batches, other.batches, strict=True):
             assert (a.item_names, a.documents, a.dropped) == (b.item_names, b.documents, b.dropped)
             assert (a.null is not None) == (with_nulls and b.num_items > 0)
@@ -72,7 +72,7 @@ def test_resume_with_workers_is_exact(make_run: MakeRun, tmp_path: Path) -> None
         go(make_run("workers=3", out=out.name), stop)
         run = make_run("workers=3", out=out.name)
         loop.resume(run, lambda line: None)
-        assert run.progress.lanes and run.progress.cursor == 0
+        assert run.progress.cursors and run.progress.cursor == 0
         go(run, 7)
         a, b = (read_metrics(path / "metrics.jsonl") for path in (out, tmp_path / "straight"))
         assert [{k: v for k, v in row.items() if k not in TIMES} for row in a] == [
@@ -85,7 +85,7 @@ def test_resume_with_workers_is_exact(make_run: MakeRun, tmp_path: Path) -> None
 def test_a_worker_ends_with_a_killed_training_process() -> None:
     """A worker holds the standard output of its run: a reader sees its end at once."""
     code = (
-        "import os, signal, time\nfrom train.data.lanes import _end_with_parent\n"
+        "import os, signal, time\nfrom train.data.workers import _end_with_parent\n"
         "if os.fork():\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "_end_with_parent(0)\nprint('alive', flush=True)\ntime.sleep(20)\nprint('outlived', flush=True)"
     )
@@ -102,9 +102,9 @@ def test_a_signal_to_the_process_group_saves_and_stops(recipe_file: Path, tmp_pa
         while b"step 1/" not in process.stdout.readline():
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGTERM)
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said.decode()
-    assert b"saved at step" in said and b"Traceback" not in said
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output.decode()
+    assert b"saved at step" in output and b"Traceback" not in output
     assert list((out / "state").glob("step-*/manifest.json"))
 
 

@@ -8,23 +8,23 @@ from itertools import combinations, permutations, product
 import pytest
 import torch
 
-from eval.experiments.joint.distances import of_law
-from eval.experiments.joint.floors import (
+from eval.experiments.joint.distances import of_distribution
+from eval.experiments.joint.joints import Table, table
+from eval.experiments.joint.lab import known_table
+from eval.experiments.joint.lower_bounds import (
     accepted_by_marginals,
     best_mixture,
-    best_step_floors,
+    best_step_bounds,
     cp_rank,
     cut_rank,
     emitting_states,
     least_product_tv,
     marginal_product,
     marginals_tv,
-    random_step_floors,
+    random_step_bounds,
     subset_entropies,
     total_correlation,
 )
-from eval.experiments.joint.joints import Table, table
-from eval.experiments.joint.lab import known_table
 from omni.rng import Key
 
 LN2 = math.log(2)
@@ -84,15 +84,15 @@ def test_least_product_of_a_random_joint_equals_a_grid_search(seed: int) -> None
 def test_the_product_of_marginals_has_least_divergence_and_not_least_distance() -> None:
     joint = known_table("poker_s6_dealt")
     marginals = joint.marginals()
-    product_law = marginals[0][:, None] * marginals[1]
-    found = of_law(joint, product_law)
+    product_distribution = marginals[0][:, None] * marginals[1]
+    found = of_distribution(joint, product_distribution)
     assert found.tv == pytest.approx(marginals_tv(joint)) and found.valid == pytest.approx(0.499, abs=6e-4)
     assert found.forward_kl == pytest.approx(total_correlation(joint))
     assert float(marginal_product(joint).sum()) == pytest.approx(found.valid)
     for n in range(50):
         moved = (marginals * (1 + 0.3 * Key(n).uniform((2, 10), torch.float64))).clamp(min=1e-9)
         moved /= moved.sum(-1, keepdim=True)
-        assert of_law(joint, moved[0][:, None] * moved[1]).forward_kl > found.forward_kl
+        assert of_distribution(joint, moved[0][:, None] * moved[1]).forward_kl > found.forward_kl
 
 
 def test_lower_bounds_of_products_are_keyed() -> None:
@@ -135,10 +135,10 @@ def test_accepted_tokens_by_enumeration(name: str) -> None:
 )
 def test_lower_bounds_of_several_steps(name: str, best: list[float], random: list[float]) -> None:
     joint = known_table(name)
-    assert best_step_floors(joint)[: len(best)] == pytest.approx(best, abs=6e-4)
-    assert random_step_floors(joint)[: len(random)] == pytest.approx(random, abs=6e-4)
-    assert best_step_floors(joint)[-1] == pytest.approx(0, abs=1e-9)
-    assert all(a <= b + 1e-9 for a, b in zip(best_step_floors(joint), random_step_floors(joint), strict=True))
+    assert best_step_bounds(joint)[: len(best)] == pytest.approx(best, abs=6e-4)
+    assert random_step_bounds(joint)[: len(random)] == pytest.approx(random, abs=6e-4)
+    assert best_step_bounds(joint)[-1] == pytest.approx(0, abs=1e-9)
+    assert all(a <= b + 1e-9 for a, b in zip(best_step_bounds(joint), random_step_bounds(joint), strict=True))
 
 
 def ordered_partitions(items: tuple[int, ...]):  # noqa: ANN201
@@ -177,9 +177,9 @@ def test_steps_equal_a_search_over_ordered_partitions(name: str) -> None:
         sizes = [len(chosen) for chosen in sets]
         if sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1:
             equal.setdefault(len(sets), []).append(cost)
-    assert best_step_floors(joint) == pytest.approx(found, abs=1e-9)
+    assert best_step_bounds(joint) == pytest.approx(found, abs=1e-9)
     means = [sum(equal[n]) / len(equal[n]) for n in sorted(equal)]
-    assert random_step_floors(joint) == pytest.approx(means, abs=1e-9)
+    assert random_step_bounds(joint) == pytest.approx(means, abs=1e-9)
 
 
 def test_entropies_of_subsets() -> None:
@@ -194,8 +194,8 @@ def test_lower_bounds_of_sudoku() -> None:
     joint = known_table("sudoku")
     assert total_correlation(joint) == pytest.approx(16.518, abs=6e-4)
     assert float(marginal_product(joint).sum()) == pytest.approx(6.7e-8, rel=0.01)
-    assert best_step_floors(joint, 4) == pytest.approx([16.518, 1.269, 0.288, 0], abs=6e-4)
-    random = random_step_floors(joint)
+    assert best_step_bounds(joint, 4) == pytest.approx([16.518, 1.269, 0.288, 0], abs=6e-4)
+    random = random_step_bounds(joint)
     wanted = {1: 16.518, 2: 6.012, 3: 3.698, 4: 2.229, 6: 1.480, 8: 0.739}
     assert {n: random[n - 1] for n in wanted} == pytest.approx(wanted, abs=6e-4)
 
@@ -215,9 +215,9 @@ def test_best_mixtures(name: str, rank: int, kl: float) -> None:
     joint = known_table(name)
     found = best_mixture(joint, rank, Key(0), restarts=24)
     assert found.kl == pytest.approx(kl, abs=1e-3)
-    law = torch.einsum("r,ri,rj->ij", found.weights, found.factors[:, 0], found.factors[:, 1])
-    assert of_law(joint, law).forward_kl == pytest.approx(found.kl, abs=1e-6)
-    assert (found.at(joint.ids) - law.flatten()[joint.codes]).abs().max() < 1e-12
+    distribution = torch.einsum("r,ri,rj->ij", found.weights, found.factors[:, 0], found.factors[:, 1])
+    assert of_distribution(joint, distribution).forward_kl == pytest.approx(found.kl, abs=1e-6)
+    assert (found.at(joint.ids) - distribution.flatten()[joint.codes]).abs().max() < 1e-12
 
 
 def test_a_mixture_of_one_is_the_product_of_marginals() -> None:
@@ -250,14 +250,14 @@ def test_the_sufficient_states_suffice_and_fewer_do_not() -> None:
     prefix classes and tokens, multiplied out, is the joint."""
     joint = known_table("parity3")
     assert best_mixture(joint, 3, Key(0), restarts=48).kl > 0.1 > 1e-3 > best_mixture(joint, 4, Key(0), restarts=48).kl
-    law = torch.zeros(2, 2, 2, dtype=torch.float64)
+    distribution = torch.zeros(2, 2, 2, dtype=torch.float64)
     states = list(product((0, 1), repeat=2))  # (parity before, token)
     for path in product(states, repeat=3):
         linked = all((path[k][0] + path[k][1]) % 2 == path[k + 1][0] for k in range(2)) and path[0][0] == 0
         ends_even = (path[2][0] + path[2][1]) % 2 == 0
         if linked and ends_even:
-            law[tuple(token for _, token in path)] += 0.25
-    assert of_law(joint, law).tv < 1e-12
+            distribution[tuple(token for _, token in path)] += 0.25
+    assert of_distribution(joint, distribution).tv < 1e-12
 
 
 def test_two_rows_that_differ_in_one_place_leave_the_rank_open() -> None:

@@ -133,14 +133,14 @@ def accepted_by_marginals(joint: Table) -> float:
     marginals, total = joint.marginals(), 0.0
     reach = {0: 1.0}
     for k, (known, mass) in enumerate(joint.prefixes):
-        law = mass / mass.sum(-1, keepdim=True)
+        probs = mass / mass.sum(-1, keepdim=True)
         going = torch.tensor([reach[int(code)] for code in known], dtype=torch.float64).unsqueeze(-1)
-        kept = going * torch.minimum(law, marginals[k])
-        total += float(kept.sum())
+        accepted = going * torch.minimum(probs, marginals[k])
+        total += float(accepted.sum())
         if k + 1 < joint.length:
             after = known.unsqueeze(-1) * joint.vocab_size + torch.arange(joint.vocab_size)
-            alive = law > 0
-            reach = dict(zip(after[alive].tolist(), kept[alive].tolist(), strict=True))
+            alive = probs > 0
+            reach = dict(zip(after[alive].tolist(), accepted[alive].tolist(), strict=True))
     return total
 
 
@@ -162,7 +162,7 @@ def subset_entropies(joint: Table) -> np.ndarray:
     return found
 
 
-def best_step_floors(joint: Table, most: int | None = None) -> list[float]:
+def best_step_bounds(joint: Table, most: int | None = None) -> list[float]:
     """For L = 1 .. K (or `most`): the least forward divergence of L factorised steps, over all ordered partitions.
 
     Exact, by recursion over the revealed set. Revealing S after P costs
@@ -191,7 +191,7 @@ def best_step_floors(joint: Table, most: int | None = None) -> list[float]:
     return [max(0.0, float(value)) for value in np.minimum.accumulate(cost[1:, -1])]
 
 
-def random_step_floors(joint: Table) -> list[float]:
+def random_step_bounds(joint: Table) -> list[float]:
     """The same for L = 1 .. K sets of equal size (the first ones larger by one where K leaves a rest), in random order:
     the mean depends only on h(m), the mean entropy of m tokens."""
     H, K = subset_entropies(joint), joint.length
@@ -321,6 +321,6 @@ def _classes(joint: Table, k: int) -> tuple[Tensor, Tensor]:
     matrix[rows, columns] = joint.p
     found = []
     for m, at in ((matrix, rows), (matrix.T, columns)):
-        law = (m / m.sum(-1, keepdim=True)).mul(1e9).round()
-        found.append(law.unique(dim=0, return_inverse=True)[1][at])
+        probs = (m / m.sum(-1, keepdim=True)).mul(1e9).round()
+        found.append(probs.unique(dim=0, return_inverse=True)[1][at])
     return found[0], found[1]

@@ -34,14 +34,14 @@ from omni.rng import Key
 
 
 @dataclass(frozen=True)
-class StraightDraw(Draw):
+class JumpDraw(Draw):
     """`beta` (I,): the guidance embedding's input, for each item's jump."""
 
     beta: Tensor
 
 
-@OBJECTIVES.register("straight")
-class Straight(FlowObjective):
+@OBJECTIVES.register("rectified_jumps")
+class RectifiedJumps(FlowObjective):
     """jumps: how many equal jumps from noise to data, with probabilities `shares` (equal if empty); an item trains one
     of the n jumps. velocity: share of items that train F(x_t, t, t). told_guidance: w of the guidance embedding, 1 is
     none.
@@ -53,19 +53,19 @@ class Straight(FlowObjective):
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     shares: tuple[float, ...] = ()
     velocity: float = Field(default=0.25, ge=0, le=1)
-    told_guidance: float = Field(default=1.0, ge=1)
+    guidance_embedding: float = Field(default=1.0, ge=1)
     power: float = Field(default=0.0, ge=0)
     offset: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Straight:
+    def _check(self) -> RectifiedJumps:
         if not self.jumps or min(self.jumps) < 1:
             raise ValueError(f"jumps must be one or more counts of at least 1, got {list(self.jumps)}")
         if self.shares and (len(self.shares) != len(self.jumps) or min(self.shares) < 0 or not sum(self.shares)):
             raise ValueError(f"shares must be one for each of the {len(self.jumps)} jumps, got {list(self.shares)}")
         return self
 
-    def draw(self, items: Items, key: Key) -> StraightDraw:
+    def draw(self, items: Items, key: Key) -> JumpDraw:
         shares = torch.tensor(self.shares or [1.0] * len(self.jumps), dtype=torch.float64)
         which = torch.searchsorted((shares / shares.sum()).cumsum(0), uniform_I(items.names, key, "jumps"), right=True)
         count = torch.tensor(self.jumps, dtype=torch.float64)[which.clamp(max=len(self.jumps) - 1)]
@@ -73,12 +73,12 @@ class Straight(FlowObjective):
         is_jump = uniform_I(items.names, key, "velocity") >= self.velocity
         at = self.time.draw(items.names, key)
         t, s = (torch.where(is_jump, 1 - (number + ahead) / count, at) for ahead in (0, 1))
-        [beta] = items.times(torch.where(is_jump, 1 / self.told_guidance, 1.0).to(torch.float64))
+        [beta] = items.times(torch.where(is_jump, 1 / self.guidance_embedding, 1.0).to(torch.float64))
         t, s = items.times(t, s)
         noise = items.noise(key)
-        return StraightDraw(items.interpolate(noise, t), noise - items.latents, t, s, items, noise, beta)
+        return JumpDraw(items.interpolate(noise, t), noise - items.latents, t, s, items, noise, beta)
 
-    def loss(self, call: FlowCall, draw: StraightDraw) -> Terms:  # type: ignore[override]
+    def loss(self, call: FlowCall, draw: JumpDraw) -> Terms:  # type: ignore[override]
         found = call.guided(draw.beta)(draw.x, draw.t, draw.s)
         error = draw.items.mean(channel_error(found, draw.v))
         near = adaptive(error, self.power, self.offset) * self.offset**self.power
