@@ -2,7 +2,7 @@
 
 A registry finds things in three places:
 
-    its packages       the first lookup or listing imports every module below them, so no list of imports is kept
+    its packages       the first lookup or listing imports every module below them, so no list of imports exists
     entry points       a group of installed packages: the name on the left, the module that registers it on the right.
                        Listing reads the names alone; a plug-in is imported when its name is asked for
     register           whatever code imports by itself, such as a script
@@ -47,7 +47,10 @@ class Registry(Generic[T]):
         self._imported = False
 
     def register(self, name: str) -> Callable[[U], U]:
-        """Decorator that adds the class or function under `name`. Raises ValueError if the name is taken."""
+        """Decorator that adds the class or function under `name`. Raises ValueError if the name is taken, or has other
+        characters than lower-case letters, digits and underscores."""
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"{self.kind} {name!r}: a name has lower-case letters, digits and underscores; rename it")
 
         def add(item: U) -> U:
             if name in self._items:
@@ -85,8 +88,13 @@ class Registry(Generic[T]):
         for package in self.packages:
             path = importlib.import_module(package).__path__
             for module in pkgutil.walk_packages(path, f"{package}."):
-                if not module.name.endswith(".__main__"):
+                if module.name.endswith(".__main__"):
+                    continue
+                try:
                     importlib.import_module(module.name)
+                except Exception as error:
+                    error.add_note(f"(while looking for every {self.kind}: the file is {module.name})")
+                    raise
         self._imported = True
 
     def _entry_points(self) -> dict[str, list[metadata.EntryPoint]]:
@@ -122,7 +130,7 @@ def names_in_source(package: str, registry: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     texts = [path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")]
-    decorator = re.compile(rf"""^@{registry}\.register\(["'](\w+)["']\)""", re.MULTILINE)
+    decorator = re.compile(rf"""^@{registry}\.register\(["'](\w+)["'][,)]""", re.MULTILINE)
     return sorted(name for text in texts for name in decorator.findall(text))
 
 

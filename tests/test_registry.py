@@ -179,7 +179,7 @@ HALVES = """
 from itertools import pairwise
 from omni.samplers import GRIDS, SAMPLERS, Call, State
 
-@SAMPLERS.register("halves_sampler")
+@SAMPLERS.register("halves_sampler", reads="velocity")
 def halves_sampler(start, times, noise=None):
     x, steps = start, len(times) - 1
     for n, (t, s) in enumerate(pairwise(times), 1):

@@ -288,10 +288,15 @@ def build_held_out(recipe: Recipe, mixture: Mixture, key: Key) -> tuple[HeldOut 
 
 
 def build_objectives(recipe: Recipe) -> list[Objective]:
-    return [
-        build({"weight": o.weight, **o.options}, OBJECTIVES.get(o.name), f"objectives.{number} ({o.name}) options")
-        for number, o in enumerate(recipe.objectives)
-    ]
+    found = []
+    for number, o in enumerate(recipe.objectives):
+        where, kind = f"objectives.{number} ({o.name})", OBJECTIVES.get(o.name)
+        if "weight" in o.options:
+            raise ValueError(f"{where}: weight stands beside the name, not among its options; move it there")
+        if missing := getattr(kind, "__abstractmethods__", None):
+            raise ValueError(f"{where}: {kind.__name__} must define {', '.join(sorted(missing))}")
+        found.append(build({"weight": o.weight, **o.options}, kind, f"{where} options"))
+    return found
 
 
 def publish_model(run: Run, directory: Path) -> Path:

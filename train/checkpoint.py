@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -196,8 +197,9 @@ def compare(
     for key, was, now in sorted(found, key=lambda one: not one[0].startswith("recipe")):  # the recipe explains most
         name = key.removeprefix("recipe.")
         if name == key or not any(fnmatchcase(name, pattern) for pattern in changeable):
+            before, here = (reprlib.repr(value) for value in (was, now))
             raise ValueError(
-                f"{directory} was trained with another recipe or other data: {key} was {was!r}, now {now!r}; "
+                f"{directory} was trained with another recipe or other data: {key} was {before}, now {here}; "
                 "the saved weights or the order of the documents depend on it: use what it was, or a new --out "
                 "(init_from starts from saved weights)"
             )

@@ -8,8 +8,9 @@ skips that index. Sources do not use tokens, codecs or batches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from omni.data.digests import document_digest
 from omni.document import Document
 from omni.registry import Registry
 from omni.rng import Key
+
+T = TypeVar("T")
 
 
 class CorruptRecord(ValueError):
@@ -50,7 +53,7 @@ class Source(ABC):
 
 
 class FiniteSource(Source):
-    """`num_records` records, every one once per epoch, in an order keyed by the epoch."""
+    """`num_records` records (set by `__init__`), every one once per epoch, in an order keyed by the epoch."""
 
     num_records: int
 
@@ -62,21 +65,31 @@ class FiniteSource(Source):
     def record_name(self, position: int) -> str:
         """The name of the record in a message, e.g. "data.jsonl line 7"."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes with the records, for example with their files (data.digests)."""
+
     def record_identity(self, position: int) -> str:
         """`identity` of a record, if possible without decoding its pictures."""
         return document_digest(self.record(position))
 
     def identity(self, index: int, document: Document | None = None) -> str:
+        """Raises CorruptRecord for a bad record."""
         epoch, offset = divmod(index, self.num_records)
-        return self.record_identity(self._order(epoch)[offset])
+        return self._read(self.record_identity, self._order(epoch)[offset])
 
     def document(self, index: int) -> Document:
         epoch, offset = divmod(index, self.num_records)
-        position = self._order(epoch)[offset]
+        return self._read(self.record, self._order(epoch)[offset])
+
+    def _read(self, read: Callable[[int], T], position: int) -> T:
+        """read(position); CorruptRecord with the name of the record where it fails."""
         try:
-            return self.record(position)
+            return read(position)
         except ImportError:
             raise  # an extra is missing; the record is not corrupt
+        except CorruptRecord:
+            raise
         except Exception as error:  # parsers raise anything on damaged records
             raise CorruptRecord(f"{self.record_name(position)}: {type(error).__name__}: {error}") from error
 
@@ -94,7 +107,12 @@ SOURCES: Registry[type[Source]] = Registry("data source", "omni.data", entry_poi
 def build_source(name: str, options: dict[str, Any], key: Key, origin: str) -> Source:
     """The registered source `name`. Raises ValueError naming `origin` on an unknown name or option."""
     source = SOURCES.get(name)
-    return source(build(options, source.Options, f"{origin} ({name}) options"), key)
+    if missing := getattr(source, "__abstractmethods__", None):
+        raise ValueError(f"data source {name!r}: {source.__name__} must define {', '.join(sorted(missing))}")
+    made = source(build(options, source.Options, f"{origin} ({name}) options"), key)
+    if isinstance(made, FiniteSource) and not hasattr(made, "num_records"):
+        raise ValueError(f"data source {name!r}: {source.__name__}.__init__ must set num_records")
+    return made
 
 
 def require_file(path: Path, what: str) -> Path:

@@ -35,9 +35,10 @@ class TokenStep:
     def __init__(self, transformer: Transformer, output_weight: Tensor | None = None) -> None:
         self.c = transformer.c
         self.norm = transformer.norm
-        self.has_bias = self.c.qkv_bias or self.c.out_bias or self.c.mlp_bias
         self.output_weight = output_weight
         self.layers: list[Layer] = [block.text for block in transformer.blocks]  # type: ignore[misc]
+        projections = [m for layer in self.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+        self.has_bias = any(m.bias is not None for m in projections)
         self.table: tuple[Tensor, Tensor] | None = None
 
     def supports(self, cache: KVCache) -> bool:

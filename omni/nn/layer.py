@@ -7,8 +7,8 @@ once.
     DualOperations      a value with its tangent: the refine stream under forward-mode differentiation
     StepOperations      a few tokens of every batch row against the cache, with fused operations (nn.decode_step)
 
-To add a decoder variant: a field of the spec, a line in `run_layer`, and a refusal in the native step, which has code
-of its own.
+To add a decoder variant: a field of the spec, its weight in `Layer` and `declare`, a line in `run_layer`, a row of
+VARIANTS in tests/nn/test_layer.py. The native step, code of its own, refuses every other value by itself.
 
 Legend: R batch rows, N positions, W width, H query heads, G key heads, D head width, M width of the MLP, I items.
 """

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive
@@ -33,7 +33,7 @@ class AlphaFlow(GuidedObjective):
     leaves e / alpha.
     """
 
-    samplers = (*JUMPS, *VELOCITY)
+    trains = ("jumps", "velocity")
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     diagonal: float = Field(default=0.25, ge=0, le=1)
     alpha: float | None = Field(default=None, ge=0, le=1)

@@ -1,4 +1,4 @@
-"""Shared by objectives: Terms, the callable that they train, keyed noise, means per item.
+"""Shared by objectives: the callable that they train, keyed noise, means per item. Losses are `terms.Terms`.
 
 Time: t = 1 is noise, t = 0 data, s <= t. x_t = (1 - t) x0 + t eps, v = eps - x0, jump x + (s - t) F.
 
@@ -25,8 +25,9 @@ from omni.rng import Key, normals
 
 OBJECTIVES: Registry = Registry("objective", "omni.objectives", entry_points="omni.objectives")
 
-# Names of omni.samplers by the values they use: F(x, t, t); F(x, t, s) for any s; F(x, t, 0).
-VELOCITY, JUMPS, TO_DATA = ("euler", "ddim", "heun"), ("flow_map", "gamma", "restart"), ("restart",)
+# Values of F that training determines, by the names of samplers.base.Reads: F(x, t, t); F(x, t, s) from one time of a
+# grid to the next; for any s <= t; F(x, t, 0).
+Trains = Literal["velocity", "grid_jumps", "jumps", "data_jumps"]
 
 
 class FlowCall(Protocol):
@@ -165,11 +166,11 @@ class Objective(Frozen, ABC):
     An objective that uses `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
     of the averaged weights that the trainer keeps for it. None, 0 or no such field: the present weights.
 
-    `samplers`: names of omni.samplers that the trained values support, the usual one first; may be empty.
+    `trains`: the values of F that training determines, the usual ones first; samplers that read others do not fit.
     """
 
     reads: ClassVar[Literal["logits", "flow", "placeholders"]]
-    samplers: ClassVar[tuple[str, ...]] = ()
+    trains: ClassVar[tuple[Trains, ...]] = ()
     weight: float = 1.0
 
 
@@ -192,6 +193,7 @@ class FlowObjective(Objective):
     """
 
     reads = "flow"
+    trains = ("velocity",)
     time: TimeDistribution = TimeDistribution()
     pairing: Pairing = "independent"
 

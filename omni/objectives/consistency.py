@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, TO_DATA, FlowCall, Items, Terms, channel_error, jump
+from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error, jump
 from omni.objectives.consistency_schedule import EasySchedule, ImprovedSchedule
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import TimeDistribution
@@ -46,7 +46,7 @@ class Consistency(GuidedObjective):
     papers); below it rounding in the network exceeds the difference.
     """
 
-    samplers = TO_DATA
+    trains = ("data_jumps",)
     time: TimeDistribution = TimeDistribution(kind="log_normal", mean=-1.1, std=2.0, shift=2.0)
     schedule: EasySchedule | ImprovedSchedule = Field(default=EasySchedule(), discriminator="kind")
     distance: Distance | None = None

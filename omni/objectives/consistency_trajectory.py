@@ -22,9 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omni.objectives.base import (
-    JUMPS,
     OBJECTIVES,
-    VELOCITY,
     Draw,
     FlowCall,
     FlowObjective,
@@ -55,7 +53,7 @@ class ConsistencyTrajectory(FlowObjective):
     velocity_weight: a. distance, huber_c: d, of the mean square. target_decay: of the target network's average.
     """
 
-    samplers = (*JUMPS, *VELOCITY)
+    trains = ("jumps", "velocity")
     time: TimeDistribution = TimeDistribution(kind="log_normal", mean=-1.2, std=1.2, shift=2.0)
     num_nodes: int = Field(default=40, ge=2)
     max_steps: int = Field(default=39, ge=1)

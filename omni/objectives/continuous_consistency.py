@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, TO_DATA, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive, trigonometric_scale
@@ -38,7 +38,7 @@ class ContinuousConsistency(GuidedObjective):
     this share of training (the paper: 10,000 steps). power, power_offset: of the adaptive weight.
     """
 
-    samplers = TO_DATA
+    trains = ("data_jumps",)
     time: TimeDistribution = TimeDistribution(kind="log_normal", mean=-0.8, std=1.6, shift=2.0)
     normalise: Literal["norm", "rms", "none"] = "rms"
     offset: float = Field(default=0.1, gt=0)

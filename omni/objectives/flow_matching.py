@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Terms, squared_error
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Terms, squared_error
 
 
 @OBJECTIVES.register("flow_matching")
 class FlowMatching(FlowObjective):
     """E |F(x_t, t, t) - v|^2 over t of `time`."""
-
-    samplers = VELOCITY
 
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
         return squared_error(call(draw.x, draw.t, draw.t), draw.v, draw.items, self.weight)

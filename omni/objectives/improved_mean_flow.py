@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective, TargetGuidance
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive
@@ -34,7 +34,7 @@ class ImprovedMeanFlow(GuidedObjective):
     w ~ w^-power on [1, 8] with mix "inverse", the default of `mix` here: guidance = {max_scale = 8}.
     """
 
-    samplers = (*JUMPS, *VELOCITY)
+    trains = ("jumps", "velocity")
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     end: TimeDistribution | None = None
     diagonal: float = Field(default=0.5, ge=0, le=1)

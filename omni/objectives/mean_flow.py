@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, FlowCall, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, FlowCall, Items, Terms, channel_error
 from omni.objectives.target_guidance import GuidedDraw, GuidedObjective
 from omni.objectives.times import PairDistribution, TimeDistribution
 from omni.objectives.weighting import adaptive
@@ -29,7 +29,7 @@ class MeanFlow(GuidedObjective):
     (0.75 on CIFAR, c = 0.01 in the released ImageNet code); power 0 is plain L2.
     """
 
-    samplers = (*JUMPS, *VELOCITY)
+    trains = ("jumps", "velocity")
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     end: TimeDistribution | None = None
     diagonal: float = Field(default=0.5, ge=0, le=1)

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import JUMPS, TO_DATA, FlowCall, FlowObjective, Items
+from omni.objectives.base import FlowCall, FlowObjective, Items, Trains
 from omni.objectives.times import BatchNames, Name, PairDistribution, TimeDistribution
 from omni.rng import Key
 
@@ -151,8 +151,8 @@ class ParticleObjective(FlowObjective, ABC):
         return self
 
     @property
-    def samplers(self) -> tuple[str, ...]:  # type: ignore[override]
-        return JUMPS if self.pairs == "below" else TO_DATA
+    def trains(self) -> tuple[Trains, ...]:  # type: ignore[override]
+        return ("jumps",) if self.pairs == "below" else ("data_jumps",)
 
     def group_times(self, groups: Groups, key: Key) -> tuple[Tensor, Tensor]:
         """(t, s) of each group, float64."""

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Terms, channel_error
 from omni.objectives.target_guidance import embed_scale, guide
 
 
@@ -37,7 +37,7 @@ class ProgressiveDistillation(FlowObjective):
     target_decay: of the averaged weights of the path. A training step costs fine (with guidance twice) evaluations
     without a gradient, and sum(jumps) + 1 with one."""
 
-    samplers = ("flow_map", *VELOCITY)
+    trains = ("grid_jumps", "velocity")
     fine: int = Field(default=8, ge=2)
     walk: Literal["jump", "velocity"] = "jump"
     jumps: tuple[int, ...] = (4, 2, 1)

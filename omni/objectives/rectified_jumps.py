@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
 from omni.objectives.times import uniform_I
 from omni.objectives.weighting import adaptive
 from omni.rng import Key
@@ -49,7 +49,7 @@ class RectifiedJumps(FlowObjective):
     power, offset: of the jumps' weight (offset / (e + offset))^power; power 0 is the square.
     """
 
-    samplers = ("flow_map", *VELOCITY)
+    trains = ("grid_jumps", "velocity")
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     shares: tuple[float, ...] = ()
     velocity: float = Field(default=0.25, ge=0, le=1)

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, squared_error
 from omni.objectives.target_guidance import embed_scale, guide
 from omni.objectives.times import TimeDistribution, uniform_I
 from omni.rng import Key
@@ -36,7 +36,7 @@ class Shortcut(FlowObjective):
     average behind the target. The paper also needs weight decay 0.1 for stability; that is the optimiser's.
     """
 
-    samplers = ("flow_map", *VELOCITY)
+    trains = ("grid_jumps", "velocity")
     time: TimeDistribution = TimeDistribution(kind="uniform")
     num_levels: int = Field(default=7, ge=1, le=20)
     shares: tuple[float, ...] | None = None

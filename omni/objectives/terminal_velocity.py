@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omni.objectives.base import JUMPS, OBJECTIVES, VELOCITY, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
+from omni.objectives.base import OBJECTIVES, Draw, FlowCall, FlowObjective, Items, Terms, channel_error
 from omni.objectives.times import PairDistribution, TimeDistribution, stratified_I
 from omni.rng import Key
 
@@ -43,7 +43,7 @@ class TerminalVelocity(FlowObjective):
     unbounded, is not supported).
     """
 
-    samplers = (*JUMPS, *VELOCITY)
+    trains = ("jumps", "velocity")
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     pair: PairDistribution = PairDistribution(kind="gap", time=TimeDistribution(mean=-0.4))
     target_decay: float | None = Field(default=0.99, ge=0, lt=1)

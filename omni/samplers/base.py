@@ -11,7 +11,10 @@
     times       floats, strictly decreasing, from `time_grid`
     noise(n)    standard normal of start's shape for jump n = 0, 1, ...; a pure function, so that the same seed gives
                 the same picture alone and in a batch. A sampler that needs it gives it no default
-    knobs       options of this sampler alone, with defaults
+    knobs       options of this sampler alone, with defaults, for callers of `run_sampler`; requests have `gamma` only
+
+`@SAMPLERS.register("euler", reads="velocity")` says which values of F it asks for (`Reads`). Recipes take a sampler for
+objectives that train these values (Objective.trains).
 
 Whoever drives a sampler evaluates F. `run_sampler` drives one with a callable. An engine holds one generator per
 request and evaluates the calls of all of them, at any (t, s), in one pass.
@@ -21,8 +24,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import AfterValidator
@@ -56,7 +60,37 @@ Noise = Callable[[int], Tensor]
 Sampling = Generator[Call | State, Tensor, None]  # `send` the answer to a Call; `next` after a State
 Sampler = Callable[..., Sampling]
 
-SAMPLERS: Registry[Sampler] = Registry("sampler", "omni.samplers", entry_points="omni.samplers")
+# Values of F: F(x, t, t); F(x, t, s) from one time of a grid to the next; for any s <= t; F(x, t, 0).
+Reads = Literal["velocity", "grid_jumps", "jumps", "data_jumps"]
+
+
+class SamplerRegistry(Registry[Sampler]):
+    """`reads[name]`: the values of F that a sampler asks for."""
+
+    def __init__(self) -> None:
+        super().__init__("sampler", "omni.samplers", entry_points="omni.samplers")
+        self.reads: dict[str, Reads] = {}
+
+    def register(self, name: str, reads: Reads) -> Callable[[Any], Any]:  # type: ignore[override]
+        """Decorator for a generator function f(start, times, noise). ValueError for anything else."""
+        add = super().register(name)
+        if reads not in get_args(Reads):
+            raise ValueError(f"sampler {name!r}: reads = {reads!r}; known: {', '.join(get_args(Reads))}")
+
+        def checked(sampler: Any) -> Any:
+            given = list(inspect.signature(sampler).parameters)
+            if not inspect.isgeneratorfunction(sampler) or given[2:3] != ["noise"]:
+                raise ValueError(
+                    f"sampler {name!r} must be a generator function f(start, times, noise) that yields Call and State, "
+                    f"see omni.samplers.base; it is {sampler.__name__}({', '.join(given)})"
+                )
+            self.reads[name] = reads
+            return add(sampler)
+
+        return checked
+
+
+SAMPLERS = SamplerRegistry()
 
 
 def run_sampler(
@@ -67,17 +101,25 @@ def run_sampler(
     Raises TypeError for a knob that the sampler does not have, and without the noise that it needs.
     """
     given = {} if noise is None else {"noise": noise}
-    return _states(sampler(start.double(), times, **given, **knobs), call, start.dtype)
+    return _states(sampler(start.double(), times, **given, **knobs), call, start.dtype, times[-1])
 
 
-def _states(sampling: Sampling, call: Velocity, dtype: torch.dtype) -> Iterator[State]:
-    item = next(sampling, None)
+def _states(sampling: Sampling, call: Velocity, dtype: torch.dtype, end: float) -> Iterator[State]:
+    item, reached = next(sampling, None), None
     while item is not None:
         if isinstance(item, State):
             yield item
-            item = next(sampling, None)
+            item, reached = next(sampling, None), item.t
         else:
-            item = sampling.send(call(item.x.to(dtype), item.t, item.s).double())
+            item = next(_answered(sampling, call(item.x.to(dtype), item.t, item.s).double()), None)
+    if reached != end:
+        raise ValueError(f"the sampler ended at time {reached}, not at {end}: it must yield a State there")
+
+
+def _answered(sampling: Sampling, velocity: Tensor) -> Iterator[Call | State]:
+    """What the sampler yields after an answer, if anything."""
+    with suppress(StopIteration):
+        yield sampling.send(velocity)
 
 
 def adds_noise(sampler: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
-@SAMPLERS.register("euler")
+@SAMPLERS.register("euler", reads="velocity")
 def euler(start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
     """One evaluation per step. See samplers.base for the arguments; yields a State per step."""
     x, steps = start, len(times) - 1
@@ -19,7 +19,7 @@ def euler(start: Tensor, times: list[float], noise: Noise | None = None) -> Samp
         yield State(n, steps, s, x)
 
 
-@SAMPLERS.register("ddim")
+@SAMPLERS.register("ddim", reads="velocity")
 def ddim(start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
     """The same step, written with the predictions of data and noise: x_s = (1 - s) x0^ + s eps^."""
     x, steps = start, len(times) - 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
-@SAMPLERS.register("flow_map")
+@SAMPLERS.register("flow_map", reads="grid_jumps")
 def flow_map(start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
     """See samplers.base for the arguments; yields a State per jump."""
     x, steps = start, len(times) - 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
-@SAMPLERS.register("gamma")
+@SAMPLERS.register("gamma", reads="jumps")
 def gamma(start: Tensor, times: list[float], noise: Noise, gamma: float = 0.5) -> Sampling:
     """See samplers.base for the arguments; yields a State per jump. ValueError if gamma is outside [0, 1]."""
     if not 0 <= gamma <= 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
-@SAMPLERS.register("heun")
+@SAMPLERS.register("heun", reads="velocity")
 def heun(start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
     """See samplers.base for the arguments; yields a State per step."""
     x, steps = start, len(times) - 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from omni.samplers.base import SAMPLERS, Call, Noise, Sampling, State
 
 
-@SAMPLERS.register("restart")
+@SAMPLERS.register("restart", reads="data_jumps")
 def restart(start: Tensor, times: list[float], noise: Noise) -> Sampling:
     """See samplers.base for the arguments; yields a State per jump, with the noise of its time."""
     x, steps = start, len(times) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from gaussian import PLANE, GaussianCall, gaussian_items
@@ -12,15 +13,17 @@ from gaussian import PLANE, GaussianCall, gaussian_items
 from omni.config import load_json, load_toml
 from omni.model import OmniConfig
 from omni.objectives import OBJECTIVES, FlowObjective, build_objective
+from omni.objectives.base import Trains
 from omni.rng import Key
 from omni.samplers import SAMPLERS
+from omni.samplers.base import Reads
 from train import loop
 from train.__main__ import main
 from train.build import build_objectives
 from train.loop import Run
 from train.metrics import Tracker, read_metrics
 from train.recipe import Recipe
-from train.sampler import choose_sampler
+from train.sampler import USUAL, choose_sampler, fits
 
 MakeRun = Callable[..., Run]
 FLOW = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), FlowObjective)]
@@ -49,8 +52,18 @@ def sampler_of(recipe_file: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("name", FLOW)
 def test_a_one_line_change_of_objective_brings_its_sampler(name: str, recipe_file: Path) -> None:
-    assert set(OBJECTIVES.get(name)().samplers) <= set(SAMPLERS.names())
-    assert sampler_of(recipe_file, *only(name)) == FIRST.get(name, OBJECTIVES.get(name)().samplers[0])
+    found = sampler_of(recipe_file, *only(name))
+    assert found == FIRST.get(name, found) and fits(found, OBJECTIVES.get(name)().trains)
+
+
+def test_values_have_one_set_of_names() -> None:
+    assert get_args(Trains) == get_args(Reads) and set(SAMPLERS.reads.values()) == set(get_args(Reads)) == set(USUAL)
+
+
+def test_a_new_sampler_of_the_velocity_is_taken(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SAMPLERS._items, "another", SAMPLERS.get("euler"))
+    monkeypatch.setitem(SAMPLERS.reads, "another", "velocity")
+    assert sampler_of(recipe_file, *only("flow_matching"), "heads.sampler=another") == "another"
 
 
 def test_the_published_model_has_the_sampler(recipe_file: Path, tmp_path: Path) -> None:

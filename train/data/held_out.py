@@ -75,10 +75,10 @@ def _of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dic
     seen = kept = 0
     while seen < most and len(found) < wanted:
         index, seen = start + seen, seen + 1
-        if of_files and share is not None and not is_below(key, source.identity(index), share):
-            continue
-        kept += 1
         try:
+            if of_files and share is not None and not is_below(key, source.identity(index), share):
+                continue
+            kept += 1
             document = source.document(index)
             found.setdefault(source.identity(index, document), document)
         except CorruptRecord:
