@@ -1,10 +1,11 @@
-// One text token of one row against the KV cache, on the CPU: the arithmetic of decode_step.py in loops that read every weight
-// once. Compiled at run time by native_step.py.
+// A few text tokens against their histories, on the CPU: the arithmetic of layer.py in loops that read every weight once.
+// Compiled at run time by native_step.py.
 //
 // Weights are float32 or bfloat16 (widened to float32 as they are read); activations, cache and sums are float32.
 //
-// Legend: W width, H query heads, G key heads, D head width, F width of the MLP, M capacity of the cache in positions.
+// Legend: W width, H query heads, G key heads, D head width, F width of the MLP, R tokens.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,20 +32,65 @@ inline float widen(uint16_t x) {  // bfloat16 is the upper half of a float32
   return value;
 }
 
-template <typename T>
-float dot(const T* w, const float* x, int64_t n) {
+inline float dot(const float* w, const float* x, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += w[i] * x[i];
+  return sum;
+}
+
+inline float dot(const uint16_t* w, const float* x, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; i++) sum += widen(w[i]) * x[i];
   return sum;
 }
 
-// y = weight x, or y += weight x; weight (rows, n). Row after row: one stream of memory is what the prefetcher likes
-// best (four rows at a time took twice as long).
+// Four products of one row of weights: each weight is loaded once for four rows of x, stride n apart.
+inline void dot4(const float* w, const float* x, int64_t n, float* y) {
+  const float *b = x + n, *c = b + n, *d = c + n;
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < n; i++) {
+    s0 += w[i] * x[i];
+    s1 += w[i] * b[i];
+    s2 += w[i] * c[i];
+    s3 += w[i] * d[i];
+  }
+  y[0] = s0, y[1] = s1, y[2] = s2, y[3] = s3;
+}
+
+inline const float* widened(const float* w, float*, int64_t) { return w; }
+
+inline const float* widened(const uint16_t* w, float* into, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) into[i] = widen(w[i]);
+  return into;
+}
+
+// y (R, rows) = x (R, n) weight^T, or y += it. One row of weights after another: one stream of memory is what the prefetcher
+// likes best. Every weight is read once for all R rows of x.
 template <typename T>
-void product(const T* weight, const float* x, float* y, int64_t rows, int64_t n, bool add, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t r = 0; r < rows; r++) y[r] = (add ? y[r] : 0) + dot(weight + r * n, x, n);
+void product(const T* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n, bool add, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> wide(n);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      const T* w = weight + row * n;
+      if (R == 1) {
+        y[row] = (add ? y[row] : 0) + dot(w, x, n);
+        continue;
+      }
+      const float* f = widened(w, wide.data(), n);
+      int64_t r = 0;
+      for (float four[4]; r + 4 <= R; r += 4) {
+        dot4(f, x + r * n, n, four);
+        for (int k = 0; k < 4; k++) y[(r + k) * rows + row] = (add ? y[(r + k) * rows + row] : 0) + four[k];
+      }
+      for (; r < R; r++) y[r * rows + row] = (add ? y[r * rows + row] : 0) + dot(f, x + r * n, n);
+    }
+  }
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight; y may be x.
@@ -53,7 +99,7 @@ void rms_norm(const float* x, const float* weight, float* y, int64_t n, float ep
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-// x cos + roll(x, D/2) sin, where sin carries the sign (TokenStep._rotary).
+// x cos + roll(x, D/2) sin, where sin carries the sign (CompiledStep.rotary).
 void rotate(float* x, const float* cos, const float* sin, int64_t D) {
   for (int64_t i = 0, j = D / 2; j < D; i++, j++) {
     const float a = x[i], b = x[j];
@@ -78,52 +124,64 @@ void attend(const float* q, const float* keys, const float* values, float* score
   }
 }
 
-// h (W) in and out. keys, values: (depth, 1, G, M, D), written at position `at`, read up to it.
+// h (R, W) in and out; cos, sin (R, D). keys, values: (depth, G, P, D), of a pool of P positions. Row r belongs to a
+// history that begins at position first[r] of the pool; it is its position at[r], and sees those up to it. Rows of one
+// history are in order: all keys and values of a layer are written before its attention.
 template <typename T>
 void step(const Sizes& c, const Layer<T>* layers, const float* norm, float* h, const float* cos, const float* sin,
-          float* keys, float* values, int64_t capacity, int64_t at, float eps, int threads) {
-  const int64_t W = c.width, H = c.num_heads, G = c.num_kv_heads, D = c.head_dim, F = c.hidden;
-  std::vector<float> x(W), qkv((H + 2 * G) * D), o(H * D), mlp(2 * F), scores(H * (at + 1));
+          float* keys, float* values, int64_t P, const int64_t* first, const int64_t* at, int64_t R, float eps,
+          int threads) {
+  const int64_t W = c.width, H = c.num_heads, G = c.num_kv_heads, D = c.head_dim, F = c.hidden, Q = (H + 2 * G) * D;
+  int64_t longest = 0;
+  for (int64_t r = 0; r < R; r++) longest = std::max(longest, at[r] + 1);
+  std::vector<float> x(R * W), qkv(R * Q), o(R * H * D), mlp(R * 2 * F), act(R * F), scores(R * H * longest);
   for (int64_t layer = 0; layer < c.depth; layer++) {
     const Layer<T>& w = layers[layer];
-    rms_norm(h, w.attention_norm, x.data(), W, eps);
-    product(w.qkv, x.data(), qkv.data(), (H + 2 * G) * D, W, false, threads);
-    for (int64_t head = 0; head < H + G; head++) {
-      float* one = qkv.data() + head * D;
-      rms_norm(one, head < H ? w.q_norm : w.k_norm, one, D, eps);
-      rotate(one, cos, sin, D);
-    }
-    float *k = keys + layer * G * capacity * D, *v = values + layer * G * capacity * D;
-    for (int64_t g = 0; g < G; g++) {
-      std::memcpy(k + (g * capacity + at) * D, qkv.data() + (H + g) * D, D * sizeof(float));
-      std::memcpy(v + (g * capacity + at) * D, qkv.data() + (H + G + g) * D, D * sizeof(float));
+    for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, w.attention_norm, &x[r * W], W, eps);
+    product(w.qkv, x.data(), qkv.data(), R, Q, W, false, threads);
+    float *k = keys + layer * G * P * D, *v = values + layer * G * P * D;
+    for (int64_t r = 0; r < R; r++) {
+      float* mine = qkv.data() + r * Q;
+      for (int64_t head = 0; head < H + G; head++) {
+        rms_norm(mine + head * D, head < H ? w.q_norm : w.k_norm, mine + head * D, D, eps);
+        rotate(mine + head * D, cos + r * D, sin + r * D, D);
+      }
+      for (int64_t g = 0; g < G; g++) {
+        const int64_t slot = (g * P + first[r] + at[r]) * D;
+        std::memcpy(k + slot, mine + (H + g) * D, D * sizeof(float));
+        std::memcpy(v + slot, mine + (H + G + g) * D, D * sizeof(float));
+      }
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t head = 0; head < H; head++) {
-      const int64_t start = head / (H / G) * capacity * D;
-      attend(qkv.data() + head * D, k + start, v + start, &scores[head * (at + 1)], &o[head * D], at + 1, D);
+    for (int64_t one = 0; one < R * H; one++) {
+      const int64_t r = one / H, head = one % H, start = (head / (H / G) * P + first[r]) * D;
+      attend(&qkv[r * Q + head * D], k + start, v + start, &scores[one * longest], &o[one * D], at[r] + 1, D);
     }
-    product(w.out, o.data(), h, W, H * D, true, threads);
-    rms_norm(h, w.mlp_norm, x.data(), W, eps);
-    product(w.gate_up, x.data(), mlp.data(), 2 * F, W, false, threads);
-    for (int64_t i = 0; i < F; i++) mlp[i] = mlp[i] / (1 + std::exp(-mlp[i])) * mlp[F + i];  // SiLU(gate) up
-    product(w.down, mlp.data(), h, W, F, true, threads);
+    product(w.out, o.data(), h, R, W, H * D, true, threads);
+    for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, w.mlp_norm, &x[r * W], W, eps);
+    product(w.gate_up, x.data(), mlp.data(), R, 2 * F, W, false, threads);
+    for (int64_t r = 0; r < R; r++) {  // SiLU(gate) up
+      const float *gate = &mlp[r * 2 * F], *up = gate + F;
+      for (int64_t i = 0; i < F; i++) act[r * F + i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+    }
+    product(w.down, act.data(), h, R, W, F, true, threads);
   }
-  rms_norm(h, norm, h, W, eps);
+  for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, norm, h + r * W, W, eps);
 }
 
 }  // namespace
 
 // What native_step.py calls: each once for float32 weights, once for bfloat16.
-#define EXPORT(SUFFIX, T)                                                                                             \
-  extern "C" void step_##SUFFIX(const void* sizes, const void* layers, const float* norm, float* h, const float* cos, \
-                                const float* sin, float* keys, float* values, int64_t capacity, int64_t at,           \
-                                float eps, int threads) {                                                             \
-    step<T>(*static_cast<const Sizes*>(sizes), static_cast<const Layer<T>*>(layers), norm, h, cos, sin, keys, values, \
-            capacity, at, eps, threads);                                                                              \
-  }                                                                                                                   \
-  extern "C" void read_##SUFFIX(const void* weight, const float* x, float* y, int64_t rows, int64_t n, int threads) { \
-    product(static_cast<const T*>(weight), x, y, rows, n, false, threads);                                            \
+#define EXPORT(SUFFIX, T)                                                                                              \
+  extern "C" void step_##SUFFIX(const void* sizes, const void* layers, const float* norm, float* h, const float* cos,  \
+                                const float* sin, float* keys, float* values, int64_t P, const int64_t* first,         \
+                                const int64_t* at, int64_t R, float eps, int threads) {                                \
+    step<T>(*static_cast<const Sizes*>(sizes), static_cast<const Layer<T>*>(layers), norm, h, cos, sin, keys, values,  \
+            P, first, at, R, eps, threads);                                                                            \
+  }                                                                                                                    \
+  extern "C" void read_##SUFFIX(const void* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n,      \
+                                int threads) {                                                                         \
+    product(static_cast<const T*>(weight), x, y, R, rows, n, false, threads);                                          \
   }
 
 EXPORT(float32, float)

@@ -321,6 +321,7 @@ def test_null_branch_equals_the_reduced_document_of_training(model: omni.Omni) -
     pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
     history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
     from omni.generation.row import Media, Row
+
     from omni.sequence.layout import LatentSpan
 
     image, video = Image(pixels, Role.ASSISTANT, True), Video(pixels[None], 30.2, Role.ASSISTANT, True)

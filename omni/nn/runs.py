@@ -1,0 +1,114 @@
+"""The positions of one pass over the histories of many requests, without padding: attention run by run.
+
+A pass is one batch row of N positions. A run is some neighbouring positions of it that belong to one history and see it
+alike: text (causal), a block of latents or placeholders (every position sees all of its run), or one position. All runs
+share the matrix products of a pass; attention is computed for each run on a view of its history.
+
+A run sees the committed positions of its history, the slots of earlier runs of the pass in the same history, and
+itself. So no mask is needed but the causal one.
+
+Legend: N positions of a pass, H query heads, G key heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni.nn.cache import History
+
+QUERIES = 256  # of a causal run after earlier positions, in one call of attention: bounds the mask
+
+
+@dataclass(frozen=True)
+class Run:
+    """Positions first to first + num of a pass, in slots `at` to `at + num` of the history."""
+
+    history: History
+    first: int
+    num: int
+    at: int
+    causal: bool
+
+
+class Runs:
+    """The runs of a pass; they cover its positions in order. Call `History.reserve` before, `History.commit` after."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = list(runs)
+        self.pool = runs[0].history.pool
+        self.num = sum(run.num for run in runs)
+        self._slots: Tensor | None = None
+        self._parts = [part for run in self.runs for part in _parts(run)]
+        self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def first(self, num: int) -> Runs:
+        """The same without runs after the first `num` positions of each history."""
+        runs, first = [], 0
+        for run in self.runs:
+            if run.at - run.history.length < num:
+                runs.append(Run(run.history, first, run.num, run.at, run.causal))
+                first += run.num
+        return Runs(runs)
+
+    @property
+    def slots(self) -> Tensor:
+        """(N,) int64: the slot in the pool of every position."""
+        if self._slots is None:
+            slots = [range(run.history.start + run.at, run.history.start + run.at + run.num) for run in self.runs]
+            self._slots = torch.tensor([slot for run in slots for slot in run], device=self.pool.k.device)
+        return self._slots
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v (1, G, N, D) of a layer; returns attention of q (1, H, N, D), in q's shape and dtype."""
+        keys, values = self.pool.k[layer], self.pool.v[layer]
+        if len(self.runs) == 1:
+            [run] = self.runs
+            at = slice(run.history.start + run.at, run.history.start + run.at + run.num)
+            keys[:, at], values[:, at] = k[0], v[0]
+        else:
+            keys.index_copy_(1, self.slots, k[0].to(keys.dtype))
+            values.index_copy_(1, self.slots, v[0].to(values.dtype))
+        wide = q.to(keys.dtype)
+        if len(self._parts) == 1:
+            return self._of(self._parts[0], wide, keys, values).to(q.dtype)
+        out = torch.empty_like(wide)
+        for part in self._parts:
+            out[:, :, part.first : part.first + part.num] = self._of(part, wide, keys, values)
+        return out.to(q.dtype)
+
+    def _of(self, run: Run, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of one run, (1, H, num, D)."""
+        start = run.history.start
+        seen = slice(start, start + run.at + run.num)
+        mine = q[:, :, run.first : run.first + run.num]
+        causal = run.causal and run.num > 1
+        bias = self._bias(run.num, run.at, q) if causal and run.at else None
+        return F.scaled_dot_product_attention(
+            mine, keys[None, :, seen], values[None, :, seen], attn_mask=bias, is_causal=causal and not run.at,
+            enable_gqa=q.shape[1] != keys.shape[0],
+        )  # fmt: skip
+
+    def _bias(self, num: int, at: int, like: Tensor) -> Tensor:
+        """(num, at + num): 0 where a position sees a slot, else -inf."""
+        key = num, at, like.dtype
+        if key not in self._biases:
+            seen = torch.ones(num, at + num, dtype=torch.bool, device=like.device).tril(at)
+            self._biases[key] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                ~seen, -math.inf
+            )
+        return self._biases[key]
+
+
+def _parts(run: Run) -> list[Run]:
+    """A long causal run after earlier positions, in pieces of QUERIES."""
+    if not run.causal or run.at == 0 or run.num <= QUERIES:
+        return [run]
+    return [
+        Run(run.history, run.first + n, min(QUERIES, run.num - n), run.at + n, True) for n in range(0, run.num, QUERIES)
+    ]
