@@ -27,11 +27,11 @@ import torch
 
 from omni.document import Document, Text
 from omni.generation.context import append_of
-from omni.generation.events import Event, Failed, Stop
+from omni.generation.events import Event, Failed, Part, Stop
 from omni.generation.grammar import Grammar
 from omni.generation.options import GenerationOptions, check_defaults
 from omni.generation.prefixes import Latents, Prefixes, without_first
-from omni.generation.reply import Reply
+from omni.generation.reply import Reply, part_of
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.steps import Active, Steps
@@ -117,6 +117,10 @@ class Engine:
         """Whether no request runs or waits."""
         return not self._running and not self._waiting
 
+    def is_known(self, number: int) -> bool:
+        """Whether a request runs or waits."""
+        return number in self._running or any(request.number == number for request in self._waiting)
+
     @property
     def pages_in_use(self) -> int:
         """Pages of requests; those of kept histories do not count."""
@@ -158,6 +162,17 @@ class Engine:
         assert one.seed is not None
         many = [one.changed({"seed": one.seed + n}) for n in range(num)]
         return self._replies(self._add([prompt] * num, many, inbox=True, alike=True))
+
+    def edit(self, reply: Reply, part: int, replacement: Any = None, **changes: Any) -> Reply:
+        """A reply with part number `part` replaced (None: left out) and written anew from there. What is before it is
+        not read again. replacement: a str, or a picture in any form that a message takes. The options are those of the
+        reply, with `changes`. ValueError for a part that the reply does not have."""
+        if not 0 <= part <= len(reply.parts):
+            raise ValueError(f"part = {part} of a reply of {len(reply.parts)} parts; give 0 to {len(reply.parts)}")
+        before = [*reply.parts[:part], *([] if replacement is None else [part_of(replacement, reply.parts[:part])])]
+        given = Document(reply.document.segments[: len(reply.document.segments) - len(reply.parts)])
+        options = GenerationOptions().changed(reply.record["options"]).changed(changes)
+        return self._replies(self._add([given], [options], inbox=True, continues=before))[0]
 
     def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
         """The events of one reply, in order, as they happen. The last one is Stop. Closing the iterator cancels the
@@ -216,9 +231,11 @@ class Engine:
         }
 
     def _add(
-        self, prompts: Sequence[Any], options: Sequence[GenerationOptions], inbox: bool = False, alike: bool = False
-    ) -> list[Request]:
-        """Requests that wait for the next step. alike: all have one prompt, which the first reads."""
+        self, prompts: Sequence[Any], options: Sequence[GenerationOptions], inbox: bool = False, alike: bool = False,
+        continues: Sequence[Part] = (),
+    ) -> list[Request]:  # fmt: skip
+        """Requests that wait for the next step. alike: all have one prompt, which the first reads. continues: the
+        beginning of the reply."""
         found: list[Request] = []
         for prompt, one in zip(prompts, options, strict=True):
             document = prompt
@@ -231,6 +248,7 @@ class Engine:
                 next(self._numbers), history, self.resolve(one), document.segments, self.tokenizer.stream()
             )
             request.like = found[0] if alike and found else None
+            request.continues = tuple(continues)
             begin(self.runtime, request)
             found.append(request)
         with self._lock:
@@ -240,7 +258,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Waiting requests run, in their order, while there is room."""
-        self.prefixes.check(self.model)
+        if self._waiting:
+            self.prefixes.check(self.model)
         waiting, self._waiting = self._waiting, []
         for request in waiting:
             leader = request.like

@@ -36,11 +36,6 @@ def common_length(marks: Sequence[int], append: Append) -> int:
     return max(n, 0)
 
 
-def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when weights are replaced or changed in place."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference())
-
-
 class Prefixes:
     """Finished histories, least recently used first, of at most `max_positions` positions together."""
 
@@ -48,7 +43,8 @@ class Prefixes:
         self.max_positions = max_positions
         self._kept: OrderedDict[int, History] = OrderedDict()
         self._number = 0
-        self._weights: tuple = ()
+        self._parameters: list[Tensor] = []
+        self._weights: list[tuple[int, int]] = []
 
     @property
     def pages(self) -> int:
@@ -56,8 +52,9 @@ class Prefixes:
         return sum(one.pages_alone for one in self._kept.values())
 
     def check(self, model: nn.Module) -> None:
-        """Forget everything if the weights have changed."""
-        weights = fingerprint(model)
+        """Forget everything if weights have been replaced, or changed in place."""
+        self._parameters = self._parameters or [p for p in model.parameters() if not p.is_inference()]
+        weights = [(p.data_ptr(), p._version) for p in self._parameters]
         if weights != self._weights:
             self.clear()
             self._weights = weights

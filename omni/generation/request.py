@@ -67,6 +67,7 @@ class Request:
     room: int | None = None  # tokens of the next draft with `adaptive`
     reason: StopReason = "end"
     like: Request | None = None  # a request with the same prompt, which reads it
+    continues: tuple[Part, ...] = ()  # the beginning of the reply, which is given
 
     @property
     def has_read_prompt(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omni.generation.context import Append, block_runs, run_context
-from omni.generation.events import Event, Failed
+from omni.generation.events import Drafted, Event, Failed
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import draft_together
@@ -71,6 +71,7 @@ class Steps:
     native: CompiledStep | None
     budget: int
     computed: int = 0  # positions of all passes so far
+    wasted: int = 0  # those of them whose output, keys and values are not used: of rejected drafts
 
     @torch.inference_mode()
     def step(self, active: Sequence[Active]) -> None:
@@ -79,6 +80,8 @@ class Steps:
         self._read([one for one in active if isinstance(one.work, Read)], alone=len(active) == 1)
         self._evaluate([one for one in active if isinstance(one.work, Evaluate)])
         self._decode([one for one in active if isinstance(one.work, Decode)])
+        for event in (event for one in active for event in one.events if isinstance(event, Drafted)):
+            self.wasted += (event.drafted - event.accepted) * (2 if event.passes > 1 else 1)
 
     # ---- the context pass -----------------------------------------------------------------------------------------
 

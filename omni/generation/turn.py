@@ -14,16 +14,17 @@ passes. The noise of a request depends on its seed, not on its neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from PIL import Image as PILImage
 from torch import Tensor
 
-from omni.document import Document, Image, Role, Text, Video
+from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.generation.context import append_of
 from omni.generation.denoise import draw
 from omni.generation.events import BlockDone, Event, ImagePart, Stop, VideoPart
 from omni.generation.grammar import LEAST_MEDIA
+from omni.generation.reply import segments_of
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import speculative_round
@@ -31,7 +32,7 @@ from omni.generation.work import Decode, Read, Turn
 from omni.samplers.token import masked_scores, sample_token
 from omni.sequence.context_limit import require_room, warn_if_nearly_full
 from omni.sequence.layout import LatentSpan, TokenSpan
-from omni.text.compose import compose, prompt_length
+from omni.text.compose import compose, header_length, prompt_length
 
 
 def begin(runtime: Runtime, request: Request) -> None:
@@ -47,6 +48,7 @@ def begin(runtime: Runtime, request: Request) -> None:
         request.forced = [runtime.control.image]
     request.segments = [model.prepare(segment) for segment in request.given]
     prompt, request.capacity = Document(tuple(request.segments)), model.config.max_context
+    begun = [model.prepare(segment) for segment in segments_of(request.continues)]
     request.length = request.prompt_length = prompt_length(
         prompt, runtime.tokenizer, runtime.num_latents, request.capacity
     )
@@ -57,6 +59,27 @@ def begin(runtime: Runtime, request: Request) -> None:
     media = [segment for segment in request.segments if not isinstance(segment, Text)]
     request.latents = dict(zip(media, runtime.latents.encode(media, model.encode_media), strict=True))
     request.pending = compose(prompt, runtime.tokenizer, request.encoded, True)
+    if begun:
+        _go_on(runtime, request, begun)
+
+
+def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None:
+    """Begin in the middle of a reply, after parts that are given. The numbers of tokens and media go on, and with them
+    the noise: an unchanged beginning has the continuation that it had."""
+    media = [segment for segment in begun if not isinstance(segment, Text)]
+    request.latents |= dict(zip(media, runtime.latents.encode(media, runtime.model.encode_media), strict=True))
+    request.segments += begun
+    request.parts += request.continues
+    request.num_media = len(media)
+    whole = Document(tuple(request.segments))
+    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_latents, request.capacity)
+    [*spans, last] = compose(whole, runtime.tokenizer, request.encoded)
+    assert isinstance(last, TokenSpan) and last.ids[-1] == runtime.control.end
+    request.pending = [*spans, TokenSpan(last.ids[:-1], last.supervise[:-1])]
+    request.num_tokens = sum(
+        len(runtime.tokenizer.encode(one.text)) if isinstance(one, Text) else header_length(isinstance(one, Video))
+        for one in begun
+    )
 
 
 def turn(runtime: Runtime, request: Request) -> Turn:
