@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import omni
 from omni.generation.engine import Engine
+from omni.generation.request import Phase, Request
 from omni.model import Omni
 from omni.rng import Key
 
@@ -25,13 +28,18 @@ def living(directory: Path) -> Omni:
 def force(model: Omni, script: list[int]) -> Engine:
     """An engine whose token choices follow a script per request, to test structure on random weights."""
     engine = Engine(model)
-    choose = engine._choose
-
-    def scripted(rows, logits):  # noqa: ANN001, ANN202
-        chosen = choose(rows, logits)
-        return [
-            script[r.num_tokens - 1] if r.num_tokens <= len(script) else c for r, c in zip(rows, chosen, strict=True)
-        ]
-
-    engine._choose = scripted  # type: ignore[method-assign]
+    follow(engine, lambda request: script)
     return engine
+
+
+def follow(engine: Engine, script_of: Callable[[Request], list[int]]) -> None:
+    """The mask of this engine's grammar leaves the scripted id alone; after its script a request chooses freely."""
+    mask_of = engine.grammar.mask_of
+
+    def scripted(request: Request, phase: Phase) -> Tensor:
+        mask, script = mask_of(request, phase), script_of(request)
+        if request.num_tokens >= len(script):
+            return mask
+        return torch.full_like(mask, -torch.inf).index_fill(0, torch.tensor(script[request.num_tokens]), 0)
+
+    engine.grammar.mask_of = scripted  # type: ignore[method-assign]

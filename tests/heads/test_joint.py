@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from histories import call_behind
 from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 
-from omni.generation.context import append_spans
-from omni.generation.drafting import CacheCall
 from omni.heads.joint import JOINT_HEADS, After, JointConfig, JointHead
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
-from omni.nn.decode_step import TokenStep
 from omni.rng import Key
 from omni.sequence.layout import IGNORE, LatentSpan, Shape, TokenSpan, pack
 from omni.sequence.mask import dense, flex, oracle
@@ -107,8 +105,7 @@ def test_the_rule_of_blocks_in_words() -> None:
 @pytest.mark.parametrize("clean", [0, 2])
 @pytest.mark.parametrize("depth", [None, 1])
 def test_training_pass_equals_the_pass_against_a_cache(causal: bool, clean: int, depth: int | None) -> None:
-    """The contract for joint-token blocks: the same placeholders after the same text, packed or against a cache; with
-    the cache by `extend` or by the decoding step."""
+    """The contract for joint-token blocks: the same placeholders after the same text, packed or after a history."""
     model = joint_model(depth=depth)
     spans = [
         TokenSpan([5, 6], [False, True]),
@@ -128,16 +125,12 @@ def test_training_pass_equals_the_pass_against_a_cache(causal: bool, clean: int,
             if starts.document[b] != 0 or i == 0:
                 continue
             head, tail = _cut(spans, i)
-            for step in (None, TokenStep(model.transformer)):
-                for before, after in ((head, [tail]), ([], [*head, tail])):
-                    cache = model.transformer.new_cache(1, 8)
-                    if before:
-                        append_spans(model, cache, [before], PAD)
-                    behind = CacheCall(model, cache, [after], PAD, step)
-                    other = behind(inputs[b : b + 1], causal, clean)
-                    assert (other[0] - found[b]).abs().max() < 1e-5
-                    assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
-                    assert behind.passes == (2 if clean else 1) and cache.lengths == [i + 1]
+            for before, after in ((head, [tail]), ([], [*head, tail])):
+                behind = call_behind(model, [before], [after], PAD)
+                other = behind(inputs[b : b + 1], causal, clean)
+                assert (other[0] - found[b]).abs().max() < 1e-5
+                assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
+                assert behind.passes == (2 if clean else 1) and behind.appends[0].history.length == i + 1
             compared += 1
         assert compared >= 4
 
