@@ -205,7 +205,8 @@ def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modul
 
 class Operations:
     """Operations on tensors (R, N, W). text, latent: the two sets of weights. is_latent: (R, N), True where a position
-    uses the second set; or one bool for all. adapter: what placeholders add to the projections (nn.lora)."""
+    uses the second set; or one bool for all. adapter: what placeholders add to the projections (nn.lora); they use the
+    first set."""
 
     def __init__(
         self, text: Layer, latent: Layer | None, is_latent: Tensor | bool, rotary: tuple[Tensor, Tensor],
@@ -213,6 +214,8 @@ class Operations:
     ) -> None:  # fmt: skip
         self.text, self.latent, self.is_latent = text, latent, is_latent
         self.rotary, self.adapter = rotary, adapter
+        if adapter is not None and latent is not None and isinstance(is_latent, Tensor):
+            self.adapter = adapter.at(~is_latent)
 
     def routed(self, function: Callable, x: Tensor) -> Any:
         """function(weights, x) with the weights of each position; returns a tensor, or nested tuples of tensors."""
@@ -233,7 +236,7 @@ class Operations:
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
         """The projection named `part`."""
         y = getattr(w, part)(x)
-        return y if self.adapter is None else y + self.adapter(part, x)
+        return y if self.adapter is None or w is self.latent else y + self.adapter(part, x)
 
     output = project
 

@@ -282,7 +282,8 @@ class Transformer(nn.Module):
         every batch row is one copy. Returns normalised hidden states (R, S, W); for Duals, a Dual.
         """
         backend = self._block_backend(stream.position.device)
-        mask = None if memory.uniform and item is None else memory.mask(stream)
+        sees_all = memory.uniform and item is None and stream.rank is None and stream.bound is None
+        mask = None if sees_all else memory.mask(stream)
         h_RSW, rotary = self._enter(h_RSW, stream.position)
         if mask is not None and not isinstance(h_RSW, Dual):
             mask.prepare(backend, h_RSW.dtype)
