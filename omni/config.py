@@ -56,13 +56,15 @@ class Frozen(BaseModel):
 
 
 def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str], source: str = "") -> dict[str, Any]:
-    """`data` with each key of `renamed` under its new name, and a warning for it. ValueError where both are given.
-    `source` begins the line, such as "generation.json: "."""
+    """`data` with each key of `renamed` under its new name, and a warning for it. ValueError where both are given; None
+    is not given. `source` begins the line, such as "generation.json: "."""
+    data = {name: value for name, value in data.items() if value is not None or name not in renamed}
     for old, new in renamed.items():
-        if old in data and new in data:
+        if old in data and data.get(new) is not None:
             raise ValueError(f"{source}{old} and {new} are both given; {old} is the old name of {new}: leave it out")
         if old in data:
             warnings.warn(f"{source}{old} is called {new} now; rename it", RetiredKeyWarning, stacklevel=3)
+            data.pop(new, None)
     return {renamed.get(name, name): value for name, value in data.items()}
 
 
