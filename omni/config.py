@@ -266,6 +266,8 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
         return f"{source}: key {dotted!r} is missing; set it"
     field = _field_at(schema, keys)
     message = (field and _wanted(item, field)) or item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping | BaseModel):
+        return f"{source}: {dotted}: {message}" if keys else f"{source}: {message}"  # the message names the key in it
     return f"{source}: {dotted} = {_short(item['input'])}: {message}" if keys else f"{source}: {message}"
 
 

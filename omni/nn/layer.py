@@ -85,6 +85,9 @@ class LayerSpec(Frozen):
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         self.rotary.check(self.head_dim)
+        if self.rotary.bases is not None and self.rope_base != type(self).model_fields["rope_base"].default:
+            bases = list(self.rotary.bases)
+            raise ValueError(f"rope_base = {self.rope_base:g} has no effect with rotary.bases = {bases}; leave one out")
         return self
 
     @model_validator(mode="after")

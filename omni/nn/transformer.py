@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.nn.attention.backends import AttentionMask, attend, attend_dual, choose_backend
+from omni.nn.attention.backends import AttentionMask, Backend, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import KVCache, Memory, Pair, join
 from omni.nn.declare import ZERO, Declared, of_linear
@@ -88,13 +88,22 @@ class TransformerConfig(LayerSpec):
     block_markers: bool = False
     clean_frames: bool = False
     guidance_positions: Literal["own", "those"] = "own"
-    attention: str | None = None
+    attention: Backend | None = None
     tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
     tangent_step: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _weights_are_served(self) -> TransformerConfig:
         refuse_unserved(self, WEIGHTS_SERVED)
+        return self
+
+    @model_validator(mode="after")
+    def _tangent_step_has_effect(self) -> TransformerConfig:
+        if self.tangent_step is not None and self.tangents != "central":
+            raise ValueError(
+                f"tangent_step = {self.tangent_step} has no effect with tangents = {self.tangents!r}; leave it out, or "
+                "take tangents = 'central'"
+            )
         return self
 
 

@@ -46,6 +46,12 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
         ("device=gpu", "use cpu"),
         ("preparation.resize=crop", "resize = 'crop' needs size = [height, width]"),
         ('preparation={resize="crop", size=[60, 64]}', "a multiple of the codec's stride 16 x 16"),
+        ("optimiser={name='adamw', muon_rate=0.1}", "muon_rate = 0.1 has no effect with name = 'adamw'; leave it out"),
+        ("optimiser={name='adamw', momentum=0.9}", "momentum = 0.9 has no effect with name = 'adamw'"),
+        ("optimiser.decay_fraction=0.5", "decay_fraction = 0.5 has no effect with decay = 'cosine'; leave it out"),
+        ("model.tangent_step=0.1", "tangent_step = 0.1 has no effect with tangents = 'forward'; leave it out, or"),
+        ("model.attention=foo", "model.attention = 'foo': Input should be 'math', 'sdpa', 'flex' or 'flash'"),
+        ("model.window=8", "model: window = 8 is not implemented yet; implemented: None"),
         ("preparation.side=64", "unknown key 'preparation.side'; did you mean 'size'"),
     ],
 )

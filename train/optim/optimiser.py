@@ -40,6 +40,12 @@ class OptimiserConfig(Frozen):
     def _take_effect(self) -> OptimiserConfig:
         if self.decay == "none" and (self.schedule_steps is not None or self.min_factor):
             raise ValueError("schedule_steps and min_factor have no effect with decay = 'none'; leave them out")
+        idle = {} if self.decay == "wsd" else {"decay_fraction": f"decay = {self.decay!r}"}
+        idle |= dict.fromkeys(("muon_rate", "momentum"), "name = 'adamw'") if self.name == "adamw" else {}
+        for name, setting in idle.items():
+            value, usual = getattr(self, name), type(self).model_fields[name].default
+            if value != usual:
+                raise ValueError(f"{name} = {value} has no effect with {setting}; leave it out (usual: {usual})")
         return self
 
 
