@@ -78,8 +78,12 @@ def load_toml(path: str | Path, overrides: Sequence[str], schema: type[Schema]) 
     path indexes a list: `objectives.0.weight=2`. Raises a one-line ValueError for a missing or malformed file, an
     unknown key, a bad value or a malformed override.
     """
-    path = Path(path)
-    return build(_read(path, parse_toml), schema, str(path), overrides)
+    return build(read_toml(path), schema, str(path), overrides)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table of a TOML file; errors as in `load_toml`."""
+    return _read(Path(path), parse_toml)
 
 
 def load_json(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
