@@ -206,6 +206,9 @@ RENAMED_OPTIONS = {  # objective -> old option -> new option
 }
 
 
+RENAMED_VALUES = {("consistency", "clock", "house"): "flow"}  # (objective, option, old value) -> new value
+
+
 def without_retired(data: Mapping[str, Any]) -> dict[str, Any]:
     """JSON of a saved recipe without the keys that earlier versions had and that changed nothing; others under their
     new names."""
@@ -222,7 +225,9 @@ def _renamed_objective(data: Mapping[str, Any]) -> dict[str, Any]:
     out = {**data, "name": RENAMED_OBJECTIVES.get(data.get("name", ""), data.get("name"))}
     if isinstance(options := data.get("options"), dict):
         renamed = RENAMED_OPTIONS.get(out["name"], {})
-        out["options"] = {renamed.get(name, name): value for name, value in options.items()}
+        found = {renamed.get(name, name): value for name, value in options.items()}
+        new = {name: RENAMED_VALUES.get((out["name"], name, str(value)), value) for name, value in found.items()}
+        out["options"] = new
     return out
 
 

@@ -53,8 +53,9 @@ class LayerSpec(Frozen):
     activation: of the MLP's gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
     rope_base, rotary: see sequence.positions. window: the most positions a query sees, itself included (Mistral).
     attention_cap: c; scores are c tanh(s / c) (Gemma 2). residual_scale: factor of the residual branches (Granite).
-    time: how the condition enters a noisy block: "modulation" (adaLN, PixArt-alpha), or added to the "input" (BAGEL,
-        Lance, Cosmos 3). modulation_eps: epsilon of the normalised modulation vectors.
+    time: where times and guidance enter noisy blocks: by "modulation" of each layer (adaLN, PixArt-alpha), or added to
+        the "input" of the first one (BAGEL, Lance, Cosmos 3). modulation_eps: epsilon of the normalised modulation
+        vectors.
     """
 
     width: int = Field(default=320, ge=1, le=1 << 16)

@@ -74,8 +74,8 @@ class TransformerConfig(LayerSpec):
     text's (pi0, arXiv 2410.24164; LMFusion, arXiv 2412.15188).
     block_positions: the rotary coordinates of a block's latents: a "grid", or "one" for all of them (BAGEL).
     block_markers: text ids inside a refined block use the text weights (BAGEL). clean_frames: some latents of a block
-    stay clean while the others are refined (Cosmos 3). guidance_positions: a guidance branch counts positions by its
-    "own" history, or has "those" of the full one.
+    stay clean while the others are refined (Cosmos 3). guidance_positions: a guidance branch counts positions in its
+    "own" history, or in the "full" one.
     `attention`: see nn.attention.backends. `tangents`: the derivative of F: "forward" mode with explicit softmax, or
     with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or "central" differences (any
     backend) of step `tangent_step` (nn.tangent). Neither changes the weights.
@@ -87,7 +87,7 @@ class TransformerConfig(LayerSpec):
     block_positions: Literal["grid", "one"] = "grid"
     block_markers: bool = False
     clean_frames: bool = False
-    guidance_positions: Literal["own", "those"] = "own"
+    guidance_positions: Literal["own", "full"] = "own"
     attention: Backend | None = None
     tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
     tangent_step: float | None = Field(default=None, gt=0)

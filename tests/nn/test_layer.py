@@ -135,7 +135,7 @@ def test_unimplemented_values_are_refused_by_name() -> None:
     for name, value in layers.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet; implemented: "):
             LayerSpec(**{name: value})  # type: ignore[arg-type]
-    streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "those"}
+    streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "full"}
     assert streams.keys() | {"expert"} == WEIGHTS_SERVED.keys()
     for name, value in streams.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet"):
