@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.generation.context import append_spans
 from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, JointHead

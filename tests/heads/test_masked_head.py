@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eval.experiments.joint.joints import Table, build_joint
 from eval.experiments.joint.lower_bounds import random_step_bounds, total_correlation
-from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.generation.context import append_spans
 from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, build_head
