@@ -56,13 +56,15 @@ class Frozen(BaseModel):
 
 
 def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str], source: str = "") -> dict[str, Any]:
-    """`data` with each key of `renamed` under its new name, and a warning for it. ValueError where both are given.
-    `source` begins the line, such as "generation.json: "."""
+    """`data` with each key of `renamed` under its new name, and a warning for it. ValueError where both are given; None
+    is not given. `source` begins the line, such as "generation.json: "."""
+    data = {name: value for name, value in data.items() if value is not None or name not in renamed}
     for old, new in renamed.items():
-        if old in data and new in data:
+        if old in data and data.get(new) is not None:
             raise ValueError(f"{source}{old} and {new} are both given; {old} is the old name of {new}: leave it out")
         if old in data:
             warnings.warn(f"{source}{old} is called {new} now; rename it", RetiredKeyWarning, stacklevel=3)
+            data.pop(new, None)
     return {renamed.get(name, name): value for name, value in data.items()}
 
 
@@ -76,8 +78,12 @@ def load_toml(path: str | Path, overrides: Sequence[str], schema: type[Schema]) 
     path indexes a list: `objectives.0.weight=2`. Raises a one-line ValueError for a missing or malformed file, an
     unknown key, a bad value or a malformed override.
     """
-    path = Path(path)
-    return build(_read(path, parse_toml), schema, str(path), overrides)
+    return build(read_toml(path), schema, str(path), overrides)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table of a TOML file; errors as in `load_toml`."""
+    return _read(Path(path), parse_toml)
 
 
 def load_json(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
@@ -264,6 +270,8 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
         return f"{source}: key {dotted!r} is missing; set it"
     field = _field_at(schema, keys)
     message = (field and _wanted(item, field)) or item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping | BaseModel):
+        return f"{source}: {dotted}: {message}" if keys else f"{source}: {message}"  # the message names the key in it
     return f"{source}: {dotted} = {_short(item['input'])}: {message}" if keys else f"{source}: {message}"
 
 

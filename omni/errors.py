@@ -1,4 +1,4 @@
-"""Errors: two exception types that programs distinguish, the definition of a user's mistake, and one-line messages.
+"""Errors: the types that programs distinguish, the definition of a user's mistake, and one-line messages.
 
 A mistake is a ValueError whose message names the value and the way out. This file does not import torch.
 """
@@ -30,6 +30,10 @@ class NotFiniteError(ValueError):
 
 class RetiredKeyWarning(UserWarning):
     """A key of a configuration that earlier versions had: it has another name now, or no effect."""
+
+
+class EntryPointWarning(UserWarning):
+    """An entry point of an installed package has no effect."""
 
 
 def is_mistake(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from omni.heads.joint.training import joint_loss
 from omni.nn.cache import Memory
 from omni.nn.tangent import Dual, Form, differentiate
 from omni.objectives import Objective, Terms
-from omni.objectives.base import Items
+from omni.objectives.base import Items, target_decay_of
 from omni.rng import Key
 from omni.sequence.layout import IGNORE, Batch, Stream
 
@@ -163,7 +163,7 @@ def of_flow(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
     items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, one.progress, objective.pairing)
     beta = torch.ones(batch.num_items, device=batch.ids.device)
     # The average may belong to another objective; this one uses it only if it declares a decay.
-    own = one.averages if getattr(objective, "target_decay", None) else None
+    own = one.averages if target_decay_of(objective) else None
     call = BatchFlowCall(one.model, batch, one.memory, beta, own)
     return {"": objective.loss(call, objective.draw(items, key))}
 
@@ -185,11 +185,16 @@ def batch_losses(
     averages: TrainedModel | None = None,
     progress: float = 1.0,
 ) -> dict[str, Terms]:
-    """Named (sum, count) terms of each objective; absent modalities have count 0. See Omni.forward."""
+    """Named (sum, count) terms of each objective; absent modalities have count 0. See Omni.forward. The class names
+    terms and noise: ValueError for two objectives of one class."""
     one = Pass(model, batch, *model.context(batch), averages, progress)
+    names = [type(objective).__name__ for objective in objectives]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two objectives of one class in {names} would have one loss between them; keep one, or make a subclass"
+        )
     terms: dict[str, Terms] = {}
-    for objective in objectives:
-        name = type(objective).__name__
+    for name, objective in zip(names, objectives, strict=True):
         found = READERS[objective.reads](objective, one, key.fold(name))
         terms |= {f"{name}{part}": term for part, term in found.items()}
     return terms

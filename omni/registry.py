@@ -7,7 +7,8 @@ A registry finds things in three places:
                        Listing reads the names alone; a plug-in is imported when its name is asked for
     register           whatever code imports by itself, such as a script
 
-Names of the own packages win over entry points. This file knows no registry and does not import torch.
+Names of the own packages win over entry points. What a module registers before it fails is dropped, in every registry,
+so that the next lookup meets the same error. This file makes no registry and does not import torch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
+from weakref import WeakSet
 
 from omni.config import nearest
-from omni.errors import one_line
+from omni.errors import EntryPointWarning, one_line
 
 T = TypeVar("T")
 U = TypeVar("U", bound=Any)
@@ -41,10 +43,15 @@ class Registry(Generic[T]):
         ['euler']
     """
 
+    _all: ClassVar[WeakSet[Registry]] = WeakSet()
+
     def __init__(self, kind: str, *packages: str, entry_points: str | None = None) -> None:
         self.kind, self.packages, self.group = kind, packages, entry_points
         self._items: dict[str, Any] = {}
+        self._modules: dict[str, str | None] = {}  # of each name: the module that registered it
+        self._reported: set[metadata.EntryPoint] = set()
         self._imported = False
+        self._all.add(self)
 
     def register(self, name: str) -> Callable[[U], U]:
         """Decorator that adds the class or function under `name`. Raises ValueError if the name is taken, or has other
@@ -56,7 +63,7 @@ class Registry(Generic[T]):
             if name in self._items:
                 taken = f"{self.kind} {name!r} is registered already, by {_place(self._items[name])}"
                 raise ValueError(f"{taken}; give that of {_place(item)} another name")
-            self._items[name] = item
+            self._items[name], self._modules[name] = item, _running_module()
             return item
 
         return add
@@ -93,19 +100,30 @@ class Registry(Generic[T]):
                 try:
                     importlib.import_module(module.name)
                 except Exception as error:
+                    self._drop_unfinished()
                     error.add_note(f"(while looking for every {self.kind}: the file is {module.name})")
                     raise
         self._imported = True
 
+    def _drop_unfinished(self) -> None:
+        """Drop what modules that failed have registered anywhere: Python has removed them from sys.modules."""
+        for registry in self._all:
+            for name, module in list(registry._modules.items()):
+                if module is not None and module not in sys.modules:
+                    registry._modules.pop(name)
+                    registry._items.pop(name, None)
+
     def _entry_points(self) -> dict[str, list[metadata.EntryPoint]]:
-        """The entry points of the group, by name. Warns of those whose name is taken by a module of ours."""
+        """The entry points of the group, by name. Warns, once, of each whose name is taken by a module of ours."""
         found: dict[str, list[metadata.EntryPoint]] = {}
         for point in metadata.entry_points(group=self.group) if self.group else ():
             if point.name not in self._items:
                 found.setdefault(point.name, []).append(point)
-            elif point.module not in sys.modules:
+            elif _module_of(point) not in sys.modules and point not in self._reported:
+                self._reported.add(point)
                 offered = f"{_owner(point)} offers the {self.kind} {point.name!r} too"
-                warnings.warn(f"{offered}; that of {_place(self._items[point.name])} is used", stacklevel=3)
+                used = f"that of {_place(self._items[point.name])} is used"
+                warnings.warn(f"{offered}; {used}", EntryPointWarning, stacklevel=3)
         return found
 
     def _import_plugin(self, name: str, points: list[metadata.EntryPoint]) -> None:
@@ -115,10 +133,12 @@ class Registry(Generic[T]):
             raise ValueError(f"{owners} both offer the {self.kind} {name!r}; uninstall one")
         [point] = points
         what = f"{self.kind} {name!r} of {_owner(point)}"
+        if _module_of(point) is None:
+            raise ValueError(f"{what}: its entry point {point.value!r} names no module; mend the package, or remove it")
         try:
             point.load()
-        except Exception as error:  # whatever a stranger's module raises
-            self._items.pop(name, None)  # the module may have failed after it registered
+        except (Exception, SystemExit) as error:  # code of another package may raise anything
+            self._drop_unfinished()
             raise ValueError(f"{what} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
         if name not in self._items:
             raise ValueError(f"{what}: {point.module} registers no {self.kind} of that name; register it there")
@@ -134,8 +154,23 @@ def names_in_source(package: str, registry: str) -> list[str]:
     return sorted(name for text in texts for name in decorator.findall(text))
 
 
+def _running_module() -> str | None:
+    """The imported module whose top level runs now, the innermost; None for a script's own code."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    name = None if frame is None else frame.f_globals.get("__name__")
+    return name if frame and name in sys.modules and vars(sys.modules[name]) is frame.f_globals else None
+
+
+def _module_of(point: metadata.EntryPoint) -> str | None:
+    """The module of an entry point; None if it is malformed."""
+    match = point.pattern.match(point.value)
+    return match and match.group("module")
+
+
 def _owner(point: metadata.EntryPoint) -> str:
-    name = point.dist.name if point.dist else point.module
+    name = point.dist.name if point.dist else point.value
     return f"the installed package {name!r}"
 
 

@@ -8,7 +8,7 @@ import torch
 from histories import call_behind, text
 from torch import Tensor
 
-from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, JointHead
 from omni.model import Omni
 from omni.rng import Key

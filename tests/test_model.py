@@ -10,6 +10,7 @@ import omni
 from omni.generation.contract import verify
 from omni.nn.attention.backends import choose_backend
 from omni.nn.layer import Operations
+from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
 from omni.rng import Key
 from omni.sequence.layout import Stream
@@ -92,8 +93,10 @@ def test_a_device_that_is_not_here_is_named(tiny_model) -> None:  # noqa: ANN001
 
 
 def test_unknown_or_impossible_backends_raise() -> None:
-    with pytest.raises(ValueError, match="unknown attention backend 'turbo'"):
-        small_model(attention="turbo").transformer.backend(torch.device("cpu"))
+    with pytest.raises(ValueError, match="attention = 'turbo': Input should be 'math', 'sdpa', 'flex' or 'flash'"):
+        TransformerConfig(attention="turbo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown attention backend 'turbo'; known: math, sdpa, flex, flash"):
+        choose_backend("turbo", "cpu")
     with pytest.raises(ValueError, match="needs CUDA"):
         small_model(attention="flash").transformer.backend(torch.device("cpu"))
 

@@ -15,6 +15,7 @@ from scripted import living
 import omni
 from omni.codecs import codecs
 from omni.data.source import SOURCES
+from omni.errors import EntryPointWarning
 from omni.heads.joint import JOINT_HEADS
 from omni.objectives import OBJECTIVES
 from omni.objectives.features import FEATURES
@@ -127,6 +128,8 @@ def test_a_plugin_is_imported_when_its_name_is_asked_for(things: Callable[..., R
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
         (THING.format(name="bad") + "1 / 0", "ZeroDivisionError: division by zero"),
+        (THING.format(name="bad") + THING.format(name="worse") + "1 / 0", "ZeroDivisionError: division by zero"),
+        (THING.format(name="bad") + "import sys; sys.exit('no licence')", "SystemExit: no licence"),
     ],
 )
 def test_a_plugin_that_cannot_be_imported_is_named_when_it_is_asked_for(
@@ -140,6 +143,34 @@ def test_a_plugin_that_cannot_be_imported_is_named_when_it_is_asked_for(
             registry.get("bad")
         what = "thing 'bad' of the installed package 'bad-things' cannot be imported: "
         assert str(caught.value) == what + message
+    assert registry.names() == ["bad", "one"]
+
+
+def test_a_module_that_fails_leaves_nothing_behind_in_any_registry(
+    things: Callable[..., Registry[str]], tmp_path: Path
+) -> None:
+    """The second lookup meets the first error again. Modules that it imported with success stay registered."""
+    others = "from omni.registry import Registry\nOTHERS = Registry('other')\n"
+    fails = "import things.one, others\n" + THING.format(name="late") + "others.OTHERS.register('x')(1)\n1 / 0\n"
+    registry = things(one=THING.format(name="one"), zebra=fails)
+    (tmp_path / "others.py").write_text(others)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError) as caught:
+            registry.get("one")
+        assert "the file is things.zebra" in caught.value.__notes__[-1]
+    assert registry._items == {"one": "ONE"}
+    assert not sys.modules.pop("others").OTHERS.names()
+
+
+@pytest.mark.parametrize("value", ["no module", "a.b:", ""])
+def test_a_malformed_entry_point_is_named(things: Callable[..., Registry[str]], tmp_path: Path, value: str) -> None:
+    registry = things(one=THING.format(name="one"))
+    install(tmp_path, "odd-things", {GROUP: {"one": value, "odd": value}}, {})
+    with pytest.warns(EntryPointWarning, match="package 'odd-things' offers the thing 'one' too"):
+        assert registry.names() == ["odd", "one"]
+    assert registry.get("one") == "ONE"
+    with pytest.raises(ValueError, match="thing 'odd' of .* 'odd-things': its entry point '.*' names no module; mend"):
+        registry.get("odd")
 
 
 def test_a_plugin_that_registers_nothing_is_named(things: Callable[..., Registry[str]], tmp_path: Path) -> None:
@@ -167,9 +198,13 @@ def test_the_packages_own_name_wins_and_the_other_is_named(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.get("one") == "ONE"
-    with pytest.warns(UserWarning, match="package 'first-things' offers the thing 'one' too; that of 'ONE' is used"):
-        assert registry.names() == ["one", "other"]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="thing 'other' of .* 'one' is registered already"):
+    message = "package 'first-things' offers the thing 'one' too; that of 'ONE' is used"
+    with pytest.warns(EntryPointWarning, match=message) as shown:
+        assert registry.names() == ["one", "other"] and "other" in registry
+        with pytest.raises(ValueError, match="unknown thing"):
+            registry.get("zzz")
+    assert len(shown) == 1
+    with pytest.raises(ValueError, match="thing 'other' of .* 'one' is registered already"):
         registry.get("other")
 
 

@@ -28,7 +28,7 @@ from train.codec.loop import CodecRecipe
 from train.data.batch import TooManyCorrupt
 from train.guard import TooManyNonFinite
 from train.lock import refuse_many_processes
-from train.recipe import Recipe
+from train.recipe import load_recipe
 
 KINDS = ("model", "codec", "stages")
 EXIT_NOT_FINITE, EXIT_CORRUPT = 3, 4
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     if kind == "codec":
         recipe = load_toml(path, overrides, CodecRecipe)
         return runs.dry_run_codec(recipe, out) if options.dry_run else runs.train_codec(recipe, out)
-    recipe = load_toml(path, overrides, Recipe)
+    recipe = load_recipe(path, overrides)
     if options.publish:
         return runs.publish_state(recipe, out, options.publish)
     return runs.dry_run(recipe, out) if options.dry_run else runs.train_model(recipe, out, options.resume)

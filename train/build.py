@@ -70,7 +70,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         prepare=model.prepare,
         compose=partial(_compose, tokenizer),
         pad_id=tokenizer.control.pad,
-        null_contexts=any(getattr(objective, "needs_null", False) for objective in objectives),
+        null_contexts=any(objective.needs_null for objective in objectives),
     )
     shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
     train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)

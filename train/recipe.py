@@ -7,17 +7,19 @@ to the bit: exact resume needs the length in steps (`max_steps` alone).
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from omni.config import Frozen
+from omni.config import Frozen, build, read_toml
 from omni.errors import RetiredKeyWarning
 from omni.generation.options import RENAMED, GenerationOptions, check_defaults
 from omni.media.preparation import Preparation
+from omni.nn.compiled import require_compilable
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from train.data.batch import BatchConfig, DropConfig
@@ -161,6 +163,8 @@ class Recipe(Frozen):
         names = [objective.name for objective in self.objectives]
         if len(set(names)) < len(names):
             raise ValueError(f"objectives must have different names, got {names}")
+        if self.compile:
+            require_compilable(self.model)
         if self.drop.text + self.drop.images + self.drop.all > 1:
             raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
         return self
@@ -175,6 +179,24 @@ class Recipe(Frozen):
         return fraction_of(self.max_steps, self.max_minutes, step, seconds)
 
 
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe's file with overrides, as omni.config.load_toml. Options of [generation] may be flat or in their groups
+    in either: an override replaces the file's."""
+    data = with_flat_generation(read_toml(path))
+    groups = "|".join(GenerationOptions.groups())
+    flat = [re.sub(rf"^\s*generation\s*\.\s*(?:{groups})\s*\.", "generation.", text) for text in overrides]
+    return build(data, Recipe, str(path), flat)
+
+
+def with_flat_generation(table: dict[str, Any]) -> dict[str, Any]:
+    """A table of recipe keys with the options of its [generation] out of their groups. ValueError for one given
+    twice."""
+    given = table.get("generation")
+    if not isinstance(given, Mapping):
+        return table
+    return {**table, "generation": GenerationOptions.flatten(given, "[generation]: ")}
+
+
 RENAMED_OBJECTIVES = {"straight": "rectified_jumps"}  # old name -> new name
 RENAMED_OPTIONS = {  # objective -> old option -> new option
     "rectified_jumps": {"told_guidance": "guidance_embedding"},
@@ -182,6 +204,9 @@ RENAMED_OPTIONS = {  # objective -> old option -> new option
     "drifting": {"floor": "min_affinity"},
     "moment_matching": {"gap_floor": "kernel_gap"},
 }
+
+
+RENAMED_VALUES = {("consistency", "clock", "house"): "flow"}  # (objective, option, old value) -> new value
 
 
 def without_retired(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +225,9 @@ def _renamed_objective(data: Mapping[str, Any]) -> dict[str, Any]:
     out = {**data, "name": RENAMED_OBJECTIVES.get(data.get("name", ""), data.get("name"))}
     if isinstance(options := data.get("options"), dict):
         renamed = RENAMED_OPTIONS.get(out["name"], {})
-        out["options"] = {renamed.get(name, name): value for name, value in options.items()}
+        found = {renamed.get(name, name): value for name, value in options.items()}
+        new = {name: RENAMED_VALUES.get((out["name"], name, str(value)), value) for name, value in found.items()}
+        out["options"] = new
     return out
 
 

@@ -55,7 +55,7 @@ from train import runs
 from train.build import build_run, check_alone
 from train.codec.loop import CodecRecipe, CodecRun
 from train.lock import hold
-from train.recipe import Recipe
+from train.recipe import Recipe, with_flat_generation
 from train.tools.average import average
 from train.tools.retokenize import convert
 from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
@@ -180,8 +180,9 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
     inputs: dict[str, str | None] = {("init_from" if kind == "model" else kind): last[kind] for kind in last}
     if listed.init is not None:
         inputs["init_from"] = None if listed.init == "none" else _model_of(listed.init, models, "init")
+    table = with_flat_generation(table)
     for changes in (inputs, config.changes, listed.changes, config.last):
-        table = merged(table, changes, "changes")
+        table = merged(table, with_flat_generation(changes), "changes")
     used = tuple(path for name, path in inputs.items() if path is not None and table[name] == path)
     return Stage(listed.name, out, "model", build(table, Recipe, origin), used)
 

@@ -22,6 +22,7 @@ from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
 from omni.rng import Key
 from omni.sequence.layout import Batch, LatentSpan, Shape, TokenSpan, pack
+from train.optim.optimiser import Optimiser
 from train.optim.target import build_target
 
 BASE = "flow_matching"
@@ -90,7 +91,7 @@ def train_step(
 ) -> Callable[[], None]:
     device = batch.ids.device
     objective = build_objective(name, **objective_options)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimiser = Optimiser({"adamw": torch.optim.AdamW(model.parameters(), lr=1e-4)})
     target = build_target(model, [objective])
     averages = None if target is None else target.model
 
@@ -98,8 +99,8 @@ def train_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as in train.loop
             [term] = model(batch, [objective], key, averages).values()
         (term.sum / term.count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimiser.clip()
+        optimiser.step(1.0)
         optimiser.zero_grad()
         if target is not None:
             target.update()

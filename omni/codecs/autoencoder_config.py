@@ -1,6 +1,6 @@
 """What an autoencoder's configuration fixes: the diffusers class, its arguments and the normalisation of latents.
 
-Knows no network: a model learns the stride and the number of channels of its codec from here.
+It builds no network: a model reads the stride and the number of channels of its codec here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torch import Tensor
 from omni.config import Frozen, check_depth
 
 _LARGEST, _MOST_LAYERS, _LONGEST = 1 << 16, 256, 1 << 12  # of an argument: a number, a number of layers, a list
+NUMBERS_OF_LAYERS = {  # the arguments of the classes below that are one, or a list of them
+    *("layers_per_block", "encoder_layers_per_block", "decoder_layers_per_block"),
+    *("num_encoder_blocks", "num_decoder_blocks"),
+}
 
 
 class AutoencoderConfig(Frozen):
@@ -65,7 +69,7 @@ def _check_argument(name: str, value: Any) -> None:
         for item in value.values():
             _check_argument(name, item)
     elif isinstance(value, int) and not isinstance(value, bool):
-        largest = _MOST_LAYERS if "layers" in name or name.startswith("num_") else _LARGEST
+        largest = _MOST_LAYERS if name in NUMBERS_OF_LAYERS else _LARGEST
         if not 0 <= value <= largest:
             raise ValueError(f"{name} = {str(value)[:20]} must lie in 0 .. {largest}")
 

@@ -2,7 +2,8 @@
 
 Shapes: B pictures, T frames, H and W pixels, h and w latent rows and columns, t latent frames of a chunk, C latent
 channels. Media are uint8 RGB, channels last; latents are float32, channels last, about zero mean and unit deviation
-per channel. Normalisation happens in codecs and nowhere else. Knows no network (autoencoders.py, fsq.py, pixels.py).
+per channel. Normalisation happens in codecs and nowhere else. This file builds no network: autoencoders.py, fsq.py and
+pixels.py do.
 """
 
 from __future__ import annotations

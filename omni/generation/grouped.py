@@ -41,13 +41,16 @@ class Grouped(Frozen):
 
     @classmethod
     def flatten(cls, data: Mapping[str, Any], source: str = "") -> dict[str, Any]:
-        """`data`, flat, nested or both, as one flat table under today's names; None in it is not given. Of a group
-        only keys that it does not have stay nested. ValueError, after `source`, where a key is given twice."""
+        """`data`, flat, nested or both, as one flat table under today's names; a key that is None is not given. Of a
+        group only keys that it does not have stay nested. ValueError, after `source`, where a key is given twice, and
+        where a group is None or a model of another kind."""
         groups = cls.groups()
         data = with_new_names(data, cls.renamed, source)
         flat = {name: value for name, value in data.items() if name not in groups}
         for group, kind in groups.items():
             part = data.get(group, {})
+            if part is None or (isinstance(part, BaseModel) and not isinstance(part, kind)):
+                raise ValueError(f"{source}{group} = {part!r:.80} must be {kind.__name__} or a table; or leave it out")
             if isinstance(part, BaseModel):
                 part = {name: getattr(part, name) for name in part.model_fields_set}
             if not isinstance(part, Mapping):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -57,7 +57,16 @@ class _Options(Frozen):
         return {name: _plain(value) for name, value in given.items()}
 
 
-class TextOptions(_Options):
+class _Group(_Options):
+    """A group of options."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some values changed, all of it checked; pydantic's own copy checks nothing."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return build({**given, **(update or {})}, type(self), type(self).__name__)
+
+
+class TextOptions(_Group):
     """How text is sampled. None is the model's own choice."""
 
     temperature: float | None = _option(
@@ -79,7 +88,7 @@ class TextOptions(_Options):
         return self
 
 
-class PictureOptions(_Options):
+class PictureOptions(_Group):
     """How pictures and clips are sampled. None is the model's own choice.
 
     Guidance weights: see omni.sequence.guidance. Samplers and grids: see omni.samplers.
@@ -173,7 +182,7 @@ class PictureOptions(_Options):
         return time_grid(self.steps, self.shift, self.grid, self.start_time)
 
 
-class SpeculativeOptions(_Options):
+class SpeculativeOptions(_Group):
     """How text is drafted and verified, by a model with a joint-token head. None is the model's own choice.
 
     Verification: see omni.samplers.verification.
@@ -293,13 +302,14 @@ class GenerationOptions(_Options, Grouped):
         from omni.samplers import knobs, num_steps
 
         given = self.picture
-        if given.grid is not None:  # another grid than the model's: what goes with the model's stays behind
+        # With another grid or sampler than the model's, what goes with the model's stays behind.
+        if given.grid is not None and not _is_same_grid(given.grid, base["grid"]):
             base.pop("start_time", None)
             base["shift"] = base["shift"] if isinstance(given.grid, str) else 1.0
         elif given.steps is not None and num_steps(base["grid"]) not in (None, given.steps):
             base["grid"] = "uniform"
         base["steps"] = num_steps(base["grid"] if given.grid is None else given.grid) or base["steps"]
-        if given.sampler is not None:
+        if given.sampler not in (None, base["sampler"]):
             base.pop("gamma", None)
         if "gamma" in knobs(given.sampler or base["sampler"]):
             base.setdefault("gamma", 0.5)
@@ -332,6 +342,11 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_same_grid(one: Any, other: Any) -> bool:
+    """Whether two grids, names or times, are equal."""
+    return one == other if isinstance(one, str) or isinstance(other, str) else tuple(one) == tuple(other)
 
 
 def _is_unicode(text: str) -> bool:

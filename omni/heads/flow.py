@@ -41,14 +41,12 @@ class FlowHeadConfig(Frozen):
 
     channels: channels of the latents.
     time_scale: factor of t and t - s before embedding. 1 for objectives with derivatives in time, which it multiplies
-    too;
-        1000 in IMM, which separates nearly equal times.
+        too; 1000 in IMM, which separates nearly equal times.
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: the meaning of the network's output, see the module docstring.
     scale_input: divide x by n before embedding (EDM's c_in), so that its deviation is 1 at every t.
     min_time: for "x" only: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x. The optimal
-    G
-        is then x - min_time F, not the data. From JiT (arXiv 2511.13720).
+        G is then x - min_time F, not the data. From JiT (arXiv 2511.13720).
     """
 
     channels: int = Field(default=64, ge=1, le=1 << 16)
@@ -120,7 +118,7 @@ class FlowHead(nn.Module):
     def embed(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
         """Noisy latents at t, for the refine stream: (R, S, C) -> (R, S, W). `item` as in `read`."""
         if self.c.scale_input:
-            x_RSC = (x_RSC / _deviation(_at(t_I, item))).to(x_RSC.dtype)
+            x_RSC = (x_RSC / _deviation(_per_position(t_I, item))).to(x_RSC.dtype)
         return self.noisy(x_RSC)
 
     def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:
@@ -137,7 +135,8 @@ class FlowHead(nn.Module):
         output = self.velocity(hidden_RSW * (1 + scale) + shift)
         if self.c.parametrisation == "velocity":
             return output
-        return average_velocity(output, x_RSC, _at(t_I, item), self.c.parametrisation, self.c.min_time).to(x_RSC.dtype)
+        t = _per_position(t_I, item)
+        return average_velocity(output, x_RSC, t, self.c.parametrisation, self.c.min_time).to(x_RSC.dtype)
 
 
 def average_velocity(
@@ -157,6 +156,6 @@ def _deviation(t: Tensor) -> Tensor:
     return ((1 - t) ** 2 + t**2).sqrt()
 
 
-def _at(t_I: Tensor, item: Tensor | None) -> Tensor:
-    """(I,) -> (R, S, 1), or (R, 1, 1) if `item` is None. Never in half precision."""
+def _per_position(t_I: Tensor, item: Tensor | None) -> Tensor:
+    """The time of each position's item: (I,) -> (R, S, 1), or (R, 1, 1) if `item` is None. In t's dtype."""
     return spread(t_I.unsqueeze(-1), item)

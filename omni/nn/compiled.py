@@ -15,13 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni.nn.transformer import Block, Transformer
+from omni.nn.transformer import Block, Transformer, TransformerConfig
 
 MAX_VARIANTS = 64  # two streams, every shape, and a key list that grows with each context layer
 
 
+def require_compilable(config: TransformerConfig) -> None:
+    """ValueError for layers that torch.compile would cut into pieces."""
+    if config.latent_weights == "separate":  # the number of rows of each set of weights depends on the data
+        raise ValueError(
+            "compile=true does not support latent_weights = 'separate'; set compile=false, or latent_weights = 'refine'"
+        )
+
+
 def compile_blocks(transformer: Transformer) -> None:
-    """Compile the training forward of every layer. Raises ValueError without a C++ compiler."""
+    """Compile the training forward of every layer. Raises ValueError without a C++ compiler, and as
+    `require_compilable`."""
+    require_compilable(transformer.c)
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise ValueError("compile=true needs a C++ compiler (such as g++); install one, or set compile=false")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)  # type: ignore[attr-defined]

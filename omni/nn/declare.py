@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from omni.config import nearest
 from omni.rng import Key
 
 Group = Literal["hidden", "other"]
@@ -28,13 +29,19 @@ Start = Literal["fan_in", "embedding", "constant"]
 class Declared:
     """start: "fan_in" is normal with deviation 1 / (divisor sqrt(fan in)); "embedding" is normal with deviation
     `value`; "constant" is `value`. group: "hidden" for matrices from hidden states to hidden states, which Muon
-    updates. drawn_as: the full name in the key, if not the parameter's own."""
+    updates. drawn_as: the full name in the key, if not the parameter's own. ValueError for an unknown start or group.
+    """
 
     start: Start
     value: float = 1.0
     divisor: float = 1.0
     group: Group = "other"
     drawn_as: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("start", self.start, get_args(Start)), ("group", self.group, get_args(Group))):
+            if value not in known:
+                raise ValueError(f"Declared.{name} = {value!r}{nearest(value, known) or f'; known: {known}'}")
 
 
 FAN_IN, ZERO, ONE = Declared("fan_in"), Declared("constant", 0.0), Declared("constant", 1.0)
@@ -77,14 +84,21 @@ def initialise(model: nn.Module, key: Key) -> None:
             continue
         if name not in declared:
             raise ValueError(f"no module declares the initialisation of {name!r}; see omni.nn.declare")
-        fill(parameter, declared[name], key.fold("initialise", declared[name].drawn_as or name))
+        fill(parameter, declared[name], key.fold("initialise", declared[name].drawn_as or name), name)
 
 
 @torch.no_grad()
-def fill(parameter: nn.Parameter, declared: Declared, key: Key) -> None:
-    """Initialise one parameter; random values come from `key`."""
+def fill(parameter: nn.Parameter, declared: Declared, key: Key, name: str) -> None:
+    """Initialise one parameter; random values come from `key`. The fan-in of a weight (out, ...) is the number of
+    inputs of one output. ValueError, with the parameter's name, where it has none."""
     if declared.start == "constant":
         parameter.fill_(declared.value)
         return
-    std = declared.value if declared.start == "embedding" else 1 / math.sqrt(parameter.shape[1]) / declared.divisor
+    std = declared.value
+    if declared.start == "fan_in":
+        if parameter.ndim < 2:
+            raise ValueError(
+                f"{name!r} of shape {tuple(parameter.shape)} has no fan-in; declare it as a constant or an embedding"
+            )
+        std = 1 / math.sqrt(math.prod(parameter.shape[1:])) / declared.divisor
     parameter.copy_(key.normal(tuple(parameter.shape)) * std)

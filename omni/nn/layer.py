@@ -52,8 +52,9 @@ class LayerSpec(Frozen):
     activation: of the MLP's gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
     rope_base, rotary: see sequence.positions. window: the most positions a query sees, itself included (Mistral).
     attention_cap: c; scores are c tanh(s / c) (Gemma 2). residual_scale: factor of the residual branches (Granite).
-    time: how the condition enters a noisy block: "modulation" (adaLN, PixArt-alpha), or added to the "input" (BAGEL,
-        Lance, Cosmos 3). modulation_eps: epsilon of the normalised modulation vectors.
+    time: where times and guidance enter noisy blocks: by "modulation" of each layer (adaLN, PixArt-alpha), or added to
+        the "input" of the first one (BAGEL, Lance, Cosmos 3). modulation_eps: epsilon of the normalised modulation
+        vectors.
     """
 
     width: int = Field(default=320, ge=1, le=1 << 16)
@@ -84,6 +85,9 @@ class LayerSpec(Frozen):
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         self.rotary.check(self.head_dim)
+        if self.rotary.bases is not None and self.rope_base != type(self).model_fields["rope_base"].default:
+            bases = list(self.rotary.bases)
+            raise ValueError(f"rope_base = {self.rope_base:g} has no effect with rotary.bases = {bases}; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -204,7 +208,8 @@ def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modul
 
 class Operations:
     """Operations on tensors (R, N, W). text, latent: the two sets of weights. is_latent: (R, N), True where a position
-    uses the second set; or one bool for all. adapter: what placeholders add to the projections (nn.lora)."""
+    uses the second set; or one bool for all. adapter: what placeholders add to the projections (nn.lora); they use the
+    first set."""
 
     def __init__(
         self, text: Layer, latent: Layer | None, is_latent: Tensor | bool, rotary: tuple[Tensor, Tensor],
@@ -212,6 +217,8 @@ class Operations:
     ) -> None:  # fmt: skip
         self.text, self.latent, self.is_latent = text, latent, is_latent
         self.rotary, self.adapter = rotary, adapter
+        if adapter is not None and latent is not None and isinstance(is_latent, Tensor):
+            self.adapter = adapter.at(~is_latent)
 
     def routed(self, function: Callable, x: Tensor) -> Any:
         """function(weights, x) with the weights of each position; returns a tensor, or nested tuples of tensors."""
@@ -232,7 +239,7 @@ class Operations:
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
         """The projection named `part`."""
         y = getattr(w, part)(x)
-        return y if self.adapter is None else y + self.adapter(part, x)
+        return y if self.adapter is None or w is self.latent else y + self.adapter(part, x)
 
     output = project
 

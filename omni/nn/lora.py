@@ -51,8 +51,13 @@ class Gated:
     adapter: LayerAdapter
     gate: Tensor | None
 
+    def at(self, where: Tensor) -> Gated:
+        """The adapter in a pass over the positions where (R, S) is True alone."""
+        gate = self.gate
+        return self if gate is None else Gated(self.adapter, gate.expand(*where.shape, 1)[where])
+
     def __call__(self, part: str, x: Tensor) -> Tensor:
-        """The term (R, S, out) to add to the projection `part` of x (R, S, in)."""
+        """The term (..., out) to add to the projection `part` of x (..., in), whose positions are those of the gate."""
         y = self.adapter.parts[part](x)
         return y if self.gate is None else y * self.gate.to(y.dtype)
 

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.nn.attention.backends import AttentionMask, attend, attend_dual, choose_backend
+from omni.nn.attention.backends import AttentionMask, Backend, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import Memory, Pair, Pool, join
 from omni.nn.declare import ZERO, Declared, of_linear
@@ -76,8 +76,8 @@ class TransformerConfig(LayerSpec):
     text's (pi0, arXiv 2410.24164; LMFusion, arXiv 2412.15188).
     block_positions: the rotary coordinates of a block's latents: a "grid", or "one" for all of them (BAGEL).
     block_markers: text ids inside a refined block use the text weights (BAGEL). clean_frames: some latents of a block
-    stay clean while the others are refined (Cosmos 3). guidance_positions: a guidance branch counts positions by its
-    "own" history, or has "those" of the full one.
+    stay clean while the others are refined (Cosmos 3). guidance_positions: a guidance branch counts positions in its
+    "own" history, or in the "full" one.
     `attention`: see nn.attention.backends. `tangents`: the derivative of F: "forward" mode with explicit softmax, or
     with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or "central" differences (any
     backend) of step `tangent_step` (nn.tangent). Neither changes the weights.
@@ -89,14 +89,23 @@ class TransformerConfig(LayerSpec):
     block_positions: Literal["grid", "one"] = "grid"
     block_markers: bool = False
     clean_frames: bool = False
-    guidance_positions: Literal["own", "those"] = "own"
-    attention: str | None = None
+    guidance_positions: Literal["own", "full"] = "own"
+    attention: Backend | None = None
     tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
     tangent_step: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _weights_are_served(self) -> TransformerConfig:
         refuse_unserved(self, WEIGHTS_SERVED)
+        return self
+
+    @model_validator(mode="after")
+    def _tangent_step_has_effect(self) -> TransformerConfig:
+        if self.tangent_step is not None and self.tangents != "central":
+            raise ValueError(
+                f"tangent_step = {self.tangent_step} has no effect with tangents = {self.tangents!r}; leave it out, or "
+                "take tangents = 'central'"
+            )
         return self
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from omni.objectives.times import Name, TimeDistribution, keys_I
 from omni.registry import Registry
 from omni.rng import Key, normals
 
-OBJECTIVES: Registry = Registry("objective", "omni.objectives", entry_points="omni.objectives")
+# Inputs of a loss, which omni.losses computes.
+Reads = Literal["logits", "flow", "placeholders"]
 
 # Values of F that training determines, by the names of samplers.base.Reads: F(x, t, t); F(x, t, s) from one time of a
 # grid to the next; for any s <= t; F(x, t, 0).
@@ -163,15 +164,52 @@ class Objective(Frozen, ABC):
     `reads`: the input of its loss, see omni.losses: next-token "logits" of supervised positions, a "flow" call with
     items, or "placeholders" of joint tokens.
 
-    An objective that uses `FlowCall.target()` has a field (or class attribute) `target_decay: float | None`: the decay
-    of the averaged weights that the trainer keeps for it. None, 0 or no such field: the present weights.
+    An objective that uses `FlowCall.target()` has a field (or property) `target_decay: float | None`: the decay of the
+    averaged weights that the trainer keeps for it. None, 0 or no such field: the present weights.
 
     `trains`: the values of F that training determines, the usual ones first; samplers that read others do not fit.
     """
 
-    reads: ClassVar[Literal["logits", "flow", "placeholders"]]
+    reads: ClassVar[Reads]
     trains: ClassVar[tuple[Trains, ...]] = ()
     weight: float = 1.0
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether `loss` uses `FlowCall.null()`; batches must then have null contexts."""
+        return False
+
+
+def target_decay_of(objective: Objective) -> float | None:
+    """The objective's `target_decay`; None if it has none. Objective has no default for it: pydantic warns of a field
+    that shadows an attribute of a base class."""
+    return getattr(objective, "target_decay", None)
+
+
+class ObjectiveRegistry(Registry[type[Objective]]):
+    """Registers classes of objectives."""
+
+    def __init__(self) -> None:
+        super().__init__("objective", "omni.objectives", entry_points="omni.objectives")
+
+    def register(self, name: str) -> Callable[[Any], Any]:
+        """Decorator for a class of objectives. ValueError for anything else, and for one whose `reads` is missing or
+        unknown."""
+        add = super().register(name)
+
+        def checked(objective: Any) -> Any:
+            if not (isinstance(objective, type) and issubclass(objective, Objective)):
+                raise ValueError(f"objective {name!r} must be a subclass of omni.objectives.Objective, got {objective}")
+            reads = getattr(objective, "reads", None)
+            if reads not in get_args(Reads):
+                what = f"objective {name!r}: {objective.__name__}.reads = {reads!r}"
+                raise ValueError(f"{what}; set it to one of {', '.join(map(repr, get_args(Reads)))}")
+            return add(objective)
+
+        return checked
+
+
+OBJECTIVES = ObjectiveRegistry()
 
 
 @dataclass(frozen=True)
@@ -196,11 +234,6 @@ class FlowObjective(Objective):
     trains = ("velocity",)
     time: TimeDistribution = TimeDistribution()
     pairing: Pairing = "independent"
-
-    @property
-    def needs_null(self) -> bool:
-        """Whether `loss` uses `FlowCall.null()`; batches must then have null contexts."""
-        return False
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
         """(t, s), each (I,) float64. The base class trains the diagonal s = t."""

@@ -6,7 +6,7 @@ The schedule of (t, r) is ECT's (arXiv 2406.14548) or iCT's (arXiv 2310.14189): 
 uses the present weights, not an average (iCT's main correction). At r = 0 it is x0 itself, by the form of f.
 
 w is 1 / (sigma_t - sigma_r) in the papers' clock, sigma = t / (1 - t): `ve`, (1 - t)(1 - r) / (t - r); or 1 / (t - r)
-in Omni's time: `house`, which does not vanish towards t = 1. f_t - f_r is about (t - r) df/dt, so with a root-like
+in Omni's time: `flow`, which does not vanish towards t = 1. f_t - f_r is about (t - r) df/dt, so with a root-like
 distance both keep the scale of the loss as the gap closes. The papers share the dropout mask between the two passes;
 Omni's network has no dropout. With guidance x_r = x_t - (t - r) v_g.
 """
@@ -41,9 +41,9 @@ class Consistency(GuidedObjective):
     """schedule: "ect", "ict" or a table with `kind` and that schedule's options. time: the density of t.
 
     distance: None is the schedule's own (ect: norm, the un-squared error; ict: pseudo_huber with `huber_c`, per root
-    mean
-    square: the paper's c is 0.00054 sqrt(dim) of the norm). min_gap: the smallest t - r, in Omni's time (0 in the
-    papers); below it rounding in the network exceeds the difference.
+    mean square: the paper's c is 0.00054 sqrt(dim) of the norm). clock: of the weight, "ve" (sigma) or "flow" (t).
+    min_gap: the smallest t - r, in Omni's time (0 in the papers); below it rounding in the network exceeds the
+    difference.
     """
 
     trains = ("data_jumps",)
@@ -51,7 +51,7 @@ class Consistency(GuidedObjective):
     schedule: EasySchedule | ImprovedSchedule = Field(default=EasySchedule(), discriminator="kind")
     distance: Distance | None = None
     huber_c: float = Field(default=0.00054, gt=0)
-    clock: Literal["ve", "house"] = "ve"
+    clock: Literal["ve", "flow"] = "ve"
     min_gap: float = Field(default=1e-4, ge=0, lt=1)
 
     @field_validator("schedule", mode="before")

@@ -98,7 +98,8 @@ def run_sampler(
 ) -> Iterator[State]:
     """The states of a sampler whose F is `call`, a callable of (x, t, s). x has the dtype of `start`.
 
-    Raises TypeError for a knob that the sampler does not have, and without the noise that it needs.
+    Raises TypeError for a knob that the sampler does not have, and without the noise that it needs; ValueError where
+    the answer of `call` has another shape than its x.
     """
     given = {} if noise is None else {"noise": noise}
     return _states(sampler(start.double(), times, **given, **knobs), call, start.dtype, times[-1])
@@ -111,7 +112,11 @@ def _states(sampling: Sampling, call: Velocity, dtype: torch.dtype, end: float) 
             yield item
             item, reached = next(sampling, None), item.t
         else:
-            item = next(_answered(sampling, call(item.x.to(dtype), item.t, item.s).double()), None)
+            velocity = call(item.x.to(dtype), item.t, item.s)
+            if velocity.shape != item.x.shape:
+                found, wanted = tuple(velocity.shape), tuple(item.x.shape)
+                raise ValueError(f"F(x, t, s) has the shape {found}, not that of x, {wanted}; return a value for each")
+            item = next(_answered(sampling, velocity.double()), None)
     if reached != end:
         raise ValueError(f"the sampler ended at time {reached}, not at {end}: it must yield a State there")
 

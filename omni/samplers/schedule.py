@@ -27,7 +27,7 @@ def time_grid(
         steps: jumps; see `num_steps` for grids that fix it.
         shift: warps by k t / (1 + (k - 1) t), k > 1 lingers at noise; both ends stay.
         grid: a name of GRIDS, or the times themselves (strictly decreasing, within [0, 1], the last one 0).
-        start: the first time. None: 1, or what the grid says. Maps trained by IMM start at .994 (arXiv 2503.07565).
+        start: the first time. None: the grid's own. Maps trained by IMM start at .994 (arXiv 2503.07565).
 
     Raises ValueError, naming the value, for anything else.
     """

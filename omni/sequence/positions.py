@@ -9,7 +9,7 @@ Legend: R batch rows, N positions, D head width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from torch import Tensor
 from omni.config import Frozen
 
 Layout = Literal["modulo", "sections", "interleaved"]
+Base = Annotated[float, Field(gt=1, le=1e12)]
 Scaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
 
@@ -28,14 +29,14 @@ class RotarySpec(Frozen):
         sections[0] are of time, the next of rows, then of columns (Qwen2-VL, arXiv 2409.12191); "interleaved", those of
         rows at 1, 4, 7, ... and of columns at 2, 5, 8, ... below 3 sections[1] and 3 sections[2], the rest of time
         (Qwen3-VL, Cosmos 3).
-    bases: one base per axis, with frequencies counted within the axis (SenseNova-U1); None: one base, frequencies
-    counted
-        over all axes. partial: the share of D that rotates. scaling: of the base, for longer contexts.
+    bases: one base per axis, with frequencies counted within the axis (SenseNova-U1). None: one base, LayerSpec's
+        rope_base, with frequencies counted over all axes.
+    partial: the share of D that rotates. scaling: of the base, for longer contexts.
     """
 
     layout: Layout = "modulo"
     sections: tuple[int, int, int] | None = None
-    bases: tuple[float, float, float] | None = None
+    bases: tuple[Base, Base, Base] | None = None
     partial: float = Field(default=1.0, gt=0, le=1)
     scaling: Scaling = "none"
 
@@ -48,8 +49,19 @@ class RotarySpec(Frozen):
                 f"rotary.sections = {self.sections} with rotary.layout = {self.layout!r}: give both or none"
             )
         num = self.num_turning(head_dim)
+        if num < 1:
+            raise ValueError(
+                f"rotary.partial = {self.partial} of a head of width {head_dim} rotates nothing; give at least "
+                f"{2 / head_dim:g}"
+            )
         if self.sections is not None and (min(self.sections) < 0 or sum(self.sections) != num):
             raise ValueError(f"rotary.sections = {list(self.sections)} must add up to the {num} frequencies of a head")
+        counts = torch.bincount(self.axes(num), minlength=3).tolist()
+        if self.sections is not None and counts != list(self.sections):
+            raise ValueError(
+                f"rotary.sections = {list(self.sections)} cannot be interleaved: of {num} frequencies, rows have at "
+                f"most {(num + 1) // 3} and columns {num // 3}; this would be {counts}"
+            )
 
     def num_turning(self, head_dim: int) -> int:
         """The number of nonzero frequencies."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
 from omni.checkpoint import publish
 from omni.codecs import AutoencoderCodec, FsqCodec, autoencoders, load_codec
+from omni.codecs.autoencoder_config import NUMBERS_OF_LAYERS, AutoencoderConfig
 from omni.codecs.autoencoders import _rms_norm, pictures_per_pass, to_pictures, use_fused_norms
 from omni.errors import DamagedError
 from omni.rng import Key
@@ -161,6 +164,7 @@ def test_null_factors_are_one_and_zero(settings: dict, mean: float, deviation: f
         ({"scaling_factor": float("nan")}, "scaling_factor = nan must be"),
         ({"shift_factor": 0.1, "latents_mean": MEAN, "latents_std": STD}, "both a mean"),
         ({"block_out_channels": [-1, 8]}, r"block_out_channels = -1 must lie in 0 \.\. 65536"),
+        ({"layers_per_block": 257}, r"layers_per_block = 257 must lie in 0 \.\. 256"),
         ({"layers_per_block": 10**9}, r"layers_per_block = 1000000000 must lie in 0 \.\. 256"),
         ({"latent_channels": 10**18}, "latent_channels"),
         ({"latent_channels": 0}, "latent_channels = 0 must be a whole number from 1 on"),
@@ -173,6 +177,13 @@ def test_null_factors_are_one_and_zero(settings: dict, mean: float, deviation: f
 def test_invalid_statistics_and_sizes_raise(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kl_codec(**settings)
+
+
+def test_every_number_of_layers_is_declared() -> None:
+    """Also of later versions of diffusers."""
+    classes = get_args(AutoencoderConfig.model_fields["class_name"].annotation)
+    named = {argument for one in classes for argument in inspect.signature(getattr(diffusers, one)).parameters}
+    assert {argument for argument in named if "layers" in argument or argument.startswith("num_")} == NUMBERS_OF_LAYERS
 
 
 def test_statistics_keep_every_bit_and_bf16_stays_bf16(tmp_path) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from eval.experiments.joint.decode import decode_plain, decode_rounds
-from eval.experiments.joint.joint_text import _text
-from eval.experiments.joint.text import (
+from eval.experiments.joint.heads_on_text import (
     Text,
     TextLine,
     TextOptions,
@@ -22,7 +21,8 @@ from eval.experiments.joint.text import (
     train_head,
     windows,
 )
-from eval.experiments.joint.toy import head_of
+from eval.experiments.joint.text_tasks import _text
+from eval.experiments.joint.training import head_of
 from eval.suite import load_suite, main
 from eval.task import Context
 from omni.rng import Key

@@ -21,7 +21,7 @@ from eval.experiments.joint.lab import (
     support_scores,
 )
 from eval.experiments.joint.pictures import LEVELS, pair_frequencies, table_picture
-from eval.experiments.joint.toy import toy_batch, toy_model
+from eval.experiments.joint.training import toy_batch, toy_model
 from eval.suite import load_suite, main
 from omni.heads.joint import JOINT_HEADS, Draft, JointConfig, JointHead
 from omni.heads.joint.training import teacher_log_probs

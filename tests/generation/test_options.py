@@ -21,6 +21,7 @@ from omni.generation.options import (
     GenerationOptions,
     PictureOptions,
     SpeculativeOptions,
+    TextOptions,
     check_defaults,
 )
 from omni.registry import names_in_source
@@ -164,6 +165,8 @@ def test_names_are_unique_over_the_groups() -> None:
         ({"pictures": {"steps": 4}}, "unknown key 'pictures'; did you mean 'picture'"),
         ({"picture": 3}, "picture = 3"),
         ({"told_guidance": 2.0, "guidance_embedding": 2.0}, "are both given; told_guidance is the old name"),
+        ({"picture": None}, "^GenerationOptions: picture = None must be PictureOptions or a table; or leave it out"),
+        ({"picture": TextOptions()}, r"picture = TextOptions\(.* must be PictureOptions or a table"),
         ({"verify": "greedy", "temperature": 1.0}, "^GenerationOptions: verify = 'greedy' has no meaning at temp"),
         ({"gamma": 0.5, "sampler": "euler"}, "^GenerationOptions: gamma = 0.5 means nothing to the sampler"),
         ({"recycle": True, "sweeps": 2}, "^GenerationOptions: recycle has no effect"),
@@ -187,6 +190,58 @@ def test_the_old_name_is_read_with_a_warning() -> None:
         assert Recipe._can_be_generated({"told_guidance": 2.0}) == {"guidance_embedding": 2.0}
     saved = without_retired({"generation": {"told_guidance": 2.0}})  # a resume sees no change
     assert saved == {"generation": {"guidance_embedding": 2.0}}
+
+
+def test_an_old_name_that_is_none_is_not_given(recwarn: pytest.WarningsRecorder) -> None:
+    wanted = GenerationOptions(guidance_embedding=3.0)
+    for given in ({"told_guidance": None, "guidance_embedding": 3.0}, {"guidance_embedding": 3.0}):
+        assert GenerationOptions(**given) == GenerationOptions(picture=given) == wanted
+    assert not recwarn.list
+    with pytest.warns(RetiredKeyWarning):
+        assert GenerationOptions(told_guidance=3.0, guidance_embedding=None) == wanted
+
+
+def test_a_changed_copy_of_a_group_is_checked() -> None:
+    options = PictureOptions(steps=3)
+    changed = options.model_copy(update={"guidance": 2.0})
+    assert changed == PictureOptions(steps=3, guidance=2.0) and changed.model_fields_set == {"steps", "guidance"}
+    assert options.model_copy() == options and options.model_copy(update={"steps": None}) == PictureOptions()
+    with pytest.raises(ValueError, match="^PictureOptions: unknown key 'stepz'; did you mean 'steps'"):
+        options.model_copy(update={"stepz": 4})
+    with pytest.raises(ValueError, match="^TextOptions: top_p = 7: must be a number from 1e-06 to 1"):
+        TextOptions(temperature=1.0).model_copy(update={"top_p": 7})
+
+
+@pytest.mark.parametrize(
+    ("given", "gamma", "start_time"),
+    [
+        ({}, 0.2, 0.9),
+        ({"sampler": "gamma", "grid": "uniform"}, 0.2, 0.9),
+        ({"sampler": "euler"}, None, 0.9),
+        ({"sampler": "euler", "grid": "edm"}, None, None),
+        ({"grid": "edm"}, 0.2, None),
+        ({"gamma": 0.7}, 0.7, 0.9),
+    ],
+)
+def test_naming_the_models_own_sampler_and_grid_changes_nothing(
+    given: dict[str, Any], gamma: float | None, start_time: float | None
+) -> None:
+    """Another sampler drops the model's gamma, and another grid its start."""
+    defaults = {"sampler": "gamma", "gamma": 0.2, "grid": "uniform", "start_time": 0.9}
+    found = GenerationOptions(**given).resolved(defaults).picture
+    assert (found.gamma, found.start_time) == (gamma, start_time)
+    assert GenerationOptions(**given).resolved({"sampler": "gamma"}).picture.gamma == (
+        given.get("gamma", 0.5) if given.get("sampler") != "euler" else None
+    )
+
+
+def test_naming_the_models_own_times_changes_nothing() -> None:
+    defaults = {"grid": [1, 0.58, 0]}
+    plain, named = (GenerationOptions(**given).resolved(defaults) for given in ({}, {"grid": (1.0, 0.58, 0.0)}))
+    assert plain == named and named.picture.steps == 2
+    with pytest.raises(ValueError, match="has 2 steps, got steps = 4"):
+        GenerationOptions(grid=(1.0, 0.58, 0.0), steps=4).resolved(defaults)
+    assert GenerationOptions(steps=4).resolved(defaults).picture.grid == "uniform"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tiny_call import (
 )
 from torch import Tensor
 
-from eval.experiments.joint.toy import uniforms
+from eval.experiments.joint.training import uniforms
 from omni.heads.joint.circuits import Circuit, Factors
 from omni.rng import Key
 

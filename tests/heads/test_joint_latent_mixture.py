@@ -13,7 +13,7 @@ import torch
 from real_model import alive_model
 from torch import Tensor
 
-from eval.experiments.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, Lesson
 from omni.heads.joint.latent_mixture import LatentMixture
 from omni.heads.joint.noise_kinds import draws_of

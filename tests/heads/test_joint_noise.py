@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.experiments.joint.toy import uniforms
+from eval.experiments.joint.training import uniforms
 from omni.heads.joint.noise_kinds import SMALLEST, TINY, NoiseKind, build_noise
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample

@@ -14,7 +14,7 @@ import torch
 from histories import call_behind, text
 from torch import Tensor
 
-from eval.experiments.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
 from omni.heads.joint.push_forward import PushForward, block_bound, graded, semigroup_targets, set_task

@@ -20,7 +20,7 @@ from tiny_call import (
 )
 from torch import Tensor
 
-from eval.experiments.joint.toy import uniforms
+from eval.experiments.joint.training import uniforms
 from omni.heads.joint.sequential import Sequential
 from omni.rng import Key
 

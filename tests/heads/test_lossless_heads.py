@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.experiments.joint.toy import head_of, toy_batch, toy_call, toy_model
+from eval.experiments.joint.training import head_of, toy_batch, toy_call, toy_model
 from omni.heads.joint import JOINT_HEADS, JointConfig
 from omni.heads.joint.training import teacher_log_probs
 from omni.model import Omni

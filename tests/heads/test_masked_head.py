@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eval.experiments.joint.joints import Table, build_joint
 from eval.experiments.joint.lower_bounds import random_step_bounds, total_correlation
-from eval.experiments.joint.toy import Budget, head_of, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, build_head
 from omni.heads.joint.masked import Masked, draw_masks, number_probs, sets_of, spread_uniforms
 from omni.heads.joint.masked_sampling import reveal_sizes

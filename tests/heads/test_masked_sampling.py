@@ -14,7 +14,7 @@ from masked_calls import K, OracleCall, ancestral_distribution, masked_head, ora
 from tiny_call import all_blocks, total_variation
 
 from eval.experiments.joint.joints import Table, build_joint, equal_pairs
-from eval.experiments.joint.toy import uniforms
+from eval.experiments.joint.training import uniforms
 from omni.heads.joint.masked import Masked
 from omni.heads.joint.masked_sampling import reveal_sizes
 from omni.rng import Key

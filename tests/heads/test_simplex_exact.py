@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eval.experiments.joint.toy import uniforms
+from eval.experiments.joint.training import uniforms
 from omni.heads.joint import Lesson, build_head
 from omni.heads.joint.simplex import Clock, Simplex, decoding_error, graded, semigroup_target, set_task
 from omni.rng import Key

@@ -16,7 +16,7 @@ import torch
 from real_model import alive_model
 from torch import Tensor
 
-from eval.experiments.joint.toy import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, Lesson, build_head
 from omni.heads.joint.simplex import (
     BlockFlow,

@@ -9,7 +9,7 @@ from torch import nn
 
 from omni.heads.joint import JOINT_HEADS, JointConfig
 from omni.model import Omni
-from omni.nn.declare import EMBEDDING, HIDDEN, ONE, Declared, declarations, hidden_names, initialise, of_linear
+from omni.nn.declare import EMBEDDING, FAN_IN, HIDDEN, ONE, Declared, declarations, hidden_names, initialise, of_linear
 from omni.rng import Key
 
 
@@ -36,6 +36,40 @@ def test_initial_weights_are_as_declared() -> None:
     renamed = Two(renamed=True)
     initialise(renamed, Key(0))
     torch.testing.assert_close(renamed.second.weight, Key(0).fold("initialise", "old.weight").normal((2, 4)) / 4)
+
+
+class Declares(nn.Module):
+    """One parameter of some shape."""
+
+    def __init__(self, shape: tuple[int, ...], declared: Declared) -> None:
+        super().__init__()
+        self.own, self.declared = nn.Parameter(torch.zeros(shape)), declared
+
+    def declare(self) -> dict[str, Declared]:
+        return {"own": self.declared}
+
+
+def test_the_fan_in_of_a_convolution_counts_its_window() -> None:
+    module = Declares((64, 8, 3, 3), FAN_IN)
+    initialise(module, Key(0))
+    draws = Key(0).fold("initialise", "own").normal((64, 8, 3, 3))
+    torch.testing.assert_close(module.own, draws / 72**0.5)
+
+
+@pytest.mark.parametrize("shape", [(5,), ()])
+def test_a_vector_has_no_fan_in(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="'own' of shape .* has no fan-in; declare it as a constant or an embedding"):
+        initialise(Declares(shape, FAN_IN), Key(0))
+    module = Declares(shape, EMBEDDING)
+    initialise(module, Key(0))
+    assert module.own.abs().max() > 0
+
+
+def test_an_unknown_start_or_group_raises() -> None:
+    with pytest.raises(ValueError, match="start = 'embeding'; did you mean 'embedding'"):
+        Declared("embeding")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group = 'muon'; known: .'hidden', 'other'"):
+        Declared("fan_in", group="muon")  # type: ignore[arg-type]
 
 
 def test_undeclared_parameter_raises() -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import omni.nn.layer
 import omni.nn.transformer
+from omni.config import build
 from omni.generation.contract import EXACT, verify
 from omni.losses import BatchFlowCall
-from omni.model import Omni
+from omni.model import Omni, OmniConfig
 from omni.nn.declare import declarations
 from omni.nn.layer import SERVED, LayerSpec
 from omni.nn.native_step import NATIVE, CompiledStep
@@ -131,15 +132,47 @@ def test_unimplemented_values_are_refused_by_name() -> None:
     for name, value in layers.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet; implemented: "):
             LayerSpec(**{name: value})  # type: ignore[arg-type]
-    streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "those"}
+    streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "full"}
     assert streams.keys() | {"expert"} == WEIGHTS_SERVED.keys()
     for name, value in streams.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet"):
             TransformerConfig(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rotary.scaling = 'yarn' is not implemented yet"):
         LayerSpec(rotary=RotarySpec(scaling="yarn"))
+    table = {"transformer": {**TransformerConfig().model_dump(), "window": 8}, "flow": {}, "vocab_size": 9}
+    with pytest.raises(ValueError, match="^here: transformer: window = 8 is not implemented yet; implemented: None$"):
+        build(table, OmniConfig, "here")  # names the field, without all others
     with pytest.raises(ValueError, match=r"rotary.sections = \[1, 1, 1\] must add up to the 32 frequencies"):
         LayerSpec(rotary=RotarySpec(layout="sections", sections=(1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"rotary": {"layout": "interleaved", "sections": (2, 20, 10)}},
+            r"sections = \[2, 20, 10\] cannot be interleaved: of 32 frequencies, rows have at most 11 and columns 10; "
+            r"this would be \[11, 11, 10\]",
+        ),
+        ({"rotary": {"layout": "interleaved", "sections": (10, 10, 12)}}, r"cannot be .* this would be \[12, 10, 10\]"),
+        ({"rotary": {"bases": (1e4, 0.0, 1e2)}}, "rotary.bases.1 = 0.0: Input should be greater than 1"),
+        ({"rotary": {"bases": (-5.0, 1e4, 1e2)}}, "rotary.bases.0 = -5.0: Input should be greater than 1"),
+        ({"rotary": {"partial": 0.01}}, "partial = 0.01 of a head of width 64 rotates nothing; give at least 0.03"),
+        ({"rotary": {"bases": (1e4, 1e2, 1e2)}, "rope_base": 5e5}, "rope_base = 500000 has no effect with rotary"),
+    ],
+)
+def test_rotary_values_that_cannot_take_effect_are_refused(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerSpec(**spec)
+
+
+def test_interleaved_sections_are_used_as_given() -> None:
+    """All that a head of 16 (8 frequencies) can have."""
+    for rows in range(4):
+        for columns in range(3):
+            sections = (8 - rows - columns, rows, columns)
+            axes = LayerSpec(head_dim=16, rotary=RotarySpec(layout="interleaved", sections=sections)).rotary.axes(8)
+            assert torch.bincount(axes, minlength=3).tolist() == list(sections)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in NATIVE if SERVED.get(name) != (None,)))

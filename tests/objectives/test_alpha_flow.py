@@ -100,7 +100,7 @@ def test_to_time_zero_it_is_discrete_consistency_training() -> None:
     """s = 0: (1/alpha) |F - target|^2 = |f_t - f_m|^2 / (t (t - m)), item by item."""
     items = gaussian_items(PLANE, num=1)
     for n in range(5):
-        consistency = Consistency(distance="l2", clock="house", min_gap=0.0)
+        consistency = Consistency(distance="l2", clock="flow", min_gap=0.0)
         draw = consistency.draw(items, Key(n))
         t, alpha = float(draw.t), float(1 - draw.r / draw.t)
         call = network_call(items)

@@ -33,7 +33,7 @@ def on_path(draw: ConsistencyDraw, distribution: Gaussian) -> ConsistencyDraw:
 def test_residual_vanishes_at_the_exact_map_on_the_path(distribution: Gaussian, schedule: str) -> None:
     for progress in (0.0, 0.5):
         items = replace(gaussian_items(distribution), progress=progress)
-        objective = Consistency(schedule=schedule, distance="l2", clock="house")  # type: ignore[arg-type]
+        objective = Consistency(schedule=schedule, distance="l2", clock="flow")  # type: ignore[arg-type]
         draw = on_path(objective.draw(items, Key(0)), distribution)
         exact, wrong = (float(objective.loss(GaussianCall(items, distribution, e), draw).sum) for e in (0.0, 0.2))
         assert exact < 1e-8 < 1e-4 < wrong
@@ -86,7 +86,7 @@ def test_ict_pairs_are_neighbours_with_the_published_density() -> None:
 
 def test_where_r_is_zero_the_target_is_the_data() -> None:
     items = gaussian_items(PLANE)
-    objective = Consistency(schedule={"kind": "ect", "stage": 0}, distance="l2", clock="house")  # type: ignore[arg-type]
+    objective = Consistency(schedule={"kind": "ect", "stage": 0}, distance="l2", clock="flow")  # type: ignore[arg-type]
     draw = objective.draw(items, Key(0))
     zero = replace(draw, r=torch.zeros_like(draw.r), x_r=items.latents)
     call = network_call(items)
@@ -98,8 +98,8 @@ def test_where_r_is_zero_the_target_is_the_data() -> None:
 
 def test_weights_are_one_over_the_gap_in_either_clock() -> None:
     t, r = torch.tensor([0.5, 0.9]).double(), torch.tensor([0.4, 0.0]).double()
-    house, ve = (Consistency(clock=clock).gap_weight(t, r) for clock in ("house", "ve"))  # type: ignore[arg-type]
-    assert torch.allclose(house, 1 / (t - r), atol=1e-12)
+    flow, ve = (Consistency(clock=clock).gap_weight(t, r) for clock in ("flow", "ve"))  # type: ignore[arg-type]
+    assert torch.allclose(flow, 1 / (t - r), atol=1e-12)
     assert torch.allclose(ve, 1 / (t / (1 - t) - r / (1 - r)), atol=1e-12)
     edge = Consistency().gap_weight(torch.ones(1), torch.ones(1))
     assert torch.isfinite(edge).all()
@@ -117,7 +117,7 @@ def test_gaps_are_at_least_min_gap() -> None:
 def test_closing_the_gap_gives_mean_flow_at_time_zero() -> None:
     """|f_t - f_r|^2 / (t - r)^2 -> |df/dt|^2, MeanFlow's square residual at s = 0, to first order in the gap."""
     items = gaussian_items(PLANE, num=8)
-    objective = Consistency(distance="l2", clock="house", min_gap=0.0)
+    objective = Consistency(distance="l2", clock="flow", min_gap=0.0)
     draw, call = objective.draw(items, Key(0)), network_call(items)
     wanted = float(MeanFlow(power=0.0).loss(call, draw).sum.detach())
     errors = []
@@ -133,7 +133,7 @@ def test_distances() -> None:
     draw, call = Consistency().draw(items, Key(0)), network_call(items)
 
     def value(**options: object) -> float:
-        return float(Consistency(clock="house", **options).loss(call, draw).sum.detach()) / 4  # type: ignore[arg-type]
+        return float(Consistency(clock="flow", **options).loss(call, draw).sum.detach()) / 4  # type: ignore[arg-type]
 
     w = 1 / float(draw.t - draw.r)
     e = value(distance="l2") / w

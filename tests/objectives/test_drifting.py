@@ -275,10 +275,10 @@ def test_features_are_fixed_pluggable_and_of_several_scales() -> None:
     with pytest.raises(ValueError, match="latent"):
         Drifting(features="latent")
     items = gaussian_items(PLANE, num=8)
-    FEATURES.register("doubled for a test")(lambda x_BNC: [2 * x_BNC.flatten(1)])
+    FEATURES.register("doubled_for_a_test")(lambda x_BNC: [2 * x_BNC.flatten(1)])
     values = [
         float(o.loss(GaussianCall(items, PLANE), o.draw(items, Key(0))).sum)
-        for o in (Drifting(), Drifting(features="doubled for a test"))
+        for o in (Drifting(), Drifting(features="doubled_for_a_test"))
     ]
     assert abs(values[0] - values[1]) < 1e-9 * values[0]  # distances are in mean distances
 

@@ -10,6 +10,7 @@ from layouts import random_batch, small_model
 from torch import Tensor
 
 from omni.objectives import OBJECTIVES, FlowObjective, build_objective
+from omni.objectives.base import target_decay_of
 from omni.objectives.times import TimeDistribution
 from omni.rng import Key
 
@@ -28,7 +29,7 @@ def train(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
     objective = build_objective(name)
     assert isinstance(objective, FlowObjective)
     model = small_model().train()
-    decay = getattr(objective, "target_decay", None)
+    decay = target_decay_of(objective)
     averages = None if decay is None else copy.deepcopy(model).requires_grad_(False)
     parameters = list(model.parameters())
     optimiser = torch.optim.Adam(parameters, lr=1e-3)

@@ -76,7 +76,7 @@ def test_one_particle_at_s_0_is_twice_consistency_training(kernel: str, distance
     call = network_call(items)
     found = objective.loss(call, draw)
     assert found.count == 48
-    consistency = Consistency(distance=distance, clock="house")  # type: ignore[arg-type]
+    consistency = Consistency(distance=distance, clock="flow")  # type: ignore[arg-type]
     given = consistency.draw(items, Key(0))
     given = replace(given, x=draw.x, t=draw.t, s=draw.s, r=draw.r, x_r=draw.x_r)
     # Omni's consistency loss has the weight 1 / (t - r); for one item at a time it divides out

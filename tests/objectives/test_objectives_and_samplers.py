@@ -96,7 +96,7 @@ def test_objectives_train(name: str) -> None:
 
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("alpha_flow", {"alpha": 0.5}),
-    ("consistency", {"clock": "house", "min_gap": 0.0, "schedule": {"kind": "ect", "stage": 20}}),
+    ("consistency", {"clock": "flow", "min_gap": 0.0, "schedule": {"kind": "ect", "stage": 20}}),
     ("consistency", {"schedule": "ict"}),
     ("continuous_consistency", {"normalise": "norm"}),
     ("shortcut", {"bootstrap": 1.0}),

@@ -153,3 +153,11 @@ def test_calls_of_different_samplers_share_a_pass() -> None:
     for name in NAMES:
         assert len(found[name]) == len(alone[name])
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found[name], alone[name], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 1), (), (3,), (1, 3, 2)])
+def test_an_answer_of_another_shape_is_an_error(shape: tuple[int, ...]) -> None:
+    """It would broadcast."""
+    states = run_sampler(SAMPLERS.get("euler"), lambda x, t, s: torch.zeros(shape), torch.zeros(3, 2), [1.0, 0.0])
+    with pytest.raises(ValueError, match=r"F\(x, t, s\) has the shape \(.*\), not that of x, \(3, 2\); return a val"):
+        next(states)

@@ -9,6 +9,7 @@ import torch
 from layouts import CHANNELS, PAD, random_batch, small_model
 from torch import Tensor
 
+from omni.generation.context import append_spans
 from omni.model import Omni
 from omni.nn.tangent import Dual
 from omni.rng import Key
@@ -97,3 +98,23 @@ def test_two_blocks_move_in_one_pass(mutual: bool) -> None:
     assert isinstance(dual, Dual)
     central = (velocity(x + h * direction, t + h) - velocity(x - h * direction, t - h)) / (2 * h)
     assert float((dual.tangent - central).abs().max() / central.abs().max()) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("field", ["rank", "bound"])
+def test_order_and_bound_hold_against_a_cache_of_equal_lengths(field: str) -> None:
+    """Where every batch row is one item, its order of visibility and its bound still hide keys."""
+    model = small_model().double()
+    stream, _, x, _ = two_blocks(model, mutual=False)
+    bound = torch.full_like(stream.block, 2) if field == "bound" else None
+    stream = replace(stream, rank=stream.rank if field == "rank" else None, bound=bound)
+    cache = model.transformer.new_cache(1, 8)
+    append_spans(model, cache, [[TokenSpan([1, 2, 3], [False] * 3)]], PAD)
+    t = torch.tensor([0.6], dtype=torch.float64)
+
+    def velocity(stream: Stream, item: Tensor | None) -> Tensor:
+        return model.velocity(x, t, 0.5 * t, torch.ones_like(t), stream, item, cache.memory())
+
+    masked = velocity(stream, torch.zeros_like(stream.block))
+    torch.testing.assert_close(velocity(stream, None), masked, rtol=0, atol=1e-12)
+    assert float((velocity(replace(stream, **{field: None}), None) - masked).abs().max()) > 1e-4

@@ -13,7 +13,7 @@ from omni.errors import RetiredKeyWarning
 from train.__main__ import main
 from train.lock import hold
 from train.metrics import read_metrics
-from train.recipe import Recipe
+from train.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 
@@ -46,6 +46,13 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
         ("device=gpu", "use cpu"),
         ("preparation.resize=crop", "resize = 'crop' needs size = [height, width]"),
         ('preparation={resize="crop", size=[60, 64]}', "a multiple of the codec's stride 16 x 16"),
+        ("optimiser={name='adamw', muon_rate=0.1}", "muon_rate = 0.1 has no effect with name = 'adamw'; leave it out"),
+        ("optimiser={name='adamw', momentum=0.9}", "momentum = 0.9 has no effect with name = 'adamw'"),
+        ("optimiser.decay_fraction=0.5", "decay_fraction = 0.5 has no effect with decay = 'cosine'; leave it out"),
+        ("model.tangent_step=0.1", "tangent_step = 0.1 has no effect with tangents = 'forward'; leave it out, or"),
+        ("model.attention=foo", "model.attention = 'foo': Input should be 'math', 'sdpa', 'flex' or 'flash'"),
+        ("compile=true", "compile=true does not support latent_weights = 'separate'; set compile=false"),
+        ("model.window=8", "model: window = 8 is not implemented yet; implemented: None"),
         ("preparation.side=64", "unknown key 'preparation.side'; did you mean 'size'"),
     ],
 )
@@ -53,6 +60,7 @@ def test_a_mistake_prints_one_line_and_writes_nothing(
     recipe_file: Path, tmp_path: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["drop.images=0.9"] if override.startswith("drop") else ["model.num_kv_heads=2"]
+    more += ["model.latent_weights=separate"] if override == "compile=true" else []
     assert main([str(recipe_file), override, *more, "--out", str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1
@@ -79,6 +87,26 @@ def test_a_retired_key_without_effect_is_accepted(recipe_file: Path) -> None:
         assert "coupling" not in load_toml(recipe_file, ["coupling=false"], Recipe).model_dump()
     with pytest.raises(ValueError, match="coupling = True is no longer supported; leave it out"):
         load_toml(recipe_file, ["coupling=true"], Recipe)
+
+
+@pytest.mark.parametrize("given", ["generation = { steps = 4, guidance = 2.0 }", "[generation.picture]\nsteps = 4"])
+@pytest.mark.parametrize(
+    "override", ["generation.steps=3", "generation.picture.steps=3", "generation . picture.steps=3"]
+)
+def test_the_command_line_replaces_an_option_in_its_group_or_flat(recipe_file: Path, given: str, override: str) -> None:
+    text = recipe_file.read_text()
+    recipe_file.write_text(f"{given}\n{text}" if "=" in given.split("\n")[0] else f"{text}\n{given}\n")
+    assert load_recipe(recipe_file).generation["steps"] == 4
+    assert load_recipe(recipe_file, [override]).generation["steps"] == 3
+    assert load_recipe(recipe_file, ["generation.picture.steps=5", override]).generation["steps"] == 3
+    with pytest.raises(ValueError, match="override 'generation.steps=0'|steps = 0: must be a whole number from 1"):
+        load_recipe(recipe_file, ["generation.picture.steps=0"])
+
+
+def test_an_option_given_twice_in_a_recipe_is_an_error(recipe_file: Path) -> None:
+    recipe_file.write_text("generation = { steps = 4, picture = { steps = 4 } }\n" + recipe_file.read_text())
+    with pytest.raises(ValueError, match=r"^\[generation\]: steps is given twice, as steps and as picture.steps"):
+        load_recipe(recipe_file)
 
 
 def test_the_smoke_recipe_trains_samples_and_publishes(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni.config import load_toml
+from omni.config import build, load_toml
 from omni.nn.precision import fast_bf16
 from omni.rng import Key
 from train import runs
 from train.optim.muon import Muon, orthogonalise
+from train.optim.optimiser import OptimiserConfig
 from train.recipe import Recipe
 
 
@@ -65,3 +66,12 @@ def test_autocast_follows_the_device(recipe_file, monkeypatch: pytest.MonkeyPatc
     assert ("far faster" in output) is not fast
     assert runs._precision(recipe("autocast=none")) == "float32 on cpu"
     assert isinstance(fast_bf16("cpu"), bool)
+
+
+def test_an_optimiser_takes_its_defaults_and_refuses_what_has_no_effect() -> None:
+    """Saved recipes have every default: only other values are refused."""
+    for name in ("muon", "adamw"):
+        for decay in ("linear", "cosine", "wsd", "none"):
+            saved = OptimiserConfig(name=name, decay=decay).model_dump()  # type: ignore[arg-type]
+            assert build(saved, OptimiserConfig, "saved").name == name
+    assert OptimiserConfig(decay="wsd", decay_fraction=0.5, muon_rate=0.1, momentum=0.9).decay_fraction == 0.5

@@ -14,6 +14,7 @@ from torch import nn
 
 from omni import checkpoint
 from omni.config import build
+from omni.objectives import build_objective
 from train import checkpoint as state
 from train.checkpoint import Change, Progress
 from train.data.batch import PIECES
@@ -21,6 +22,7 @@ from train.guard import Guard, TooManyNonFinite
 from train.optim.ema import Ema
 from train.optim.optimiser import Optimiser, OptimiserConfig, build_optimiser
 from train.optim.target import Target
+from train.recipe import without_retired
 
 # ---- the guard -----------------------------------------------------------------------------------------------------
 
@@ -276,3 +278,11 @@ def test_the_scalars_are_json(tmp_path: Path) -> None:
 def test_a_change_is_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         Change("seed", 1, 2).key = "x"  # type: ignore[misc]
+
+
+def test_an_old_value_of_an_option_is_read_under_its_new_name() -> None:
+    options = {"clock": "house", "huber_c": 0.1}
+    saved = {"objectives": [{"name": "consistency", "options": options}, {"name": "drifting"}]}
+    [first, second] = without_retired(saved)["objectives"]
+    assert first["options"] == {"clock": "flow", "huber_c": 0.1} and second == {"name": "drifting"}
+    assert build_objective(first["name"], **first["options"]).clock == "flow"  # type: ignore[attr-defined]

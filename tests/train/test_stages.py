@@ -257,6 +257,18 @@ def test_the_command_line_applies_last(listed: Path, monkeypatch: pytest.MonkeyP
     assert [s.settings.seed for s in planned[1] if s.kind == "model"] == [9, 9, 9]  # type: ignore[union-attr]
 
 
+def test_options_of_a_stage_replace_those_of_the_base_in_their_group_or_flat(
+    listed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[list[stages.Stage]] = []
+    monkeypatch.setattr(stages, "dry_run", lambda plan: planned.append(plan) or 0)
+    flat, nested = "changes.generation.steps=4", "stages.6.changes.generation.picture.steps=3"
+    assert main([str(listed), flat, nested, "--dry-run", "--out", str(listed.parent / "out")]) == 0
+    assert main([str(listed), nested, "--dry-run", "--out", str(listed.parent / "out")]) == 0
+    last = [plan[-1].settings.generation for plan in planned if plan[-1].kind == "model"]  # type: ignore[union-attr]
+    assert last == [{"steps": 4}, {"steps": 3}]
+
+
 # ------------------------------------------------------------------------------------------------ shipped recipes
 
 

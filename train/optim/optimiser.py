@@ -1,9 +1,9 @@
 """Optimisers behind one face: any torch optimisers whose rates share a schedule.
 
 `build_optimiser` makes the one of a model: Muon for its hidden matrices, AdamW for everything else. Muon
-(train/optim/muon.py; update RMS matched to AdamW's, arXiv 2502.16982) wants 2-D weights that map hidden to hidden:
-attention and feed-forward matrices, which modules declare (omni.nn.declare). A learning rate is a part's own rate times
-a factor that is given with every step (train/optim/schedule.py), so no scheduler has state.
+(train/optim/muon.py; update RMS matched to AdamW's, arXiv 2502.16982) is for matrices from hidden states to hidden
+states, of attention and MLPs, which modules declare (omni.nn.declare). A learning rate is a part's own rate times a
+factor that is given with every step (train/optim/schedule.py), so no scheduler has state.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ class OptimiserConfig(Frozen):
     def _take_effect(self) -> OptimiserConfig:
         if self.decay == "none" and (self.schedule_steps is not None or self.min_factor):
             raise ValueError("schedule_steps and min_factor have no effect with decay = 'none'; leave them out")
+        idle = {} if self.decay == "wsd" else {"decay_fraction": f"decay = {self.decay!r}"}
+        idle |= dict.fromkeys(("muon_rate", "momentum"), "name = 'adamw'") if self.name == "adamw" else {}
+        for name, setting in idle.items():
+            value, usual = getattr(self, name), type(self).model_fields[name].default
+            if value != usual:
+                raise ValueError(f"{name} = {value} has no effect with {setting}; leave it out (usual: {usual})")
         return self
 
 
@@ -84,7 +90,7 @@ class Optimiser:
         """One update, at `factor` times the rate of each part.
 
         left_out: 1.0 on the device where the step must change nothing, else 0.0 (see train.guard). Only the fused
-        optimisers of torch heed it.
+        optimisers of torch have this.
         """
         for part in self.parts.values():
             if left_out is not None:

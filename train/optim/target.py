@@ -7,10 +7,11 @@ After each optimiser step its weights become decay * own + (1 - decay) * the mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
+from omni.objectives import Objective
+from omni.objectives.base import target_decay_of
 from train.optim.ema import AveragedModel, Module
 
 
@@ -32,14 +33,16 @@ class Target(AveragedModel[Module]):
             value.copy_(saved[name])
 
 
-def build_target(model: Module, objectives: Sequence[Any]) -> Target[Module] | None:
+def build_target(model: Module, objectives: Sequence[Objective]) -> Target[Module] | None:
     """The target network that the objectives want. None when they want none, or one of decay 0: the present weights.
 
     Raises ValueError when they want different ones.
     """
-    decays = {type(o).__name__: o.target_decay for o in objectives if getattr(o, "target_decay", None)}
-    if len(set(decays.values())) > 1:
+    pairs = [(type(objective).__name__, target_decay_of(objective)) for objective in objectives]
+    decays = {decay for _, decay in pairs if decay}
+    if len(decays) > 1:
+        listed = ", ".join(f"{name} {decay}" for name, decay in pairs if decay)
         raise ValueError(
-            f"objectives want target networks of different target_decay: {decays}; give them one, or train them apart"
+            f"objectives want target networks of different target_decay: {listed}; give them one, or train them apart"
         )
-    return Target(model, next(iter(decays.values()))) if decays else None
+    return Target(model, decays.pop()) if decays else None

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eval.experiments.joint.toy import head_of
+from eval.experiments.joint.training import head_of
 from omni.generation.context import Append, append_of, run_context
 from omni.generation.drafting import CacheCall
 from omni.heads.joint import Draft

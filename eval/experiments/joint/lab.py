@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eval.experiments.joint.distances import Distances, of_samples, of_support
 from eval.experiments.joint.joints import Table, build_joint
-from eval.experiments.joint.toy import Budget, beside, head_of, toy_batch, toy_call, toy_model, train, uniforms
+from eval.experiments.joint.training import Budget, beside, head_of, toy_batch, toy_call, toy_model, train, uniforms
 from omni.config import Frozen
 from omni.heads.joint import JOINT_HEADS, JointConfig, build_head
 from omni.heads.joint.training import teacher_log_probs

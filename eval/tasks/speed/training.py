@@ -44,6 +44,7 @@ from omni.objectives import build_objective
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, lay_out, pack
+from train.optim.optimiser import Optimiser
 
 # The last picture of a document is not in the context stream, since nothing attends to it there (layout.lay_out): all
 # pictures of text_image, none of interleaved.
@@ -139,14 +140,14 @@ def training_step(
     model: nn.Module, loss: Callable[[], Tensor], dtype: str, keep_casts: bool = True
 ) -> Callable[[], None]:
     """Forward under autocast (or in float32), backward, clipping and AdamW: the same for both libraries."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimiser = Optimiser({"adamw": torch.optim.AdamW(model.parameters(), lr=1e-4)})
 
     def step() -> None:
         with autocast(DTYPES[dtype], keep_casts):
             value = loss()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimiser.clip()
+        optimiser.step(1.0)
         optimiser.zero_grad()
 
     return step

@@ -163,7 +163,7 @@ class JointHead(nn.Module, ABC):
         declared = declarations(self)
         for name, parameter in self.named_parameters():
             if name in declared and declared[name].start == "constant":
-                fill(parameter, declared[name], key)
+                fill(parameter, declared[name], key, name)
             elif parameter.ndim < 2:
                 parameter.zero_()
             else:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ from torch import Tensor
 from omni.nn.tangent import Dual
 from omni.sequence.mask import Fields, dense, flex
 
-BACKENDS = ("math", "sdpa", "flex", "flash")
+Backend = Literal["math", "sdpa", "flex", "flash"]
+BACKENDS = get_args(Backend)
 _log = logging.getLogger("omni")
 
 

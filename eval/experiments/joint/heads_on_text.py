@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from eval.experiments.joint.decode import Pace, Rounds, decode_plain, decode_rounds
-from eval.experiments.joint.toy import Budget, beside, head_of, optimise, toy_batch, toy_call, toy_model
+from eval.experiments.joint.training import Budget, beside, head_of, optimise, toy_batch, toy_call, toy_model
 from omni.config import Frozen
 from omni.heads.joint import JointConfig, JointHead, build_head
 from omni.heads.joint.training import BatchCall, joint_loss, teacher_log_probs

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 
-from eval.experiments.joint.text import (
+from eval.experiments.joint.heads_on_text import (
     PlainResult,
     Text,
     TextLine,
