@@ -104,7 +104,7 @@ class Engine:
                 events, active.events = active.events, []
                 if active.is_over:
                     del self._running[number]
-                    self._finish(active)
+                    self._finish(active.request, any(isinstance(event, Failed) for event in events))
                 inbox = self._inboxes.get(number)
                 if inbox is None:
                     found += [(number, event) for event in events]
@@ -178,7 +178,7 @@ class Engine:
         """The events of one reply, in order, as they happen. The last one is Stop. Closing the iterator cancels the
         request."""
         [request] = self._add([prompt], [_options(options).changed(changes)], inbox=True)
-        return self._events(request)
+        return Stream(self, request.number, self._events(request))
 
     def _events(self, request: Request) -> Iterator[Event]:
         """The events of one request; steps where there are none. Raises what made it fail."""
@@ -281,15 +281,30 @@ class Engine:
             request.history = found
             request.pending = without_first(request.pending, found.length)
 
-    def _finish(self, active: Active) -> None:
-        request = active.request
-        failed = any(isinstance(event, Failed) for event in active.events)
+    def _finish(self, request: Request, failed: bool) -> None:
         if failed:
             request.release()
             return
         self.prefixes.keep(request.history)
         for branch in request.branches.values():
             self.prefixes.keep(branch)
+
+
+class Stream(Iterator[Event]):
+    """The events of one request. `close`, or losing the last reference, cancels it, also before the first event."""
+
+    def __init__(self, engine: Engine, number: int, events: Iterator[Event]) -> None:
+        self._engine, self._number, self._events = engine, number, events
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def close(self) -> None:
+        self._events = iter(())
+        self._engine.cancel(self._number)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _options(options: GenerationOptions | Mapping[str, Any] | None) -> GenerationOptions:

@@ -43,7 +43,6 @@ class Prefixes:
         self.max_positions = max_positions
         self._kept: OrderedDict[int, History] = OrderedDict()
         self._number = 0
-        self._parameters: list[Tensor] = []
         self._weights: list[tuple[int, int]] = []
 
     @property
@@ -53,8 +52,7 @@ class Prefixes:
 
     def check(self, model: nn.Module) -> None:
         """Forget everything if weights have been replaced, or changed in place."""
-        self._parameters = self._parameters or [p for p in model.parameters() if not p.is_inference()]
-        weights = [(p.data_ptr(), p._version) for p in self._parameters]
+        weights = [(p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference()]
         if weights != self._weights:
             self.clear()
             self._weights = weights
@@ -83,6 +81,7 @@ class Prefixes:
         for number, other in list(self._kept.items()):
             if other.length <= history.length and history.marks[: other.length] == other.marks:
                 self._kept.pop(number).release()
+        history.rest()
         self._number += 1
         self._kept[self._number] = history
         while sum(one.length for one in self._kept.values()) > self.max_positions:

@@ -12,7 +12,7 @@ Legend: N positions of a pass, C channels, W width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,11 @@ from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import draft_together
 from omni.generation.work import Decode, Evaluate, Propose, Read, Turn, Work
+from omni.nn.cache import History, PoolFullError
 from omni.nn.native_step import CompiledStep
 
 SHORT = 64  # positions: a read up to this length is not delayed by the budget
-ALONE = 4096  # positions of one pass where a single request runs
+ALONE = 8192  # positions of one pass where a single request runs
 
 
 @dataclass(eq=False)
@@ -99,13 +100,15 @@ class Steps:
                 if most <= 0:
                     break
                 stop = rest.legal_stop(most)
+                if not _has_room(one, [(append.history, stop)]):
+                    break
                 parts.append((one, rest if stop == len(rest) else rest.part(0, stop)))
                 left -= stop
                 if stop < len(rest):
                     break
-        if not parts:
-            return
-        self._together(active, lambda: self._pass(parts))
+        parts = [(one, part) for one, part in parts if not one.is_over]
+        if parts:
+            self._together(active, lambda: self._pass(parts))
 
     def _pass(self, parts: Sequence[tuple[Active, Append]]) -> None:
         hidden, _ = run_context(self.runtime.model, [part for _, part in parts], self.runtime.control.pad, self.native)
@@ -135,7 +138,9 @@ class Steps:
         groups: dict[object, list[Active]] = {}
         for one in active:
             assert isinstance(one.work, Propose)
-            groups.setdefault(one.work.kind, []).append(one)
+            append, num = one.work.append, one.work.request.options.speculative.tokens_per_pass or 1
+            if append is None or _has_room(one, [(append.history, len(append) + num)]):
+                groups.setdefault(one.work.kind, []).append(one)
         for group in groups.values():
             self._together(group, lambda group=group: self._draft(group))
 
@@ -143,7 +148,10 @@ class Steps:
         works = [one.work for one in group if isinstance(one.work, Propose)]
         self.computed += sum(len(work.append) + work.request.draft_length for work in works if work.append is not None)
         for one, result in zip(group, draft_together(self.runtime, works), strict=True):
-            one.resume(result)
+            if isinstance(result, Exception):
+                one.fail(result)
+            else:
+                one.resume(result)
 
     # ---- the refine pass ------------------------------------------------------------------------------------------
 
@@ -153,10 +161,11 @@ class Steps:
         total = 0
         for one in active:
             assert isinstance(one.work, Evaluate)
-            if chosen and total + len(one.work) > max(self.budget, 1):
+            if chosen and total + len(one.work) > self.budget:
                 break
-            chosen.append(one)
-            total += len(one.work)
+            if _has_room(one, [(history, len(one.work.x)) for history in one.work.histories]):
+                chosen.append(one)
+                total += len(one.work)
         if chosen:
             self._together(chosen, lambda: self._refine(chosen))
 
@@ -212,13 +221,17 @@ class Steps:
                     one.fail(error)
 
 
+def _has_room(one: Active, needed: Sequence[tuple[History, int]]) -> bool:
+    """Reserve positions after histories; where the pool is full, this request alone fails."""
+    try:
+        for history, num in needed:
+            history.reserve(num)
+    except PoolFullError as error:
+        one.fail(error)
+    return not one.is_over
+
+
 def _rest(one: Active) -> int:
     """Positions of a Read that no pass has computed yet."""
     assert isinstance(one.work, Read)
     return sum(map(len, one.work.appends)) - sum(len(states) for parts in one.done for states in parts)
-
-
-def close_all(active: Iterable[Active]) -> None:
-    for one in active:
-        one.turn.close()
-        one.request.release()

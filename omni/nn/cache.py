@@ -197,6 +197,11 @@ class History:
             self._extent.shared = max(self._extent.shared, self.length)
         return other
 
+    def rest(self) -> None:
+        """Nothing more will be written: the first fork that goes on from the end needs no copy."""
+        if self._extent is not None and self._extent.writer is self:
+            self._extent.writer = None
+
     def release(self) -> None:
         """Give the pages back where nobody else reads them. The history is empty afterwards."""
         self._leave()

@@ -46,49 +46,56 @@ inline float dot(const uint16_t* w, const float* x, int64_t n) {
   return sum;
 }
 
-// Four products of one row of weights: each weight is loaded once for four rows of x, stride n apart.
-inline void dot4(const float* w, const float* x, int64_t n, float* y) {
-  const float *b = x + n, *c = b + n, *d = c + n;
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < n; i++) {
-    s0 += w[i] * x[i];
-    s1 += w[i] * b[i];
-    s2 += w[i] * c[i];
-    s3 += w[i] * d[i];
-  }
-  y[0] = s0, y[1] = s1, y[2] = s2, y[3] = s3;
-}
+inline void widen_all(const float* w, float* into, int64_t n) { std::memcpy(into, w, n * sizeof(float)); }
 
-inline const float* widened(const float* w, float*, int64_t) { return w; }
-
-inline const float* widened(const uint16_t* w, float* into, int64_t n) {
+inline void widen_all(const uint16_t* w, float* into, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) into[i] = widen(w[i]);
-  return into;
 }
 
-// y (R, rows) = x (R, n) weight^T, or y += it. One row of weights after another: one stream of memory is what the prefetcher
-// likes best. Every weight is read once for all R rows of x.
+typedef float Eight __attribute__((vector_size(32)));  // one number of eight rows of x
+
+// The products of eight rows of weights, n apart, with eight rows of x, which are packed as (n, 8).
+inline void tile(const float* w, const Eight* x, int64_t n, Eight y[8]) {
+  Eight s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{};
+  for (int64_t i = 0; i < n; i++) {
+    s0 += w[i] * x[i], s1 += w[n + i] * x[i], s2 += w[2 * n + i] * x[i], s3 += w[3 * n + i] * x[i];
+    s4 += w[4 * n + i] * x[i], s5 += w[5 * n + i] * x[i], s6 += w[6 * n + i] * x[i], s7 += w[7 * n + i] * x[i];
+  }
+  y[0] = s0, y[1] = s1, y[2] = s2, y[3] = s3, y[4] = s4, y[5] = s5, y[6] = s6, y[7] = s7;
+}
+
+// y (R, rows) = x (R, n) weight^T, or y += it. Every weight is read from memory once, one row after another: one stream is what
+// the prefetcher likes best. A few rows of x take dot products; more take tiles of eight by eight.
 template <typename T>
 void product(const T* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n, bool add, int threads) {
+  if (R < 4) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t r = 0; r < R; r++)
+        y[r * rows + row] = (add ? y[r * rows + row] : 0) + dot(weight + row * n, x + r * n, n);
+    return;
+  }
+  const int64_t groups = (R + 7) / 8;
+  std::vector<Eight> packed(groups * n);
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t i = 0; i < n; i++) packed[r / 8 * n + i][r % 8] = x[r * n + i];
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> wide(n);
+    std::vector<float> wide(8 * n);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-      const T* w = weight + row * n;
-      if (R == 1) {
-        y[row] = (add ? y[row] : 0) + dot(w, x, n);
-        continue;
+    for (int64_t first = 0; first < rows; first += 8) {
+      const int64_t count = std::min<int64_t>(8, rows - first);
+      widen_all(weight + first * n, wide.data(), count * n);
+      for (int64_t g = 0; g < groups; g++) {
+        Eight found[8];
+        tile(wide.data(), packed.data() + g * n, n, found);
+        for (int64_t r = 8 * g; r < std::min(R, 8 * g + 8); r++)
+          for (int64_t j = 0; j < count; j++) {
+            float& to = y[r * rows + first + j];
+            to = (add ? to : 0) + found[j][r % 8];
+          }
       }
-      const float* f = widened(w, wide.data(), n);
-      int64_t r = 0;
-      for (float four[4]; r + 4 <= R; r += 4) {
-        dot4(f, x + r * n, n, four);
-        for (int k = 0; k < 4; k++) y[(r + k) * rows + row] = (add ? y[(r + k) * rows + row] : 0) + four[k];
-      }
-      for (; r < R; r++) y[r * rows + row] = (add ? y[r * rows + row] : 0) + dot(f, x + r * n, n);
     }
   }
 }

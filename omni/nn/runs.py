@@ -22,7 +22,7 @@ from torch import Tensor
 
 from omni.nn.cache import History
 
-QUERIES = 256  # of a causal run after earlier positions, in one call of attention: bounds the mask
+QUERIES = 512  # of a causal run after earlier positions, in one call of attention: bounds the mask
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class Runs:
             values.index_copy_(1, self.slots, v[0].to(values.dtype))
         wide = q.to(keys.dtype)
         if len(self._parts) == 1:
-            return self._of(self._parts[0], wide, keys, values).to(q.dtype)
-        out = torch.empty_like(wide)
-        for part in self._parts:
-            out[:, :, part.first : part.first + part.num] = self._of(part, wide, keys, values)
-        return out.to(q.dtype)
+            out = self._of(self._parts[0], wide, keys, values)
+        else:
+            out = torch.empty_like(wide)
+            for part in self._parts:
+                out[:, :, part.first : part.first + part.num] = self._of(part, wide, keys, values)
+        return _with_nan(out, q, k).to(q.dtype)
 
     def _of(self, run: Run, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of one run, (1, H, num, D)."""
@@ -103,6 +104,15 @@ class Runs:
                 ~seen, -math.inf
             )
         return self._biases[key]
+
+
+def _with_nan(out: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Attention whose result is NaN where a query or key is not finite. Without a mask the kernel of the CPU returns 0
+    there (torch 2.13), which would hide damaged weights."""
+    if q.device.type != "cpu" or math.isfinite(q.sum() + k.sum()):
+        return out
+    sound = q.isfinite().all(1).all(-1) & k.isfinite().all(1).all(-1)  # (1, N); sums of sound values may overflow
+    return out.masked_fill(~sound[:, None, :, None], math.nan)
 
 
 def _parts(run: Run) -> list[Run]:
