@@ -108,36 +108,44 @@ def _autoregressive_ids(runtime: Runtime, request: Request, ids: Sequence[int], 
     return inverse_cdf_sample(log_probs, log_probs.new_tensor(_noise(request, len(log_probs))))
 
 
-def draft_together(runtime: Runtime, proposals: Sequence[Propose]) -> list[tuple[Draft, Tensor | None]]:
-    """Drafts (1, K) for many requests that agree in `Propose.kind`, and the hidden state (W,) before each, if a pass
-    gave it. The tokens' noise belongs to the request. A head's other samples (the component of a latent mixture) depend
-    on the batch: with such a head "rejection" and "block" keep the distribution of a reply in another batch, not its
-    ids.
+def draft_together(
+    runtime: Runtime, proposals: Sequence[Propose]
+) -> list[tuple[Draft, Tensor | None] | NotFiniteError]:
+    """Drafts (1, K) for requests that agree in `Propose.kind`, and the hidden state (W,) before each, if a pass gave
+    it; an error for a request whose draft is not finite.
+
+    The tokens' noise belongs to the request. A head's other samples (the component of a latent mixture) depend on the
+    batch: with such a head "rejection" and "block" keep the distribution of a reply in another batch, not its ids.
     """
     requests, joint = [one.request for one in proposals], runtime.model.joint
     assert joint is not None
+    call: CacheCall | StateCall
+    starts: Sequence[Tensor | None]
     if proposals[0].append is None:
-        call: CacheCall | StateCall = StateCall(
-            runtime.model, torch.stack([r.state for r in requests if r.state is not None])
-        )
+        call = StateCall(runtime.model, torch.stack([r.state for r in requests if r.state is not None]))
         draft, starts = _draft_recurrently(runtime, requests, call), [None] * len(requests)
     else:
-        call = CacheCall(
-            runtime.model, [one.append for one in proposals if one.append is not None], runtime.control.pad
-        )
-        num = max(request.draft_length for request in requests)
+        appends = [one.append for one in proposals if one.append is not None]
+        call, num = CacheCall(runtime.model, appends, runtime.control.pad), max(r.draft_length for r in requests)
         noise = [_noise(r, num) if r.options.text.temperature else [0.5] * num for r in requests]
         uniforms = torch.tensor(noise, dtype=torch.float64, device=runtime.device)
         draft = joint.head.sample(call, uniforms, requests[0].key.fold("draft", requests[0].num_tokens))
         starts = list(call.start)
-    _require_sound(runtime, requests, call, draft)
-    if not proposals[0].needs_log_q and isinstance(call, CacheCall):
-        # The same pass gives the distribution of the first token, so its autoregressive id is known and always
-        # accepted.
-        logits = runtime.model.token.read(call.start)
-        first = [_autoregressive_ids(runtime, r, (), logits[b : b + 1]) for b, r in enumerate(requests)]
-        draft = replace(draft, ids=torch.cat([torch.stack(first), draft.ids[:, 1:]], 1))
-    return [(_row_of(draft, b), start) for b, start in enumerate(starts)]
+    errors = _errors(runtime, requests, call, draft)
+    found: list[tuple[Draft, Tensor | None] | NotFiniteError] = []
+    for b, (proposal, error) in enumerate(zip(proposals, errors, strict=True)):
+        one = _row_of(draft, b)
+        if error is None and proposal.append is not None and not proposal.needs_log_q:
+            one = _with_first_id(runtime, proposal.request, one, call.start[b])
+        found.append(error or (one, starts[b]))
+    return found
+
+
+def _with_first_id(runtime: Runtime, request: Request, draft: Draft, start: Tensor) -> Draft:
+    """The same pass gives the distribution of the first token, so its autoregressive id is known and always
+    accepted."""
+    first = _autoregressive_ids(runtime, request, (), runtime.model.token.read(start[None]))
+    return replace(draft, ids=torch.cat([first[None], draft.ids[:, 1:]], 1))
 
 
 def _row_of(draft: Draft, b: int) -> Draft:
@@ -174,20 +182,28 @@ def _draft_recurrently(runtime: Runtime, requests: Sequence[Request], call: Stat
     return Draft(ids, log_probs if wants_log_probs else None, len(chosen))
 
 
-def _require_sound(runtime: Runtime, requests: Sequence[Request], call: CacheCall | StateCall, draft: Draft) -> None:
-    """NotFiniteError if the head's logits or probabilities are not finite."""
+def _errors(
+    runtime: Runtime, requests: Sequence[Request], call: CacheCall | StateCall, draft: Draft
+) -> list[NotFiniteError | None]:
+    """An error for each request for which the head's logits or probabilities are not finite."""
     wrong = torch.zeros(len(draft.ids), dtype=torch.bool, device=draft.ids.device)
     wrong = wrong if call.unsound is None else wrong | call.unsound
     if draft.log_q is not None:
         wrong = wrong | draft.log_q.gather(-1, draft.ids.unsqueeze(-1)).isnan().flatten(1).any(1)
-    for b, request in enumerate(requests):
-        if wrong[b]:
-            logits = runtime.model.token.read(call.start[b : b + 1])
-            masked_scores(logits, torch.zeros_like(logits), [request.num_tokens])  # raises if the token head caused it
-            raise NotFiniteError(
-                f"the joint-token head's draft from token {request.num_tokens + 1} of the reply on is not finite: its "
-                "weights are damaged; check the model's files with `omni verify`, or take tokens_per_pass = 1"
-            )
+    flags = zip(requests, wrong.tolist(), strict=True)
+    return [_error(runtime, request, call.start[b]) if bad else None for b, (request, bad) in enumerate(flags)]
+
+
+def _error(runtime: Runtime, request: Request, start: Tensor) -> NotFiniteError:
+    logits = runtime.model.token.read(start[None])
+    try:
+        masked_scores(logits, torch.zeros_like(logits), [request.num_tokens])
+    except NotFiniteError as error:  # the token head caused it
+        return error
+    return NotFiniteError(
+        f"the joint-token head's draft from token {request.num_tokens + 1} of the reply on is not finite: its weights "
+        "are damaged; check the model's files with `omni verify`, or take tokens_per_pass = 1"
+    )
 
 
 def _noise(request: Request, num: int) -> list[float]:
