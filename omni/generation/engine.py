@@ -69,6 +69,7 @@ class Engine:
         self.grammar = Grammar(model.tokenizer, model.config, spec, device)
         self.pool = model.transformer.new_pool(max_positions)
         self.prefixes, self.latents = Prefixes(kept_positions), Latents(kept_positions)
+        self.pool.make_room = self.prefixes.make_room
         self.runtime = Runtime(model, model.tokenizer, self.grammar, self.pool, self.latents)
         native = CompiledStep(model.transformer, model.token.output_weight) if compile else None
         self.steps = Steps(self.runtime, native, budget)
@@ -213,9 +214,10 @@ class Engine:
         """`options` with the model's defaults filled in. ValueError names an impossible value."""
         joint = self.model.config.joint
         length = 1 if joint is None else joint.length
-        usual = 1 if self.steps.native is not None else length  # native steps of one token are the faster way
         own = check_defaults(self.model.defaults)
-        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **own})
+        if self.steps.native is not None:
+            own["tokens_per_pass"] = 1  # native code costs less per token than a draft (see train.tools.decoding)
+        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": 1, **own})
         num = out.speculative.tokens_per_pass or 1
         if num > length:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head drafts {length}"

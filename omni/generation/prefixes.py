@@ -87,6 +87,13 @@ class Prefixes:
         while sum(one.length for one in self._kept.values()) > self.max_positions:
             self._kept.popitem(last=False)[1].release()
 
+    def make_room(self) -> bool:
+        """Release the history that was used least recently; False where none is kept."""
+        if not self._kept:
+            return False
+        self._kept.popitem(last=False)[1].release()
+        return True
+
     def clear(self) -> None:
         for one in self._kept.values():
             one.release()

@@ -11,7 +11,7 @@ Legend: L layers, R batch rows, G key heads, K keys, D head width, N new positio
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,16 +72,21 @@ class Pool:
         self.v = torch.empty_like(self.k)
         self.max_pages = max_positions // PAGE
         self.num_pages = self.pages_in_use = 0
+        self.make_room: Callable[[], bool] | None = None  # gives back pages that are only kept; False: there are none
         self._free: list[tuple[int, int]] = []  # (first page, pages), by first page; neighbours are merged
 
     def take(self, pages: int) -> int:
-        """The first page of a run of free pages. PoolFullError beyond `max_positions`."""
+        """The first page of a run of free pages. PoolFullError beyond `max_positions`, if `make_room` does not help."""
         for index, (first, count) in enumerate(self._free):
             if count >= pages:
                 self._free[index : index + 1] = [(first + pages, count - pages)] if count > pages else []
                 self.pages_in_use += pages
                 return first
-        self._grow(pages)
+        try:
+            self._grow(pages)
+        except PoolFullError:
+            if self.make_room is None or not self.make_room():
+                raise
         return self.take(pages)
 
     def give_back(self, first: int, pages: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,20 @@ QUERIES = 512  # of a causal run after earlier positions, in one call of attenti
 
 @dataclass(frozen=True)
 class Run:
-    """Positions first to first + num of a pass, in slots `at` to `at + num` of the history."""
+    """Positions first to first + num of a pass, in slots `at` to `at + num` of the history.
+
+    causal: each sees those of the run before it; else all. ranks: instead, each sees those of no higher rank. seen: the
+    run sees that many positions of the history before its own (None: all), such as the finished ones where several
+    blocks of a request are in refinement.
+    """
 
     history: History
     first: int
     num: int
     at: int
     causal: bool
+    ranks: tuple[int, ...] | None = None
+    seen: int | None = None
 
 
 class Runs:
@@ -45,14 +52,14 @@ class Runs:
         self.num = sum(run.num for run in runs)
         self._slots: Tensor | None = None
         self._parts = [part for run in self.runs for part in _parts(run)]
-        self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._biases: dict[object, Tensor] = {}
 
     def first(self, num: int) -> Runs:
         """The same without runs after the first `num` positions of each history."""
         runs, first = [], 0
         for run in self.runs:
             if run.at - run.history.length < num:
-                runs.append(Run(run.history, first, run.num, run.at, run.causal))
+                runs.append(replace(run, first=first))
                 first += run.num
         return Runs(runs)
 
@@ -85,24 +92,30 @@ class Runs:
 
     def _of(self, run: Run, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of one run, (1, H, num, D)."""
-        start = run.history.start
-        seen = slice(start, start + run.at + run.num)
+        start, before = run.history.start, run.at if run.seen is None else run.seen
         mine = q[:, :, run.first : run.first + run.num]
-        causal = run.causal and run.num > 1
-        bias = self._bias(run.num, run.at, q) if causal and run.at else None
-        return F.scaled_dot_product_attention(
-            mine, keys[None, :, seen], values[None, :, seen], attn_mask=bias, is_causal=causal and not run.at,
-            enable_gqa=q.shape[1] != keys.shape[0],
-        )  # fmt: skip
+        if before == run.at:
+            k, v = (store[None, :, start : start + run.at + run.num] for store in (keys, values))
+        else:
+            own = slice(start + run.at, start + run.at + run.num)
+            k, v = (torch.cat([x[:, start : start + before], x[:, own]], 1)[None] for x in (keys, values))
+        causal = run.causal and run.num > 1 and run.ranks is None
+        bias = self._bias(run, before, q) if (causal and before) or run.ranks is not None else None
+        gqa = q.shape[1] != keys.shape[0]
+        return F.scaled_dot_product_attention(mine, k, v, bias, is_causal=causal and not before, enable_gqa=gqa)
 
-    def _bias(self, num: int, at: int, like: Tensor) -> Tensor:
-        """(num, at + num): 0 where a position sees a slot, else -inf."""
-        key = num, at, like.dtype
+    def _bias(self, run: Run, before: int, like: Tensor) -> Tensor:
+        """(num, before + num): 0 where a position sees a key, else -inf."""
+        key = run.num, before, run.ranks, like.dtype
         if key not in self._biases:
-            seen = torch.ones(num, at + num, dtype=torch.bool, device=like.device).tril(at)
-            self._biases[key] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
-                ~seen, -math.inf
-            )
+            seen = torch.ones(run.num, before + run.num, dtype=torch.bool, device=like.device)
+            if run.ranks is None:
+                seen = seen.tril(before)
+            else:
+                ranks = torch.tensor(run.ranks, device=like.device)
+                seen[:, before:] = ranks[None, :] <= ranks[:, None]
+            bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            self._biases[key] = bias.masked_fill_(~seen, -math.inf)
         return self._biases[key]
 
 
@@ -119,6 +132,5 @@ def _parts(run: Run) -> list[Run]:
     """A long causal run after earlier positions, in pieces of QUERIES."""
     if not run.causal or run.at == 0 or run.num <= QUERIES:
         return [run]
-    return [
-        Run(run.history, run.first + n, min(QUERIES, run.num - n), run.at + n, True) for n in range(0, run.num, QUERIES)
-    ]
+    starts = range(0, run.num, QUERIES)
+    return [replace(run, first=run.first + n, num=min(QUERIES, run.num - n), at=run.at + n) for n in starts]

@@ -310,7 +310,7 @@ class Transformer(nn.Module):
         self, stream: Stream, memory: Memory | Runs, h: Tensor | Dual
     ) -> Callable[[int], Callable[..., Any]]:
         """The attention of each layer of a pass over blocks."""
-        if isinstance(memory, Runs):
+        if isinstance(memory, Runs):  # their order and bounds are those of the runs, not of the stream
             return lambda index: partial(memory.attend, index)
         backend, mask = self._block_backend(stream.position.device), memory.mask(stream)
         if not isinstance(h, Dual):
