@@ -11,17 +11,32 @@ from torch import Tensor
 import omni
 from omni.generation.engine import Engine
 from omni.generation.request import Phase, Request
+from omni.heads.joint import JointConfig
 from omni.model import Omni
 from omni.rng import Key
 
 
 def living(directory: Path) -> Omni:
     """The model, with random weights in place of zero starts."""
-    model = omni.from_pretrained(directory)
+    return enliven(omni.from_pretrained(directory))
+
+
+def enliven(model: Omni) -> Omni:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modulation" in name or "velocity" in name:
                 parameter.copy_(Key(0).fold(name).normal(tuple(parameter.shape)) * 0.2)
+    return model
+
+
+def with_head(directory: Path, head: str, length: int = 4) -> Omni:
+    """The saved model with a joint-token head, which drafts by default."""
+    plain = omni.from_pretrained(directory)
+    joint = JointConfig(head=head, length=length, adapter_rank=2)
+    model = Omni(plain.config.model_copy(update={"joint": joint}), Key(0)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    model.tokenizer, model.codec = plain.tokenizer, plain.codec
+    model.defaults = {**plain.defaults, "tokens_per_pass": length}
     return model
 
 

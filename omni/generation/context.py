@@ -98,15 +98,15 @@ def run_context(
     causal: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """One pass that writes and commits all appends. Returns the hidden states (n, W) of each append, and those of
-    placeholders (B, m, W) after it, which are not committed.
+    placeholders (B, m, W) after the first B appends, which are not committed.
 
     placeholders: inputs (B, m, W). causal: each sees those before it; else all of its block. step: native code, used
     where it can compute the pass.
     """
     lengths = [len(one) for one in appends]
-    m = 0 if placeholders is None else placeholders.shape[1]
-    for one in appends:
-        one.history.reserve(len(one) + m)
+    B, m = (0, 0) if placeholders is None else placeholders.shape[:2]
+    for b, one in enumerate(appends):
+        one.history.reserve(len(one) + (m if b < B else 0))
     runs, first = [], 0
     for one in appends:
         runs += one.runs(first)
@@ -121,7 +121,7 @@ def run_context(
     for one in appends:
         one.history.commit(len(one), one.laid.next_position, one.laid.next_block, one.marks)
     num = sum(lengths)
-    behind = hidden[num:].view(len(appends), m, hidden.shape[-1])
+    behind = hidden[num:].view(B, m, hidden.shape[-1])
     return list(hidden[:num].split(lengths)), behind
 
 
@@ -136,7 +136,7 @@ def _pass(
     h = model.embed_context(rows.ids.to(device), rows.latents.to(device) if some else None, is_latent)
     tail = None
     if placeholders is not None and placeholders.shape[1]:
-        tail = _tail(model, appends, runs, placeholders, causal)
+        tail = _tail(model, appends[: len(placeholders)], runs, placeholders, causal)
     latent = False if is_latent is None else is_latent
     return model.transformer.extend(h, rows.position.to(device), latent, runs, tail)[0]
 

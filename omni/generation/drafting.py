@@ -30,10 +30,16 @@ class DraftReads(Reads):
 
 class CacheCall(DraftReads):
     """A joint-token block after each of B histories, and after spans that they do not hold yet. The first pass appends
-    the spans and computes the placeholders, so a prompt, a picture or the last token needs no pass of its own."""
+    the spans and computes the placeholders, so a prompt, a picture or the last token needs no pass of its own.
 
-    def __init__(self, model: Backbone, appends: Sequence[Append], pad_id: int = 0) -> None:
-        self.model, self.appends, self.pad_id = model, appends, pad_id
+    beside: appends of other requests that the first pass computes too; `hidden` are their states (n, W).
+    """
+
+    def __init__(
+        self, model: Backbone, appends: Sequence[Append], pad_id: int = 0, beside: Sequence[Append] = ()
+    ) -> None:
+        self.model, self.appends, self.pad_id, self.beside = model, appends, pad_id, beside
+        self.hidden: list[Tensor] = []
         self.passes = 0
         self._start: Tensor | None = None
 
@@ -61,8 +67,9 @@ class CacheCall(DraftReads):
     def _append(self, inputs: Tensor, causal: bool) -> Tensor:
         """The first pass; (B, 1 + n, W), the start first."""
         self.passes += 1
-        hidden, behind = run_context(self.model, self.appends, self.pad_id, None, inputs, causal)
-        self._start = torch.stack([one[-1] for one in hidden])
+        num, appends = len(self.appends), [*self.appends, *self.beside]
+        hidden, behind = run_context(self.model, appends, self.pad_id, None, inputs, causal)
+        self._start, self.hidden = torch.stack([one[-1] for one in hidden[:num]]), hidden[num:]
         return torch.cat([self._start.unsqueeze(1), behind], 1)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from omni.errors import NotFiniteError
-from omni.generation.context import append_of
+from omni.generation.context import Append, append_of
 from omni.generation.drafting import CacheCall, StateCall
 from omni.generation.events import Drafted
 from omni.generation.request import Request
@@ -109,10 +109,11 @@ def _autoregressive_ids(runtime: Runtime, request: Request, ids: Sequence[int], 
 
 
 def draft_together(
-    runtime: Runtime, proposals: Sequence[Propose]
-) -> list[tuple[Draft, Tensor | None] | NotFiniteError]:
+    runtime: Runtime, proposals: Sequence[Propose], beside: Sequence[Append] = ()
+) -> tuple[list[tuple[Draft, Tensor | None] | NotFiniteError], list[Tensor]]:
     """Drafts (1, K) for requests that agree in `Propose.kind`, and the hidden state (W,) before each, if a pass gave
-    it; an error for a request whose draft is not finite.
+    it; an error for a request whose draft is not finite. And the hidden states of `beside`, which the same
+    pass computes; none where no pass was needed.
 
     The tokens' noise belongs to the request. A head's other samples (the component of a latent mixture) depend on the
     batch: with such a head "rejection" and "block" keep the distribution of a reply in another batch, not its ids.
@@ -126,7 +127,8 @@ def draft_together(
         draft, starts = _draft_recurrently(runtime, requests, call), [None] * len(requests)
     else:
         appends = [one.append for one in proposals if one.append is not None]
-        call, num = CacheCall(runtime.model, appends, runtime.control.pad), max(r.draft_length for r in requests)
+        call = CacheCall(runtime.model, appends, runtime.control.pad, beside)
+        num = max(r.draft_length for r in requests)
         noise = [_noise(r, num) if r.options.text.temperature else [0.5] * num for r in requests]
         uniforms = torch.tensor(noise, dtype=torch.float64, device=runtime.device)
         draft = joint.head.sample(call, uniforms, requests[0].key.fold("draft", requests[0].num_tokens))
@@ -138,7 +140,7 @@ def draft_together(
         if error is None and proposal.append is not None and not proposal.needs_log_q:
             one = _with_first_id(runtime, proposal.request, one, call.start[b])
         found.append(error or (one, starts[b]))
-    return found
+    return found, call.hidden if isinstance(call, CacheCall) else []
 
 
 def _with_first_id(runtime: Runtime, request: Request, draft: Draft, start: Tensor) -> Draft:

@@ -63,6 +63,9 @@ class Active:
         self.events.append(Failed(error))
 
 
+Parts = list[tuple[Active, Append]]  # parts of Reads, of one context pass
+
+
 @dataclass
 class Steps:
     """budget: positions of a context pass beyond short reads, and of a refine pass. native: the native step, or
@@ -77,8 +80,10 @@ class Steps:
     @torch.inference_mode()
     def step(self, active: Sequence[Active]) -> None:
         """One context pass and one refine pass for everything that waits."""
-        self._propose([one for one in active if isinstance(one.work, Propose)])
-        self._read([one for one in active if isinstance(one.work, Read)], alone=len(active) == 1)
+        parts = self._parts([one for one in active if isinstance(one.work, Read)], alone=len(active) == 1)
+        parts = self._propose([one for one in active if isinstance(one.work, Propose)], parts)
+        if parts:
+            self._together([one for one, _ in parts], lambda: self._done(parts, self._pass(parts)))
         self._evaluate([one for one in active if isinstance(one.work, Evaluate)])
         self._decode([one for one in active if isinstance(one.work, Decode)])
         for event in (event for one in active for event in one.events if isinstance(event, Drafted)):
@@ -86,8 +91,9 @@ class Steps:
 
     # ---- the context pass -----------------------------------------------------------------------------------------
 
-    def _read(self, active: Sequence[Active], alone: bool) -> None:
-        parts: list[tuple[Active, Append]] = []
+    def _parts(self, active: Sequence[Active], alone: bool) -> Parts:
+        """What a context pass reads of each Read, within the budget."""
+        parts: Parts = []
         left = ALONE if alone else self.budget
         for one in sorted(active, key=lambda one: _rest(one) > SHORT):
             assert isinstance(one.work, Read)
@@ -106,13 +112,16 @@ class Steps:
                 left -= stop
                 if stop < len(rest):
                     break
-        parts = [(one, part) for one, part in parts if not one.is_over]
-        if parts:
-            self._together(active, lambda: self._pass(parts))
+        return [(one, part) for one, part in parts if not one.is_over]
 
-    def _pass(self, parts: Sequence[tuple[Active, Append]]) -> None:
-        hidden, _ = run_context(self.runtime.model, [part for _, part in parts], self.runtime.control.pad, self.native)
-        self.computed += sum(map(len, hidden))
+    def _pass(self, parts: Parts) -> list[Tensor]:
+        """Hidden states (n, W) of each part."""
+        appends = [part for _, part in parts]
+        self.computed += sum(map(len, appends))
+        return run_context(self.runtime.model, appends, self.runtime.control.pad, self.native)[0]
+
+    def _done(self, parts: Parts, hidden: Sequence[Tensor]) -> None:
+        """Turns go on whose Read is done."""
         for (one, part), states in zip(parts, hidden, strict=True):
             assert isinstance(one.work, Read)
             number = next(n for n, append in enumerate(one.work.appends) if append.history is part.history)
@@ -133,25 +142,32 @@ class Steps:
         token = self.runtime.model.token
         return token.read(hidden) if self.native is None else token.cap(self.native.read(hidden))
 
-    def _propose(self, active: Sequence[Active]) -> None:
-        """Drafts, in one pass for all requests that can share it."""
-        groups: dict[object, list[Active]] = {}
+    def _propose(self, active: Sequence[Active], parts: Parts) -> Parts:
+        """Drafts, together for all requests that agree in `Propose.kind`. The first pass computes the parts too;
+        returns those that no pass has computed."""
+        groups: dict[tuple[bool, bool], list[Active]] = {}
         for one in active:
             assert isinstance(one.work, Propose)
             append, num = one.work.append, one.work.request.options.speculative.tokens_per_pass or 1
             if append is None or _has_room(one, [(append.history, len(append) + num)]):
                 groups.setdefault(one.work.kind, []).append(one)
-        for group in groups.values():
-            self._together(group, lambda group=group: self._draft(group))
+        for (needs_no_pass, _), group in groups.items():
+            beside, parts = ([], parts) if needs_no_pass or self.native is not None else (parts, [])
+            together = [*group, *(one for one, _ in beside)]
+            self._together(together, lambda group=group, beside=beside: self._draft(group, beside))
+        return parts
 
-    def _draft(self, group: Sequence[Active]) -> None:
+    def _draft(self, group: Sequence[Active], beside: Parts) -> None:
         works = [one.work for one in group if isinstance(one.work, Propose)]
         self.computed += sum(len(work.append) + work.request.draft_length for work in works if work.append is not None)
-        for one, result in zip(group, draft_together(self.runtime, works), strict=True):
+        self.computed += sum(len(part) for _, part in beside)
+        found, hidden = draft_together(self.runtime, works, [part for _, part in beside])
+        for one, result in zip(group, found, strict=True):
             if isinstance(result, Exception):
                 one.fail(result)
             else:
                 one.resume(result)
+        self._done(beside, hidden)
 
     # ---- the refine pass ------------------------------------------------------------------------------------------
 

@@ -205,7 +205,7 @@ class History:
     def rest(self) -> None:
         """Nothing more will be written: the first fork that goes on from the end needs no copy."""
         if self._extent is not None and self._extent.writer is self:
-            self._extent.writer = None
+            self._extent.writer, self._extent.shared = None, max(self._extent.shared, self.length)
 
     def release(self) -> None:
         """Give the pages back where nobody else reads them. The history is empty afterwards."""

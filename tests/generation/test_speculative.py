@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from scripted import with_head
 from torch import Tensor
 
 import omni
@@ -19,8 +20,7 @@ from omni.generation.options import GenerationOptions
 from omni.generation.reply import Reply
 from omni.generation.request import Request
 from omni.generation.speculative import _noise
-from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
-from omni.model import Omni
+from omni.heads.joint import JOINT_HEADS, After, Draft, JointHead
 from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -59,15 +59,6 @@ class FourIds(JointHead):
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
         raise NotImplementedError
-
-
-def with_head(tiny_model, head: str) -> Omni:  # noqa: ANN001
-    plain = omni.from_pretrained(tiny_model)
-    joint = JointConfig(head=head, length=K, adapter_rank=2)
-    model = Omni(plain.config.model_copy(update={"joint": joint}), Key(0)).eval()
-    model.load_state_dict(plain.state_dict(), strict=False)
-    model.tokenizer, model.codec, model.defaults = plain.tokenizer, plain.codec, plain.defaults
-    return model
 
 
 @pytest.fixture(params=["product", "roll_out", "sequential"])
@@ -381,3 +372,15 @@ def test_impossible_options_raise(tiny_model, changes: dict, message: str) -> No
 def test_drafts_without_a_joint_token_head_raise(tiny_model) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="no joint-token head"):
         Engine(omni.from_pretrained(tiny_model)).generate("x", tokens_per_pass=2)
+
+
+def test_drafts_are_a_default_of_the_model(tiny_model) -> None:  # noqa: ANN001
+    """Without it a reply is decoded id by id; the request decides."""
+    model = with_head(tiny_model, "product")
+
+    def passes(**options: int) -> int | None:
+        return Engine(model).resolve(GenerationOptions(**options)).speculative.tokens_per_pass  # type: ignore[arg-type]
+
+    assert (passes(), passes(tokens_per_pass=2)) == (K, 2)
+    model.defaults = {}
+    assert (passes(), passes(tokens_per_pass=2)) == (1, 2)
