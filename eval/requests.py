@@ -90,7 +90,7 @@ def requests(
     raise ValueError(f"found {len(found)} of {number} requests of {dict(mixture)}; relax the task's `kinds`")
 
 
-def of_kinds(options: RequestOptions) -> Callable[[Mapping[str, Any]], bool]:
+def kind_filter(options: RequestOptions) -> Callable[[Mapping[str, Any]], bool]:
     return lambda meta: not options.kinds or meta["kind"] in options.kinds
 
 

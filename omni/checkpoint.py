@@ -188,14 +188,16 @@ def publish(
         temporary.mkdir()
         if callable(files):
             files(temporary)
-            entries = _sync_written(temporary)
+            entries = _entries_of_written(temporary)
         else:
-            entries = {name: _write_content(temporary / name, content) for name, content in _expand(files).items()}
+            entries = {
+                name: _write_content(temporary / name, content) for name, content in _listed_files(files).items()
+            }
         body = {"format": FORMAT, "files": dict(sorted(entries.items())), "info": dict(info or {})}
         _write(temporary / MANIFEST, _render_manifest(body))
         for folder in {temporary, *((temporary / name).parent for name in entries)}:
             _sync_directory(folder)
-        _swap_in(temporary, directory)
+        _move_into_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
@@ -222,7 +224,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if body.get("format", FORMAT) != FORMAT and intact:
         raise DamagedError(f"{path} has format {body['format']!r:.80}; this version of omni reads format {FORMAT}")
     if not intact:
-        raise DamagedError(_damaged(path))
+        raise DamagedError(_wrong_digest_message(path))
     try:
         return _Manifest.model_validate(body).model_dump()
     except ValidationError as error:
@@ -267,7 +269,7 @@ def remove_leftovers(folder: str | Path) -> None:
     Only for the single writer of `folder`: it deletes another writer's work in progress.
     """
     folder = Path(folder)
-    found = [(match, path) for path in _entries(folder) if (match := _LEFTOVER.fullmatch(path.name))]
+    found = [(match, path) for path in _paths_in(folder) if (match := _LEFTOVER.fullmatch(path.name))]
     for match, path in sorted(found, key=lambda one: one[1].stat(follow_symlinks=False).st_mtime_ns, reverse=True):
         home = folder / match["name"]
         if match["kind"] == "old" and not os.path.lexists(home):
@@ -278,7 +280,7 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _paths_in(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
@@ -296,11 +298,11 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
         size = path.stat().st_size
         raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it is cut or changed; download it again")
     if _digest(data) != entry["blake2b"]:
-        raise DamagedError(_damaged(path))
+        raise DamagedError(_wrong_digest_message(path))
     return data
 
 
-def _damaged(path: Path) -> str:
+def _wrong_digest_message(path: Path) -> str:
     return f"{path} does not match its digest: one or more bytes changed; download it again"
 
 
@@ -313,7 +315,7 @@ def _render_manifest(body: Mapping[str, Any]) -> bytes:
     return (json.dumps({**body, "blake2b": _digest(canonical.encode())}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _expand(files: Mapping[str, Content]) -> dict[str, Content]:
+def _listed_files(files: Mapping[str, Content]) -> dict[str, Content]:
     flat: dict[str, Content] = {}
     for name, content in files.items():
         _check_name(name)
@@ -349,7 +351,7 @@ def _write_content(path: Path, content: Content) -> dict[str, Any]:
     return _entry(data)
 
 
-def _sync_written(directory: Path) -> dict[str, dict[str, Any]]:
+def _entries_of_written(directory: Path) -> dict[str, dict[str, Any]]:
     entries = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -379,7 +381,7 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _swap_in(temporary: Path, directory: Path) -> None:
+def _move_into_place(temporary: Path, directory: Path) -> None:
     aside = directory.with_name(f".{directory.name}.old-{uuid.uuid4().hex[:8]}")
     if directory.exists():
         os.rename(directory, aside)

@@ -31,8 +31,8 @@ _Keys = tuple[str | int, ...]
 MAX_DEPTH = 64  # of nested lists and tables
 MAX_FILE_BYTES = 16 << 20  # of a configuration
 MAX_OVERRIDE = 10_000  # characters
-_PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)"""
-_LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*\[*[ \t]*(?:{_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH},}}", re.MULTILINE)
+_KEY_PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)"""
+_LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*\[*[ \t]*(?:{_KEY_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH},}}", re.MULTILINE)
 
 
 class Frozen(BaseModel):
@@ -264,12 +264,12 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
     dotted = f"{'.'.join(map(str, keys)):.200}"
     if item["type"] == "extra_forbidden":
         siblings = _fields_at(schema, keys[:-1])
-        hint = nearest(str(keys[-1]), siblings) or _elsewhere(str(keys[-1]), schema)
-        return f"{source}: unknown key {dotted!r}{hint or _known(siblings)}"
+        hint = nearest(str(keys[-1]), siblings) or _hint_of_deeper_key(str(keys[-1]), schema)
+        return f"{source}: unknown key {dotted!r}{hint or _hint_of_known_keys(siblings)}"
     if item["type"] == "missing":
         return f"{source}: key {dotted!r} is missing; set it"
     field = _field_at(schema, keys)
-    message = (field and _wanted(item, field)) or item["msg"].removeprefix("Value error, ")
+    message = (field and _range_message(item, field)) or item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and isinstance(item["input"], Mapping | BaseModel):
         return f"{source}: {dotted}: {message}" if keys else f"{source}: {message}"  # the message names the key in it
     return f"{source}: {dotted} = {_short(item['input'])}: {message}" if keys else f"{source}: {message}"
@@ -296,7 +296,7 @@ _BOUNDS = {"ge": "at least {}", "gt": "greater than {}", "le": "at most {}", "lt
 _OF_NUMBERS = ("greater_than", "less_than", "int_", "float_", "finite_number")
 
 
-def _wanted(item: ErrorDetails, field: FieldInfo) -> str | None:
+def _range_message(item: ErrorDetails, field: FieldInfo) -> str | None:
     """The valid range of a field, and a way out; None to use pydantic's message."""
     types_of = set(typing.get_args(field.annotation)) | {field.annotation}
     if item["type"].startswith("bool_"):
@@ -334,7 +334,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {lowered[matches[0]]!r}?" if matches else ""
 
 
-def _known(names: Iterable[str]) -> str:
+def _hint_of_known_keys(names: Iterable[str]) -> str:
     listed = ", ".join(sorted(names))
     return f"; known keys: {listed}" if listed else "; this table takes no keys"
 
@@ -379,7 +379,7 @@ def _is_tag(model: type[BaseModel], tag: str) -> bool:
     return model.__name__ == tag or any(tag in args for args in literals)
 
 
-def _elsewhere(name: str, schema: type[BaseModel]) -> str:
+def _hint_of_deeper_key(name: str, schema: type[BaseModel]) -> str:
     """A valid key one or more tables below: `lr` -> did you mean 'optimiser.lr'?"""
     dotted = _dotted_fields(schema, "", 0)
     found = [key for key in dotted if key.rpartition(".")[2] == name]

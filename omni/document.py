@@ -157,7 +157,9 @@ class Document:
         The text is untrusted: shapes are counted against `max_pixels` and `max_frames` (of all pictures and clips
         together) before media are decompressed, and memory is allocated as bytes arrive.
         """
-        data = _known(parse_bounded(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",))
+        data = _mapping_with_keys(
+            parse_bounded(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",)
+        )
         segments, meta = data["segments"], data.get("meta", {})
         if not isinstance(segments, list):
             raise ValueError(f"segments of the Document must be a list, got {type(segments).__name__}")
@@ -184,7 +186,7 @@ def parse_bounded(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return parse_json(text, name)
 
 
-def _known(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+def _mapping_with_keys(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """`data` as a mapping with the keys `needed` and none but these and `optional`. ValueError otherwise."""
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be a mapping, got {type(data).__name__}")
@@ -253,7 +255,7 @@ def _segment_from_dict(data: Any, budget: Budget) -> Segment:
     kind = data.get("type") if isinstance(data, dict) else None
     if isinstance(data, dict) and (not isinstance(kind, str) or kind not in _KEYS):
         raise ValueError(f"unknown segment type {kind!r:.80}; known: text, image, video")
-    data = _known(data, "it", _KEYS.get(kind or "", ()))
+    data = _mapping_with_keys(data, "it", _KEYS.get(kind or "", ()))
     role, supervise = data["role"], data["supervise"]
     roles = [str(known) for known in Role]
     if not isinstance(role, str) or role not in roles:

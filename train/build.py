@@ -44,16 +44,16 @@ from train.optim.optimiser import build_optimiser
 from train.optim.target import build_target
 from train.recipe import DataConfig, Recipe
 from train.sampler import choose_sampler
-from train.upcycling import with_copies
+from train.upcycling import with_latent_weights
 from train.validation import Validation
 
-DRAWS = 2  # how noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each
+NOISE_VERSION = 2  # how noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each
 
 # Settings of a model that change none of its numbers, and those that shapes or names of weights reveal.
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
 # Values of a setting that another value can follow: upcycling copies the missing weights.
-NOT_YET = {"latent_weights": "shared"}
+UPCYCLED_FROM = {"latent_weights": "shared"}
 
 
 def build_run(recipe: Recipe, out: Path) -> Run:
@@ -92,7 +92,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         validation = Validation(loader, to_measure)
     identity = {
         "recipe": recipe.model_dump(mode="json"),
-        "draws": DRAWS,
+        "draws": NOISE_VERSION,
         "data": mixture.fingerprint() + more_data,
         "tokenizer": digest(tokenizer.describe()),
         "codec": _codec_fingerprint(codec),
@@ -135,7 +135,7 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
-def check_alone(recipe: Recipe) -> None:
+def check_without_inputs(recipe: Recipe) -> None:
     """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `build_run`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
     config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
@@ -164,12 +164,12 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
         if left:
             begin = f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
             print(begin, file=sys.stderr)
-        for difference in other_settings(recipe.init_from, model.config):
+        for difference in settings_differences(recipe.init_from, model.config):
             message = f"init_from {str(recipe.init_from)!r} has {difference}"
             if recipe.train_only:
                 raise ValueError(f"{message}; frozen weights cannot adapt: use the same")
             print(message, file=sys.stderr)
-        if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
+        if (preparation := preparation_difference(recipe.init_from, recipe.preparation)) is not None:
             print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
         if not recipe.init_partial:
             check_same_parts(recipe.init_from, tokenizer, codec)
@@ -203,7 +203,7 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     published, own = Published(directory), model.state_dict()
     saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()
-    saved = with_copies(saved, own)
+    saved = with_latent_weights(saved, own)
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     integers = [name for name, v in usable.items() if v.is_floating_point() != own[name].is_floating_point()]
     if integers:
@@ -222,7 +222,7 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     return left
 
 
-def other_settings(directory: Path, config: OmniConfig) -> list[str]:
+def settings_differences(directory: Path, config: OmniConfig) -> list[str]:
     """Settings that differ between `directory` and this recipe and that change no shape of a weight."""
     published, name = Published(directory), "config.json"
     if name not in published:
@@ -234,11 +234,11 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
         f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
         for prefix, a, b in pairs
         for name in sorted(a.keys() - WITHOUT_EFFECT)
-        if a[name] != b[name] and not (name in NOT_YET and a[name] == NOT_YET[name])
+        if a[name] != b[name] and not (name in UPCYCLED_FROM and a[name] == UPCYCLED_FROM[name])
     ]
 
 
-def other_preparation(directory: Path, ours: Preparation) -> str | None:
+def preparation_difference(directory: Path, ours: Preparation) -> str | None:
     """How `directory` prepares pictures and clips; None where this recipe does the same."""
     published, name = Published(directory), "preparation.json"
     if name not in published:

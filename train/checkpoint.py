@@ -184,7 +184,7 @@ def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
     saved = {"draws": 1} | saved  # format 1 did not record `draws`
     saved = {name: part for name, part in saved.items() if name in own}
     if isinstance(saved.get("recipe"), dict) and isinstance(own.get("recipe"), dict):
-        saved["recipe"] = _filled(without_retired(saved["recipe"]), own["recipe"])
+        saved["recipe"] = _with_missing_keys(without_retired(saved["recipe"]), own["recipe"])
     return compare(saved, own, CHANGEABLE, directory)
 
 
@@ -215,7 +215,7 @@ def _scalars(directory: Path) -> dict[str, Any]:
     return parse_json(checkpoint.read_bytes(directory / SCALARS), str(directory / SCALARS))
 
 
-def _filled(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _with_missing_keys(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The saved recipe, with the own value of each key that it lacks; tables of free keys are left as they are."""
     filled = {**own, **saved}
     for name, info in Recipe.model_fields.items():

@@ -20,12 +20,12 @@ LOCK = ".lock"
 _held: set[int] = set()
 
 
-def _let_go() -> None:
+def _close_in_fork() -> None:
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_in_fork)
 
 
 @contextlib.contextmanager

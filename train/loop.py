@@ -56,7 +56,7 @@ class Run:
     workers: WorkerLoader | None = None
     waited: float = 0.0  # seconds of waiting for data-loading workers, within steps
     changes: Sequence[state.Change] = ()  # of the recipe, since the checkpoint that was resumed
-    learns: bool = False  # whether an objective counted anything in any step
+    has_counted: bool = False  # whether an objective counted anything in any step
     between_updates: bool = True  # weights, optimiser and averages are of the same step and can be saved
     _ahead: Packed | Exception | None = None
 
@@ -128,15 +128,15 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
     values |= unweighted(parts)
     positions = sum(batch.num_positions for batch in batches)
-    require_lesson(run, parts)
+    require_counted_terms(run, parts)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
 
 
-def require_lesson(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
+def require_counted_terms(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
     """ValueError where no objective counted anything in the first steps."""
-    run.learns = run.learns or any(term.count for part in parts for term in part.values())
+    run.has_counted = run.has_counted or any(term.count for part in parts for term in part.values())
     first = min(FIRST_STEPS, run.recipe.max_steps)
-    if not run.learns and run.progress.step == first:
+    if not run.has_counted and run.progress.step == first:
         raise ValueError(
             f"the first {first} steps had nothing to learn from: no segment of their documents is supervised for any "
             "objective of this recipe; mark the segments to train on (supervise = true)"
@@ -209,7 +209,7 @@ def _step(run: Run, tracker: Tracker) -> None:
     if run.guard.num_skipped > skipped_before:
         tracker.report(f"step {step - 1} was not finite and is skipped; its documents are in metrics.jsonl")
         tracker.metrics(step - 1, {"event": "not finite", "documents": packed.documents})
-    tracker.progress(_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
+    tracker.progress(_progress_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
 
 
 def save(run: Run) -> Path:
@@ -293,7 +293,7 @@ def losses_of(metrics: Mapping[str, Any]) -> str:
     return "  ".join(found)
 
 
-def _line(run: Run, metrics: Mapping[str, Any]) -> str:
+def _progress_line(run: Run, metrics: Mapping[str, Any]) -> str:
     recipe, progress = run.recipe, run.progress
     losses = losses_of(metrics)
     left = progress.seconds / max(run.fraction(), 1e-9) - progress.seconds

@@ -71,10 +71,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def json_row(values: Mapping[str, Any]) -> str:
     """One line of a metrics.jsonl. Non-finite values are text: JSON has no NaN."""
-    return json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
+    return json.dumps({name: _json_value(value) for name, value in values.items()}) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.item()
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):

@@ -22,7 +22,7 @@ from train.loop import Run
 COLUMNS = 8
 
 
-def prompts(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
+def prompts_before_picture(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
     """For `count` of the documents: the part before the first supervised picture, that picture (H, W, 3), and whether
     it is a picture (else the first frame of a clip). Only documents whose assistant turn begins with it."""
     found: list[tuple[Document, torch.Tensor, bool]] = []
@@ -30,7 +30,9 @@ def prompts(documents: Iterable[Document], count: int) -> list[tuple[Document, t
         segments = document.segments
         where = next((i for i, s in enumerate(segments) if isinstance(s, Image | Video) and s.supervise), 0)
         if where and segments[where - 1].role != segments[where].role:
-            found.append((Document(segments[:where]), _still(segments[where]), isinstance(segments[where], Image)))
+            found.append(
+                (Document(segments[:where]), _first_frame(segments[where]), isinstance(segments[where], Image))
+            )
         if len(found) == count:
             break
     return found
@@ -45,7 +47,7 @@ def _unseen(document: Callable[[int], Document], attempts: int = 400) -> Iterato
 def draw_sheet(run: Run, path: Path) -> None:
     """Write the sheet of the run's current averages."""
     report = run.recipe.report
-    asked = prompts(run.held_out or _unseen(run.loader.document), report.sheet_pictures)
+    asked = prompts_before_picture(run.held_out or _unseen(run.loader.document), report.sheet_pictures)
     run.model.eval()
     try:
         with run.ema.applied(), torch.no_grad():
@@ -79,11 +81,11 @@ def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch
     drawn: list[torch.Tensor | None] = []
     for prompt, reply in zip(asked, replies, strict=True):
         made = [s for s in reply.document.segments[len(prompt.segments) :] if isinstance(s, Image | Video)]
-        drawn.append(_still(made[0]) if made else None)
+        drawn.append(_first_frame(made[0]) if made else None)
     return drawn
 
 
-def _still(segment: Segment) -> torch.Tensor:
+def _first_frame(segment: Segment) -> torch.Tensor:
     assert isinstance(segment, Image | Video)
     return segment.pixels if isinstance(segment, Image) else segment.frames[0]
 

@@ -52,7 +52,7 @@ from pydantic import Field, model_validator
 from omni.config import Frozen, build, nearest, parse_json, parse_toml
 from train import checkpoint as state
 from train import runs
-from train.build import build_run, check_alone
+from train.build import build_run, check_without_inputs
 from train.codec.loop import CodecRecipe, CodecRun
 from train.lock import hold
 from train.recipe import Recipe, with_flat_generation
@@ -63,7 +63,7 @@ from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
 RECORD = "recipe.json"  # the settings that made a stage; train.runs writes those of models and codecs
 INPUTS = ("tokenizer", "codec", "init_from")
 # What may differ from the record of a finished stage: none of it changes the product by design.
-HARMLESS = (
+WITHOUT_EFFECT = (
     *("device", "threads", "workers", "autocast", "compile", "latent_memory_mb", "report.*"),
     *("max_nonfinite", "batch.max_corrupt", "batch.min_corrupt"),
     *("eval_every", "eval_pictures", "final_pictures", "save_every"),
@@ -151,7 +151,7 @@ def plan(config: StagesConfig, source: str, out: Path) -> list[Stage]:
     ValueError names the stage and the key."""
     made: list[Stage] = []
     for listed in config.stages:
-        with of_stage(listed.name):
+        with naming_stage(listed.name):
             made.append(_planned(listed, config, source, out / listed.name, made))
     return made
 
@@ -226,7 +226,7 @@ def merged(base: Any, changes: Any, where: str) -> Any:
 
 
 @contextmanager
-def of_stage(name: str) -> Iterator[None]:
+def naming_stage(name: str) -> Iterator[None]:
     """Errors inside name the stage."""
     try:
         yield
@@ -247,7 +247,7 @@ def run(stages: list[Stage], resume: bool) -> int:
             raise ValueError(f"{where!r} holds {begun[0]!r} already; continue with --resume, or choose another --out")
         check_finished(stages)
         for stage in stages:
-            with of_stage(stage.name):
+            with naming_stage(stage.name):
                 check(stage)
         for number, stage in enumerate(stages, 1):
             title = f"stage {number} of {len(stages)}, {stage.name!r}"
@@ -255,8 +255,8 @@ def run(stages: list[Stage], resume: bool) -> int:
                 print(f"{title}: finished, {stage.product}", flush=True)
                 continue
             print(f"{title}: {stage.kind}, to {stage.product}", flush=True)
-            with of_stage(stage.name):
-                code = make(stage)
+            with naming_stage(stage.name):
+                code = run_stage(stage)
             if code:
                 print(f"{title}: stopped; continue with --resume", file=sys.stderr)
                 return code
@@ -268,7 +268,7 @@ def check_finished(stages: list[Stage]) -> None:
     unfinished = {str(stage.product): stage.name for stage in stages if not stage.finished}
     for stage in stages:
         if stage.finished:
-            with of_stage(stage.name):
+            with naming_stage(stage.name):
                 for path in stage.inputs:
                     if path in unfinished:
                         again = f"remove {str(stage.out)!r} to make it again"
@@ -286,10 +286,10 @@ def compare_with_record(stage: Stage) -> None:
     for name in INPUTS:  # two spellings of one path are equal
         if isinstance(saved.get(name), str) and isinstance(own.get(name), str):
             saved[name], own[name] = (str(Path(table[name]).resolve()) for table in (saved, own))
-    state.compare({"recipe": saved}, {"recipe": own}, HARMLESS, stage.out)
+    state.compare({"recipe": saved}, {"recipe": own}, WITHOUT_EFFECT, stage.out)
 
 
-def make(stage: Stage) -> int:
+def run_stage(stage: Stage) -> int:
     """Make one stage, or continue it. Returns the exit code."""
     if isinstance(stage.settings, Recipe):
         return runs.train_model(stage.settings, stage.out, bool(state.saved_steps(stage.out / "state")))
@@ -319,7 +319,7 @@ def dry_run(stages: list[Stage]) -> int:
     """Build and check every stage, train nothing, write nothing; print a line for each."""
     check_finished(stages)
     for stage in stages:
-        with of_stage(stage.name):
+        with naming_stage(stage.name):
             print(f"{stage.name}: {stage.kind}, {check(stage)}", flush=True)
     return 0
 
@@ -331,7 +331,7 @@ def check(stage: Stage) -> str:
     missing = [path for path in stage.inputs if not Path(path).is_dir()]
     match stage.settings:
         case Recipe() as recipe if missing:
-            check_alone(recipe)
+            check_without_inputs(recipe)
         case Recipe() as recipe:
             build_run(recipe, stage.out)
         case CodecRecipe() as recipe if recipe.init_from is None or Path(recipe.init_from).is_dir():

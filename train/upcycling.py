@@ -9,7 +9,7 @@ from torch import Tensor
 LATENT, TEXT = ".latent.", ".text."  # in their names
 
 
-def with_copies(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def with_latent_weights(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """`saved`; where it has no latent weights, each latent weight of `names` is a copy of the text weight. The network
     computes the same function until the copies are trained."""
     if any(LATENT in name for name in saved):

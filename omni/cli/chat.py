@@ -21,8 +21,8 @@ from omni import media
 from omni.cli.commands import complain, message_of
 from omni.cli.generate import (
     MAX_PROMPT,
-    attach,
     check_text,
+    image_segment,
     load_model,
     protocol_of,
     show,
@@ -83,7 +83,7 @@ def _converse(chat: Chat, lines: Iterator[tuple[int, str]], interactive: bool) -
     failed = False
     for number, line in lines:
         try:
-            if not chat.take(line):
+            if not chat.handle_line(line):
                 break
         except Exception as error:
             if not is_mistake(error) or isinstance(error, BrokenPipeError):
@@ -162,13 +162,13 @@ class Chat:
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._attach,
             "/system": self._set_system,
-            **{"/" + flag_of(name).removeprefix("--"): self._setter(name) for name in chat_options()},
+            **{"/" + flag_of(name).removeprefix("--"): self._option_command(name) for name in chat_options()},
             "/save": self._save,
             "/reset": self._reset,
             "/help": self._help,
         }
 
-    def take(self, line: str) -> bool:
+    def handle_line(self, line: str) -> bool:
         """Handle one line; returns False for /quit. Raises ValueError for an invalid command."""
         if not line.strip():
             return True
@@ -204,8 +204,8 @@ class Chat:
         self.record, self.unsaved = record, True
 
     def _attach(self, rest: str) -> None:
-        path = os.path.expanduser(_one(rest, "/image FILE"))
-        self.attached += (attach(self.engine.model, media.load_image(path)),)
+        path = os.path.expanduser(_single_word(rest, "/image FILE"))
+        self.attached += (image_segment(self.engine.model, media.load_image(path)),)
         height, width = self.attached[-1].pixels.shape[:2]
         self.printer.line(f"attached {path}, {height}x{width}; it goes with the next message")
 
@@ -213,7 +213,7 @@ class Chat:
         self.system = (Text(check_text(rest, "/system", "write something"), Role.SYSTEM),) if rest else ()
         self.printer.line("system text set" if rest else "no system text")
 
-    def _setter(self, name: str) -> Callable[[str], None]:
+    def _option_command(self, name: str) -> Callable[[str], None]:
         def change(rest: str) -> None:
             usage, _ = self.known[command]
             words = _words(rest)
@@ -228,7 +228,7 @@ class Chat:
         return change
 
     def _save(self, rest: str) -> None:
-        folder = Path(os.path.expanduser(_one(rest, "/save DIR")))
+        folder = Path(os.path.expanduser(_single_word(rest, "/save DIR")))
         self.write(folder)
         self.printer.line(f"wrote {folder / 'chat.md'} and chat.json")
 
@@ -262,7 +262,7 @@ def _words(rest: str) -> list[str]:
         raise ValueError(f"{rest!r:.60}: {str(error).lower()}; close the quotation") from None
 
 
-def _one(rest: str, usage: str) -> str:
+def _single_word(rest: str, usage: str) -> str:
     words = _words(rest)
     if len(words) != 1:
         raise ValueError(f"usage: {usage}" + ('; put quotes around "a name with spaces"' if len(words) > 1 else ""))

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = [media.load_image(path) for path in arguments.image]
     engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
     options = engine.resolve(arguments.options)
-    attached = [attach(engine.model, pixels) for pixels in pictures]
+    attached = [image_segment(engine.model, pixels) for pixels in pictures]
     request = Document((*system, *attached, Text(prompt)))
     started = time.perf_counter()
     printer = None if arguments.json else Printer(protocol=protocol_of(arguments))
@@ -132,7 +132,7 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
     return model
 
 
-def attach(model: Omni, pixels: torch.Tensor) -> Image:
+def image_segment(model: Omni, pixels: torch.Tensor) -> Image:
     """The picture as a segment; prints the size if preparation resizes it. ValueError without a codec."""
     if model.codec is None:
         raise ValueError("this model has no codec for pictures; leave --image out")

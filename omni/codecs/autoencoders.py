@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from omni.codecs.autoencoder_config import (
     AutoencoderConfig,
     checked_statistics,
-    shortest,
+    shortest_decimals,
     spatial_stride,
     statistics_of,
 )
@@ -55,10 +55,10 @@ class AutoencoderCodec(Codec):
         self._module: nn.Module | None = None
         self._weights: tuple[Mapping[str, Tensor], str] | None = None
         self._device = torch.device("cpu")
-        if module is None and not config.tells_all:
+        if module is None and not config.is_self_contained:
             module = self.build_module(config)
         if module is not None:
-            self._module = in_place(module)
+            self._module = for_evaluation(module)
         settings: Any = config.model if module is None else module.config
         stride = spatial_stride(settings)
         self.spec = CodecSpec(name=config.kind, channels=self._num_channels(settings), stride=(1, stride, stride))
@@ -78,11 +78,11 @@ class AutoencoderCodec(Codec):
         """The network. DamagedError if the configuration builds none, or none that the weights belong to."""
         if self._module is None:
             with self.announce("the picture codec"):
-                self._module = self._built()
+                self._module = self._loaded_module()
             self._weights = None
         return self._module
 
-    def _built(self) -> nn.Module:
+    def _loaded_module(self) -> nn.Module:
         weights, source = self._weights or ({}, "codec")
         try:
             with unallocated():
@@ -90,7 +90,7 @@ class AutoencoderCodec(Codec):
         except ValueError as error:
             raise DamagedError(f"{source}: {error}") from None
         load_weights(module, weights, source)
-        return in_place(module, self._device)
+        return for_evaluation(module, self._device)
 
     # ---------------------------------------------------------------------------------------- construction
 
@@ -149,7 +149,7 @@ class AutoencoderCodec(Codec):
         """The diffusers module."""
         return self.module
 
-    def adopt(self, source: AutoencoderCodec) -> None:
+    def copy_from(self, source: AutoencoderCodec) -> None:
         """Take the weights and normalisation of a codec of the same family, or only the autoencoder of another's."""
         if type(source) is type(self):
             self.module.load_state_dict(source.module.state_dict())
@@ -173,11 +173,11 @@ class AutoencoderCodec(Codec):
         with self.autocast():
             return encoded_latents(self.module, pictures)
 
-    def transmit(self, latents: Tensor) -> Tensor:
+    def quantise(self, latents: Tensor) -> Tensor:
         """What the decoder receives of raw latents: here, themselves. A quantiser overrides this."""
         return latents
 
-    def received(self, latents: Tensor) -> Tensor:
+    def snap(self, latents: Tensor) -> Tensor:
         """What the decoder is given of raw latents that a model drew: here, themselves; of a quantiser, its codes."""
         return latents
 
@@ -201,12 +201,12 @@ class AutoencoderCodec(Codec):
         parts = []
         for part in pixels.split(count):
             filled = torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
-            parts.append(self.transmit(self.encode_pictures(to_pictures(filled.to(here))))[: len(part)])
+            parts.append(self.quantise(self.encode_pictures(to_pictures(filled.to(here))))[: len(part)])
         return self.normalised(torch.cat(parts)).to(pixels.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raw = self.denormalised(latents.to(self.mean.device))
-        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(DECODE_BATCH)]
+        parts = [to_pixels(self.decode_pictures(self.snap(part))) for part in raw.split(DECODE_BATCH)]
         return torch.cat(parts).to(latents.device)
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class AutoencoderCodec(Codec):
         total = torch.zeros(self.spec.channels, dtype=torch.float64)
         square, count = total.clone(), 0
         for pixels in batches:
-            raw = rearrange(self.transmit(self.encode_pictures(to_pictures(pixels))).double(), "b c h w -> c (b h w)")
+            raw = rearrange(self.quantise(self.encode_pictures(to_pictures(pixels))).double(), "b c h w -> c (b h w)")
             total, square, count = total + raw.sum(1), square + raw.square().sum(1), count + raw.shape[1]
         mean = total / count
         deviation = (square / count - mean.square()).clamp_min(1e-12).sqrt()
@@ -224,7 +224,7 @@ class AutoencoderCodec(Codec):
     # ---------------------------------------------------------------------------------------------- files
 
     def config(self) -> dict[str, Any]:
-        statistics = {"mean": shortest(self.mean), "deviation": shortest(self.deviation)}
+        statistics = {"mean": shortest_decimals(self.mean), "deviation": shortest_decimals(self.deviation)}
         return self.configuration.model_copy(update=statistics).model_dump(mode="json")
 
     def weights(self) -> dict[str, Tensor]:
@@ -282,7 +282,7 @@ def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
     return module
 
 
-def in_place(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+def for_evaluation(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """For evaluation, with channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo first."""
     return nn.Module.to(module.eval(), device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -28,7 +28,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MAX_GRID = 64  # latent rows or columns that the size header of a document can name
 MAX_LATENT = 1e4  # standard deviations: no picture has such a latent, and no sound model draws one
-UNSOUND = "its weights are damaged: restore its files, and check them with `omni verify`"
+RESTORE_HINT = "its weights are damaged: restore its files, and check them with `omni verify`"
 
 
 class CodecSpec(Frozen):
@@ -89,7 +89,7 @@ class Codec(ABC):
             raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
         self.grid(*pixels.shape[1:3])
         latents = self._encode(pixels)
-        require_finite(latents, f"the latents that codec {self.spec.name!r} makes", UNSOUND)
+        require_finite(latents, f"the latents that codec {self.spec.name!r} makes", RESTORE_HINT)
         return latents
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ codecs: Registry[type[Codec]] = Registry("codec", "omni.codecs", entry_points="o
 
 def to_bytes(pictures: Tensor) -> Tensor:
     """Float pixels in [-1, 1], of any shape -> uint8, rounded and clipped. NotFiniteError for NaN and infinity."""
-    require_finite(pictures, "the pixels that the codec decodes", UNSOUND)
+    require_finite(pictures, "the pixels that the codec decodes", RESTORE_HINT)
     return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

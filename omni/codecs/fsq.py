@@ -129,7 +129,7 @@ class FsqCodec(AutoencoderCodec):
         with self.autocast():
             return self.module.down(encoded_latents(self.module.autoencoder, pictures)).float()
 
-    def transmit(self, latents: Tensor) -> Tensor:
+    def quantise(self, latents: Tensor) -> Tensor:
         return self.quantiser.quantise(latents)
 
     def decode_pictures(self, latents: Tensor) -> Tensor:
@@ -144,5 +144,5 @@ class FsqCodec(AutoencoderCodec):
         """Inverse of `tokens`: normalised latents."""
         return self.normalised(self.quantiser.codes(tokens))
 
-    def received(self, latents: Tensor) -> Tensor:
+    def snap(self, latents: Tensor) -> Tensor:
         return self.quantiser.snap(latents)

@@ -46,7 +46,7 @@ def diffusers_class(name: str) -> Any:
     if "diffusers" not in sys.modules:
         try:
             with _lock:
-                return _alone(name)
+                return _import_alone(name)
         except Exception as error:
             _log.info("%s is imported with all of diffusers: %s: %s", name, type(error).__name__, error)
     return whole_class(name)
@@ -60,7 +60,7 @@ def whole_class(name: str) -> Any:
         raise ImportError(f"{name} needs diffusers, which cannot be imported ({error})") from error
 
 
-def _alone(name: str) -> Any:
+def _import_alone(name: str) -> Any:
     """The class out of the package under its other name."""
     source = importlib.util.find_spec("diffusers")
     assert source is not None and source.origin and source.submodule_search_locations

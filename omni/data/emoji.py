@@ -112,14 +112,14 @@ class MovingEmojiSource(Source):
         frames = torch.full((options.num_frames, options.side, options.side, 3), 255.0)
         for t, frame in enumerate(frames):
             travelled = round(room * t / (options.num_frames - 1))
-            y = _start(down, room, travelled)
-            x = _start(right, room, travelled)
+            y = _offset(down, room, travelled)
+            x = _offset(right, room, travelled)
             window = frame[y : y + options.sprite, x : x + options.sprite]
             window.copy_(colour * alpha + window * (1 - alpha))
         return frames.round().to(torch.uint8)
 
 
-def _start(direction: int, room: int, travelled: int) -> int:
+def _offset(direction: int, room: int, travelled: int) -> int:
     if direction == 0:
         return room // 2
     return travelled if direction > 0 else room - travelled

@@ -91,7 +91,7 @@ class MessageLines(_LineSource):
 
     def _load_clip(self, source: Any, **limits: Any) -> tuple[torch.Tensor, float]:
         if isinstance(source, str | Path):
-            source = inside(self.path.parent, str(source), "clip")
+            source = path_inside(self.path.parent, str(source), "clip")
         return load_video(source, **limits)
 
 
@@ -147,10 +147,10 @@ class LlavaConversations(FiniteSource):
 
 def load_picture(folder: Path, name: str) -> torch.Tensor:
     """uint8 (H, W, 3) of the picture `name` inside `folder`. ValueError when the name leaves the folder."""
-    return load_image(inside(folder, name, "picture"))
+    return load_image(path_inside(folder, name, "picture"))
 
 
-def inside(folder: Path, name: str, what: str) -> Path:
+def path_inside(folder: Path, name: str, what: str) -> Path:
     """The file `name` in `folder`. ValueError when the name leaves the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):

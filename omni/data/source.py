@@ -27,7 +27,7 @@ class CorruptRecord(ValueError):
     """One record cannot be read. The message names it; training continues with the next index."""
 
 
-class KeptOut(CorruptRecord):
+class HeldOutRecord(CorruptRecord):
     """A document that training skips, because it is for validation (see train.data.held_out)."""
 
 

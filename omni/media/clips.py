@@ -57,7 +57,7 @@ def load_video(
     clock = TimedBytes(data, name, timeout_seconds)
     animated = data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
     shown = _animation_frames(clock, name) if animated else video_frames(clock, name, max_seconds)
-    walk = _Walk(name, max_seconds, max_decoded_frames, max_decoded_pixels)
+    walk = _DecodingBudget(name, max_seconds, max_decoded_frames, max_decoded_pixels)
     frames: list[torch.Tensor] = []
     starts: list[float] = []
     times: list[int] = []  # repeats of a frame at `rate`
@@ -98,7 +98,7 @@ def _repeated(
     return torch.stack([frame for frame, num in zip(frames, times, strict=True) for _ in range(num)])
 
 
-class _Walk:
+class _DecodingBudget:
     """Counts the decoded frames of a clip, kept or dropped, and checks their bounds."""
 
     def __init__(self, name: str, max_seconds: float, max_frames: int, max_pixels: int) -> None:

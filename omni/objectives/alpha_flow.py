@@ -66,7 +66,7 @@ class AlphaFlow(GuidedObjective):
         call, v = self.guidance.apply(call, draw)
         alpha = self.alpha_at(draw.items.progress)
         with torch.no_grad():
-            target = self._limit(call, draw, v) if alpha == 0 else self._target(call, draw, v, alpha)
+            target = self._mean_flow_target(call, draw, v) if alpha == 0 else self._target(call, draw, v, alpha)
         error = draw.items.mean(channel_error(call(draw.x, draw.t, draw.s), target))
         scale = alpha or 1.0
         return draw.items.terms(adaptive(error / scale, self.power, self.offset / scale), self.weight, error)
@@ -80,7 +80,7 @@ class AlphaFlow(GuidedObjective):
         z = draw.x - items.expand(t - m) * v
         return alpha * v + (1 - alpha) * call(z, m, s)
 
-    def _limit(self, call: FlowCall, draw: GuidedDraw, v: Tensor) -> Tensor:
+    def _mean_flow_target(self, call: FlowCall, draw: GuidedDraw, v: Tensor) -> Tensor:
         """MeanFlow's target."""
         t, s, one, zero = draw.t, draw.s, torch.ones_like(draw.t), torch.zeros_like(draw.s)
         v = self._velocity(call, draw, v, t)

@@ -54,9 +54,9 @@ class EasySchedule(ConsistencySchedule):
 
     def draw(self, time: TimeDistribution, names: Sequence[Name], key: Key, progress: float) -> tuple[Tensor, Tensor]:
         t = time.draw(names, key)
-        return t, self.second(t, progress)
+        return t, self.earlier_time(t, progress)
 
-    def second(self, t: Tensor, progress: float) -> Tensor:
+    def earlier_time(self, t: Tensor, progress: float) -> Tensor:
         """r of t."""
         sigma = self.data_std * t / (1 - t)
         ratio = 1 - (1 + self.k * torch.sigmoid(-sigma)) / self.q ** (self.stage_at(progress) + 1)

@@ -37,7 +37,7 @@ from omni.config import Frozen
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, Items, Terms
 from omni.objectives.drift_field import Affinity, Targets, distances, drift
 from omni.objectives.features import FEATURES
-from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, land, wide
+from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, in_float32, jump_in_float32
 from omni.objectives.times import uniform_I
 from omni.rng import Key
 
@@ -121,7 +121,7 @@ class Drifting(ParticleObjective):
         return value
 
     def draw(self, items: Items, key: Key) -> DriftDraw:
-        groups, broad = group_items(items, self.particles, self.groups, apart=True), wide(items)
+        groups, broad = group_items(items, self.particles, self.groups, apart=True), in_float32(items)
         t, s = (time[groups.index] for time in self.group_times(groups, key))
         [alpha] = items.times(self.guidance.draw(groups, key)[groups.index])
         alpha = torch.where(self._guided(items), alpha, 1.0)
@@ -154,7 +154,7 @@ class Drifting(ParticleObjective):
         """One goal per feature family, for each kind of group."""
         items = draw.items
         embedded = call if self.guidance.is_off else call.guided(1 / draw.alpha)
-        y = land(embedded, draw.x, draw.t, draw.s, items)
+        y = jump_in_float32(embedded, draw.x, draw.t, draw.s, items)
         for members in draw.groups.members:
             others = self._nulls(items, members)
             generated, data = (self._features(gather(items, value, members)) for value in (y, draw.positives))

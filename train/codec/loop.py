@@ -113,7 +113,7 @@ def loss_terms(codec: AutoencoderCodec, pictures: Tensor, recipe: CodecRecipe, k
     latents = codec.encode_pictures(pictures)
     spread = (latents.var((0, 2, 3), keepdim=True) + 1e-6).sqrt()
     centre = latents.mean((0, 2, 3))
-    received = codec.transmit(latents)
+    received = codec.quantise(latents)
     if recipe.latent_noise:  # the deviation carries gradient: inflating the latents does not outgrow the noise
         level = key.fold("level").uniform((len(pictures), 1, 1, 1)) * recipe.latent_noise
         received = received + level * spread * key.fold("noise").normal(tuple(latents.shape))
@@ -152,7 +152,7 @@ class CodecRun:
             source = load_codec(self.recipe.init_from)
             if not isinstance(source, AutoencoderCodec):
                 raise ValueError(f"init_from = {self.recipe.init_from!r} is no autoencoder but {source.spec.name!r}")
-            codec.adopt(source)
+            codec.copy_from(source)
             if not self.recipe.train_encoder:
                 self.keeps_latents = type(source) is family
                 for part in codec.encoder_parts() if self.keeps_latents else AutoencoderCodec.encoder_parts(codec):
@@ -182,10 +182,10 @@ class CodecRun:
             for start in range(0, count, 64):
                 pixels = self.heldout_scenes.pixels(start, min(64, count - start))
                 latents = self.codec.encode_pictures(to_pictures(pixels))
-                clean.append(psnr(pixels, to_pixels(self.codec.decode_pictures(self.codec.transmit(latents)))))
+                clean.append(psnr(pixels, to_pixels(self.codec.decode_pictures(self.codec.quantise(latents)))))
                 noise = self.key.fold("eval", start).normal(tuple(latents.shape))
                 spread = latents.std((0, 2, 3), keepdim=True)
-                shaken = self.codec.transmit(latents + 0.15 * spread * noise)
+                shaken = self.codec.quantise(latents + 0.15 * spread * noise)
                 noisy.append(psnr(pixels, to_pixels(self.codec.decode_pictures(shaken))))
         return {"psnr": torch.cat(clean).mean().item(), "psnr_noise_15": torch.cat(noisy).mean().item()}
 
@@ -247,7 +247,7 @@ class CodecRun:
         """samples.png: 16 held-out pictures in pairs of rows, the original above its reconstruction."""
         pixels = self.heldout_scenes.pixels(0, 16)
         with self.ema.applied(), torch.no_grad():
-            latents = self.codec.transmit(self.codec.encode_pictures(to_pictures(pixels)))
+            latents = self.codec.quantise(self.codec.encode_pictures(to_pictures(pixels)))
             restored = to_pixels(self.codec.decode_pictures(latents))
         rows = [torch.cat(list(part[i : i + 8]), dim=1) for i in (0, 8) for part in (pixels, restored)]
         Image.fromarray(torch.cat(rows).numpy()).resize((1536, 768), Image.Resampling.NEAREST).save(

@@ -28,7 +28,7 @@ class HeldOut:
     share: float
     key: Key
 
-    def has(self, source: Source, identity: str) -> bool:
+    def holds_out(self, source: Source, identity: str) -> bool:
         return identity in self.identities or (isinstance(source, FiniteSource) and self.by_share(identity))
 
     def by_share(self, identity: str) -> bool:
@@ -49,7 +49,7 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
     documents: dict[str, Document] = {}
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         wanted = max(1, math.floor(count * weight / math.fsum(weights)))
-        found, num_held = _of(source, wanted, share, key)
+        found, num_held = _held_out_of(source, wanted, share, key)
         if share is not None and isinstance(source, FiniteSource) and num_held == source.num_records:
             raise ValueError(f"validation: share = {share:g} holds out every record of data.{number}; lower it")
         documents |= found
@@ -66,7 +66,7 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
     return HeldOut(tuple(documents.values()), frozenset(documents), share or 0.0, key)
 
 
-def _of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dict[str, Document], int]:
+def _held_out_of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dict[str, Document], int]:
     """Up to `wanted` documents by identity, and how many of the examined records are held out."""
     of_files = isinstance(source, FiniteSource)
     start = 0 if of_files or share is None else FIRST_UNSEEN

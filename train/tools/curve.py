@@ -29,7 +29,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the picture. Raises ValueError when no row has a finite loss."""
     names = sorted({name for row in rows for name in row if name.startswith("loss/")})
-    series = {name: _finite(rows, name) for name in names}
+    series = {name: _positive_points(rows, name) for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         raise ValueError("the metrics have no losses to draw; give the metrics.jsonl of a run of at least two steps")
@@ -39,7 +39,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save_png(to_picture(figure), path)
 
 
-def _finite(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+def _positive_points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     values = [(int(row["step"]), row.get(name)) for row in rows]
     return [(step, float(v)) for step, v in values if isinstance(v, int | float) and math.isfinite(v) and v > 0]
 

@@ -100,7 +100,7 @@ class Cifar10Options(TaskOptions):
         return sorted(set(method.evaluations or self.evaluations))
 
 
-SINGLE = ("steps", "images", "minutes", "step_time", "rehearsal", "nonfinite", "failed")
+METHOD_ROWS = ("steps", "images", "minutes", "step_time", "rehearsal", "nonfinite", "failed")
 
 
 def cifar10_rows(options: Cifar10Options) -> list[str]:
@@ -109,7 +109,7 @@ def cifar10_rows(options: Cifar10Options) -> list[str]:
     for name, method in options.chosen.items():
         spreads = ("", "_spread") if options.seeds > 1 else ("",)
         rows += [f"{name}_{n}{spread}" for n in options.numbers(method) for spread in spreads]
-        rows += [f"{name}_{what}" for what in SINGLE]
+        rows += [f"{name}_{what}" for what in METHOD_ROWS]
     return rows
 
 
@@ -326,7 +326,7 @@ def curves(results: Results, test_distance: float, options: Cifar10Options) -> l
         return []
     title = f"CIFAR-10 (test pictures: {test_distance:.3g})"
     picture = log_charts({title: lines}, "evaluations of the network", "Frechet distance")
-    save_png(picture, place(options, "cifar10.png"))
+    save_png(picture, output_path(options, "cifar10.png"))
     return [Curve(title, "evaluations", "Frechet distance", lines)]
 
 
@@ -339,11 +339,11 @@ def panels(results: Results, options: Cifar10Options) -> list[Panel]:
         for n, pictures in run.drawn.items()
     }
     if rows:
-        save_png(sheet(rows), place(options, "cifar10_samples.png"))
+        save_png(sheet(rows), output_path(options, "cifar10_samples.png"))
     return [Panel(name, answer=tuple(pictures)) for name, pictures in rows.items()]
 
 
-def place(options: Cifar10Options, name: str) -> Path:
+def output_path(options: Cifar10Options, name: str) -> Path:
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name

@@ -177,10 +177,10 @@ def measure_plain(model: Omni, text: Text, run: TextOptions, key: Key) -> PlainR
     contexts = contexts_of(text, run, key)
     pace = decode_plain(model, contexts, run, key.fold("decode"))
     drawn = pace.ids[:, : run.length]
-    return PlainResult(_plain_scores(model, text, run, key), pace, _own_nats(model, contexts, drawn))
+    return PlainResult(_plain_scores(model, text, run, key), pace, _backbone_nats(model, contexts, drawn))
 
 
-def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: Key) -> TextResult:
+def train_and_measure(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: Key) -> TextResult:
     """Train a head and measure it. The contexts and the noise of tokens are the same for every head."""
     start = time.process_time()
     model = train_head(backbone, line, text, run, key.fold("train"))
@@ -190,10 +190,10 @@ def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: 
     rounds = {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("coupled", "greedy")}
     own = head_of(model)
     if line.log_q_options is not None:
-        _put_head(model, _same_weights(own, line.head, line.log_q_options))
+        _set_head(model, _same_weights(own, line.head, line.log_q_options))
     if _has_log_q(model, contexts, key):
         rounds |= {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("rejection", "block")}
-    _put_head(model, own)
+    _set_head(model, own)
     free = {n: free_nats(model, contexts, n, run.length, key.fold("free")) for n in sorted({1, *line.passes})}
     return TextResult(held_out(model, text, run, key), rounds, free, plain_pace, seconds)
 
@@ -204,7 +204,7 @@ def _same_weights(head: JointHead, name: str, options: dict[str, Any]) -> JointH
     return other.eval()
 
 
-def _put_head(model: Omni, head: JointHead) -> None:
+def _set_head(model: Omni, head: JointHead) -> None:
     assert model.joint is not None
     model.joint.head = head
 
@@ -228,11 +228,11 @@ def free_nats(model: Omni, contexts: Tensor, passes: int, length: int, key: Key)
         own = key.fold("chunk", at)
         noise = own.fold("uniforms").uniform((len(part), length), torch.float64)
         found.append(head_of(model).sample(toy_call(model, part, length), noise, own, passes).ids)
-    return _own_nats(model, contexts, torch.cat(found))
+    return _backbone_nats(model, contexts, torch.cat(found))
 
 
 @torch.inference_mode()
-def _own_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
+def _backbone_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
     total = 0.0
     for prefix, block in zip(contexts.split(CHUNK), ids.split(CHUNK), strict=True):
         batch, starts, blocks = toy_batch(prefix, block, BYTES)

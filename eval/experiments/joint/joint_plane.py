@@ -24,7 +24,7 @@ from eval.experiments.joint.joints import Table
 from eval.experiments.joint.lab import Group, HeadLine, LabOptions, Measured, check_lines, known_table, run_group
 from eval.experiments.joint.lower_bounds import least_product_tv, marginal_product, marginals_tv, total_correlation
 from eval.experiments.joint.pictures import pair_frequencies, table_picture
-from eval.jobs import work
+from eval.jobs import run_jobs
 from eval.plots import grid
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from omni.config import nearest
@@ -134,7 +134,7 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
         for seed in range(options.seeds)
     ]
     found: dict[int, Group] = {}
-    for number, group in work(run_group, jobs, options.workers):
+    for number, group in run_jobs(run_group, jobs, options.workers):
         found[number] = group
         values = "  ".join(f"{name} {head.distances[1].tv:.3f}" for name, head in group.heads.items())
         context.report(f"  {len(found)}/{len(jobs)} {jobs[number][0]}  plain {group.plain.tv:.3f}  {values}")

@@ -257,19 +257,19 @@ def bigram(name: str, length: int, vocab_size: int = 256, spread: float = 2.0) -
     return Chain(name, vocab_size, length, first=first.log_softmax(-1), moves=moves.log_softmax(-1))
 
 
-Element = tuple[int, ...]
+Permutation = tuple[int, ...]
 
 
-def symmetric_group(degree: int) -> list[Element]:
+def symmetric_group(degree: int) -> list[Permutation]:
     """All permutations, the identity first; the product of a and b is a after b."""
     return list(permutations(range(degree)))
 
 
-def compose(a: Element, b: Element) -> Element:
+def compose(a: Permutation, b: Permutation) -> Permutation:
     return tuple(a[i] for i in b)
 
 
-def products(words: Tensor, elements: Sequence[Element]) -> Tensor:
+def products(words: Tensor, elements: Sequence[Permutation]) -> Tensor:
     """(N,) int64: the number of x1 x2 .. xm for words (N, m) of numbers of elements."""
     number = {element: n for n, element in enumerate(elements)}
     times = torch.tensor([[number[compose(a, b)] for b in elements] for a in elements])
@@ -303,12 +303,12 @@ def sudoku(name: str) -> Table:
     """The 288 grids of 4 x 4, row by row; equally likely."""
     rows = list(permutations(range(4)))
 
-    def fits(grid: Sequence[Element]) -> bool:
+    def fits(grid: Sequence[Permutation]) -> bool:
         columns = all(len(set(column)) == len(grid) for column in zip(*grid, strict=True))
         pairs = zip(grid[::2], grid[1::2], strict=False)
         return columns and all(len({*a[i : i + 2], *b[i : i + 2]}) == 4 for a, b in pairs for i in (0, 2))
 
-    grids: list[tuple[Element, ...]] = [()]
+    grids: list[tuple[Permutation, ...]] = [()]
     for _ in range(4):
         grids = [(*grid, row) for grid in grids for row in rows if fits((*grid, row))]
     return table(name, torch.tensor([[id for row in grid for id in row] for grid in grids]), 4)

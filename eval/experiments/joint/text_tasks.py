@@ -30,10 +30,10 @@ from eval.experiments.joint.heads_on_text import (
     TextOptions,
     TextResult,
     measure_plain,
-    run_line,
+    train_and_measure,
     train_backbone,
 )
-from eval.jobs import work
+from eval.jobs import run_jobs
 from eval.requests import atlas_of, requests
 from eval.task import Context, Curve, Measure, Outcome, TaskOptions, percentage, task
 from omni.config import nearest
@@ -108,7 +108,7 @@ def joint_text(context: Context, options: JointTextOptions) -> Outcome:
     context.report(f"  autoregressive decoding: {plain.scores.mean:.3f} nats per byte")
     lines, found = options.chosen, {}
     jobs = [(backbone, line, text, options.run, key) for line in lines.values()]
-    for number, result in work(run_line, jobs, options.workers):
+    for number, result in run_jobs(train_and_measure, jobs, options.workers):
         name = list(lines)[number]
         found[name] = result
         accepted = "  ".join(f"{kind} {rounds.accepted:.2f}" for kind, rounds in result.rounds.items())

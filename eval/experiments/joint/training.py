@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni.heads import FlowHeadConfig
-from omni.heads.joint import JointConfig, JointHead, Lesson
+from omni.heads.joint import JointConfig, JointHead, LossInputs
 from omni.heads.joint.training import BatchCall, teacher_log_probs
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
@@ -126,7 +126,7 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
         if head.needs_teacher:
             log_probs = teacher(prefix, block) if teacher else teacher_log_probs(model, hidden, starts, blocks)
         call = BatchCall(model, starts, hidden, memory)
-        terms = head.loss(call, Lesson(blocks, log_probs, key.fold("noise", step), progress))
+        terms = head.loss(call, LossInputs(blocks, log_probs, key.fold("noise", step), progress))
         return {name: term.weight * term.sum / max(term.count, 1.0) for name, term in terms.items()}
 
     return loss

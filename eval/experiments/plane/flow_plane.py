@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from eval.experiments.plane.data import DATA_SETS, sliced_wasserstein
 from eval.experiments.plane.run import Method, Run, RunOptions, run_methods
-from eval.jobs import work
+from eval.jobs import run_jobs
 from eval.plots import cloud, grid, log_charts
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from omni.config import nearest
@@ -142,7 +142,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
         for seed in range(options.seeds)
     ]
     found: dict[int, dict[str, Run]] = {}
-    for number, runs in work(run_methods, jobs, options.workers):
+    for number, runs in run_jobs(run_methods, jobs, options.workers):
         found[number] = runs
         for name, run in runs.items():
             distances = "  ".join(f"{n}: {d:.3f}" for n, d in run.distances.items())
@@ -221,7 +221,7 @@ def curves(results: Results, data_distances: Mapping[str, float], options: Plane
         ends = (float(options.fewest), float(max(options.run.evaluations)))
         panels[d] = lines | {"data against data": [(n, data_distances[d]) for n in ends]}
     picture = log_charts(panels, "evaluations of the network", "sliced Wasserstein distance")
-    save_png(picture, place(options, "flow_maps_plane.png"))
+    save_png(picture, output_path(options, "flow_maps_plane.png"))
     return [Curve(data_set, "evaluations", "distance", lines) for data_set, lines in panels.items()]
 
 
@@ -232,11 +232,11 @@ def panels(results: Results, options: PlaneOptions, across: int = 8) -> list[Pan
         cells = [(data_set, cloud(DATA_SETS.get(data_set)(Key(0).fold("picture"), options.run.num_points)))]
         cells += [(name, cloud(results[data_set, name][0].points)) for name in options.chosen]
         rows += [cells[i : i + across] for i in range(0, len(cells), across)]
-    save_png(grid(rows), place(options, "flow_maps_samples.png"))
+    save_png(grid(rows), output_path(options, "flow_maps_samples.png"))
     return [Panel(name, answer=(pixels,)) for row in rows for name, pixels in row]
 
 
-def place(options: PlaneOptions, name: str) -> Path:
+def output_path(options: PlaneOptions, name: str) -> Path:
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name

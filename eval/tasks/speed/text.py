@@ -134,7 +134,7 @@ def build_pair(
     return ours.to(DTYPES[dtype]), theirs.to(DTYPES[dtype])
 
 
-def opening(context: Context, options: SizedOptions) -> tuple[str, list[str], list[Measure]]:
+def conditions_and_parameters(context: Context, options: SizedOptions) -> tuple[str, list[str], list[Measure]]:
     """Conditions, first notes, rows of parameters: all that decoding reads, with embeddings and output projection."""
     conditions = machine("transformers")
     measures = []
@@ -161,7 +161,7 @@ def text_rows(options: SizedOptions) -> list[str]:
 @task("speed_text", SizedOptions, rows=text_rows)
 def speed_text(context: Context, options: SizedOptions) -> Outcome:
     """Cached greedy decoding of one request in tokens/s: eager against eager, compiled against compiled."""
-    conditions, notes, measures = opening(context, options)
+    conditions, notes, measures = conditions_and_parameters(context, options)
     notes.append(
         "compiled: ours native code, theirs the fastest of compiled steps with a static cache and its eager runs. "
         "float32: both read float32 weights. bf16_values: both compute in float32, with weights whose values bfloat16 "
@@ -203,7 +203,7 @@ def text_runs(context: Context, size: str, options: SizedOptions, dtype: str) ->
 EAGER_ONLY = ("ratio_eager", "ratio_theirs_compiled", "omni", "transformers_eager", "transformers_compiled")
 
 
-def eager_only(times: Times, end: str, rate: Callable[[str, str], Measure]) -> list[Measure]:
+def eager_only_measures(times: Times, end: str, rate: Callable[[str, str], Measure]) -> list[Measure]:
     """The rows of EAGER_ONLY. ratio_theirs_compiled: the fastest of all of theirs over ours."""
     return [
         times.ratio(f"ratio_eager_{end}", EAGER, "omni"),
@@ -217,7 +217,7 @@ def eager_only(times: Times, end: str, rate: Callable[[str, str], Measure]) -> l
 @task("speed_prefill", PrefillOptions, rows=lambda options: options.rows(*EAGER_ONLY))
 def speed_prefill(context: Context, options: PrefillOptions) -> Outcome:
     """Milliseconds to the first token after a long prompt, against transformers, eager and compiled."""
-    conditions, notes, measures = opening(context, options)
+    conditions, notes, measures = conditions_and_parameters(context, options)
     notes.append(
         f"one token after a prompt of {options.prompt} bytes, an id each; ours has no compiled pass of prompts"
     )
@@ -233,7 +233,7 @@ def speed_prefill(context: Context, options: PrefillOptions) -> Outcome:
                     runs["transformers compiled"] = llama_decode(with_compiled_forward(theirs), ids, 1, "static")
             runs = without_failing(runs, notes, f"{size}, {dtype}")
             times = Times.of(runs, options.runs, conditions)
-            measures += eager_only(times, f"{dtype}_{size}", times.milliseconds)
+            measures += eager_only_measures(times, f"{dtype}_{size}", times.milliseconds)
     return Outcome(measures, notes=notes)
 
 
@@ -244,7 +244,7 @@ def batch_rows(options: BatchOptions) -> list[str]:
 @task("speed_batch", BatchOptions, rows=batch_rows)
 def speed_batch(context: Context, options: BatchOptions) -> Outcome:
     """Cached greedy decoding of a batch of requests, total tokens/s, against transformers, eager and compiled."""
-    conditions, notes, measures = opening(context, options)
+    conditions, notes, measures = conditions_and_parameters(context, options)
     notes.append("rows of equal length; ours has no compiled step of many rows")
     for size in options.measured:
         num_new = options.num_new(size)
@@ -259,7 +259,9 @@ def speed_batch(context: Context, options: BatchOptions) -> Outcome:
                     runs |= llama_runs(theirs, ids, num_new, "compiled" in options.modes)
                 runs = without_failing(runs, notes, f"{count} rows, {size}, {dtype}")
                 times = Times.of(runs, options.runs, conditions)
-                measures += eager_only(times, f"{count}_{dtype}_{size}", tokens_per_second(times, count * num_new))
+                measures += eager_only_measures(
+                    times, f"{count}_{dtype}_{size}", tokens_per_second(times, count * num_new)
+                )
     return Outcome(measures, notes=notes)
 
 

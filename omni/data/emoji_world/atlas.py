@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from PIL import ImageFont
 
 VOCABULARY_FILE = Path(__file__).with_name("vocabulary.json")
-STRIKES = (109, 160, 137, 128, 96)  # pixel sizes of the bitmap strikes: Noto 109, Apple 160; outline fonts take any
+BITMAP_SIZES = (
+    109,
+    160,
+    137,
+    128,
+    96,
+)  # pixel sizes of the bitmap strikes: Noto 109, Apple 160; outline fonts take any
 
 
 @cache
@@ -43,13 +49,13 @@ class Glyphs:
         smile, apple = self.picture("\U0001f600"), self.picture("\U0001f34e")
         if smile is None or apple is None or smile.tobytes() == apple.tobytes():
             raise ValueError(f"the font {str(self.path)!r} has no emoji pictures; {WAY_OUT}")
-        if not any(_in_colour(picture) for picture in (smile, apple)):
+        if not any(_has_colours(picture) for picture in (smile, apple)):
             raise ValueError(f"the font {str(self.path)!r} has emoji without colours; {WAY_OUT}")
 
     def _open(self) -> ImageFont.FreeTypeFont:
         from PIL import ImageFont
 
-        for size in STRIKES:
+        for size in BITMAP_SIZES:
             try:
                 return ImageFont.truetype(str(self.path), size)
             except OSError:
@@ -76,7 +82,7 @@ class Glyphs:
         return square
 
 
-def _in_colour(picture: PillowImage.Image) -> bool:
+def _has_colours(picture: PillowImage.Image) -> bool:
     """Whether any visible pixel of an RGBA picture is not grey."""
     pixels = np.asarray(picture).astype(np.int16)
     colours = pixels[pixels[..., 3] > 0, :3]

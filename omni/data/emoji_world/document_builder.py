@@ -12,7 +12,7 @@ from typing import Any
 
 from omni.data.emoji_world.atlas import Atlas
 from omni.data.emoji_world.foreign import with_foreign_words
-from omni.data.emoji_world.phrases import TEMPLATES, numbers
+from omni.data.emoji_world.phrases import TEMPLATES, template_numbers
 from omni.data.emoji_world.scene import Scene, render, scene_is_heldout
 from omni.data.emoji_world.words import sentence
 from omni.document import Document, Image, Role, Segment, Text
@@ -22,7 +22,7 @@ from omni.document import Document, Image, Role, Segment, Text
 class DocumentBuilder:
     """A document under construction. foreign: the share of phrasings with a foreign word."""
 
-    draw: random.Random
+    rng: random.Random
     atlas: Atlas
     split: str
     foreign: float = 0.0
@@ -34,19 +34,19 @@ class DocumentBuilder:
 
     def phrase(self, kind: str, **words: str) -> str:
         """A random template of the kind and the split, with its words filled in."""
-        number = self.draw.choice(numbers(kind, self.split))
+        number = self.rng.choice(template_numbers(kind, self.split))
         self.phrasings.append(f"{kind}/{number}")
         template = TEMPLATES[kind][number]
-        if self.foreign and self.draw.random() < self.foreign:
-            template = with_foreign_words(template, kind, self.draw)
+        if self.foreign and self.rng.random() < self.foreign:
+            template = with_foreign_words(template, kind, self.rng)
         return template.format(**words)
 
     def ask(self, text: str) -> None:
         """Add a user text: sometimes with a capital, a full stop or an exclamation mark."""
-        if self.draw.random() < 0.35:
+        if self.rng.random() < 0.35:
             text = sentence(text)
-        if text[-1].isalnum() and self.draw.random() < 0.2:
-            text += self.draw.choice(".!")
+        if text[-1].isalnum() and self.rng.random() < 0.2:
+            text += self.rng.choice(".!")
         self.segments.append(Text(text, Role.USER))
 
     def give(self, scene: Scene) -> None:

@@ -146,40 +146,40 @@ def tones_of(names: Sequence[str], split: str) -> tuple[str, ...]:
     return tuple(name for name in names if tone_is_heldout(name) == (split == "heldout"))
 
 
-def draw_names(draw: random.Random, number: int, split: str, pool: Sequence[str] = SCENE_NAMES) -> list[str]:
+def draw_names(rng: random.Random, number: int, split: str, pool: Sequence[str] = SCENE_NAMES) -> list[str]:
     """Distinct names for one picture: in train without a held-out pair; in heldout the first two are one."""
     assert split in SPLITS, split
     while True:
-        names = draw.sample(pool, number)
+        names = rng.sample(pool, number)
         pairs = [pair_is_heldout(a, b) for i, a in enumerate(names) for b in names[:i]]
         if (split == "heldout" and pairs and pairs[0]) or (split == "train" and not any(pairs)):
             return names
 
 
-def draw_background(draw: random.Random, white: float = 0.5) -> str:
+def draw_background(rng: random.Random, white: float = 0.5) -> str:
     """White with the given probability, else one of the seven colours."""
-    return "white" if draw.random() < white else draw.choice(list(BACKGROUNDS)[1:])
+    return "white" if rng.random() < white else rng.choice(list(BACKGROUNDS)[1:])
 
 
-def _random_single(draw: random.Random, atlas: Atlas, split: str) -> Scene:
-    names = atlas.names if draw.random() < 0.9 else tones_of(atlas.tones, split)  # plain names are never held out
-    return single(draw.choice(names), draw_background(draw))
+def _random_single(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    names = atlas.names if rng.random() < 0.9 else tones_of(atlas.tones, split)  # plain names are never held out
+    return single(rng.choice(names), draw_background(rng))
 
 
-def _random_small(draw: random.Random, atlas: Atlas, split: str) -> Scene:
-    number = draw.choice((1, 2, 2, 2, 3, 4))
-    background = draw_background(draw)
+def _random_small(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    number = rng.choice((1, 2, 2, 2, 3, 4))
+    background = draw_background(rng)
     if number == 1:
-        return single(draw.choice(SCENE_NAMES), background, draw.choice(tuple(PLACES.values())))
+        return single(rng.choice(SCENE_NAMES), background, rng.choice(tuple(PLACES.values())))
     slots: Sequence[tuple[int, int]] = COUNT_SLOTS[number]
     if number == 2:
-        slots = draw.choice((*PAIR_SLOTS, draw.choice(APART)))
-    names = [draw.choice(SCENE_NAMES)] * number if draw.random() < 0.3 else draw_names(draw, number, split)
+        slots = rng.choice((*PAIR_SLOTS, rng.choice(APART)))
+    names = [rng.choice(SCENE_NAMES)] * number if rng.random() < 0.3 else draw_names(rng, number, split)
     return small_objects(names, slots, background)
 
 
-def _random_row(draw: random.Random, atlas: Atlas, split: str) -> Scene:
-    return row(draw_names(draw, 3, split, ROW_NAMES), draw_background(draw))
+def _random_row(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    return row(draw_names(rng, 3, split, ROW_NAMES), draw_background(rng))
 
 
 _KINDS: tuple[tuple[float, Callable[[random.Random, Atlas, str], Scene]], ...] = (
@@ -196,6 +196,6 @@ def random_scene(key: Key, atlas: Atlas, split: str = "train") -> Scene:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    draw = key.fold("random_scene", split).python()
+    rng = key.fold("random_scene", split).python()
     weights, kinds = zip(*_KINDS, strict=True)
-    return draw.choices(kinds, weights)[0](draw, atlas, split)
+    return rng.choices(kinds, weights)[0](rng, atlas, split)

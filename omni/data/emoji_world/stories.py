@@ -82,7 +82,7 @@ def story_scene(hero: str, text: str) -> Scene | None:
     return None
 
 
-def _others(event: Event, hero: str, split: str) -> list[str]:
+def _allowed_objects(event: Event, hero: str, split: str) -> list[str]:
     """The objects that the event may place beside the hero: in training without held-out pairs."""
     allowed = [o for o in event.others if o != hero]
     return [o for o in allowed if not o or split == "heldout" or not pair_is_heldout(hero, o)]
@@ -90,15 +90,15 @@ def _others(event: Event, hero: str, split: str) -> list[str]:
 
 def write_story(builder: DocumentBuilder) -> dict[str, object]:
     """Add a story of 2-5 pictures: an opening, distinct events, an ending."""
-    draw = builder.draw
-    hero, number = draw.choice(HEROES), draw.choice((2, 3, 3, 4, 5))
-    count = str(number) if draw.random() < 0.5 else NUMBERS[number]
+    rng = builder.rng
+    hero, number = rng.choice(HEROES), rng.choice((2, 3, 3, 4, 5))
+    count = str(number) if rng.random() < 0.5 else NUMBERS[number]
     builder.ask(builder.phrase("story", n=count, a=with_article(hero)))
-    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _others(event, hero, builder.split))}
-    middles = draw.sample([e for e in MIDDLES if e in can], number - 2)
-    events = [draw.choice(OPENINGS), *middles, draw.choice([e for e in ENDINGS if e in can])]
+    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _allowed_objects(event, hero, builder.split))}
+    middles = rng.sample([e for e in MIDDLES if e in can], number - 2)
+    events = [rng.choice(OPENINGS), *middles, rng.choice([e for e in ENDINGS if e in can])]
     for event in events:
-        other = draw.choice(can.get(event, [""]))
+        other = rng.choice(can.get(event, [""]))
         builder.answer(event.words(hero, other))
         builder.show(event.scene(hero, other))
     return {"hero": hero, "num_pictures": number, "sentences": list(builder.answers)}

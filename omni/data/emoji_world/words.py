@@ -15,7 +15,7 @@ LANGUAGE_NAMES = {
     "tr": "Turkish",
 }
 
-_LINKS = (" with ", " in ", " of ", " on ", " for ", " holding ", " lifting ", ":")
+_PREPOSITIONS = (" with ", " in ", " of ", " on ", " for ", " holding ", " lifting ", ":")
 _NOT_PLURAL = frozenset(
     listed(
         """
@@ -41,7 +41,7 @@ _IRREGULAR = {
 
 def head_word(name: str) -> str:
     """The word that takes the plural: "woman with veil" -> "woman", "red apple" -> "apple"."""
-    for link in _LINKS:
+    for link in _PREPOSITIONS:
         name = name.split(link)[0]
     return name.split()[-1] if name.split() else name
 

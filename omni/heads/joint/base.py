@@ -66,7 +66,7 @@ class JointCall(Protocol):
         ...
 
 
-class After:
+class ExtendedCall:
     """A call whose context continues with clean ids (B, m). They are not cached: each pass includes them."""
 
     def __init__(self, call: JointCall, ids: Tensor) -> None:
@@ -95,7 +95,7 @@ class After:
         return self.call.read(hidden)
 
     def target(self) -> JointCall:
-        return After(self.call.target(), self.ids)
+        return ExtendedCall(self.call.target(), self.ids)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class LogProb:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LossInputs:
     """Inputs of a loss besides the call. `teacher` (B, K, V) float64: log P(. | c, x_<k) of the model's own
     autoregressive pass, without a graph. `progress`: the completed share of training."""
 
@@ -134,7 +134,7 @@ class JointHead(nn.Module, ABC):
 
     layout: see the module docstring. exact: `log_prob` is exact. universal: can represent any joint distribution, given
     capacity.
-    needs_teacher: `loss` reads Lesson.teacher. order: whether positions depend left to right or in any order.
+    needs_teacher: `loss` reads LossInputs.teacher. order: whether positions depend left to right or in any order.
     passes: the number of passes in which `sample` can draft n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass distribution; rejection and block verification need
     it.
@@ -181,7 +181,7 @@ class JointHead(nn.Module, ABC):
         `is_recurrent`."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
 
-    def fits(self, given: Tensor) -> int:
+    def num_tokens(self, given: Tensor) -> int:
         """n of ids or uniforms (B, n). ValueError unless 1 <= n <= K."""
         num = given.shape[1]
         if not 1 <= num <= self.length:
@@ -210,7 +210,7 @@ class JointHead(nn.Module, ABC):
             raise ValueError(f"passes = {passes} for {num} tokens: this head takes {known[type(self).passes]}")
 
     @abstractmethod
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         """Named (sum, count) terms."""
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:

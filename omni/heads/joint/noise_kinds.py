@@ -30,7 +30,7 @@ SMALLEST = 1e-9  # the smallest probability that is inverted; below it float32 f
 TINY = 2.0**-53
 
 
-class Waves(nn.Module):
+class SineEmbedding(nn.Module):
     """Numbers (..., S) in [0, 1) -> (..., W): each with its sine and cosine at 2^i 2 pi, i < `frequencies`, then a
     two-layer MLP. The features are computed in float64."""
 
@@ -89,7 +89,7 @@ class UniformNoise(Noise):
 
     def __init__(self, vocab_size: int, width: int, frequencies: int) -> None:
         super().__init__(1)
-        self.waves = Waves(1, width, frequencies)
+        self.waves = SineEmbedding(1, width, frequencies)
 
     def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         return inverse_cdf_sample(log_p, noise[..., 0])
@@ -111,7 +111,7 @@ class TreeNoise(Noise):
 
     def __init__(self, vocab_size: int, width: int, frequencies: int) -> None:
         super().__init__(max(1, math.ceil(math.log2(vocab_size))))
-        self.waves = Waves(self.size, width, frequencies)
+        self.waves = SineEmbedding(self.size, width, frequencies)
 
     def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         node = torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)
@@ -189,6 +189,6 @@ def build_noise(kind: NoiseKind, vocab_size: int, width: int, frequencies: int) 
     return (UniformNoise if kind == "uniform" else TreeNoise)(vocab_size, width, frequencies)
 
 
-def draws_of(names: tuple[tuple[int, int, int], ...], shape: tuple[int, ...], key: Key) -> Tensor:
+def uniforms_by_name(names: tuple[tuple[int, int, int], ...], shape: tuple[int, ...], key: Key) -> Tensor:
     """(B, *shape) float64 uniforms; those of a block are keyed by its name alone."""
     return torch.stack([key.fold(*name).uniform(shape, torch.float64) for name in names])

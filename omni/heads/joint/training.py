@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from omni.heads.joint.backbone import Backbone, Reads, draft_pass, head_of
-from omni.heads.joint.base import Lesson
+from omni.heads.joint.base import LossInputs
 from omni.nn.cache import Memory
 from omni.objectives.terms import Terms
 from omni.rng import Key
@@ -53,7 +53,7 @@ def joint_loss(
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
     call = BatchCall(model, starts, hidden, memory)
     teacher = teacher_log_probs(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
-    return joint.head.loss(call, Lesson(blocks, teacher, key, progress))
+    return joint.head.loss(call, LossInputs(blocks, teacher, key, progress))
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class AttentionMask:
             )
         return self._lowered[dtype]  # type: ignore[return-value]
 
-    def kept(self, name: object, make: Callable[[], Any]) -> Any:
+    def cached(self, name: object, make: Callable[[], Any]) -> Any:
         """The value of `make`, cached under `name` for all layers of a pass."""
         if name not in self._lowered:
             self._lowered[name] = make()

@@ -63,17 +63,17 @@ class Visibility:
                 )
         return Visibility(mask, (R, Q, T, S), x.q.device)
 
-    def kept(self, name: object, make: Callable[[], Any]) -> Any:
+    def cached(self, name: object, make: Callable[[], Any]) -> Any:
         """The value of `make`, cached; if the mask is an AttentionMask, for all layers of a pass."""
         if isinstance(self.mask, AttentionMask):
-            return self.mask.kept((name, self.num_context), make)
+            return self.mask.cached((name, self.num_context), make)
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
     def fields(self, rows: slice, keys: slice) -> tuple[Fields, Fields]:
         assert isinstance(self.mask, AttentionMask)
-        return _cut(self.mask.queries, rows), _cut(self.mask.keys, keys)
+        return _slice_fields(self.mask.queries, rows), _slice_fields(self.mask.keys, keys)
 
     def part(self, rows: slice, keys: slice) -> Tensor | None:
         """(R, queries, keys) bool of a part; None where all is visible."""
@@ -99,7 +99,7 @@ class Visibility:
         return torch.cat(strips, 1)
 
 
-def _cut(fields: Fields, at: slice) -> Fields:
+def _slice_fields(fields: Fields, at: slice) -> Fields:
     rank = None if fields.rank is None else fields.rank[:, at]
     return Fields(fields.document[:, at], fields.block[:, at], fields.copy[:, at], rank)
 

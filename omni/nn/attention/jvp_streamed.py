@@ -35,7 +35,7 @@ class _Side(NamedTuple):
 
 def _sides(x: Inputs, seen: Visibility, work: torch.dtype) -> list[_Side]:
     def tiles(keys: slice) -> list[list[int]]:
-        occupied = seen.kept(
+        occupied = seen.cached(
             ("streamed", keys.start, keys.stop, TILE), lambda: seen.occupied(keys, TILE, TILE).any(0).tolist()
         )
         return [[j for j, some in enumerate(row) if some] for row in occupied]
