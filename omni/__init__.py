@@ -54,6 +54,7 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
+    """Load the module of a public name on first use."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'omni' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MISTAKE, DAMAGED = 2, 4  # exit codes
 MAX_LINE = 1000
-PROBE_BYTES = 1 << 16  # bytes that must be free before a write
+PROBE_BYTES = 1 << 16  # that must be free before a write
 
 
 class DamagedError(ValueError):

@@ -97,7 +97,7 @@ class BatchFlowCall:
         return self._with_tangent("carried", (x, t, s), (dx, dt, ds))
 
     def _with_tangent(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
-        """F and its derivative, by the model's method of derivatives."""
+        """F and its derivative along `direction`, by the model's method of derivatives."""
         c = self.model.transformer.c
         if c.tangents != "central":
             return differentiate(self, point, direction, form)
@@ -151,11 +151,13 @@ class ContextPass:
 
 
 def logits_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of an objective on logits of supervised positions."""
     where = one.batch.target != IGNORE
     return {"": objective.loss(one.model.token.read(one.hidden[where]), one.batch.target[where])}
 
 
 def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of an objective on latents; count 0 without items."""
     batch = one.batch
     if not batch.num_items:
         return {"": Terms(one.hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)}
@@ -169,6 +171,7 @@ def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
 
 
 def placeholder_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of the joint-token head, each times the weight of the objective."""
     found = joint_loss(one.model, one.batch, one.hidden, one.memory, objective.blocks, key, one.progress)
     return {f"/{name}": replace(term, weight=term.weight * objective.weight) for name, term in found.items()}
 
@@ -186,7 +189,8 @@ def batch_losses(
     progress: float = 1.0,
 ) -> dict[str, Terms]:
     """Named (sum, count) terms of each objective; absent modalities have count 0. See Omni.forward. The class names
-    terms and noise: ValueError for two objectives of one class."""
+    terms and noise: ValueError for two objectives of one class. Noise is keyed by the class name: renaming a class
+    changes its noise."""
     one = ContextPass(model, batch, *model.context(batch), averages, progress)
     names = [type(objective).__name__ for objective in objectives]
     if len(set(names)) < len(names):

@@ -170,6 +170,7 @@ def _module_of(point: metadata.EntryPoint) -> str | None:
 
 
 def _owner(point: metadata.EntryPoint) -> str:
+    """The installed package of an entry point, in words."""
     name = point.dist.name if point.dist else point.value
     return f"the installed package {name!r}"
 
@@ -181,4 +182,5 @@ def _where_defined(item: Any) -> str:
 
 
 def _hint_of_known_names(names: list[str]) -> str:
+    """The text `; known: ...` for an unknown name."""
     return f"; known: {', '.join(names) or 'none'}"

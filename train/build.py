@@ -47,12 +47,11 @@ from train.sampler import choose_sampler
 from train.upcycling import with_latent_weights
 from train.validation import Validation
 
-NOISE_VERSION = 2  # how noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each
-
-# Settings of a model that change none of its numbers, and those that shapes or names of weights reveal.
+# How noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each. Stored as "draws".
+NOISE_VERSION = 2
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
-# Values of a setting that another value can follow: upcycling copies the missing weights.
+# Setting -> the value that init_from may have instead: upcycling copies the missing weights.
 UPCYCLED_FROM = {"latent_weights": "shared"}
 
 
@@ -115,6 +114,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of a directory; "bytes" is one id per byte."""
     if recipe.tokenizer == "bytes":
         from omni.text.bpe import BPETokenizer
 
@@ -123,6 +123,7 @@ def build_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def build_codec(recipe: Recipe) -> Codec:
+    """The codec of a directory, or of a table for one without weights, on the device."""
     if isinstance(recipe.codec, str):
         codec = load_codec(recipe.codec)
     else:
@@ -154,6 +155,7 @@ def model_config(recipe: Recipe, vocab_size: int, channels: int, sampler: str) -
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+    """The model with its first weights, tokenizer, codec and preparation; frozen and compiled as the recipe says."""
     model = Omni(model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     model.preparation = recipe.preparation
@@ -264,6 +266,8 @@ def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> Non
 
 
 def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:
+    """The sources of a list, each keyed by `origin`, its number and its name: another order of the list changes the
+    data."""
     return [
         build_source(config.name, config.options, key.fold(origin, number, config.name), f"{origin}.{number}")
         for number, config in enumerate(configs)
@@ -271,6 +275,7 @@ def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[
 
 
 def build_mixture(recipe: Recipe, key: Key) -> Mixture:
+    """The mixture of all training sources."""
     sources = build_sources(recipe.data, key, "data")
     return Mixture(sources, [config.weight for config in recipe.data], key.fold("data"))
 
@@ -288,6 +293,7 @@ def build_held_out(recipe: Recipe, mixture: Mixture, key: Key) -> tuple[HeldOut 
 
 
 def build_objectives(recipe: Recipe) -> list[Objective]:
+    """The objectives of the recipe, in order. ValueError names the wrong one."""
     found = []
     for number, o in enumerate(recipe.objectives):
         where, kind = f"objectives.{number} ({o.name})", OBJECTIVES.get(o.name)
@@ -307,10 +313,12 @@ def publish_model(run: Run, directory: Path) -> Path:
 
 
 def _codec_fingerprint(codec: Codec) -> str:
+    """Digest of configuration and weights. Checkpoints store it: never change it."""
     weights = codec.weights()
     data = digest(codec.config()).encode() + (tensor_bytes(weights) if weights else b"")
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:
+    """`compose` with the tokenizer first, for `partial`."""
     return compose(document, tokenizer, encode_media)

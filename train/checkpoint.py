@@ -33,9 +33,10 @@ from train.optim.target import Target
 from train.recipe import CHANGEABLE, Recipe, without_retired
 
 _STEP = re.compile(r"step-(\d{8})")
+# Names of files in a checkpoint: never change them.
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
 TARGET = "target.safetensors"
-KIND = "training state"
+KIND = "training state"  # in the manifest: never change it
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Change:
 @dataclass
 class Progress:
     """Where a run is: `step` steps done, the next document `cursor` (with data-loading workers: one cursor of each in
-    `cursors`), wall-clock seconds over all resumes."""
+    `cursors`), wall-clock seconds over all resumes. Stored as JSON by field name: a new field needs a default, a
+    renamed one a line in `load`."""
 
     step: int = 0
     cursor: int = 0
@@ -212,6 +214,7 @@ def saved_recipe(directory: Path) -> Mapping[str, Any]:
 
 
 def _scalars(directory: Path) -> dict[str, Any]:
+    """The content of state.json: progress, number of updates, identity."""
     return parse_json(checkpoint.read_bytes(directory / SCALARS), str(directory / SCALARS))
 
 
@@ -234,6 +237,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _restore_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved weights and buffers into the model. ValueError where names or shapes differ."""
     own = _weights(model)
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())

@@ -56,15 +56,17 @@ class Run:
     workers: WorkerLoader | None = None
     waited: float = 0.0  # seconds of waiting for data-loading workers, within steps
     changes: Sequence[state.Change] = ()  # of the recipe, since the checkpoint that was resumed
-    has_counted: bool = False  # whether an objective counted anything in any step
+    has_counted: bool = False  # whether any loss term of any step had a count above 0
     between_updates: bool = True  # weights, optimiser and averages are of the same step and can be saved
     _ahead: Packed | Exception | None = None
 
     @property
     def key(self) -> Key:
+        """The key of training: another one changes all noise of the run."""
         return Key(self.recipe.seed).fold("train")
 
     def fraction(self) -> float:
+        """The completed share of the run, in [0, 1]."""
         return self.recipe.fraction(self.progress.step, self.progress.seconds)
 
     def next(self) -> Packed:
@@ -90,6 +92,7 @@ class Run:
         self.waited += time.perf_counter() - start
 
     def _from_workers(self) -> Packed:
+        """The next step of the data-loading workers; starts them at the first call."""
         if self.workers is None:
             assert self.open_workers is not None
             self.progress.cursors = self.progress.cursors or list(range(self.recipe.workers))
@@ -213,6 +216,7 @@ def _step(run: Run, tracker: Tracker) -> None:
 
 
 def save(run: Run) -> Path:
+    """Save a checkpoint of the run; return its directory."""
     progress = run.progress
     in_row = run.guard.num_in_row
     progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, in_row % run.guard.limit
@@ -257,6 +261,7 @@ def _report_rates(run: Run, saved: Mapping[str, Any], report: Callable[[str], No
 
 
 def num_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -294,6 +299,7 @@ def losses_of(metrics: Mapping[str, Any]) -> str:
 
 
 def _progress_line(run: Run, metrics: Mapping[str, Any]) -> str:
+    """The line of a step on the console."""
     recipe, progress = run.recipe, run.progress
     losses = losses_of(metrics)
     left = progress.seconds / max(run.fraction(), 1e-9) - progress.seconds

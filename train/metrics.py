@@ -28,6 +28,7 @@ class Tracker:
         self._board = _open_board(out) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl; its numbers also go to TensorBoard."""
         self._file.write(json_row({"step": step, **values}))
         self._file.flush()
         if self._board is not None:
@@ -49,6 +50,7 @@ class Tracker:
         self._stream.flush()
 
     def close(self) -> None:
+        """Close the files."""
         if self._live:
             self._stream.write("\n")
         self._file.close()
@@ -75,6 +77,7 @@ def json_row(values: Mapping[str, Any]) -> str:
 
 
 def _json_value(value: Any) -> Any:
+    """Tensors as numbers, values that are not finite as text."""
     if isinstance(value, torch.Tensor):
         value = value.item()
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
@@ -99,6 +102,7 @@ def drop_from(path: Path, step: int) -> None:
 
 
 def _open_board(out: Path) -> Any:
+    """A TensorBoard writer. ValueError names the extra where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

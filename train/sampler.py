@@ -28,6 +28,7 @@ def reads_trained_values(sampler: str, trained: Sequence[Trains]) -> bool:
 
 
 def _usual_first(name: str) -> tuple[bool, str]:
+    """Sorts the usual samplers before the others, each by name."""
     return name not in USUAL_SAMPLER.values(), name
 
 

@@ -19,7 +19,7 @@ from omni.media import save_png
 from train.data.held_out import FIRST_UNSEEN
 from train.loop import Run
 
-COLUMNS = 8
+COLUMNS = 8  # of pictures
 
 
 def prompts_before_picture(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
@@ -39,6 +39,7 @@ def prompts_before_picture(documents: Iterable[Document], count: int) -> list[tu
 
 
 def _unseen(document: Callable[[int], Document], attempts: int = 400) -> Iterator[Document]:
+    """Documents beyond those of training; unreadable ones are left out."""
     for index in range(FIRST_UNSEEN, FIRST_UNSEEN + attempts):
         with suppress(CorruptRecord):
             yield document(index)
@@ -73,6 +74,7 @@ def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: 
 
 
 def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch.Tensor | None]:
+    """One generated picture for each prompt; None where the reply has none."""
     from omni.generation.options import GenerationOptions
 
     steps = run.recipe.report.sheet_sampling_steps
@@ -86,11 +88,13 @@ def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch
 
 
 def _first_frame(segment: Segment) -> torch.Tensor:
+    """The pixels (H, W, 3) of a picture, or of the first frame of a clip."""
     assert isinstance(segment, Image | Video)
     return segment.pixels if isinstance(segment, Image) else segment.frames[0]
 
 
 def _cell(picture: torch.Tensor | None, side: int, gap: int) -> torch.Tensor:
+    """A grey square of side + gap pixels with the picture in its corner."""
     cell = torch.full((side + gap, side + gap, 3), 128, dtype=torch.uint8)
     if picture is not None:
         height, width = min(side, picture.shape[0]), min(side, picture.shape[1])

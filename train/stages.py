@@ -131,14 +131,17 @@ class Stage:
 
     @property
     def product(self) -> Path:
+        """The directory that later stages read."""
         return self.out / {"tokenizer": "tokenizer", "codec": "codec"}.get(self.kind, "model")
 
     @property
     def begun(self) -> bool:
+        """Whether the stage has a folder."""
         return self.out.exists()
 
     @property
     def finished(self) -> bool:
+        """Whether its product is complete: the file that is written last is there."""
         last = "tokenizer_config.json" if self.kind == "tokenizer" else "manifest.json"
         return (self.product / last).is_file()
 
@@ -157,6 +160,7 @@ def plan(config: StagesConfig, source: str, out: Path) -> list[Stage]:
 
 
 def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, earlier: list[Stage]) -> Stage:
+    """One stage, with paths from the stages before it."""
     models = {stage.name: str(stage.product) for stage in earlier if stage.product.name == "model"}
     last = {stage.product.name: str(stage.product) for stage in earlier}
     if listed.average is not None:
@@ -188,6 +192,7 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
 
 
 def _model_of(name: str, models: Mapping[str, str], key: str) -> str:
+    """The model directory of an earlier stage. ValueError names the nearest."""
     if name in models:
         return models[name]
     known = nearest(name, models) or f"; models before it: {', '.join(models) or 'none'}"
@@ -290,7 +295,7 @@ def compare_with_record(stage: Stage) -> None:
 
 
 def run_stage(stage: Stage) -> int:
-    """Make one stage, or continue it. Returns the exit code."""
+    """Train or convert one stage, or continue it. Returns the exit code."""
     if isinstance(stage.settings, Recipe):
         return runs.train_model(stage.settings, stage.out, bool(state.saved_steps(stage.out / "state")))
     if isinstance(stage.settings, CodecRecipe):
@@ -308,6 +313,7 @@ def run_stage(stage: Stage) -> int:
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
+    """JSON of the settings, as `RECORD` stores them."""
     given = stage.settings
     return dict(given) if isinstance(given, dict) else given.model_dump(mode="json")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-LATENT, TEXT = ".latent.", ".text."  # in their names
+LATENT, TEXT = ".latent.", ".text."  # in the names of weights
 
 
 def with_latent_weights(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

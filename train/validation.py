@@ -46,6 +46,7 @@ class Validation:
 
 
 def _all_steps(loader: Loader) -> list[Packed]:
+    """All steps of a loader with an end. ValueError if they have no document."""
     steps, cursor = [], 0
     assert loader.end is not None
     while cursor != loader.end:

@@ -19,7 +19,7 @@ import torch
 
 from omni.nn.attention import jvp_launch
 
-HEAD_START_CYCLES = 2_000_000  # cycles of the device, about a millisecond
+HEAD_START_CYCLES = 2_000_000  # of the device, about a millisecond
 
 
 class Launch(NamedTuple):
@@ -32,6 +32,7 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return self.kernel.fn.__name__
 
     @property
@@ -40,6 +41,7 @@ class Launch(NamedTuple):
         return tuple(self.options.get(key, 0) for key in ("BQ", "BK", "num_warps", "num_stages"))  # type: ignore[return-value]
 
     def run(self) -> None:
+        """Launch it again."""
         self.kernel[self.grid](*self.arguments, **self.options)
 
     @property
@@ -56,6 +58,7 @@ class Launch(NamedTuple):
         return self.name, of(self.arguments), tuple(self.options.items())
 
     def compile(self) -> Any:
+        """Compile the kernel for these arguments, without a launch."""
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
 
 

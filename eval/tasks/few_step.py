@@ -60,12 +60,14 @@ class FewStepOptions(RequestOptions):
 
 
 def rows_of(options: FewStepOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     return [
         f"{name}_{n}_{what}" for name, line in options.lines.items() for n in line.steps for what in _row_ends(options)
     ]
 
 
 def _row_ends(options: FewStepOptions) -> list[str]:
+    """Ends of the report rows of a line at a number of steps."""
     found = ["open", *(["coverage"] if options.draws else []), *(["scenes"] if options.scenes else []), "seconds"]
     if options.reference is not None:
         found += ["open_share", *(["coverage_share"] if options.draws else []), "speedup"]

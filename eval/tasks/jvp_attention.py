@@ -66,6 +66,7 @@ class JvpAttentionOptions(TaskOptions):
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
 
 
+# Report rows: of the kernels, of explicit attention, of attention without tangent, of errors by dtype.
 KERNEL_ROWS = ("forward", "backward", "peak", "saved")
 MATH_ROWS = ("forward_math", "backward_math", "peak_math", "forward_ratio", "backward_ratio", "error", "error_gradient")
 PLAIN_ROWS = ("forward_plain", "backward_plain")
@@ -73,6 +74,7 @@ ERROR_ROWS = tuple(f"{dtype}{what}" for dtype in ("float32", "bfloat16") for wha
 
 
 def _rows(options: JvpAttentionOptions) -> tuple[str, ...]:
+    """All report rows; suites set bars on these names."""
     by_length = (f"{name}_{n}" for n in options.lengths for name in ("forward", "backward", "peak"))
     return (*KERNEL_ROWS, *MATH_ROWS, *PLAIN_ROWS, *ERROR_ROWS, *by_length, "growth")
 
@@ -203,6 +205,7 @@ def copies(length: int, context: int, number: int, device: torch.device) -> Atte
 
 
 def _errors(context: Context, runs: list[Case]) -> list[Measure]:
+    """The largest errors over all cases, by dtype; NaN where one fails."""
     worst = {name: 0.0 for name in ERROR_ROWS}
     for case in runs:
         name = str(case.dtype).removeprefix("torch.")
@@ -237,6 +240,7 @@ def _inputs(key: Key, options: JvpAttentionOptions, length: int, heads: int, key
 
 
 def _mask(options: JvpAttentionOptions) -> AttentionMask | None:
+    """The mask of the options; None where every query sees every key."""
     return copies(options.length, options.context, options.copies, torch.device("cuda")) if options.copies else None
 
 
@@ -270,6 +274,7 @@ def _beside_math(
     ]
 
 
+# The backend and dtype that are compared, and those of the reference.
 _PRECISIONS = (("triton", torch.bfloat16), ("math", torch.float32))
 
 
@@ -283,6 +288,7 @@ def _plain(inputs: list[Tensor], options: JvpAttentionOptions) -> list[Measure]:
 
 
 def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list[Measure]:
+    """Time and memory by length, and the growth of memory."""
     measures, peaks = [], {}
     plain = options.model_copy(update={"context": 0})
     for n in options.lengths:
@@ -299,6 +305,7 @@ def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list
 
 
 def _attend(inputs: list[Tensor], mask: AttentionMask | Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """Output and tangent, from the first eight inputs."""
     q, k, v, dq, dk, dv, k_context, v_context = inputs[:8]
     return attend_with_tangent(q, k, v, dq, dk, dv, k_context, v_context, mask, backend)
 

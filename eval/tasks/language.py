@@ -84,6 +84,8 @@ def when_to_draw(context: Context, options: WhenOptions) -> Outcome:
 
 
 class QuestionOptions(RequestOptions):
+    """kinds: those of questions that need no picture."""
+
     requests: int = 150
     kinds: tuple[str, ...] = TEXT_KINDS
 

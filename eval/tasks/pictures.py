@@ -30,6 +30,8 @@ DRAW_ROWS = ("right", "clear", "sharp", "background")
 
 
 class DrawOptions(RequestOptions):
+    """kinds: those of "draw" whose emoji has no skin tone."""
+
     kinds: tuple[str, ...] = ("plain", "background", "small")
 
 
@@ -95,15 +97,21 @@ EDIT_KINDS = ("tone", "swap", "move", "exchange", "add", "remove", "recolour")
 
 
 class SceneOptions(RequestOptions):
+    """kinds: relations of two objects."""
+
     kinds: tuple[str, ...] = ("left", "right", "above", "below")
 
 
 class CountOptions(RequestOptions):
+    """kinds: rows of three and counted objects."""
+
     requests: int = 100
     kinds: tuple[str, ...] = ("row", "count")
 
 
 class ChatEditOptions(RequestOptions):
+    """kinds: conversations with an edit."""
+
     requests: int = 100
     kinds: tuple[str, ...] = ("edit",)
 

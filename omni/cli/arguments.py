@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from omni.errors import MISTAKE, exit_code_of, is_mistake, one_line
 
-ANNOUNCE_AFTER_SECONDS = 1.0  # seconds
+ANNOUNCE_AFTER_SECONDS = 1.0  # before `announced` prints
 
 
 @contextmanager

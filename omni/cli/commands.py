@@ -19,7 +19,7 @@ from omni.cli.arguments import Parser, announced, warnings_in_lines
 from omni.errors import exit_code_of, is_mistake, one_line
 from omni.version import VERSION
 
-INTERRUPTED, CLOSED_PIPE = 130, 141
+INTERRUPTED, CLOSED_PIPE = 130, 141  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    """Parse the arguments and run the command; return its exit code."""
     try:
         with warnings_in_lines():
             arguments = parse(argv)
@@ -109,6 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _hint_for_unknown(parser: argparse.ArgumentParser, command: str | None, unknown: str) -> str:
+    """The way out in the error for an unknown argument."""
     options = sorted({flag for sub in _subparsers(parser, command) for flag in sub._option_string_actions})
     if unknown in options:
         return "options come before --"
@@ -123,6 +125,7 @@ def _hint_for_unknown(parser: argparse.ArgumentParser, command: str | None, unkn
 
 
 def _subparsers(parser: argparse.ArgumentParser, command: str | None) -> list[argparse.ArgumentParser]:
+    """The parsers of a command; of all commands for None."""
     groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     return [sub for group in groups for name, sub in group.choices.items() if command in (None, name)]
 

@@ -71,6 +71,7 @@ def write_numbered(write: Callable[[Path], Path]) -> Path:
 
 
 def _report(reply: Reply, folder: Path, seconds: float) -> None:
+    """Print what was written, the time, and why the reply was cut off."""
     pictures = sum(not isinstance(part, TextPart) for part in reply.parts)
     files = f"{pictures} picture{'' if pictures == 1 else 's'}"
     reasons = {
@@ -112,6 +113,7 @@ def system_of(arguments: argparse.Namespace) -> tuple[Text, ...]:
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
+    """How pictures are shown: by --show and --no-show, else by the terminal."""
     return "none" if arguments.no_show else detect(sys.stdout, force=arguments.show)
 
 

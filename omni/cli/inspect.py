@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe_folder(path: Path) -> list[str]:
+    """The report of a folder, line by line. ValueError for a folder of no known kind."""
     if not (path / MANIFEST).is_file():
         if (path / TOKENIZER_CONFIG).is_file():
             return [f"{path}: a tokenizer", *_describe_tokenizer(path)]
@@ -98,6 +99,7 @@ def published_below(path: Path, max_entries: int = MAX_ENTRIES) -> list[Path]:
 
 
 def _folder_kind(path: Path, manifest: Mapping[str, Any]) -> str:
+    """What a folder is: by `kind` in its manifest, else by the files in it."""
     named = {"reply": "a reply", "chat": "a conversation", "training state": "a training state"}
     if (kind := manifest["info"].get("kind")) in named:
         return named[kind]
@@ -136,6 +138,7 @@ def _tensor_sizes(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def _describe_tokenizer(path: Path) -> list[str]:
+    """A tokenizer's backend, sizes, and the ids of a sample."""
     tokenizer = load_tokenizer(path)
     sample = "draw a red apple 🍎"
     ids = tokenizer.encode(sample)
@@ -150,6 +153,7 @@ def _describe_tokenizer(path: Path) -> list[str]:
 
 
 def _describe_file(path: Path, model: str | None, printer: Printer) -> list[str]:
+    """The report of a file, by its suffix. ValueError for another suffix."""
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is neither a folder nor a regular file; give a file")
     if path.suffix == ".safetensors":
@@ -165,6 +169,7 @@ def _describe_file(path: Path, model: str | None, printer: Printer) -> list[str]
 
 
 def _describe_picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
+    """Show a picture; report its size, its latents, and its PSNR through the codec."""
     pixels = media.load_image(path)
     printer.picture(pixels)
     lines = [f"{path}: a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels"]
@@ -183,6 +188,7 @@ def _describe_picture(path: Path, model_path: str | None, printer: Printer) -> l
 
 
 def _describe_document(path: Path, model_path: str | None) -> list[str]:
+    """The segments of a Document, and its packed layout as a table."""
     document, what = read_document(path)
     model: Omni = load_model(model_path)
     spans = model.spans(document)
@@ -217,6 +223,7 @@ def read_document(path: Path) -> tuple[Document, str]:
         raise ValueError(f"{str(path)!r} is no Document: {reason.removesuffix(way_out)}{way_out}") from None
 
 
+# Key that only this kind of JSON file has -> the kind in words.
 KIND_OF_KEY = {"messages": "a conversation", "parts": "a reply"}
 _PARSE_ERRORS = (
     *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError, zlib.error),
@@ -261,14 +268,17 @@ def _runs(ids: Sequence[int], supervise: Sequence[bool], tokenizer: Tokenizer) -
 
 
 def _range_text(start: int, count: int) -> str:
+    """ "3" or "3-7"."""
     return str(start) if count == 1 else f"{start}-{start + count - 1}"
 
 
 def _size_text(count: int) -> str:
+    """A number of bytes in kB or MB."""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty where it is unreadable or no object."""
     try:
         data = parse_json(path.read_bytes(), str(path))
     except (OSError, ValueError):
@@ -277,4 +287,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _json_lines(path: Path) -> list[str]:
+    """The lines of a JSON object, without its outer braces."""
     return [f"  {line}" for line in json.dumps(_read_json(path), indent=1).splitlines()[1:-1]]

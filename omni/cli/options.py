@@ -96,6 +96,7 @@ def parse_value(name: str, text: Any) -> Any:
 
 
 def _to_numbers(texts: list[str], kind: type = float) -> list[Any] | None:
+    """The numbers of the texts; None if one of them is none."""
     try:
         return [kind(text) for text in texts]
     except ValueError:
@@ -103,15 +104,18 @@ def _to_numbers(texts: list[str], kind: type = float) -> list[Any] | None:
 
 
 def _flag_settings(field: FieldInfo) -> dict[str, Any]:
+    """A field's extras: flag, metavar, in_chat, names (see generation.options)."""
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra
 
 
 def _flag(name: str) -> str:
+    """ "max_tokens" -> "--max-tokens"."""
     return "--" + name.replace("_", "-")
 
 
 def _add_flag(place: Any, name: str, field: FieldInfo) -> None:
+    """Add the flag of one field; its help names bounds, known names and default."""
     about = (field.description or "").replace("%", "%%")
     if field.annotation is bool:
         place.add_argument(flag_of(name), dest=name, action="store_true", default=None, help=about)

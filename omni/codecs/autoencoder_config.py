@@ -60,6 +60,7 @@ _STAGE_LISTS = {"encoder_block_out_channels", "block_out_channels"}
 
 
 def _check_argument(name: str, value: Any) -> None:
+    """ValueError for a number, a number of layers or a list beyond its bound; lists and tables are searched."""
     if isinstance(value, list | tuple):
         if len(value) > _MAX_ENTRIES:
             raise ValueError(f"{name} has {len(value)} entries; at most {_MAX_ENTRIES} make sense")
@@ -104,6 +105,7 @@ def statistics_of(settings: Mapping[str, Any], channels: int) -> tuple[tuple[flo
 
 
 def _divided_by_scale(std: float, scale: float) -> float:
+    """std / scale. ValueError for a scale that is not positive."""
     if not scale > 0:
         raise ValueError(f"scaling_factor = {scale} must be a positive number")
     return std / scale

@@ -35,7 +35,7 @@ from omni.rng import Key
 from omni.weights import load_weights, unallocated
 
 DECODE_BATCH = 64  # pictures that are decoded in one pass
-ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator
+ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator; another number changes last bits of latents
 
 
 @codecs.register("autoencoder")
@@ -68,9 +68,11 @@ class AutoencoderCodec(Codec):
         self.mean, self.deviation = checked_statistics(mean, deviation, self.spec.channels)
 
     def _num_channels(self, settings: Mapping[str, Any]) -> int:
+        """Channels of a latent. A quantiser overrides this."""
         return int(settings["latent_channels"])
 
     def _default_statistics(self, settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, deviation) where the configuration has none. A quantiser overrides this."""
         return statistics_of(settings, self.spec.channels)
 
     @property
@@ -83,6 +85,7 @@ class AutoencoderCodec(Codec):
         return self._module
 
     def _loaded_module(self) -> nn.Module:
+        """A new network with the weights that were kept for it. DamagedError if they do not fit."""
         weights, source = self._weights or ({}, "codec")
         try:
             with unallocated():
@@ -150,7 +153,7 @@ class AutoencoderCodec(Codec):
         return self.module
 
     def copy_from(self, source: AutoencoderCodec) -> None:
-        """Take the weights and normalisation of a codec of the same family, or only the autoencoder of another's."""
+        """Copy weights and normalisation of a codec of the same family, or only the autoencoder of another."""
         if type(source) is type(self):
             self.module.load_state_dict(source.module.state_dict())
             self.mean, self.deviation = source.mean, source.deviation
@@ -158,13 +161,15 @@ class AutoencoderCodec(Codec):
             self.autoencoder().load_state_dict(source.autoencoder().state_dict())
 
     def encoder_parts(self) -> list[nn.Module]:
-        """The modules that latents depend on: with these fixed, latents do not change."""
+        """The modules that latents depend on: with these fixed, latents do not change. Training freezes them by this
+        list."""
         children = self.autoencoder().named_children()
         return [part for name, part in children if name not in ("decoder", "post_quant_conv")]
 
     # -------------------------------------------------------------------------------------------- network
 
     def autocast(self) -> torch.autocast:
+        """bfloat16 inside, where `precision` is "bfloat16"."""
         device = next(self.module.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
@@ -174,11 +179,13 @@ class AutoencoderCodec(Codec):
             return encoded_latents(self.module, pictures)
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """What the decoder receives of raw latents: here, themselves. A quantiser overrides this."""
+        """Raw latents as the decoder receives them in training: here unchanged. A quantiser rounds them; gradients
+        pass."""
         return latents
 
     def snap(self, latents: Tensor) -> Tensor:
-        """What the decoder is given of raw latents that a model drew: here, themselves; of a quantiser, its codes."""
+        """Raw latents of a generative model as the decoder receives them: here unchanged. A quantiser takes the nearest
+        codes."""
         return latents
 
     def decode_pictures(self, latents: Tensor) -> Tensor:
@@ -283,7 +290,8 @@ def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
 
 
 def for_evaluation(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """For evaluation, with channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo first."""
+    """The module in evaluation mode, channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo
+    first."""
     return nn.Module.to(module.eval(), device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -301,7 +309,8 @@ def decoded_pictures(module: Any, latents: Tensor) -> Tensor:
 
 
 def initialise(module: nn.Module, key: Key) -> None:
-    """torch's default initialisation of convolutions and linear layers, drawn by the key and the parameter's name."""
+    """torch's default initialisation of convolutions and linear layers, drawn by the key and the parameter's name.
+    Keyed by name: renaming a layer changes its initial weights."""
     with torch.no_grad():
         for name, layer in module.named_modules():
             if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -321,6 +330,7 @@ def use_fused_norms(module: nn.Module) -> None:
 
 
 def _rms_norm(layer: Any, hidden: Tensor) -> Tensor:
+    """The forward pass of diffusers' RMSNorm by the fused kernel."""
     weight = None if layer.weight is None else layer.weight.to(hidden.dtype)
     normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, layer.eps)
     bias = getattr(layer, "bias", None)
@@ -329,5 +339,5 @@ def _rms_norm(layer: Any, hidden: Tensor) -> Tensor:
 
 def pictures_per_pass(device: str, height: int, width: int) -> int:
     """Pictures of one size that are encoded together, the last pass filled up. A CPU takes one; an accelerator is only
-    fast with more."""
+    fast with more. Last bits of latents depend on it."""
     return 1 if device == "cpu" else max(1, ENCODE_PIXELS // (height * width))

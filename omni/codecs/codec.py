@@ -26,7 +26,7 @@ from omni.registry import Registry
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MAX_GRID = 64  # latent rows or columns that the size header of a document can name
+MAX_GRID = 64  # latent rows or columns that the size header of a document can name; equals tokenizer.MAX_SIZE
 MAX_LATENT = 1e4  # standard deviations: no picture has such a latent, and no sound model draws one
 RESTORE_HINT = "its weights are damaged: restore its files, and check them with `omni verify`"
 
@@ -46,10 +46,12 @@ class CodecSpec(Frozen):
 
     @property
     def media_frames_per_chunk(self) -> int:
+        """Frames of a clip that one chunk holds."""
         return self.frames_per_chunk * self.stride[0]
 
 
 def _quietly(what: str) -> AbstractContextManager[None]:
+    """The default of `Codec.announce`: prints nothing."""
     return nullcontext()
 
 
@@ -104,10 +106,12 @@ class Codec(ABC):
         return self._decode(latents.float())
 
     @abstractmethod
-    def _encode(self, pixels: Tensor) -> Tensor: ...
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """`encode` of checked pixels, on their device. The latents of a picture must not depend on the batch."""
 
     @abstractmethod
-    def _decode(self, latents: Tensor) -> Tensor: ...
+    def _decode(self, latents: Tensor) -> Tensor:
+        """`decode` of checked float32 latents, on their device."""
 
     # ---------------------------------------------------------------------------------------------- clips
 

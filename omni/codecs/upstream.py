@@ -28,6 +28,7 @@ MODULES = {
     "AutoencoderDC": "autoencoder_dc",
 }
 PACKAGE = "_omni_diffusers"
+# Subpackages of diffusers: replaced by placeholders; imported without running their __init__.
 PLACEHOLDERS = ("loaders", "schedulers")
 WITHOUT_INIT = ("hooks", "models", "models.autoencoders", "models.transformers", "models.unets", "quantizers")
 _log = logging.getLogger("omni")
@@ -61,7 +62,7 @@ def whole_class(name: str) -> Any:
 
 
 def _import_alone(name: str) -> Any:
-    """The class out of the package under its other name."""
+    """The class, from the package under its other name, without the rest of diffusers."""
     source = importlib.util.find_spec("diffusers")
     assert source is not None and source.origin and source.submodule_search_locations
     before = set(sys.modules)

@@ -21,6 +21,8 @@ from omni.rng import Key
 
 
 class FileOptions(Frozen):
+    """path: of the data file."""
+
     path: Path
 
 
@@ -45,6 +47,7 @@ class _LineSource(FiniteSource):
             raise ValueError(f"{str(self.path)!r} has no records; give a file with one JSON object per line")
 
     def line(self, position: int) -> str:
+        """The text of a record, read from disk. ValueError if it is longer than MAX_JSON_BYTES."""
         with self.path.open("rb") as stream:
             stream.seek(self._offsets[position])
             line = stream.readline(MAX_JSON_BYTES + 1)
@@ -85,11 +88,13 @@ class MessageLines(_LineSource):
         return messages_to_document(messages, self._load, load_video=self._load_clip, supervise=True)
 
     def _load(self, source: Any, **limits: Any) -> torch.Tensor:
+        """Loads a picture; paths only from beside the data file."""
         if isinstance(source, str | Path):
             return load_picture(self.path.parent, str(source))
         return load_image(source, **limits)
 
     def _load_clip(self, source: Any, **limits: Any) -> tuple[torch.Tensor, float]:
+        """Loads a clip; paths only from beside the data file."""
         if isinstance(source, str | Path):
             source = path_inside(self.path.parent, str(source), "clip")
         return load_video(source, **limits)

@@ -30,6 +30,7 @@ def is_array(value: Any) -> bool:
 
 
 def is_pil(value: Any) -> bool:
+    """Whether `value` is a PIL picture."""
     return isinstance(value, Image.Image)
 
 
@@ -89,6 +90,7 @@ def _channels_last(shape: tuple[int, ...], name: str) -> bool:
 
 
 def _to_numpy(value: Any, name: str) -> np.ndarray:
+    """The numbers on the CPU; bfloat16 as float32. ValueError for anything but numbers."""
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()

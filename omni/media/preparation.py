@@ -4,6 +4,7 @@ A model stores its preparation (preparation.json); training, the Python API, the
 `prepare`. `prepare` is idempotent. This file reads no files: decoding applies the orientation (pictures.py).
 
 Legend: H, W pixels; T frames. Pixels are uint8 RGB, (H, W, 3) or (T, H, W, 3). A size is (height, width).
+Models are trained on its pixels: a change of the arithmetic makes stored models worse.
 """
 
 from __future__ import annotations
@@ -215,6 +216,7 @@ def _window(height: int, width: int, size: Size) -> Size:
 
 
 def _centre_crop(pixels: Tensor, size: Size) -> Tensor:
+    """The window of `size` in the middle of (..., H, W, 3)."""
     top, left = (pixels.shape[-3] - size[0]) // 2, (pixels.shape[-2] - size[1]) // 2
     return pixels[..., top : top + size[0], left : left + size[1], :]
 
@@ -233,6 +235,7 @@ def _resize(pixels: Tensor, size: Size) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
+    """Luma of (..., H, W, 3) in all three channels; the same tensor if it is grey already."""
     weights = torch.tensor(GREY, dtype=torch.int32, device=pixels.device)
     luma = ((pixels.int() * weights).sum(-1, keepdim=True) + 500) // 1000
     return pixels if bool((luma == pixels).all()) else luma.byte().expand_as(pixels).contiguous()
@@ -245,5 +248,6 @@ def _subsampled(num: int, ratio: float) -> list[int]:
 
 
 def _check_pixels(pixels: Tensor, ndim: int, what: str, shape: str) -> None:
+    """ValueError unless `pixels` are uint8 with `ndim` axes, the last of 3."""
     if pixels.dtype != torch.uint8 or pixels.ndim != ndim or pixels.shape[-1] != 3 or not pixels.numel():
         raise ValueError(f"{what} is prepared from uint8 {shape}, got {pixels.dtype} {tuple(pixels.shape)}")

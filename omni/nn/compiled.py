@@ -44,5 +44,6 @@ def compile_blocks(transformer: Transformer) -> None:
 def _run_compiled_in_training(
     compiled: Callable, plain: Callable, block: nn.Module, *arguments: Any, **options: Any
 ) -> Any:
+    """The compiled function in training mode, else the plain one."""
     function = compiled if block.training else plain
     return function(block, *arguments, **options)

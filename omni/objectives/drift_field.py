@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni.objectives.kernels import pairwise_distance
 
-SELF_DISTANCE = 100.0  # mean distances; added to the distance of a particle to itself
+SELF_DISTANCE = 100.0  # mean distances, added to the distance of a particle to itself
 
 Affinity = Literal["joint", "row"]
 

@@ -147,6 +147,7 @@ class Drifting(ParticleObjective):
         return self._force(self.goals(call, draw), draw)
 
     def _force(self, goals: Iterable[list[Goal]], draw: DriftDraw) -> Tensor:
+        """(I,): `force` of goals that are computed already."""
         found = [torch.stack([g.force for g in families]).mean(0) for families in goals]
         return draw.groups.spread(torch.zeros_like(draw.t), found)
 
@@ -182,6 +183,8 @@ class Drifting(ParticleObjective):
         return Goal(x_GMD / c, particles / c + total, force)  # type: ignore[arg-type]
 
     def _targets(self, x_GMD: Tensor, data_GMD: Tensor, nulls_1KD: Tensor | None, alpha_G1: Tensor) -> Targets:
+        """Targets of a kind of group: its particles and the items without condition (negatives), then the data
+        (positives). alpha_G1: guidance."""
         num_groups, num = x_GMD.shape[:2]
         one = torch.ones(num_groups, num, device=x_GMD.device, dtype=x_GMD.dtype)
         extra = x_GMD[:, :0] if nulls_1KD is None else nulls_1KD.expand(num_groups, -1, -1)

@@ -104,6 +104,7 @@ def _batch_groups(names: BatchNames, num: int, how: Grouping) -> tuple[list[int]
 
 
 def check_copies(copies: int, num: int) -> None:
+    """ValueError unless the copies of a block fill whole groups."""
     if copies % num:
         raise ValueError(
             f"the batch has {copies} copies of a block, but the objective needs particles={num} of each; set "
@@ -152,6 +153,7 @@ class ParticleObjective(FlowObjective, ABC):
 
     @property
     def trains(self) -> tuple[Trains, ...]:  # type: ignore[override]
+        """Jumps to any time for "below"; else jumps to the data."""
         return ("jumps",) if self.pairs == "below" else ("data_jumps",)
 
     def group_times(self, groups: Groups, key: Key) -> tuple[Tensor, Tensor]:

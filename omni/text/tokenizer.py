@@ -28,7 +28,7 @@ from omni.config import parse_json
 from omni.document import Role
 from omni.registry import Registry
 
-MAX_SIZE = 64
+MAX_SIZE = 64  # one control id each: never change it
 CONTROL_NAMES: tuple[str, ...] = (
     *("pad", "begin", "system", "user", "assistant", "end", "image", "video", "media_end"),
     *(f"size_{n}" for n in range(1, MAX_SIZE + 1)),
@@ -36,6 +36,7 @@ CONTROL_NAMES: tuple[str, ...] = (
 CONFIG_FILE = "tokenizer_config.json"
 MAX_BYTES = 256 << 20  # of a file
 Read = Callable[[str], bytes]
+# Encoded and decoded at start: text that a lossy tokenizer changes.
 _PROBE = " two  spaces\n\ttab \u2581 <unk></s><s><0x0A>\x00\u2028\ud800 \ufb01 \u212b e\u0301 "
 
 backends: Registry[type[Tokenizer]] = Registry("tokenizer backend", "omni.text", entry_points="omni.tokenizers")
@@ -45,13 +46,14 @@ class ControlTokens:
     """Ids of the control tokens: `first` + index in CONTROL_NAMES (tokenizers_cfg/control_tokens.toml has the table).
 
     Attributes pad, begin, system, user, assistant, end, image, video, media_end are ids.
+    Checkpoints hold these ids: never reorder; change the toml with it.
     """
 
     def __init__(self, first: int) -> None:
         self.first = first
         self.pad, self.begin, self.system, self.user, self.assistant, self.end = range(first, first + 6)
         self.image, self.video, self.media_end = range(first + 6, first + 9)
-        self._before_sizes = first + 8
+        self._before_sizes = first + 8  # size_n is _before_sizes + n
 
     def __len__(self) -> int:
         return len(CONTROL_NAMES)
@@ -219,6 +221,7 @@ class Tokenizer(ABC):
         return tokenizer
 
     def _find_byte_ids(self) -> tuple[int, ...]:
+        """The first id of each single byte. ValueError if a byte has none."""
         first: dict[bytes, int] = {}
         for token, value in enumerate(self._id_bytes):
             if len(value) == 1:
@@ -230,6 +233,7 @@ class Tokenizer(ABC):
 
 
 def _checked_phrases(phrases: object, verbatim: re.Pattern[str]) -> tuple[str, ...]:
+    """The phrases. ValueError for one that is empty, given twice, or no plain text."""
     if not isinstance(phrases, Sequence) or isinstance(phrases, str):
         raise ValueError(f"phrases must be a list of texts, got {phrases!r:.80}")
     seen: set[object] = set()
@@ -257,8 +261,8 @@ def _longest_phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _prefix_tree_pattern(words: Sequence[str]) -> str:
-    """A pattern of any of the words, the longest first, that tells them apart letter by letter: thousands of words side
-    by side would each be tried at every place of a text."""
+    """A pattern of any of the words, the longest first, as a tree of letters: thousands of words side by side would
+    each be tried at every place of a text."""
     by_letter: dict[str, list[str]] = {}
     for word in filter(None, words):
         by_letter.setdefault(word[0], []).append(word)
@@ -326,6 +330,7 @@ def _unfinished(data: bytes) -> int:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
+    """Write under another name, then rename: `path` is never half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_bytes(data)
@@ -335,6 +340,8 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def from_disk(directory: Path) -> Read:
+    """A function that returns the bytes of a file of `directory` by its name. ValueError where it cannot."""
+
     def read(name: str) -> bytes:
         try:
             with (directory / name).open("rb") as stream:
@@ -351,6 +358,7 @@ def from_disk(directory: Path) -> Read:
 
 
 def read_config(directory: Path, read: Read) -> dict[str, Any]:
+    """The content of tokenizer_config.json. ValueError where keys are missing."""
     source = str(directory / CONFIG_FILE)
     config = parse_json(read(CONFIG_FILE), source)
     wanted = {"backend", "blake2b", "num_text", "control"}

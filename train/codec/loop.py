@@ -37,8 +37,10 @@ from train.optim.ema import Ema
 from train.optim.kernels import KernelOptimiser
 from train.optim.schedule import fall, rise
 
+# Names of files in a checkpoint, and its kind in the manifest: never change them.
 STATE, RECIPE, KIND = "state.safetensors", "recipe.json", "codec training state"
-KEEP = 2  # states
+KEEP = 2  # checkpoints that stay
+# Keys of the recipe that a resume may change.
 CHANGEABLE = (
     *("steps", "stop_step", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "max_nonfinite"),
     *("statistics_pictures", "eval_every", "eval_pictures", "final_pictures", "save_every", "init_from"),
@@ -144,6 +146,7 @@ class CodecRun:
         self.heldout_scenes = SceneSource(recipe.seed, "heldout", recipe.font)
 
     def _build(self) -> AutoencoderCodec:
+        """The codec with fresh weights, or those of init_from, its encoder frozen without train_encoder."""
         family = codecs.get(self.recipe.codec.get("kind", "autoencoder"))
         if not issubclass(family, AutoencoderCodec):
             raise ValueError(f"[codec] kind = {self.recipe.codec['kind']!r} has no weights to train")
@@ -256,7 +259,7 @@ class CodecRun:
 
 
 def _dotted(name: str) -> str:
-    """How a state of a codec writes `<part>/<number>/<slot>`."""
+    """`<part>/<number>/<slot>` with dots, as checkpoints of codecs have it."""
     return name.replace("/", ".")
 
 

@@ -15,7 +15,7 @@ from omni.data.source import CorruptRecord, FiniteSource, Source
 from omni.document import Document
 from omni.rng import Key
 
-FIRST_UNSEEN = 10**9
+FIRST_UNSEEN = 10**9  # index of a generated source from which documents are held out
 ATTEMPTS = 20  # documents to read at most for each wanted one, where some are damaged or equal
 
 
@@ -29,14 +29,17 @@ class HeldOut:
     key: Key
 
     def holds_out(self, source: Source, identity: str) -> bool:
+        """Whether training skips a document of this identity."""
         return identity in self.identities or (isinstance(source, FiniteSource) and self.by_share(identity))
 
     def by_share(self, identity: str) -> bool:
+        """Whether the keyed hash of an identity is below the share."""
         return is_below(self.key, identity, self.share)
 
 
 def is_below(key: Key, identity: str, share: float) -> bool:
-    """Whether the keyed hash of an identity, uniform in [0, 1), is below `share`."""
+    """Whether the keyed hash of an identity, uniform in [0, 1), is below `share`. Another hash moves held-out documents
+    into training."""
     return key.fold(identity).integer() < share * 2**63
 
 

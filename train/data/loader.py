@@ -25,7 +25,7 @@ from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, cont
 from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
 
-LOOKAHEAD = 48
+LOOKAHEAD = 48  # documents that are encoded together; batches do not depend on it
 MAX_UNUSABLE_IN_ROW = 1000  # unusable documents in a row
 
 EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
@@ -158,6 +158,7 @@ class Loader:
         return replace(batch, null=null)
 
     def _read(self, index: int) -> Read:
+        """The document at `index` as read, with those after it where it is not in the window."""
         if index not in self._window:
             self._fill(index)
         return self._window[index]
@@ -189,7 +190,7 @@ class Loader:
     def _split_if_too_long(
         self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]
     ) -> Read:
-        """media: of the document; latents: of each of them."""
+        """A document as read: whole, in pieces, or dropped. media: of the document; latents: of each of them."""
         encoded = {id(segment): one for segment, one in zip(media, latents, strict=True)}
         whole = self._composed(Piece(document), encoded)
         size = self._size(whole.spans)
@@ -212,6 +213,7 @@ class Loader:
         return Read(made, "read" if made else "dropped", why)
 
     def _composed(self, piece: Piece, encoded: dict[int, list[torch.Tensor]]) -> Composed:
+        """The spans of a piece, and its null documents."""
         document = piece.document
         media = [s for s in document.segments if isinstance(s, Image | Video)]
         latents = [encoded[id(segment)] for segment in media]
@@ -234,14 +236,17 @@ class Loader:
         return tuple(self.compose(null, _encoder_returning([one])) for null, one in zip(documents, kept, strict=True))
 
     def _size(self, spans: Sequence[Span]) -> Size:
+        """Context and refine positions of spans, with all copies."""
         blocks = [len(s.latents) for s in spans if isinstance(s, LatentSpan) and s.supervise]
         return Size(context_length(spans), self.shape.copies * sum(blocks))
 
     def _fits(self, size: Size) -> bool:
+        """Whether some batch row holds this size."""
         shapes = self.shape.shapes
         return any(size.context <= shape.budget and size.refine <= shape.refine_budget for shape in shapes)
 
     def _with_dropped_conditions(self, index: int, document: Document) -> Document:
+        """The document, for a keyed share of indices with a dropped condition."""
         if not any(isinstance(s, Image | Video) and s.supervise for s in document.segments):
             return document
         draw = self.key.fold("drop", index).python().random()
@@ -266,7 +271,8 @@ class Loader:
 
 
 def _skipped(error: ValueError) -> Read:
-    """For example a picture whose size the codec or a block's header cannot represent."""
+    """A document that cannot be used, for example a picture whose size the codec or a block's header cannot
+    represent."""
     return Read((), "skipped", f"unusable: {error}")
 
 
@@ -280,6 +286,7 @@ def _without_cut_ends(spans: list[Span], piece: Piece) -> list[Span]:
 
 
 def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
+    """The spans, with one id of span `at` unsupervised."""
     span = spans[at]
     assert isinstance(span, TokenSpan)
     flags = list(span.supervise)
@@ -288,6 +295,7 @@ def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
 
 
 def _encoder_returning(latents: list[list[torch.Tensor]]) -> EncodeMedia:
-    """An encode_media for `compose`: returns the next latents for each media segment, in the document's order."""
+    """An encode_media for `compose`: returns the next of these latents for each media segment, in the document's
+    order."""
     waiting = iter(latents)
     return lambda segments: [next(waiting) for _ in segments]

@@ -17,10 +17,13 @@ from omni.document import Document
 from omni.rng import Key
 from train.data.held_out import HeldOut
 
-GROUP_SIZE = 1000
+GROUP_SIZE = 1000  # indices; another number changes the order of every run
 
 
 class Mixture:
+    """Sources in shares by weight. held_out: documents that training skips; None: none. sources, weights, key: another
+    order or key changes the data of the run."""
+
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], key: Key) -> None:
         total = math.fsum(weights)
         if not sources or min(weights) / total < 2 / GROUP_SIZE:
@@ -51,9 +54,11 @@ class Mixture:
         return self._block[1][offset]
 
     def fingerprint(self) -> list[str]:
+        """The fingerprints of the sources, in order."""
         return [source.fingerprint() for source in self.sources]
 
     def _group_order(self, block: int) -> list[tuple[int, int]]:
+        """(source, index in it) of every index of a group, in keyed order."""
         before, after = self._counts(block * GROUP_SIZE), self._counts((block + 1) * GROUP_SIZE)
         members = [(s, k) for s in range(len(self.sources)) for k in range(before[s], after[s])]
         order = torch.randperm(GROUP_SIZE, generator=self.key.fold("mixture", block).generator()).tolist()

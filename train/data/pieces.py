@@ -86,10 +86,11 @@ class Splitter:
         return Size(BEGIN + TURN * turns + sum(s.context for s in sizes), sum(s.refine for s in sizes))
 
     def fits(self, segments: Sequence[Segment]) -> bool:
+        """Whether some batch row holds a document of these segments."""
         return self._fits(self.size(segments))
 
     def _split_exchange(self, head: Sequence[Segment], exchange: Sequence[Segment]) -> tuple[list[Piece], str]:
-        """The parts of one exchange that is too long."""
+        """The parts of one exchange that is too long, and the reason where the rest is left out."""
         first = next((at for at, segment in enumerate(exchange) if segment.supervise), len(exchange))
         before, reply = [*head, *exchange[:first]], list(exchange[first:])
         pieces: list[Piece] = []
@@ -131,6 +132,7 @@ class Splitter:
         return segment.text[: cut_before(segment.text, end)]
 
     def _too_long_message(self, segments: Sequence[Segment]) -> str:
+        """What the last of the segments needs, in words."""
         size = self.size(segments)
         what = {Text: "text", Image: "picture", Video: "clip"}[type(segments[-1])]
         return f"{what} that needs {size.context} context and {size.refine} refine positions with its request"
@@ -162,6 +164,7 @@ def cut_before(text: str, end: int) -> int:
 
 
 def _is_one_character(before: str, after: str) -> bool:
+    """Whether two code points belong to one visible character."""
     joins = "\u200d"  # zero-width joiner: composed emoji
     return joins in (before, after) or bool(unicodedata.combining(after)) or after in "\ufe0e\ufe0f"
 
@@ -176,6 +179,7 @@ def _exchanges(segments: Iterable[Segment]) -> tuple[list[Segment], list[list[Se
 
 
 def _split_at_requests(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """The segments, cut where the assistant is followed by another role."""
     part: list[Segment] = []
     for segment in segments:
         if part and part[-1].role == Role.ASSISTANT != segment.role:

@@ -61,6 +61,7 @@ class Tickets:
         return [self._blocks(s.pixels if isinstance(s, Image) else s.frames) for s in segments]
 
     def _blocks(self, pixels: Tensor) -> list[Tensor]:
+        """Blocks (t, h, w, 2) of one picture or clip: its number, and the place of each latent."""
         of_clip = pixels.ndim == 4
         count = self.codec.num_chunks(len(pixels)) if of_clip else 1
         grid = (self.codec.spec.frames_per_chunk if of_clip else 1, *self.codec.grid(*pixels.shape[-3:-1]))
@@ -70,7 +71,7 @@ class Tickets:
         return list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
 
     def collect(self, packed: Packed, waiting: Iterable[Tensor]) -> WorkerStep:
-        """The step with the media that it needs. Keeps only the media of `unpacked_latents`, tickets of later steps."""
+        """The step with the media that it needs. Keeps only the media of `waiting`, tickets of later steps."""
         places = [
             at for batch in packed.batches for part in (batch, batch.null) if part for at in _latents_and_masks(part)
         ]
@@ -174,7 +175,8 @@ class WorkerLoader:
 
 
 def _latents_and_masks(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """(latents or their tickets, mask of their positions), of the context and of the refine stream."""
+    """(latents or their tickets, mask of their positions), of the context and of the refine stream. `collect` relies on
+    the order."""
     return [(batch.latents, batch.is_latent), (batch.refine_latents, batch.item >= 0)]
 
 
@@ -186,6 +188,7 @@ def _with_latents(batch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> B
 
 
 def _scattered(where: Tensor, rows: Tensor) -> Tensor:
+    """int64 of the shape of `where`: `rows` at its true positions, else 0."""
     out = torch.zeros(where.shape, dtype=torch.int64)
     out[where] = rows
     return out
@@ -201,6 +204,7 @@ def _allow_many_files() -> None:
 
 
 def _unchanged(sent: WorkerStep) -> WorkerStep:
+    """Collates nothing: a step is a batch already."""
     return sent
 
 

@@ -66,6 +66,7 @@ class Ema:
 
     @torch.no_grad()
     def _copy(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into the parameters, in place."""
         for name, parameter in self._live.items():
             parameter.copy_(values[name])
 
@@ -84,6 +85,7 @@ class AveragedModel(Generic[Module]):
         self.model = copy.deepcopy(model, shared).requires_grad_(False)
 
     def update(self) -> None:
+        """Take one step of the average towards the present weights."""
         decay = warmed_decay(self.decay, self.num_updates) if self.warms_up else self.decay
         update_averages(list(self.model.parameters()), self._live, decay)
         self.num_updates += 1

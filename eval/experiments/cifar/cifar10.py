@@ -93,6 +93,7 @@ class Cifar10Options(TaskOptions):
 
     @property
     def chosen(self) -> dict[str, Method]:
+        """The methods to run, by name."""
         return {name: m for name, m in self.methods.items() if not self.only or name in self.only}
 
     def numbers(self, method: Method) -> list[int]:
@@ -100,10 +101,12 @@ class Cifar10Options(TaskOptions):
         return sorted(set(method.evaluations or self.evaluations))
 
 
+# Ends of the report rows of a method besides its distances.
 METHOD_ROWS = ("steps", "images", "minutes", "step_time", "rehearsal", "nonfinite", "failed")
 
 
 def cifar10_rows(options: Cifar10Options) -> list[str]:
+    """All possible report rows; suites set bars on these names."""
     judge = ["floor", *([] if options.inception else ["classifier_accuracy", "classifier_seconds"])]
     rows = [*(f"best_to_{options.reference}_{n}" for n in sorted(set(options.evaluations))), *judge]
     for name, method in options.chosen.items():
@@ -271,6 +274,7 @@ def ratios(results: Results, options: Cifar10Options) -> Iterator[Measure]:
 
 
 def rows_of_method(name: str, method: Method, results: Results, options: Cifar10Options) -> list[Measure]:
+    """The report rows of a method so far; NaN without a result."""
     runs, failures, measures = results.runs.get(name, []), results.failures.get(name, []), []
     for n in options.numbers(method):
         measures.append(Measure(f"{name}_{n}", results.mean(name, n), "distance"))
@@ -295,11 +299,13 @@ def rows_of_method(name: str, method: Method, results: Results, options: Cifar10
 
 
 def report_rows(context: Context, measures: list[Measure]) -> None:
+    """Print rows at once."""
     for measure in measures:
         context.report(f"    {measure.name} = {measure.value:.5g} {measure.unit}")
 
 
 def notes(lab: Lab, results: Results, device: torch.device) -> list[str]:
+    """Machine, sizes, time, and the errors of failed methods."""
     options, own = lab.options, lab.options.train
     on_cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU thread(s)"
@@ -344,6 +350,7 @@ def panels(results: Results, options: Cifar10Options) -> list[Panel]:
 
 
 def output_path(options: Cifar10Options, name: str) -> Path:
+    """A path in the output folder, which is made."""
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name

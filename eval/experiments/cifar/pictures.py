@@ -52,6 +52,7 @@ def load_pictures(paths: Sequence[Path], num: int | None, workers: int, device: 
 
 
 def _read(path: Path, num: int | None) -> tuple[list[bytes], list[int]]:
+    """Encoded pictures and labels of the first `num` rows."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:

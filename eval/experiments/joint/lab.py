@@ -67,6 +67,7 @@ class LabOptions(Frozen):
 
     @property
     def budget(self) -> Budget:
+        """Steps, rows and rate as `train` takes them."""
         return Budget(self.backbone_steps, self.head_steps, self.rows, self.rate)
 
 
@@ -129,6 +130,7 @@ def run_group(joint_name: str, lines: Mapping[str, HeadLine], options: LabOption
 
 
 def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOptions, key: Key) -> Measured:
+    """Train the head of a model on a joint, and measure it."""
     assert model.joint is not None
     head, start = model.joint.head, time.process_time()
     budget = replace(
@@ -154,6 +156,7 @@ def exact_distributions(joint: Table, ids: Tensor) -> Tensor:
 
 
 def _block_sampler(joint: Table):  # noqa: ANN202
+    """A function that samples blocks of the joint, without prefixes."""
     return lambda key, num: (torch.zeros(num, 0, dtype=torch.int64), joint.draw(key, num))
 
 

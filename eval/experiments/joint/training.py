@@ -106,6 +106,8 @@ Loss = Callable[[int, float], dict[str, Tensor]]
 
 
 def _backbone_loss(model: Omni, draw: Draw, budget: Budget, key: Key) -> Loss:
+    """Next-token loss of keyed blocks, by step."""
+
     def loss(step: int, progress: float) -> dict[str, Tensor]:
         batch, _, _ = toy_batch(*draw(key.fold(step), budget.rows), model.config.vocab_size - 1)
         hidden, _ = model.context(batch)
@@ -116,6 +118,7 @@ def _backbone_loss(model: Omni, draw: Draw, budget: Budget, key: Key) -> Loss:
 
 
 def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teacher | None) -> Loss:
+    """The head's own loss on keyed blocks, by step."""
     head = head_of(model)
 
     def loss(step: int, progress: float) -> dict[str, Tensor]:
@@ -149,6 +152,7 @@ def optimise(parameters: list[Tensor], steps: int, budget: Budget, loss: Loss) -
 
 
 def head_of(model: Omni) -> JointHead:
+    """The joint-token head of a model that has one."""
     assert model.joint is not None
     return model.joint.head
 

@@ -58,6 +58,7 @@ class PlaneOptions(TaskOptions):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, data: Any) -> Any:
+        """The table of `methods_of`, with the methods given here in place of its own."""
         if not isinstance(data, dict) or not data.get("methods_of"):
             return data
         path = SUITES / f"{data['methods_of']}.toml"
@@ -81,14 +82,17 @@ class PlaneOptions(TaskOptions):
 
     @property
     def chosen(self) -> dict[str, Method]:
+        """The methods to run, by name."""
         return {name: m for name, m in self.methods.items() if not self.only or name in self.only}
 
     @property
     def fewest(self) -> int:
+        """The smallest number of evaluations."""
         return min(self.run.evaluations)
 
 
 def plane_rows(options: PlaneOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     rows = [
         f"{data_set}_{name}_{end}"
         for data_set in options.data_sets
@@ -155,6 +159,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
 
 
 def data_distance(data_set: str, options: RunOptions, key: Key) -> float:
+    """The mean distance of two independent clouds of the data."""
     draw = DATA_SETS.get(data_set)
     clouds = [draw(key.fold(n), options.num_points) for n in range(6)]
     pairs = zip(clouds[::2], clouds[1::2], strict=True)
@@ -165,10 +170,12 @@ def data_distance(data_set: str, options: RunOptions, key: Key) -> float:
 
 
 def mean_at(runs: Sequence[Run], n: int) -> float:
+    """The mean over seeds of the distance after n evaluations."""
     return statistics.fmean(run.distances[n] for run in runs)
 
 
 def spread_at(runs: Sequence[Run], n: int) -> float:
+    """The standard deviation over seeds; 0 for one."""
     return statistics.stdev(run.distances[n] for run in runs) if len(runs) > 1 else 0.0
 
 
@@ -237,6 +244,7 @@ def panels(results: Results, options: PlaneOptions, across: int = 8) -> list[Pan
 
 
 def output_path(options: PlaneOptions, name: str) -> Path:
+    """A path in the output folder, which is made."""
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name

@@ -96,6 +96,7 @@ class Count:
     plain: int = 0
 
     def add(self, num: int, *, has_graph: bool) -> None:
+        """Count `num` evaluations."""
         if has_graph:
             self.gradient += num
         else:
@@ -141,6 +142,7 @@ class PlaneCall:
     def _with_derivative(
         self, primals: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor, Tensor, Tensor], *, graph: bool
     ) -> tuple[Tensor, Tensor]:
+        """F and its derivative along `tangents`; two evaluations a point."""
         x = primals[0]
         with self._counted(2 * len(primals[1]), graph=graph):
             found = self.network.with_tangent(self._flattened(*primals), self._flattened(*tangents), *self._constants())
@@ -153,6 +155,7 @@ class PlaneCall:
         return torch.set_grad_enabled(graph)
 
     def _flattened(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (1, I, C) -> (I, C), and all three in the weights' dtype."""
         dtype = self.network.read.weight.dtype
         return x.flatten(0, 1).to(dtype), t.to(dtype), s.to(dtype)
 

@@ -41,7 +41,8 @@ Runs = dict[str, Callable[[], Any]]
 
 
 class SizedOptions(SpeedOptions):
-    """sizes: of {8m, 90m}. new_tokens: number of tokens after a prompt, at each size."""
+    """sizes: keys of SIZES. new_tokens: per size, after a prompt of `prompt` bytes (an id each). repeats: runs of each
+    measurement."""
 
     repeats: int = Field(default=5, ge=1)
     sizes: tuple[str, ...] = ("8m", "90m")
@@ -58,9 +59,11 @@ class SizedOptions(SpeedOptions):
 
     @property
     def measured(self) -> tuple[str, ...]:
+        """The sizes that this run measures."""
         return ("tiny",) if self.quick else self.sizes
 
     def num_new(self, size: str) -> int:
+        """New tokens at a size; 4 without an entry."""
         return self.new_tokens.get(size, 4)
 
     @property
@@ -135,7 +138,7 @@ def build_pair(
 
 
 def conditions_and_parameters(context: Context, options: SizedOptions) -> tuple[str, list[str], list[Measure]]:
-    """Conditions, first notes, rows of parameters: all that decoding reads, with embeddings and output projection."""
+    """(conditions, first notes, rows of parameters): all that decoding reads, with embeddings and output projection."""
     conditions = machine("transformers")
     measures = []
     for size in options.measured:
@@ -154,6 +157,7 @@ BF16_VALUES = ("ratio_compiled_bf16_values", "omni_compiled_bf16_values")
 
 
 def text_rows(options: SizedOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     more = [f"{name}_float32_{size}" for size in options.named for name in BF16_VALUES]
     return options.rows(*TEXT_RATIOS, *TEXT_RATES) + more
 
@@ -184,6 +188,7 @@ def speed_text(context: Context, options: SizedOptions) -> Outcome:
 
 
 def text_runs(context: Context, size: str, options: SizedOptions, dtype: str) -> Runs:
+    """Runs of both libraries for one request, by name."""
     ours, theirs = build_pair(context, size, options, dtype)
     prompt, num_new = prompt_of(options.prompt), options.num_new(size)
     compiled = "compiled" in options.modes
@@ -238,6 +243,7 @@ def speed_prefill(context: Context, options: PrefillOptions) -> Outcome:
 
 
 def batch_rows(options: BatchOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     return options.rows(*(f"{name}_{count}" for count in options.batches for name in EAGER_ONLY))
 
 
@@ -266,4 +272,5 @@ def speed_batch(context: Context, options: BatchOptions) -> Outcome:
 
 
 def tokens_per_second(times: Times, tokens: int) -> Callable[[str, str], Measure]:
+    """A function of (row, run) to the report row of `tokens` per second."""
     return lambda row, name: times.rate(row, name, tokens)

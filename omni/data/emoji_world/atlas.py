@@ -25,13 +25,8 @@ if TYPE_CHECKING:
     from PIL import ImageFont
 
 VOCABULARY_FILE = Path(__file__).with_name("vocabulary.json")
-BITMAP_SIZES = (
-    109,
-    160,
-    137,
-    128,
-    96,
-)  # pixel sizes of the bitmap strikes: Noto 109, Apple 160; outline fonts take any
+# Sizes in pixels that bitmap fonts have: Noto 109, Apple 160. Outline fonts take any.
+BITMAP_SIZES = (109, 160, 137, 128, 96)
 
 
 @cache
@@ -53,6 +48,7 @@ class Glyphs:
             raise ValueError(f"the font {str(self.path)!r} has emoji without colours; {WAY_OUT}")
 
     def _open(self) -> ImageFont.FreeTypeFont:
+        """The font at the first size that it has."""
         from PIL import ImageFont
 
         for size in BITMAP_SIZES:
@@ -156,6 +152,7 @@ class Atlas:
         return torch.from_numpy(self.sprite_array(name, size).copy())
 
     def _picture(self, name: str) -> PillowImage.Image:
+        """The rendered character, cropped and square; cached. ValueError if the font lacks it."""
         picture = self._pictures.get(name)
         if picture is None:
             drawn = self._glyphs.picture(self.char(name))

@@ -1,7 +1,8 @@
-"""Author: collects the segments, phrasings and scenes of one document for a task function.
+"""DocumentBuilder: collects the segments, phrasings and scenes of one document for a task function.
 
-A task is a free function over an Author: it chooses names with `builder.draw`, adds a user text from a template of the
-split, and adds rendered scenes. Only assistant segments are supervised.
+A task is a free function over a DocumentBuilder: it chooses names with `builder.rng`, adds a user text from a template
+of the split, and adds rendered scenes. Only assistant segments are supervised.
+A document is the sequence of random calls to `rng`: another order or one more call changes the whole corpus.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from omni.document import Document, Image, Role, Segment, Text
 
 @dataclass
 class DocumentBuilder:
-    """A document under construction. foreign: the share of phrasings with a foreign word."""
+    """A document under construction. rng: of all its random choices. foreign: the share of phrasings with a foreign
+    word."""
 
     rng: random.Random
     atlas: Atlas
@@ -80,4 +82,5 @@ class DocumentBuilder:
         return Document(tuple(self.segments), meta)
 
     def _check(self, scene: Scene) -> None:
+        """AssertionError for a held-out pair in a training document."""
         assert self.split != "train" or not scene_is_heldout(scene), f"a held-out pair in training: {scene}"

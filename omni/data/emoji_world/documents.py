@@ -3,6 +3,7 @@
 `meta` of a document has the fields for evaluation: "task", "kind", "split", "phrasing" (ids of its templates), "given"
 and "scenes" (the user's and the assistant's pictures as Scene JSON), "answer" (the assistant's text), and for open
 requests the class, its members and what is free. Nothing is downloaded; pictures are uint8 (64, 64, 3).
+Random calls of a task are in a fixed order, and so are TASKS: a change of either changes every document.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from omni.rng import Key
 
 COUNTABLE = tuple(name for name in SCENE_NAMES if is_countable(name))
 LANGUAGES = tuple(LANGUAGE_NAMES)
-Extra = dict[str, Any]
+Extra = dict[str, Any]  # further values of a document's `meta`
 
 
 def draw_one(builder: DocumentBuilder) -> Extra:
@@ -147,6 +148,7 @@ def answer_edit(builder: DocumentBuilder, edit: Edit) -> None:
     builder.show(edit.after)
 
 
+# Kind of edit -> its weight in `rewrite`. The order decides the samples: never reorder.
 REWRITE_WEIGHTS = {"swap": 4.0, "exchange": 2.0, "add": 3.0, "remove": 3.0, "recolour": 2.0}
 
 
@@ -201,6 +203,7 @@ def two_anywhere(builder: DocumentBuilder) -> Extra:
 
 
 def ask_for_story(builder: DocumentBuilder) -> Extra:
+    """A request for a story, and the story."""
     return {"kind": "story", **write_story(builder)}
 
 
@@ -273,6 +276,7 @@ def converse(builder: DocumentBuilder) -> Extra:
     return {"kind": kind}
 
 
+# Task -> (weight, function). The order decides the samples: never reorder; add at the end, with weight 0.
 TASKS: dict[str, tuple[float, Callable[[DocumentBuilder], Extra]]] = {
     "draw": (0.32, draw_one),
     "name": (0.12, name_one),
@@ -287,6 +291,7 @@ TASKS: dict[str, tuple[float, Callable[[DocumentBuilder], Extra]]] = {
     "chat": (0.04, converse),
 }
 DIRECTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+# By index of the clip: never reorder.
 MOVERS = ("cat", "red apple", "automobile")
 
 

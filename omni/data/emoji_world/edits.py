@@ -31,6 +31,7 @@ from omni.data.emoji_world.scene import (
 )
 from omni.data.emoji_world.words import article_for, with_article
 
+# Side -> the words for it in an instruction.
 SIDES = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
@@ -137,6 +138,7 @@ def edit_recolour(builder: DocumentBuilder) -> Edit:
     return Edit(before, replace(before, background=new), builder.phrase("edit.recolour", c=new, on=article_for(new)))
 
 
+# Kind -> (weight, function). The order decides the samples: never reorder.
 EDITS: dict[str, tuple[float, Callable[[DocumentBuilder], Edit]]] = {
     "tone": (0.22, edit_tone),
     "swap": (0.2, edit_swap),
@@ -180,11 +182,12 @@ def caption(scene: Scene) -> str:
 
 
 def _relation(scene: Scene) -> str:
+    """Of a scene of two objects: "left", the first left of the second, or "above"."""
     return "left" if tuple((p.x, p.y) for p in scene.placements) == (LEFT, RIGHT) else "above"
 
 
 def _object_words(scene: Scene) -> str:
-    """A lone object: "a cat", or "a small cat at the left"."""
+    """The only object of a scene: "a cat", or "a small cat at the left"."""
     (only,) = scene.placements
     if only.size == BIG:
         return with_article(spoken(only.name))
@@ -193,6 +196,7 @@ def _object_words(scene: Scene) -> str:
 
 
 def _background_words(scene: Scene) -> str:
+    """ "" for white, else " on a pink background"."""
     return "" if scene.background == "white" else f" on {article_for(scene.background)} background"
 
 

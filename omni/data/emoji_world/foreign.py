@@ -16,17 +16,20 @@ from omni.data.emoji_world.phrases import TEMPLATES, template_numbers
 ONSETS = "b br c ch d dr f fl g gr h j k l m n p pl qu r s sh sk st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo ou".split()
 CODAS = ("", "", "b", "d", "g", "ck", "l", "m", "n", "nd", "p", "r", "rt", "s", "st", "t", "x")
+# Words that change no meaning. Sampled by index, as the lists above: any change changes the corpus.
 FILLERS = (
     "again also another anyway certainly clearly cute directly even fine friendly gladly good hey"
     " honestly indeed just kind kindly later likely lovely maybe nice nicely now often ok once only perhaps pretty"
     " promptly quick quickly rather real really simple simply so soon still sure surely there today together"
     " truly very well"
 ).split()
+# Words that decide a request: never replaced.
 DECIDING = (
     "above add alike anywhere background below bottom change delete describe draw drop emoji english exactly"
     " first instead left make middle move name nothing replace remove right rows shift swap switch take then"
     " translate turn under with without"
 ).split()
+# Beginnings of the kinds of templates in which no word is replaced.
 NEVER_REPLACED = (
     *("scene.", "edit.", "background", "open.background", "open.anywhere"),
     *("series", "text.rewrite", "video"),

@@ -2,6 +2,7 @@
 
 Every list has a multiple of five templates; each fifth one is held out from training (`is_heldout`).
 A phrasing is named "kind/number". The last word of a kind after a dot is a variant of the same request.
+Templates are known by number: never insert or reorder, or held-out ones move into training.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     kind: tuple(block.strip().splitlines()) for kind, block in tomllib.loads(FILE.read_text("utf-8")).items()
 }
 
-HELDOUT_EVERY = 5
+HELDOUT_EVERY = 5  # the last of every five templates
 
 
 def is_heldout(number: int) -> bool:

@@ -21,6 +21,7 @@ from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES
 from omni.rng import Key
 
 SIDE = 64
+# Sides of sprites; then their top left corners, (x, y).
 BIG, SMALL, ROW = 60, 30, 20
 BIG_AT = (2, 2)
 CENTRE = (17, 17)
@@ -30,9 +31,11 @@ COUNT_SLOTS = {2: (LEFT, RIGHT), 3: (TOP, CORNERS[2], CORNERS[3]), 4: CORNERS}
 ROW_SLOTS = ((1, 22), (22, 22), (43, 22))
 PAIR_SLOTS = ((LEFT, RIGHT), (TOP, BOTTOM))
 PLACES: Mapping[str, tuple[int, int]] = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "center": CENTRE}
+# Corners of small sprites, and ordered pairs of them that do not overlap.
 GRID = tuple((x, y) for y in (1, 17, 33) for x in (1, 17, 33))
 APART = tuple((a, b) for a in GRID for b in GRID if abs(a[0] - b[0]) >= 32 or abs(a[1] - b[1]) >= 32)
 
+# The first is white; the others are chosen by index: never reorder.
 BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "yellow": (255, 243, 170),
@@ -71,13 +74,16 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the sprites, in the order of rendering."""
         return tuple(p.name for p in self.placements)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON for `meta`, which evaluation reads: never change keys or order."""
         return {"background": self.background, "placements": [[p.name, p.x, p.y, p.size] for p in self.placements]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Scene:
+        """Inverse of `to_json`."""
         return Scene(
             data["background"], tuple(Placement(n, int(x), int(y), int(s)) for n, x, y, s in data["placements"])
         )
@@ -122,7 +128,8 @@ def counted(name: str, number: int, background: str = "white") -> Scene:
 
 @cache
 def pair_is_heldout(first: str, second: str) -> bool:
-    """Whether no training picture contains both names, in either order. Independent of any seed."""
+    """Whether no training picture contains both names, in either order. Independent of any seed. Keyed by these
+    strings: another key moves test pairs into training."""
     if first == second:
         return False
     key = Key(0).fold("emoji_world", "pairs", *sorted((first, second)))
@@ -137,7 +144,8 @@ def scene_is_heldout(scene: Scene) -> bool:
 
 @cache
 def tone_is_heldout(name: str) -> bool:
-    """Whether no training picture contains this tone name ("nose: dark skin tone"). Independent of any seed."""
+    """Whether no training picture contains this tone name ("nose: dark skin tone"). Independent of any seed. Keyed by
+    these strings, as above."""
     return Key(0).fold("emoji_world", "tones", name).integer() / 2**63 < HELDOUT_TONES
 
 
@@ -162,11 +170,13 @@ def draw_background(rng: random.Random, white: float = 0.5) -> str:
 
 
 def _random_single(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    """One big emoji."""
     names = atlas.names if rng.random() < 0.9 else tones_of(atlas.tones, split)  # plain names are never held out
     return single(rng.choice(names), draw_background(rng))
 
 
 def _random_small(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    """One to four small emoji."""
     number = rng.choice((1, 2, 2, 2, 3, 4))
     background = draw_background(rng)
     if number == 1:
@@ -179,9 +189,11 @@ def _random_small(rng: random.Random, atlas: Atlas, split: str) -> Scene:
 
 
 def _random_row(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    """Three emoji in a row."""
     return row(draw_names(rng, 3, split, ROW_NAMES), draw_background(rng))
 
 
+# (share, function); the order decides the samples: never reorder.
 _KINDS: tuple[tuple[float, Callable[[random.Random, Atlas, str], Scene]], ...] = (
     (0.6, _random_single),
     (0.3, _random_small),

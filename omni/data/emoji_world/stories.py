@@ -13,6 +13,7 @@ from omni.data.emoji_world.objects import listed
 from omni.data.emoji_world.scene import PAIR_SLOTS, Scene, counted, pair_is_heldout, single, small_objects
 from omni.data.emoji_world.words import NUMBERS, plural, sentence, with_article
 
+# Names and events are sampled by index: any change of a list changes the corpus.
 HEROES = listed(
     "cat|dog|pig|rabbit|tiger|horse|elephant|mouse|bear|panda|koala|fox|lion|frog|monkey|zebra|penguin|owl|duck|robot"
     "|ghost|alien"
@@ -27,7 +28,8 @@ VEHICLES = ("bus", "taxi", "bicycle", "airplane", "helicopter", "rocket", "sailb
 
 @dataclass(frozen=True)
 class Event:
-    """A sentence about the hero, and the layout of its picture ("big", "left", "below", "three")."""
+    """A sentence about the hero, and the layout of its picture ("big", "left", "below", "three"). others: what {b} may
+    be; ("",): nothing."""
 
     text: str
     layout: str = "big"
@@ -35,11 +37,13 @@ class Event:
     background: str = "white"
 
     def words(self, hero: str, other: str) -> str:
+        """The sentence about this hero and this other object."""
         return sentence(
             self.text.format(a=with_article(hero), many=plural(hero), b=with_article(other) if other else "")
         )
 
     def scene(self, hero: str, other: str) -> Scene:
+        """The picture of the sentence."""
         match self.layout:
             case "big":
                 return single(hero, self.background)

@@ -20,6 +20,7 @@ from omni.data.emoji_world.names import TONE_CHARACTERS, TONES, candidates, pack
 from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES, TONE_BASES
 
 MIN_DISTANCE = 25.0
+# Languages whose names are stored; others need the `emoji` package.
 LANGUAGES = ("es", "fr", "de", "it", "pt", "ja", "ko", "zh", "ru", "id", "tr")
 
 
@@ -56,6 +57,7 @@ def with_tone(character: str, tone: str) -> str:
 
 
 def build_vocabulary(font_path: str | None = None) -> dict[str, object]:
+    """The content of vocabulary.json. ValueError if the documents use a name that was dropped."""
     names = distinct_names(Glyphs(font_path), candidates())
     used = {*SCENE_NAMES, *ROW_NAMES, *TONE_BASES, *(member for members in CLASSES.values() for member in members)}
     missing = sorted(used - set(names))

@@ -15,7 +15,9 @@ LANGUAGE_NAMES = {
     "tr": "Turkish",
 }
 
+# The word before one of these takes the plural.
 _PREPOSITIONS = (" with ", " in ", " of ", " on ", " for ", " holding ", " lifting ", ":")
+# Singular words that end in s.
 _NOT_PLURAL = frozenset(
     listed(
         """
@@ -24,6 +26,7 @@ _NOT_PLURAL = frozenset(
         """
     )
 )
+# Words without a plural.
 _MASS = frozenset(
     listed(
         """

@@ -79,6 +79,7 @@ class ExtendedCall:
 
     @property
     def start(self) -> Tensor:
+        """(B, W): the hidden state after the clean ids; computed once, in one pass."""
         if self._start is None:
             m = self.ids.shape[1]
             self._start = self.call(self.call.embed(self.ids), clean=m)[:, m]
@@ -121,7 +122,8 @@ class LogProb:
 @dataclass(frozen=True)
 class LossInputs:
     """Inputs of a loss besides the call. `teacher` (B, K, V) float64: log P(. | c, x_<k) of the model's own
-    autoregressive pass, without a graph. `progress`: the completed share of training."""
+    autoregressive pass, without a graph. `key`: of the run, without the step, so random values must be keyed by block
+    names. `progress`: the completed share of training."""
 
     blocks: Blocks
     teacher: Tensor
@@ -140,6 +142,7 @@ class JointHead(nn.Module, ABC):
     it.
     is_recurrent: recurrent drafting: `draft_recurrently` drafts from a hidden state of text and the ids since, without
     a pass of the backbone.
+    Names of weights are keys of checkpoints and of initial values: never rename them.
     """
 
     layout: ClassVar[Literal["none", "causal", "block"]] = "none"

@@ -39,7 +39,7 @@ from omni.samplers.inverse_cdf import inverse_cdf_sample
 Visit = Callable[[int, Tensor], Tensor]
 """(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token at k, given or chosen."""
 
-FIRST_POWER = 0.5  # the power of emissions in responsibilities at the start of annealing
+FIRST_POWER = 0.5  # of emissions in responsibilities, at the start of annealing; at its end it is 1
 
 
 class CircuitConfig(Frozen):
@@ -127,6 +127,7 @@ class Circuit(JointHead):
     # ---- the contract ---------------------------------------------------------------------------------------------
 
     def factors(self, call: JointCall) -> Factors:
+        """The circuits after the contexts of a call: one pass of the expanders and of the unembedding."""
         h, R = call.start, self.config.num_states
         if self.config.expander_rank:
             low = torch.einsum("bw,krwi->bkri", h, self.expand_down.to(h.dtype))
@@ -162,8 +163,8 @@ class Circuit(JointHead):
         return torch.stack(found, 1), torch.stack(after, 1)
 
     def run(self, factors: Factors, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
-        (B,)."""
+        """Choose tokens left to right: ids (B, num) and log q(. | x_<k) (B, num, V). `choose` maps k and the
+        log-probabilities (B, V) to ids (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
 
@@ -201,6 +202,7 @@ class Circuit(JointHead):
         return LogProb(self.score(self.factors(call), ids)[0].sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        """(B, m, V): log q(. | x_<k) for ids (B, m)."""
         return self.run(self.factors(call), self.num_tokens(ids), lambda k, _: ids[:, k])[1]
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
@@ -274,13 +276,14 @@ class HMM(Circuit):
         return torch.stack(found, 1)
 
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # tokens start .. end - 1
 
 
 @JOINT_HEADS.register("tree")
 class Tree(Circuit):
     """Each span [a, b) of two or more tokens has a state. The root's is sampled from `root`; a half's is sampled given
-    its parent's, by a matrix of the half. A token uses the state of the smallest such span around it."""
+    its parent's, by a matrix of the half, numbered level by level: trained matrices depend on the order. A token uses
+    the state of the smallest such span around it."""
 
     order = "any"
 
@@ -352,6 +355,7 @@ def _levels(length: int) -> list[list[tuple[Span, Span]]]:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in x's dtype."""
     return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 

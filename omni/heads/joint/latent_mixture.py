@@ -36,6 +36,8 @@ class LatentMixtureConfig(Frozen):
 
 @JOINT_HEADS.register("latent_mixture")
 class LatentMixture(JointHead):
+    """The mixture over lambda of the module docstring. Names of weights are stored: never rename them."""
+
     layout, universal, passes, order = "block", True, "divisors", "any"
     Config = LatentMixtureConfig
     config: LatentMixtureConfig
@@ -87,6 +89,7 @@ class LatentMixture(JointHead):
         return LogProb(self.mixture(call, ids, torch.ones_like(ids, dtype=torch.bool), offsets), "bound")
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        """Minus log-mean-exp over num_latents values of lambda, in nats per token."""
         blocks = inputs.blocks
         offsets = uniforms_by_name(blocks.names, (self.config.num_latents,), inputs.key.fold("latents")).to(
             blocks.ids.device

@@ -49,6 +49,9 @@ class MaskedConfig(Unmasking):
 
 @JOINT_HEADS.register("masked")
 class Masked(JointHead):
+    """The masked-block head of the module docstring. mask: the input of a masked token; shown: is added to the
+    embedding of a shown one. Names of weights are stored: never rename them."""
+
     layout, conditional, passes, order = "block", True, "tokens", "any"
     Config = MaskedConfig
     config: MaskedConfig
@@ -163,6 +166,7 @@ def draw_masks(blocks: Blocks, schedule: Schedule, key: Key) -> tuple[Tensor, Te
     return masked.to(blocks.ids.device), weights.to(blocks.ids.device)
 
 
+# One for each part of a name; another number changes the masks of every run.
 NAME_MULTIPLIERS = (
     0x9E3779B97F4A7C15,
     0x6A09E667F3BCC909,

@@ -105,4 +105,5 @@ def least_entropy(log_p: Tensor, shown: Tensor, bound: float, passes_left: int) 
 
 
 def _uniform(key: Key, like: Tensor) -> Tensor:
+    """Keyed uniforms of the shape and on the device of `like`."""
     return key.uniform(tuple(like.shape), torch.float64).to(like.device)

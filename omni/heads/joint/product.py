@@ -25,6 +25,8 @@ class ProductConfig(Frozen):
 
 @JOINT_HEADS.register("product")
 class Product(JointHead):
+    """K independent distributions, each from one residual block on the hidden state of the start."""
+
     exact, conditional, order = True, True, "any"
     Config = ProductConfig
 
@@ -53,9 +55,11 @@ class Product(JointHead):
         return LogProb(log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        """(B, n, V) log q_k for ids (B, n); they depend on no id."""
         return self.log_probs(call)[:, : self.num_tokens(ids)]
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        """Cross-entropy of the valid tokens, in nats per token."""
         blocks = inputs.blocks
         found = self.log_probs(call).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
         return {"product": Terms(-(found * blocks.valid).sum().float(), blocks.count)}

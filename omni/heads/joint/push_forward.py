@@ -101,6 +101,8 @@ class PushForwardConfig(Frozen):
 
 @JOINT_HEADS.register("push_forward")
 class PushForward(JointHead):
+    """The push-forward head of the module docstring. Names of weights are stored: never rename them."""
+
     layout, universal, needs_teacher, passes = "causal", True, True, "divisors"
     Config = PushForwardConfig
     config: PushForwardConfig
@@ -154,7 +156,8 @@ class PushForward(JointHead):
         return self.sample_in_passes(call, noise, [K // passes] * passes, self.config.mode, self.config.first)
 
     def sample_in_passes(self, call: JointCall, noise: Tensor, cuts: Sequence[int], mode: Mode, first: str) -> Draft:
-        """Ids for noise (B, K, S), one pass for every number in `cuts`, each after the ids of the passes before it."""
+        """Ids for noise (B, K, S). Each number n in `cuts` is one pass that gives the next n ids, after all ids before
+        it."""
         ids, log_probs, at = noise.new_zeros(len(noise), 0, dtype=torch.int64), [], 0
         for n in cuts:
             behind = ExtendedCall(call, ids) if at else call
@@ -216,8 +219,8 @@ def push_forward_terms(head: PushForward, call: JointCall, inputs: LossInputs) -
 
 @torch.no_grad()
 def build_targets(head: PushForward, call: JointCall, inputs: LossInputs) -> Targets:
-    """The noise of the data; on the semigroup's share of blocks, fresh noise with its targets. A token of (nearly) zero
-    probability has no noise: it and those after it do not count."""
+    """The noise of the data; on the semigroup's share of blocks, fresh noise with its targets. Keyed by block names. A
+    token of (nearly) zero probability has no noise: it and those after it do not count."""
     blocks, share = inputs.blocks, head.config.semigroup_share
     device, shape = blocks.ids.device, (blocks.ids.shape[1], head.noise.size)
     draws = uniforms_by_name(blocks.names, shape, inputs.key.fold("noise")).to(device)
@@ -240,7 +243,7 @@ def build_targets(head: PushForward, call: JointCall, inputs: LossInputs) -> Tar
 
 @torch.no_grad()
 def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, inputs: LossInputs) -> Tensor:
-    """Ids (B, K) from two calls of the target for noise (B, K, S)."""
+    """Ids (B, K) from two calls of the target for noise (B, K, S), cut by a keyed choice per batch."""
     K = noise.shape[1]
     newest = max(inputs.blocks.names)  # the key of the inputs is that of the run, without the step
     cut = K // 2 if inputs.key.fold("cut", *newest).python().random() < 0.5 else 1
@@ -249,7 +252,7 @@ def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, inputs:
 
 
 def terms_of(head: PushForward, call: JointCall, targets: Targets, teacher: Tensor) -> dict[str, Terms]:
-    """One pass, and its terms. Not random."""
+    """The terms of `targets`, from one pass with a graph. Not random."""
     config, K = head.config, targets.ids.shape[1]
     hidden = call(head.placeholders(targets.noise))[:, 1:]
     decay = config.decay ** torch.arange(K, device=hidden.device)
@@ -278,9 +281,10 @@ def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _in_float32(logits: Tensor) -> Tensor:
-    """In single precision or better."""
+    """In float32, or better if they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _term(miss: Tensor, where: Tensor, weight: float) -> Terms:
+    """The sum of `miss` (B, n) where `where` (B, n) is true, and their number."""
     return Terms((miss * where).sum(), float(where.sum()), weight)

@@ -35,7 +35,8 @@ class SequentialConfig(Frozen):
 
 
 class RecurrentBlock(nn.Module):
-    """(s_(k-1), embed(x_k)), each (B, W) -> s_k (B, W): M [norm; norm], then a residual gated MLP."""
+    """The recurrent block: (s_(k-1), embed(x_k)), each (B, W) -> s_k (B, W): M [norm; norm], then a residual gated
+    MLP."""
 
     def __init__(self, width: int, expansion: int, eps: float) -> None:
         super().__init__()
@@ -53,6 +54,8 @@ class RecurrentBlock(nn.Module):
 
 @JOINT_HEADS.register("sequential")
 class Sequential(JointHead):
+    """One pass of the backbone, then the recurrent block for every token."""
+
     exact, universal, conditional, is_recurrent = True, True, True, True
     Config = SequentialConfig
 
@@ -73,8 +76,8 @@ class Sequential(JointHead):
                 state = self.step(state, call.embed(last).to(state.dtype))
 
     def run(self, call: JointCall, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
-        (B,)."""
+        """Choose tokens left to right: ids (B, num) and log q(. | x_<k) (B, num, V). `choose` maps k and the
+        log-probabilities (B, V) to ids (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
         walk = self.walk(call)
@@ -104,6 +107,7 @@ class Sequential(JointHead):
         return LogProb(found.sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
+        """(B, m, V): log q(. | x_<k) for ids (B, m)."""
         return self.run(call, self.num_tokens(ids), lambda k, _: ids[:, k])[1]
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
@@ -115,4 +119,5 @@ class Sequential(JointHead):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer, without bias, in x's dtype."""
     return F.linear(x, layer.weight.to(x.dtype))

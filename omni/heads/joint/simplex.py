@@ -95,7 +95,7 @@ class SimplexConfig(Frozen):
 
 
 class Clock:
-    """u in [0, 1] -> t: 0 is data and 1 noise on both."""
+    """u in [0, 1] -> t: 0 is data and 1 noise on both. table: known (u, t) pairs, interpolated; None: t = u."""
 
     def __init__(self, kind: ClockKind, scale: float, vocab_size: int) -> None:
         self.table: tuple[Tensor, Tensor] | None = None
@@ -107,7 +107,7 @@ class Clock:
             self.table = torch.cat([zero, error[kept] / error[-1]]), torch.cat([zero, 1 / (1 + a[kept] / scale)])
 
     def time(self, u: Tensor) -> Tensor:
-        """Same shape, float64."""
+        """t of u, of the same shape, float64."""
         if self.table is None:
             return u
         known, times = self.table
@@ -126,6 +126,8 @@ def decoding_error(a: Tensor, vocab_size: int) -> Tensor:
 
 @JOINT_HEADS.register("simplex")
 class Simplex(JointHead):
+    """Flow maps on K one-hot vectors (module docstring). Names of weights are stored: never rename them."""
+
     layout, universal, passes, order = "block", True, "any", "any"
     Config = SimplexConfig
     config: SimplexConfig
@@ -222,15 +224,17 @@ class Targets:
     s: Tensor
     probs: Tensor
     jumps: Tensor
-    there: Tensor  # (B, K) bool
+    there: Tensor  # (B, K) bool: positions of blocks that have ids
 
 
 def semigroup_terms(head: Simplex, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+    """The terms "diagonal" and "semigroup" of the head's own loss."""
     return terms_of(head, call, build_targets(head, call, inputs))
 
 
 @torch.no_grad()
 def build_targets(head: Simplex, call: JointCall, inputs: LossInputs) -> Targets:
+    """States at keyed times, and the distributions that they train: the data, or two jumps of the target."""
     items, ids = block_items(head, inputs, _precision(head))
     share = head.config.semigroup_share if inputs.progress >= head.config.semigroup_from else 0.0
     t, m, s, jumps = jump_times(head, uniforms_by_name(inputs.blocks.names, (6,), inputs.key.fold("times")), share)
@@ -245,8 +249,11 @@ def build_targets(head: Simplex, call: JointCall, inputs: LossInputs) -> Targets
 
 
 def jump_times(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """t, m, s (B,) float64, and which blocks jump, from uniforms (B, 6). In the head's clock the two ends of a jump are
-    uniform; half of the jumps end at 0, and half of those start from noise."""
+    """share: of blocks that jump, start t over middle m to end s; the others have t = m = s. Returns t, m, s (B,)
+    float64, and which blocks jump. Half of the jumps end at 0, and half of those start from noise; times are in the
+    head's clock.
+    Columns of `draws` (B, 6) in [0, 1): jumps or not, two ends (the first is t without a jump), end at 0, middle, start
+    at noise."""
     jumps = draws[:, 0] < share
     start, end = draws[:, 1:3].max(-1).values, draws[:, 1:3].min(-1).values
     to_end = draws[:, 3] < 0.5
@@ -274,7 +281,7 @@ def semigroup_target(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Te
 
 
 def terms_of(head: Simplex, call: JointCall, targets: Targets) -> dict[str, Terms]:
-    """One pass, and its terms. Not random."""
+    """The terms of `targets`, from one pass with a graph. Not random."""
     log_d = head.log_endpoint(call, targets.x, targets.t, targets.s)
     miss = (torch.special.xlogy(targets.probs, targets.probs) - targets.probs * log_d).sum(-1)
     jumps = targets.jumps.unsqueeze(-1)
@@ -285,6 +292,7 @@ def terms_of(head: Simplex, call: JointCall, targets: Targets) -> dict[str, Term
 
 
 def _term(miss: Tensor, where: Tensor, weight: float) -> Terms:
+    """The sum of `miss` (B, K) where `where` (B, K) is true, and their number."""
     return Terms((miss * where).sum(), float(where.sum()), weight)
 
 
@@ -304,6 +312,8 @@ NO_DERIVATIVE = "it needs derivatives along the path, which joint-token heads do
 
 
 def velocity_of(head: Simplex, call: JointCall) -> AverageVelocity:
+    """F(x, t, s) of the head, from its endpoint D."""
+
     def velocity(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         probs = head.log_endpoint(call, x, t, s).exp()
         return average_velocity(head.scale * probs, x, t.view(-1, 1, 1), "x", head.config.min_time)

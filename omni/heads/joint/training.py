@@ -33,6 +33,7 @@ class BatchCall(Reads):
 
     @property
     def start(self) -> Tensor:
+        """(B, W): hidden states at the starts."""
         return self.hidden[self.starts.row, self.starts.at]
 
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:

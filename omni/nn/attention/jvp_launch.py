@@ -19,7 +19,7 @@ from omni.nn.attention.jvp_inputs import Inputs, Visibility
 
 HEAD_WIDTHS = (64, 128)
 MAX_PROGRAMS = 65535  # batch rows times heads: the second axis of a CUDA grid
-LONGEST_TILE = 128
+LONGEST_TILE = 128  # positions; no tiling below has more
 
 
 class Tiling(NamedTuple):
@@ -56,7 +56,7 @@ AMPERE = HOPPER | {
     (128, 2): Tilings(Tiling(128, 32, 8), Tiling(128, 32, 8), Tiling(32, 128, 8), Tiling(32, 128, 8)),
 }
 SMALL = AMPERE | {(128, 2): Tilings(Tiling(128, 32, 8), Tiling(32, 32), Tiling(32, 32), Tiling(32, 32))}
-ROW_SUMS = Tiling(32, 0)
+ROW_SUMS = Tiling(32, 0)  # of the kernel row_sums, which visits no keys
 BY_CAPABILITY = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): HOPPER, (10, 3): HOPPER}  # all others: SMALL
 
 
@@ -67,6 +67,7 @@ def tilings(x: Tensor) -> Tilings:
 
 
 def _interpreting() -> bool:
+    """Whether Triton's interpreter is asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -112,9 +113,11 @@ class _Side:
         self.fine = min(t.queries for t in known), min(t.keys for t in known)  # all tiles are multiples of these
 
     def mask(self) -> tuple[Any, ...]:
+        """The mask as arguments of the kernels (jvp_triton._visible reads them in this order); cached."""
         return self.seen.cached(("triton mask", self.keys.start, self.keys.stop), self._mask)
 
     def _mask(self) -> tuple[Any, ...]:
+        """`mask` without the cache. ValueError for masks with ranks."""
         if self.seen.mask is None:
             return ()
         if isinstance(self.seen.mask, Tensor):
@@ -139,6 +142,7 @@ class _Side:
         return self.seen.cached(name, lambda: self._lists(queries, keys, by_query))
 
     def _lists(self, queries: int, keys: int, by_query: bool) -> tuple[Any, ...]:
+        """`lists` without the cache."""
         q, k = self.fine
         name = ("triton occupied", self.keys.start, self.keys.stop, q, k)
         fine = self.seen.cached(name, lambda: self.seen.occupied(self.keys, q, k))
@@ -169,6 +173,7 @@ class _Launch:
         self.scales = (1 / math.sqrt(self.D), math.log2(math.e) / math.sqrt(self.D))
 
     def run(self, kernel: Any, tiling: Tiling, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
+        """Launch a kernel with the constants of all of them."""
         options |= {
             "D": self.D, "BQ": tiling.queries, "DTYPE": _element(self.x.q.dtype),
             "EMULATE": kernels.interpreted, "num_warps": tiling.warps, "num_stages": tiling.stages,
@@ -222,6 +227,7 @@ def strided(x: Tensor | None) -> tuple[Any, ...]:
 
 
 def _with_dense_last_axis(x: Tensor) -> Tensor:
+    """x, copied if its last axis is not contiguous."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
