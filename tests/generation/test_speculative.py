@@ -35,7 +35,7 @@ class RollOut(JointHead):
 
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         ids, distributions = uniforms[:, :0].long(), []
-        for k in range(self.fits(uniforms)):
+        for k in range(self.num_tokens(uniforms)):
             start = call.start if k == 0 else ExtendedCall(call, ids).start
             scores = call.read(start).double()
             distributions.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
