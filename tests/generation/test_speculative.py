@@ -17,7 +17,7 @@ from omni.generation.events import Drafted
 from omni.generation.options import GenerationOptions
 from omni.generation.reply import Reply
 from omni.generation.speculative import _noise
-from omni.heads.joint import JOINT_HEADS, After, Draft, JointConfig, JointHead
+from omni.heads.joint import JOINT_HEADS, Draft, ExtendedCall, JointConfig, JointHead
 from omni.model import Omni
 from omni.nn.cache import KVCache
 from omni.rng import Key
@@ -35,8 +35,8 @@ class RollOut(JointHead):
 
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         ids, distributions = uniforms[:, :0].long(), []
-        for k in range(self.fits(uniforms)):
-            start = call.start if k == 0 else After(call, ids).start
+        for k in range(self.num_tokens(uniforms)):
+            start = call.start if k == 0 else ExtendedCall(call, ids).start
             scores = call.read(start).double()
             distributions.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
             ids = torch.cat([ids, inverse_cdf_sample(distributions[-1], uniforms[:, k]).unsqueeze(1)], 1)
