@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 
 
-def work(function: Callable[..., T], jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, T]]:
+def run_jobs(function: Callable[..., T], jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, T]]:
     """Yield (number, function(*job)) as each job ends. With several workers `function` and the jobs are pickled."""
     if workers == 1:
         for number, job in enumerate(jobs):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 WAY_OUT = "install the extra: pip install 'omni-flow[peers]'"
 MAX_VARIANTS = 64  # of one compiled function: every kind of layer, every shape, dtype and mode
-Sample = list[Tensor]
+Sample = list[Tensor]  # text ids and latents, in order
 
 
 def require(package: str) -> str:
@@ -47,6 +47,7 @@ def require(package: str) -> str:
 
 
 def num_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -71,6 +71,7 @@ def small_palette(picture: Image.Image, colours: int) -> Image.Image:
 
 
 def _font(size: int) -> Any:
+    """Pillow's own font."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)

@@ -48,6 +48,7 @@ def html_report(title: str, results: Sequence[TaskResult], conditions: str) -> s
 
 
 def _table(rows: Sequence[Row]) -> str:
+    """The rows as an HTML table."""
     lines = ["<table><tr><th>name<th>value<th>unit<th>bar<th>holds<th>command</tr>"]
     for row in rows:
         mark = "" if row.bar is None else ("yes" if row.holds else "no")
@@ -61,6 +62,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _section(result: TaskResult) -> str:
+    """Notes, curves and panels of a task."""
     outcome = result.outcome
     parts = [f"<h2>{escape(result.name)}</h2><p class='note'>{result.seconds:.1f} s</p>"]
     parts += [f"<p class='note'>{escape(note)}</p>" for note in outcome.notes]
@@ -75,6 +77,7 @@ def _section(result: TaskResult) -> str:
 
 
 def _panel(panel: Panel) -> str:
+    """One example as a figure."""
     kind = " class='wrong'" if panel.right is False else ""
     sides = [
         f"<div>{label}<br>{image_tag(pixels)}</div>"

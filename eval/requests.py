@@ -58,6 +58,7 @@ class RequestOptions(TaskOptions, PictureChoices):
 
 
 def atlas_of(context: Context) -> Atlas:
+    """The suite's atlas, built once."""
     return context.once("atlas", lambda: Atlas(context.font))
 
 
@@ -90,7 +91,8 @@ def requests(
     raise ValueError(f"found {len(found)} of {number} requests of {dict(mixture)}; relax the task's `kinds`")
 
 
-def of_kinds(options: RequestOptions) -> Callable[[Mapping[str, Any]], bool]:
+def kind_filter(options: RequestOptions) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a document (by its meta) is of one of the kinds in the options."""
     return lambda meta: not options.kinds or meta["kind"] in options.kinds
 
 

@@ -21,11 +21,14 @@ class Row:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
+        """The row without an empty note. Readers know these keys: never rename them."""
         return {name: value for name, value in asdict(self).items() if name != "note" or value}
 
 
 @dataclass(frozen=True)
 class TaskResult:
+    """All rows of one task, its outcome and its wall time."""
+
     name: str
     rows: list[Row]
     outcome: Outcome

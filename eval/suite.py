@@ -61,6 +61,7 @@ class SuiteBase(Frozen):
     @field_validator("tasks", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
+        """A str is a list of names between commas."""
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
@@ -125,6 +126,7 @@ def run_suite(suite: SuiteBase, path: str | Path, overrides: Sequence[str], cont
 
 
 def _row(task_name: str, measure: Measure, bar: str | None, command: str) -> Row:
+    """A measure as a report row, with its bar."""
     value = float(measure.value)
     holds = bar is None or Bar.parse(bar).holds(value)
     shown = value if math.isfinite(value) else None
@@ -144,6 +146,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _mark(row: Row) -> str:
+    """Whether the bar holds, in a word; empty without a bar."""
     return "" if row.bar is None else "yes" if row.holds else "NO"
 
 
@@ -171,6 +174,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = Parser(prog="python -m eval", description="Run an evaluation suite.")
     parser.add_argument("suite", nargs="?", metavar="SUITE.toml", help="suite file, e.g. eval/suites/emoji_world.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tasks=draw draw.requests=32 model=DIR")
@@ -181,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def list_tasks() -> str:
+    """Name, rows and options of every task, as text."""
     lines = []
     for name in TASKS.names():
         try:
@@ -220,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Run the suite of parsed arguments; returns the exit code."""
     suite = load_suite(suite_path(args.suite), args.overrides)
     html = args.html or DEFAULT_HTML_FOLDER / f"{Path(args.suite).stem}.html"
     for name, place in (("--json", args.json), ("--html", html)):

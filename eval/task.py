@@ -130,6 +130,7 @@ class Context:
         return omni.from_pretrained(self.model_path, device=self.device)
 
     def key(self, *parts: int | str) -> Key:
+        """The key of a task: another one changes the documents and pictures that it measures."""
         return Key(self.seed).fold("eval", *parts)
 
     def once(self, name: str, build: Callable[[], Any]) -> Any:

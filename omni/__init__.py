@@ -38,7 +38,7 @@ __all__ = [
     "from_pretrained",
 ]
 
-_HOME = {
+_MODULE_OF = {
     "Document": "omni.document",
     "Engine": "omni.generation.engine",
     "GenerationOptions": "omni.generation.options",
@@ -54,9 +54,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    """Load the module of a public name on first use."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'omni' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -31,8 +31,9 @@ from omni.config import Frozen, explain, parse_json, table_of
 from omni.errors import DamagedError, in_range
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 1  # of manifest.json; another format needs another number
 _MAX_MANIFEST_BYTES = 4 << 20
+# The temporary names that `publish`, `save_tensors` and `_move_into_place` make.
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 
 Content = bytes | str | Path | Mapping[str, torch.Tensor]
@@ -188,14 +189,16 @@ def publish(
         temporary.mkdir()
         if callable(files):
             files(temporary)
-            entries = _sync_written(temporary)
+            entries = _entries_of_written(temporary)
         else:
-            entries = {name: _write_content(temporary / name, content) for name, content in _expand(files).items()}
+            entries = {
+                name: _write_content(temporary / name, content) for name, content in _listed_files(files).items()
+            }
         body = {"format": FORMAT, "files": dict(sorted(entries.items())), "info": dict(info or {})}
         _write(temporary / MANIFEST, _render_manifest(body))
         for folder in {temporary, *((temporary / name).parent for name in entries)}:
             _sync_directory(folder)
-        _swap_in(temporary, directory)
+        _move_into_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
@@ -222,7 +225,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if body.get("format", FORMAT) != FORMAT and intact:
         raise DamagedError(f"{path} has format {body['format']!r:.80}; this version of omni reads format {FORMAT}")
     if not intact:
-        raise DamagedError(_damaged(path))
+        raise DamagedError(_wrong_digest_message(path))
     try:
         return _Manifest.model_validate(body).model_dump()
     except ValidationError as error:
@@ -230,11 +233,15 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 class _Entry(Frozen):
+    """One file of a manifest: its size and its 256-bit digest."""
+
     bytes: int = Field(ge=0, le=1 << 50, strict=True)
     blake2b: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class _Manifest(Frozen):
+    """The fields of manifest.json except its own digest. They are stored: a new field needs a default."""
+
     format: int = Field(default=FORMAT, strict=True)
     files: dict[str, _Entry]
     info: dict[str, Any] = {}
@@ -267,7 +274,7 @@ def remove_leftovers(folder: str | Path) -> None:
     Only for the single writer of `folder`: it deletes another writer's work in progress.
     """
     folder = Path(folder)
-    found = [(match, path) for path in _entries(folder) if (match := _LEFTOVER.fullmatch(path.name))]
+    found = [(match, path) for path in _paths_in(folder) if (match := _LEFTOVER.fullmatch(path.name))]
     for match, path in sorted(found, key=lambda one: one[1].stat(follow_symlinks=False).st_mtime_ns, reverse=True):
         home = folder / match["name"]
         if match["kind"] == "old" and not os.path.lexists(home):
@@ -278,11 +285,13 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _paths_in(folder: Path) -> list[Path]:
+    """The entries of a folder; empty where there is none."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """The bytes of `path`, if they match its manifest entry; DamagedError otherwise."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe may never end
             raise DamagedError(f"{path} is listed in {MANIFEST} but is not a file; download it again")
@@ -296,24 +305,28 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
         size = path.stat().st_size
         raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it is cut or changed; download it again")
     if _digest(data) != entry["blake2b"]:
-        raise DamagedError(_damaged(path))
+        raise DamagedError(_wrong_digest_message(path))
     return data
 
 
-def _damaged(path: Path) -> str:
+def _wrong_digest_message(path: Path) -> str:
+    """The text of a DamagedError."""
     return f"{path} does not match its digest: one or more bytes changed; download it again"
 
 
 def _digest(data: bytes) -> str:
+    """256-bit blake2b, as 64 hex digits. Stored in every manifest: never change it."""
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
 def _render_manifest(body: Mapping[str, Any]) -> bytes:
+    """The exact bytes of manifest.json. A reader compares them byte by byte: never change the layout."""
     canonical = json.dumps(body, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return (json.dumps({**body, "blake2b": _digest(canonical.encode())}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _expand(files: Mapping[str, Content]) -> dict[str, Content]:
+def _listed_files(files: Mapping[str, Content]) -> dict[str, Content]:
+    """Relative name -> content, with every directory replaced by the files below it."""
     flat: dict[str, Content] = {}
     for name, content in files.items():
         _check_name(name)
@@ -326,6 +339,7 @@ def _expand(files: Mapping[str, Content]) -> dict[str, Content]:
 
 
 def _check_name(name: str) -> None:
+    """ValueError for a name that is absolute, leaves the directory, or is the manifest."""
     path = PurePosixPath(name)
     plain = str(path) == name and path.parts and ".." not in path.parts and not path.is_absolute()
     if not plain or "\\" in name or "\0" in name or name == MANIFEST:
@@ -343,13 +357,15 @@ def _content_bytes(content: Content) -> bytes:
 
 
 def _write_content(path: Path, content: Content) -> dict[str, Any]:
+    """Write one file, synced; return its manifest entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = _content_bytes(content)
     _write(path, data)
     return _entry(data)
 
 
-def _sync_written(directory: Path) -> dict[str, dict[str, Any]]:
+def _entries_of_written(directory: Path) -> dict[str, dict[str, Any]]:
+    """Sync the files that are in `directory`; return their manifest entries, by name."""
     entries = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -361,10 +377,12 @@ def _sync_written(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _entry(data: bytes) -> dict[str, Any]:
+    """The manifest entry of a file with these bytes."""
     return {"bytes": len(data), "blake2b": _digest(data)}
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Write and sync a file."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -372,6 +390,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
+    """Sync a directory, so that the names in it survive a crash."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -379,7 +398,8 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _swap_in(temporary: Path, directory: Path) -> None:
+def _move_into_place(temporary: Path, directory: Path) -> None:
+    """Rename `temporary` to `directory`. An older directory is moved aside first, and back if the rename fails."""
     aside = directory.with_name(f".{directory.name}.old-{uuid.uuid4().hex[:8]}")
     if directory.exists():
         os.rename(directory, aside)

@@ -26,13 +26,14 @@ from pydantic_core import ErrorDetails
 from omni.errors import RetiredKeyWarning
 
 Schema = TypeVar("Schema", bound=BaseModel)
-_Keys = tuple[str | int, ...]
+_Keys = tuple[str | int, ...]  # the path of a value: keys, and indices of lists
 
 MAX_DEPTH = 64  # of nested lists and tables
 MAX_FILE_BYTES = 16 << 20  # of a configuration
 MAX_OVERRIDE = 10_000  # characters
-_PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)"""
-_LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*\[*[ \t]*(?:{_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH},}}", re.MULTILINE)
+_KEY_PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)"""
+# A dotted key of more than MAX_DEPTH parts.
+_LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t]*\[*[ \t]*(?:{_KEY_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH},}}", re.MULTILINE)
 
 
 class Frozen(BaseModel):
@@ -107,6 +108,7 @@ def parse_toml(data: str | bytes, source: str) -> dict[str, Any]:
 
 
 def _parsed(parse: Callable[[str], Any], kind: str, text: str, source: str) -> Any:
+    """The value that `parse` returns, with checked depth. One-line ValueError if it fails."""
     try:
         value = parse(text)
     except RecursionError:
@@ -118,6 +120,7 @@ def _parsed(parse: Callable[[str], Any], kind: str, text: str, source: str) -> A
 
 
 def _decoded(data: str | bytes, kind: str, source: str) -> str:
+    """The text of UTF-8 bytes; a str is returned as it is."""
     try:
         return data if isinstance(data, str) else data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -135,6 +138,7 @@ def check_depth(value: Any, source: str) -> None:
 
 
 def _too_deep(source: str) -> str:
+    """The message for too deep nesting."""
     return f"{source!r} nests lists or tables more than {MAX_DEPTH} deep; use fewer levels"
 
 
@@ -163,6 +167,7 @@ def build(data: Mapping[str, Any], schema: type[Schema], source: str, overrides:
 
 
 def _read(path: Path, parse: Callable[[bytes, str], Any]) -> dict[str, Any]:
+    """The table of a file. One-line ValueError, with the nearest name if it is missing."""
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
@@ -183,12 +188,14 @@ def table_of(data: Any, source: str) -> dict[str, Any]:
 
 
 def _copy(value: Any) -> Any:
+    """A deep copy of mappings and lists; all other values are shared."""
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _parse_override(override: str) -> tuple[_Keys, str]:
+    """(keys, raw value) of "a.b=c"."""
     name, separator, raw = override.partition("=")
     parts = [part.strip() for part in name.split(".")]
     if not separator or not all(parts):
@@ -213,6 +220,7 @@ def _literal(raw: str) -> Any:
 
 
 def _assign(tree: dict[str, Any], keys: _Keys, value: Any, override: str) -> None:
+    """Set the value at `keys` in the tree, in place; missing tables are made."""
     node: Any = tree
     for depth, key in enumerate(keys):
         index: Any = str(key) if isinstance(node, dict) else key
@@ -257,6 +265,7 @@ def explain(
 
 
 def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, overrides: Mapping[_Keys, str]) -> str:
+    """One line for one error of pydantic."""
     keys: _Keys = tuple(item["loc"])
     for start, name in overrides.items():
         if keys[: len(start)] == start:
@@ -264,12 +273,12 @@ def _explain_item(item: ErrorDetails, schema: type[BaseModel], source: str, over
     dotted = f"{'.'.join(map(str, keys)):.200}"
     if item["type"] == "extra_forbidden":
         siblings = _fields_at(schema, keys[:-1])
-        hint = nearest(str(keys[-1]), siblings) or _elsewhere(str(keys[-1]), schema)
-        return f"{source}: unknown key {dotted!r}{hint or _known(siblings)}"
+        hint = nearest(str(keys[-1]), siblings) or _hint_of_deeper_key(str(keys[-1]), schema)
+        return f"{source}: unknown key {dotted!r}{hint or _hint_of_known_keys(siblings)}"
     if item["type"] == "missing":
         return f"{source}: key {dotted!r} is missing; set it"
     field = _field_at(schema, keys)
-    message = (field and _wanted(item, field)) or item["msg"].removeprefix("Value error, ")
+    message = (field and _range_message(item, field)) or item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and isinstance(item["input"], Mapping | BaseModel):
         return f"{source}: {dotted}: {message}" if keys else f"{source}: {message}"  # the message names the key in it
     return f"{source}: {dotted} = {_short(item['input'])}: {message}" if keys else f"{source}: {message}"
@@ -288,6 +297,7 @@ class _Short(reprlib.Repr):
 
 
 def _short(value: Any) -> str:
+    """A repr of at most 203 characters."""
     text = _Short().repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -296,7 +306,7 @@ _BOUNDS = {"ge": "at least {}", "gt": "greater than {}", "le": "at most {}", "lt
 _OF_NUMBERS = ("greater_than", "less_than", "int_", "float_", "finite_number")
 
 
-def _wanted(item: ErrorDetails, field: FieldInfo) -> str | None:
+def _range_message(item: ErrorDetails, field: FieldInfo) -> str | None:
     """The valid range of a field, and a way out; None to use pydantic's message."""
     types_of = set(typing.get_args(field.annotation)) | {field.annotation}
     if item["type"].startswith("bool_"):
@@ -334,7 +344,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {lowered[matches[0]]!r}?" if matches else ""
 
 
-def _known(names: Iterable[str]) -> str:
+def _hint_of_known_keys(names: Iterable[str]) -> str:
+    """The text `; known keys: ...` for an unknown key."""
     listed = ", ".join(sorted(names))
     return f"; known keys: {listed}" if listed else "; this table takes no keys"
 
@@ -359,10 +370,12 @@ def _field_at(schema: type[BaseModel], keys: _Keys) -> FieldInfo | None:
 
 
 def _fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a model by name, and by the keys of its groups."""
     return model.model_fields | (model.fields_by_key() if issubclass(model, Frozen) else {})
 
 
 def _models_at(schema: type[BaseModel], keys: _Keys) -> list[type[BaseModel]]:
+    """The models that the table at `keys` may have."""
     models: list[type[BaseModel]] = [schema]
     for key in keys:
         below = [m.model_fields[key].annotation for m in models if isinstance(key, str) and key in m.model_fields]
@@ -375,11 +388,12 @@ def _models_at(schema: type[BaseModel], keys: _Keys) -> list[type[BaseModel]]:
 
 
 def _is_tag(model: type[BaseModel], tag: str) -> bool:
+    """Whether `tag` is the name of a model or one of its literal values: the tag of a union in an error."""
     literals = (typing.get_args(f.annotation) for f in model.model_fields.values())
     return model.__name__ == tag or any(tag in args for args in literals)
 
 
-def _elsewhere(name: str, schema: type[BaseModel]) -> str:
+def _hint_of_deeper_key(name: str, schema: type[BaseModel]) -> str:
     """A valid key one or more tables below: `lr` -> did you mean 'optimiser.lr'?"""
     dotted = _dotted_fields(schema, "", 0)
     found = [key for key in dotted if key.rpartition(".")[2] == name]
@@ -387,6 +401,7 @@ def _elsewhere(name: str, schema: type[BaseModel]) -> str:
 
 
 def _dotted_fields(schema: type[BaseModel], prefix: str, depth: int) -> list[str]:
+    """The dotted names of all fields, at most 5 tables deep."""
     if depth > 4:
         return []
     names: list[str] = []
@@ -401,11 +416,12 @@ def _dotted_fields(schema: type[BaseModel], prefix: str, depth: int) -> list[str
 
 
 def canonical_json(config: BaseModel | Mapping[str, Any]) -> str:
-    """JSON with sorted keys and no spaces: equal configurations give equal text. ValueError for NaN or infinity."""
+    """JSON with sorted keys and no spaces: equal configurations give equal text. ValueError for NaN or infinity.
+    Digests of stored runs are made of it: never change it."""
     data = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(config: BaseModel | Mapping[str, Any]) -> str:
-    """128-bit blake2b of the canonical JSON, as 32 hex digits."""
+    """128-bit blake2b of the canonical JSON, as 32 hex digits. Stored in checkpoints: never change it."""
     return hashlib.blake2b(canonical_json(config).encode("utf-8"), digest_size=16).hexdigest()

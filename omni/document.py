@@ -30,6 +30,8 @@ MIN_FPS, MAX_FPS = 0.001, 1000.0
 
 
 class Role(StrEnum):
+    """Roles of turns. The values are stored in documents: never change them."""
+
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
@@ -112,6 +114,7 @@ class Budget:
 
 
 def _check_media(value: torch.Tensor, ndim: int, name: str, shape: str) -> None:
+    """ValueError unless `value` is uint8, of `ndim` axes, the last of 3, and not empty."""
     if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or value.ndim != ndim or value.shape[-1] != 3:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name} must be a uint8 tensor {shape}, got {got}; omni.media.load_image makes one")
@@ -138,6 +141,7 @@ class Document:
             yield run[0].role, tuple(run)
 
     def images(self) -> list[Image]:
+        """The pictures, in order; no clips."""
         return [s for s in self.segments if isinstance(s, Image)]
 
     def to_json(self) -> str:
@@ -157,7 +161,9 @@ class Document:
         The text is untrusted: shapes are counted against `max_pixels` and `max_frames` (of all pictures and clips
         together) before media are decompressed, and memory is allocated as bytes arrive.
         """
-        data = _known(parse_bounded(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",))
+        data = _mapping_with_keys(
+            parse_bounded(text, "the Document", max_bytes), "the Document", ("segments",), ("meta",)
+        )
         segments, meta = data["segments"], data.get("meta", {})
         if not isinstance(segments, list):
             raise ValueError(f"segments of the Document must be a list, got {type(segments).__name__}")
@@ -184,7 +190,7 @@ def parse_bounded(text: str, name: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return parse_json(text, name)
 
 
-def _known(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+def _mapping_with_keys(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """`data` as a mapping with the keys `needed` and none but these and `optional`. ValueError otherwise."""
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be a mapping, got {type(data).__name__}")
@@ -199,11 +205,13 @@ def _known(data: Any, name: str, needed: tuple[str, ...], optional: tuple[str, .
 
 
 def _pack_media(value: torch.Tensor) -> dict[str, Any]:
+    """Shape and compressed bytes, as `_unpack_media` reads them. Stored: never change the keys."""
     raw = zlib.compress(value.contiguous().numpy().tobytes())
     return {"shape": list(value.shape), "zlib": base64.b64encode(raw).decode()}
 
 
 def _unpack_media(data: Mapping[str, Any], ndim: int, budget: Budget) -> torch.Tensor:
+    """Inverse of `_pack_media`; counts the shape against the budget before memory is allocated."""
     shape, packed = data["shape"], data["zlib"]
     good = isinstance(shape, list) and len(shape) == ndim and all(type(size) is int and size > 0 for size in shape)
     if not good or shape[-1] != 3:
@@ -237,6 +245,7 @@ def _inflate(data: bytes, num_bytes: int) -> bytearray:
 
 
 def _segment_to_dict(segment: Segment) -> dict[str, Any]:
+    """JSON of a segment. Stored: never change the keys."""
     base: dict[str, Any] = {"role": str(segment.role), "supervise": segment.supervise}
     if isinstance(segment, Text):
         return {"type": "text", "text": segment.text, **base}
@@ -245,15 +254,17 @@ def _segment_to_dict(segment: Segment) -> dict[str, Any]:
     return {"type": "video", "fps": segment.fps, **_pack_media(segment.frames), **base}
 
 
+# Keys of a segment in JSON, by its type.
 _BASE = ("type", "role", "supervise")
 _KEYS = {"text": (*_BASE, "text"), "image": (*_BASE, "shape", "zlib"), "video": (*_BASE, "fps", "shape", "zlib")}
 
 
 def _segment_from_dict(data: Any, budget: Budget) -> Segment:
+    """Inverse of `_segment_to_dict`. ValueError for anything else."""
     kind = data.get("type") if isinstance(data, dict) else None
     if isinstance(data, dict) and (not isinstance(kind, str) or kind not in _KEYS):
         raise ValueError(f"unknown segment type {kind!r:.80}; known: text, image, video")
-    data = _known(data, "it", _KEYS.get(kind or "", ()))
+    data = _mapping_with_keys(data, "it", _KEYS.get(kind or "", ()))
     role, supervise = data["role"], data["supervise"]
     roles = [str(known) for known in Role]
     if not isinstance(role, str) or role not in roles:

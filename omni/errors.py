@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MISTAKE, DAMAGED = 2, 4  # exit codes
 MAX_LINE = 1000
-SPACE = 1 << 16  # bytes that must be free before a write
+PROBE_BYTES = 1 << 16  # that must be free before a write
 
 
 class DamagedError(ValueError):
@@ -66,7 +66,7 @@ def one_line(error: BaseException) -> str:
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
 
 
-def code_of(error: Exception) -> int:
+def exit_code_of(error: Exception) -> int:
     """The exit code after an error."""
     if isinstance(error, DamagedError):
         return DAMAGED
@@ -89,7 +89,7 @@ def check_place(path: Path, name: str, is_folder: bool = True) -> None:
             raise ValueError(f"{name} {str(path)!r}: {blocked[0]!r} is a file; name another {kind}")
         there = next(parent for parent in (*path.parents, Path()) if parent.is_dir())
         with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.tmp-") as probe:
-            (Path(probe) / "probe").write_bytes(bytes(SPACE))
+            (Path(probe) / "probe").write_bytes(bytes(PROBE_BYTES))
             new = [part for part in path.relative_to(there).parts if part != ".."]
             (Path(probe) / max(new, key=lambda part: len(os.fsencode(part)))).mkdir()
     except OSError as error:

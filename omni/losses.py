@@ -89,15 +89,15 @@ class BatchFlowCall:
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._dual("two_pass", (x, t, s), (dx, dt, ds)).tangent
+            return self._with_tangent("two_pass", (x, t, s), (dx, dt, ds)).tangent
 
     def with_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self._dual("carried", (x, t, s), (dx, dt, ds))
+        return self._with_tangent("carried", (x, t, s), (dx, dt, ds))
 
-    def _dual(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
-        """F and its derivative, by the model's method of derivatives."""
+    def _with_tangent(self, form: Form, point: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Dual:
+        """F and its derivative along `direction`, by the model's method of derivatives."""
         c = self.model.transformer.c
         if c.tangents != "central":
             return differentiate(self, point, direction, form)
@@ -139,7 +139,7 @@ class NullCall:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ContextPass:
     """One context pass over a batch, hidden states (R, T, W) and memory; and the other inputs of losses."""
 
     model: TrainedModel
@@ -150,12 +150,14 @@ class Pass:
     progress: float
 
 
-def of_logits(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
+def logits_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of an objective on logits of supervised positions."""
     where = one.batch.target != IGNORE
     return {"": objective.loss(one.model.token.read(one.hidden[where]), one.batch.target[where])}
 
 
-def of_flow(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
+def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of an objective on latents; count 0 without items."""
     batch = one.batch
     if not batch.num_items:
         return {"": Terms(one.hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)}
@@ -168,13 +170,14 @@ def of_flow(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
     return {"": objective.loss(call, objective.draw(items, key))}
 
 
-def of_placeholders(objective: Any, one: Pass, key: Key) -> dict[str, Terms]:
+def placeholder_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of the joint-token head, each times the weight of the objective."""
     found = joint_loss(one.model, one.batch, one.hidden, one.memory, objective.blocks, key, one.progress)
     return {f"/{name}": replace(term, weight=term.weight * objective.weight) for name, term in found.items()}
 
 
 # From the declared input of an objective (Objective.reads) to the function that computes it.
-READERS = {"logits": of_logits, "flow": of_flow, "placeholders": of_placeholders}
+TERMS_BY_INPUT = {"logits": logits_terms, "flow": flow_terms, "placeholders": placeholder_terms}
 
 
 def batch_losses(
@@ -186,8 +189,9 @@ def batch_losses(
     progress: float = 1.0,
 ) -> dict[str, Terms]:
     """Named (sum, count) terms of each objective; absent modalities have count 0. See Omni.forward. The class names
-    terms and noise: ValueError for two objectives of one class."""
-    one = Pass(model, batch, *model.context(batch), averages, progress)
+    terms and noise: ValueError for two objectives of one class. Noise is keyed by the class name: renaming a class
+    changes its noise."""
+    one = ContextPass(model, batch, *model.context(batch), averages, progress)
     names = [type(objective).__name__ for objective in objectives]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -195,6 +199,6 @@ def batch_losses(
         )
     terms: dict[str, Terms] = {}
     for name, objective in zip(names, objectives, strict=True):
-        found = READERS[objective.reads](objective, one, key.fold(name))
+        found = TERMS_BY_INPUT[objective.reads](objective, one, key.fold(name))
         terms |= {f"{name}{part}": term for part, term in found.items()}
     return terms

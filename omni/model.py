@@ -50,6 +50,7 @@ class OmniConfig(Frozen):
     `sampler`: the default sampler of the flow head: "euler" after flow matching, "flow_map" after a two-time objective.
     `max_grid`: bound of the header that the model may generate, in latents. `max_context`: positions of a prompt and
     its reply together (see sequence.context_limit). logit_cap: see heads.token. joint: a joint-token head, or None.
+    Stored as config.json: a new field needs a default under which older models compute the same.
     """
 
     transformer: TransformerConfig = TransformerConfig()
@@ -65,7 +66,8 @@ class OmniConfig(Frozen):
 
 
 class Omni(nn.Module):
-    """One transformer over interleaved text and latent blocks. `tokenizer` and `codec` are attached, not trained."""
+    """One transformer over interleaved text and latent blocks. `tokenizer` and `codec` are attached, not trained. Names
+    of weights are keys of checkpoints and of initial values: never rename them."""
 
     def __init__(self, config: OmniConfig, key: Key | None = None) -> None:
         super().__init__()
@@ -116,6 +118,7 @@ class Omni(nn.Module):
         return self.embed_context(batch.ids, batch.latents, batch.is_latent)
 
     def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
+        """Inputs (R, T, W): embeddings of ids (R, T), and clean latents (R, T, C) where is_latent (R, T)."""
         h = self.token.embed(ids)
         if latents is None or is_latent is None:
             return h

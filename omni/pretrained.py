@@ -16,7 +16,7 @@ from omni.media.preparation import read_preparation
 from omni.model import Omni, OmniConfig
 from omni.nn.precision import require_device
 from omni.text import load_tokenizer
-from omni.weights import holds, unallocated
+from omni.weights import stays_finite, unallocated
 
 CODEC_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 BUNDLED = Path(__file__).parent / "bundled"
@@ -54,7 +54,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
     files.read_rest()
     _check_attached(model, str(folder))
-    large = [name for name, value in model.state_dict().items() if not holds(dtype, value)]
+    large = [name for name, value in model.state_dict().items() if not stays_finite(dtype, value)]
     if large:
         raise ValueError(f"{folder}: {large[0]} has values out of the range of {dtype}; use torch.bfloat16")
     return model.to(device, dtype).eval()

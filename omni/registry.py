@@ -61,8 +61,8 @@ class Registry(Generic[T]):
 
         def add(item: U) -> U:
             if name in self._items:
-                taken = f"{self.kind} {name!r} is registered already, by {_place(self._items[name])}"
-                raise ValueError(f"{taken}; give that of {_place(item)} another name")
+                taken = f"{self.kind} {name!r} is registered already, by {_where_defined(self._items[name])}"
+                raise ValueError(f"{taken}; give that of {_where_defined(item)} another name")
             self._items[name], self._modules[name] = item, _running_module()
             return item
 
@@ -77,7 +77,7 @@ class Registry(Generic[T]):
         if name in self._items:
             return self._items[name]
         known = self.names()
-        raise ValueError(f"unknown {self.kind} {name!r}{nearest(str(name), known) or _listed(known)}")
+        raise ValueError(f"unknown {self.kind} {name!r}{nearest(str(name), known) or _hint_of_known_names(known)}")
 
     def names(self) -> list[str]:
         """All names, sorted; those of installed packages too, none of which is imported for it."""
@@ -122,7 +122,7 @@ class Registry(Generic[T]):
             elif _module_of(point) not in sys.modules and point not in self._reported:
                 self._reported.add(point)
                 offered = f"{_owner(point)} offers the {self.kind} {point.name!r} too"
-                used = f"that of {_place(self._items[point.name])} is used"
+                used = f"that of {_where_defined(self._items[point.name])} is used"
                 warnings.warn(f"{offered}; {used}", EntryPointWarning, stacklevel=3)
         return found
 
@@ -170,15 +170,17 @@ def _module_of(point: metadata.EntryPoint) -> str | None:
 
 
 def _owner(point: metadata.EntryPoint) -> str:
+    """The installed package of an entry point, in words."""
     name = point.dist.name if point.dist else point.value
     return f"the installed package {name!r}"
 
 
-def _place(item: Any) -> str:
+def _where_defined(item: Any) -> str:
     """Where a registered class or function is defined."""
     module, name = getattr(item, "__module__", None), getattr(item, "__qualname__", None)
     return f"{module}.{name}" if module and name else repr(item)
 
 
-def _listed(names: list[str]) -> str:
+def _hint_of_known_names(names: list[str]) -> str:
+    """The text `; known: ...` for an unknown name."""
     return f"; known: {', '.join(names) or 'none'}"

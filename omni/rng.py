@@ -2,6 +2,7 @@
 
 A `Key` is a seed plus a path of folds, e.g. `Key(0).fold("noise", step, sample)`. The same path gives the same samples
 in any process, at any world size, after any resume: no random state is saved.
+All noise, order and initial weights follow from this file: a change of its arithmetic changes every run.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def normals(keys: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
 
 
 def _mixed(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's bijection of 64 bits; int64 products wrap around."""
+    """SplitMix64's bijection of 64 bits; int64 products wrap around. Never change the constants."""
     z = (z ^ _shifted(z, 30)) * _MULTIPLIERS[0]
     z = (z ^ _shifted(z, 27)) * _MULTIPLIERS[1]
     return z ^ _shifted(z, 31)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from omni.errors import DamagedError
 
 
-class _WithoutDraws(TorchFunctionMode):
+class _WithoutInitialisation(TorchFunctionMode):
     """Skips random initialisation; a file's weights replace it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -27,11 +27,11 @@ class _WithoutDraws(TorchFunctionMode):
 def unallocated() -> Iterator[None]:
     """Modules built inside use no memory and no time for initialisation; `load_weights` fills them. So a configuration
     of absurd sizes fails in the comparison of shapes, not by exhausting memory."""
-    with torch.device("meta"), _WithoutDraws():
+    with torch.device("meta"), _WithoutInitialisation():
         yield
 
 
-def holds(dtype: torch.dtype, value: torch.Tensor) -> bool:
+def stays_finite(dtype: torch.dtype, value: torch.Tensor) -> bool:
     """Whether finite values stay finite in another floating dtype."""
     if not value.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(value.dtype).max or not value.numel():
         return True
@@ -56,7 +56,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
             )
         if value.is_complex() or value.is_floating_point() != wanted.is_floating_point():
             raise DamagedError(f"{source}: {name} has dtype {value.dtype}, which does not convert to {wanted.dtype}")
-        if not holds(wanted.dtype, value):
+        if not stays_finite(wanted.dtype, value):
             raise DamagedError(f"{source}: {name} has values out of the range of {wanted.dtype}; use smaller weights")
     if any(value.is_meta for value in own.values()):
         copies = {name: value.to(own[name].dtype, copy=True) for name, value in tensors.items()}

@@ -305,7 +305,7 @@ def test_a_line_names_slow_loading(monkeypatch: pytest.MonkeyPatch, capsys: Any)
 
     from omni.cli import arguments as command
 
-    monkeypatch.setattr(command, "PATIENCE", 0.05)
+    monkeypatch.setattr(command, "ANNOUNCE_AFTER_SECONDS", 0.05)
     with command.announced("the model x"):
         time.sleep(0.3)
     assert capsys.readouterr().err == "loading the model x ...\n"

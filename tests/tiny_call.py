@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from omni.heads.joint import JointHead, Lesson, build_head
+from omni.heads.joint import JointHead, LossInputs, build_head
 from omni.rng import Key
 from omni.sequence.placeholders import Blocks
 
@@ -95,11 +95,11 @@ def total_variation(ids: Tensor, distribution: Tensor) -> float:
     return float((frequency - distribution).abs().sum() / 2)
 
 
-def lesson_of(ids: Tensor, lengths: list[int], progress: float = 1.0) -> Lesson:
+def lesson_of(ids: Tensor, lengths: list[int], progress: float = 1.0) -> LossInputs:
     """Blocks (B, K) that end after `lengths` tokens; ids past the end are 0, as in training."""
     valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
     names = tuple((n, 0, 0) for n in range(len(ids)))
-    return Lesson(Blocks(ids * valid, valid, names), torch.zeros(0), Key(3), progress)
+    return LossInputs(Blocks(ids * valid, valid, names), torch.zeros(0), Key(3), progress)
 
 
 def worst_gradient_error(head: JointHead, value: Callable[[], Tensor], step: float = 1e-5) -> float:

@@ -44,16 +44,15 @@ from train.optim.optimiser import build_optimiser
 from train.optim.target import build_target
 from train.recipe import DataConfig, Recipe
 from train.sampler import choose_sampler
-from train.upcycling import with_copies
+from train.upcycling import with_latent_weights
 from train.validation import Validation
 
-DRAWS = 2  # how noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each
-
-# Settings of a model that change none of its numbers, and those that shapes or names of weights reveal.
+# How noise and times are sampled from their keys: 1 was a generator each, 2 is Key.each. Stored as "draws".
+NOISE_VERSION = 2
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
-# Values of a setting that another value can follow: upcycling copies the missing weights.
-NOT_YET = {"latent_weights": "shared"}
+# Setting -> the value that init_from may have instead: upcycling copies the missing weights.
+UPCYCLED_FROM = {"latent_weights": "shared"}
 
 
 def build_run(recipe: Recipe, out: Path) -> Run:
@@ -92,7 +91,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         validation = Validation(loader, to_measure)
     identity = {
         "recipe": recipe.model_dump(mode="json"),
-        "draws": DRAWS,
+        "draws": NOISE_VERSION,
         "data": mixture.fingerprint() + more_data,
         "tokenizer": digest(tokenizer.describe()),
         "codec": _codec_fingerprint(codec),
@@ -115,6 +114,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of a directory; "bytes" is one id per byte."""
     if recipe.tokenizer == "bytes":
         from omni.text.bpe import BPETokenizer
 
@@ -123,6 +123,7 @@ def build_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def build_codec(recipe: Recipe) -> Codec:
+    """The codec of a directory, or of a table for one without weights, on the device."""
     if isinstance(recipe.codec, str):
         codec = load_codec(recipe.codec)
     else:
@@ -135,7 +136,7 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
-def check_alone(recipe: Recipe) -> None:
+def check_without_inputs(recipe: Recipe) -> None:
     """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `build_run`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
     config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
@@ -154,6 +155,7 @@ def model_config(recipe: Recipe, vocab_size: int, channels: int, sampler: str) -
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
+    """The model with its first weights, tokenizer, codec and preparation; frozen and compiled as the recipe says."""
     model = Omni(model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     model.preparation = recipe.preparation
@@ -164,12 +166,12 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
         if left:
             begin = f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
             print(begin, file=sys.stderr)
-        for difference in other_settings(recipe.init_from, model.config):
+        for difference in settings_differences(recipe.init_from, model.config):
             message = f"init_from {str(recipe.init_from)!r} has {difference}"
             if recipe.train_only:
                 raise ValueError(f"{message}; frozen weights cannot adapt: use the same")
             print(message, file=sys.stderr)
-        if (preparation := other_preparation(recipe.init_from, recipe.preparation)) is not None:
+        if (preparation := preparation_difference(recipe.init_from, recipe.preparation)) is not None:
             print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
         if not recipe.init_partial:
             check_same_parts(recipe.init_from, tokenizer, codec)
@@ -203,7 +205,7 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     published, own = Published(directory), model.state_dict()
     saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()
-    saved = with_copies(saved, own)
+    saved = with_latent_weights(saved, own)
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     integers = [name for name, v in usable.items() if v.is_floating_point() != own[name].is_floating_point()]
     if integers:
@@ -222,7 +224,7 @@ def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) ->
     return left
 
 
-def other_settings(directory: Path, config: OmniConfig) -> list[str]:
+def settings_differences(directory: Path, config: OmniConfig) -> list[str]:
     """Settings that differ between `directory` and this recipe and that change no shape of a weight."""
     published, name = Published(directory), "config.json"
     if name not in published:
@@ -234,11 +236,11 @@ def other_settings(directory: Path, config: OmniConfig) -> list[str]:
         f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
         for prefix, a, b in pairs
         for name in sorted(a.keys() - WITHOUT_EFFECT)
-        if a[name] != b[name] and not (name in NOT_YET and a[name] == NOT_YET[name])
+        if a[name] != b[name] and not (name in UPCYCLED_FROM and a[name] == UPCYCLED_FROM[name])
     ]
 
 
-def other_preparation(directory: Path, ours: Preparation) -> str | None:
+def preparation_difference(directory: Path, ours: Preparation) -> str | None:
     """How `directory` prepares pictures and clips; None where this recipe does the same."""
     published, name = Published(directory), "preparation.json"
     if name not in published:
@@ -264,6 +266,8 @@ def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> Non
 
 
 def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:
+    """The sources of a list, each keyed by `origin`, its number and its name: another order of the list changes the
+    data."""
     return [
         build_source(config.name, config.options, key.fold(origin, number, config.name), f"{origin}.{number}")
         for number, config in enumerate(configs)
@@ -271,6 +275,7 @@ def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[
 
 
 def build_mixture(recipe: Recipe, key: Key) -> Mixture:
+    """The mixture of all training sources."""
     sources = build_sources(recipe.data, key, "data")
     return Mixture(sources, [config.weight for config in recipe.data], key.fold("data"))
 
@@ -288,6 +293,7 @@ def build_held_out(recipe: Recipe, mixture: Mixture, key: Key) -> tuple[HeldOut 
 
 
 def build_objectives(recipe: Recipe) -> list[Objective]:
+    """The objectives of the recipe, in order. ValueError names the wrong one."""
     found = []
     for number, o in enumerate(recipe.objectives):
         where, kind = f"objectives.{number} ({o.name})", OBJECTIVES.get(o.name)
@@ -307,10 +313,12 @@ def publish_model(run: Run, directory: Path) -> Path:
 
 
 def _codec_fingerprint(codec: Codec) -> str:
+    """Digest of configuration and weights. Checkpoints store it: never change it."""
     weights = codec.weights()
     data = digest(codec.config()).encode() + (tensor_bytes(weights) if weights else b"")
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:
+    """`compose` with the tokenizer first, for `partial`."""
     return compose(document, tokenizer, encode_media)

@@ -67,11 +67,13 @@ def charts(
 
 
 def _style(number: int, marked: bool) -> dict[str, Any]:
+    """Colour and marker of the line of this number."""
     marker = MARKERS[number // 10 % len(MARKERS)] if marked else ""
     return {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.5, "marker": marker, "markersize": 4}
 
 
 def _log_axes(axes: Any, ticks: Sequence[float]) -> None:
+    """Make both axes logarithmic, with these ticks of x."""
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xticks([], minor=True)

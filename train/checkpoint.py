@@ -33,9 +33,10 @@ from train.optim.target import Target
 from train.recipe import CHANGEABLE, Recipe, without_retired
 
 _STEP = re.compile(r"step-(\d{8})")
+# Names of files in a checkpoint: never change them.
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
 TARGET = "target.safetensors"
-KIND = "training state"
+KIND = "training state"  # in the manifest: never change it
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Change:
 @dataclass
 class Progress:
     """Where a run is: `step` steps done, the next document `cursor` (with data-loading workers: one cursor of each in
-    `cursors`), wall-clock seconds over all resumes."""
+    `cursors`), wall-clock seconds over all resumes. Stored as JSON by field name: a new field needs a default, a
+    renamed one a line in `load`."""
 
     step: int = 0
     cursor: int = 0
@@ -184,7 +186,7 @@ def changes(directory: Path, identity: Mapping[str, Any]) -> list[Change]:
     saved = {"draws": 1} | saved  # format 1 did not record `draws`
     saved = {name: part for name, part in saved.items() if name in own}
     if isinstance(saved.get("recipe"), dict) and isinstance(own.get("recipe"), dict):
-        saved["recipe"] = _filled(without_retired(saved["recipe"]), own["recipe"])
+        saved["recipe"] = _with_missing_keys(without_retired(saved["recipe"]), own["recipe"])
     return compare(saved, own, CHANGEABLE, directory)
 
 
@@ -212,10 +214,11 @@ def saved_recipe(directory: Path) -> Mapping[str, Any]:
 
 
 def _scalars(directory: Path) -> dict[str, Any]:
+    """The content of state.json: progress, number of updates, identity."""
     return parse_json(checkpoint.read_bytes(directory / SCALARS), str(directory / SCALARS))
 
 
-def _filled(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _with_missing_keys(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The saved recipe, with the own value of each key that it lacks; tables of free keys are left as they are."""
     filled = {**own, **saved}
     for name, info in Recipe.model_fields.items():
@@ -234,6 +237,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _restore_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved weights and buffers into the model. ValueError where names or shapes differ."""
     own = _weights(model)
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())

@@ -21,6 +21,8 @@ class TooManyNonFinite(RuntimeError):
 
 @dataclass
 class Guard:
+    """Counts steps that are not finite. limit: of them in a row. The counts are saved in checkpoints."""
+
     limit: int = 10
     num_skipped: int = 0
     num_in_row: int = 0
@@ -61,8 +63,10 @@ class DeviceGuard:
 
     @property
     def too_many(self) -> bool:
+        """Whether more steps than `limit` were refused, as known to the host a step or two late."""
         return float(self._seen) > self.limit
 
     def restart(self) -> None:
+        """Set the counts to zero."""
         self.num_skipped.zero_()
         self._seen.zero_()

@@ -17,15 +17,16 @@ from pathlib import Path
 from omni.checkpoint import remove_leftovers
 
 LOCK = ".lock"
-_held: set[int] = set()
+_held: set[int] = set()  # file descriptors of the locks of this process
 
 
-def _let_go() -> None:
+def _close_in_fork() -> None:
+    """Close the locks in a forked worker, so that it does not hold them."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_in_fork)
 
 
 @contextlib.contextmanager
@@ -60,6 +61,7 @@ def refuse_many_processes() -> None:
 
 
 def _lock(out: Path) -> int:
+    """The descriptor of the locked file. ValueError names the holder where it is locked."""
     path = out / LOCK
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -84,6 +86,7 @@ def _lock(out: Path) -> int:
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

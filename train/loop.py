@@ -56,15 +56,17 @@ class Run:
     workers: WorkerLoader | None = None
     waited: float = 0.0  # seconds of waiting for data-loading workers, within steps
     changes: Sequence[state.Change] = ()  # of the recipe, since the checkpoint that was resumed
-    learns: bool = False  # whether an objective counted anything in any step
+    has_counted: bool = False  # whether any loss term of any step had a count above 0
     between_updates: bool = True  # weights, optimiser and averages are of the same step and can be saved
     _ahead: Packed | Exception | None = None
 
     @property
     def key(self) -> Key:
+        """The key of training: another one changes all noise of the run."""
         return Key(self.recipe.seed).fold("train")
 
     def fraction(self) -> float:
+        """The completed share of the run, in [0, 1]."""
         return self.recipe.fraction(self.progress.step, self.progress.seconds)
 
     def next(self) -> Packed:
@@ -90,6 +92,7 @@ class Run:
         self.waited += time.perf_counter() - start
 
     def _from_workers(self) -> Packed:
+        """The next step of the data-loading workers; starts them at the first call."""
         if self.workers is None:
             assert self.open_workers is not None
             self.progress.cursors = self.progress.cursors or list(range(self.recipe.workers))
@@ -128,15 +131,15 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
     values |= unweighted(parts)
     positions = sum(batch.num_positions for batch in batches)
-    require_lesson(run, parts)
+    require_counted_terms(run, parts)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
 
 
-def require_lesson(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
+def require_counted_terms(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
     """ValueError where no objective counted anything in the first steps."""
-    run.learns = run.learns or any(term.count for part in parts for term in part.values())
+    run.has_counted = run.has_counted or any(term.count for part in parts for term in part.values())
     first = min(FIRST_STEPS, run.recipe.max_steps)
-    if not run.learns and run.progress.step == first:
+    if not run.has_counted and run.progress.step == first:
         raise ValueError(
             f"the first {first} steps had nothing to learn from: no segment of their documents is supervised for any "
             "objective of this recipe; mark the segments to train on (supervise = true)"
@@ -209,10 +212,11 @@ def _step(run: Run, tracker: Tracker) -> None:
     if run.guard.num_skipped > skipped_before:
         tracker.report(f"step {step - 1} was not finite and is skipped; its documents are in metrics.jsonl")
         tracker.metrics(step - 1, {"event": "not finite", "documents": packed.documents})
-    tracker.progress(_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
+    tracker.progress(_progress_line(run, metrics), important=step % run.recipe.report.log_steps == 0 or step == 1)
 
 
 def save(run: Run) -> Path:
+    """Save a checkpoint of the run; return its directory."""
     progress = run.progress
     in_row = run.guard.num_in_row
     progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, in_row % run.guard.limit
@@ -257,6 +261,7 @@ def _report_rates(run: Run, saved: Mapping[str, Any], report: Callable[[str], No
 
 
 def num_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -293,7 +298,8 @@ def losses_of(metrics: Mapping[str, Any]) -> str:
     return "  ".join(found)
 
 
-def _line(run: Run, metrics: Mapping[str, Any]) -> str:
+def _progress_line(run: Run, metrics: Mapping[str, Any]) -> str:
+    """The line of a step on the console."""
     recipe, progress = run.recipe, run.progress
     losses = losses_of(metrics)
     left = progress.seconds / max(run.fraction(), 1e-9) - progress.seconds

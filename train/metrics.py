@@ -28,6 +28,7 @@ class Tracker:
         self._board = _open_board(out) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl; its numbers also go to TensorBoard."""
         self._file.write(json_row({"step": step, **values}))
         self._file.flush()
         if self._board is not None:
@@ -49,6 +50,7 @@ class Tracker:
         self._stream.flush()
 
     def close(self) -> None:
+        """Close the files."""
         if self._live:
             self._stream.write("\n")
         self._file.close()
@@ -71,10 +73,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def json_row(values: Mapping[str, Any]) -> str:
     """One line of a metrics.jsonl. Non-finite values are text: JSON has no NaN."""
-    return json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
+    return json.dumps({name: _json_value(value) for name, value in values.items()}) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
+    """Tensors as numbers, values that are not finite as text."""
     if isinstance(value, torch.Tensor):
         value = value.item()
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
@@ -99,6 +102,7 @@ def drop_from(path: Path, step: int) -> None:
 
 
 def _open_board(out: Path) -> Any:
+    """A TensorBoard writer. ValueError names the extra where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

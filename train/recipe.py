@@ -136,6 +136,7 @@ class Recipe(Frozen):
     @field_validator("generation")
     @classmethod
     def _can_be_generated(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The options under their present names. ValueError for options that no request may have."""
         checked = check_defaults(given, "[generation]")
         GenerationOptions().resolved({"tokens_per_pass": 1, **checked}, "[generation]")
         return checked
@@ -197,6 +198,7 @@ def with_flat_generation(table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "generation": GenerationOptions.flatten(given, "[generation]: ")}
 
 
+# Names in recipes of earlier versions. Saved recipes have them: never remove one.
 RENAMED_OBJECTIVES = {"straight": "rectified_jumps"}  # old name -> new name
 RENAMED_OPTIONS = {  # objective -> old option -> new option
     "rectified_jumps": {"told_guidance": "guidance_embedding"},

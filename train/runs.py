@@ -40,6 +40,7 @@ def train_model(recipe: Recipe, out: Path, resume: bool) -> int:
 
 
 def _train(run: loop.Run) -> int:
+    """Train a restored or new run to its end, and publish it. Returns the exit code."""
     recipe, out = run.recipe, run.out
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     tracker, stop = Tracker(out, run.progress.step, recipe.report.tensorboard), StopRequest()
@@ -105,6 +106,8 @@ def dry_run(recipe: Recipe, out: Path) -> int:
 
 
 def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
+    """A function that writes a sample sheet; its failure is reported and ends nothing."""
+
     def sheet(run: loop.Run) -> None:
         try:
             draw_sheet(run, run.out / "sheets" / f"step-{run.progress.step:08d}.png")
@@ -123,6 +126,7 @@ def _precision(recipe: Recipe) -> str:
 
 
 def _muon_share(run: loop.Run) -> float:
+    """The share of all numbers that Muon updates."""
     sizes = {name: p.numel() for name, p in run.model.named_parameters()}
     return sum(sizes[name] for name in run.optimiser.members().get("muon", [])) / sum(sizes.values())
 

@@ -13,7 +13,7 @@ from omni.samplers import SAMPLERS
 from train.recipe import Recipe
 
 # The first sampler to use, by the values that an objective trains.
-USUAL: dict[Trains, str] = {
+USUAL_SAMPLER: dict[Trains, str] = {
     "velocity": "euler",
     "grid_jumps": "flow_map",
     "jumps": "flow_map",
@@ -21,14 +21,15 @@ USUAL: dict[Trains, str] = {
 }
 
 
-def fits(sampler: str, trained: Sequence[Trains]) -> bool:
+def reads_trained_values(sampler: str, trained: Sequence[Trains]) -> bool:
     """Whether training determines the values of F that the sampler reads. "jumps" are jumps to any time."""
     reads = SAMPLERS.reads[sampler]
     return reads in trained or ("jumps" in trained and reads in ("grid_jumps", "data_jumps"))
 
 
 def _usual_first(name: str) -> tuple[bool, str]:
-    return name not in USUAL.values(), name
+    """Sorts the usual samplers before the others, each by name."""
+    return name not in USUAL_SAMPLER.values(), name
 
 
 def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
@@ -40,7 +41,7 @@ def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
     """
     flow = [objective for objective in objectives if isinstance(objective, FlowObjective)]
     before = _sampler_of(recipe.init_from)
-    usual = USUAL[max(flow, key=lambda objective: objective.weight).trains[0]] if flow else before
+    usual = USUAL_SAMPLER[max(flow, key=lambda objective: objective.weight).trains[0]] if flow else before
     trained = list(dict.fromkeys(values for objective in flow for values in objective.trains))
     named = {"heads.sampler": recipe.heads.get("sampler"), "generation.sampler": recipe.generation.get("sampler")}
     for where, name in named.items():
@@ -48,9 +49,11 @@ def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
             continue
         SAMPLERS.get(str(name))
         unknown = recipe.init_from is not None and before is None
-        if flow and not unknown and name != before and not fits(str(name), trained):
+        if flow and not unknown and name != before and not reads_trained_values(str(name), trained):
             names = ", ".join(o.name for o in recipe.objectives if o.name != "next_token")
-            known = ", ".join(sorted((one for one in SAMPLERS.reads if fits(one, trained)), key=_usual_first))
+            known = ", ".join(
+                sorted((one for one in SAMPLERS.reads if reads_trained_values(one, trained)), key=_usual_first)
+            )
             raise ValueError(f"{where} = {name!r} reads what {names} does not train; use {known}")
     return str(named["heads.sampler"] or usual or OmniConfig.model_fields["sampler"].default)
 

@@ -19,10 +19,10 @@ from omni.media import save_png
 from train.data.held_out import FIRST_UNSEEN
 from train.loop import Run
 
-COLUMNS = 8
+COLUMNS = 8  # of pictures
 
 
-def prompts(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
+def prompts_before_picture(documents: Iterable[Document], count: int) -> list[tuple[Document, torch.Tensor, bool]]:
     """For `count` of the documents: the part before the first supervised picture, that picture (H, W, 3), and whether
     it is a picture (else the first frame of a clip). Only documents whose assistant turn begins with it."""
     found: list[tuple[Document, torch.Tensor, bool]] = []
@@ -30,13 +30,16 @@ def prompts(documents: Iterable[Document], count: int) -> list[tuple[Document, t
         segments = document.segments
         where = next((i for i, s in enumerate(segments) if isinstance(s, Image | Video) and s.supervise), 0)
         if where and segments[where - 1].role != segments[where].role:
-            found.append((Document(segments[:where]), _still(segments[where]), isinstance(segments[where], Image)))
+            found.append(
+                (Document(segments[:where]), _first_frame(segments[where]), isinstance(segments[where], Image))
+            )
         if len(found) == count:
             break
     return found
 
 
 def _unseen(document: Callable[[int], Document], attempts: int = 400) -> Iterator[Document]:
+    """Documents beyond those of training; unreadable ones are left out."""
     for index in range(FIRST_UNSEEN, FIRST_UNSEEN + attempts):
         with suppress(CorruptRecord):
             yield document(index)
@@ -45,7 +48,7 @@ def _unseen(document: Callable[[int], Document], attempts: int = 400) -> Iterato
 def draw_sheet(run: Run, path: Path) -> None:
     """Write the sheet of the run's current averages."""
     report = run.recipe.report
-    asked = prompts(run.held_out or _unseen(run.loader.document), report.sheet_pictures)
+    asked = prompts_before_picture(run.held_out or _unseen(run.loader.document), report.sheet_pictures)
     run.model.eval()
     try:
         with run.ema.applied(), torch.no_grad():
@@ -71,6 +74,7 @@ def grid(references: list[torch.Tensor], drawn: list[torch.Tensor | None], gap: 
 
 
 def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch.Tensor | None]:
+    """One generated picture for each prompt; None where the reply has none."""
     from omni.generation.options import GenerationOptions
 
     steps = run.recipe.report.sheet_sampling_steps
@@ -79,16 +83,18 @@ def _draw(run: Run, asked: list[Document], is_picture: list[bool]) -> list[torch
     drawn: list[torch.Tensor | None] = []
     for prompt, reply in zip(asked, replies, strict=True):
         made = [s for s in reply.document.segments[len(prompt.segments) :] if isinstance(s, Image | Video)]
-        drawn.append(_still(made[0]) if made else None)
+        drawn.append(_first_frame(made[0]) if made else None)
     return drawn
 
 
-def _still(segment: Segment) -> torch.Tensor:
+def _first_frame(segment: Segment) -> torch.Tensor:
+    """The pixels (H, W, 3) of a picture, or of the first frame of a clip."""
     assert isinstance(segment, Image | Video)
     return segment.pixels if isinstance(segment, Image) else segment.frames[0]
 
 
 def _cell(picture: torch.Tensor | None, side: int, gap: int) -> torch.Tensor:
+    """A grey square of side + gap pixels with the picture in its corner."""
     cell = torch.full((side + gap, side + gap, 3), 128, dtype=torch.uint8)
     if picture is not None:
         height, width = min(side, picture.shape[0]), min(side, picture.shape[1])

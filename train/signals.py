@@ -19,9 +19,11 @@ class StopRequest:
         return self.received is not None
 
     def restore(self) -> None:
+        """Put the former handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal; a second one ends the process."""
         self.received = signal.Signals(number)
         self.restore()

@@ -52,7 +52,7 @@ from pydantic import Field, model_validator
 from omni.config import Frozen, build, nearest, parse_json, parse_toml
 from train import checkpoint as state
 from train import runs
-from train.build import build_run, check_alone
+from train.build import build_run, check_without_inputs
 from train.codec.loop import CodecRecipe, CodecRun
 from train.lock import hold
 from train.recipe import Recipe, with_flat_generation
@@ -63,7 +63,7 @@ from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
 RECORD = "recipe.json"  # the settings that made a stage; train.runs writes those of models and codecs
 INPUTS = ("tokenizer", "codec", "init_from")
 # What may differ from the record of a finished stage: none of it changes the product by design.
-HARMLESS = (
+WITHOUT_EFFECT = (
     *("device", "threads", "workers", "autocast", "compile", "latent_memory_mb", "report.*"),
     *("max_nonfinite", "batch.max_corrupt", "batch.min_corrupt"),
     *("eval_every", "eval_pictures", "final_pictures", "save_every"),
@@ -131,14 +131,17 @@ class Stage:
 
     @property
     def product(self) -> Path:
+        """The directory that later stages read."""
         return self.out / {"tokenizer": "tokenizer", "codec": "codec"}.get(self.kind, "model")
 
     @property
     def begun(self) -> bool:
+        """Whether the stage has a folder."""
         return self.out.exists()
 
     @property
     def finished(self) -> bool:
+        """Whether its product is complete: the file that is written last is there."""
         last = "tokenizer_config.json" if self.kind == "tokenizer" else "manifest.json"
         return (self.product / last).is_file()
 
@@ -151,12 +154,13 @@ def plan(config: StagesConfig, source: str, out: Path) -> list[Stage]:
     ValueError names the stage and the key."""
     made: list[Stage] = []
     for listed in config.stages:
-        with of_stage(listed.name):
+        with naming_stage(listed.name):
             made.append(_planned(listed, config, source, out / listed.name, made))
     return made
 
 
 def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, earlier: list[Stage]) -> Stage:
+    """One stage, with paths from the stages before it."""
     models = {stage.name: str(stage.product) for stage in earlier if stage.product.name == "model"}
     last = {stage.product.name: str(stage.product) for stage in earlier}
     if listed.average is not None:
@@ -188,6 +192,7 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
 
 
 def _model_of(name: str, models: Mapping[str, str], key: str) -> str:
+    """The model directory of an earlier stage. ValueError names the nearest."""
     if name in models:
         return models[name]
     known = nearest(name, models) or f"; models before it: {', '.join(models) or 'none'}"
@@ -226,7 +231,7 @@ def merged(base: Any, changes: Any, where: str) -> Any:
 
 
 @contextmanager
-def of_stage(name: str) -> Iterator[None]:
+def naming_stage(name: str) -> Iterator[None]:
     """Errors inside name the stage."""
     try:
         yield
@@ -247,7 +252,7 @@ def run(stages: list[Stage], resume: bool) -> int:
             raise ValueError(f"{where!r} holds {begun[0]!r} already; continue with --resume, or choose another --out")
         check_finished(stages)
         for stage in stages:
-            with of_stage(stage.name):
+            with naming_stage(stage.name):
                 check(stage)
         for number, stage in enumerate(stages, 1):
             title = f"stage {number} of {len(stages)}, {stage.name!r}"
@@ -255,8 +260,8 @@ def run(stages: list[Stage], resume: bool) -> int:
                 print(f"{title}: finished, {stage.product}", flush=True)
                 continue
             print(f"{title}: {stage.kind}, to {stage.product}", flush=True)
-            with of_stage(stage.name):
-                code = make(stage)
+            with naming_stage(stage.name):
+                code = run_stage(stage)
             if code:
                 print(f"{title}: stopped; continue with --resume", file=sys.stderr)
                 return code
@@ -268,7 +273,7 @@ def check_finished(stages: list[Stage]) -> None:
     unfinished = {str(stage.product): stage.name for stage in stages if not stage.finished}
     for stage in stages:
         if stage.finished:
-            with of_stage(stage.name):
+            with naming_stage(stage.name):
                 for path in stage.inputs:
                     if path in unfinished:
                         again = f"remove {str(stage.out)!r} to make it again"
@@ -286,11 +291,11 @@ def compare_with_record(stage: Stage) -> None:
     for name in INPUTS:  # two spellings of one path are equal
         if isinstance(saved.get(name), str) and isinstance(own.get(name), str):
             saved[name], own[name] = (str(Path(table[name]).resolve()) for table in (saved, own))
-    state.compare({"recipe": saved}, {"recipe": own}, HARMLESS, stage.out)
+    state.compare({"recipe": saved}, {"recipe": own}, WITHOUT_EFFECT, stage.out)
 
 
-def make(stage: Stage) -> int:
-    """Make one stage, or continue it. Returns the exit code."""
+def run_stage(stage: Stage) -> int:
+    """Train or convert one stage, or continue it. Returns the exit code."""
     if isinstance(stage.settings, Recipe):
         return runs.train_model(stage.settings, stage.out, bool(state.saved_steps(stage.out / "state")))
     if isinstance(stage.settings, CodecRecipe):
@@ -308,6 +313,7 @@ def make(stage: Stage) -> int:
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
+    """JSON of the settings, as `RECORD` stores them."""
     given = stage.settings
     return dict(given) if isinstance(given, dict) else given.model_dump(mode="json")
 
@@ -319,7 +325,7 @@ def dry_run(stages: list[Stage]) -> int:
     """Build and check every stage, train nothing, write nothing; print a line for each."""
     check_finished(stages)
     for stage in stages:
-        with of_stage(stage.name):
+        with naming_stage(stage.name):
             print(f"{stage.name}: {stage.kind}, {check(stage)}", flush=True)
     return 0
 
@@ -331,7 +337,7 @@ def check(stage: Stage) -> str:
     missing = [path for path in stage.inputs if not Path(path).is_dir()]
     match stage.settings:
         case Recipe() as recipe if missing:
-            check_alone(recipe)
+            check_without_inputs(recipe)
         case Recipe() as recipe:
             build_run(recipe, stage.out)
         case CodecRecipe() as recipe if recipe.init_from is None or Path(recipe.init_from).is_dir():

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-LATENT, TEXT = ".latent.", ".text."  # in their names
+LATENT, TEXT = ".latent.", ".text."  # in the names of weights
 
 
-def with_copies(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def with_latent_weights(saved: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """`saved`; where it has no latent weights, each latent weight of `names` is a copy of the text weight. The network
     computes the same function until the copies are trained."""
     if any(LATENT in name for name in saved):

@@ -27,7 +27,7 @@ class Validation:
     def __call__(self, run: Run) -> dict[str, float]:
         """`loss`, `loss/NAME` of each objective, and `unweighted/NAME` where it differs (Terms.raw)."""
         if self._steps is None:
-            self._steps = _all(self.loader)
+            self._steps = _all_steps(self.loader)
         recipe, target = run.recipe, None if run.target is None else run.target.model
         run.model.eval()
         try:
@@ -45,7 +45,8 @@ class Validation:
         return {"loss": total} | {f"loss/{name}": mean for name, mean in means.items()} | unweighted(parts)
 
 
-def _all(loader: Loader) -> list[Packed]:
+def _all_steps(loader: Loader) -> list[Packed]:
+    """All steps of a loader with an end. ValueError if they have no document."""
     steps, cursor = [], 0
     assert loader.end is not None
     while cursor != loader.end:

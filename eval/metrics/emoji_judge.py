@@ -112,6 +112,7 @@ class Reading:
         return max((f.distance for f in self.found), default=0.0)
 
     def describe(self) -> str:
+        """What the picture shows, and why it is unclear, in words."""
         names = ", ".join(f"{f.name or 'nothing'} ({f.distance:.0f})" for f in self.found)
         blur = "" if self.clear else f"; unclear (ratios {', '.join(f'{f.ratio:.2f}' for f in self.found)}"
         return f"{names} on {self.scene.background}" + (f"{blur}, outside {self.outside:.0f})" if blur else "")
@@ -129,6 +130,7 @@ class Judge:
         self._templates: dict[tuple[tuple[str, ...], int], Templates] = {}
 
     def templates(self, names: Sequence[str], size: int) -> Templates:
+        """The templates of a pool at a size, built once."""
         key = (tuple(names), size)
         if key not in self._templates:
             self._templates[key] = Templates(self.atlas, key[0], size)
@@ -223,6 +225,7 @@ class Judge:
 
 
 def _reading(background: str, slots: Sequence[Slot], found: tuple[Found, ...], outside: float) -> Reading:
+    """The placements of the slots that are not empty, as a reading."""
     placements = tuple(Placement(f.name, *slot) for f, slot in zip(found, slots, strict=True) if f.name != EMPTY)
     return Reading(Scene(background, placements), tuple(slots), found, outside)
 
@@ -247,12 +250,14 @@ def slots_of(*scenes: Scene) -> tuple[Slot, ...]:
 
 
 def _slots_to_read(scene: Scene, before: Scene | None) -> tuple[Slot, ...]:
+    """The slots of a scene, and those of the scene before that do not overlap them."""
     wanted = slots_of(scene)
     old = () if before is None else slots_of(before)
     return (*wanted, *(slot for slot in old if all(_apart(slot, other) for other in wanted)))
 
 
 def _apart(first: Slot, second: Slot) -> bool:
+    """Whether two slots do not overlap."""
     return any(a + first[2] <= b or b + second[2] <= a for a, b in zip(first[:2], second[:2], strict=True))
 
 

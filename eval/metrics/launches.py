@@ -19,7 +19,7 @@ import torch
 
 from omni.nn.attention import jvp_launch
 
-HEAD_START = 2_000_000  # cycles of the device, about a millisecond
+HEAD_START_CYCLES = 2_000_000  # of the device, about a millisecond
 
 
 class Launch(NamedTuple):
@@ -32,6 +32,7 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return self.kernel.fn.__name__
 
     @property
@@ -40,6 +41,7 @@ class Launch(NamedTuple):
         return tuple(self.options.get(key, 0) for key in ("BQ", "BK", "num_warps", "num_stages"))  # type: ignore[return-value]
 
     def run(self) -> None:
+        """Launch it again."""
         self.kernel[self.grid](*self.arguments, **self.options)
 
     @property
@@ -56,25 +58,26 @@ class Launch(NamedTuple):
         return self.name, of(self.arguments), tuple(self.options.items())
 
     def compile(self) -> Any:
+        """Compile the kernel for these arguments, without a launch."""
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
 
 
 @contextlib.contextmanager
-def caught(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
+def recorded_launches(also_run: Sequence[str] = ()) -> Iterator[list[Launch]]:
     """Record every launch inside the context in the yielded list; only the kernels of `also_run` run."""
     launches: list[Launch] = []
-    real = jvp_launch.start
+    real = jvp_launch.launch_kernel
 
-    def start(*given: Any) -> None:
+    def launch_kernel(*given: Any) -> None:
         launches.append(Launch(*given))
         if launches[-1].name in also_run:
             launches[-1].run()
 
-    jvp_launch.start = start
+    jvp_launch.launch_kernel = launch_kernel
     try:
         yield launches
     finally:
-        jvp_launch.start = real
+        jvp_launch.launch_kernel = real
 
 
 def compile_all(launches: Sequence[Launch]) -> list[tuple[Launch, str]]:
@@ -97,7 +100,7 @@ def milliseconds(run: Callable[[], object], budget: float = 80.0, most: int = 20
     times: list[float] = []
     for number in range(most + 2):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)  # the host gets ahead; else a short run's time would be its launch time
+        torch.cuda._sleep(HEAD_START_CYCLES)  # the host gets ahead; else a short run's time would be its launch time
         before.record()
         run()
         after.record()

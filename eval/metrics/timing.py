@@ -20,4 +20,5 @@ def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: in
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each run."""
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -18,7 +18,7 @@ from omni.data.emoji_world.scene import scene_is_heldout, tone_is_heldout
 MAX_PSNR = 100.0  # replaces the infinite PSNR of equal pictures
 
 
-TRAIN_IT = "train it with `python -m train train/recipes/bundled/codec_fsq.toml`"
+TRAIN_HINT = "train it with `python -m train train/recipes/bundled/codec_fsq.toml`"
 
 
 class CodecOptions(TaskOptions):
@@ -78,7 +78,7 @@ def codec_quality(context: Context, options: CodecOptions) -> Outcome:
         codes = f", {quantised.quantiser.num_codes:,} codes" if isinstance(quantised, FsqCodec) else ""
         notes.append(f"compared with {quantised.spec.name} at the same {rows} x {columns} positions{codes}")
     elif options.fsq is not None:
-        notes.append(f"no quantised codec at {options.fsq}; {TRAIN_IT}")
+        notes.append(f"no quantised codec at {options.fsq}; {TRAIN_HINT}")
     order = values.argsort()[:60].tolist()
     names = "answers: " + ", ".join(["codec", "fsq"][: len(answers)])
     panels = [Panel(f"{values[i]:.1f} dB", (true[i],), [a[i] for a in answers], names) for i in order]

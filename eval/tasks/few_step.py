@@ -60,12 +60,14 @@ class FewStepOptions(RequestOptions):
 
 
 def rows_of(options: FewStepOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     return [
-        f"{name}_{n}_{what}" for name, line in options.lines.items() for n in line.steps for what in _whats(options)
+        f"{name}_{n}_{what}" for name, line in options.lines.items() for n in line.steps for what in _row_ends(options)
     ]
 
 
-def _whats(options: FewStepOptions) -> list[str]:
+def _row_ends(options: FewStepOptions) -> list[str]:
+    """Ends of the report rows of a line at a number of steps."""
     found = ["open", *(["coverage"] if options.draws else []), *(["scenes"] if options.scenes else []), "seconds"]
     if options.reference is not None:
         found += ["open_share", *(["coverage_share"] if options.draws else []), "speedup"]
@@ -89,7 +91,7 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
             panels += [replace(panel, note=f"{name}, {n} steps: {panel.note}") for panel in shown]
             context.report(f"  {name} {n}: " + "  ".join(f"{what} {value:.3g}" for what, value in values.items()))
     evaluations: dict[tuple[str, int], int] = {}
-    for which, (seconds, spent) in seconds_a_picture(contexts, options).items():
+    for which, (seconds, spent) in seconds_per_picture(contexts, options).items():
         found[which]["seconds"], evaluations[which] = seconds, spent
     if options.reference is not None:
         base = found[options.reference]
@@ -99,7 +101,7 @@ def few_step(context: Context, options: FewStepOptions) -> Outcome:
                     values[f"{what}_share"] = 100 * values[what] / base[what] if base[what] else float("nan")
             values["speedup"] = base["seconds"] / values["seconds"]
     units = {"seconds": "s", "speedup": "x"}
-    whats = _whats(options)
+    whats = _row_ends(options)
     measures = [
         Measure(f"{name}_{n}_{what}", values[what], units.get(what, "%"))
         for (name, n), values in found.items()
@@ -132,7 +134,7 @@ def measure(context: Context, options: FewStepOptions, line: Line, steps: int) -
     return values, list(outcome.panels[:6])
 
 
-def seconds_a_picture(
+def seconds_per_picture(
     contexts: Mapping[str, Context], options: FewStepOptions
 ) -> dict[tuple[str, int], tuple[float, int]]:
     """By line and steps: the median wall time from the start of a picture's block to its pixels, one reply at a time,

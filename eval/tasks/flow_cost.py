@@ -53,6 +53,7 @@ class FlowCostOptions(TaskOptions):
 
 
 def build_model(options: FlowCostOptions, key: Key) -> Omni:
+    """Omni with random weights."""
     heads = options.width // 64
     transformer = TransformerConfig(
         width=options.width,
@@ -89,6 +90,7 @@ def build_batch(options: FlowCostOptions, key: Key) -> Batch:
 def train_step(
     model: Omni, batch: Batch, name: str, objective_options: dict, key: Key, bf16: bool = False
 ) -> Callable[[], None]:
+    """One training step of an objective on a batch, as a function."""
     device = batch.ids.device
     objective = build_objective(name, **objective_options)
     optimiser = Optimiser({"adamw": torch.optim.AdamW(model.parameters(), lr=1e-4)})

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from eval.metrics.launches import Launch, caught, compile_all, milliseconds
+from eval.metrics.launches import Launch, compile_all, milliseconds, recorded_launches
 from eval.task import Context, Measure, Outcome, TaskOptions, task
 from omni.nn.attention import jvp_launch as launch
 from omni.nn.attention.backends import AttentionMask
@@ -66,15 +66,17 @@ class JvpAttentionOptions(TaskOptions):
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
 
 
-SIZES = ("forward", "backward", "peak", "saved")
-BESIDE = ("forward_math", "backward_math", "peak_math", "forward_ratio", "backward_ratio", "error", "error_gradient")
-PLAIN = ("forward_plain", "backward_plain")
-CASES = tuple(f"{dtype}{what}" for dtype in ("float32", "bfloat16") for what in ("", "_gradient", "_peak"))
+# Report rows: of the kernels, of explicit attention, of attention without tangent, of errors by dtype.
+KERNEL_ROWS = ("forward", "backward", "peak", "saved")
+MATH_ROWS = ("forward_math", "backward_math", "peak_math", "forward_ratio", "backward_ratio", "error", "error_gradient")
+PLAIN_ROWS = ("forward_plain", "backward_plain")
+ERROR_ROWS = tuple(f"{dtype}{what}" for dtype in ("float32", "bfloat16") for what in ("", "_gradient", "_peak"))
 
 
 def _rows(options: JvpAttentionOptions) -> tuple[str, ...]:
+    """All report rows; suites set bars on these names."""
     by_length = (f"{name}_{n}" for n in options.lengths for name in ("forward", "backward", "peak"))
-    return (*SIZES, *BESIDE, *PLAIN, *CASES, *by_length, "growth")
+    return (*KERNEL_ROWS, *MATH_ROWS, *PLAIN_ROWS, *ERROR_ROWS, *by_length, "growth")
 
 
 @task("jvp_attention", JvpAttentionOptions, rows=_rows)
@@ -92,7 +94,7 @@ def jvp_attention(context: Context, options: JvpAttentionOptions) -> Outcome:
         _sweep(context, options, inputs, mask)
     measures = _errors(context, runs)
     ours = _measure(inputs, mask, "triton", options.repeats)
-    measures += [Measure(name, ours[name], "MiB" if name in ("peak", "saved") else "ms") for name in SIZES]
+    measures += [Measure(name, ours[name], "MiB" if name in ("peak", "saved") else "ms") for name in KERNEL_ROWS]
     _report_rates(context, options, ours)
     if options.math_heads:
         measures += _beside_math(key, options, mask, ours)
@@ -114,7 +116,7 @@ def jvp_attention(context: Context, options: JvpAttentionOptions) -> Outcome:
 def _prepare(context: Context, options: JvpAttentionOptions, runs: list[Case]) -> None:
     """Compile all kernels of the run in parallel."""
     start = time.perf_counter()
-    with caught() as launches:
+    with recorded_launches() as launches:
         for case in runs:
             gradients(case.inputs, case.mask, "triton", case.dtype)
     candidates = list(_candidates(launches[-5:])) if options.sweep else []
@@ -136,7 +138,7 @@ def _candidates(launches: list[Launch]) -> Iterator[Launch]:
 
 def _sweep(context: Context, options: JvpAttentionOptions, inputs: list[Tensor], mask: AttentionMask | None) -> None:
     """Time every kernel alone under the tilings of SWEEP; put the fastest into the kernels' table."""
-    with caught(also_run=("forward", "row_sums")) as launches:
+    with recorded_launches(also_run=("forward", "row_sums")) as launches:
         gradients(inputs, mask, "triton", torch.bfloat16)
     table = launch.BY_CAPABILITY.get(torch.cuda.get_device_capability(), launch.SMALL)
     known = table[128, 2]._asdict()
@@ -171,7 +173,7 @@ def cases(key: Key, device: torch.device) -> Iterator[Case]:
     """Small shapes of every kind, with inputs that are exact in both dtypes."""
     for dtype in (torch.bfloat16, torch.float32):
         for D in (64, 128):
-            made = partial(draw, key.fold(D), D=D, device=device)
+            made = partial(case_inputs, key.fold(D), D=D, device=device)
             name = f"{str(dtype).removeprefix('torch.')} {D}"
             yield Case(f"{name}, whole tiles", made(1, 2, 2, 512, 0), None, dtype)
             yield Case(f"{name}, ragged, grouped, context", made(2, 4, 2, 331, 77), None, dtype)
@@ -187,7 +189,7 @@ def cases(key: Key, device: torch.device) -> Iterator[Case]:
     yield Case("bfloat16 128, long", made(1, 2, 2, 4096, 0), None, torch.bfloat16)
 
 
-def draw(key: Key, R: int, H: int, G: int, Q: int, T: int, D: int, device: torch.device) -> list[Tensor]:
+def case_inputs(key: Key, R: int, H: int, G: int, Q: int, T: int, D: int, device: torch.device) -> list[Tensor]:
     """A case's inputs: float64 values that are exact in bfloat16."""
     query, own, far = (R, H, Q, D), (R, G, Q, D), (R, G, T, D)
     shapes = (query, own, own, query, own, own, far, far, query, query)
@@ -203,7 +205,8 @@ def copies(length: int, context: int, number: int, device: torch.device) -> Atte
 
 
 def _errors(context: Context, runs: list[Case]) -> list[Measure]:
-    worst = {name: 0.0 for name in CASES}
+    """The largest errors over all cases, by dtype; NaN where one fails."""
+    worst = {name: 0.0 for name in ERROR_ROWS}
     for case in runs:
         name = str(case.dtype).removeprefix("torch.")
         try:
@@ -237,6 +240,7 @@ def _inputs(key: Key, options: JvpAttentionOptions, length: int, heads: int, key
 
 
 def _mask(options: JvpAttentionOptions) -> AttentionMask | None:
+    """The mask of the options; None where every query sees every key."""
     return copies(options.length, options.context, options.copies, torch.device("cuda")) if options.copies else None
 
 
@@ -270,6 +274,7 @@ def _beside_math(
     ]
 
 
+# The backend and dtype that are compared, and those of the reference.
 _PRECISIONS = (("triton", torch.bfloat16), ("math", torch.float32))
 
 
@@ -279,10 +284,11 @@ def _plain(inputs: list[Tensor], options: JvpAttentionOptions) -> list[Measure]:
     attend = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, enable_gqa=q.shape[1] != k.shape[1])
     backward = partial(torch.autograd.grad, attend(), (q, k, v), inputs[8], retain_graph=True)
     times = (milliseconds(run, most=options.repeats) for run in (attend, backward))
-    return [Measure(name, took, "ms") for name, took in zip(PLAIN, times, strict=True)]
+    return [Measure(name, took, "ms") for name, took in zip(PLAIN_ROWS, times, strict=True)]
 
 
 def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list[Measure]:
+    """Time and memory by length, and the growth of memory."""
     measures, peaks = [], {}
     plain = options.model_copy(update={"context": 0})
     for n in options.lengths:
@@ -291,7 +297,7 @@ def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list
         context.report(
             f"  length {n}: {ours['forward']:.3f} ms forward, {ours['backward']:.3f} backward, {ours['peak']:.0f} MiB"
         )
-        measures += [Measure(f"{name}_{n}", ours[name], "MiB" if name == "peak" else "ms") for name in SIZES[:3]]
+        measures += [Measure(f"{name}_{n}", ours[name], "MiB" if name == "peak" else "ms") for name in KERNEL_ROWS[:3]]
     longest = max(peaks, default=0)
     if longest // 2 in peaks:
         measures.append(Measure("growth", peaks[longest] / peaks[longest // 2] / 2, "x"))
@@ -299,6 +305,7 @@ def _by_length(context: Context, key: Key, options: JvpAttentionOptions) -> list
 
 
 def _attend(inputs: list[Tensor], mask: AttentionMask | Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """Output and tangent, from the first eight inputs."""
     q, k, v, dq, dk, dv, k_context, v_context = inputs[:8]
     return attend_with_tangent(q, k, v, dq, dk, dv, k_context, v_context, mask, backend)
 

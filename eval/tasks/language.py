@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.requests import RequestOptions, of_kinds, panel, replies, requests
+from eval.requests import RequestOptions, kind_filter, panel, replies, requests
 from eval.task import Context, Measure, Outcome, percentage, task
-from omni.data.emoji_world.documents import REWRITTEN
+from omni.data.emoji_world.documents import REWRITE_WEIGHTS
 from omni.document import Document, Role
 from omni.generation.reply import Reply
 
 NAME_KINDS = ("plain", "tone", "language")
 DESCRIBE_KINDS = ("pair", "small", "big")
-REWRITE_KINDS = tuple(REWRITTEN)
+REWRITE_KINDS = tuple(REWRITE_WEIGHTS)
 TEXT_KINDS = ("is", "translate", "english", "member")
 
 
@@ -36,7 +36,7 @@ def rewriting(context: Context, options: RequestOptions) -> Outcome:
 
 def exact_words(context: Context, options: RequestOptions, kind: str, rows: Sequence[str]) -> Outcome:
     """The share of replies that are exactly the expected words, without a picture; by kind."""
-    documents = requests(context, {kind: 1.0}, options.requests, of_kinds(options))
+    documents = requests(context, {kind: 1.0}, options.requests, kind_filter(options))
     answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
     right = [
         not reply.images and reply.text.strip() == document.meta["answer"]
@@ -63,8 +63,8 @@ def when_to_draw(context: Context, options: WhenOptions) -> Outcome:
     """All kinds of requests, half of them for a picture: the reply has a picture exactly where it is requested."""
     half = options.requests // 2
     asking = {"draw": 3, "scene": 3, "edit": 2, "open": 2, "story": 1, "chat": 1}
-    asked = requests(context, asking, options.requests - half, of_kinds(options))
-    unasked = requests(context, {"text": 2, "name": 1}, half, of_kinds(options)) if half else []
+    asked = requests(context, asking, options.requests - half, kind_filter(options))
+    unasked = requests(context, {"text": 2, "name": 1}, half, kind_filter(options)) if half else []
     documents = [*asked, *unasked]
     answers, note = replies(context, documents, options, max_images=1, max_tokens=64)
     wanted = [wants_picture(document) for document in documents]
@@ -84,6 +84,8 @@ def when_to_draw(context: Context, options: WhenOptions) -> Outcome:
 
 
 class QuestionOptions(RequestOptions):
+    """kinds: those of questions that need no picture."""
+
     requests: int = 150
     kinds: tuple[str, ...] = TEXT_KINDS
 
@@ -91,7 +93,7 @@ class QuestionOptions(RequestOptions):
 @task("questions", QuestionOptions, rows=("right", *TEXT_KINDS))
 def questions(context: Context, options: QuestionOptions) -> Outcome:
     """Questions that need no picture: classes, translations, a member of a class."""
-    documents = requests(context, {"text": 1.0}, options.requests, of_kinds(options))
+    documents = requests(context, {"text": 1.0}, options.requests, kind_filter(options))
     answers, note = replies(context, documents, options, max_images=1, max_tokens=48)
     right = []
     for document, reply in zip(documents, answers, strict=True):

@@ -12,7 +12,7 @@ from eval.requests import (
     RequestOptions,
     atlas_of,
     judge_of,
-    of_kinds,
+    kind_filter,
     panel,
     picture_list,
     replies,
@@ -61,7 +61,7 @@ def read_open(judge: Judge, picture: torch.Tensor, meta: dict[str, Any]) -> tupl
 )
 def open_requests(context: Context, options: OpenOptions) -> Outcome:
     """Any member of a class, on any background, or two anywhere: right and sharp; and how many members occur."""
-    documents = requests(context, {"open": 1.0}, options.requests, of_kinds(options))
+    documents = requests(context, {"open": 1.0}, options.requests, kind_filter(options))
     answers, note = replies(context, documents, options, max_images=1)
     judge, atlas = judge_of(context), atlas_of(context)
     right, sharp, panels = [], [], []

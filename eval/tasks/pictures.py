@@ -15,7 +15,7 @@ from eval.requests import (
     atlas_of,
     expected_scenes,
     judge_of,
-    of_kinds,
+    kind_filter,
     panel,
     picture_list,
     read_pictures,
@@ -30,13 +30,15 @@ DRAW_ROWS = ("right", "clear", "sharp", "background")
 
 
 class DrawOptions(RequestOptions):
+    """kinds: those of "draw" whose emoji has no skin tone."""
+
     kinds: tuple[str, ...] = ("plain", "background", "small")
 
 
 @task("draw", DrawOptions, rows=DRAW_ROWS)
 def draw(context: Context, options: DrawOptions) -> Outcome:
     """One emoji on request: nearest neighbour among all vocabulary names, at the requested size and background."""
-    documents = requests(context, {"draw": 1.0}, options.requests, of_kinds(options))
+    documents = requests(context, {"draw": 1.0}, options.requests, kind_filter(options))
     answers, note = replies(context, documents, options, max_images=1)
     judge, scenes = judge_of(context), [expected_scenes(document)[-1] for document in documents]
     first = [next(iter(picture_list(reply)), None) for reply in answers]
@@ -69,7 +71,7 @@ def exact_scenes(
     context: Context, options: RequestOptions, mixture: Mapping[str, float], rows: Sequence[str]
 ) -> Outcome:
     """The share of replies whose last picture is read as exactly the expected scene; of its objects alone; by kind."""
-    documents = requests(context, mixture, options.requests, of_kinds(options))
+    documents = requests(context, mixture, options.requests, kind_filter(options))
     scenes = [expected_scenes(document)[-1] for document in documents]
     answers, note = replies(context, documents, options, max_images=2)
     last = [picture_list(reply)[-1] if reply.images else None for reply in answers]
@@ -95,15 +97,21 @@ EDIT_KINDS = ("tone", "swap", "move", "exchange", "add", "remove", "recolour")
 
 
 class SceneOptions(RequestOptions):
+    """kinds: relations of two objects."""
+
     kinds: tuple[str, ...] = ("left", "right", "above", "below")
 
 
 class CountOptions(RequestOptions):
+    """kinds: rows of three and counted objects."""
+
     requests: int = 100
     kinds: tuple[str, ...] = ("row", "count")
 
 
 class ChatEditOptions(RequestOptions):
+    """kinds: conversations with an edit."""
+
     requests: int = 100
     kinds: tuple[str, ...] = ("edit",)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from omni.errors import MISTAKE, code_of, is_mistake, one_line
+from omni.errors import MISTAKE, exit_code_of, is_mistake, one_line
 
-PATIENCE = 1.0  # seconds
+ANNOUNCE_AFTER_SECONDS = 1.0  # before `announced` prints
 
 
 @contextmanager
@@ -22,7 +22,9 @@ def announced(what: str, only_to_terminals: bool = False) -> Iterator[None]:
         yield
         return
     start = "\r\x1b[K" if sys.stderr.isatty() else ""  # overwrites a progress line
-    timer = threading.Timer(PATIENCE, lambda: print(f"{start}loading {what} ...", file=sys.stderr, flush=True))
+    timer = threading.Timer(
+        ANNOUNCE_AFTER_SECONDS, lambda: print(f"{start}loading {what} ...", file=sys.stderr, flush=True)
+    )
     timer.daemon = True
     timer.start()
     try:
@@ -59,7 +61,7 @@ def exit_code(work: Callable[[], object]) -> int:
     except Exception as error:
         if not is_mistake(error):
             raise
-        return fail(error, code_of(error))
+        return fail(error, exit_code_of(error))
     return found if isinstance(found, int) else 0
 
 

@@ -21,8 +21,8 @@ from omni import media
 from omni.cli.commands import complain, message_of
 from omni.cli.generate import (
     MAX_PROMPT,
-    attach,
     check_text,
+    image_segment,
     load_model,
     protocol_of,
     show,
@@ -38,7 +38,7 @@ from omni.generation.engine import Engine
 from omni.generation.options import GenerationOptions
 from omni.generation.reply_files import check_folder, write_chat
 
-NUM_SEEDS = 2**63
+NUM_SEEDS = 2**63  # seeds are below it
 
 
 def commands() -> dict[str, tuple[str, str]]:
@@ -83,7 +83,7 @@ def _converse(chat: Chat, lines: Iterator[tuple[int, str]], interactive: bool) -
     failed = False
     for number, line in lines:
         try:
-            if not chat.take(line):
+            if not chat.handle_line(line):
                 break
         except Exception as error:
             if not is_mistake(error) or isinstance(error, BrokenPipeError):
@@ -110,6 +110,7 @@ def _piped_lines() -> Iterator[tuple[int, str]]:
 
 
 def _terminal_lines(printer: Printer) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a terminal. The second Ctrl-C in a row ends them, as does the end of input."""
     interrupted = False
     number = 0
     while True:
@@ -131,6 +132,7 @@ def _terminal_lines(printer: Printer) -> Iterator[tuple[int, str]]:
 
 
 def _save_at_the_end(chat: Chat) -> None:
+    """Write the conversation to the next free folder of omni-out, and print its place."""
     try:
         folder = write_numbered(chat.write)
     except (ValueError, OSError) as error:
@@ -162,13 +164,13 @@ class Chat:
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._attach,
             "/system": self._set_system,
-            **{"/" + flag_of(name).removeprefix("--"): self._setter(name) for name in chat_options()},
+            **{"/" + flag_of(name).removeprefix("--"): self._option_command(name) for name in chat_options()},
             "/save": self._save,
             "/reset": self._reset,
             "/help": self._help,
         }
 
-    def take(self, line: str) -> bool:
+    def handle_line(self, line: str) -> bool:
         """Handle one line; returns False for /quit. Raises ValueError for an invalid command."""
         if not line.strip():
             return True
@@ -204,16 +206,20 @@ class Chat:
         self.record, self.unsaved = record, True
 
     def _attach(self, rest: str) -> None:
-        path = os.path.expanduser(_one(rest, "/image FILE"))
-        self.attached += (attach(self.engine.model, media.load_image(path)),)
+        """/image FILE: attach a picture to the next message."""
+        path = os.path.expanduser(_single_word(rest, "/image FILE"))
+        self.attached += (image_segment(self.engine.model, media.load_image(path)),)
         height, width = self.attached[-1].pixels.shape[:2]
         self.printer.line(f"attached {path}, {height}x{width}; it goes with the next message")
 
     def _set_system(self, rest: str) -> None:
+        """/system TEXT: set the system text; none: remove it."""
         self.system = (Text(check_text(rest, "/system", "write something"), Role.SYSTEM),) if rest else ()
         self.printer.line("system text set" if rest else "no system text")
 
-    def _setter(self, name: str) -> Callable[[str], None]:
+    def _option_command(self, name: str) -> Callable[[str], None]:
+        """The command that sets the option `name`."""
+
         def change(rest: str) -> None:
             usage, _ = self.known[command]
             words = _words(rest)
@@ -228,7 +234,8 @@ class Chat:
         return change
 
     def _save(self, rest: str) -> None:
-        folder = Path(os.path.expanduser(_one(rest, "/save DIR")))
+        """/save DIR."""
+        folder = Path(os.path.expanduser(_single_word(rest, "/save DIR")))
         self.write(folder)
         self.printer.line(f"wrote {folder / 'chat.md'} and chat.json")
 
@@ -244,11 +251,13 @@ class Chat:
         return folder
 
     def _reset(self, rest: str) -> None:
+        """/reset: empty the history and the attachments. Settings and system text stay."""
         self.history, self.extras, self.attached, self.num_replies = (), (), (), 0
         self.unsaved = False
         self.printer.line("forgotten")
 
     def _help(self, rest: str) -> None:
+        """/help: list the commands."""
         width = max(len(f"{name} {usage}") for name, (usage, _) in self.known.items())
         for name, (usage, about) in self.known.items():
             self.printer.line(f"{f'{name} {usage}':<{width}}  {about}")
@@ -256,13 +265,15 @@ class Chat:
 
 
 def _words(rest: str) -> list[str]:
+    """The words of a line, split as a shell splits them. ValueError for an open quotation."""
     try:
         return shlex.split(rest)
     except ValueError as error:
         raise ValueError(f"{rest!r:.60}: {str(error).lower()}; close the quotation") from None
 
 
-def _one(rest: str, usage: str) -> str:
+def _single_word(rest: str, usage: str) -> str:
+    """The only word of `rest`. ValueError with the usage for none or several."""
     words = _words(rest)
     if len(words) != 1:
         raise ValueError(f"usage: {usage}" + ('; put quotes around "a name with spaces"' if len(words) > 1 else ""))

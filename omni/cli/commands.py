@@ -16,10 +16,10 @@ from importlib import import_module
 from typing import Any
 
 from omni.cli.arguments import Parser, announced, warnings_in_lines
-from omni.errors import code_of, is_mistake, one_line
+from omni.errors import exit_code_of, is_mistake, one_line
 from omni.version import VERSION
 
-INTERRUPTED, CLOSED_PIPE = 130, 141
+INTERRUPTED, CLOSED_PIPE = 130, 141  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.filename is None:
             _stop_writing()  # standard output may have failed
-        return complain(message_of(error), code_of(error))
+        return complain(message_of(error), exit_code_of(error))
 
 
 def _run(argv: list[str]) -> int:
+    """Parse the arguments and run the command; return its exit code."""
     try:
         with warnings_in_lines():
             arguments = parse(argv)
@@ -100,7 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r}; {_way_out(parser, arguments.command, unknown[0])}")
+        raise ValueError(f"unknown argument {unknown[0]!r}; {_hint_for_unknown(parser, arguments.command, unknown[0])}")
     if arguments.command == "generate" and arguments.prompt is None:
         raise ValueError('the prompt is missing; write a request: omni generate "draw a red apple"')
     if arguments.command in ("generate", "chat"):
@@ -108,7 +109,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _way_out(parser: argparse.ArgumentParser, command: str | None, unknown: str) -> str:
+def _hint_for_unknown(parser: argparse.ArgumentParser, command: str | None, unknown: str) -> str:
+    """The way out in the error for an unknown argument."""
     options = sorted({flag for sub in _subparsers(parser, command) for flag in sub._option_string_actions})
     if unknown in options:
         return "options come before --"
@@ -123,6 +125,7 @@ def _way_out(parser: argparse.ArgumentParser, command: str | None, unknown: str)
 
 
 def _subparsers(parser: argparse.ArgumentParser, command: str | None) -> list[argparse.ArgumentParser]:
+    """The parsers of a command; of all commands for None."""
     groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     return [sub for group in groups for name, sub in group.choices.items() if command in (None, name)]
 

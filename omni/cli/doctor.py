@@ -28,6 +28,7 @@ from omni.version import VERSION
 
 DISTRIBUTION = "omni-flow"
 TESTED_TORCH = "2.13"
+# Package -> the name that it is imported by, where the two differ.
 IMPORT_NAMES = {"pillow": "PIL", "flash-attn": "flash_attn", "transfusion-pytorch": "transfusion_pytorch"}
 
 
@@ -62,6 +63,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
+    """Threads, CUDA, attention backend, terminal."""
     threads = torch.get_num_threads()
     crowded = threads > 1 and "OMP_NUM_THREADS" not in os.environ
     hint = "; OMP_NUM_THREADS=1 is often faster for small models on a busy machine" if crowded else ""
@@ -115,6 +117,7 @@ def _font(path: str | None) -> Iterator[Finding]:
 
 
 def _model() -> Iterator[Finding]:
+    """The bundled model's digest check."""
     try:
         files = verify(BUNDLED)["files"]
     except (ValueError, OSError) as error:

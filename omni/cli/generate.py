@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = [media.load_image(path) for path in arguments.image]
     engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
     options = engine.resolve(arguments.options)
-    attached = [attach(engine.model, pixels) for pixels in pictures]
+    attached = [image_segment(engine.model, pixels) for pixels in pictures]
     request = Document((*system, *attached, Text(prompt)))
     started = time.perf_counter()
     printer = None if arguments.json else Printer(protocol=protocol_of(arguments))
@@ -71,6 +71,7 @@ def write_numbered(write: Callable[[Path], Path]) -> Path:
 
 
 def _report(reply: Reply, folder: Path, seconds: float) -> None:
+    """Print what was written, the time, and why the reply was cut off."""
     pictures = sum(not isinstance(part, TextPart) for part in reply.parts)
     files = f"{pictures} picture{'' if pictures == 1 else 's'}"
     reasons = {
@@ -112,6 +113,7 @@ def system_of(arguments: argparse.Namespace) -> tuple[Text, ...]:
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
+    """How pictures are shown: by --show and --no-show, else by the terminal."""
     return "none" if arguments.no_show else detect(sys.stdout, force=arguments.show)
 
 
@@ -132,7 +134,7 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
     return model
 
 
-def attach(model: Omni, pixels: torch.Tensor) -> Image:
+def image_segment(model: Omni, pixels: torch.Tensor) -> Image:
     """The picture as a segment; prints the size if preparation resizes it. ValueError without a codec."""
     if model.codec is None:
         raise ValueError("this model has no codec for pictures; leave --image out")

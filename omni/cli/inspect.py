@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from omni import media
 from omni.checkpoint import MANIFEST, verify
-from omni.cli.generate import attach, load_model
+from omni.cli.generate import image_segment, load_model
 from omni.cli.terminal import Printer, table
 from omni.codecs import psnr
 from omni.config import parse_json
@@ -37,7 +37,7 @@ from omni.text.tokenizer import Tokenizer
 
 MAX_DOCUMENT_BYTES = 64 << 20
 MAX_ENTRIES = 2_000  # of the search for a folder to suggest
-_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not path.exists():
         raise ValueError(f"nothing at {str(path)!r}; give a model, checkpoint, tokenizer, picture or Document")
     printer = Printer()
-    lines = _folder(path) if path.is_dir() else _file(path, arguments.model, printer)
+    lines = _describe_folder(path) if path.is_dir() else _describe_file(path, arguments.model, printer)
     for line in lines:
         printer.line(line)
     return 0
@@ -55,28 +55,29 @@ def run(arguments: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------------------------- folders
 
 
-def _folder(path: Path) -> list[str]:
+def _describe_folder(path: Path) -> list[str]:
+    """The report of a folder, line by line. ValueError for a folder of no known kind."""
     if not (path / MANIFEST).is_file():
         if (path / TOKENIZER_CONFIG).is_file():
-            return [f"{path}: a tokenizer", *_tokenizer(path)]
+            return [f"{path}: a tokenizer", *_describe_tokenizer(path)]
         inside = published_below(path)
         hint = f"; did you mean {str(inside[-1])!r}?" if inside else ""
         raise ValueError(f"{str(path)!r} holds no {MANIFEST} and no {TOKENIZER_CONFIG}{hint}")
     manifest = verify(path)
-    lines = [f"{path}: {_kind(path, manifest)}, every byte as published", ""]
-    rows = [(name, _bytes(entry["bytes"]), entry["blake2b"][:16]) for name, entry in manifest["files"].items()]
+    lines = [f"{path}: {_folder_kind(path, manifest)}, every byte as published", ""]
+    rows = [(name, _size_text(entry["bytes"]), entry["blake2b"][:16]) for name, entry in manifest["files"].items()]
     lines += table(("file", "size", "blake2b"), rows)
     if manifest["info"]:
         lines += ["", f"info: {json.dumps(manifest['info'], sort_keys=True)}"]
     for name in sorted(manifest["files"]):
         if name.endswith(".safetensors"):
-            lines += ["", f"{name}: {_weights(path / name)}"]
+            lines += ["", f"{name}: {_describe_weights(path / name)}"]
     for name in ("config.json", "preparation.json", "generation.json", "state.json"):
         if name in manifest["files"] and _read_json(path / name):
-            lines += ["", f"{name}:", *_indented(path / name)]
+            lines += ["", f"{name}:", *_json_lines(path / name)]
     for name in manifest["files"]:
         if name.endswith(TOKENIZER_CONFIG):
-            lines += ["", "tokenizer:", *_tokenizer((path / name).parent)]
+            lines += ["", "tokenizer:", *_describe_tokenizer((path / name).parent)]
     return lines
 
 
@@ -97,7 +98,8 @@ def published_below(path: Path, max_entries: int = MAX_ENTRIES) -> list[Path]:
     return sorted(found)
 
 
-def _kind(path: Path, manifest: Mapping[str, Any]) -> str:
+def _folder_kind(path: Path, manifest: Mapping[str, Any]) -> str:
+    """What a folder is: by `kind` in its manifest, else by the files in it."""
     named = {"reply": "a reply", "chat": "a conversation", "training state": "a training state"}
     if (kind := manifest["info"].get("kind")) in named:
         return named[kind]
@@ -107,9 +109,9 @@ def _kind(path: Path, manifest: Mapping[str, Any]) -> str:
     return "a codec" if "config.json" in files else "a published folder"
 
 
-def _weights(path: Path) -> str:
+def _describe_weights(path: Path) -> str:
     """ "1,234 parameters (bfloat16): transformer 1,000, flow 234", from the header alone."""
-    shapes = _tensors(path)
+    shapes = _tensor_sizes(path)
     parts: dict[str, int] = {}
     for name, (_, count) in shapes.items():
         head = name.partition(".")[0]
@@ -119,7 +121,7 @@ def _weights(path: Path) -> str:
     return f"{sum(parts.values()):,} numbers in {len(shapes)} tensors ({kinds}): {listed}"
 
 
-def _tensors(path: Path) -> dict[str, tuple[str, int]]:
+def _tensor_sizes(path: Path) -> dict[str, tuple[str, int]]:
     """name -> (dtype, number of elements)."""
     found: dict[str, tuple[str, int]] = {}
     try:
@@ -135,7 +137,8 @@ def _tensors(path: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _tokenizer(path: Path) -> list[str]:
+def _describe_tokenizer(path: Path) -> list[str]:
+    """A tokenizer's backend, sizes, and the ids of a sample."""
     tokenizer = load_tokenizer(path)
     sample = "draw a red apple 🍎"
     ids = tokenizer.encode(sample)
@@ -149,27 +152,29 @@ def _tokenizer(path: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------- files
 
 
-def _file(path: Path, model: str | None, printer: Printer) -> list[str]:
+def _describe_file(path: Path, model: str | None, printer: Printer) -> list[str]:
+    """The report of a file, by its suffix. ValueError for another suffix."""
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is neither a folder nor a regular file; give a file")
     if path.suffix == ".safetensors":
-        rows = [(name, kind, f"{count:,}") for name, (kind, count) in _tensors(path).items()]
-        return [f"{path}: {_weights(path)}", "", *table(("tensor", "type", "numbers"), rows)]
-    if path.suffix.lower() in _PICTURES:
-        return _picture(path, model, printer)
+        rows = [(name, kind, f"{count:,}") for name, (kind, count) in _tensor_sizes(path).items()]
+        return [f"{path}: {_describe_weights(path)}", "", *table(("tensor", "type", "numbers"), rows)]
+    if path.suffix.lower() in _PICTURE_SUFFIXES:
+        return _describe_picture(path, model, printer)
     if path.suffix == ".json":
-        return _document(path, model)
+        return _describe_document(path, model)
     raise ValueError(
         f"{str(path)!r} is of an unknown kind; known: .safetensors, .json (a Document or a reply) or a picture"
     )
 
 
-def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
+def _describe_picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
+    """Show a picture; report its size, its latents, and its PSNR through the codec."""
     pixels = media.load_image(path)
     printer.picture(pixels)
     lines = [f"{path}: a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels"]
     model = load_model(model_path)
-    prepared, codec = model.prepare(attach(model, pixels)), model.codec
+    prepared, codec = model.prepare(image_segment(model, pixels)), model.codec
     [[latents]] = codec.encode_media([prepared])
     back = codec.decode(latents)
     _, rows, columns, channels = latents.shape
@@ -182,7 +187,8 @@ def _picture(path: Path, model_path: str | None, printer: Printer) -> list[str]:
     ]
 
 
-def _document(path: Path, model_path: str | None) -> list[str]:
+def _describe_document(path: Path, model_path: str | None) -> list[str]:
+    """The segments of a Document, and its packed layout as a table."""
     document, what = read_document(path)
     model: Omni = load_model(model_path)
     spans = model.spans(document)
@@ -207,18 +213,19 @@ def read_document(path: Path) -> tuple[Document, str]:
         data = parse_bounded(text, "it")
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__}")
-        kind = next((name for key, name in KINDS.items() if key in data and "segments" not in data), None)
+        kind = next((name for key, name in KIND_OF_KEY.items() if key in data and "segments" not in data), None)
         if kind is not None:
             return messages_to_document(read_messages(path, data)), kind
         return Document.from_json(text), "a Document"
-    except _NO_DOCUMENT as error:
+    except _PARSE_ERRORS as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else one_line(error)
         way_out = "; Document.to_json() writes one"
         raise ValueError(f"{str(path)!r} is no Document: {reason.removesuffix(way_out)}{way_out}") from None
 
 
-KINDS = {"messages": "a conversation", "parts": "a reply"}
-_NO_DOCUMENT = (
+# Key that only this kind of JSON file has -> the kind in words.
+KIND_OF_KEY = {"messages": "a conversation", "parts": "a reply"}
+_PARSE_ERRORS = (
     *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError, zlib.error),
 )  # the errors of json, zlib, torch and Omni on JSON of another shape
 
@@ -235,7 +242,7 @@ def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[s
             last = (rotary + t - 1, rotary + h - 1, rotary + w - 1)
             loss = "refined" if span.supervise else ""
             where = f"({rotary}, {rotary}, {rotary}) to {last}"
-            rows.append((_range(index, n), str(block), where, "latents", loss, f"{t} x {h} x {w}"))
+            rows.append((_range_text(index, n), str(block), where, "latents", loss, f"{t} x {h} x {w}"))
             index, block, rotary = index + n, block + 1, rotary + max(span.grid)
             continue
         for ids, supervise in _runs(span.ids, span.supervise, tokenizer):
@@ -243,7 +250,7 @@ def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[s
             content = tokenizer.control.name(ids[0]) if is_control else repr(tokenizer.decode(ids))
             what, loss = "control" if is_control else "text", "next token" if supervise else ""
             n = len(ids)
-            rows.append((_range(index, n), _range(block, n), _range(rotary, n), what, loss, content))
+            rows.append((_range_text(index, n), _range_text(block, n), _range_text(rotary, n), what, loss, content))
             index, block, rotary = index + n, block + n, rotary + n
     return rows
 
@@ -260,15 +267,18 @@ def _runs(ids: Sequence[int], supervise: Sequence[bool], tokenizer: Tokenizer) -
     return runs
 
 
-def _range(start: int, count: int) -> str:
+def _range_text(start: int, count: int) -> str:
+    """ "3" or "3-7"."""
     return str(start) if count == 1 else f"{start}-{start + count - 1}"
 
 
-def _bytes(count: int) -> str:
+def _size_text(count: int) -> str:
+    """A number of bytes in kB or MB."""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty where it is unreadable or no object."""
     try:
         data = parse_json(path.read_bytes(), str(path))
     except (OSError, ValueError):
@@ -276,5 +286,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _indented(path: Path) -> list[str]:
+def _json_lines(path: Path) -> list[str]:
+    """The lines of a JSON object, without its outer braces."""
     return [f"  {line}" for line in json.dumps(_read_json(path), indent=1).splitlines()[1:-1]]

@@ -119,6 +119,7 @@ class Printer:
 
 
 def _can_print(stream: TextIO, text: str) -> bool:
+    """Whether the stream's encoding has these characters."""
     try:
         text.encode(stream.encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
@@ -160,6 +161,7 @@ def _iterm2(array: np.ndarray, columns: int) -> str:
 
 
 def _half_blocks(array: np.ndarray, protocol: Protocol) -> str:
+    """One character per two pixels: the upper in the foreground colour, the lower in the background colour."""
     if array.shape[0] % 2:
         array = np.concatenate([array, array[-1:]])
     rows = []
@@ -176,6 +178,7 @@ def _half_blocks(array: np.ndarray, protocol: Protocol) -> str:
 
 
 def _colour(rgb: np.ndarray, protocol: Protocol) -> str:
+    """The parameters of an escape sequence for a colour."""
     if protocol == "truecolor":
         return f"2;{rgb[0]};{rgb[1]};{rgb[2]}"
     return f"5;{palette_index(int(rgb[0]), int(rgb[1]), int(rgb[2]))}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omni.config import Frozen, check_depth
 
-_LARGEST, _MOST_LAYERS, _LONGEST = 1 << 16, 256, 1 << 12  # of an argument: a number, a number of layers, a list
+_MAX_NUMBER, _MAX_LAYERS, _MAX_ENTRIES = 1 << 16, 256, 1 << 12  # of an argument: a number, a number of layers, a list
 NUMBERS_OF_LAYERS = {  # the arguments of the classes below that are one, or a list of them
     *("layers_per_block", "encoder_layers_per_block", "decoder_layers_per_block"),
     *("num_encoder_blocks", "num_decoder_blocks"),
@@ -44,32 +44,33 @@ class AutoencoderConfig(Frozen):
         channels = model.get("latent_channels", 1)
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f"latent_channels = {channels!r:.80} must be a whole number from 1 on")
-        for name in sorted(_STAGES & model.keys()):
+        for name in sorted(_STAGE_LISTS & model.keys()):
             if not isinstance(model[name], list) or not 1 <= len(model[name]) <= 16:
                 raise ValueError(f"{name} = {model[name]!r:.200} is no list of 1 to 16 stages")
         return model
 
     @property
-    def tells_all(self) -> bool:
+    def is_self_contained(self) -> bool:
         """Whether the spec and the normalisation are in here, not in the defaults of the diffusers class."""
-        known = {"latent_channels"} <= self.model.keys() and _STAGES & self.model.keys()
+        known = {"latent_channels"} <= self.model.keys() and _STAGE_LISTS & self.model.keys()
         return bool(known and self.mean and self.deviation)
 
 
-_STAGES = {"encoder_block_out_channels", "block_out_channels"}
+_STAGE_LISTS = {"encoder_block_out_channels", "block_out_channels"}
 
 
 def _check_argument(name: str, value: Any) -> None:
+    """ValueError for a number, a number of layers or a list beyond its bound; lists and tables are searched."""
     if isinstance(value, list | tuple):
-        if len(value) > _LONGEST:
-            raise ValueError(f"{name} has {len(value)} entries; at most {_LONGEST} make sense")
+        if len(value) > _MAX_ENTRIES:
+            raise ValueError(f"{name} has {len(value)} entries; at most {_MAX_ENTRIES} make sense")
         for item in value:
             _check_argument(name, item)
     elif isinstance(value, dict):
         for item in value.values():
             _check_argument(name, item)
     elif isinstance(value, int) and not isinstance(value, bool):
-        largest = _MOST_LAYERS if name in NUMBERS_OF_LAYERS else _LARGEST
+        largest = _MAX_LAYERS if name in NUMBERS_OF_LAYERS else _MAX_NUMBER
         if not 0 <= value <= largest:
             raise ValueError(f"{name} = {str(value)[:20]} must lie in 0 .. {largest}")
 
@@ -97,13 +98,14 @@ def statistics_of(settings: Mapping[str, Any], channels: int) -> tuple[tuple[flo
     if (mean is None) != (std is None):
         raise ValueError("latents_mean and latents_std come together; give both, or neither")
     if mean is None or std is None:
-        return (float(shift or 0.0),) * channels, (_over(1.0, scale),) * channels
+        return (float(shift or 0.0),) * channels, (_divided_by_scale(1.0, scale),) * channels
     if shift:
         raise ValueError(f"shift_factor {shift} and latents_mean are both a mean; leave one of them out")
-    return tuple(float(v) for v in mean), tuple(_over(float(v), scale) for v in std)
+    return tuple(float(v) for v in mean), tuple(_divided_by_scale(float(v), scale) for v in std)
 
 
-def _over(std: float, scale: float) -> float:
+def _divided_by_scale(std: float, scale: float) -> float:
+    """std / scale. ValueError for a scale that is not positive."""
     if not scale > 0:
         raise ValueError(f"scaling_factor = {scale} must be a positive number")
     return std / scale
@@ -133,6 +135,6 @@ def spatial_stride(settings: Mapping[str, Any]) -> int:
     return 2 ** (len(stages) - 1)
 
 
-def shortest(values: Tensor) -> tuple[float, ...]:
+def shortest_decimals(values: Tensor) -> tuple[float, ...]:
     """Numbers of as few digits as give these float32 values again."""
     return tuple(float(str(np.float32(v))) for v in values.tolist())

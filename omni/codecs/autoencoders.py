@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from omni.codecs.autoencoder_config import (
     AutoencoderConfig,
     checked_statistics,
-    shortest,
+    shortest_decimals,
     spatial_stride,
     statistics_of,
 )
@@ -35,7 +35,7 @@ from omni.rng import Key
 from omni.weights import load_weights, unallocated
 
 DECODE_BATCH = 64  # pictures that are decoded in one pass
-ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator
+ENCODE_PIXELS = 64 * 64 * 64  # of one encoding pass on an accelerator; another number changes last bits of latents
 
 
 @codecs.register("autoencoder")
@@ -55,10 +55,10 @@ class AutoencoderCodec(Codec):
         self._module: nn.Module | None = None
         self._weights: tuple[Mapping[str, Tensor], str] | None = None
         self._device = torch.device("cpu")
-        if module is None and not config.tells_all:
+        if module is None and not config.is_self_contained:
             module = self.build_module(config)
         if module is not None:
-            self._module = in_place(module)
+            self._module = for_evaluation(module)
         settings: Any = config.model if module is None else module.config
         stride = spatial_stride(settings)
         self.spec = CodecSpec(name=config.kind, channels=self._num_channels(settings), stride=(1, stride, stride))
@@ -68,9 +68,11 @@ class AutoencoderCodec(Codec):
         self.mean, self.deviation = checked_statistics(mean, deviation, self.spec.channels)
 
     def _num_channels(self, settings: Mapping[str, Any]) -> int:
+        """Channels of a latent. A quantiser overrides this."""
         return int(settings["latent_channels"])
 
     def _default_statistics(self, settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, deviation) where the configuration has none. A quantiser overrides this."""
         return statistics_of(settings, self.spec.channels)
 
     @property
@@ -78,11 +80,12 @@ class AutoencoderCodec(Codec):
         """The network. DamagedError if the configuration builds none, or none that the weights belong to."""
         if self._module is None:
             with self.announce("the picture codec"):
-                self._module = self._built()
+                self._module = self._loaded_module()
             self._weights = None
         return self._module
 
-    def _built(self) -> nn.Module:
+    def _loaded_module(self) -> nn.Module:
+        """A new network with the weights that were kept for it. DamagedError if they do not fit."""
         weights, source = self._weights or ({}, "codec")
         try:
             with unallocated():
@@ -90,7 +93,7 @@ class AutoencoderCodec(Codec):
         except ValueError as error:
             raise DamagedError(f"{source}: {error}") from None
         load_weights(module, weights, source)
-        return in_place(module, self._device)
+        return for_evaluation(module, self._device)
 
     # ---------------------------------------------------------------------------------------- construction
 
@@ -149,8 +152,8 @@ class AutoencoderCodec(Codec):
         """The diffusers module."""
         return self.module
 
-    def adopt(self, source: AutoencoderCodec) -> None:
-        """Take the weights and normalisation of a codec of the same family, or only the autoencoder of another's."""
+    def copy_from(self, source: AutoencoderCodec) -> None:
+        """Copy weights and normalisation of a codec of the same family, or only the autoencoder of another."""
         if type(source) is type(self):
             self.module.load_state_dict(source.module.state_dict())
             self.mean, self.deviation = source.mean, source.deviation
@@ -158,13 +161,15 @@ class AutoencoderCodec(Codec):
             self.autoencoder().load_state_dict(source.autoencoder().state_dict())
 
     def encoder_parts(self) -> list[nn.Module]:
-        """The modules that latents depend on: with these fixed, latents do not change."""
+        """The modules that latents depend on: with these fixed, latents do not change. Training freezes them by this
+        list."""
         children = self.autoencoder().named_children()
         return [part for name, part in children if name not in ("decoder", "post_quant_conv")]
 
     # -------------------------------------------------------------------------------------------- network
 
     def autocast(self) -> torch.autocast:
+        """bfloat16 inside, where `precision` is "bfloat16"."""
         device = next(self.module.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
@@ -173,12 +178,14 @@ class AutoencoderCodec(Codec):
         with self.autocast():
             return encoded_latents(self.module, pictures)
 
-    def transmit(self, latents: Tensor) -> Tensor:
-        """What the decoder receives of raw latents: here, themselves. A quantiser overrides this."""
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Raw latents as the decoder receives them in training: here unchanged. A quantiser rounds them; gradients
+        pass."""
         return latents
 
-    def received(self, latents: Tensor) -> Tensor:
-        """What the decoder is given of raw latents that a model drew: here, themselves; of a quantiser, its codes."""
+    def snap(self, latents: Tensor) -> Tensor:
+        """Raw latents of a generative model as the decoder receives them: here unchanged. A quantiser takes the nearest
+        codes."""
         return latents
 
     def decode_pictures(self, latents: Tensor) -> Tensor:
@@ -201,12 +208,12 @@ class AutoencoderCodec(Codec):
         parts = []
         for part in pixels.split(count):
             filled = torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])])
-            parts.append(self.transmit(self.encode_pictures(to_pictures(filled.to(here))))[: len(part)])
+            parts.append(self.quantise(self.encode_pictures(to_pictures(filled.to(here))))[: len(part)])
         return self.normalised(torch.cat(parts)).to(pixels.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raw = self.denormalised(latents.to(self.mean.device))
-        parts = [to_pixels(self.decode_pictures(self.received(part))) for part in raw.split(DECODE_BATCH)]
+        parts = [to_pixels(self.decode_pictures(self.snap(part))) for part in raw.split(DECODE_BATCH)]
         return torch.cat(parts).to(latents.device)
 
     @torch.no_grad()
@@ -215,7 +222,7 @@ class AutoencoderCodec(Codec):
         total = torch.zeros(self.spec.channels, dtype=torch.float64)
         square, count = total.clone(), 0
         for pixels in batches:
-            raw = rearrange(self.transmit(self.encode_pictures(to_pictures(pixels))).double(), "b c h w -> c (b h w)")
+            raw = rearrange(self.quantise(self.encode_pictures(to_pictures(pixels))).double(), "b c h w -> c (b h w)")
             total, square, count = total + raw.sum(1), square + raw.square().sum(1), count + raw.shape[1]
         mean = total / count
         deviation = (square / count - mean.square()).clamp_min(1e-12).sqrt()
@@ -224,7 +231,7 @@ class AutoencoderCodec(Codec):
     # ---------------------------------------------------------------------------------------------- files
 
     def config(self) -> dict[str, Any]:
-        statistics = {"mean": shortest(self.mean), "deviation": shortest(self.deviation)}
+        statistics = {"mean": shortest_decimals(self.mean), "deviation": shortest_decimals(self.deviation)}
         return self.configuration.model_copy(update=statistics).model_dump(mode="json")
 
     def weights(self) -> dict[str, Tensor]:
@@ -282,8 +289,9 @@ def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
     return module
 
 
-def in_place(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """For evaluation, with channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo first."""
+def for_evaluation(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """The module in evaluation mode, channels last in memory. By torch's own `to`: diffusers' imports torch._dynamo
+    first."""
     return nn.Module.to(module.eval(), device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -301,7 +309,8 @@ def decoded_pictures(module: Any, latents: Tensor) -> Tensor:
 
 
 def initialise(module: nn.Module, key: Key) -> None:
-    """torch's default initialisation of convolutions and linear layers, drawn by the key and the parameter's name."""
+    """torch's default initialisation of convolutions and linear layers, drawn by the key and the parameter's name.
+    Keyed by name: renaming a layer changes its initial weights."""
     with torch.no_grad():
         for name, layer in module.named_modules():
             if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -321,6 +330,7 @@ def use_fused_norms(module: nn.Module) -> None:
 
 
 def _rms_norm(layer: Any, hidden: Tensor) -> Tensor:
+    """The forward pass of diffusers' RMSNorm by the fused kernel."""
     weight = None if layer.weight is None else layer.weight.to(hidden.dtype)
     normed = F.rms_norm(hidden, (hidden.shape[-1],), weight, layer.eps)
     bias = getattr(layer, "bias", None)
@@ -329,5 +339,5 @@ def _rms_norm(layer: Any, hidden: Tensor) -> Tensor:
 
 def pictures_per_pass(device: str, height: int, width: int) -> int:
     """Pictures of one size that are encoded together, the last pass filled up. A CPU takes one; an accelerator is only
-    fast with more."""
+    fast with more. Last bits of latents depend on it."""
     return 1 if device == "cpu" else max(1, ENCODE_PIXELS // (height * width))

@@ -26,9 +26,9 @@ from omni.registry import Registry
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MAX_GRID = 64  # latent rows or columns that the size header of a document can name
+MAX_GRID = 64  # latent rows or columns that the size header of a document can name; equals tokenizer.MAX_SIZE
 MAX_LATENT = 1e4  # standard deviations: no picture has such a latent, and no sound model draws one
-UNSOUND = "its weights are damaged: restore its files, and check them with `omni verify`"
+RESTORE_HINT = "its weights are damaged: restore its files, and check them with `omni verify`"
 
 
 class CodecSpec(Frozen):
@@ -46,10 +46,12 @@ class CodecSpec(Frozen):
 
     @property
     def media_frames_per_chunk(self) -> int:
+        """Frames of a clip that one chunk holds."""
         return self.frames_per_chunk * self.stride[0]
 
 
 def _quietly(what: str) -> AbstractContextManager[None]:
+    """The default of `Codec.announce`: prints nothing."""
     return nullcontext()
 
 
@@ -89,7 +91,7 @@ class Codec(ABC):
             raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
         self.grid(*pixels.shape[1:3])
         latents = self._encode(pixels)
-        require_finite(latents, f"the latents that codec {self.spec.name!r} makes", UNSOUND)
+        require_finite(latents, f"the latents that codec {self.spec.name!r} makes", RESTORE_HINT)
         return latents
 
     @torch.no_grad()
@@ -104,10 +106,12 @@ class Codec(ABC):
         return self._decode(latents.float())
 
     @abstractmethod
-    def _encode(self, pixels: Tensor) -> Tensor: ...
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """`encode` of checked pixels, on their device. The latents of a picture must not depend on the batch."""
 
     @abstractmethod
-    def _decode(self, latents: Tensor) -> Tensor: ...
+    def _decode(self, latents: Tensor) -> Tensor:
+        """`decode` of checked float32 latents, on their device."""
 
     # ---------------------------------------------------------------------------------------------- clips
 
@@ -202,7 +206,7 @@ codecs: Registry[type[Codec]] = Registry("codec", "omni.codecs", entry_points="o
 
 def to_bytes(pictures: Tensor) -> Tensor:
     """Float pixels in [-1, 1], of any shape -> uint8, rounded and clipped. NotFiniteError for NaN and infinity."""
-    require_finite(pictures, "the pixels that the codec decodes", UNSOUND)
+    require_finite(pictures, "the pixels that the codec decodes", RESTORE_HINT)
     return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -36,6 +36,7 @@ class FiniteScalarQuantiser:
         self.num_codes = math.prod(levels)
 
     def _column(self, values: list[float], like: Tensor) -> Tensor:
+        """One value per channel, broadcast over (B, L, ...), in the dtype and on the device of `like`."""
         return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(1, -1, *[1] * (like.ndim - 2))
 
     def quantise(self, raw: Tensor) -> Tensor:
@@ -53,7 +54,8 @@ class FiniteScalarQuantiser:
         return (codes * half).round().clamp(-half, top) / half
 
     def tokens(self, codes: Tensor) -> Tensor:
-        """Codes (B, L, ...) -> int64 (B, ...) in [0, num_codes)."""
+        """Codes (B, L, ...) -> int64 (B, ...) in [0, num_codes), the first channel the fastest. Stored tokens: never
+        reorder."""
         half = self._column([n // 2 for n in self.levels], codes)
         places = self._column([math.prod(self.levels[:i]) for i in range(len(self.levels))], codes).long()
         return ((codes * half + half).round().long() * places).sum(1)
@@ -126,10 +128,11 @@ class FsqCodec(AutoencoderCodec):
         return [*super().encoder_parts(), self.module.down]
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, L, h, w), unbounded, before the quantiser."""
         with self.autocast():
             return self.module.down(encoded_latents(self.module.autoencoder, pictures)).float()
 
-    def transmit(self, latents: Tensor) -> Tensor:
+    def quantise(self, latents: Tensor) -> Tensor:
         return self.quantiser.quantise(latents)
 
     def decode_pictures(self, latents: Tensor) -> Tensor:
@@ -144,5 +147,5 @@ class FsqCodec(AutoencoderCodec):
         """Inverse of `tokens`: normalised latents."""
         return self.normalised(self.quantiser.codes(tokens))
 
-    def received(self, latents: Tensor) -> Tensor:
+    def snap(self, latents: Tensor) -> Tensor:
         return self.quantiser.snap(latents)

@@ -1,6 +1,7 @@
 """Exact pixel-patch codec: a latent is a patch of pixels, scaled to [-1, 1]. No weights, no loss; for tests and clips.
 
 Shapes: B pictures, p patch side, h = H / p, w = W / p; a latent has p * p * 3 numbers (row, column, colour).
+The order in a latent is that of trained models: never change it.
 """
 
 from __future__ import annotations

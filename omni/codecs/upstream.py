@@ -28,6 +28,7 @@ MODULES = {
     "AutoencoderDC": "autoencoder_dc",
 }
 PACKAGE = "_omni_diffusers"
+# Subpackages of diffusers: replaced by placeholders; imported without running their __init__.
 PLACEHOLDERS = ("loaders", "schedulers")
 WITHOUT_INIT = ("hooks", "models", "models.autoencoders", "models.transformers", "models.unets", "quantizers")
 _log = logging.getLogger("omni")
@@ -46,7 +47,7 @@ def diffusers_class(name: str) -> Any:
     if "diffusers" not in sys.modules:
         try:
             with _lock:
-                return _alone(name)
+                return _import_alone(name)
         except Exception as error:
             _log.info("%s is imported with all of diffusers: %s: %s", name, type(error).__name__, error)
     return whole_class(name)
@@ -60,8 +61,8 @@ def whole_class(name: str) -> Any:
         raise ImportError(f"{name} needs diffusers, which cannot be imported ({error})") from error
 
 
-def _alone(name: str) -> Any:
-    """The class out of the package under its other name."""
+def _import_alone(name: str) -> Any:
+    """The class, from the package under its other name, without the rest of diffusers."""
     source = importlib.util.find_spec("diffusers")
     assert source is not None and source.origin and source.submodule_search_locations
     before = set(sys.modules)

@@ -10,7 +10,7 @@ from omni.document import Document, Image, Text, Video
 
 
 def media_digest(segment: Image | Video) -> bytes:
-    """16 bytes over the shape, the frame rate and the pixels."""
+    """16 bytes over the shape, the frame rate and the pixels. Held-out documents are known by it: never change it."""
     values, fps = (segment.pixels, None) if isinstance(segment, Image) else (segment.frames, segment.fps)
     digest = hashlib.blake2b(repr((tuple(values.shape), fps)).encode(), digest_size=16)
     digest.update(memoryview(values.contiguous().numpy()).cast("B"))  # type: ignore[arg-type]
@@ -18,7 +18,7 @@ def media_digest(segment: Image | Video) -> bytes:
 
 
 def document_digest(document: Document) -> str:
-    """Over roles, texts and pixels, without `meta`."""
+    """Over roles, texts and pixels, without `meta`. Held-out documents are known by it: never change it."""
     digest = hashlib.blake2b(digest_size=16)
     for segment in document.segments:
         content = segment.text if isinstance(segment, Text) else media_digest(segment).hex()
@@ -27,11 +27,12 @@ def document_digest(document: Document) -> str:
 
 
 def bytes_digest(data: bytes) -> str:
+    """128-bit blake2b, as 32 hex digits. Held-out records are chosen by it: never change it."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:
-    """Name, size and blake2b of a file's bytes."""
+    """Name, size and blake2b of a file's bytes. Checkpoints store it: a change makes every run impossible to resume."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -19,10 +19,12 @@ from omni.data.source import SOURCES, Source
 from omni.document import Document, Role, Text, Video
 from omni.rng import Key
 
-NUM_FINGERPRINTED = 256
+NUM_FINGERPRINTED = 256  # documents in the fingerprint
 
 
 class EmojiWorldOptions(Frozen):
+    """split: see EmojiWorld. font: None finds the installed one."""
+
     split: Literal["train", "heldout"] = "train"
     font: Path | None = None
     mixture: dict[str, float] | None = Field(None, description="task -> weight; the world's own when absent")
@@ -58,6 +60,7 @@ class EmojiWorldSource(Source):
         return f"{file_fingerprint(self._font_path)}:{digest.hexdigest()}"
 
 
+# Clip i shows name i modulo their number, in direction by index: never reorder either.
 CLIP_NAMES = (
     *("red apple", "banana", "cat face", "dog face", "rocket", "bicycle"),
     *("red heart", "star", "pizza", "tree", "umbrella", "soccer ball"),
@@ -66,6 +69,8 @@ DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
 
 
 class MovingEmojiOptions(Frozen):
+    """num_clips: document i is clip i % num_clips."""
+
     num_clips: int = Field(12, ge=1, le=48)
     num_frames: int = Field(8, ge=2, le=64)
     side: int = Field(32, ge=16, le=128, description="of a frame, in pixels")
@@ -112,14 +117,15 @@ class MovingEmojiSource(Source):
         frames = torch.full((options.num_frames, options.side, options.side, 3), 255.0)
         for t, frame in enumerate(frames):
             travelled = round(room * t / (options.num_frames - 1))
-            y = _start(down, room, travelled)
-            x = _start(right, room, travelled)
+            y = _offset(down, room, travelled)
+            x = _offset(right, room, travelled)
             window = frame[y : y + options.sprite, x : x + options.sprite]
             window.copy_(colour * alpha + window * (1 - alpha))
         return frames.round().to(torch.uint8)
 
 
-def _start(direction: int, room: int, travelled: int) -> int:
+def _offset(direction: int, room: int, travelled: int) -> int:
+    """Pixels from the edge after `travelled` pixels; the middle of the room for direction 0."""
     if direction == 0:
         return room // 2
     return travelled if direction > 0 else room - travelled

@@ -21,6 +21,8 @@ from omni.rng import Key
 
 
 class FileOptions(Frozen):
+    """path: of the data file."""
+
     path: Path
 
 
@@ -45,6 +47,7 @@ class _LineSource(FiniteSource):
             raise ValueError(f"{str(self.path)!r} has no records; give a file with one JSON object per line")
 
     def line(self, position: int) -> str:
+        """The text of a record, read from disk. ValueError if it is longer than MAX_JSON_BYTES."""
         with self.path.open("rb") as stream:
             stream.seek(self._offsets[position])
             line = stream.readline(MAX_JSON_BYTES + 1)
@@ -85,13 +88,15 @@ class MessageLines(_LineSource):
         return messages_to_document(messages, self._load, load_video=self._load_clip, supervise=True)
 
     def _load(self, source: Any, **limits: Any) -> torch.Tensor:
+        """Loads a picture; paths only from beside the data file."""
         if isinstance(source, str | Path):
             return load_picture(self.path.parent, str(source))
         return load_image(source, **limits)
 
     def _load_clip(self, source: Any, **limits: Any) -> tuple[torch.Tensor, float]:
+        """Loads a clip; paths only from beside the data file."""
         if isinstance(source, str | Path):
-            source = inside(self.path.parent, str(source), "clip")
+            source = path_inside(self.path.parent, str(source), "clip")
         return load_video(source, **limits)
 
 
@@ -147,10 +152,10 @@ class LlavaConversations(FiniteSource):
 
 def load_picture(folder: Path, name: str) -> torch.Tensor:
     """uint8 (H, W, 3) of the picture `name` inside `folder`. ValueError when the name leaves the folder."""
-    return load_image(inside(folder, name, "picture"))
+    return load_image(path_inside(folder, name, "picture"))
 
 
-def inside(folder: Path, name: str, what: str) -> Path:
+def path_inside(folder: Path, name: str, what: str) -> Path:
     """The file `name` in `folder`. ValueError when the name leaves the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):

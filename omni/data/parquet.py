@@ -13,6 +13,8 @@ from omni.rng import Key
 
 
 class CaptionOptions(FileOptions):
+    """image, caption: names of columns. task: generate the picture, describe it, or either by a keyed choice."""
+
     image: str = "image"
     caption: str = "caption"
     task: Literal["draw", "describe", "both"] = "both"

@@ -27,7 +27,7 @@ class CorruptRecord(ValueError):
     """One record cannot be read. The message names it; training continues with the next index."""
 
 
-class KeptOut(CorruptRecord):
+class HeldOutRecord(CorruptRecord):
     """A document that training skips, because it is for validation (see train.data.held_out)."""
 
 
@@ -94,6 +94,7 @@ class FiniteSource(Source):
             raise CorruptRecord(f"{self.record_name(position)}: {type(error).__name__}: {error}") from error
 
     def _order(self, epoch: int) -> list[int]:
+        """The positions of an epoch in keyed order. Keyed by "order" and the epoch: another key changes every run."""
         if getattr(self, "_epoch", None) != epoch:
             generator = self.key.fold("order", epoch).generator()
             self._epoch = epoch
@@ -116,6 +117,7 @@ def build_source(name: str, options: dict[str, Any], key: Key, origin: str) -> S
 
 
 def require_file(path: Path, what: str) -> Path:
+    """`path`, if it is a file; else ValueError that names `what`."""
     if not path.is_file():
         raise ValueError(f"{what} {str(path)!r} is not a file; give the path of an existing one")
     return path

@@ -81,6 +81,7 @@ class ScalarEmbedding(nn.Module):
         self.down = nn.Linear(width, width)
 
     def declare(self) -> dict[str, Declared]:
+        """Both matrices start by their fan-in; keyed by name."""
         return of_linear("up", self.up) | of_linear("down", self.down)
 
     def forward(self, value_I: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ class ScalarEmbedding(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Embeds clean latents for the context stream and noisy ones for the refine stream; computes F."""
+    """Embeds clean latents for the context stream and noisy ones for the refine stream; computes F. Names of weights
+    are keys of checkpoints and of initial values: never rename them."""
 
     def __init__(self, width: int, c: FlowHeadConfig) -> None:
         super().__init__()

@@ -25,10 +25,12 @@ class TokenHead(nn.Module):
         self.unembedding = None if tied else nn.Linear(width, vocab_size, bias=False)
 
     def declare(self) -> dict[str, Declared]:
+        """Keyed by name: a renamed weight starts otherwise and does not load."""
         own = {"embedding.weight": EMBEDDING}
         return own if self.unembedding is None else {**own, "unembedding.weight": EMBEDDING}
 
     def embed(self, ids_RN: Tensor) -> Tensor:
+        """Ids (R, N) -> hidden (R, N, W)."""
         return self.embedding(ids_RN)
 
     @property
@@ -37,6 +39,7 @@ class TokenHead(nn.Module):
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
 
     def read(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., W) -> capped logits (..., V)."""
         return self.cap(F.linear(hidden, self.output_weight))
 
     def cap(self, logits: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def load_video(
     clock = TimedBytes(data, name, timeout_seconds)
     animated = data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
     shown = _animation_frames(clock, name) if animated else video_frames(clock, name, max_seconds)
-    walk = _Walk(name, max_seconds, max_decoded_frames, max_decoded_pixels)
+    walk = _DecodingBudget(name, max_seconds, max_decoded_frames, max_decoded_pixels)
     frames: list[torch.Tensor] = []
     starts: list[float] = []
     times: list[int] = []  # repeats of a frame at `rate`
@@ -98,8 +98,9 @@ def _repeated(
     return torch.stack([frame for frame, num in zip(frames, times, strict=True) for _ in range(num)])
 
 
-class _Walk:
-    """Counts the decoded frames of a clip, kept or dropped, and checks their bounds."""
+class _DecodingBudget:
+    """Counts the decoded frames of a clip, kept or dropped, and checks their bounds. start, end: of the last frame, in
+    seconds."""
 
     def __init__(self, name: str, max_seconds: float, max_frames: int, max_pixels: int) -> None:
         self._name, self._max_seconds = name, max_seconds
@@ -155,6 +156,7 @@ def _repeats(starts: Sequence[float], end: float) -> list[int]:
 
 
 def _animation_frames(data: TimedBytes, name: str) -> Generator[TimedFrame]:
+    """The frames of a GIF, PNG or WebP with their times; Pillow seeks each."""
     with open_header(data, name, MAX_PIXELS) as image:
         # The number of frames of a GIF is known only at its end.
         frames = itertools.count() if image.format == "GIF" else range(getattr(image, "n_frames", 1))
@@ -199,6 +201,7 @@ def save_apng(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None:
 
 
 def _save_animation(frames: torch.Tensor, path: str | Path, kind: str, **options: Any) -> None:
+    """Write all frames by Pillow; the file appears whole or not at all."""
     check_tensor(frames, 4, "(T, H, W, 3)")
     first, *rest = [to_pil(frame) for frame in frames]
     options = {"save_all": True, "append_images": rest, "loop": 0, **options}

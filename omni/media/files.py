@@ -67,6 +67,7 @@ def read(source: Any, max_bytes: int, kind: str) -> tuple[bytes, str]:
 
 
 def _read_file(path: Any, max_bytes: int, name: str) -> bytes:
+    """At most `max_bytes` + 1 bytes of a regular file. ValueError for anything else."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -85,10 +86,12 @@ def _read_file(path: Any, max_bytes: int, name: str) -> bytes:
 
 
 def _too_large(name: str, max_bytes: int) -> ValueError:
+    """The error for too many bytes."""
     return ValueError(f"{name} is larger than max_bytes={max_bytes}; make it smaller or raise the bound")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
+    """An opener for `open` that does not wait for the writer of a named pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not block
 
 

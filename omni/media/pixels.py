@@ -30,6 +30,7 @@ def is_array(value: Any) -> bool:
 
 
 def is_pil(value: Any) -> bool:
+    """Whether `value` is a PIL picture."""
     return isinstance(value, Image.Image)
 
 
@@ -89,6 +90,7 @@ def _channels_last(shape: tuple[int, ...], name: str) -> bool:
 
 
 def _to_numpy(value: Any, name: str) -> np.ndarray:
+    """The numbers on the CPU; bfloat16 as float32. ValueError for anything but numbers."""
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
@@ -124,7 +126,7 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
 
 def image_to_rgb(image: Image.Image, name: str) -> torch.Tensor:
     """A loaded PIL picture of any mode to uint8 (H, W, 3), composited on white. Raises ValueError."""
-    image = _reduce(image, name)
+    image = _to_8_bit_mode(image, name)
     try:
         image = _to_srgb(image.convert("LA") if image.mode == "La" else image)
         if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -137,7 +139,7 @@ def image_to_rgb(image: Image.Image, name: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
 
 
-def _reduce(image: Image.Image, name: str) -> Image.Image:
+def _to_8_bit_mode(image: Image.Image, name: str) -> Image.Image:
     """Modes of more than 8 bits to 8-bit grey, with alpha if the file names a transparent value."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image

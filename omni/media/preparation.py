@@ -4,6 +4,7 @@ A model stores its preparation (preparation.json); training, the Python API, the
 `prepare`. `prepare` is idempotent. This file reads no files: decoding applies the orientation (pictures.py).
 
 Legend: H, W pixels; T frames. Pixels are uint8 RGB, (H, W, 3) or (T, H, W, 3). A size is (height, width).
+Models are trained on its pixels: a change of the arithmetic makes stored models worse.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def prepare(segment: AnySegment, preparation: Preparation, limits: Limits) -> An
 
 def prepare_picture(pixels: Tensor, preparation: Preparation, limits: Limits) -> Tensor:
     """uint8 (H, W, 3) of any size -> uint8 (H', W', 3) of `target_size`."""
-    _check(pixels, 3, "a picture", "(H, W, 3)")
-    return _fit(pixels, preparation, limits)
+    _check_pixels(pixels, 3, "a picture", "(H, W, 3)")
+    return _to_target_size(pixels, preparation, limits)
 
 
 def prepare_clip(frames: Tensor, fps: float, preparation: Preparation, limits: Limits) -> tuple[Tensor, float]:
@@ -122,12 +123,12 @@ def prepare_clip(frames: Tensor, fps: float, preparation: Preparation, limits: L
     The clip is subsampled, cut to the whole chunks of `max_frames` and resized; the last chunk is filled or cut. A clip
     shorter than one chunk is always filled. ValueError for more than `limits.max_chunks` chunks.
     """
-    _check(frames, 4, "a clip", "(T, H, W, 3)")
+    _check_pixels(frames, 4, "a clip", "(T, H, W, 3)")
     given = len(frames)
     if preparation.fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"a clip of {fps} frames per second cannot be thinned; give its frame rate")
     if preparation.fps is not None and fps > preparation.fps:
-        frames, fps = frames[_thinned(given, fps / preparation.fps)], preparation.fps
+        frames, fps = frames[_subsampled(given, fps / preparation.fps)], preparation.fps
     count = len(frames) // limits.chunk
     if len(frames) % limits.chunk and (preparation.tail == "repeat" or not count):
         count += 1
@@ -140,7 +141,7 @@ def prepare_clip(frames: Tensor, fps: float, preparation: Preparation, limits: L
             "max_frames or fps in its preparation"
         )
     num = count * limits.chunk
-    frames = _fit(frames if len(frames) <= num else frames[:num], preparation, limits)
+    frames = _to_target_size(frames if len(frames) <= num else frames[:num], preparation, limits)
     if len(frames) < num:
         frames = torch.cat([frames, frames[-1:].expand(num - len(frames), -1, -1, -1)])
     return frames, fps
@@ -182,7 +183,7 @@ def _bucket(h: float, w: float, budget: int, largest: int) -> Size:
 # ------------------------------------------------------------------------------------------------ pixels
 
 
-def _fit(pixels: Tensor, preparation: Preparation, limits: Limits) -> Tensor:
+def _to_target_size(pixels: Tensor, preparation: Preparation, limits: Limits) -> Tensor:
     """(..., H, W, 3) in the target size and colour; the same tensor if nothing changes."""
     height, width = pixels.shape[-3:-1]
     size = target_size(height, width, preparation, limits)
@@ -190,7 +191,7 @@ def _fit(pixels: Tensor, preparation: Preparation, limits: Limits) -> Tensor:
         window = _window(height, width, size)
         lost = 1 - min(window[0] / height, window[1] / width)
         crops = preparation.resize == "crop" or (preparation.resize == "buckets" and lost <= MAX_CROP)
-        pixels = _resize(_centre(pixels, window), size) if crops else letterbox(pixels, size)
+        pixels = _resize(_centre_crop(pixels, window), size) if crops else letterbox(pixels, size)
     return pixels if preparation.colour == "rgb" else _grey(pixels)
 
 
@@ -214,7 +215,8 @@ def _window(height: int, width: int, size: Size) -> Size:
     )
 
 
-def _centre(pixels: Tensor, size: Size) -> Tensor:
+def _centre_crop(pixels: Tensor, size: Size) -> Tensor:
+    """The window of `size` in the middle of (..., H, W, 3)."""
     top, left = (pixels.shape[-3] - size[0]) // 2, (pixels.shape[-2] - size[1]) // 2
     return pixels[..., top : top + size[0], left : left + size[1], :]
 
@@ -233,17 +235,19 @@ def _resize(pixels: Tensor, size: Size) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
+    """Luma of (..., H, W, 3) in all three channels; the same tensor if it is grey already."""
     weights = torch.tensor(GREY, dtype=torch.int32, device=pixels.device)
     luma = ((pixels.int() * weights).sum(-1, keepdim=True) + 500) // 1000
     return pixels if bool((luma == pixels).all()) else luma.byte().expand_as(pixels).contiguous()
 
 
-def _thinned(num: int, ratio: float) -> list[int]:
+def _subsampled(num: int, ratio: float) -> list[int]:
     """The indices of the frames, of `num`, at 0, ratio, 2 ratio, ... (ratio > 1)."""
     count = math.ceil(num / ratio - 1e-6)
     return [min(num - 1, math.floor(k * ratio + 1e-6)) for k in range(max(1, count))]
 
 
-def _check(pixels: Tensor, ndim: int, what: str, shape: str) -> None:
+def _check_pixels(pixels: Tensor, ndim: int, what: str, shape: str) -> None:
+    """ValueError unless `pixels` are uint8 with `ndim` axes, the last of 3."""
     if pixels.dtype != torch.uint8 or pixels.ndim != ndim or pixels.shape[-1] != 3 or not pixels.numel():
         raise ValueError(f"{what} is prepared from uint8 {shape}, got {pixels.dtype} {tuple(pixels.shape)}")

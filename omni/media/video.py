@@ -87,6 +87,7 @@ def _named_errors(av: Any, name: str) -> Iterator[None]:
 
 
 def _open_no_other(url: str, *rest: Any) -> Any:
+    """Refuses every further file that a container names."""
     raise OSError(f"{url!r:.100} is another file")
 
 
@@ -169,6 +170,7 @@ def save_video(frames: torch.Tensor, path: str | Path, fps: float = 8.0) -> None
 
 
 def _import_av() -> Any:
+    """PyAV. ImportError names the extra where it is missing."""
     try:
         import av
     except ImportError:

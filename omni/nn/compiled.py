@@ -38,9 +38,12 @@ def compile_blocks(transformer: Transformer) -> None:
     for plain in (Block.layer, Block.dual):
         compiled = torch.compile(plain, dynamic=False)
         for block in transformer.blocks:
-            setattr(block, plain.__name__, partial(_choose, compiled, plain, block))
+            setattr(block, plain.__name__, partial(_run_compiled_in_training, compiled, plain, block))
 
 
-def _choose(compiled: Callable, plain: Callable, block: nn.Module, *arguments: Any, **options: Any) -> Any:
+def _run_compiled_in_training(
+    compiled: Callable, plain: Callable, block: nn.Module, *arguments: Any, **options: Any
+) -> Any:
+    """The compiled function in training mode, else the plain one."""
     function = compiled if block.training else plain
     return function(block, *arguments, **options)

@@ -30,6 +30,7 @@ class Declared:
     """start: "fan_in" is normal with deviation 1 / (divisor sqrt(fan in)); "embedding" is normal with deviation
     `value`; "constant" is `value`. group: "hidden" for matrices from hidden states to hidden states, which Muon
     updates. drawn_as: the full name in the key, if not the parameter's own. ValueError for an unknown start or group.
+    Another start changes the initial weights of every recipe.
     """
 
     start: Start

@@ -97,6 +97,7 @@ class LayerSpec(Frozen):
 
     @property
     def hidden(self) -> int:
+        """The width of the MLP. Weights have this size: never change the default rule."""
         return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
 
 
@@ -135,12 +136,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.scale(x.dtype), self.eps).to(x.dtype)
 
     def dual(self, x: Dual) -> Dual:
+        """`forward` of a value with its tangent."""
         return tangent.rms_norm(x, self.scale(x.value.dtype), self.eps)
 
 
 class Layer(nn.Module):
     """One set of layer weights: the projections around attention, and the MLP. depth: layers of the transformer; the
-    last projections of attention and MLP start smaller by the factor 1 / sqrt(2 depth)."""
+    last projections of attention and MLP start smaller by the factor 1 / sqrt(2 depth). Names of weights are keys of
+    checkpoints and of initial values: never rename them."""
 
     def __init__(self, c: LayerSpec, depth: int = 1) -> None:
         super().__init__()
@@ -160,6 +163,7 @@ class Layer(nn.Module):
             self.mlp_post_norm = RMSNorm(c.width, *norm)
 
     def declare(self) -> dict[str, Declared]:
+        """All four matrices are "hidden": Muon updates them."""
         last = replace(HIDDEN, divisor=math.sqrt(2 * self.depth))
         return {
             **of_linear("qkv", self.qkv, HIDDEN), **of_linear("out", self.out, last),
@@ -234,6 +238,7 @@ class Operations:
         return norm(x)
 
     def modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x scale + shift, of a normalised x."""
         return x * scale + shift
 
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
@@ -263,11 +268,13 @@ class Operations:
         return activation(name, gate) * up
 
     def add(self, h: Tensor, y: Tensor, gate: Tensor | None, scale: float) -> Tensor:
+        """h + y scale gate; without a gate h + y scale."""
         y = y if scale == 1 else y * scale
         return h + (y if gate is None else y * gate)
 
 
 def _merged(text: Any, latent: Any, where: Tensor) -> Any:
+    """Results of the two sets of weights, placed at their positions; nested tuples element by element."""
     if isinstance(text, tuple):
         return tuple(_merged(a, b, where) for a, b in zip(text, latent, strict=True))
     out = text.new_empty(*where.shape, *text.shape[1:])
@@ -276,6 +283,7 @@ def _merged(text: Any, latent: Any, where: Tensor) -> Any:
 
 
 def activation(name: Activation, x: Tensor) -> Tensor:
+    """The activation of the gate, by its name in LayerSpec."""
     if name == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
@@ -300,6 +308,7 @@ class DualOperations:
         return tangent.add(tangent.product(x, scale), shift)
 
     def project(self, w: Layer, part: str, x: Dual) -> Dual:
+        """The projection named `part`; a bias has no tangent."""
         module = getattr(w, part)
         if module.bias is None:
             return tangent.linear(module, x)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from omni.nn.declare import FAN_IN, ZERO, Declared, declarations
 from omni.rng import Key
 
+# Projections of a layer, in the order of `sizes`; names of stored weights: never change them.
 PARTS = ("qkv", "out", "gate_up", "down")
 
 
 class LowRank(nn.Module):
-    """x (..., in) -> B A x (..., out)."""
+    """x (..., in) -> B A x (..., out). B starts at zero, so a new adapter changes nothing."""
 
     def __init__(self, size_in: int, size_out: int, rank: int) -> None:
         super().__init__()

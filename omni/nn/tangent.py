@@ -52,10 +52,12 @@ def linear(function: Callable[[Tensor], Tensor], a: Dual) -> Dual:
 
 
 def add(a: Dual, b: Dual) -> Dual:
+    """The sum of two Duals."""
     return Dual(a.value + b.value, a.tangent + b.tangent)
 
 
 def product(a: Dual, b: Dual) -> Dual:
+    """The product of two Duals, elementwise."""
     return Dual(a.value * b.value, torch.addcmul(a.tangent * b.value, a.value, b.tangent))
 
 

@@ -60,18 +60,20 @@ class AlphaFlow(GuidedObjective):
         return 0.0 if alpha < self.clamp else 1.0 if alpha > 1 - self.clamp else alpha
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,) float64: the larger and the smaller of two samples."""
         return PairDistribution(time=self.time, diagonal=self.diagonal).draw(items.names, key)
 
     def loss(self, call: FlowCall, draw: GuidedDraw) -> Terms:
         call, v = self.guidance.apply(call, draw)
         alpha = self.alpha_at(draw.items.progress)
         with torch.no_grad():
-            target = self._limit(call, draw, v) if alpha == 0 else self._target(call, draw, v, alpha)
+            target = self._mean_flow_target(call, draw, v) if alpha == 0 else self._target(call, draw, v, alpha)
         error = draw.items.mean(channel_error(call(draw.x, draw.t, draw.s), target))
         scale = alpha or 1.0
         return draw.items.terms(adaptive(error / scale, self.power, self.offset / scale), self.weight, error)
 
     def _target(self, call: FlowCall, draw: GuidedDraw, v: Tensor, alpha: float) -> Tensor:
+        """The target of F at (x, t, s), for alpha above 0."""
         t, s, items = draw.t, draw.s, draw.items
         if alpha == 1:
             return v
@@ -80,8 +82,8 @@ class AlphaFlow(GuidedObjective):
         z = draw.x - items.expand(t - m) * v
         return alpha * v + (1 - alpha) * call(z, m, s)
 
-    def _limit(self, call: FlowCall, draw: GuidedDraw, v: Tensor) -> Tensor:
-        """MeanFlow's target."""
+    def _mean_flow_target(self, call: FlowCall, draw: GuidedDraw, v: Tensor) -> Tensor:
+        """The target of F at alpha = 0: MeanFlow's."""
         t, s, one, zero = draw.t, draw.s, torch.ones_like(draw.t), torch.zeros_like(draw.s)
         v = self._velocity(call, draw, v, t)
         return v - draw.items.expand(t - s) * call.derivative(draw.x, t, s, v, one, zero)

@@ -23,7 +23,7 @@ from omni.objectives.times import Name, TimeDistribution, keys_I
 from omni.registry import Registry
 from omni.rng import Key, normals
 
-# Inputs of a loss, which omni.losses computes.
+# Inputs of a loss, which omni.losses computes (TERMS_BY_INPUT).
 Reads = Literal["logits", "flow", "placeholders"]
 
 # Values of F that training determines, by the names of samplers.base.Reads: F(x, t, t); F(x, t, s) from one time of a
@@ -118,7 +118,8 @@ class Items:
 
     def noise(self, key: Key, purpose: str = "noise") -> Tensor:
         """(R, S, C) standard normal, zero on padding. An item's noise depends on (key, document, block, copy) alone.
-        The exception is purpose "noise", which is paired with data, under pairing "transport"."""
+        The exception is purpose "noise", which is paired with data, under pairing "transport". Another purpose changes
+        the noise of every run."""
         device, C = self.latents.device, self.latents.shape[-1]
         if device.type == "mps":  # no float64 there
             return replace(self, latents=self.latents.cpu(), item=self.item.cpu()).noise(key, purpose).to(device)
@@ -168,6 +169,7 @@ class Objective(Frozen, ABC):
     averaged weights that the trainer keeps for it. None, 0 or no such field: the present weights.
 
     `trains`: the values of F that training determines, the usual ones first; samplers that read others do not fit.
+    Its class name keys noise and names losses in logs: never rename a class.
     """
 
     reads: ClassVar[Reads]
@@ -241,12 +243,14 @@ class FlowObjective(Objective):
         return t, t
 
     def draw(self, items: Items, key: Key) -> Draw:
+        """Noisy inputs of the items, keyed by their names."""
         t, s = items.times(*self.times(items, key))
         noise = items.noise(key)
         return Draw(items.interpolate(noise, t), noise - items.latents, t, s, items, noise)
 
     @abstractmethod
-    def loss(self, call: FlowCall, draw: Draw) -> Terms: ...
+    def loss(self, call: FlowCall, draw: Draw) -> Terms:
+        """The loss of what `draw` returned. It may call `call` any number of times."""
 
 
 def build_objective(name: str, **options: Any) -> Objective:

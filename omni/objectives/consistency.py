@@ -57,6 +57,7 @@ class Consistency(GuidedObjective):
     @field_validator("schedule", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        """The name of a schedule stands for a table with its `kind`."""
         return {"kind": value} if isinstance(value, str) else value
 
     def draw(self, items: Items, key: Key) -> ConsistencyDraw:

@@ -26,7 +26,7 @@ from omni.rng import Key
 
 
 class ConsistencySchedule(Frozen):
-    """`distance`: that of the paper."""
+    """distance: the default of the paper, for Consistency.distance = None. data_std: of data in sigma."""
 
     distance: ClassVar[Distance]
     data_std: float = Field(default=0.5, gt=0)
@@ -50,14 +50,15 @@ class EasySchedule(ConsistencySchedule):
     num_stages: int = Field(default=8, ge=1)
 
     def stage_at(self, progress: float) -> int:
+        """The stage after the share `progress` of training."""
         return self.stage if self.stage is not None else min(int(progress * self.num_stages), self.num_stages - 1)
 
     def draw(self, time: TimeDistribution, names: Sequence[Name], key: Key, progress: float) -> tuple[Tensor, Tensor]:
         t = time.draw(names, key)
-        return t, self.second(t, progress)
+        return t, self.earlier_time(t, progress)
 
-    def second(self, t: Tensor, progress: float) -> Tensor:
-        """r of t."""
+    def earlier_time(self, t: Tensor, progress: float) -> Tensor:
+        """r of t (I,), 0 <= r < t."""
         sigma = self.data_std * t / (1 - t)
         ratio = 1 - (1 + self.k * torch.sigmoid(-sigma)) / self.q ** (self.stage_at(progress) + 1)
         ratio = ratio.clamp(min=0)

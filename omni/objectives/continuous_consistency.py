@@ -47,6 +47,7 @@ class ContinuousConsistency(GuidedObjective):
     power_offset: float = Field(default=1e-3, gt=0)
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
+        """(t, 0), each (I,) float64."""
         return PairDistribution(kind="zero", time=self.time).draw(items.names, key)
 
     def loss(self, call: FlowCall, draw: GuidedDraw) -> Terms:
@@ -72,6 +73,7 @@ class ContinuousConsistency(GuidedObjective):
         return items.expand(ahead).to(dtype) * (v.to(dtype) - flow.to(dtype)) - r * rate.to(dtype)
 
     def _normalised(self, g: Tensor, items: Items) -> Tensor:
+        """g (R, S, C) over |g| + c of its item, by `normalise`."""
         if self.normalise == "none":
             return g
         square = items.mean(g.pow(2).mean(-1))

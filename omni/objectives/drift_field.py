@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni.objectives.kernels import pairwise_distance
 
-FAR = 100.0  # mean distances; added to the distance of a particle to itself
+SELF_DISTANCE = 100.0  # mean distances, added to the distance of a particle to itself
 
 Affinity = Literal["joint", "row"]
 
@@ -52,7 +52,7 @@ def distances(x_GMD: Tensor, targets: Targets, *, per_group: bool) -> tuple[Tens
     dims = (1, 2) if per_group else (0, 1, 2)
     weight = targets.weight[:, None].expand_as(found)
     mean = ((found * weight).mean(dims, keepdim=True) / weight.mean(dims, keepdim=True)).clamp(min=1e-3)
-    return found + FAR * mean * targets.own, mean
+    return found + SELF_DISTANCE * mean * targets.own, mean
 
 
 def drift(x_GMD: Tensor, targets: Targets, cost_GMT: Tensor, affinity: Affinity, min_affinity: float) -> Tensor:

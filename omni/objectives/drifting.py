@@ -37,7 +37,7 @@ from omni.config import Frozen
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, Items, Terms
 from omni.objectives.drift_field import Affinity, Targets, distances, drift
 from omni.objectives.features import FEATURES
-from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, land, wide
+from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, in_float32, jump_in_float32
 from omni.objectives.times import uniform_I
 from omni.rng import Key
 
@@ -121,7 +121,7 @@ class Drifting(ParticleObjective):
         return value
 
     def draw(self, items: Items, key: Key) -> DriftDraw:
-        groups, broad = group_items(items, self.particles, self.groups, apart=True), wide(items)
+        groups, broad = group_items(items, self.particles, self.groups, apart=True), in_float32(items)
         t, s = (time[groups.index] for time in self.group_times(groups, key))
         [alpha] = items.times(self.guidance.draw(groups, key)[groups.index])
         alpha = torch.where(self._guided(items), alpha, 1.0)
@@ -147,6 +147,7 @@ class Drifting(ParticleObjective):
         return self._force(self.goals(call, draw), draw)
 
     def _force(self, goals: Iterable[list[Goal]], draw: DriftDraw) -> Tensor:
+        """(I,): `force` of goals that are computed already."""
         found = [torch.stack([g.force for g in families]).mean(0) for families in goals]
         return draw.groups.spread(torch.zeros_like(draw.t), found)
 
@@ -154,7 +155,7 @@ class Drifting(ParticleObjective):
         """One goal per feature family, for each kind of group."""
         items = draw.items
         embedded = call if self.guidance.is_off else call.guided(1 / draw.alpha)
-        y = land(embedded, draw.x, draw.t, draw.s, items)
+        y = jump_in_float32(embedded, draw.x, draw.t, draw.s, items)
         for members in draw.groups.members:
             others = self._nulls(items, members)
             generated, data = (self._features(gather(items, value, members)) for value in (y, draw.positives))
@@ -182,6 +183,8 @@ class Drifting(ParticleObjective):
         return Goal(x_GMD / c, particles / c + total, force)  # type: ignore[arg-type]
 
     def _targets(self, x_GMD: Tensor, data_GMD: Tensor, nulls_1KD: Tensor | None, alpha_G1: Tensor) -> Targets:
+        """Targets of a kind of group: its particles and the items without condition (negatives), then the data
+        (positives). alpha_G1: guidance."""
         num_groups, num = x_GMD.shape[:2]
         one = torch.ones(num_groups, num, device=x_GMD.device, dtype=x_GMD.dtype)
         extra = x_GMD[:, :0] if nulls_1KD is None else nulls_1KD.expand(num_groups, -1, -1)

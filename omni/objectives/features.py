@@ -27,17 +27,19 @@ from omni.rng import Key
 FeatureMap = Callable[[Tensor], Sequence[Tensor]]
 FEATURES: Registry[FeatureMap] = Registry("feature map", "omni.objectives", entry_points="omni.feature_maps")
 
-WIDTH = 32
-RUNS = (1, 4, 16)
+WIDTH = 32  # of the random network "projections"
+RUNS = (1, 4, 16)  # numbers of runs, of "projections"
 
 
 @FEATURES.register("latents")
 def latents(x_BNC: Tensor) -> list[Tensor]:
+    """One family: the latents themselves."""
     return [x_BNC.flatten(1)]
 
 
 @FEATURES.register("projections")
 def projections(x_BNC: Tensor) -> list[Tensor]:
+    """The latents, and statistics of a fixed random network on them. Families in a fixed order."""
     num, families = x_BNC.shape[1], [x_BNC.flatten(1)]
     first, second = (w.to(x_BNC.device, x_BNC.dtype) for w in _weights(x_BNC.shape[2]))
     h_BHN = ((x_BNC @ first).tanh() @ second).tanh().mT
@@ -52,7 +54,7 @@ def projections(x_BNC: Tensor) -> list[Tensor]:
 
 @lru_cache
 def _weights(channels: int) -> tuple[Tensor, Tensor]:
-    """(C, H), (H, H) float32: they depend on the number of channels alone."""
+    """(C, H), (H, H) float32: they depend on the number of channels alone. Keyed by name: never rename the keys."""
     key = Key(0).fold("feature projections", channels)
     return tuple(
         key.fold(name).normal((rows, WIDTH)) * (2 / rows) ** 0.5

@@ -46,9 +46,11 @@ class ImprovedMeanFlow(GuidedObjective):
     @field_validator("guidance", mode="before")
     @classmethod
     def _mix_of_the_paper(cls, value: Any) -> Any:
+        """A table of guidance without `mix` has the paper's."""
         return {"mix": "inverse", **value} if isinstance(value, Mapping) else value
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,) float64, as in MeanFlow."""
         return PairDistribution(time=self.time, end=self.end, diagonal=self.diagonal).draw(items.names, key)
 
     def loss(self, call: FlowCall, draw: GuidedDraw) -> Terms:

@@ -37,6 +37,7 @@ class MeanFlow(GuidedObjective):
     offset: float = Field(default=1e-3, gt=0)
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,) float64: the larger and the smaller of two samples."""
         return PairDistribution(time=self.time, end=self.end, diagonal=self.diagonal).draw(items.names, key)
 
     def loss(self, call: FlowCall, draw: GuidedDraw) -> Terms:

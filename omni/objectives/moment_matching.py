@@ -36,7 +36,7 @@ from torch import Tensor
 
 from omni.objectives.base import OBJECTIVES, Draw, FlowCall, Items, Terms
 from omni.objectives.kernels import Kernel, squared_discrepancy
-from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, land, wide
+from omni.objectives.particles import Groups, ParticleObjective, gather, group_items, in_float32, jump_in_float32
 from omni.objectives.weighting import elbo_sigmoid
 from omni.rng import Key
 
@@ -92,7 +92,7 @@ class MomentMatching(ParticleObjective):
         return self
 
     def draw(self, items: Items, key: Key) -> MomentDraw:
-        groups, broad = group_items(items, self.particles, self.groups), wide(items)
+        groups, broad = group_items(items, self.particles, self.groups), in_float32(items)
         t, s = self.group_times(groups, key)
         r = s if self.pairs == "one_step" else inner_time(t, s, self.k, self.min_gap)
         t, s, r = items.times(t[groups.index], s[groups.index], r[groups.index])
@@ -118,8 +118,8 @@ class MomentMatching(ParticleObjective):
         """(y_t, y_r, scale of the kernel) for each kind of group: (G, M, D) with a graph, (G, M, D) without, (G,)."""
         t, s, items = draw.t, draw.s, draw.items
         with torch.no_grad():
-            y_r = land(call if self.target_decay is None else call.target(), draw.x_r, draw.r, s, items)
-        y_t, scale = land(call, draw.x, t, s, items), self.kernel_scale(t, s)
+            y_r = jump_in_float32(call if self.target_decay is None else call.target(), draw.x_r, draw.r, s, items)
+        y_t, scale = jump_in_float32(call, draw.x, t, s, items), self.kernel_scale(t, s)
         for members in draw.groups.members:
             yield gather(items, y_t, members).flatten(2), gather(items, y_r, members).flatten(2), scale[members[:, 0]]
 

@@ -51,6 +51,7 @@ def _groups(sizes_I: Tensor) -> list[Tensor]:
 
 
 def _solver() -> Callable:
+    """scipy's assignment of least cost. ValueError where it is missing."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:

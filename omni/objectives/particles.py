@@ -104,6 +104,7 @@ def _batch_groups(names: BatchNames, num: int, how: Grouping) -> tuple[list[int]
 
 
 def check_copies(copies: int, num: int) -> None:
+    """ValueError unless the copies of a block fill whole groups."""
     if copies % num:
         raise ValueError(
             f"the batch has {copies} copies of a block, but the objective needs particles={num} of each; set "
@@ -119,12 +120,12 @@ def gather(items: Items, value_RSC: Tensor, members_GM: Tensor) -> Tensor:
     return value_RSC[items.mask][first[members_GM][..., None] + place]
 
 
-def wide(items: Items) -> Items:
+def in_float32(items: Items) -> Items:
     """The same items in float32 or better: in half precision x_t and x_r round to the same values."""
     return replace(items, latents=items.latents.to(torch.promote_types(items.latents.dtype, torch.float32)))
 
 
-def land(call: FlowCall, x: Tensor, t: Tensor, s: Tensor, items: Items) -> Tensor:
+def jump_in_float32(call: FlowCall, x: Tensor, t: Tensor, s: Tensor, items: Items) -> Tensor:
     """f(x, t, s) (R, S, C) in float32 or better; the network's input is x in the dtype of the batch."""
     wider = torch.promote_types(x.dtype, torch.float32)
     gap = (s - t).to(wider)[items.item.clamp(min=0)].unsqueeze(-1)
@@ -152,6 +153,7 @@ class ParticleObjective(FlowObjective, ABC):
 
     @property
     def trains(self) -> tuple[Trains, ...]:  # type: ignore[override]
+        """Jumps to any time for "below"; else jumps to the data."""
         return ("jumps",) if self.pairs == "below" else ("data_jumps",)
 
     def group_times(self, groups: Groups, key: Key) -> tuple[Tensor, Tensor]:

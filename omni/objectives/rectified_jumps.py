@@ -43,7 +43,7 @@ class JumpDraw(Draw):
 @OBJECTIVES.register("rectified_jumps")
 class RectifiedJumps(FlowObjective):
     """jumps: how many equal jumps from noise to data, with probabilities `shares` (equal if empty); an item trains one
-    of the n jumps. velocity: share of items that train F(x_t, t, t). told_guidance: w of the guidance embedding, 1 is
+    of the n jumps. velocity: share of items that train F(x_t, t, t). guidance_embedding: its w, 1 is
     none.
 
     power, offset: of the jumps' weight (offset / (e + offset))^power; power 0 is the square.

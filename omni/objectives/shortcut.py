@@ -32,7 +32,7 @@ class Shortcut(FlowObjective):
 
     num_levels: log2 M. shares: the probability of each level, the longest jump first; None: equal. bootstrap: share of
     items that bootstrap. clip: bound of x' and of the target, for latents of unit scale; None: none.
-    guidance_scale: w of the finest level, 1 is none (the paper: 1.5). tell_guidance: see above. target_decay: of the
+    guidance_scale: w of the finest level, 1 is none (the paper: 1.5). embed_guidance: see above. target_decay: of the
     average behind the target. The paper also needs weight decay 0.1 for stability; that is the optimiser's.
     """
 
@@ -55,7 +55,7 @@ class Shortcut(FlowObjective):
             if not self.dyadic:
                 raise ValueError("shares has no effect with dyadic=false, whose jumps have any length; leave it out")
         if self.embed_guidance and self.guidance_scale == 1:
-            raise ValueError("tell_guidance has no effect at guidance_scale 1; raise it, or leave tell_guidance out")
+            raise ValueError("embed_guidance has no effect at guidance_scale 1; raise it, or leave embed_guidance out")
         return self
 
     @property
@@ -68,6 +68,7 @@ class Shortcut(FlowObjective):
         return 2.0 ** (1 - self.num_levels)
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,) float64: a keyed jump for the share `bootstrap`, else s = t."""
         t = self.time.draw(items.names, key)
         if self.dyadic:
             # M = 2^L; d = 2^-k with k in 0..L-1, t uniform on the multiples of d
@@ -101,6 +102,7 @@ class Shortcut(FlowObjective):
         return embed_scale(call, items, self.guidance_scale, where_I) if self.embed_guidance else call
 
     def _two_halves(self, network: FlowCall, draw: Draw) -> Tensor:
+        """The target of a jump: the mean velocity of its two halves, of the target network."""
         t, s, items = draw.t, draw.s, draw.items
         m = (t + s) / 2
         finest = (t - s) < 1.5 * self.finest
@@ -110,6 +112,7 @@ class Shortcut(FlowObjective):
         return self._clip((first + second) / 2)
 
     def _clip(self, x: Tensor) -> Tensor:
+        """x within [-clip, clip]."""
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _velocity(self, network: FlowCall, x: Tensor, t: Tensor, s: Tensor, finest: Tensor, items: Items) -> Tensor:

@@ -67,6 +67,7 @@ class TerminalVelocity(FlowObjective):
         return self.guidance_scale != 1 or self.guidance_range is not None
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
+        """(t, s), each (I,) float64, of the terminal term."""
         return self.pair.draw(items.names, key)
 
     def draw(self, items: Items, key: Key) -> TerminalDraw:

@@ -106,6 +106,7 @@ def run_sampler(
 
 
 def _states(sampling: Sampling, call: Velocity, dtype: torch.dtype, end: float) -> Iterator[State]:
+    """`run_sampler` of a started sampler. ValueError unless it ends at the time `end`."""
     item, reached = next(sampling, None), None
     while item is not None:
         if isinstance(item, State):
@@ -138,6 +139,7 @@ def knobs(sampler: str) -> list[str]:
 
 
 def _known(name: str) -> str:
+    """`name`, if a sampler has it."""
     SAMPLERS.get(name)
     return name
 

@@ -4,6 +4,7 @@ The order is fixed, so similar distributions map a uniform to similar ids. A hea
 (heads.joint.push_forward), and samples of two distributions with one uniform often agree (samplers.verification).
 
 Legend: V vocabulary.
+The order of ids is the map from noise to ids that heads learn: never change it.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def num_steps(grid: str | Sequence[float]) -> int | None:
 
 @GRIDS.register("uniform")
 def _uniform(steps: int, start: float | None) -> list[float]:
+    """Equal steps of t."""
     return torch.linspace(1.0 if start is None else start, 0, steps + 1, dtype=torch.float64).tolist()
 
 
@@ -84,6 +85,7 @@ def _midpoint(steps: int = 2, start: float | None = None) -> list[float]:
 
 
 def _warped(times: list[float], shift: float) -> list[float]:
+    """The times warped by `shift`; both ends stay."""
     if shift == 1:
         return times
     first, part = times[0], torch.tensor(times, dtype=torch.float64) / times[0]
@@ -91,6 +93,7 @@ def _warped(times: list[float], shift: float) -> list[float]:
 
 
 def _checked(times: Sequence[float]) -> list[float]:
+    """The times as floats. ValueError unless they decrease from at most 1 to 0."""
     found = [float(t) for t in times]
     if len(found) < 2 or not 0 < found[0] <= 1 or found[-1] != 0:
         raise ValueError(f"the times {_name(times)} must go from noise (at most 1) to data (0); for example 1, 0.58, 0")
@@ -101,6 +104,7 @@ def _checked(times: Sequence[float]) -> list[float]:
 
 
 def _name(grid: str | Sequence[float]) -> str:
+    """A grid in an error: its name, or its times in short."""
     if isinstance(grid, str):
         return repr(grid)
     shown = [str(round(float(t), 6)) for t in grid]

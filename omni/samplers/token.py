@@ -33,6 +33,7 @@ def masked_scores(logits_NV: Tensor, mask: Tensor, numbers: Sequence[int]) -> tu
 
 
 def _require_sound(logits_V: Tensor, best: float, number: int) -> None:
+    """NotFiniteError if the logits, or what the mask leaves of them, are no distribution."""
     what, way_out = f"the logits of token {number + 1} of the reply", "check the model's files with `omni verify`"
     require_finite(logits_V, what, f"a weight is damaged, or too large for the model's dtype: {way_out}")
     if not math.isfinite(best):

@@ -33,7 +33,7 @@ VERIFICATIONS = (*LOSSLESS, "none")
 
 @dataclass(frozen=True)
 class Verified:
-    """ids (B, K + 1): of batch row b the first `kept[b] + 1` are emitted; the last of these is sampled here."""
+    """ids (B, K + 1): of batch row b the first `accepted[b] + 1` are emitted; the last of these is sampled here."""
 
     ids: Tensor
     accepted: Tensor  # (B,) int64, 0..K

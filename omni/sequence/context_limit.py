@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 
-WARN_SHARE = 0.9
+WARN_SHARE = 0.9  # of the longest context
 
 
 class ContextWarning(UserWarning):

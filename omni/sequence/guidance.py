@@ -53,10 +53,12 @@ def null_documents(document: Document) -> list[Document]:
 
 
 def _targets(document: Document) -> list[int]:
+    """Indices of the supervised pictures and clips."""
     return [i for i, s in enumerate(document.segments) if not isinstance(s, Text) and s.supervise]
 
 
 def _reduced(document: Document, index: int, what: Drop) -> Document:
+    """The segments before `index`, reduced and not supervised, and that segment."""
     target = document.segments[index]
     before = [replace(s, supervise=False) for s in document.segments[:index]]
     assert isinstance(target, Image | Video)

@@ -81,6 +81,7 @@ class Stream:
 
     @property
     def fields(self) -> Fields:
+        """The four integers that decide visibility (mask.visible)."""
         return Fields(self.document, self.block if self.bound is None else self.bound, self.copy, self.rank)
 
 
@@ -110,13 +111,17 @@ class Batch:
 
     @property
     def num_positions(self) -> int:
+        """Positions of both streams that are not padding."""
         return self.num_context + self.num_refine
 
     @property
     def num_targets(self) -> int:
+        """Positions with a next-token loss."""
         return int((self.target != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> Batch:
+        """The batch with all tensors on `device`, null contexts too."""
+
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device)
@@ -307,6 +312,8 @@ def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: in
 
 
 def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:
+    """The batch of laid-out documents: R rows of T context and S refine positions. Items are numbered row by row,
+    document by document, block by block, copy by copy: objectives rely on that order."""
     R, padding = len(filled), _empty_stream(len(filled), T, copy=0)
     laid = context_tensors([[one for _, one in row] for row in filled], T, C, pad_id)
     block = torch.where(laid.document >= 0, laid.block, padding.block)

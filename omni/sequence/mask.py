@@ -38,6 +38,7 @@ class Fields:
 
     @property
     def ranks(self) -> Tensor:
+        """`rank`, or zeros."""
         return torch.zeros_like(self.copy) if self.rank is None else self.rank
 
     def then(self, other: Fields) -> Fields:

@@ -49,6 +49,7 @@ class Blocks:
 
     @property
     def count(self) -> float:
+        """The number of valid tokens."""
         return float(self.valid.sum())
 
 
@@ -57,6 +58,7 @@ def choose_blocks(batch: Batch, length: int, per_row: int, key: Key) -> tuple[St
 
     A block ends after K ids, or where the next id is not supervised (where a picture begins or a turn ends). The chosen
     starts depend on the documents of the batch row; the random value of a start depends on (document, offset) alone.
+    Another key changes the starts of every run.
     """
     R, T = batch.ids.shape
     device = batch.ids.device

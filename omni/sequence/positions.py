@@ -32,6 +32,7 @@ class RotarySpec(Frozen):
     bases: one base per axis, with frequencies counted within the axis (SenseNova-U1). None: one base, LayerSpec's
         rope_base, with frequencies counted over all axes.
     partial: the share of D that rotates. scaling: of the base, for longer contexts.
+    Trained weights depend on it.
     """
 
     layout: Layout = "modulo"

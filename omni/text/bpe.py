@@ -61,6 +61,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def _from_model_bytes(cls, data: bytes, phrases: Sequence[str] = ()) -> Self:
+        """See Tokenizer. ValueError for parts that change text."""
         parts = table_of(parse_json(data, cls.file_name), cls.file_name)
         for part in ("added_tokens", "normalizer", "post_processor", "truncation", "padding"):
             if parts.get(part):

@@ -117,6 +117,7 @@ def document_to_messages(document: Document) -> list[dict[str, Any]]:
 
 
 def _read_message(message: Message, reader: _PartReader, supervise: bool) -> list[Segment]:
+    """The segments of one message; empty texts are left out. ValueError for a message without content."""
     if not isinstance(message, Mapping):
         raise ValueError(f"a message is a mapping with role and content, got {type(message).__name__} {message!r:.80}")
     name = message.get("role")
@@ -154,6 +155,7 @@ class _PartReader:
         self._end = time.monotonic() + MAX_SECONDS
 
     def read(self, part: Any, role: Role, supervise: bool) -> Segment:
+        """The segment of one part of any of the formats."""
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise ValueError(f"more than {MAX_PARTS} parts; split the conversation")
@@ -180,24 +182,28 @@ class _PartReader:
         raise ValueError(f"unknown part type {kind!r:.80}{hint}")
 
     def _text(self, text: str, role: Role, supervise: bool) -> Text:
+        """A text, counted."""
         self._characters += len(text)
         if self._characters > MAX_CHARACTERS:
             raise ValueError(f"more than {MAX_CHARACTERS} characters of text; split the conversation")
         return Text(text, role, supervise)
 
     def _seconds_left(self) -> float:
+        """Seconds until MAX_SECONDS. ValueError after them."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise ValueError(f"reading the media takes longer than {MAX_SECONDS:g} seconds; send fewer or smaller")
         return left
 
     def _image(self, value: Any) -> torch.Tensor:
+        """Pixels (H, W, 3) of a picture, counted."""
         self._seconds_left()
         image = Image(self._load_image(self._resolve(value, "picture", media.MAX_BYTES)))
         self._budget.take(image.pixels.shape)
         return image.pixels
 
     def _video(self, value: Any, fps: Any) -> tuple[torch.Tensor, float]:
+        """(frames (T, H, W, 3), frames per second) of a file or of a list of pictures, counted."""
         rate = None if fps is None else check_fps(fps)
         if isinstance(value, Iterable) and not isinstance(value, _NO_FRAMES) and getattr(value, "ndim", 4):
             return torch.stack(self._frames(value)), rate or 8.0
@@ -212,6 +218,7 @@ class _PartReader:
         return frames, own
 
     def _frames(self, value: Iterable[Any]) -> list[torch.Tensor]:
+        """The pictures of a list of frames, all of one shape."""
         frames: list[torch.Tensor] = []
         for frame in value:
             if len(frames) >= media.MAX_FRAMES:
@@ -268,6 +275,7 @@ def _path_of_url(url: str, kind: str) -> str:
 
 
 def _data_url(url: str, kind: str, max_bytes: int) -> bytes:
+    """The bytes of a data: URL, base64 or percent-escaped."""
     comma = url.find(",")
     if comma < 0:
         raise ValueError(f"{kind} {url!r:.40} is no data: URL (no comma); write data:image/png;base64,...")
@@ -310,4 +318,5 @@ def _unescape(text: str, start: int, kind: str, max_bytes: int, named: int | Non
 
 
 def _too_long(kind: str, max_bytes: int) -> ValueError:
+    """The error for too many bytes."""
     return ValueError(f"the data: URL or base64 of a {kind} is longer than {max_bytes} bytes; make it smaller")

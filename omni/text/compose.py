@@ -7,6 +7,7 @@
 rate: frames per second, rounded.
 Legend: t, h, w latents in time, rows, columns; C latent channels; N = t*h*w.
 Control tokens enter by id only. omni.sequence.layout does layout, packing and masks.
+Models are trained on this order of ids: never change it.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch
 def _write_media(
     writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Video, latents: Sequence[torch.Tensor]
 ) -> None:
+    """Write the header, the blocks and media_end of one picture or clip."""
     writer.ids(media_header(tokenizer, segment, latents), segment.supervise)
     for block in latents:
         t, h, w, channels = block.shape
@@ -124,6 +126,7 @@ def _write_media(
 
 
 def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[int, int, int, int]:
+    """(t, h, w, C) of the blocks. ValueError unless they are those of the segment."""
     shapes = [tuple(block.shape) for block in latents]
     good = bool(shapes) and all(len(shape) == 4 and shape[1:] == shapes[0][1:] for shape in shapes)
     if not good or (isinstance(segment, Image) and (len(shapes) != 1 or shapes[0][0] != 1)):
@@ -142,18 +145,22 @@ class _SpanWriter:
         self._supervise: list[bool] = []
 
     def ids(self, ids: Sequence[int], supervise: bool) -> None:
+        """Append ids with one supervise flag."""
         self._ids += ids
         self._supervise += [supervise] * len(ids)
 
     def latents(self, span: LatentSpan) -> None:
+        """Append a block."""
         self._close()
         self._spans.append(span)
 
     def finish(self) -> list[Span]:
+        """All spans."""
         self._close()
         return self._spans
 
     def _close(self) -> None:
+        """End the present TokenSpan, if it has ids."""
         if self._ids:
             self._spans.append(TokenSpan(self._ids, self._supervise))
             self._ids, self._supervise = [], []

@@ -37,6 +37,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__([self._piece_bytes(token, kind) for token, kind in enumerate(_piece_kinds(model))], phrases)
 
     def _piece_bytes(self, token: int, kind: int) -> bytes:
+        """The bytes that a piece stands for. ValueError for a control or user-defined symbol."""
         piece = self._library.id_to_piece(token)
         if kind == _BYTE:
             return bytes([int(piece[3:5], 16)])
@@ -126,6 +127,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(number, offset after it) of a protobuf varint at offset `at`."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:

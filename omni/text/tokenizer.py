@@ -28,7 +28,7 @@ from omni.config import parse_json
 from omni.document import Role
 from omni.registry import Registry
 
-MAX_SIZE = 64
+MAX_SIZE = 64  # one control id each: never change it
 CONTROL_NAMES: tuple[str, ...] = (
     *("pad", "begin", "system", "user", "assistant", "end", "image", "video", "media_end"),
     *(f"size_{n}" for n in range(1, MAX_SIZE + 1)),
@@ -36,6 +36,7 @@ CONTROL_NAMES: tuple[str, ...] = (
 CONFIG_FILE = "tokenizer_config.json"
 MAX_BYTES = 256 << 20  # of a file
 Read = Callable[[str], bytes]
+# Encoded and decoded at start: text that a lossy tokenizer changes.
 _PROBE = " two  spaces\n\ttab \u2581 <unk></s><s><0x0A>\x00\u2028\ud800 \ufb01 \u212b e\u0301 "
 
 backends: Registry[type[Tokenizer]] = Registry("tokenizer backend", "omni.text", entry_points="omni.tokenizers")
@@ -45,13 +46,14 @@ class ControlTokens:
     """Ids of the control tokens: `first` + index in CONTROL_NAMES (tokenizers_cfg/control_tokens.toml has the table).
 
     Attributes pad, begin, system, user, assistant, end, image, video, media_end are ids.
+    Checkpoints hold these ids: never reorder; change the toml with it.
     """
 
     def __init__(self, first: int) -> None:
         self.first = first
         self.pad, self.begin, self.system, self.user, self.assistant, self.end = range(first, first + 6)
         self.image, self.video, self.media_end = range(first + 6, first + 9)
-        self._size_first = first + 8
+        self._before_sizes = first + 8  # size_n is _before_sizes + n
 
     def __len__(self) -> int:
         return len(CONTROL_NAMES)
@@ -63,11 +65,11 @@ class ControlTokens:
         """Id of the size token for n latents (or chunks, or frames a second), 1 <= n <= MAX_SIZE; ValueError beyond."""
         if not 1 <= n <= MAX_SIZE:
             raise ValueError(f"a media side of {n} latents has no size token (1 to {MAX_SIZE}); resize or split it")
-        return self._size_first + n
+        return self._before_sizes + n
 
     def size_of(self, token: int) -> int | None:
         """n when `token` is a size token, else None."""
-        n = token - self._size_first
+        n = token - self._before_sizes
         return n if 1 <= n <= MAX_SIZE else None
 
     def role(self, role: Role) -> int:
@@ -95,7 +97,7 @@ class Tokenizer(ABC):
     def __init__(self, id_bytes: Sequence[bytes], phrases: Sequence[str] = ()) -> None:
         self.phrases = _checked_phrases(phrases, self.verbatim_pattern)
         self._phrase_ids = {phrase: len(id_bytes) + number for number, phrase in enumerate(self.phrases)}
-        self._phrase_pattern = _any_of(self.phrases)
+        self._phrase_pattern = _longest_phrase_pattern(self.phrases)
         self._id_bytes = (*id_bytes, *(phrase.encode("utf-8") for phrase in self.phrases))
         self.num_text = len(self._id_bytes)
         self.longest_id = max(map(len, self._id_bytes))  # in bytes; n characters have at least n / longest_id ids
@@ -219,6 +221,7 @@ class Tokenizer(ABC):
         return tokenizer
 
     def _find_byte_ids(self) -> tuple[int, ...]:
+        """The first id of each single byte. ValueError if a byte has none."""
         first: dict[bytes, int] = {}
         for token, value in enumerate(self._id_bytes):
             if len(value) == 1:
@@ -230,6 +233,7 @@ class Tokenizer(ABC):
 
 
 def _checked_phrases(phrases: object, verbatim: re.Pattern[str]) -> tuple[str, ...]:
+    """The phrases. ValueError for one that is empty, given twice, or no plain text."""
     if not isinstance(phrases, Sequence) or isinstance(phrases, str):
         raise ValueError(f"phrases must be a list of texts, got {phrases!r:.80}")
     seen: set[object] = set()
@@ -240,30 +244,32 @@ def _checked_phrases(phrases: object, verbatim: re.Pattern[str]) -> tuple[str, .
     return tuple(phrases)
 
 
-def _any_of(phrases: Sequence[str]) -> re.Pattern[str] | None:
+def _longest_phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str] | None:
     """Matches the longest phrase that fits. It ends where a word does, a plural s aside; it begins with its space, or
     where neither a space nor a word is before it. None without phrases."""
     if not phrases:
         return None
     inside, alone = ([p for p in phrases if p[0].isspace() == spaced] for spaced in (True, False))
     try:
-        trees = ([_tree(inside)] if inside else []) + ([rf"(?<![\w\s]){_tree(alone)}"] if alone else [])
+        trees = ([_prefix_tree_pattern(inside)] if inside else []) + (
+            [rf"(?<![\w\s]){_prefix_tree_pattern(alone)}"] if alone else []
+        )
         either = "|".join(trees)
         return re.compile(rf"(?:{either})(?=s?(?![^\W_]))")
     except RecursionError:
         raise ValueError("these phrases are beginnings of one another too many times over; give fewer") from None
 
 
-def _tree(words: Sequence[str]) -> str:
-    """A pattern of any of the words, the longest first, that tells them apart letter by letter: thousands of words side
-    by side would each be tried at every place of a text."""
+def _prefix_tree_pattern(words: Sequence[str]) -> str:
+    """A pattern of any of the words, the longest first, as a tree of letters: thousands of words side by side would
+    each be tried at every place of a text."""
     by_letter: dict[str, list[str]] = {}
     for word in filter(None, words):
         by_letter.setdefault(word[0], []).append(word)
     parts = []
     for some in by_letter.values():
         common = os.path.commonprefix(some)
-        parts.append(re.escape(common) + _tree([word[len(common) :] for word in some]))
+        parts.append(re.escape(common) + _prefix_tree_pattern([word[len(common) :] for word in some]))
     if not parts:
         return ""
     branches = "|".join(parts)
@@ -278,18 +284,18 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._held = b""
+        self._unfinished_bytes = b""
 
     def push(self, token: int) -> str:
         """The text that this id completes; "" while a character is unfinished."""
-        data = self._held + self._tokenizer.bytes_of(token)
+        data = self._unfinished_bytes + self._tokenizer.bytes_of(token)
         cut = len(data) - _unfinished(data)
-        self._held = data[cut:]
+        self._unfinished_bytes = data[cut:]
         return decode_bytes(data[:cut])
 
     def flush(self) -> str:
         """The held-back bytes as text; an unfinished character gives U+FFFD."""
-        data, self._held = self._held, b""
+        data, self._unfinished_bytes = self._unfinished_bytes, b""
         return decode_bytes(data)
 
 
@@ -310,7 +316,7 @@ def decode_bytes(data: bytes) -> str:
 
 
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
-_BEGUN = re.compile(  # a valid start of a character, cut off by the end of the data
+_UNFINISHED_CHARACTER = re.compile(  # a valid start of a character, cut off by the end of the data
     rb"([\xc2-\xf4]|\xe0[\xa0-\xbf]|[\xe1-\xef][\x80-\xbf]"
     rb"|\xf0[\x90-\xbf][\x80-\xbf]?|[\xf1-\xf3][\x80-\xbf]{1,2}|\xf4[\x80-\x8f][\x80-\xbf]?)\Z"
 )
@@ -319,11 +325,12 @@ _BEGUN = re.compile(  # a valid start of a character, cut off by the end of the 
 def _unfinished(data: bytes) -> int:
     """The number of bytes at the end that may still become a character."""
     tail = data[-3:]
-    match = _BEGUN.search(tail)
+    match = _UNFINISHED_CHARACTER.search(tail)
     return len(tail) - match.start() if match else 0
 
 
 def _write_whole(path: Path, data: bytes) -> None:
+    """Write under another name, then rename: `path` is never half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_bytes(data)
@@ -333,6 +340,8 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def from_disk(directory: Path) -> Read:
+    """A function that returns the bytes of a file of `directory` by its name. ValueError where it cannot."""
+
     def read(name: str) -> bytes:
         try:
             with (directory / name).open("rb") as stream:
@@ -349,6 +358,7 @@ def from_disk(directory: Path) -> Read:
 
 
 def read_config(directory: Path, read: Read) -> dict[str, Any]:
+    """The content of tokenizer_config.json. ValueError where keys are missing."""
     source = str(directory / CONFIG_FILE)
     config = parse_json(read(CONFIG_FILE), source)
     wanted = {"backend", "blake2b", "num_text", "control"}

@@ -168,7 +168,7 @@ def test_a_picture_is_attached_unchanged_and_its_size_printed(
     model = cli_generate.load_model(None)
     fake.setattr(model, "preparation", Preparation(**rule))
     fake.setattr(sys, "stderr", output)
-    assert cli_generate.attach(model, pixels).pixels is pixels
+    assert cli_generate.image_segment(model, pixels).pixels is pixels
     named = f"a picture of {size[0]}x{size[1]} is resized to {read[0]}x{read[1]}\n"
     assert output.getvalue() == ("" if size == read else named)
 

@@ -276,6 +276,6 @@ def test_errors_name_the_value_and_the_remedy(tmp_path, monkeypatch) -> None:
 def test_fsq_takes_the_weights_of_the_plain_autoencoder() -> None:
     plain = AutoencoderCodec.initialised(CONFIGS["autoencoder"], "test", Key(5))
     quantised = FsqCodec.initialised(CONFIGS["fsq"], "test", Key(0))
-    quantised.adopt(plain)
+    quantised.copy_from(plain)
     weights = quantised.autoencoder().state_dict()
     assert all(torch.equal(weights[name], value) for name, value in plain.module.state_dict().items())

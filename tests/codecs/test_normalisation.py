@@ -125,7 +125,7 @@ def test_another_family_gives_its_weights_alone() -> None:
     mine, other = codec(), codec((0.5, -1.0), (4.0, 0.25))
     with torch.no_grad():
         other.module.weight.fill_(float(Key(0).normal((1,))))
-    mine.adopt(other)
+    mine.copy_from(other)
     assert torch.equal(mine.module.weight, other.module.weight)
     assert mine.mean.tolist() == [0.5, -1.0] and mine.deviation.tolist() == [4.0, 0.25]
 

@@ -60,7 +60,7 @@ def test_an_error_falls_back_to_the_whole_package(
     def broken(name: str) -> None:
         raise AttributeError("moved elsewhere")
 
-    monkeypatch.setattr(upstream, "_alone", broken)
+    monkeypatch.setattr(upstream, "_import_alone", broken)
     monkeypatch.delitem(sys.modules, "diffusers")
     with caplog.at_level(logging.INFO, "omni"):
         found = upstream.diffusers_class("AutoencoderKL")

@@ -16,7 +16,7 @@ from eval.experiments.joint.heads_on_text import (
     contexts_of,
     held_out,
     measure_plain,
-    run_line,
+    train_and_measure,
     train_backbone,
     train_head,
     windows,
@@ -101,11 +101,14 @@ def test_likelihoods_are_of_the_blocks(backbone) -> None:  # noqa: ANN001
 
 def test_a_line_is_measured_under_every_verification_that_it_allows(backbone) -> None:  # noqa: ANN001
     line = TextLine(head="push_forward", log_q_options={"mode": "categorical"}, passes=(2, 4))
-    found, again = (run_line(backbone, line, TEXT, SMALL, Key(6)) for _ in range(2))
+    found, again = (train_and_measure(backbone, line, TEXT, SMALL, Key(6)) for _ in range(2))
     assert set(found.rounds) == {"coupled", "greedy", "rejection", "block"} and set(found.free) == {1, 2, 4}
     assert found.scores.kind == "bound" and found.scores.positions is None
     assert found.free == again.free and all(torch.equal(found.rounds[k].ids, again.rounds[k].ids) for k in found.rounds)
-    assert set(run_line(backbone, TextLine(head="push_forward"), TEXT, SMALL, Key(6)).rounds) == {"coupled", "greedy"}
+    assert set(train_and_measure(backbone, TextLine(head="push_forward"), TEXT, SMALL, Key(6)).rounds) == {
+        "coupled",
+        "greedy",
+    }
 
 
 def test_the_task_names_its_rows_in_advance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from omni.generation.options import GenerationOptions
 from omni.generation.reply import Reply
 from omni.generation.request import Request
 from omni.generation.speculative import _noise
-from omni.heads.joint import JOINT_HEADS, After, Draft, JointHead
+from omni.heads.joint import JOINT_HEADS, Draft, ExtendedCall, JointHead
 from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -37,8 +37,8 @@ class RollOut(JointHead):
 
     def sample(self, call, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:  # noqa: ANN001
         ids, distributions = uniforms[:, :0].long(), []
-        for k in range(self.fits(uniforms)):
-            start = call.start if k == 0 else After(call, ids).start
+        for k in range(self.num_tokens(uniforms)):
+            start = call.start if k == 0 else ExtendedCall(call, ids).start
             scores = call.read(start).double()
             distributions.append((scores if self.mask is None else scores + self.mask).log_softmax(-1))
             ids = torch.cat([ids, inverse_cdf_sample(distributions[-1], uniforms[:, k]).unsqueeze(1)], 1)

@@ -8,7 +8,7 @@ from histories import call_behind
 from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 
 from omni.generation.context import append_of, run_context
-from omni.heads.joint import JOINT_HEADS, After, JointConfig, JointHead
+from omni.heads.joint import JOINT_HEADS, ExtendedCall, JointConfig, JointHead
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.nn.cache import History
@@ -167,7 +167,7 @@ def test_clean_tokens_in_a_block_see_what_text_sees(depth: int | None) -> None:
             if not blocks.valid[b, :3].all():
                 continue
             i = int(starts.at[b])
-            after = After(call, blocks.ids[:, :3])
+            after = ExtendedCall(call, blocks.ids[:, :3])
             assert (after.start[b] - hidden[0, i + 3]).abs().max() < 1e-5
 
 

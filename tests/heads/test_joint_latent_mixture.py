@@ -14,9 +14,9 @@ from real_model import alive_model
 from torch import Tensor
 
 from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
-from omni.heads.joint import JointConfig, Lesson
+from omni.heads.joint import JointConfig, LossInputs
 from omni.heads.joint.latent_mixture import LatentMixture
-from omni.heads.joint.noise_kinds import draws_of
+from omni.heads.joint.noise_kinds import uniforms_by_name
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.rng import Key
@@ -75,10 +75,10 @@ def test_samples_and_bounds_against_the_exact_distribution() -> None:
     )
 
 
-def lesson(model: Omni, ids: Tensor, valid: Tensor) -> tuple[BatchCall, Lesson]:
+def lesson(model: Omni, ids: Tensor, valid: Tensor) -> tuple[BatchCall, LossInputs]:
     batch, starts, blocks = toy_batch(empty(len(ids)), ids, V - 1)
     call = BatchCall(model, starts, *model.context(batch))
-    return call, Lesson(replace(blocks, valid=valid), torch.zeros(0), Key(5))
+    return call, LossInputs(replace(blocks, valid=valid), torch.zeros(0), Key(5))
 
 
 def test_the_loss_is_log_mean_exp_over_valid_prefixes_and_its_gradient_is_right() -> None:
@@ -87,7 +87,7 @@ def test_the_loss_is_log_mean_exp_over_valid_prefixes_and_its_gradient_is_right(
     valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
     call, given = lesson(model, ids, valid)
     term = head.loss(call, given)["latent_mixture"]
-    offsets = draws_of(given.blocks.names, (5,), given.key.fold("latents"))
+    offsets = uniforms_by_name(given.blocks.names, (5,), given.key.fold("latents"))
     expected = 0.0
     for b, length in enumerate((3, 2, 1, 0)):
         mean = 0.0

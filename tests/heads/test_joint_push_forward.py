@@ -15,9 +15,9 @@ from histories import call_behind, text
 from torch import Tensor
 
 from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
-from omni.heads.joint import JointConfig, Lesson, build_head
+from omni.heads.joint import JointConfig, LossInputs, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
-from omni.heads.joint.push_forward import PushForward, block_bound, graded, semigroup_targets, set_task
+from omni.heads.joint.push_forward import PushForward, block_bound, build_targets, semigroup_targets, terms_of
 from omni.heads.joint.training import BatchCall, teacher_log_probs
 from omni.model import Omni
 from omni.rng import Key
@@ -120,7 +120,7 @@ def test_losses_of_an_oracle_are_its_entropy_and_zero() -> None:
     for step in range(3):  # both cuts of the semigroup
         for intervals in ("teacher", "own"):
             head = oracle_head(V, K, semigroup_share=0.4, intervals=intervals)
-            terms = head.loss(call, Lesson(blocks, teacher, Key(step)))
+            terms = head.loss(call, LossInputs(blocks, teacher, Key(step)))
             assert all(float(terms[name].sum.detach()) < 1e-9 for name in ("decode", "semigroup"))
             assert terms["decode"].count + terms["semigroup"].count == N * K
             assert abs(terms["semigroup"].count / (N * K) - 0.4) < 0.05
@@ -130,7 +130,7 @@ def test_losses_of_an_oracle_are_its_entropy_and_zero() -> None:
             assert abs(entropy - expected) < 0.15
     wrong = replace(call, joint=joint.flip(0))
     call.target = lambda: wrong  # type: ignore[method-assign]
-    terms = oracle_head(V, K).loss(call, Lesson(blocks, teacher, Key(0)))
+    terms = oracle_head(V, K).loss(call, LossInputs(blocks, teacher, Key(0)))
     assert float(terms["semigroup"].sum.detach()) > 1.0
 
 
@@ -138,18 +138,18 @@ def test_the_semigroup_is_cut_in_both_ways_under_one_key(monkeypatch: pytest.Mon
     """The key of a run has no step in it: the documents of a batch decide where its blocks are cut."""
     V, K = 3, 4
     head, call, seen = oracle_head(V, K), OracleCall(_joint(V, K), torch.zeros(0), 2), set()
-    compose = head.compose
+    sample_in_passes = head.sample_in_passes
 
     def listening(*arguments: Any) -> Any:
         seen.add(tuple(arguments[2]))
-        return compose(*arguments)
+        return sample_in_passes(*arguments)
 
-    monkeypatch.setattr(head, "compose", listening)
+    monkeypatch.setattr(head, "sample_in_passes", listening)
     ids = torch.zeros(2, K, dtype=torch.int64)
     for step in range(16):
         blocks = Blocks(ids, ids == 0, ((step, 0, 0), (step, 0, 1)))
         noise = uniforms(2, K, Key(step)).unsqueeze(-1)
-        semigroup_targets(head, call, noise, Lesson(blocks, torch.zeros(0), Key(3)))
+        semigroup_targets(head, call, noise, LossInputs(blocks, torch.zeros(0), Key(3)))
     assert seen == {(1, 3), (2, 2)}
 
 
@@ -171,13 +171,13 @@ def tiny(K: int, V: int, seed: int = 0, **options: object) -> tuple[Omni, PushFo
     return model, head
 
 
-def lesson(model: Omni, ids: Tensor, key: Key, valid: Tensor | None = None) -> tuple[BatchCall, Lesson]:
+def lesson(model: Omni, ids: Tensor, key: Key, valid: Tensor | None = None) -> tuple[BatchCall, LossInputs]:
     batch, starts, blocks = toy_batch(torch.zeros(len(ids), 0, dtype=torch.int64), ids, model.config.vocab_size - 1)
     if valid is not None:
         blocks = replace(blocks, valid=valid)
     hidden, memory = model.context(batch)
     call = BatchCall(model, starts, hidden, memory)
-    return call, Lesson(blocks, teacher_log_probs(model, hidden, starts, blocks), key)
+    return call, LossInputs(blocks, teacher_log_probs(model, hidden, starts, blocks), key)
 
 
 def empty(rows: int) -> Tensor:
@@ -245,7 +245,7 @@ def test_gradients_against_central_differences(kind: NoiseKind, intervals: str) 
     def total(terms: dict) -> Tensor:
         return sum((t.weight * t.sum for t in terms.values()), torch.zeros(()))
 
-    task = set_task(head, call, given)
+    task = build_targets(head, call, given)
     assert task.fresh.any() and not task.fresh.all()
     names = [name for name, _ in head.named_parameters()] + ["adapter"]
     adapters = model.joint.adapters  # type: ignore[union-attr]
@@ -258,7 +258,7 @@ def test_gradients_against_central_differences(kind: NoiseKind, intervals: str) 
             sides = []
             for step in (1e-5, -2e-5):
                 tensor.add_(step * direction)
-                sides.append(float(total(graded(head, call, task, given.teacher))))
+                sides.append(float(total(terms_of(head, call, task, given.teacher))))
             tensor.add_(1e-5 * direction)
             expected = (sides[0] - sides[1]) / 2e-5
             assert abs(float((gradient * direction).sum()) - expected) < 1e-5 * max(1.0, abs(expected)), name
@@ -365,7 +365,7 @@ def test_a_trained_head_uses_its_noise() -> None:
     with torch.no_grad():
         call, u = toy_call(model, empty(N), 2), uniforms(N, 2, Key(1))
         for mode in ("decode", "categorical"):
-            ids = head.compose(call, u.unsqueeze(-1), [2], mode, "pick").ids
+            ids = head.sample_in_passes(call, u.unsqueeze(-1), [2], mode, "pick").ids
             assert (ids[:, 0] == ids[:, 1]).float().mean() > 0.8, mode
             shuffled = call(head.placeholders(u.roll(1, 0).unsqueeze(-1)))
             if mode == "decode":

@@ -20,7 +20,7 @@ from eval.experiments.joint.joints import Table, build_joint
 from eval.experiments.joint.lower_bounds import random_step_bounds, total_correlation
 from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
 from omni.heads.joint import JointConfig, build_head
-from omni.heads.joint.masked import Masked, draw_masks, number_probs, sets_of, spread_uniforms
+from omni.heads.joint.masked import Masked, draw_masks, mask_count_probs, sets_of, spread_uniforms
 from omni.heads.joint.masked_sampling import reveal_sizes
 from omni.rng import Key
 from omni.sequence.placeholders import Blocks
@@ -90,9 +90,9 @@ def test_numbers_of_masked_tokens_are_those_of_the_diffusion() -> None:
     for schedule, share in (("linear", times), ("cosine", torch.cos(math.pi / 2 * times))):
         number = (each < share).sum(-1)
         counts = torch.bincount(number, minlength=7)[1:].double()
-        distribution = number_probs(6, schedule)  # type: ignore[arg-type]
+        distribution = mask_count_probs(6, schedule)  # type: ignore[arg-type]
         assert (counts / counts.sum() - distribution).abs().max() < 0.003 and abs(float(distribution.sum()) - 1) < 1e-12
-    assert (number_probs(6, "cosine")[-1] > 0.3) and number_probs(1, "cosine").tolist() == [1.0]
+    assert (mask_count_probs(6, "cosine")[-1] > 0.3) and mask_count_probs(1, "cosine").tolist() == [1.0]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -104,7 +104,7 @@ def test_masks_of_valid_prefixes(schedule: str) -> None:
     assert not (masked & ~blocks.valid).any()
     for length in (1, 3, 4):
         mine = torch.tensor(lengths) == length
-        distribution, number = number_probs(length, schedule), masked[mine].sum(-1)  # type: ignore[arg-type]
+        distribution, number = mask_count_probs(length, schedule), masked[mine].sum(-1)  # type: ignore[arg-type]
         assert (number >= 1).all() and (weights[mine] - 1 / (number * distribution[number - 1])).abs().max() < 1e-12
         assert (torch.bincount(number, minlength=length + 1)[1:] / mine.sum() - distribution).abs().max() < 0.02
         for m in range(1, length + 1):

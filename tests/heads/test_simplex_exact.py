@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from eval.experiments.joint.training import uniforms
-from omni.heads.joint import Lesson, build_head
-from omni.heads.joint.simplex import Clock, Simplex, decoding_error, graded, semigroup_target, set_task
+from omni.heads.joint import LossInputs, build_head
+from omni.heads.joint.simplex import Clock, Simplex, build_targets, decoding_error, semigroup_target, terms_of
 from omni.rng import Key
 from omni.sequence.placeholders import Blocks
 
@@ -169,7 +169,7 @@ def test_the_loss_of_the_exact_diagonal_is_its_entropy_and_no_other_is_lower() -
     B = 4000
     ids = STRINGS[torch.multinomial(DISTRIBUTION, B, True, generator=Key(1).generator())]
     blocks = Blocks(ids, torch.ones_like(ids).bool(), tuple((n, 0, 0) for n in range(B)))
-    given = Lesson(blocks, torch.zeros(0), Key(0))
+    given = LossInputs(blocks, torch.zeros(0), Key(0))
 
     def each(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The posterior, for blocks whose times differ."""
@@ -177,15 +177,15 @@ def test_the_loss_of_the_exact_diagonal_is_its_entropy_and_no_other_is_lower() -
 
     head = with_endpoint(semigroup_share=0.0)
     head.endpoint = each
-    task = set_task(head, NOWHERE, given)
-    right = graded(head, NOWHERE, task)["diagonal"]
+    task = build_targets(head, NOWHERE, given)
+    right = terms_of(head, NOWHERE, task)["diagonal"]
     log_probs = each(task.x, task.t, task.s)
     entropy = -torch.special.xlogy(log_probs, log_probs).sum()
     assert right.count == B * K
     assert abs(float(right.sum) - float(entropy)) / (B * K) < 0.02, "calibrated: what the posterior says is how often"
     for wrong in (lambda probs: (probs + 0.03) / 1.09, lambda probs: probs**1.3 / (probs**1.3).sum(-1, keepdim=True)):
         head.endpoint = lambda x, t, s, wrong=wrong: wrong(log_probs)
-        assert graded(head, NOWHERE, task)["diagonal"].sum > right.sum
+        assert terms_of(head, NOWHERE, task)["diagonal"].sum > right.sum
 
 
 def test_the_clock_is_linear_in_the_errors_of_argmax() -> None:

@@ -17,15 +17,15 @@ from real_model import alive_model
 from torch import Tensor
 
 from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
-from omni.heads.joint import JointConfig, Lesson, build_head
+from omni.heads.joint import JointConfig, LossInputs, build_head
 from omni.heads.joint.simplex import (
     BlockFlow,
     Simplex,
     block_items,
+    build_targets,
     flow_objective,
-    graded,
-    set_task,
-    times_of,
+    jump_times,
+    terms_of,
     velocity_of,
 )
 from omni.heads.joint.training import BatchCall
@@ -48,13 +48,13 @@ def empty(rows: int) -> Tensor:
     return torch.zeros(rows, 0, dtype=torch.int64)
 
 
-def lesson(model: Omni, ids: Tensor, valid: Tensor | None = None, first: int = 0) -> tuple[BatchCall, Lesson]:
+def lesson(model: Omni, ids: Tensor, valid: Tensor | None = None, first: int = 0) -> tuple[BatchCall, LossInputs]:
     """Blocks named first, first + 1, ...; `valid` of each counts."""
     batch, starts, blocks = toy_batch(empty(len(ids)), ids, V - 1)
     call = BatchCall(model, starts, *model.context(batch))
     names = tuple((first + n, 0, 0) for n in range(len(ids)))
     blocks = replace(blocks, names=names, valid=blocks.valid if valid is None else valid)
-    return call, Lesson(blocks, torch.zeros(0), Key(5))
+    return call, LossInputs(blocks, torch.zeros(0), Key(5))
 
 
 def random_ids(rows: int, length: int = 3) -> Tensor:
@@ -151,11 +151,11 @@ def gradients(head: Simplex, value: Tensor) -> dict[str, Tensor]:
 def test_the_gradient_is_that_of_the_loss_with_its_targets_held() -> None:
     model, head = tiny(semigroup_share=0.6)
     call, given = lesson(model, random_ids(8))
-    task = set_task(head, call, given)
+    task = build_targets(head, call, given)
     assert 0 < task.jumps.sum() < 8 and not task.probs.requires_grad
 
     def value() -> Tensor:
-        terms = graded(head, call, task)
+        terms = terms_of(head, call, task)
         return terms["diagonal"].sum + terms["semigroup"].sum
 
     terms = head.loss(call, given)
@@ -169,13 +169,13 @@ def test_jumps_start_at_semigroup_from() -> None:
     for progress, passes in ((0.29, 1), (0.3, 3)):
         call, given = lesson(model, random_ids(8))
         terms = head.loss(call, replace(given, progress=progress))
-        jumps = set_task(head, call, replace(given, progress=progress)).jumps
+        jumps = build_targets(head, call, replace(given, progress=progress)).jumps
         assert terms["semigroup"].count == 3 * jumps.sum() and bool(jumps.any()) == (progress == 0.3)
         own, asked = lesson(model, random_ids(8))[0], []
         own.target = lambda asked=asked, own=own: asked.append(1) or own  # type: ignore[method-assign]
         head.loss(own, replace(given, progress=progress))
         assert own.passes == passes and len(asked) == (passes == 3)
-    t, m, s, jumps = times_of(head, Key(0).uniform((20000, 6), torch.float64), 0.6)
+    t, m, s, jumps = jump_times(head, Key(0).uniform((20000, 6), torch.float64), 0.6)
     assert abs(float(jumps.double().mean()) - 0.6) < 0.02 and torch.equal(t[~jumps], s[~jumps])
     assert (t > m)[jumps].all() and (m > s)[jumps].all() and s.min() == 0 and t.max() == 1
     assert abs(float((s[jumps] == 0).double().mean()) - 0.5) < 0.02

@@ -17,7 +17,7 @@ from omni.objectives.base import Items
 from omni.objectives.drift_field import Affinity, Targets, distances, drift
 from omni.objectives.drifting import DriftDraw, Drifting, SampleGuidance
 from omni.objectives.features import FEATURES
-from omni.objectives.particles import gather, land
+from omni.objectives.particles import gather, jump_in_float32
 from omni.rng import Key
 
 DOUBLE = torch.float64
@@ -106,7 +106,7 @@ def test_the_loss_is_the_released_one(taus: tuple[float, ...]) -> None:
     alpha = float(draw.alpha[0])
     assert 1 < alpha < 4 and draw.alpha.tolist() == [alpha, alpha, 1, alpha, 1, alpha]
     with torch.no_grad():
-        y = items.flat(land(call.guided(1 / draw.alpha), draw.x, draw.t, draw.s, items)).flatten(1)
+        y = items.flat(jump_in_float32(call.guided(1 / draw.alpha), draw.x, draw.t, draw.s, items)).flatten(1)
     data = items.flat(items.latents).flatten(1)
     plain, null = torch.tensor([0, 1, 3, 5]), torch.tensor([2, 4])
     first, _ = released(y[plain], data[null], data[plain], (alpha - 1) * 3 / 2, taus)
@@ -159,7 +159,7 @@ def products(distribution: Gaussian, num: int, error: float, **options: object) 
     for chunk in range(num // 10_000):
         items = cloud(distribution, 10_000, key=Key(chunk).fold("data"))
         draw = objective.draw(items, Key(chunk))
-        y = land(GaussianCall(items, distribution, error), draw.x, draw.t, draw.s, items)
+        y = jump_in_float32(GaussianCall(items, distribution, error), draw.x, draw.t, draw.s, items)
         for value in fields(objective, draw, items, y, points):
             pairs = value.unflatten(0, (-1, 2))
             found.append((pairs[:, 0] * pairs[:, 1]).mean((1, 2)))

@@ -315,11 +315,16 @@ def test_half_precision_is_finite_at_extreme_times(kind: str) -> None:
 def at_times(objective: MomentMatching, items: Items, t: float, s: float) -> MomentDraw:
     """A draw of the objective, moved to one pair of times."""
     draw = objective.draw(items, Key(0))
-    wide = replace(items, latents=items.latents.float())
+    in_float32 = replace(items, latents=items.latents.float())
     start, end = torch.full_like(draw.t, t), torch.full_like(draw.t, s)
     r = inner_time(start.double(), end.double(), objective.k, objective.min_gap).float()
     return replace(
-        draw, t=start, s=end, r=r, x=wide.interpolate(draw.noise, start), x_r=wide.interpolate(draw.noise, r)
+        draw,
+        t=start,
+        s=end,
+        r=r,
+        x=in_float32.interpolate(draw.noise, start),
+        x_r=in_float32.interpolate(draw.noise, r),
     )
 
 
@@ -345,7 +350,7 @@ def test_the_gap_survives_half_precision_latents() -> None:
 
 
 def test_land_equals_jump_of_the_exact_map() -> None:
-    """`land` equals `jump`, and is correct."""
+    """`jump_in_float32` equals `jump`, and is correct."""
     items = gaussian_items(PLANE, num=4)
     objective = MomentMatching()
     draw = objective.draw(items, Key(0))

@@ -127,7 +127,7 @@ def test_shares_of_levels() -> None:
     assert sorted(set(d.tolist())) == [0.25, 1.0] and abs(float((d == 1).double().mean()) - 0.25) < 0.02
     with pytest.raises(ValueError, match="3 weights, one per level"):
         Shortcut(num_levels=3, shares=(1.0, 1.0))
-    with pytest.raises(ValueError, match="tell_guidance has no effect"):
+    with pytest.raises(ValueError, match="embed_guidance has no effect"):
         Shortcut(embed_guidance=True)
 
 

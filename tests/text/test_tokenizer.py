@@ -18,7 +18,7 @@ from omni.rng import Key
 from omni.text import load_tokenizer
 from omni.text.bpe import BPETokenizer
 from omni.text.sentencepiece import SentencePieceTokenizer
-from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _any_of, backends, decode_bytes
+from omni.text.tokenizer import CONTROL_NAMES, ControlTokens, Tokenizer, _longest_phrase_pattern, backends, decode_bytes
 from train.tools.tokenizer import main
 
 DATA = Path(__file__).parents[2] / "tokenizers_cfg"
@@ -161,14 +161,14 @@ def test_the_phrase_tree_equals_an_alternation() -> None:
             re.escape(p) if p[0].isspace() else rf"(?<![\w\s]){re.escape(p)}"
             for p in sorted(phrases, key=len, reverse=True)
         )
-        slow, fast = re.compile(rf"(?:{side_by_side})(?=s?(?![^\W_]))"), _any_of(phrases)
+        slow, fast = re.compile(rf"(?:{side_by_side})(?=s?(?![^\W_]))"), _longest_phrase_pattern(phrases)
         text = "".join(draw.choices(letters, k=200))
         assert fast is not None
         assert [m.span() for m in fast.finditer(text)] == [m.span() for m in slow.finditer(text)]
     long = "ab" * 1000
-    assert _any_of([long, "a", "ab"]).fullmatch(long)  # type: ignore[union-attr]
+    assert _longest_phrase_pattern([long, "a", "ab"]).fullmatch(long)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="beginnings of one another"):
-        _any_of(["a" * n for n in range(1, 1100)])
+        _longest_phrase_pattern(["a" * n for n in range(1, 1100)])
 
 
 @pytest.mark.parametrize("phrases", [[""], [" a", " b", " a"], ["\ud800"]])

@@ -20,7 +20,7 @@ from omni.sequence.layout import lay_out
 from train.data import loader as loader_module
 from train.data.batch import TooManyCorrupt
 from train.data.latents import LatentMemo
-from train.data.mixture import BLOCK, Mixture
+from train.data.mixture import GROUP_SIZE, Mixture
 from train.loop import Run
 
 MakeRun = Callable[..., Run]
@@ -154,7 +154,7 @@ class Counting(Source):
 def test_mixture_shares_are_exact_and_each_source_is_walked_in_order() -> None:
     weights = [5.0, 3.0, 1.0, 0.5, 0.02]
     mixture = Mixture([Counting(None, Key(0)) for _ in weights], weights, Key(1))
-    total = 4 * BLOCK
+    total = 4 * GROUP_SIZE
     where = [mixture.locate(index) for index in range(total)]
     for source, weight in enumerate(weights):
         positions = [position for s, position in where if s == source]
@@ -220,7 +220,7 @@ def test_a_batch_ends_where_a_document_has_no_room(make_run: MakeRun, trim: floa
 
 def test_drop_reduces_a_keyed_share(make_run: MakeRun) -> None:
     run = make_run("drop.text=0.3", "drop.images=0.3", "drop.all=0.3")
-    drawn = [run.loader._with_drop(i, run.loader.document(i)) for i in range(300)]
+    drawn = [run.loader._with_dropped_conditions(i, run.loader.document(i)) for i in range(300)]
     with_pictures = [d for d in drawn if any(s.supervise for s in d.segments if not isinstance(s, Text))]
     kinds = Counter(d.meta.get("dropped") for d in with_pictures)
     total = sum(kinds.values())

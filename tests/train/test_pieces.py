@@ -20,7 +20,7 @@ from train import loop
 from train.__main__ import EXIT_CORRUPT, main
 from train.data import loader as loader_module
 from train.data.batch import PIECES, TooManyCorrupt
-from train.data.pieces import Size, Splitter, cut_before, longest
+from train.data.pieces import Size, Splitter, cut_before, largest_fitting
 from train.loop import Run
 from train.metrics import Tracker, read_metrics
 
@@ -148,7 +148,7 @@ def test_the_places_of_cuts() -> None:
     assert cut_before("x" * 30, 20) == 20
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
     assert cut_before("ab" + family, 4) == 2 and cut_before("abe\u0301", 3) == 2
-    assert [longest(1000, lambda n, m=m: n <= m) for m in (0, 1, 63, 64, 65, 700, 1000)] == [
+    assert [largest_fitting(1000, lambda n, m=m: n <= m) for m in (0, 1, 63, 64, 65, 700, 1000)] == [
         0,
         1,
         63,
@@ -349,7 +349,7 @@ def test_a_picture_that_no_row_holds_is_dropped_counted_and_reported_once(
 def test_data_that_never_fit_raise_in_one_line(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "MAX_PASSED_OVER", 40)
+    monkeypatch.setattr(loader_module, "MAX_UNUSABLE_IN_ROW", 40)
     source = write(tmp_path, [Document((Text("all", Role.USER), picture(0, side=320)))])
     assert main([str(recipe_file), source, SMALL_ROWS, "--out", str(tmp_path / "out")]) == 2
     output = capsys.readouterr().err.splitlines()[-1]

@@ -23,7 +23,7 @@ from train.build import build_objectives
 from train.loop import Run
 from train.metrics import Tracker, read_metrics
 from train.recipe import Recipe
-from train.sampler import USUAL, choose_sampler, fits
+from train.sampler import USUAL_SAMPLER, choose_sampler, reads_trained_values
 
 MakeRun = Callable[..., Run]
 FLOW = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), FlowObjective)]
@@ -53,11 +53,13 @@ def sampler_of(recipe_file: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("name", FLOW)
 def test_a_one_line_change_of_objective_brings_its_sampler(name: str, recipe_file: Path) -> None:
     found = sampler_of(recipe_file, *only(name))
-    assert found == FIRST.get(name, found) and fits(found, OBJECTIVES.get(name)().trains)
+    assert found == FIRST.get(name, found) and reads_trained_values(found, OBJECTIVES.get(name)().trains)
 
 
 def test_values_have_one_set_of_names() -> None:
-    assert get_args(Trains) == get_args(Reads) and set(SAMPLERS.reads.values()) == set(get_args(Reads)) == set(USUAL)
+    assert get_args(Trains) == get_args(Reads) and set(SAMPLERS.reads.values()) == set(get_args(Reads)) == set(
+        USUAL_SAMPLER
+    )
 
 
 def test_a_new_sampler_of_the_velocity_is_taken(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from omni.data.digests import document_digest
-from omni.data.source import KeptOut
+from omni.data.source import HeldOutRecord
 from omni.document import Document, Image, Role, Text
 from omni.objectives import OBJECTIVES, FlowObjective, build_objective
 from omni.rng import Key
@@ -81,7 +81,7 @@ def test_generated_data_are_held_out_too(make_run: MakeRun) -> None:
     assert len(mixture.held_out.documents) > 30
     clips = [document for document in mixture.held_out.documents if document.meta.get("task") == "clip"]
     assert clips and not held_out(run) & trained_on(run, 3)  # the twelve clips repeat
-    with pytest.raises(KeptOut):
+    with pytest.raises(HeldOutRecord):
         for index in range(400):
             mixture.document(index)
 

@@ -153,7 +153,7 @@ def test_tickets_drop_sent_media(make_run: MakeRun) -> None:
     loader.memo, loader.channels = tickets, tickets.channels
     cursor, most = 0, 0
     for _ in range(40):
-        cursor = tickets.collect(loader.next(cursor), loader.waiting()).packed.cursor
+        cursor = tickets.collect(loader.next(cursor), loader.unpacked_latents()).packed.cursor
         most = max(most, len(tickets._media))
     assert most < 200 < tickets._next
 

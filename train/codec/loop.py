@@ -37,8 +37,10 @@ from train.optim.ema import Ema
 from train.optim.kernels import KernelOptimiser
 from train.optim.schedule import fall, rise
 
+# Names of files in a checkpoint, and its kind in the manifest: never change them.
 STATE, RECIPE, KIND = "state.safetensors", "recipe.json", "codec training state"
-KEEP = 2  # states
+KEEP = 2  # checkpoints that stay
+# Keys of the recipe that a resume may change.
 CHANGEABLE = (
     *("steps", "stop_step", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "max_nonfinite"),
     *("statistics_pictures", "eval_every", "eval_pictures", "final_pictures", "save_every", "init_from"),
@@ -113,7 +115,7 @@ def loss_terms(codec: AutoencoderCodec, pictures: Tensor, recipe: CodecRecipe, k
     latents = codec.encode_pictures(pictures)
     spread = (latents.var((0, 2, 3), keepdim=True) + 1e-6).sqrt()
     centre = latents.mean((0, 2, 3))
-    received = codec.transmit(latents)
+    received = codec.quantise(latents)
     if recipe.latent_noise:  # the deviation carries gradient: inflating the latents does not outgrow the noise
         level = key.fold("level").uniform((len(pictures), 1, 1, 1)) * recipe.latent_noise
         received = received + level * spread * key.fold("noise").normal(tuple(latents.shape))
@@ -144,6 +146,7 @@ class CodecRun:
         self.heldout_scenes = SceneSource(recipe.seed, "heldout", recipe.font)
 
     def _build(self) -> AutoencoderCodec:
+        """The codec with fresh weights, or those of init_from, its encoder frozen without train_encoder."""
         family = codecs.get(self.recipe.codec.get("kind", "autoencoder"))
         if not issubclass(family, AutoencoderCodec):
             raise ValueError(f"[codec] kind = {self.recipe.codec['kind']!r} has no weights to train")
@@ -152,7 +155,7 @@ class CodecRun:
             source = load_codec(self.recipe.init_from)
             if not isinstance(source, AutoencoderCodec):
                 raise ValueError(f"init_from = {self.recipe.init_from!r} is no autoencoder but {source.spec.name!r}")
-            codec.adopt(source)
+            codec.copy_from(source)
             if not self.recipe.train_encoder:
                 self.keeps_latents = type(source) is family
                 for part in codec.encoder_parts() if self.keeps_latents else AutoencoderCodec.encoder_parts(codec):
@@ -182,10 +185,10 @@ class CodecRun:
             for start in range(0, count, 64):
                 pixels = self.heldout_scenes.pixels(start, min(64, count - start))
                 latents = self.codec.encode_pictures(to_pictures(pixels))
-                clean.append(psnr(pixels, to_pixels(self.codec.decode_pictures(self.codec.transmit(latents)))))
+                clean.append(psnr(pixels, to_pixels(self.codec.decode_pictures(self.codec.quantise(latents)))))
                 noise = self.key.fold("eval", start).normal(tuple(latents.shape))
                 spread = latents.std((0, 2, 3), keepdim=True)
-                shaken = self.codec.transmit(latents + 0.15 * spread * noise)
+                shaken = self.codec.quantise(latents + 0.15 * spread * noise)
                 noisy.append(psnr(pixels, to_pixels(self.codec.decode_pictures(shaken))))
         return {"psnr": torch.cat(clean).mean().item(), "psnr_noise_15": torch.cat(noisy).mean().item()}
 
@@ -247,7 +250,7 @@ class CodecRun:
         """samples.png: 16 held-out pictures in pairs of rows, the original above its reconstruction."""
         pixels = self.heldout_scenes.pixels(0, 16)
         with self.ema.applied(), torch.no_grad():
-            latents = self.codec.transmit(self.codec.encode_pictures(to_pictures(pixels)))
+            latents = self.codec.quantise(self.codec.encode_pictures(to_pictures(pixels)))
             restored = to_pixels(self.codec.decode_pictures(latents))
         rows = [torch.cat(list(part[i : i + 8]), dim=1) for i in (0, 8) for part in (pixels, restored)]
         Image.fromarray(torch.cat(rows).numpy()).resize((1536, 768), Image.Resampling.NEAREST).save(
@@ -256,7 +259,7 @@ class CodecRun:
 
 
 def _dotted(name: str) -> str:
-    """How a state of a codec writes `<part>/<number>/<slot>`."""
+    """`<part>/<number>/<slot>` with dots, as checkpoints of codecs have it."""
     return name.replace("/", ".")
 
 

@@ -45,6 +45,7 @@ class BatchConfig(Frozen):
 
     @property
     def num_context(self) -> int:
+        """Context positions of all shapes."""
         return sum(shape.rows * shape.budget for shape in self.shapes)
 
 

@@ -15,7 +15,7 @@ from omni.data.source import CorruptRecord, FiniteSource, Source
 from omni.document import Document
 from omni.rng import Key
 
-FIRST_UNSEEN = 10**9
+FIRST_UNSEEN = 10**9  # index of a generated source from which documents are held out
 ATTEMPTS = 20  # documents to read at most for each wanted one, where some are damaged or equal
 
 
@@ -28,15 +28,18 @@ class HeldOut:
     share: float
     key: Key
 
-    def has(self, source: Source, identity: str) -> bool:
+    def holds_out(self, source: Source, identity: str) -> bool:
+        """Whether training skips a document of this identity."""
         return identity in self.identities or (isinstance(source, FiniteSource) and self.by_share(identity))
 
     def by_share(self, identity: str) -> bool:
+        """Whether the keyed hash of an identity is below the share."""
         return is_below(self.key, identity, self.share)
 
 
 def is_below(key: Key, identity: str, share: float) -> bool:
-    """Whether the keyed hash of an identity, uniform in [0, 1), is below `share`."""
+    """Whether the keyed hash of an identity, uniform in [0, 1), is below `share`. Another hash moves held-out documents
+    into training."""
     return key.fold(identity).integer() < share * 2**63
 
 
@@ -49,7 +52,7 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
     documents: dict[str, Document] = {}
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         wanted = max(1, math.floor(count * weight / math.fsum(weights)))
-        found, num_held = _of(source, wanted, share, key)
+        found, num_held = _held_out_of(source, wanted, share, key)
         if share is not None and isinstance(source, FiniteSource) and num_held == source.num_records:
             raise ValueError(f"validation: share = {share:g} holds out every record of data.{number}; lower it")
         documents |= found
@@ -66,7 +69,7 @@ def hold_out(sources: Sequence[Source], weights: Sequence[float], count: int, sh
     return HeldOut(tuple(documents.values()), frozenset(documents), share or 0.0, key)
 
 
-def _of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dict[str, Document], int]:
+def _held_out_of(source: Source, wanted: int, share: float | None, key: Key) -> tuple[dict[str, Document], int]:
     """Up to `wanted` documents by identity, and how many of the examined records are held out."""
     of_files = isinstance(source, FiniteSource)
     start = 0 if of_files or share is None else FIRST_UNSEEN

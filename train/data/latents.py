@@ -41,6 +41,7 @@ class LatentMemo:
         return [found[key] for key in keys]
 
     def _remember(self, keys: Iterable[bytes], found: dict[bytes, Latents]) -> None:
+        """Keep the latents of `keys` as the most recent; forget the least recent beyond max_bytes."""
         for key in keys:
             if key not in self._kept:
                 self._kept[key] = found[key]
@@ -52,4 +53,5 @@ class LatentMemo:
 
 
 def _bytes_of(latents: Latents) -> int:
+    """The memory of latents, in bytes."""
     return sum(block.numel() * block.element_size() for block in latents)

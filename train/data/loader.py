@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from omni.data.source import CorruptRecord, KeptOut
+from omni.data.source import CorruptRecord, HeldOutRecord
 from omni.document import Document, Image, Segment, Text, Video
 from omni.rng import Key
 from omni.sequence.guidance import drop, null_documents
@@ -25,8 +25,8 @@ from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, cont
 from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
 from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
 
-LOOKAHEAD = 48
-MAX_PASSED_OVER = 1000  # unusable documents in a row
+LOOKAHEAD = 48  # documents that are encoded together; batches do not depend on it
+MAX_UNUSABLE_IN_ROW = 1000  # unusable documents in a row
 
 EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
 Compose = Callable[[Document, EncodeMedia], list[Span]]
@@ -84,7 +84,7 @@ class Loader:
         passed: dict[int, Read] = {}
         trim: list[bool] = []
         num_context = num_seen = 0
-        for uid, one in self._walk(cursor):
+        for uid, one in self._pieces_from(cursor):
             num_seen += uid < PIECES
             if isinstance(one, Read):
                 passed[uid] = one
@@ -109,9 +109,9 @@ class Loader:
         after = uids[num_used] if num_used < len(uids) else self.end
         assert after is not None, "more context than the rows have room for, and all of it was packed"
         batches = [self._with_nulls(batch, composed) for batch in batches]
-        return self._counted(batches, uids[:num_used], after, passed)
+        return self._packed(batches, uids[:num_used], after, passed)
 
-    def waiting(self) -> Iterator[torch.Tensor]:
+    def unpacked_latents(self) -> Iterator[torch.Tensor]:
         """The latents (N, C) of all documents that are read and not yet packed."""
         for read in self._window.values():
             for one in read.pieces:
@@ -119,7 +119,7 @@ class Loader:
                     if isinstance(span, LatentSpan):
                         yield span.latents
 
-    def _walk(self, cursor: int) -> Iterator[tuple[int, Composed | Read]]:
+    def _pieces_from(self, cursor: int) -> Iterator[tuple[int, Composed | Read]]:
         """From `cursor` on: every piece with its uid, and every document without pieces."""
         part, index = divmod(cursor, PIECES)
         while self.end is None or index < self.end:
@@ -129,7 +129,7 @@ class Loader:
                 yield index, read
             index, part = index + self.stride, 0
 
-    def _counted(self, batches: list[Batch], used: list[int], after: int, passed: dict[int, Read]) -> Packed:
+    def _packed(self, batches: list[Batch], used: list[int], after: int, passed: dict[int, Read]) -> Packed:
         """The batches, with the counts of the documents that this step finishes; removes those from the window."""
         begun = {uid: self._window[uid] for uid in used if uid < PIECES}
         done = {i: read for i, read in passed.items() if i < after % PIECES}
@@ -158,6 +158,7 @@ class Loader:
         return replace(batch, null=null)
 
     def _read(self, index: int) -> Read:
+        """The document at `index` as read, with those after it where it is not in the window."""
         if index not in self._window:
             self._fill(index)
         return self._window[index]
@@ -168,26 +169,28 @@ class Loader:
         end = start + LOOKAHEAD * self.stride
         for index in range(start, end if self.end is None else min(end, self.end), self.stride):
             try:
-                document = self._with_drop(index, self.document(index))
+                document = self._with_dropped_conditions(index, self.document(index))
             except CorruptRecord as error:
-                what = "held_out" if isinstance(error, KeptOut) else "skipped"
+                what = "held_out" if isinstance(error, HeldOutRecord) else "skipped"
                 self._window[index] = Read(what=what, why=str(error))
                 continue
             try:
                 read[index] = replace(document, segments=tuple(map(self.prepare, document.segments)))
             except ValueError as error:
-                self._window[index] = _unusable(error)
+                self._window[index] = _skipped(error)
         media = {index: [s for s in d.segments if isinstance(s, Image | Video)] for index, d in read.items()}
         encoded = iter(self.memo.encode([segment for found in media.values() for segment in found]))
         for index, document in read.items():
             latents = [next(encoded) for _ in media[index]]
             try:
-                self._window[index] = self._made(document, media[index], latents)
+                self._window[index] = self._split_if_too_long(document, media[index], latents)
             except ValueError as error:
-                self._window[index] = _unusable(error)
+                self._window[index] = _skipped(error)
 
-    def _made(self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]) -> Read:
-        """media: of the document; latents: of each of them."""
+    def _split_if_too_long(
+        self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]
+    ) -> Read:
+        """A document as read: whole, in pieces, or dropped. media: of the document; latents: of each of them."""
         encoded = {id(segment): one for segment, one in zip(media, latents, strict=True)}
         whole = self._composed(Piece(document), encoded)
         size = self._size(whole.spans)
@@ -210,16 +213,17 @@ class Loader:
         return Read(made, "read" if made else "dropped", why)
 
     def _composed(self, piece: Piece, encoded: dict[int, list[torch.Tensor]]) -> Composed:
+        """The spans of a piece, and its null documents."""
         document = piece.document
         media = [s for s in document.segments if isinstance(s, Image | Video)]
         latents = [encoded[id(segment)] for segment in media]
-        spans = _taught(self.compose(document, _hand_out(latents)), piece)
+        spans = _without_cut_ends(self.compose(document, _encoder_returning(latents)), piece)
         return Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
     def _measured(self, segment: Segment, encoded: dict[int, list[torch.Tensor]]) -> Size:
         """The size of one segment, without the ids of its document and turn."""
         latents = [] if isinstance(segment, Text) else [encoded[id(segment)]]
-        size = self._size(self.compose(Document((segment,)), _hand_out(latents)))
+        size = self._size(self.compose(Document((segment,)), _encoder_returning(latents)))
         return Size(size.context - BEGIN - TURN, size.refine)
 
     def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:
@@ -229,17 +233,20 @@ class Loader:
         media = [s for s in document.segments if isinstance(s, Image | Video)]
         kept = [one for one, segment in zip(latents, media, strict=True) if segment.supervise]
         documents = null_documents(document)
-        return tuple(self.compose(null, _hand_out([one])) for null, one in zip(documents, kept, strict=True))
+        return tuple(self.compose(null, _encoder_returning([one])) for null, one in zip(documents, kept, strict=True))
 
     def _size(self, spans: Sequence[Span]) -> Size:
+        """Context and refine positions of spans, with all copies."""
         blocks = [len(s.latents) for s in spans if isinstance(s, LatentSpan) and s.supervise]
         return Size(context_length(spans), self.shape.copies * sum(blocks))
 
     def _fits(self, size: Size) -> bool:
+        """Whether some batch row holds this size."""
         shapes = self.shape.shapes
         return any(size.context <= shape.budget and size.refine <= shape.refine_budget for shape in shapes)
 
-    def _with_drop(self, index: int, document: Document) -> Document:
+    def _with_dropped_conditions(self, index: int, document: Document) -> Document:
+        """The document, for a keyed share of indices with a dropped condition."""
         if not any(isinstance(s, Image | Video) and s.supervise for s in document.segments):
             return document
         draw = self.key.fold("drop", index).python().random()
@@ -259,16 +266,17 @@ class Loader:
                 f"{skipped} of {seen} documents could not be used, and batch.max_corrupt = {shape.max_corrupt:g}; "
                 f"the last: {last}"
             )
-        if len(passed) >= MAX_PASSED_OVER and not some_good:
+        if len(passed) >= MAX_UNUSABLE_IN_ROW and not some_good:
             raise ValueError(f"{len(passed)} documents in a row are unusable; the last: {last}")
 
 
-def _unusable(error: ValueError) -> Read:
-    """For example a picture whose size the codec or a block's header cannot represent."""
+def _skipped(error: ValueError) -> Read:
+    """A document that cannot be used, for example a picture whose size the codec or a block's header cannot
+    represent."""
     return Read((), "skipped", f"unusable: {error}")
 
 
-def _taught(spans: list[Span], piece: Piece) -> list[Span]:
+def _without_cut_ends(spans: list[Span], piece: Piece) -> list[Span]:
     """The spans of a piece; the first supervised id, or the last id, is unsupervised where the reply does not begin, or
     end, with the piece."""
     if not piece.begins:
@@ -278,6 +286,7 @@ def _taught(spans: list[Span], piece: Piece) -> list[Span]:
 
 
 def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
+    """The spans, with one id of span `at` unsupervised."""
     span = spans[at]
     assert isinstance(span, TokenSpan)
     flags = list(span.supervise)
@@ -285,7 +294,8 @@ def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
     return [*spans[:at], TokenSpan(span.ids, flags), *spans[at + 1 :]]
 
 
-def _hand_out(latents: list[list[torch.Tensor]]) -> EncodeMedia:
-    """An encode_media for `compose`: returns the next latents for each media segment, in the document's order."""
+def _encoder_returning(latents: list[list[torch.Tensor]]) -> EncodeMedia:
+    """An encode_media for `compose`: returns the next of these latents for each media segment, in the document's
+    order."""
     waiting = iter(latents)
     return lambda segments: [next(waiting) for _ in segments]

@@ -12,19 +12,24 @@ from collections.abc import Sequence
 
 import torch
 
-from omni.data.source import KeptOut, Source
+from omni.data.source import HeldOutRecord, Source
 from omni.document import Document
 from omni.rng import Key
 from train.data.held_out import HeldOut
 
-BLOCK = 1000
+GROUP_SIZE = 1000  # indices; another number changes the order of every run
 
 
 class Mixture:
+    """Sources in shares by weight. held_out: documents that training skips; None: none. sources, weights, key: another
+    order or key changes the data of the run."""
+
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], key: Key) -> None:
         total = math.fsum(weights)
-        if not sources or min(weights) / total < 2 / BLOCK:
-            raise ValueError(f"every source needs at least {2 / BLOCK:.1%} of the mixture, got weights {list(weights)}")
+        if not sources or min(weights) / total < 2 / GROUP_SIZE:
+            raise ValueError(
+                f"every source needs at least {2 / GROUP_SIZE:.1%} of the mixture, got weights {list(weights)}"
+            )
         self.sources, self.key = list(sources), key
         self._edges = [math.fsum(weights[: i + 1]) / total for i in range(len(weights) - 1)] + [1.0]
         self._block: tuple[int, list[tuple[int, int]]] | None = None
@@ -35,26 +40,28 @@ class Mixture:
         number, position = self.locate(index)
         source = self.sources[number]
         document = source.document(position)
-        if self.held_out is not None and self.held_out.has(source, source.identity(position, document)):
-            raise KeptOut(f"document {index} is held out for validation")
+        if self.held_out is not None and self.held_out.holds_out(source, source.identity(position, document)):
+            raise HeldOutRecord(f"document {index} is held out for validation")
         return document
 
     def locate(self, index: int) -> tuple[int, int]:
         """(number of the source, index in the source) of the global `index`."""
         if len(self.sources) == 1:
             return 0, index
-        block, offset = divmod(index, BLOCK)
+        block, offset = divmod(index, GROUP_SIZE)
         if self._block is None or self._block[0] != block:
-            self._block = (block, self._lay_out(block))
+            self._block = (block, self._group_order(block))
         return self._block[1][offset]
 
     def fingerprint(self) -> list[str]:
+        """The fingerprints of the sources, in order."""
         return [source.fingerprint() for source in self.sources]
 
-    def _lay_out(self, block: int) -> list[tuple[int, int]]:
-        before, after = self._counts(block * BLOCK), self._counts((block + 1) * BLOCK)
+    def _group_order(self, block: int) -> list[tuple[int, int]]:
+        """(source, index in it) of every index of a group, in keyed order."""
+        before, after = self._counts(block * GROUP_SIZE), self._counts((block + 1) * GROUP_SIZE)
         members = [(s, k) for s in range(len(self.sources)) for k in range(before[s], after[s])]
-        order = torch.randperm(BLOCK, generator=self.key.fold("mixture", block).generator()).tolist()
+        order = torch.randperm(GROUP_SIZE, generator=self.key.fold("mixture", block).generator()).tolist()
         placed = [s for s, _ in (members[i] for i in order)]
         following = list(before)
         result = []

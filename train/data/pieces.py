@@ -73,7 +73,7 @@ class Splitter:
             if self.fits((*head, *waiting, *exchange)):
                 waiting += exchange
                 continue
-            found, why = self._within(head, exchange)
+            found, why = self._split_exchange(head, exchange)
             pieces += [replace(one, document=replace(document, segments=one.document.segments)) for one in found]
             problem = problem or why
         flush()
@@ -86,10 +86,11 @@ class Splitter:
         return Size(BEGIN + TURN * turns + sum(s.context for s in sizes), sum(s.refine for s in sizes))
 
     def fits(self, segments: Sequence[Segment]) -> bool:
+        """Whether some batch row holds a document of these segments."""
         return self._fits(self.size(segments))
 
-    def _within(self, head: Sequence[Segment], exchange: Sequence[Segment]) -> tuple[list[Piece], str]:
-        """The parts of one exchange that is too long."""
+    def _split_exchange(self, head: Sequence[Segment], exchange: Sequence[Segment]) -> tuple[list[Piece], str]:
+        """The parts of one exchange that is too long, and the reason where the rest is left out."""
         first = next((at for at, segment in enumerate(exchange) if segment.supervise), len(exchange))
         before, reply = [*head, *exchange[:first]], list(exchange[first:])
         pieces: list[Piece] = []
@@ -111,30 +112,33 @@ class Splitter:
             if part:
                 flush(part[-1].role != segment.role)
                 continue
-            taken = self._beginning(before, segment) if isinstance(segment, Text) else ""
+            taken = self._longest_beginning(before, segment) if isinstance(segment, Text) else ""
             if not taken:
-                return pieces, self._problem((*before, segment))
+                return pieces, self._too_long_message((*before, segment))
             assert isinstance(segment, Text)
             part.append(replace(segment, text=taken))
             reply[0] = replace(segment, text=segment.text[len(taken) :])
         flush(True)
         return pieces, ""
 
-    def _beginning(self, before: Sequence[Segment], segment: Text) -> str:
+    def _longest_beginning(self, before: Sequence[Segment], segment: Text) -> str:
         """As much of a text as fits behind `before`, up to a good place to cut; empty where too little fits."""
         size = self.size(before)
         if not self._fits(Size(round(size.context / REQUEST_SHARE), size.refine)):
             return ""
-        end = longest(len(segment.text), lambda n: self.fits((*before, replace(segment, text=segment.text[:n]))))
+        end = largest_fitting(
+            len(segment.text), lambda n: self.fits((*before, replace(segment, text=segment.text[:n])))
+        )
         return segment.text[: cut_before(segment.text, end)]
 
-    def _problem(self, segments: Sequence[Segment]) -> str:
+    def _too_long_message(self, segments: Sequence[Segment]) -> str:
+        """What the last of the segments needs, in words."""
         size = self.size(segments)
         what = {Text: "text", Image: "picture", Video: "clip"}[type(segments[-1])]
         return f"{what} that needs {size.context} context and {size.refine} refine positions with its request"
 
 
-def longest(most: int, fits: Callable[[int], bool]) -> int:
+def largest_fitting(most: int, fits: Callable[[int], bool]) -> int:
     """The largest n <= most that fits, if fits is monotone. Few and short trials where it is far below `most`."""
     low, step = 0, 64
     while low + step <= most and fits(low + step):
@@ -154,12 +158,13 @@ def cut_before(text: str, end: int) -> int:
         if at >= 0:
             return at + behind
     at = end
-    while 0 < at < len(text) and _belongs(text[at - 1], text[at]):
+    while 0 < at < len(text) and _is_one_character(text[at - 1], text[at]):
         at -= 1
     return at or end
 
 
-def _belongs(before: str, after: str) -> bool:
+def _is_one_character(before: str, after: str) -> bool:
+    """Whether two code points belong to one visible character."""
     joins = "\u200d"  # zero-width joiner: composed emoji
     return joins in (before, after) or bool(unicodedata.combining(after)) or after in "\ufe0e\ufe0f"
 
@@ -170,10 +175,11 @@ def _exchanges(segments: Iterable[Segment]) -> tuple[list[Segment], list[list[Se
     head: list[Segment] = []
     while waiting and waiting[0].role == Role.SYSTEM and not waiting[0].supervise:
         head.append(waiting.pop(0))
-    return head, list(_parted(waiting))
+    return head, list(_split_at_requests(waiting))
 
 
-def _parted(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+def _split_at_requests(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """The segments, cut where the assistant is followed by another role."""
     part: list[Segment] = []
     for segment in segments:
         if part and part[-1].role == Role.ASSISTANT != segment.role:

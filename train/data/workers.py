@@ -37,7 +37,7 @@ PREFETCH = 2  # steps that every worker is ahead
 
 
 @dataclass(frozen=True)
-class Sent:
+class WorkerStep:
     """One step as a worker sends it. In its batches, latents are row indices (R, L) of a table that the codec makes of
     `media`, uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the worker stopped, unless by a bug."""
 
@@ -61,6 +61,7 @@ class Tickets:
         return [self._blocks(s.pixels if isinstance(s, Image) else s.frames) for s in segments]
 
     def _blocks(self, pixels: Tensor) -> list[Tensor]:
+        """Blocks (t, h, w, 2) of one picture or clip: its number, and the place of each latent."""
         of_clip = pixels.ndim == 4
         count = self.codec.num_chunks(len(pixels)) if of_clip else 1
         grid = (self.codec.spec.frames_per_chunk if of_clip else 1, *self.codec.grid(*pixels.shape[-3:-1]))
@@ -69,9 +70,11 @@ class Tickets:
         self._media[number] = pixels, len(place)
         return list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
 
-    def collect(self, packed: Packed, waiting: Iterable[Tensor]) -> Sent:
+    def collect(self, packed: Packed, waiting: Iterable[Tensor]) -> WorkerStep:
         """The step with the media that it needs. Keeps only the media of `waiting`, tickets of later steps."""
-        places = [at for batch in packed.batches for part in (batch, batch.null) if part for at in _places(part)]
+        places = [
+            at for batch in packed.batches for part in (batch, batch.null) if part for at in _latents_and_masks(part)
+        ]
         tickets = torch.cat([latents[where] for latents, where in places]).long()
         numbers, which = tickets[:, 0].unique(return_inverse=True)
         groups: dict[torch.Size, list[int]] = {}
@@ -84,10 +87,12 @@ class Tickets:
                 first[index] = total
                 total += self._media[int(numbers[index])][1]
         rows = iter((first[which] + tickets[:, 1]).split([int(where.sum()) for _, where in places]))
-        batches = [_replaced(batch, lambda latents, where: _filled(where, next(rows))) for batch in packed.batches]
+        batches = [
+            _with_latents(batch, lambda latents, where: _scattered(where, next(rows))) for batch in packed.batches
+        ]
         needed = {int(tickets[0, 0]) for tickets in waiting}
         self._media = {number: media for number, media in self._media.items() if number in needed}
-        return Sent(replace(packed, batches=batches), tuple(media))
+        return WorkerStep(replace(packed, batches=batches), tuple(media))
 
 
 class WorkerSteps(IterableDataset):
@@ -98,7 +103,7 @@ class WorkerSteps(IterableDataset):
     ) -> None:
         self.loader, self.codec, self.cursors, self.step = loader, codec, tuple(cursors), step
 
-    def __iter__(self) -> Iterator[Sent]:
+    def __iter__(self) -> Iterator[WorkerStep]:
         info = get_worker_info()
         worker = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first worker makes the first step
         tickets = Tickets(self.codec)
@@ -110,9 +115,9 @@ class WorkerSteps(IterableDataset):
                 if not (isinstance(error, TooManyCorrupt) or is_mistake(error)):
                     raise
                 message = error if isinstance(error, TooManyCorrupt) else ValueError(one_line(error))
-                yield Sent(Packed([], [], cursor), error=message)
+                yield WorkerStep(Packed([], [], cursor), error=message)
                 return
-            yield tickets.collect(replace(packed, worker=worker), loader.waiting())
+            yield tickets.collect(replace(packed, worker=worker), loader.unpacked_latents())
             cursor = packed.cursor
 
 
@@ -141,7 +146,7 @@ class WorkerLoader:
             num_workers=len(cursors),
             prefetch_factor=PREFETCH,
             multiprocessing_context="fork",  # a worker inherits sources, tokenizer and codec as they are
-            collate_fn=_same,
+            collate_fn=_unchanged,
             worker_init_fn=_end_with_parent,
         )
         self._steps = iter(processes)
@@ -159,7 +164,7 @@ class WorkerLoader:
                 return torch.zeros(*rows.shape, self.codec.spec.channels, device=self.device)
             return torch.where(where.unsqueeze(-1), table[rows.to(self.device)], 0.0)
 
-        return replace(sent.packed, batches=[_replaced(batch, found) for batch in sent.packed.batches])
+        return replace(sent.packed, batches=[_with_latents(batch, found) for batch in sent.packed.batches])
 
     def _encode(self, media: Tensor) -> Tensor:
         """Media of one size -> their latents (P N, C)."""
@@ -169,19 +174,21 @@ class WorkerLoader:
         return torch.cat([block.flatten(0, -2) for frames in media for block in self.codec.encode_video(frames)])
 
 
-def _places(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """(latents or their tickets, mask of their positions), of the context and of the refine stream."""
+def _latents_and_masks(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """(latents or their tickets, mask of their positions), of the context and of the refine stream. `collect` relies on
+    the order."""
     return [(batch.latents, batch.is_latent), (batch.refine_latents, batch.item >= 0)]
 
 
-def _replaced(batch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Batch:
-    """The batch, and its null contexts, with each of `_places` changed, in that order."""
-    latents, refine = (change(*place) for place in _places(batch))
-    null = None if batch.null is None else _replaced(batch.null, change)
+def _with_latents(batch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Batch:
+    """The batch, and its null contexts, with each of `_latents_and_masks` changed, in that order."""
+    latents, refine = (change(*place) for place in _latents_and_masks(batch))
+    null = None if batch.null is None else _with_latents(batch.null, change)
     return replace(batch, latents=latents, refine_latents=refine, null=null)
 
 
-def _filled(where: Tensor, rows: Tensor) -> Tensor:
+def _scattered(where: Tensor, rows: Tensor) -> Tensor:
+    """int64 of the shape of `where`: `rows` at its true positions, else 0."""
     out = torch.zeros(where.shape, dtype=torch.int64)
     out[where] = rows
     return out
@@ -196,7 +203,8 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _same(sent: Sent) -> Sent:
+def _unchanged(sent: WorkerStep) -> WorkerStep:
+    """Collates nothing: a step is a batch already."""
     return sent
 
 

@@ -23,7 +23,7 @@ def warmed_decay(decay: float, num_updates: int, start: int = 10) -> float:
 
 
 @torch.no_grad()
-def follow(averages: Sequence[Tensor], live: Sequence[Tensor], decay: float) -> None:
+def update_averages(averages: Sequence[Tensor], live: Sequence[Tensor], decay: float) -> None:
     """averages <- decay averages + (1 - decay) live, in place; dtypes are equal."""
     torch._foreach_lerp_(list(averages), [tensor.detach() for tensor in live], 1.0 - decay)
 
@@ -43,7 +43,7 @@ class Ema:
         """number: of updates before this one, where the caller counts otherwise."""
         number = self.num_updates if number is None else number
         live = [p.detach().float() for p in self._live.values()]
-        follow(list(self.averages.values()), live, warmed_decay(self.decay, number, self.start))
+        update_averages(list(self.averages.values()), live, warmed_decay(self.decay, number, self.start))
         self.num_updates = number + 1
 
     @contextmanager
@@ -66,6 +66,7 @@ class Ema:
 
     @torch.no_grad()
     def _copy(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into the parameters, in place."""
         for name, parameter in self._live.items():
             parameter.copy_(values[name])
 
@@ -84,8 +85,9 @@ class AveragedModel(Generic[Module]):
         self.model = copy.deepcopy(model, shared).requires_grad_(False)
 
     def update(self) -> None:
+        """Take one step of the average towards the present weights."""
         decay = warmed_decay(self.decay, self.num_updates) if self.warms_up else self.decay
-        follow(list(self.model.parameters()), self._live, decay)
+        update_averages(list(self.model.parameters()), self._live, decay)
         self.num_updates += 1
 
     def restart(self) -> None:

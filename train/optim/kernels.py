@@ -28,6 +28,7 @@ class KernelOptimiser(Optimiser):
         super().__init__({"muon": muon, "adam": adam}, parameters=trained, clip=clip)
 
     def step(self, factor: float, left_out: Tensor | None = None) -> None:
+        """One update. The gradients of kernels reach Muon as matrices."""
         for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
             assert kernel.grad is not None and matrix.data_ptr() == kernel.data_ptr(), "a kernel was moved"
             matrix.grad = _matrix(kernel.grad)

@@ -46,6 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter with a gradient. Matrices of one shape are orthogonalised together."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -101,6 +101,7 @@ class Optimiser:
             part.step()
 
     def zero_grad(self) -> None:
+        """Drop all gradients."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
         for parameter in self.parameters:
@@ -117,7 +118,8 @@ class Optimiser:
             part.state.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All optimiser state as flat tensors named `<part>/<parameter>/<slot>`."""
+        """All optimiser state as flat tensors named `<part>/<parameter>/<slot>`. Checkpoints store these names: never
+        change them."""
         flat: dict[str, Tensor] = {}
         for part_name, part in self.parts.items():
             for parameter, slots in part.state.items():
@@ -140,6 +142,7 @@ class Optimiser:
 
 
 def _parameters(part: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters of a torch optimiser, group by group."""
     return [p for group in part.param_groups for p in group["params"]]
 
 

@@ -22,6 +22,7 @@ class Target(AveragedModel[Module]):
         super().__init__(model, decay, warms_up=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by name, as checkpoints store them."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     @torch.no_grad()

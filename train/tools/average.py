@@ -16,7 +16,7 @@ from pathlib import Path
 from omni.cli.arguments import exit_code
 from omni.model import Omni
 from omni.pretrained import from_pretrained
-from train.upcycling import with_copies
+from train.upcycling import with_latent_weights
 
 
 def average(models: Sequence[tuple[str, float]]) -> Omni:
@@ -33,7 +33,7 @@ def average(models: Sequence[tuple[str, float]]) -> Omni:
         if kinds[0] not in ("shared", kinds[1]):
             raise ValueError(f"{path} has latent_weights = {kinds[0]!r} and {models[0][0]} {kinds[1]!r}; use the same")
     own = result.state_dict()
-    loaded = [(path, with_copies(member.state_dict(), own), share) for path, member, share in members]
+    loaded = [(path, with_latent_weights(member.state_dict(), own), share) for path, member, share in members]
     for path, weights, _ in loaded:
         odd = sorted(n for n in own.keys() | weights.keys() if n not in own or n not in weights)
         odd += sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)

@@ -29,7 +29,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the picture. Raises ValueError when no row has a finite loss."""
     names = sorted({name for row in rows for name in row if name.startswith("loss/")})
-    series = {name: _finite(rows, name) for name in names}
+    series = {name: _positive_points(rows, name) for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         raise ValueError("the metrics have no losses to draw; give the metrics.jsonl of a run of at least two steps")
@@ -39,12 +39,14 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save_png(to_picture(figure), path)
 
 
-def _finite(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+def _positive_points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows whose value is finite and above 0."""
     values = [(int(row["step"]), row.get(name)) for row in rows]
     return [(step, float(v)) for step, v in values if isinstance(v, int | float) and math.isfinite(v) and v > 0]
 
 
 def _draw_panel(axes: Any, name: str, points: Sequence[tuple[int, float]]) -> None:
+    """One loss: every step thin, its moving average thick."""
     steps, values = [step for step, _ in points], [value for _, value in points]
     axes.plot(steps, values, color="#b0c8e8", linewidth=0.8)
     axes.plot(steps, smooth(values, max(3, len(values) // 50)), color="#184ea0", linewidth=1.6)

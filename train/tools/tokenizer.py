@@ -77,6 +77,7 @@ def read_phrases(source: str) -> list[str]:
 
 
 def _emoji_world_texts(recipe: TokenizerRecipe) -> Iterator[str]:
+    """The texts of the first num_texts training documents."""
     from omni.data.emoji_world import Atlas, EmojiWorld
 
     world = EmojiWorld(Atlas(), recipe.seed, split="train")

@@ -93,6 +93,7 @@ class Cifar10Options(TaskOptions):
 
     @property
     def chosen(self) -> dict[str, Method]:
+        """The methods to run, by name."""
         return {name: m for name, m in self.methods.items() if not self.only or name in self.only}
 
     def numbers(self, method: Method) -> list[int]:
@@ -100,16 +101,18 @@ class Cifar10Options(TaskOptions):
         return sorted(set(method.evaluations or self.evaluations))
 
 
-SINGLE = ("steps", "images", "minutes", "step_time", "rehearsal", "nonfinite", "failed")
+# Ends of the report rows of a method besides its distances.
+METHOD_ROWS = ("steps", "images", "minutes", "step_time", "rehearsal", "nonfinite", "failed")
 
 
 def cifar10_rows(options: Cifar10Options) -> list[str]:
+    """All possible report rows; suites set bars on these names."""
     judge = ["floor", *([] if options.inception else ["classifier_accuracy", "classifier_seconds"])]
     rows = [*(f"best_to_{options.reference}_{n}" for n in sorted(set(options.evaluations))), *judge]
     for name, method in options.chosen.items():
         spreads = ("", "_spread") if options.seeds > 1 else ("",)
         rows += [f"{name}_{n}{spread}" for n in options.numbers(method) for spread in spreads]
-        rows += [f"{name}_{what}" for what in SINGLE]
+        rows += [f"{name}_{what}" for what in METHOD_ROWS]
     return rows
 
 
@@ -271,6 +274,7 @@ def ratios(results: Results, options: Cifar10Options) -> Iterator[Measure]:
 
 
 def rows_of_method(name: str, method: Method, results: Results, options: Cifar10Options) -> list[Measure]:
+    """The report rows of a method so far; NaN without a result."""
     runs, failures, measures = results.runs.get(name, []), results.failures.get(name, []), []
     for n in options.numbers(method):
         measures.append(Measure(f"{name}_{n}", results.mean(name, n), "distance"))
@@ -295,11 +299,13 @@ def rows_of_method(name: str, method: Method, results: Results, options: Cifar10
 
 
 def report_rows(context: Context, measures: list[Measure]) -> None:
+    """Print rows at once."""
     for measure in measures:
         context.report(f"    {measure.name} = {measure.value:.5g} {measure.unit}")
 
 
 def notes(lab: Lab, results: Results, device: torch.device) -> list[str]:
+    """Machine, sizes, time, and the errors of failed methods."""
     options, own = lab.options, lab.options.train
     on_cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU thread(s)"
@@ -326,7 +332,7 @@ def curves(results: Results, test_distance: float, options: Cifar10Options) -> l
         return []
     title = f"CIFAR-10 (test pictures: {test_distance:.3g})"
     picture = log_charts({title: lines}, "evaluations of the network", "Frechet distance")
-    save_png(picture, place(options, "cifar10.png"))
+    save_png(picture, output_path(options, "cifar10.png"))
     return [Curve(title, "evaluations", "Frechet distance", lines)]
 
 
@@ -339,11 +345,12 @@ def panels(results: Results, options: Cifar10Options) -> list[Panel]:
         for n, pictures in run.drawn.items()
     }
     if rows:
-        save_png(sheet(rows), place(options, "cifar10_samples.png"))
+        save_png(sheet(rows), output_path(options, "cifar10_samples.png"))
     return [Panel(name, answer=tuple(pictures)) for name, pictures in rows.items()]
 
 
-def place(options: Cifar10Options, name: str) -> Path:
+def output_path(options: Cifar10Options, name: str) -> Path:
+    """A path in the output folder, which is made."""
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name

@@ -26,7 +26,7 @@ from omni.sequence.layout import Batch
 if TYPE_CHECKING:
     from PIL import Image
 
-SCALE, GAP, LABEL_WIDTH = 2, 2, 190
+SCALE, GAP, LABEL_WIDTH = 2, 2, 190  # of a sheet: enlargement; pixels between pictures and for a name
 
 
 @dataclass(frozen=True, eq=False)

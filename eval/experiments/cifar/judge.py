@@ -46,6 +46,8 @@ class Unit(nn.Sequential):
 
 
 class Residual(nn.Module):
+    """x plus two convolutions of x."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.inner = nn.Sequential(Unit(width, width), Unit(width, width))
@@ -55,7 +57,8 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A residual network of eight convolutions, similar to ResNet-9."""
+    """A residual network of eight convolutions, similar to ResNet-9. Initial weights are keyed by name: renaming a
+    layer changes every distance."""
 
     def __init__(self, options: ClassifierOptions, key: Key) -> None:
         super().__init__()
@@ -76,6 +79,7 @@ class Classifier(nn.Module):
         return F.relu(self.squeeze(self.body(x).mean((2, 3))))
 
     def forward(self, pixels_NPP3: Tensor) -> Tensor:
+        """Logits (N, classes)."""
         return self.read(self.features(pixels_NPP3))
 
 

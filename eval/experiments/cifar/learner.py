@@ -44,8 +44,8 @@ class Method(Frozen):
 
     head: options of the flow head that differ (parametrisation, time_scale, ...). copies: noisy copies of each picture;
     a step then has fewer pictures. rate: if not the run's. start_time: of sampling, where it is not 1. guidance: w of
-    sampling, with two evaluations a step; told_guidance: w of the guidance embedding, where the objective trained it.
-    evaluations: if not the task's numbers of steps.
+    sampling, with two evaluations a step; guidance_embedding: its w, where the objective trained it. evaluations: if
+    not the task's numbers of steps.
     """
 
     objective: str
@@ -69,6 +69,7 @@ class Method(Frozen):
         return self
 
     def flow_head(self, channels: int) -> FlowHeadConfig:
+        """The configuration of the flow head."""
         return FlowHeadConfig.model_validate(self.head | {"channels": channels})
 
     def build(self) -> FlowObjective:
@@ -118,6 +119,7 @@ class Trained:
 
 
 def build_model(options: TrainOptions, method: Method, channels: int, key: Key) -> Omni:
+    """Omni with random weights, keyed by name."""
     heads = options.width // options.head_dim
     transformer = TransformerConfig(
         width=options.width, depth=options.depth, num_heads=heads, num_kv_heads=heads, head_dim=options.head_dim,
@@ -152,6 +154,7 @@ class Learner:
         self.guard = DeviceGuard(options.nonfinite_steps, self.device)
 
     def batch(self, step: int) -> Batch:
+        """The batch of a step: keyed pictures, flips and dropped classes."""
         rows, key = self.order.rows(step), self.key.fold("data", step)
         dropped = key.fold("dropout").uniform((len(rows),)) < self.options.dropout
         latents = self.patches.encode(flipped(self.pictures.pixels[rows], key))

@@ -21,6 +21,7 @@ from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.objectives.times import BatchNames
 from omni.sequence.layout import Batch, LatentSpan, TokenSpan, lay_rows
 
+# Ids of this vocabulary; FIRST_CLASS + n is class n.
 BEGIN, USER, END, ASSISTANT, IMAGE, GRID_SIDE, PADDING, NO_CLASS = range(8)
 FIRST_CLASS = 8
 VOCAB_SIZE = FIRST_CLASS + NUM_CLASSES
@@ -38,6 +39,7 @@ class Patches:
 
     @staticmethod
     def of(pictures: Pictures, patch: int) -> Patches:
+        """The patches of a set, normalised over its first 10,000 pictures."""
         codec = PixelCodec(PixelConfig(patch=patch))
         latents = codec.encode(pictures.pixels[:10_000])
         return Patches(codec, latents.mean((0, 1, 2)), latents.std((0, 1, 2)).clamp(min=1e-3))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eval.jobs import work
+from eval.jobs import run_jobs
 from omni.media import load_image
 from omni.rng import Key
 
@@ -44,7 +44,7 @@ def load_pictures(paths: Sequence[Path], num: int | None, workers: int, device: 
     encoded = [data for images, _ in tables for data in images]
     size = -(-len(encoded) // workers)
     jobs = [(encoded[at : at + size],) for at in range(0, len(encoded), size)]
-    parts = dict(work(decode, jobs, workers))
+    parts = dict(run_jobs(decode, jobs, workers))
     pixels = torch.cat([torch.from_numpy(parts[number]) for number in range(len(jobs))])
     parted = pixels.split([len(labels) for _, labels in tables])
     pairs = zip(parted, (labels for _, labels in tables), strict=True)
@@ -52,6 +52,7 @@ def load_pictures(paths: Sequence[Path], num: int | None, workers: int, device: 
 
 
 def _read(path: Path, num: int | None) -> tuple[list[bytes], list[int]]:
+    """Encoded pictures and labels of the first `num` rows."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:

@@ -65,6 +65,7 @@ class TextOptions(Frozen):
 
     @property
     def budget(self) -> Budget:
+        """Steps, rows and rate as `optimise` takes them."""
         return Budget(self.backbone_steps, self.head_steps, self.rows, self.rate)
 
 
@@ -77,6 +78,7 @@ class Text:
 
     @staticmethod
     def of(train: str, test: str) -> Text:
+        """Two texts as bytes."""
         return Text(*(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for text in (train, test)))
 
     @staticmethod
@@ -103,6 +105,7 @@ def windows(text: Tensor, num: int, length: int, key: Key) -> Tensor:
 
 
 def train_backbone(text: Text, run: TextOptions, key: Key) -> Omni:
+    """A small Omni trained on next bytes. Depends on the arguments alone."""
     model = toy_model(None, BYTES, key.fold("model"), run.width, run.depth)
 
     def loss(step: int, progress: float) -> dict[str, Tensor]:
@@ -135,6 +138,7 @@ def train_head(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key
 
 
 def _batch(windows_RT: Tensor) -> Batch:
+    """Windows (R, T) as a batch, every byte supervised."""
     return toy_batch(torch.zeros(len(windows_RT), 0, dtype=torch.int64), windows_RT, BYTES)[0]
 
 
@@ -174,13 +178,14 @@ class PlainResult:
 
 
 def measure_plain(model: Omni, text: Text, run: TextOptions, key: Key) -> PlainResult:
+    """The backbone: likelihood, speed, and nats of its own samples."""
     contexts = contexts_of(text, run, key)
     pace = decode_plain(model, contexts, run, key.fold("decode"))
     drawn = pace.ids[:, : run.length]
-    return PlainResult(_plain_scores(model, text, run, key), pace, _own_nats(model, contexts, drawn))
+    return PlainResult(_plain_scores(model, text, run, key), pace, _backbone_nats(model, contexts, drawn))
 
 
-def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: Key) -> TextResult:
+def train_and_measure(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: Key) -> TextResult:
     """Train a head and measure it. The contexts and the noise of tokens are the same for every head."""
     start = time.process_time()
     model = train_head(backbone, line, text, run, key.fold("train"))
@@ -190,21 +195,23 @@ def run_line(backbone: Omni, line: TextLine, text: Text, run: TextOptions, key: 
     rounds = {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("coupled", "greedy")}
     own = head_of(model)
     if line.log_q_options is not None:
-        _put_head(model, _same_weights(own, line.head, line.log_q_options))
+        _set_head(model, _same_weights(own, line.head, line.log_q_options))
     if _has_log_q(model, contexts, key):
         rounds |= {kind: decode_rounds(model, contexts, kind, run, noise) for kind in ("rejection", "block")}
-    _put_head(model, own)
+    _set_head(model, own)
     free = {n: free_nats(model, contexts, n, run.length, key.fold("free")) for n in sorted({1, *line.passes})}
     return TextResult(held_out(model, text, run, key), rounds, free, plain_pace, seconds)
 
 
 def _same_weights(head: JointHead, name: str, options: dict[str, Any]) -> JointHead:
+    """A head of the same weights with other options."""
     other = build_head(name, options, head.length, head.vocab_size, head.width)
     other.load_state_dict(head.state_dict())
     return other.eval()
 
 
-def _put_head(model: Omni, head: JointHead) -> None:
+def _set_head(model: Omni, head: JointHead) -> None:
+    """Replace the head of a model, in place."""
     assert model.joint is not None
     model.joint.head = head
 
@@ -216,6 +223,7 @@ def contexts_of(text: Text, run: TextOptions, key: Key) -> Tensor:
 
 @torch.inference_mode()
 def _has_log_q(model: Omni, contexts: Tensor, key: Key) -> bool:
+    """Whether drafts of the head have the probabilities that they were sampled from."""
     call = toy_call(model, contexts[:1], 2)
     return head_of(model).sample(call, torch.full((1, 2), 0.5, dtype=torch.float64), key).log_q is not None
 
@@ -228,11 +236,12 @@ def free_nats(model: Omni, contexts: Tensor, passes: int, length: int, key: Key)
         own = key.fold("chunk", at)
         noise = own.fold("uniforms").uniform((len(part), length), torch.float64)
         found.append(head_of(model).sample(toy_call(model, part, length), noise, own, passes).ids)
-    return _own_nats(model, contexts, torch.cat(found))
+    return _backbone_nats(model, contexts, torch.cat(found))
 
 
 @torch.inference_mode()
-def _own_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
+def _backbone_nats(model: Omni, contexts: Tensor, ids: Tensor) -> float:
+    """Nats per byte of ids (B, K) after contexts, under the backbone."""
     total = 0.0
     for prefix, block in zip(contexts.split(CHUNK), ids.split(CHUNK), strict=True):
         batch, starts, blocks = toy_batch(prefix, block, BYTES)
@@ -261,6 +270,7 @@ def held_out(model: Omni, text: Text, run: TextOptions, key: Key) -> Scores:
 
 @torch.inference_mode()
 def _plain_scores(model: Omni, text: Text, run: TextOptions, key: Key) -> Scores:
+    """`held_out` of the backbone by autoregressive decoding."""
     total, number = torch.zeros(run.length, dtype=torch.float64), 0
     for call, blocks, _ in _held_out_blocks(model, text, run, key):
         whole = blocks.valid.all(1)
@@ -285,4 +295,5 @@ def _of_ids(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def _has_likelihood(head: JointHead) -> bool:
+    """Whether the family overrides `log_prob`."""
     return type(head).log_prob is not JointHead.log_prob

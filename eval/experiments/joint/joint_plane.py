@@ -24,7 +24,7 @@ from eval.experiments.joint.joints import Table
 from eval.experiments.joint.lab import Group, HeadLine, LabOptions, Measured, check_lines, known_table, run_group
 from eval.experiments.joint.lower_bounds import least_product_tv, marginal_product, marginals_tv, total_correlation
 from eval.experiments.joint.pictures import pair_frequencies, table_picture
-from eval.jobs import work
+from eval.jobs import run_jobs
 from eval.plots import grid
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from omni.config import nearest
@@ -53,6 +53,7 @@ class ToysOptions(TaskOptions):
 
     @property
     def chosen(self) -> dict[str, HeadLine]:
+        """The heads to run, by name."""
         return {name: line for name, line in self.heads.items() if not self.only or name in self.only}
 
     def of(self, joint: str) -> dict[str, HeadLine]:
@@ -61,14 +62,17 @@ class ToysOptions(TaskOptions):
 
 
 def ends_of(line: HeadLine, length: int) -> list[str]:
+    """Ends of the report rows of a head."""
     return [*(tv_name(n) for n in line.numbers(length)), "valid", "spread", "seconds"]
 
 
 def tv_name(passes: int) -> str:
+    """The end of the row of total variation in this many passes."""
     return "tv" if passes == 1 else f"tv_{passes}"
 
 
 def toys_rows(options: ToysOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     lower_bounds = [f"{j}_{name}" for j in options.joints for name in (*BOUNDS, "plain_tv")]
     return lower_bounds + [
         f"{j}_{name}_{end}"
@@ -106,6 +110,7 @@ class PokerOptions(ToysOptions):
 
 
 def poker_rows(options: PokerOptions) -> list[str]:
+    """`toys_rows` without the name of the one joint."""
     cut = len(options.joints[0]) + 1
     return [row[cut:] for row in toys_rows(options)]
 
@@ -134,7 +139,7 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
         for seed in range(options.seeds)
     ]
     found: dict[int, Group] = {}
-    for number, group in work(run_group, jobs, options.workers):
+    for number, group in run_jobs(run_group, jobs, options.workers):
         found[number] = group
         values = "  ".join(f"{name} {head.distances[1].tv:.3f}" for name, head in group.heads.items())
         context.report(f"  {len(found)}/{len(jobs)} {jobs[number][0]}  plain {group.plain.tv:.3f}  {values}")
@@ -146,10 +151,12 @@ def run_all(context: Context, options: ToysOptions) -> dict[str, list[Group]]:
 
 # ---- what is read off ----------------------------------------------------------------------------------------------
 
+# Report row of a lower bound -> its unit.
 BOUNDS = {"entropy": "nats", "floor_kl": "nats", "floor_tv": "", "floor_marginals": "", "floor_samples": ""}
 
 
 def lower_bounds(joint: Table, num_samples: int, key: Key) -> dict[str, float]:
+    """The values of BOUNDS for a joint."""
     return {
         "entropy": joint.entropy(),
         "floor_kl": total_correlation(joint),
@@ -172,10 +179,12 @@ def head_rows(groups: Sequence[Group]) -> Iterator[tuple[str, float, str]]:
 
 
 def mean_tv(runs: Sequence[Measured], passes: int = 1) -> float:
+    """The mean over seeds of the total variation."""
     return statistics.fmean(run.distances[passes].tv for run in runs)
 
 
 def conditions(options: ToysOptions) -> str:
+    """Sizes, steps and seeds, for the notes."""
     run = options.run
     return (
         f"{options.seeds} seed(s); a transformer of {run.depth} layers of {run.width}; {run.backbone_steps} steps of "

@@ -75,10 +75,12 @@ class Table(Joint):
 
     @cached_property
     def codes(self) -> Tensor:
+        """(N,) int64: the strings as numbers, ascending."""
         return codes(self.ids, self.vocab_size)
 
     @cached_property
     def cumulative(self) -> Tensor:
+        """(N,) float64: cumulative probabilities."""
         return self.p.cumsum(0)
 
     @cached_property
@@ -186,11 +188,13 @@ class Chain(Joint):
 
 
 def _entropy(log_p: Tensor) -> Tensor:
+    """Entropy of distributions (..., V), in nats."""
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(-1)
 
 
 def _all_strings(vocab_size: int, length: int) -> Tensor:
+    """(V^K, K) int64, in the order of their codes."""
     return torch.tensor(list(product(range(vocab_size), repeat=length)))
 
 
@@ -211,7 +215,7 @@ def build_joint(name: str) -> Joint:
 
 
 WORDS = tuple("high card one pair two full house straight flush royal".split())
-HANDS = {  # number of deals of each kind, five cards of fifty-two
+HANDS = {  # deals of each kind, of five cards of fifty-two
     "high card": 1_302_540, "one pair": 1_098_240, "two pair": 123_552, "full house": 3_744,
     "straight flush": 36, "royal flush": 4,
 }  # fmt: skip
@@ -238,6 +242,7 @@ def parity(name: str, length: int) -> Table:
 
 
 def permutation(name: str, length: int) -> Table:
+    """All orders of K = V ids, equally likely."""
     return table(name, torch.tensor(list(permutations(range(length)))), length)
 
 
@@ -257,19 +262,20 @@ def bigram(name: str, length: int, vocab_size: int = 256, spread: float = 2.0) -
     return Chain(name, vocab_size, length, first=first.log_softmax(-1), moves=moves.log_softmax(-1))
 
 
-Element = tuple[int, ...]
+Permutation = tuple[int, ...]  # i goes to its i-th number
 
 
-def symmetric_group(degree: int) -> list[Element]:
+def symmetric_group(degree: int) -> list[Permutation]:
     """All permutations, the identity first; the product of a and b is a after b."""
     return list(permutations(range(degree)))
 
 
-def compose(a: Element, b: Element) -> Element:
+def compose(a: Permutation, b: Permutation) -> Permutation:
+    """a after b."""
     return tuple(a[i] for i in b)
 
 
-def products(words: Tensor, elements: Sequence[Element]) -> Tensor:
+def products(words: Tensor, elements: Sequence[Permutation]) -> Tensor:
     """(N,) int64: the number of x1 x2 .. xm for words (N, m) of numbers of elements."""
     number = {element: n for n, element in enumerate(elements)}
     times = torch.tensor([[number[compose(a, b)] for b in elements] for a in elements])
@@ -303,12 +309,12 @@ def sudoku(name: str) -> Table:
     """The 288 grids of 4 x 4, row by row; equally likely."""
     rows = list(permutations(range(4)))
 
-    def fits(grid: Sequence[Element]) -> bool:
+    def fits(grid: Sequence[Permutation]) -> bool:
         columns = all(len(set(column)) == len(grid) for column in zip(*grid, strict=True))
         pairs = zip(grid[::2], grid[1::2], strict=False)
         return columns and all(len({*a[i : i + 2], *b[i : i + 2]}) == 4 for a, b in pairs for i in (0, 2))
 
-    grids: list[tuple[Element, ...]] = [()]
+    grids: list[tuple[Permutation, ...]] = [()]
     for _ in range(4):
         grids = [(*grid, row) for grid in grids for row in rows if fits((*grid, row))]
     return table(name, torch.tensor([[id for row in grid for id in row] for grid in grids]), 4)

@@ -67,6 +67,7 @@ class LabOptions(Frozen):
 
     @property
     def budget(self) -> Budget:
+        """Steps, rows and rate as `train` takes them."""
         return Budget(self.backbone_steps, self.head_steps, self.rows, self.rate)
 
 
@@ -116,7 +117,7 @@ def run_group(joint_name: str, lines: Mapping[str, HeadLine], options: LabOption
     """Train and measure. Depends on the arguments alone."""
     joint = known_table(joint_name)
     backbone = toy_model(None, joint.vocab_size, key.fold("model"), options.width, options.depth)
-    draw = _drawer(joint)
+    draw = _block_sampler(joint)
     train(backbone, draw, replace(options.budget, head_steps=0), key.fold("train"))
     found = {}
     for name, line in lines.items():
@@ -129,6 +130,7 @@ def run_group(joint_name: str, lines: Mapping[str, HeadLine], options: LabOption
 
 
 def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOptions, key: Key) -> Measured:
+    """Train the head of a model on a joint, and measure it."""
     assert model.joint is not None
     head, start = model.joint.head, time.process_time()
     budget = replace(
@@ -136,7 +138,7 @@ def _train_and_measure(model: Omni, joint: Table, line: HeadLine, options: LabOp
         rate=line.rate or options.rate,
     )  # fmt: skip
     teacher = (lambda prefix, ids: exact_distributions(joint, ids)) if line.teacher == "exact" else None
-    train(model, _drawer(joint), budget, key.fold("train"), teacher)
+    train(model, _block_sampler(joint), budget, key.fold("train"), teacher)
     seconds = time.process_time() - start
     model.eval()
     numbers = line.numbers(joint.length)
@@ -153,7 +155,8 @@ def exact_distributions(joint: Table, ids: Tensor) -> Tensor:
     return torch.cat([log_probs, log_probs.new_full((*log_probs.shape[:2], 1), -math.inf)], -1)
 
 
-def _drawer(joint: Table):  # noqa: ANN202
+def _block_sampler(joint: Table):  # noqa: ANN202
+    """A function that samples blocks of the joint, without prefixes."""
     return lambda key, num: (torch.zeros(num, 0, dtype=torch.int64), joint.draw(key, num))
 
 

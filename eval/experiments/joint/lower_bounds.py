@@ -268,6 +268,7 @@ def cp_rank(joint: Table) -> int | None:
 
 
 def _pair_rank(joint: Table) -> int | None:
+    """The rank where it equals the nonnegative rank (at most 2, or full), else None: unknown."""
     rank = int(torch.linalg.matrix_rank(joint.full()))
     rows, columns = (len(joint.ids[:, k].unique()) for k in (0, 1))
     return rank if rank <= 2 or rank == min(rows, columns) else None

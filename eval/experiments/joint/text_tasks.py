@@ -30,10 +30,10 @@ from eval.experiments.joint.heads_on_text import (
     TextOptions,
     TextResult,
     measure_plain,
-    run_line,
+    train_and_measure,
     train_backbone,
 )
-from eval.jobs import work
+from eval.jobs import run_jobs
 from eval.requests import atlas_of, requests
 from eval.task import Context, Curve, Measure, Outcome, TaskOptions, percentage, task
 from omni.config import nearest
@@ -48,8 +48,10 @@ from omni.heads.joint import build_head
 from omni.nn.cache import History
 from omni.text.compose import header_length
 
+# Kinds of requests of text_blocks; weights of the tasks whose words joint_text reads.
 KINDS = ("draw", "name", "scene", "edit", "open", "story", "text", "chat")
 MIXTURE = {"draw": 0.1, "name": 0.1, "story": 0.3, "text": 0.4, "chat": 0.1}
+# Verifications that need the probabilities of a draft.
 NEED_LOG_Q = ("rejection", "block")
 
 
@@ -79,6 +81,7 @@ class JointTextOptions(TaskOptions):
 
     @property
     def chosen(self) -> dict[str, TextLine]:
+        """The heads to run, by name."""
         return {name: line for name, line in self.heads.items() if not self.only or name in self.only}
 
 
@@ -109,7 +112,7 @@ def joint_text(context: Context, options: JointTextOptions) -> Outcome:
     context.report(f"  autoregressive decoding: {plain.scores.mean:.3f} nats per byte")
     lines, found = options.chosen, {}
     jobs = [(backbone, line, text, options.run, key) for line in lines.values()]
-    for number, result in work(run_line, jobs, options.workers):
+    for number, result in run_jobs(train_and_measure, jobs, options.workers):
         name = list(lines)[number]
         found[name] = result
         accepted = "  ".join(f"{kind} {rounds.accepted:.2f}" for kind, rounds in result.rounds.items())
@@ -121,6 +124,7 @@ def joint_text(context: Context, options: JointTextOptions) -> Outcome:
 
 
 def _text(context: Context, options: JointTextOptions) -> Text:
+    """The training and the test text."""
     if options.train_text is not None and options.test_text is not None:
         return Text.read(options.train_text, options.test_text)
     train, test = (_words(context, split, options.documents) for split in ("train", "heldout"))
@@ -145,6 +149,7 @@ Results = Mapping[str, TextResult]
 
 
 def plain_measures(plain: PlainResult, results: Results) -> Iterator[Measure]:
+    """Report rows of the backbone."""
     yield Measure("plain_nll", plain.scores.mean, "nats/byte")
     yield Measure("plain_free", plain.free, "nats/byte")
     yield Measure("plain_tokens_per_second", plain_pace(results), "tokens/s")
@@ -164,6 +169,7 @@ def gaps(plain: PlainResult, result: TextResult) -> list[float]:
 
 
 def head_measures(name: str, results: Results) -> Iterator[Measure]:
+    """Report rows of a head."""
     result = results[name]
     if result.scores.kind:
         yield Measure(f"{name}_nll", result.scores.mean, "nats/byte")
@@ -181,6 +187,7 @@ def head_measures(name: str, results: Results) -> Iterator[Measure]:
 
 
 def table_of(plain: PlainResult, results: Results) -> str:
+    """One line per head, as text."""
     head = f"{'':16}{'nats/byte':>18}{'coupled':>9}{'greedy':>9}{'rejection':>11}{'block':>9}{'free':>8}"
     head += f"{'tokens/s':>10}"
     own = f"{plain.free:>8.3f}{plain_pace(results):>10.0f}"
@@ -220,6 +227,7 @@ def curves(plain: PlainResult, results: Results) -> Iterator[Curve]:
 
 
 def _conditions(text: Text, options: JointTextOptions) -> str:
+    """Sizes and steps, for the notes."""
     run = options.run
     source = "the emoji world's words" if options.train_text is None else f"{options.train_text}, {options.test_text}"
     return (
@@ -301,6 +309,7 @@ class Measured:
 
 
 def _measure(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Measured:
+    """Stream one reply and count it, without the time of pictures."""
     rounds: list[Drafted] = []
     text, number, seconds, start = "", 0, 0.0, time.perf_counter()
     for event in engine.stream(prompt, seed=seed, **how):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni.heads import FlowHeadConfig
-from omni.heads.joint import JointConfig, JointHead, Lesson
+from omni.heads.joint import JointConfig, JointHead, LossInputs
 from omni.heads.joint.training import BatchCall, teacher_log_probs
 from omni.model import Omni, OmniConfig
 from omni.nn.transformer import TransformerConfig
@@ -106,6 +106,8 @@ Loss = Callable[[int, float], dict[str, Tensor]]
 
 
 def _backbone_loss(model: Omni, draw: Draw, budget: Budget, key: Key) -> Loss:
+    """Next-token loss of keyed blocks, by step."""
+
     def loss(step: int, progress: float) -> dict[str, Tensor]:
         batch, _, _ = toy_batch(*draw(key.fold(step), budget.rows), model.config.vocab_size - 1)
         hidden, _ = model.context(batch)
@@ -116,6 +118,7 @@ def _backbone_loss(model: Omni, draw: Draw, budget: Budget, key: Key) -> Loss:
 
 
 def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teacher | None) -> Loss:
+    """The head's own loss on keyed blocks, by step."""
     head = head_of(model)
 
     def loss(step: int, progress: float) -> dict[str, Tensor]:
@@ -126,7 +129,7 @@ def _head_loss(model: Omni, draw: Draw, budget: Budget, key: Key, teacher: Teach
         if head.needs_teacher:
             log_probs = teacher(prefix, block) if teacher else teacher_log_probs(model, hidden, starts, blocks)
         call = BatchCall(model, starts, hidden, memory)
-        terms = head.loss(call, Lesson(blocks, log_probs, key.fold("noise", step), progress))
+        terms = head.loss(call, LossInputs(blocks, log_probs, key.fold("noise", step), progress))
         return {name: term.weight * term.sum / max(term.count, 1.0) for name, term in terms.items()}
 
     return loss
@@ -149,6 +152,7 @@ def optimise(parameters: list[Tensor], steps: int, budget: Budget, loss: Loss) -
 
 
 def head_of(model: Omni) -> JointHead:
+    """The joint-token head of a model that has one."""
     assert model.joint is not None
     return model.joint.head
 

@@ -66,6 +66,7 @@ class ClosedFormOptions(TaskOptions):
 
 
 def closed_form_rows(options: ClosedFormOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     methods = [
         f"{gaussian}_{name}{end}" for gaussian in GAUSSIANS for name in options.methods for end in ("", "_wrong")
     ]
@@ -122,6 +123,7 @@ def on_path(draw: Draw, gaussian: Gaussian, check: Check) -> Draw:
 
 
 def mean(terms: Terms) -> float:
+    """A loss over its count."""
     return float(terms.sum) / terms.count
 
 

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from eval.experiments.plane.data import DATA_SETS, sliced_wasserstein
 from eval.experiments.plane.run import Method, Run, RunOptions, run_methods
-from eval.jobs import work
+from eval.jobs import run_jobs
 from eval.plots import cloud, grid, log_charts
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from omni.config import nearest
@@ -58,6 +58,7 @@ class PlaneOptions(TaskOptions):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, data: Any) -> Any:
+        """The table of `methods_of`, with the methods given here in place of its own."""
         if not isinstance(data, dict) or not data.get("methods_of"):
             return data
         path = SUITES / f"{data['methods_of']}.toml"
@@ -81,14 +82,17 @@ class PlaneOptions(TaskOptions):
 
     @property
     def chosen(self) -> dict[str, Method]:
+        """The methods to run, by name."""
         return {name: m for name, m in self.methods.items() if not self.only or name in self.only}
 
     @property
     def fewest(self) -> int:
+        """The smallest number of evaluations."""
         return min(self.run.evaluations)
 
 
 def plane_rows(options: PlaneOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     rows = [
         f"{data_set}_{name}_{end}"
         for data_set in options.data_sets
@@ -142,7 +146,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
         for seed in range(options.seeds)
     ]
     found: dict[int, dict[str, Run]] = {}
-    for number, runs in work(run_methods, jobs, options.workers):
+    for number, runs in run_jobs(run_methods, jobs, options.workers):
         found[number] = runs
         for name, run in runs.items():
             distances = "  ".join(f"{n}: {d:.3f}" for n, d in run.distances.items())
@@ -155,6 +159,7 @@ def run_all(context: Context, options: PlaneOptions) -> dict[tuple[str, str], li
 
 
 def data_distance(data_set: str, options: RunOptions, key: Key) -> float:
+    """The mean distance of two independent clouds of the data."""
     draw = DATA_SETS.get(data_set)
     clouds = [draw(key.fold(n), options.num_points) for n in range(6)]
     pairs = zip(clouds[::2], clouds[1::2], strict=True)
@@ -165,10 +170,12 @@ def data_distance(data_set: str, options: RunOptions, key: Key) -> float:
 
 
 def mean_at(runs: Sequence[Run], n: int) -> float:
+    """The mean over seeds of the distance after n evaluations."""
     return statistics.fmean(run.distances[n] for run in runs)
 
 
 def spread_at(runs: Sequence[Run], n: int) -> float:
+    """The standard deviation over seeds; 0 for one."""
     return statistics.stdev(run.distances[n] for run in runs) if len(runs) > 1 else 0.0
 
 
@@ -221,7 +228,7 @@ def curves(results: Results, data_distances: Mapping[str, float], options: Plane
         ends = (float(options.fewest), float(max(options.run.evaluations)))
         panels[d] = lines | {"data against data": [(n, data_distances[d]) for n in ends]}
     picture = log_charts(panels, "evaluations of the network", "sliced Wasserstein distance")
-    save_png(picture, place(options, "flow_maps_plane.png"))
+    save_png(picture, output_path(options, "flow_maps_plane.png"))
     return [Curve(data_set, "evaluations", "distance", lines) for data_set, lines in panels.items()]
 
 
@@ -232,11 +239,12 @@ def panels(results: Results, options: PlaneOptions, across: int = 8) -> list[Pan
         cells = [(data_set, cloud(DATA_SETS.get(data_set)(Key(0).fold("picture"), options.run.num_points)))]
         cells += [(name, cloud(results[data_set, name][0].points)) for name in options.chosen]
         rows += [cells[i : i + across] for i in range(0, len(cells), across)]
-    save_png(grid(rows), place(options, "flow_maps_samples.png"))
+    save_png(grid(rows), output_path(options, "flow_maps_samples.png"))
     return [Panel(name, answer=(pixels,)) for row in rows for name, pixels in row]
 
 
-def place(options: PlaneOptions, name: str) -> Path:
+def output_path(options: PlaneOptions, name: str) -> Path:
+    """A path in the output folder, which is made."""
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name

@@ -17,6 +17,8 @@ from omni.rng import Key
 
 @dataclass(frozen=True)
 class Gaussian:
+    """N(mean, covariance). basis, variance: eigenvectors and eigenvalues of the covariance."""
+
     mean: Tensor  # (C,) float64
     covariance: Tensor  # (C, C)
     basis: Tensor = field(init=False)
@@ -29,6 +31,7 @@ class Gaussian:
 
     @property
     def channels(self) -> int:
+        """C."""
         return self.mean.numel()
 
     def sample(self, key: Key, *shape: int) -> Tensor:

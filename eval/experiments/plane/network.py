@@ -72,18 +72,18 @@ def features(x: Tensor, t: Tensor, s: Tensor, beta: Tensor, is_null: Tensor) -> 
 
 def time_features(t: Tensor) -> Tensor:
     """(I,) -> (I, 1 + 2 K)."""
-    angle_IK = t[:, None] * angular(t.dtype)
+    angle_IK = t[:, None] * angular_frequencies(t.dtype)
     return torch.cat([t[:, None], angle_IK.sin(), angle_IK.cos()], -1)
 
 
 def time_rates(t: Tensor, dt: Tensor) -> Tensor:
     """The derivative of `time_features` along dt, of the same shape."""
-    turn_K = angular(t.dtype)
+    turn_K = angular_frequencies(t.dtype)
     angle_IK = t[:, None] * turn_K
     return dt[:, None] * torch.cat([torch.ones_like(t[:, None]), turn_K * angle_IK.cos(), -turn_K * angle_IK.sin()], -1)
 
 
-def angular(dtype: torch.dtype) -> Tensor:
+def angular_frequencies(dtype: torch.dtype) -> Tensor:
     """(K,) radians per unit of time."""
     return 0.5 * math.pi * torch.tensor(FREQUENCIES, dtype=dtype)
 
@@ -96,6 +96,7 @@ class Count:
     plain: int = 0
 
     def add(self, num: int, *, has_graph: bool) -> None:
+        """Count `num` evaluations."""
         if has_graph:
             self.gradient += num
         else:
@@ -118,8 +119,8 @@ class PlaneCall:
     count: Count = field(default_factory=Count)
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        with self._book(len(t), graph=not self.frozen):
-            return self.network(*self._moving(x, t, s), *self._constants()).view(x.shape)
+        with self._counted(len(t), graph=not self.frozen):
+            return self.network(*self._flattened(x, t, s), *self._constants()).view(x.shape)
 
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, dx: Tensor, dt: Tensor, ds: Tensor) -> Tensor:
         return self._with_derivative((x, t, s), (dx, dt, ds), graph=False)[1]
@@ -141,18 +142,20 @@ class PlaneCall:
     def _with_derivative(
         self, primals: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor, Tensor, Tensor], *, graph: bool
     ) -> tuple[Tensor, Tensor]:
+        """F and its derivative along `tangents`; two evaluations a point."""
         x = primals[0]
-        with self._book(2 * len(primals[1]), graph=graph):
-            found = self.network.with_tangent(self._moving(*primals), self._moving(*tangents), *self._constants())
+        with self._counted(2 * len(primals[1]), graph=graph):
+            found = self.network.with_tangent(self._flattened(*primals), self._flattened(*tangents), *self._constants())
         return found[0].view(x.shape), found[1].view(x.shape)
 
-    def _book(self, num: int, *, graph: bool) -> torch.set_grad_enabled:
+    def _counted(self, num: int, *, graph: bool) -> torch.set_grad_enabled:
         """Count `num` evaluations; return a context with gradients where they are enabled and `graph` is true."""
         graph = graph and torch.is_grad_enabled()
         self.count.add(num, has_graph=graph)
         return torch.set_grad_enabled(graph)
 
-    def _moving(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _flattened(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (1, I, C) -> (I, C), and all three in the weights' dtype."""
         dtype = self.network.read.weight.dtype
         return x.flatten(0, 1).to(dtype), t.to(dtype), s.to(dtype)
 

@@ -26,10 +26,12 @@ from omni.text.bpe import BPETokenizer
 
 
 class Size(NamedTuple):
+    """Sizes of a transformer. hidden: width of the MLP."""
+
     width: int
     depth: int
     heads: int
-    hidden: int  # width of the MLP
+    hidden: int
 
 
 SIZES = {"tiny": Size(64, 2, 1, 128), "8m": Size(256, 8, 4, 704), "90m": Size(768, 12, 12, 2048)}
@@ -53,6 +55,7 @@ class SpeedOptions(TaskOptions):
 
     @property
     def modes(self) -> tuple[str, ...]:
+        """ "eager", and "compiled" where it is measured."""
         compiled = not self.quick if self.compiled is None else self.compiled
         return MODES if compiled else MODES[:1]
 
@@ -63,6 +66,7 @@ class SpeedOptions(TaskOptions):
 
     @property
     def runs(self) -> int:
+        """Alternating runs of each library."""
         return 1 if self.quick else self.repeats
 
 
@@ -84,6 +88,7 @@ def build_omni(context: Context, size: str, vocab_size: int, pictures: bool = Tr
 
 
 def prompt_of(num_bytes: int) -> str:
+    """A prompt of exactly this many bytes."""
     return ("sixteen bytes ok" * -(-num_bytes // 16))[:num_bytes]
 
 
@@ -102,6 +107,7 @@ def machine(*packages: str) -> str:
 
 
 def notes_of(options: SpeedOptions, *notes: str) -> list[str]:
+    """The notes, and what bfloat16 rows mean on this machine."""
     if "bf16" in options.dtypes and not fast_bf16():
         return [*notes, "this machine computes bfloat16 slowly: its bfloat16 rows do not transfer to other machines"]
     if "bf16" not in options.dtypes:
@@ -118,9 +124,11 @@ class Times:
 
     @classmethod
     def of(cls, runs: Mapping[str, Callable[[], Any]], repeats: int, conditions: str, warmup: int = 1) -> Times:
+        """Time the runs, alternating."""
         return cls(alternate(runs, repeats, warmup), conditions)
 
     def median(self, name: str) -> float:
+        """Median seconds; NaN without a run."""
         return statistics.median(self.seconds[name]) if name in self.seconds else math.nan
 
     def fastest(self, names: Sequence[str]) -> str:
@@ -135,6 +143,7 @@ class Times:
         return f"{name} {self.median(name) * 1e3:.1f} ms ({low * 1e3:.1f}-{high * 1e3:.1f})"
 
     def note(self, *names: str) -> str:
+        """The spread of the named runs, their number and the conditions."""
         runs = max((len(self.seconds[name]) for name in names if name in self.seconds), default=0)
         return f"{', '.join(map(self.spread, names))}; {runs} run(s); {self.conditions}"
 
@@ -144,9 +153,11 @@ class Times:
         return Measure(row, self.median(base) / self.median(ours), "x", self.note(base, ours))
 
     def rate(self, row: str, name: str, tokens: int) -> Measure:
+        """Tokens per second of a run, as a report row."""
         return Measure(row, tokens / self.median(name), "tokens/s", self.note(name))
 
     def milliseconds(self, row: str, name: str) -> Measure:
+        """Median milliseconds of a run, as a report row."""
         return Measure(row, self.median(name) * 1e3, "ms", self.note(name))
 
 
@@ -160,5 +171,5 @@ def first_run(run: Callable[[], Any]) -> str:
 
 
 def ids_like(rows: int, length: int) -> Tensor:
-    """(rows, length) int64."""
+    """(rows, length) int64: the same ids in every row."""
     return (torch.arange(length) % 256).expand(rows, length).contiguous()

@@ -105,6 +105,7 @@ def speed_image(context: Context, options: ImageOptions) -> Outcome:
 
 
 def by_sampler(kind: str) -> list[str]:
+    """Names of the runs of a kind, by their library's sampler."""
     return [f"{kind}, {sampler}" for sampler in SAMPLERS]
 
 

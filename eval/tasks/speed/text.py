@@ -41,7 +41,8 @@ Runs = dict[str, Callable[[], Any]]
 
 
 class SizedOptions(SpeedOptions):
-    """sizes: of {8m, 90m}. new_tokens: number of tokens after a prompt, at each size."""
+    """sizes: keys of SIZES. new_tokens: per size, after a prompt of `prompt` bytes (an id each). repeats: runs of each
+    measurement."""
 
     repeats: int = Field(default=5, ge=1)
     sizes: tuple[str, ...] = ("8m", "90m")
@@ -58,9 +59,11 @@ class SizedOptions(SpeedOptions):
 
     @property
     def measured(self) -> tuple[str, ...]:
+        """The sizes that this run measures."""
         return ("tiny",) if self.quick else self.sizes
 
     def num_new(self, size: str) -> int:
+        """New tokens at a size; 4 without an entry."""
         return self.new_tokens.get(size, 4)
 
     @property
@@ -134,8 +137,8 @@ def build_pair(
     return ours.to(DTYPES[dtype]), theirs.to(DTYPES[dtype])
 
 
-def opening(context: Context, options: SizedOptions) -> tuple[str, list[str], list[Measure]]:
-    """Conditions, first notes, rows of parameters: all that decoding reads, with embeddings and output projection."""
+def conditions_and_parameters(context: Context, options: SizedOptions) -> tuple[str, list[str], list[Measure]]:
+    """(conditions, first notes, rows of parameters): all that decoding reads, with embeddings and output projection."""
     conditions = machine("transformers")
     measures = []
     for size in options.measured:
@@ -154,6 +157,7 @@ BF16_VALUES = ("ratio_compiled_bf16_values", "omni_compiled_bf16_values")
 
 
 def text_rows(options: SizedOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     more = [f"{name}_float32_{size}" for size in options.named for name in BF16_VALUES]
     return options.rows(*TEXT_RATIOS, *TEXT_RATES) + more
 
@@ -161,7 +165,7 @@ def text_rows(options: SizedOptions) -> list[str]:
 @task("speed_text", SizedOptions, rows=text_rows)
 def speed_text(context: Context, options: SizedOptions) -> Outcome:
     """Cached greedy decoding of one request in tokens/s: eager against eager, compiled against compiled."""
-    conditions, notes, measures = opening(context, options)
+    conditions, notes, measures = conditions_and_parameters(context, options)
     notes.append(
         "compiled: ours native code, theirs the fastest of compiled steps with a static cache and its eager runs. "
         "float32: both read float32 weights. bf16_values: both compute in float32, with weights whose values bfloat16 "
@@ -184,6 +188,7 @@ def speed_text(context: Context, options: SizedOptions) -> Outcome:
 
 
 def text_runs(context: Context, size: str, options: SizedOptions, dtype: str) -> Runs:
+    """Runs of both libraries for one request, by name."""
     ours, theirs = build_pair(context, size, options, dtype)
     prompt, num_new = prompt_of(options.prompt), options.num_new(size)
     compiled = "compiled" in options.modes
@@ -203,7 +208,7 @@ def text_runs(context: Context, size: str, options: SizedOptions, dtype: str) ->
 EAGER_ONLY = ("ratio_eager", "ratio_theirs_compiled", "omni", "transformers_eager", "transformers_compiled")
 
 
-def eager_only(times: Times, end: str, rate: Callable[[str, str], Measure]) -> list[Measure]:
+def eager_only_measures(times: Times, end: str, rate: Callable[[str, str], Measure]) -> list[Measure]:
     """The rows of EAGER_ONLY. ratio_theirs_compiled: the fastest of all of theirs over ours."""
     return [
         times.ratio(f"ratio_eager_{end}", EAGER, "omni"),
@@ -217,7 +222,7 @@ def eager_only(times: Times, end: str, rate: Callable[[str, str], Measure]) -> l
 @task("speed_prefill", PrefillOptions, rows=lambda options: options.rows(*EAGER_ONLY))
 def speed_prefill(context: Context, options: PrefillOptions) -> Outcome:
     """Milliseconds to the first token after a long prompt, against transformers, eager and compiled."""
-    conditions, notes, measures = opening(context, options)
+    conditions, notes, measures = conditions_and_parameters(context, options)
     notes.append(
         f"one token after a prompt of {options.prompt} bytes, an id each; ours has no compiled pass of prompts"
     )
@@ -233,18 +238,19 @@ def speed_prefill(context: Context, options: PrefillOptions) -> Outcome:
                     runs["transformers compiled"] = llama_decode(with_compiled_forward(theirs), ids, 1, "static")
             runs = without_failing(runs, notes, f"{size}, {dtype}")
             times = Times.of(runs, options.runs, conditions)
-            measures += eager_only(times, f"{dtype}_{size}", times.milliseconds)
+            measures += eager_only_measures(times, f"{dtype}_{size}", times.milliseconds)
     return Outcome(measures, notes=notes)
 
 
 def batch_rows(options: BatchOptions) -> list[str]:
+    """All report rows; suites set bars on these names."""
     return options.rows(*(f"{name}_{count}" for count in options.batches for name in EAGER_ONLY))
 
 
 @task("speed_batch", BatchOptions, rows=batch_rows)
 def speed_batch(context: Context, options: BatchOptions) -> Outcome:
     """Cached greedy decoding of a batch of requests, total tokens/s, against transformers, eager and compiled."""
-    conditions, notes, measures = opening(context, options)
+    conditions, notes, measures = conditions_and_parameters(context, options)
     notes.append("rows of equal length; ours has no compiled step of many rows")
     for size in options.measured:
         num_new = options.num_new(size)
@@ -259,9 +265,12 @@ def speed_batch(context: Context, options: BatchOptions) -> Outcome:
                     runs |= llama_runs(theirs, ids, num_new, "compiled" in options.modes)
                 runs = without_failing(runs, notes, f"{count} rows, {size}, {dtype}")
                 times = Times.of(runs, options.runs, conditions)
-                measures += eager_only(times, f"{count}_{dtype}_{size}", tokens_per_second(times, count * num_new))
+                measures += eager_only_measures(
+                    times, f"{count}_{dtype}_{size}", tokens_per_second(times, count * num_new)
+                )
     return Outcome(measures, notes=notes)
 
 
 def tokens_per_second(times: Times, tokens: int) -> Callable[[str, str], Measure]:
+    """A function of (row, run) to the report row of `tokens` per second."""
     return lambda row, name: times.rate(row, name, tokens)

@@ -53,6 +53,7 @@ LIBRARIES = ("omni", "transfusion")
 
 
 def _rows() -> list[str]:
+    """All report rows; suites set bars on these names."""
     rows = [f"parameters_{library}" for library in LIBRARIES]
     for layout in LAYOUTS:
         rows += [f"positions_{library}_{layout}" for library in LIBRARIES]
@@ -167,6 +168,7 @@ def samples_of(context: Context, layout: str, options: TrainingOptions) -> list[
 
 
 def num_data_tokens(sample: Sample) -> int:
+    """Text ids and latents of a sample."""
     return sum(part.shape[:-1].numel() if part.is_floating_point() else len(part) for part in sample)
 
 

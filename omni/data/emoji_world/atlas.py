@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL import ImageFont
 
 VOCABULARY_FILE = Path(__file__).with_name("vocabulary.json")
-STRIKES = (109, 160, 137, 128, 96)  # pixel sizes of the bitmap strikes: Noto 109, Apple 160; outline fonts take any
+# Sizes in pixels that bitmap fonts have: Noto 109, Apple 160. Outline fonts take any.
+BITMAP_SIZES = (109, 160, 137, 128, 96)
 
 
 @cache
@@ -43,13 +44,14 @@ class Glyphs:
         smile, apple = self.picture("\U0001f600"), self.picture("\U0001f34e")
         if smile is None or apple is None or smile.tobytes() == apple.tobytes():
             raise ValueError(f"the font {str(self.path)!r} has no emoji pictures; {WAY_OUT}")
-        if not any(_in_colour(picture) for picture in (smile, apple)):
+        if not any(_has_colours(picture) for picture in (smile, apple)):
             raise ValueError(f"the font {str(self.path)!r} has emoji without colours; {WAY_OUT}")
 
     def _open(self) -> ImageFont.FreeTypeFont:
+        """The font at the first size that it has."""
         from PIL import ImageFont
 
-        for size in STRIKES:
+        for size in BITMAP_SIZES:
             try:
                 return ImageFont.truetype(str(self.path), size)
             except OSError:
@@ -76,7 +78,7 @@ class Glyphs:
         return square
 
 
-def _in_colour(picture: PillowImage.Image) -> bool:
+def _has_colours(picture: PillowImage.Image) -> bool:
     """Whether any visible pixel of an RGBA picture is not grey."""
     pixels = np.asarray(picture).astype(np.int16)
     colours = pixels[pixels[..., 3] > 0, :3]
@@ -150,6 +152,7 @@ class Atlas:
         return torch.from_numpy(self.sprite_array(name, size).copy())
 
     def _picture(self, name: str) -> PillowImage.Image:
+        """The rendered character, cropped and square; cached. ValueError if the font lacks it."""
         picture = self._pictures.get(name)
         if picture is None:
             drawn = self._glyphs.picture(self.char(name))

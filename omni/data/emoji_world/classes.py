@@ -1,6 +1,7 @@
 """Classes of emoji for open requests ("draw any fruit"): class noun -> members. Data only.
 
 Every noun is countable. FAMILY groups classes with disputable members; a "no" question uses another family.
+Samples are by index: any change of a list changes the corpus.
 """
 
 from __future__ import annotations

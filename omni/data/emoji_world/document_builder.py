@@ -1,7 +1,8 @@
-"""Author: collects the segments, phrasings and scenes of one document for a task function.
+"""DocumentBuilder: collects the segments, phrasings and scenes of one document for a task function.
 
-A task is a free function over an Author: it chooses names with `builder.draw`, adds a user text from a template of the
-split, and adds rendered scenes. Only assistant segments are supervised.
+A task is a free function over a DocumentBuilder: it chooses names with `builder.rng`, adds a user text from a template
+of the split, and adds rendered scenes. Only assistant segments are supervised.
+A document is the sequence of random calls to `rng`: another order or one more call changes the whole corpus.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from omni.data.emoji_world.atlas import Atlas
 from omni.data.emoji_world.foreign import with_foreign_words
-from omni.data.emoji_world.phrases import TEMPLATES, numbers
+from omni.data.emoji_world.phrases import TEMPLATES, template_numbers
 from omni.data.emoji_world.scene import Scene, render, scene_is_heldout
 from omni.data.emoji_world.words import sentence
 from omni.document import Document, Image, Role, Segment, Text
@@ -20,9 +21,10 @@ from omni.document import Document, Image, Role, Segment, Text
 
 @dataclass
 class DocumentBuilder:
-    """A document under construction. foreign: the share of phrasings with a foreign word."""
+    """A document under construction. rng: of all its random choices. foreign: the share of phrasings with a foreign
+    word."""
 
-    draw: random.Random
+    rng: random.Random
     atlas: Atlas
     split: str
     foreign: float = 0.0
@@ -34,19 +36,19 @@ class DocumentBuilder:
 
     def phrase(self, kind: str, **words: str) -> str:
         """A random template of the kind and the split, with its words filled in."""
-        number = self.draw.choice(numbers(kind, self.split))
+        number = self.rng.choice(template_numbers(kind, self.split))
         self.phrasings.append(f"{kind}/{number}")
         template = TEMPLATES[kind][number]
-        if self.foreign and self.draw.random() < self.foreign:
-            template = with_foreign_words(template, kind, self.draw)
+        if self.foreign and self.rng.random() < self.foreign:
+            template = with_foreign_words(template, kind, self.rng)
         return template.format(**words)
 
     def ask(self, text: str) -> None:
         """Add a user text: sometimes with a capital, a full stop or an exclamation mark."""
-        if self.draw.random() < 0.35:
+        if self.rng.random() < 0.35:
             text = sentence(text)
-        if text[-1].isalnum() and self.draw.random() < 0.2:
-            text += self.draw.choice(".!")
+        if text[-1].isalnum() and self.rng.random() < 0.2:
+            text += self.rng.choice(".!")
         self.segments.append(Text(text, Role.USER))
 
     def give(self, scene: Scene) -> None:
@@ -80,4 +82,5 @@ class DocumentBuilder:
         return Document(tuple(self.segments), meta)
 
     def _check(self, scene: Scene) -> None:
+        """AssertionError for a held-out pair in a training document."""
         assert self.split != "train" or not scene_is_heldout(scene), f"a held-out pair in training: {scene}"

@@ -31,6 +31,7 @@ from omni.data.emoji_world.scene import (
 )
 from omni.data.emoji_world.words import article_for, with_article
 
+# Side -> the words for it in an instruction.
 SIDES = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
@@ -51,15 +52,15 @@ class Edit:
 
 def edit_tone(builder: DocumentBuilder) -> Edit:
     """Change the skin tone of a person or hand, from yellow or from another skin tone."""
-    target = builder.draw.choice(tones_of(builder.atlas.tones, builder.split))
+    target = builder.rng.choice(tones_of(builder.atlas.tones, builder.split))
     base, tone = target.removesuffix(" skin tone").split(": ")
     sources = [base] + [
         name
         for name in builder.atlas.tones
         if name.startswith(f"{base}:") and name != target and not tone_is_heldout(name)
     ]
-    source = base if builder.draw.random() < 0.6 else builder.draw.choice(sources)
-    background = draw_background(builder.draw, 0.7)
+    source = base if builder.rng.random() < 0.6 else builder.rng.choice(sources)
+    background = draw_background(builder.rng, 0.7)
     assert tone_name(base, tone) == target, target
     return Edit(
         single(source, background),
@@ -71,9 +72,9 @@ def edit_tone(builder: DocumentBuilder) -> Edit:
 
 def edit_swap(builder: DocumentBuilder) -> Edit:
     """Replace one of two objects by a third."""
-    kept, new, old = draw_names(builder.draw, 3, builder.split)
-    slots, background = builder.draw.choice(PAIR_SLOTS), draw_background(builder.draw, 0.6)
-    order = builder.draw.random() < 0.5
+    kept, new, old = draw_names(builder.rng, 3, builder.split)
+    slots, background = builder.rng.choice(PAIR_SLOTS), draw_background(builder.rng, 0.6)
+    order = builder.rng.random() < 0.5
     before, after = ((kept, old), (kept, new)) if order else ((old, kept), (new, kept))
     return Edit(
         small_objects(before, slots, background),
@@ -84,16 +85,16 @@ def edit_swap(builder: DocumentBuilder) -> Edit:
 
 def edit_move(builder: DocumentBuilder) -> Edit:
     """Move one small object to another side or to the centre."""
-    name, background = builder.draw.choice(SCENE_NAMES), draw_background(builder.draw, 0.6)
-    start, goal = builder.draw.sample(list(PLACES), 2)
+    name, background = builder.rng.choice(SCENE_NAMES), draw_background(builder.rng, 0.6)
+    start, goal = builder.rng.sample(list(PLACES), 2)
     instruction = builder.phrase("edit.move", x=name, place=goal)
     return Edit(single(name, background, PLACES[start]), single(name, background, PLACES[goal]), instruction)
 
 
 def edit_exchange(builder: DocumentBuilder) -> Edit:
     """Exchange the places of two objects."""
-    first, second = draw_names(builder.draw, 2, builder.split)
-    slots, background = builder.draw.choice(PAIR_SLOTS), draw_background(builder.draw, 0.6)
+    first, second = draw_names(builder.rng, 2, builder.split)
+    slots, background = builder.rng.choice(PAIR_SLOTS), draw_background(builder.rng, 0.6)
     return Edit(
         small_objects((first, second), slots, background),
         small_objects((second, first), slots, background),
@@ -103,40 +104,41 @@ def edit_exchange(builder: DocumentBuilder) -> Edit:
 
 def edit_add(builder: DocumentBuilder) -> Edit:
     """Add a second object on the named side of the first."""
-    old, new = draw_names(builder.draw, 2, builder.split)
-    background = draw_background(builder.draw, 0.6)
-    side = builder.draw.choice(list(SIDES))
+    old, new = draw_names(builder.rng, 2, builder.split)
+    background = draw_background(builder.rng, 0.6)
+    side = builder.rng.choice(list(SIDES))
     slots = PAIR_SLOTS[0] if side in ("left", "right") else PAIR_SLOTS[1]
     names = (new, old) if side in ("left", "above") else (old, new)
     place = slots[names.index(old)]
     return Edit(
         single(old, background, place),
         small_objects(names, slots, background),
-        builder.phrase("edit.add", x=old, b=with_article(new), side=builder.draw.choice(SIDES[side])),
+        builder.phrase("edit.add", x=old, b=with_article(new), side=builder.rng.choice(SIDES[side])),
     )
 
 
 def edit_remove(builder: DocumentBuilder) -> Edit:
     """Remove one of two objects; the other keeps its place."""
-    names = draw_names(builder.draw, 2, builder.split)
-    background = draw_background(builder.draw, 0.6)
-    before = small_objects(names, builder.draw.choice(PAIR_SLOTS), background)
-    gone = builder.draw.randrange(2)
+    names = draw_names(builder.rng, 2, builder.split)
+    background = draw_background(builder.rng, 0.6)
+    before = small_objects(names, builder.rng.choice(PAIR_SLOTS), background)
+    gone = builder.rng.randrange(2)
     after = replace(before, placements=(before.placements[1 - gone],))
     return Edit(before, after, builder.phrase("edit.remove", x=names[gone]))
 
 
 def edit_recolour(builder: DocumentBuilder) -> Edit:
     """Change the background of one big object or two small ones."""
-    old, new = builder.draw.sample(list(BACKGROUNDS), 2)
-    if builder.draw.random() < 0.6:
-        before = single(builder.draw.choice(SCENE_NAMES), old)
+    old, new = builder.rng.sample(list(BACKGROUNDS), 2)
+    if builder.rng.random() < 0.6:
+        before = single(builder.rng.choice(SCENE_NAMES), old)
     else:
-        names = draw_names(builder.draw, 2, builder.split)
-        before = small_objects(names, builder.draw.choice(PAIR_SLOTS), old)
+        names = draw_names(builder.rng, 2, builder.split)
+        before = small_objects(names, builder.rng.choice(PAIR_SLOTS), old)
     return Edit(before, replace(before, background=new), builder.phrase("edit.recolour", c=new, on=article_for(new)))
 
 
+# Kind -> (weight, function). The order decides the samples: never reorder.
 EDITS: dict[str, tuple[float, Callable[[DocumentBuilder], Edit]]] = {
     "tone": (0.22, edit_tone),
     "swap": (0.2, edit_swap),
@@ -148,12 +150,12 @@ EDITS: dict[str, tuple[float, Callable[[DocumentBuilder], Edit]]] = {
 }
 
 
-WEIGHTS = {kind: weight for kind, (weight, _) in EDITS.items()}
+EDIT_WEIGHTS = {kind: weight for kind, (weight, _) in EDITS.items()}
 
 
-def draw_edit(builder: DocumentBuilder, weights: Mapping[str, float] = WEIGHTS) -> tuple[str, Edit]:
+def draw_edit(builder: DocumentBuilder, weights: Mapping[str, float] = EDIT_WEIGHTS) -> tuple[str, Edit]:
     """Sample a kind of edit, then an edit of that kind; returns both."""
-    kind = builder.draw.choices(list(weights), list(weights.values()))[0]
+    kind = builder.rng.choices(list(weights), list(weights.values()))[0]
     return kind, EDITS[kind][1](builder)
 
 
@@ -161,8 +163,10 @@ def request_for(builder: DocumentBuilder, scene: Scene) -> str:
     """A user request for the scene before an edit."""
     if len(scene.names) == 2:
         a, b = map(with_article, scene.names)
-        return builder.phrase("scene", scene=builder.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _ground(scene))
-    words = _lone(scene) + _ground(scene)
+        return builder.phrase(
+            "scene", scene=builder.phrase(f"scene.{_relation(scene)}", a=a, b=b) + _background_words(scene)
+        )
+    words = _object_words(scene) + _background_words(scene)
     is_big = scene.placements[0].size == BIG
     return builder.phrase("draw", a=words) if is_big else builder.phrase("scene", scene=words)
 
@@ -173,16 +177,17 @@ def caption(scene: Scene) -> str:
         a, b = map(with_article, scene.names)
         words = f"{a} to the left of {b}" if _relation(scene) == "left" else f"{a} above {b}"
     else:
-        words = _lone(scene)
-    return words + _ground(scene)
+        words = _object_words(scene)
+    return words + _background_words(scene)
 
 
 def _relation(scene: Scene) -> str:
+    """Of a scene of two objects: "left", the first left of the second, or "above"."""
     return "left" if tuple((p.x, p.y) for p in scene.placements) == (LEFT, RIGHT) else "above"
 
 
-def _lone(scene: Scene) -> str:
-    """A lone object: "a cat", or "a small cat at the left"."""
+def _object_words(scene: Scene) -> str:
+    """The only object of a scene: "a cat", or "a small cat at the left"."""
     (only,) = scene.placements
     if only.size == BIG:
         return with_article(spoken(only.name))
@@ -190,7 +195,8 @@ def _lone(scene: Scene) -> str:
     return f"{with_article(only.name, 'small')} at the {place}"
 
 
-def _ground(scene: Scene) -> str:
+def _background_words(scene: Scene) -> str:
+    """ "" for white, else " on a pink background"."""
     return "" if scene.background == "white" else f" on {article_for(scene.background)} background"
 
 

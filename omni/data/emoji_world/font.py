@@ -33,6 +33,7 @@ def font_folders() -> tuple[Path, ...]:
 
 
 def _candidates(folders: tuple[Path, ...]) -> Iterator[Path]:
+    """Installed font files, the best pattern first."""
     for pattern in FONT_FILES:
         for folder in folders:
             if folder.is_dir():

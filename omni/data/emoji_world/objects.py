@@ -1,4 +1,7 @@
-"""Names in scenes of several objects, names in rows of three, and bases of skin tones. Data only."""
+"""Names in scenes of several objects, names in rows of three, and bases of skin tones. Data only.
+
+Samples are by index: any change of a list changes the corpus.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES
 from omni.rng import Key
 
 SIDE = 64
+# Sides of sprites; then their top left corners, (x, y).
 BIG, SMALL, ROW = 60, 30, 20
 BIG_AT = (2, 2)
 CENTRE = (17, 17)
@@ -30,9 +31,11 @@ COUNT_SLOTS = {2: (LEFT, RIGHT), 3: (TOP, CORNERS[2], CORNERS[3]), 4: CORNERS}
 ROW_SLOTS = ((1, 22), (22, 22), (43, 22))
 PAIR_SLOTS = ((LEFT, RIGHT), (TOP, BOTTOM))
 PLACES: Mapping[str, tuple[int, int]] = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "center": CENTRE}
+# Corners of small sprites, and ordered pairs of them that do not overlap.
 GRID = tuple((x, y) for y in (1, 17, 33) for x in (1, 17, 33))
 APART = tuple((a, b) for a in GRID for b in GRID if abs(a[0] - b[0]) >= 32 or abs(a[1] - b[1]) >= 32)
 
+# The first is white; the others are chosen by index: never reorder.
 BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "yellow": (255, 243, 170),
@@ -71,13 +74,16 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the sprites, in the order of rendering."""
         return tuple(p.name for p in self.placements)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON for `meta`, which evaluation reads: never change keys or order."""
         return {"background": self.background, "placements": [[p.name, p.x, p.y, p.size] for p in self.placements]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Scene:
+        """Inverse of `to_json`."""
         return Scene(
             data["background"], tuple(Placement(n, int(x), int(y), int(s)) for n, x, y, s in data["placements"])
         )
@@ -122,7 +128,8 @@ def counted(name: str, number: int, background: str = "white") -> Scene:
 
 @cache
 def pair_is_heldout(first: str, second: str) -> bool:
-    """Whether no training picture contains both names, in either order. Independent of any seed."""
+    """Whether no training picture contains both names, in either order. Independent of any seed. Keyed by these
+    strings: another key moves test pairs into training."""
     if first == second:
         return False
     key = Key(0).fold("emoji_world", "pairs", *sorted((first, second)))
@@ -137,7 +144,8 @@ def scene_is_heldout(scene: Scene) -> bool:
 
 @cache
 def tone_is_heldout(name: str) -> bool:
-    """Whether no training picture contains this tone name ("nose: dark skin tone"). Independent of any seed."""
+    """Whether no training picture contains this tone name ("nose: dark skin tone"). Independent of any seed. Keyed by
+    these strings, as above."""
     return Key(0).fold("emoji_world", "tones", name).integer() / 2**63 < HELDOUT_TONES
 
 
@@ -146,42 +154,46 @@ def tones_of(names: Sequence[str], split: str) -> tuple[str, ...]:
     return tuple(name for name in names if tone_is_heldout(name) == (split == "heldout"))
 
 
-def draw_names(draw: random.Random, number: int, split: str, pool: Sequence[str] = SCENE_NAMES) -> list[str]:
+def draw_names(rng: random.Random, number: int, split: str, pool: Sequence[str] = SCENE_NAMES) -> list[str]:
     """Distinct names for one picture: in train without a held-out pair; in heldout the first two are one."""
     assert split in SPLITS, split
     while True:
-        names = draw.sample(pool, number)
+        names = rng.sample(pool, number)
         pairs = [pair_is_heldout(a, b) for i, a in enumerate(names) for b in names[:i]]
         if (split == "heldout" and pairs and pairs[0]) or (split == "train" and not any(pairs)):
             return names
 
 
-def draw_background(draw: random.Random, white: float = 0.5) -> str:
+def draw_background(rng: random.Random, white: float = 0.5) -> str:
     """White with the given probability, else one of the seven colours."""
-    return "white" if draw.random() < white else draw.choice(list(BACKGROUNDS)[1:])
+    return "white" if rng.random() < white else rng.choice(list(BACKGROUNDS)[1:])
 
 
-def _random_single(draw: random.Random, atlas: Atlas, split: str) -> Scene:
-    names = atlas.names if draw.random() < 0.9 else tones_of(atlas.tones, split)  # plain names are never held out
-    return single(draw.choice(names), draw_background(draw))
+def _random_single(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    """One big emoji."""
+    names = atlas.names if rng.random() < 0.9 else tones_of(atlas.tones, split)  # plain names are never held out
+    return single(rng.choice(names), draw_background(rng))
 
 
-def _random_small(draw: random.Random, atlas: Atlas, split: str) -> Scene:
-    number = draw.choice((1, 2, 2, 2, 3, 4))
-    background = draw_background(draw)
+def _random_small(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    """One to four small emoji."""
+    number = rng.choice((1, 2, 2, 2, 3, 4))
+    background = draw_background(rng)
     if number == 1:
-        return single(draw.choice(SCENE_NAMES), background, draw.choice(tuple(PLACES.values())))
+        return single(rng.choice(SCENE_NAMES), background, rng.choice(tuple(PLACES.values())))
     slots: Sequence[tuple[int, int]] = COUNT_SLOTS[number]
     if number == 2:
-        slots = draw.choice((*PAIR_SLOTS, draw.choice(APART)))
-    names = [draw.choice(SCENE_NAMES)] * number if draw.random() < 0.3 else draw_names(draw, number, split)
+        slots = rng.choice((*PAIR_SLOTS, rng.choice(APART)))
+    names = [rng.choice(SCENE_NAMES)] * number if rng.random() < 0.3 else draw_names(rng, number, split)
     return small_objects(names, slots, background)
 
 
-def _random_row(draw: random.Random, atlas: Atlas, split: str) -> Scene:
-    return row(draw_names(draw, 3, split, ROW_NAMES), draw_background(draw))
+def _random_row(rng: random.Random, atlas: Atlas, split: str) -> Scene:
+    """Three emoji in a row."""
+    return row(draw_names(rng, 3, split, ROW_NAMES), draw_background(rng))
 
 
+# (share, function); the order decides the samples: never reorder.
 _KINDS: tuple[tuple[float, Callable[[random.Random, Atlas, str], Scene]], ...] = (
     (0.6, _random_single),
     (0.3, _random_small),
@@ -196,6 +208,6 @@ def random_scene(key: Key, atlas: Atlas, split: str = "train") -> Scene:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    draw = key.fold("random_scene", split).python()
+    rng = key.fold("random_scene", split).python()
     weights, kinds = zip(*_KINDS, strict=True)
-    return draw.choices(kinds, weights)[0](draw, atlas, split)
+    return rng.choices(kinds, weights)[0](rng, atlas, split)

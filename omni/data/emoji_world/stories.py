@@ -13,6 +13,7 @@ from omni.data.emoji_world.objects import listed
 from omni.data.emoji_world.scene import PAIR_SLOTS, Scene, counted, pair_is_heldout, single, small_objects
 from omni.data.emoji_world.words import NUMBERS, plural, sentence, with_article
 
+# Names and events are sampled by index: any change of a list changes the corpus.
 HEROES = listed(
     "cat|dog|pig|rabbit|tiger|horse|elephant|mouse|bear|panda|koala|fox|lion|frog|monkey|zebra|penguin|owl|duck|robot"
     "|ghost|alien"
@@ -27,7 +28,8 @@ VEHICLES = ("bus", "taxi", "bicycle", "airplane", "helicopter", "rocket", "sailb
 
 @dataclass(frozen=True)
 class Event:
-    """A sentence about the hero, and the layout of its picture ("big", "left", "below", "three")."""
+    """A sentence about the hero, and the layout of its picture ("big", "left", "below", "three"). others: what {b} may
+    be; ("",): nothing."""
 
     text: str
     layout: str = "big"
@@ -35,11 +37,13 @@ class Event:
     background: str = "white"
 
     def words(self, hero: str, other: str) -> str:
+        """The sentence about this hero and this other object."""
         return sentence(
             self.text.format(a=with_article(hero), many=plural(hero), b=with_article(other) if other else "")
         )
 
     def scene(self, hero: str, other: str) -> Scene:
+        """The picture of the sentence."""
         match self.layout:
             case "big":
                 return single(hero, self.background)
@@ -82,7 +86,7 @@ def story_scene(hero: str, text: str) -> Scene | None:
     return None
 
 
-def _others(event: Event, hero: str, split: str) -> list[str]:
+def _allowed_objects(event: Event, hero: str, split: str) -> list[str]:
     """The objects that the event may place beside the hero: in training without held-out pairs."""
     allowed = [o for o in event.others if o != hero]
     return [o for o in allowed if not o or split == "heldout" or not pair_is_heldout(hero, o)]
@@ -90,15 +94,15 @@ def _others(event: Event, hero: str, split: str) -> list[str]:
 
 def write_story(builder: DocumentBuilder) -> dict[str, object]:
     """Add a story of 2-5 pictures: an opening, distinct events, an ending."""
-    draw = builder.draw
-    hero, number = draw.choice(HEROES), draw.choice((2, 3, 3, 4, 5))
-    count = str(number) if draw.random() < 0.5 else NUMBERS[number]
+    rng = builder.rng
+    hero, number = rng.choice(HEROES), rng.choice((2, 3, 3, 4, 5))
+    count = str(number) if rng.random() < 0.5 else NUMBERS[number]
     builder.ask(builder.phrase("story", n=count, a=with_article(hero)))
-    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _others(event, hero, builder.split))}
-    middles = draw.sample([e for e in MIDDLES if e in can], number - 2)
-    events = [draw.choice(OPENINGS), *middles, draw.choice([e for e in ENDINGS if e in can])]
+    can = {event: others for event in (*MIDDLES, *ENDINGS) if (others := _allowed_objects(event, hero, builder.split))}
+    middles = rng.sample([e for e in MIDDLES if e in can], number - 2)
+    events = [rng.choice(OPENINGS), *middles, rng.choice([e for e in ENDINGS if e in can])]
     for event in events:
-        other = draw.choice(can.get(event, [""]))
+        other = rng.choice(can.get(event, [""]))
         builder.answer(event.words(hero, other))
         builder.show(event.scene(hero, other))
     return {"hero": hero, "num_pictures": number, "sentences": list(builder.answers)}

@@ -20,10 +20,11 @@ from omni.data.emoji_world.names import TONE_CHARACTERS, TONES, candidates, pack
 from omni.data.emoji_world.objects import ROW_NAMES, SCENE_NAMES, TONE_BASES
 
 MIN_DISTANCE = 25.0
+# Languages whose names are stored; others need the `emoji` package.
 LANGUAGES = ("es", "fr", "de", "it", "pt", "ja", "ko", "zh", "ru", "id", "tr")
 
 
-def on_white(glyphs: Glyphs, character: str) -> np.ndarray | None:
+def picture_on_white(glyphs: Glyphs, character: str) -> np.ndarray | None:
     """The 32-pixel picture on white, float32 (32*32*3,), or None if the font has no single glyph."""
     from PIL import Image
 
@@ -35,12 +36,12 @@ def on_white(glyphs: Glyphs, character: str) -> np.ndarray | None:
     return (rgba[..., :3] * alpha + 255 * (1 - alpha)).reshape(-1)
 
 
-def distinct(glyphs: Glyphs, names: dict[str, str]) -> dict[str, str]:
+def distinct_names(glyphs: Glyphs, names: dict[str, str]) -> dict[str, str]:
     """The names whose pictures differ from every earlier picture, in alphabetical order."""
     kept: dict[str, str] = {}
     pictures = np.empty((len(names), 32 * 32 * 3), dtype=np.float32)
     for name, character in names.items():
-        picture = on_white(glyphs, character)
+        picture = picture_on_white(glyphs, character)
         if picture is None:
             continue
         distance = np.sqrt(((pictures[: len(kept)] - picture) ** 2).mean(1))
@@ -55,8 +56,9 @@ def with_tone(character: str, tone: str) -> str:
     return character[0] + TONE_CHARACTERS[tone] + character[1:].removeprefix("\ufe0f")
 
 
-def build(font_path: str | None = None) -> dict[str, object]:
-    names = distinct(Glyphs(font_path), candidates())
+def build_vocabulary(font_path: str | None = None) -> dict[str, object]:
+    """The content of vocabulary.json. ValueError if the documents use a name that was dropped."""
+    names = distinct_names(Glyphs(font_path), candidates())
     used = {*SCENE_NAMES, *ROW_NAMES, *TONE_BASES, *(member for members in CLASSES.values() for member in members)}
     missing = sorted(used - set(names))
     if missing:
@@ -74,7 +76,7 @@ def build(font_path: str | None = None) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Choose the emoji vocabulary and write vocabulary.json.")
     parser.add_argument("--font", help="colour emoji font file")
-    data = build(parser.parse_args().font)
+    data = build_vocabulary(parser.parse_args().font)
     VOCABULARY_FILE.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"{VOCABULARY_FILE}: {len(data['names'])} names")  # type: ignore[arg-type]
 

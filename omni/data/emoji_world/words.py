@@ -15,7 +15,9 @@ LANGUAGE_NAMES = {
     "tr": "Turkish",
 }
 
-_LINKS = (" with ", " in ", " of ", " on ", " for ", " holding ", " lifting ", ":")
+# The word before one of these takes the plural.
+_PREPOSITIONS = (" with ", " in ", " of ", " on ", " for ", " holding ", " lifting ", ":")
+# Singular words that end in s.
 _NOT_PLURAL = frozenset(
     listed(
         """
@@ -24,6 +26,7 @@ _NOT_PLURAL = frozenset(
         """
     )
 )
+# Words without a plural.
 _MASS = frozenset(
     listed(
         """
@@ -41,7 +44,7 @@ _IRREGULAR = {
 
 def head_word(name: str) -> str:
     """The word that takes the plural: "woman with veil" -> "woman", "red apple" -> "apple"."""
-    for link in _LINKS:
+    for link in _PREPOSITIONS:
         name = name.split(link)[0]
     return name.split()[-1] if name.split() else name
 

@@ -42,7 +42,7 @@ class Backbone(Protocol):
 
 
 class Reads:
-    """Shared by all calls of a head: the token head embeds ids and computes logits."""
+    """Base of all calls of a head: the token head embeds ids and computes logits."""
 
     model: Backbone
 
@@ -72,7 +72,7 @@ def draft_pass(
 def _layers(
     model: Backbone, inputs: Tensor, starts: Starts, memory: Memory | Runs, causal: bool, clean: int, layers: range
 ) -> Tensor:
-    """Some of the layers of `draft_pass`."""
+    """The layers of `draft_pass` in `layers`."""
     B, n, W = inputs.shape
     per_row, adapters = starts.per_row, head_of(model).adapters
     gated: list[Gated | None] = [None] * len(layers)
@@ -88,6 +88,7 @@ def _layers(
 
 
 def head_of(model: Backbone) -> JointTokens:
+    """The model's joint-token head. ValueError if it has none."""
     if model.joint is None:
         raise ValueError(
             'this model has no joint-token head; train one with heads.joint = {head = "push_forward"} and '

@@ -66,7 +66,7 @@ class JointCall(Protocol):
         ...
 
 
-class After:
+class ExtendedCall:
     """A call whose context continues with clean ids (B, m). They are not cached: each pass includes them."""
 
     def __init__(self, call: JointCall, ids: Tensor) -> None:
@@ -79,6 +79,7 @@ class After:
 
     @property
     def start(self) -> Tensor:
+        """(B, W): the hidden state after the clean ids; computed once, in one pass."""
         if self._start is None:
             m = self.ids.shape[1]
             self._start = self.call(self.call.embed(self.ids), clean=m)[:, m]
@@ -95,7 +96,7 @@ class After:
         return self.call.read(hidden)
 
     def target(self) -> JointCall:
-        return After(self.call.target(), self.ids)
+        return ExtendedCall(self.call.target(), self.ids)
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ class LogProb:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LossInputs:
     """Inputs of a loss besides the call. `teacher` (B, K, V) float64: log P(. | c, x_<k) of the model's own
-    autoregressive pass, without a graph. `progress`: the completed share of training."""
+    autoregressive pass, without a graph. `key`: of the run, without the step, so random values must be keyed by block
+    names. `progress`: the completed share of training."""
 
     blocks: Blocks
     teacher: Tensor
@@ -134,12 +136,13 @@ class JointHead(nn.Module, ABC):
 
     layout: see the module docstring. exact: `log_prob` is exact. universal: can represent any joint distribution, given
     capacity.
-    needs_teacher: `loss` reads Lesson.teacher. order: whether positions depend left to right or in any order.
+    needs_teacher: `loss` reads LossInputs.teacher. order: whether positions depend left to right or in any order.
     passes: the number of passes in which `sample` can draft n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass distribution; rejection and block verification need
     it.
     is_recurrent: recurrent drafting: `draft_recurrently` drafts from a hidden state of text and the ids since, without
     a pass of the backbone.
+    Names of weights are keys of checkpoints and of initial values: never rename them.
     """
 
     layout: ClassVar[Literal["none", "causal", "block"]] = "none"
@@ -181,7 +184,7 @@ class JointHead(nn.Module, ABC):
         `is_recurrent`."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
 
-    def fits(self, given: Tensor) -> int:
+    def num_tokens(self, given: Tensor) -> int:
         """n of ids or uniforms (B, n). ValueError unless 1 <= n <= K."""
         num = given.shape[1]
         if not 1 <= num <= self.length:
@@ -210,7 +213,7 @@ class JointHead(nn.Module, ABC):
             raise ValueError(f"passes = {passes} for {num} tokens: this head takes {known[type(self).passes]}")
 
     @abstractmethod
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         """Named (sum, count) terms."""
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LogProb, LossInputs
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -39,7 +39,7 @@ from omni.samplers.inverse_cdf import inverse_cdf_sample
 Visit = Callable[[int, Tensor], Tensor]
 """(k, log P(z_k | x_<k) (B, R)) -> log P(x_k | z_k) (B, R) of the token at k, given or chosen."""
 
-COOLING_FROM = 0.5  # the power of emissions in responsibilities at the start of annealing
+FIRST_POWER = 0.5  # of emissions in responsibilities, at the start of annealing; at its end it is 1
 
 
 class CircuitConfig(Frozen):
@@ -127,6 +127,7 @@ class Circuit(JointHead):
     # ---- the contract ---------------------------------------------------------------------------------------------
 
     def factors(self, call: JointCall) -> Factors:
+        """The circuits after the contexts of a call: one pass of the expanders and of the unembedding."""
         h, R = call.start, self.config.num_states
         if self.config.expander_rank:
             low = torch.einsum("bw,krwi->bkri", h, self.expand_down.to(h.dtype))
@@ -162,8 +163,8 @@ class Circuit(JointHead):
         return torch.stack(found, 1), torch.stack(after, 1)
 
     def run(self, factors: Factors, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
-        (B,)."""
+        """Choose tokens left to right: ids (B, num) and log q(. | x_<k) (B, num, V). `choose` maps k and the
+        log-probabilities (B, V) to ids (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
 
@@ -179,7 +180,7 @@ class Circuit(JointHead):
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
-        num = self.fits(uniforms)
+        num = self.num_tokens(uniforms)
         self.check_passes(passes, num)
         ids, log_q = self.run(self.factors(call), num, lambda k, log_p: inverse_cdf_sample(log_p, uniforms[:, k]))
         return Draft(ids, log_q, num)
@@ -187,7 +188,7 @@ class Circuit(JointHead):
     def sample_latent(self, call: JointCall, uniforms: Tensor, key: Key) -> Draft:
         """The same distribution in fewer sequential steps: states from the root down, sampled with `key`, then all
         tokens at once, token k at u_k. Its conditionals are those of `conditionals`; the draft has no `log_q`."""
-        factors, num = self.factors(call), self.fits(uniforms)
+        factors, num = self.factors(call), self.num_tokens(uniforms)
         draws = key.fold("states").uniform((len(uniforms), self.length), torch.float64)
         states = self.states(factors, draws.to(uniforms.device))[:, :num]
         index = states[:, :, None, None].expand(-1, -1, 1, self.vocab_size)
@@ -197,13 +198,14 @@ class Circuit(JointHead):
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         """Of ids (B, m), m <= K: the exact marginal of a shorter block."""
-        self.fits(ids)
+        self.num_tokens(ids)
         return LogProb(self.score(self.factors(call), ids)[0].sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.run(self.factors(call), self.fits(ids), lambda k, _: ids[:, k])[1]
+        """(B, m, V): log q(. | x_<k) for ids (B, m)."""
+        return self.run(self.factors(call), self.num_tokens(ids), lambda k, _: ids[:, k])[1]
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         """-sum_k gamma^(k-1) log q(x_k | x_<k) over the valid prefix, per unit of gamma^(k-1).
 
         During annealing the power of emissions rises from a half to one: states share every block before they divide
@@ -211,16 +213,16 @@ class Circuit(JointHead):
         the loss.
         """
         c: CircuitConfig = self.config
-        ids, valid = lesson.blocks.ids, lesson.blocks.valid
+        ids, valid = inputs.blocks.ids, inputs.blocks.valid
         power = 1.0
-        if lesson.progress < c.anneal:
-            power = COOLING_FROM + (1 - COOLING_FROM) * lesson.progress / c.anneal
+        if inputs.progress < c.anneal:
+            power = FIRST_POWER + (1 - FIRST_POWER) * inputs.progress / c.anneal
         found, after = self.score(self.factors(call), ids, power)
         weight = valid * c.gamma ** torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64)
         dtype = torch.promote_types(call.start.dtype, torch.float32)
         terms = {"circuit": Terms(-(found * weight).sum().to(dtype), float(weight.sum()))}
         if c.balance:
-            terms["balance"] = Terms(_imbalance(after, valid).to(dtype), lesson.blocks.count, c.balance)
+            terms["balance"] = Terms(_imbalance(after, valid).to(dtype), inputs.blocks.count, c.balance)
         return terms
 
 
@@ -274,13 +276,14 @@ class HMM(Circuit):
         return torch.stack(found, 1)
 
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # tokens start .. end - 1
 
 
 @JOINT_HEADS.register("tree")
 class Tree(Circuit):
     """Each span [a, b) of two or more tokens has a state. The root's is sampled from `root`; a half's is sampled given
-    its parent's, by a matrix of the half. A token uses the state of the smallest such span around it."""
+    its parent's, by a matrix of the half, numbered level by level: trained matrices depend on the order. A token uses
+    the state of the smallest such span around it."""
 
     order = "any"
 
@@ -352,6 +355,7 @@ def _levels(length: int) -> list[list[tuple[Span, Span]]]:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in x's dtype."""
     return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 

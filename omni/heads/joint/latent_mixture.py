@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.heads.joint.base import JOINT_HEADS, After, Draft, JointCall, JointHead, Lesson, LogProb
-from omni.heads.joint.noise_kinds import Waves, draws_of
+from omni.heads.joint.base import JOINT_HEADS, Draft, ExtendedCall, JointCall, JointHead, LogProb, LossInputs
+from omni.heads.joint.noise_kinds import SineEmbedding, uniforms_by_name
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -36,6 +36,8 @@ class LatentMixtureConfig(Frozen):
 
 @JOINT_HEADS.register("latent_mixture")
 class LatentMixture(JointHead):
+    """The mixture over lambda of the module docstring. Names of weights are stored: never rename them."""
+
     layout, universal, passes, order = "block", True, "divisors", "any"
     Config = LatentMixtureConfig
     config: LatentMixtureConfig
@@ -43,7 +45,7 @@ class LatentMixture(JointHead):
     def __init__(self, config: LatentMixtureConfig, length: int, vocab_size: int, width: int) -> None:
         super().__init__(config, length, vocab_size, width)
         self.placeholder = nn.Parameter(torch.zeros(width))
-        self.waves = Waves(1, width, config.frequencies)
+        self.waves = SineEmbedding(1, width, config.frequencies)
         self.decoder = nn.Parameter(torch.zeros(width, width))
 
     def initialise(self, key: Key) -> None:
@@ -71,12 +73,12 @@ class LatentMixture(JointHead):
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """See the contract. Lambda is keyed and independent of the uniforms; given lambda, ids are sampled from
         `log_q`. `passes` must divide K: each pass has a lambda of its own and gives K / passes tokens."""
-        B, K = len(uniforms), self.fits(uniforms)
+        B, K = len(uniforms), self.num_tokens(uniforms)
         self.check_passes(passes, K)
         ids, log_probs, n = torch.zeros(B, 0, dtype=torch.int64, device=uniforms.device), [], K // passes
         for step in range(passes):
             latent = key.fold("latent", step).uniform((B,), torch.float64).to(uniforms.device)
-            log_probs.append(self.log_probs(After(call, ids) if step else call, latent)[:, :n])
+            log_probs.append(self.log_probs(ExtendedCall(call, ids) if step else call, latent)[:, :n])
             ids = torch.cat([ids, inverse_cdf_sample(log_probs[-1], uniforms[:, step * n : (step + 1) * n])], 1)
         return Draft(ids, torch.cat(log_probs, 1))
 
@@ -86,8 +88,11 @@ class LatentMixture(JointHead):
         offsets = key.fold("latents").uniform((len(ids), self.config.num_samples), torch.float64).to(ids.device)
         return LogProb(self.mixture(call, ids, torch.ones_like(ids, dtype=torch.bool), offsets), "bound")
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-        blocks = lesson.blocks
-        offsets = draws_of(blocks.names, (self.config.num_latents,), lesson.key.fold("latents")).to(blocks.ids.device)
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        """Minus log-mean-exp over num_latents values of lambda, in nats per token."""
+        blocks = inputs.blocks
+        offsets = uniforms_by_name(blocks.names, (self.config.num_latents,), inputs.key.fold("latents")).to(
+            blocks.ids.device
+        )
         found = self.mixture(call, blocks.ids, blocks.valid, offsets)
         return {"latent_mixture": Terms(-found.sum().float(), blocks.count)}

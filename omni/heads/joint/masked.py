@@ -31,9 +31,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LogProb, LossInputs
 from omni.heads.joint.masked_sampling import Schedule, Unmasking, draw_in_passes
-from omni.heads.joint.noise_kinds import draws_of
+from omni.heads.joint.noise_kinds import uniforms_by_name
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -49,6 +49,9 @@ class MaskedConfig(Unmasking):
 
 @JOINT_HEADS.register("masked")
 class Masked(JointHead):
+    """The masked-block head of the module docstring. mask: the input of a masked token; shown: is added to the
+    embedding of a shown one. Names of weights are stored: never rename them."""
+
     layout, conditional, passes, order = "block", True, "tokens", "any"
     Config = MaskedConfig
     config: MaskedConfig
@@ -85,7 +88,7 @@ class Masked(JointHead):
         """See the contract. 1 to n passes; token k is the inverse-CDF sample at u_k in the pass that reveals it. One
         pass gives exact `log_q`; with more, left-to-right probabilities do not exist and `log_q` is None. `key` orders
         the tokens."""
-        num = self.fits(uniforms)
+        num = self.num_tokens(uniforms)
         self.check_passes(passes, num)
         if passes == 1:
             log_probs = self.conditionals(call, torch.zeros_like(uniforms, dtype=torch.int64))
@@ -94,7 +97,7 @@ class Masked(JointHead):
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
         """Of one pass; they depend on no token."""
-        self.fits(ids)
+        self.num_tokens(ids)
         return self.log_probs(call, ids, torch.zeros_like(ids, dtype=torch.bool))
 
     @torch.no_grad()
@@ -107,7 +110,7 @@ class Masked(JointHead):
         them (32 by default: all for n <= 6), which makes the bound exact; else num_samples keyed sets. One pass per
         set.
         """
-        num, total = self.fits(ids), torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        num, total = self.num_tokens(ids), torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
         for m in range(1, num + 1):
             scores = []
             for masked in sets_of(len(ids), num, m, self.config.num_samples, key):
@@ -118,10 +121,10 @@ class Masked(JointHead):
             total += torch.stack(scores).mean(0)
         return LogProb(total, "bound")
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         """The evidence bound of the valid prefix, in nats per token, with one set of masked tokens a block."""
-        blocks = lesson.blocks
-        masked, weights = draw_masks(blocks, self.config.schedule, lesson.key)
+        blocks = inputs.blocks
+        masked, weights = draw_masks(blocks, self.config.schedule, inputs.key)
         logits = self.logits(call, blocks.ids, blocks.valid & ~masked)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         miss = nn.functional.cross_entropy(logits.flatten(0, 1), blocks.ids.flatten(), reduction="none")
@@ -133,7 +136,7 @@ class Masked(JointHead):
 
 
 @cache
-def number_probs(num: int, schedule: Schedule) -> Tensor:
+def mask_count_probs(num: int, schedule: Schedule) -> Tensor:
     """(num,) float64: P(m) for m = 1 .. num masked tokens. At a time u ~ U[0, 1] each is masked with probability u
     ("linear") or cos(pi u / 2) ("cosine"); the binomial is averaged over u, without the case of no masked token."""
     if schedule == "linear":
@@ -151,19 +154,24 @@ def draw_masks(blocks: Blocks, schedule: Schedule, key: Key) -> tuple[Tensor, Te
     weight 0."""
     valid = blocks.valid.cpu()
     K, lengths = valid.shape[1], valid.sum(-1)
-    probs = torch.stack([nn.functional.pad(number_probs(n, schedule), (0, K - n)) for n in range(1, K + 1)])
+    probs = torch.stack([nn.functional.pad(mask_count_probs(n, schedule), (0, K - n)) for n in range(1, K + 1)])
     probs = probs[(lengths - 1).clamp(min=0)]
     u = spread_uniforms(blocks.names, key.fold("number"))
     number = (probs.cumsum(-1) <= u.unsqueeze(-1)).sum(-1) + 1
     number = torch.minimum(number, lengths)
     chosen = probs.gather(-1, (number - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     weights = torch.where(lengths > 0, 1 / (number.clamp(min=1) * chosen), 0.0)
-    draws = draws_of(blocks.names, (K,), key.fold("set")).masked_fill(~valid, 2.0)
+    draws = uniforms_by_name(blocks.names, (K,), key.fold("set")).masked_fill(~valid, 2.0)
     masked = valid & (draws.argsort(-1).argsort(-1) < number.unsqueeze(-1))
     return masked.to(blocks.ids.device), weights.to(blocks.ids.device)
 
 
-STRIDES = (0x9E3779B97F4A7C15, 0x6A09E667F3BCC909, 0x93CD3A2C8198E269)  # 2^64 times irrational numbers, and odd
+# One for each part of a name; another number changes the masks of every run.
+NAME_MULTIPLIERS = (
+    0x9E3779B97F4A7C15,
+    0x6A09E667F3BCC909,
+    0x93CD3A2C8198E269,
+)  # 2^64 times irrational numbers, and odd
 
 
 def spread_uniforms(names: tuple[tuple[int, int, int], ...], key: Key) -> Tensor:
@@ -171,7 +179,7 @@ def spread_uniforms(names: tuple[tuple[int, int, int], ...], key: Key) -> Tensor
     step plus a multiple of the golden section per name, modulo 1. Consecutively numbered documents are stratified; any
     others are no worse than independent. Each value depends on its own name alone."""
     start = key.integer() << 1
-    turns = [start + sum(s * part for s, part in zip(STRIDES, name, strict=True)) for name in names]
+    turns = [start + sum(s * part for s, part in zip(NAME_MULTIPLIERS, name, strict=True)) for name in names]
     return torch.tensor([((turn % 2**64) >> 11) / 2**53 for turn in turns], dtype=torch.float64)
 
 

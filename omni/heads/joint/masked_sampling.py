@@ -73,11 +73,11 @@ def draw_in_passes(conditionals: Conditionals, uniforms: Tensor, key: Key, passe
         log_p = conditionals(ids, shown)
         drawn = inverse_cdf_sample(log_p, uniforms)
         if how.unmasking == "ancestral":
-            now = most_wanted(order, shown, size)
+            now = highest_scores(order, shown, size)
         elif how.unmasking == "confidence":
             noise = -(-_uniform(key.fold("confidence", i), uniforms).clamp(min=2.0**-53).log()).log()
             sure = log_p.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            now = most_wanted(sure + how.gumbel_temperature * (1 - (i + 1) / passes) * noise, shown, size)
+            now = highest_scores(sure + how.gumbel_temperature * (1 - (i + 1) / passes) * noise, shown, size)
         else:
             now = least_entropy(log_p, shown, how.entropy_bound, passes - i)
         ids, shown = torch.where(now, drawn, ids), shown | now
@@ -86,7 +86,7 @@ def draw_in_passes(conditionals: Conditionals, uniforms: Tensor, key: Key, passe
     return ids
 
 
-def most_wanted(score: Tensor, shown: Tensor, size: int | Tensor) -> Tensor:
+def highest_scores(score: Tensor, shown: Tensor, size: int | Tensor) -> Tensor:
     """(B, n) bool: the `size` (a number, or (B, 1)) tokens of highest score (B, n) that are not shown yet."""
     ranks = score.masked_fill(shown, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return ~shown & (ranks < size)
@@ -101,8 +101,9 @@ def least_entropy(log_p: Tensor, shown: Tensor, bound: float, passes_left: int) 
     left = (~shown).sum(-1, keepdim=True)
     least = (left + passes_left - 1) // passes_left
     size = torch.maximum(torch.minimum(within.sum(-1, keepdim=True), left), least)
-    return most_wanted(-entropy, shown, size)
+    return highest_scores(-entropy, shown, size)
 
 
 def _uniform(key: Key, like: Tensor) -> Tensor:
+    """Keyed uniforms of the shape and on the device of `like`."""
     return key.uniform(tuple(like.shape), torch.float64).to(like.device)

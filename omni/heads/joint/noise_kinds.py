@@ -27,10 +27,10 @@ from omni.samplers.inverse_cdf import inverse_cdf_sample, uniform_interval
 
 NoiseKind = Literal["uniform", "tree", "gumbel"]
 SMALLEST = 1e-9  # the smallest probability that is inverted; below it float32 features of two noises are equal
-TINY = 2.0**-53
+TINY = 2.0**-53  # 1 - TINY is the largest float64 below 1
 
 
-class Waves(nn.Module):
+class SineEmbedding(nn.Module):
     """Numbers (..., S) in [0, 1) -> (..., W): each with its sine and cosine at 2^i 2 pi, i < `frequencies`, then a
     two-layer MLP. The features are computed in float64."""
 
@@ -85,11 +85,13 @@ class Noise(nn.Module, ABC):
 
 
 class UniformNoise(Noise):
+    """One number a token, the uniform of autoregressive decoding."""
+
     tied = 1
 
     def __init__(self, vocab_size: int, width: int, frequencies: int) -> None:
         super().__init__(1)
-        self.waves = Waves(1, width, frequencies)
+        self.waves = SineEmbedding(1, width, frequencies)
 
     def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         return inverse_cdf_sample(log_p, noise[..., 0])
@@ -111,7 +113,7 @@ class TreeNoise(Noise):
 
     def __init__(self, vocab_size: int, width: int, frequencies: int) -> None:
         super().__init__(max(1, math.ceil(math.log2(vocab_size))))
-        self.waves = Waves(self.size, width, frequencies)
+        self.waves = SineEmbedding(self.size, width, frequencies)
 
     def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
         node = torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)
@@ -164,6 +166,7 @@ class GumbelNoise(Noise):
         self.weigh = nn.Linear(vocab_size, width, bias=False)
 
     def form(self, draws: Tensor) -> Tensor:
+        """Uniforms -> Gumbel numbers, -log(-log u)."""
         return -(-draws.clamp(min=TINY).log()).log()
 
     def choose(self, log_p: Tensor, noise: Tensor) -> Tensor:
@@ -184,11 +187,13 @@ class GumbelNoise(Noise):
 
 
 def build_noise(kind: NoiseKind, vocab_size: int, width: int, frequencies: int) -> Noise:
+    """The kind of noise by its name in recipes."""
     if kind == "gumbel":
         return GumbelNoise(vocab_size, width)
     return (UniformNoise if kind == "uniform" else TreeNoise)(vocab_size, width, frequencies)
 
 
-def draws_of(names: tuple[tuple[int, int, int], ...], shape: tuple[int, ...], key: Key) -> Tensor:
-    """(B, *shape) float64 uniforms; those of a block are keyed by its name alone."""
+def uniforms_by_name(names: tuple[tuple[int, int, int], ...], shape: tuple[int, ...], key: Key) -> Tensor:
+    """(B, *shape) float64 uniforms; those of a block are keyed by its name alone. Another key or shape changes the
+    noise of every run."""
     return torch.stack([key.fold(*name).uniform(shape, torch.float64) for name in names])

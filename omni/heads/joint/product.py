@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LogProb, LossInputs
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -25,6 +25,8 @@ class ProductConfig(Frozen):
 
 @JOINT_HEADS.register("product")
 class Product(JointHead):
+    """K independent distributions, each from one residual block on the hidden state of the start."""
+
     exact, conditional, order = True, True, "any"
     Config = ProductConfig
 
@@ -43,19 +45,21 @@ class Product(JointHead):
         return call.read(h.unsqueeze(1) + nn.functional.silu(moved)).double().log_softmax(-1)
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
-        num = self.fits(uniforms)
+        num = self.num_tokens(uniforms)
         self.check_passes(passes, num)
         log_probs = self.log_probs(call)[:, :num]
         return Draft(inverse_cdf_sample(log_probs, uniforms), log_probs)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
-        log_probs = self.log_probs(call)[:, : self.fits(ids)]
+        log_probs = self.log_probs(call)[:, : self.num_tokens(ids)]
         return LogProb(log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.log_probs(call)[:, : self.fits(ids)]
+        """(B, n, V) log q_k for ids (B, n); they depend on no id."""
+        return self.log_probs(call)[:, : self.num_tokens(ids)]
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-        blocks = lesson.blocks
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        """Cross-entropy of the valid tokens, in nats per token."""
+        blocks = inputs.blocks
         found = self.log_probs(call).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
         return {"product": Terms(-(found * blocks.valid).sum().float(), blocks.count)}

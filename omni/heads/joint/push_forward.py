@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from omni.config import Frozen
-from omni.heads.joint.base import JOINT_HEADS, After, Draft, JointCall, JointHead, Lesson, LogProb
-from omni.heads.joint.noise_kinds import SMALLEST, NoiseKind, build_noise, draws_of
+from omni.heads.joint.base import JOINT_HEADS, Draft, ExtendedCall, JointCall, JointHead, LogProb, LossInputs
+from omni.heads.joint.noise_kinds import SMALLEST, NoiseKind, build_noise, uniforms_by_name
 from omni.objectives.terms import Terms
 from omni.rng import Key
 
@@ -101,6 +101,8 @@ class PushForwardConfig(Frozen):
 
 @JOINT_HEADS.register("push_forward")
 class PushForward(JointHead):
+    """The push-forward head of the module docstring. Names of weights are stored: never rename them."""
+
     layout, universal, needs_teacher, passes = "causal", True, True, "divisors"
     Config = PushForwardConfig
     config: PushForwardConfig
@@ -148,23 +150,24 @@ class PushForward(JointHead):
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """See the contract. `passes` must divide K: each pass gives K / passes tokens; K passes are autoregressive
         decoding. The noise is `uniforms` itself, or partly keyed for other kinds (see Noise.prior)."""
-        K = self.fits(uniforms)
+        K = self.num_tokens(uniforms)
         self.check_passes(passes, K)
         noise = self.noise.prior(uniforms, key)
-        return self.compose(call, noise, [K // passes] * passes, self.config.mode, self.config.first)
+        return self.sample_in_passes(call, noise, [K // passes] * passes, self.config.mode, self.config.first)
 
-    def compose(self, call: JointCall, noise: Tensor, cuts: Sequence[int], mode: Mode, first: str) -> Draft:
-        """Ids for noise (B, K, S), one pass for every number in `cuts`, each after the ids of the passes before it."""
+    def sample_in_passes(self, call: JointCall, noise: Tensor, cuts: Sequence[int], mode: Mode, first: str) -> Draft:
+        """Ids for noise (B, K, S). Each number n in `cuts` is one pass that gives the next n ids, after all ids before
+        it."""
         ids, log_probs, at = noise.new_zeros(len(noise), 0, dtype=torch.int64), [], 0
         for n in cuts:
-            behind = After(call, ids) if at else call
+            behind = ExtendedCall(call, ids) if at else call
             found, log_p = self.one_pass(behind, noise[:, at : at + n], mode, first)
             ids, at = torch.cat([ids, found], 1), at + n
             log_probs += [] if log_p is None else [log_p]
         return Draft(ids, torch.cat(log_probs, 1) if log_probs else None)
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-        return push_forward_terms(self, call, lesson)
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        return push_forward_terms(self, call, inputs)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
         """A lower bound, for categorical mode in one pass, whatever mode the head drafts in."""
@@ -199,7 +202,7 @@ def block_bound(head: PushForward, call: JointCall, ids: Tensor, key: Key, num_s
 
 
 @dataclass(frozen=True)
-class Task:
+class Targets:
     """Inputs and targets of the pass with a graph: noise (B, K, S) and target ids (B, K). `counted` (B, K): the
     positions that count. `fresh` (B,): blocks whose targets come from shorter calls."""
 
@@ -209,54 +212,54 @@ class Task:
     fresh: Tensor
 
 
-def push_forward_terms(head: PushForward, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+def push_forward_terms(head: PushForward, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
     """Terms "decode", "categorical" (where K > 1) and "semigroup", those whose weight is not zero."""
-    return graded(head, call, set_task(head, call, lesson), lesson.teacher)
+    return terms_of(head, call, build_targets(head, call, inputs), inputs.teacher)
 
 
 @torch.no_grad()
-def set_task(head: PushForward, call: JointCall, lesson: Lesson) -> Task:
-    """The noise of the data; on the semigroup's share of blocks, fresh noise with its targets. A token of (nearly) zero
-    probability has no noise: it and those after it do not count."""
-    blocks, share = lesson.blocks, head.config.semigroup_share
+def build_targets(head: PushForward, call: JointCall, inputs: LossInputs) -> Targets:
+    """The noise of the data; on the semigroup's share of blocks, fresh noise with its targets. Keyed by block names. A
+    token of (nearly) zero probability has no noise: it and those after it do not count."""
+    blocks, share = inputs.blocks, head.config.semigroup_share
     device, shape = blocks.ids.device, (blocks.ids.shape[1], head.noise.size)
-    draws = draws_of(blocks.names, shape, lesson.key.fold("noise")).to(device)
+    draws = uniforms_by_name(blocks.names, shape, inputs.key.fold("noise")).to(device)
     if head.config.intervals == "own":
         noise, scores = own_noise(head, call, blocks.ids, draws)
     else:
-        noise = head.noise.invert(lesson.teacher, blocks.ids, draws)
-        scores = lesson.teacher.gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
+        noise = head.noise.invert(inputs.teacher, blocks.ids, draws)
+        scores = inputs.teacher.gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
     counted = blocks.valid & (scores > math.log(SMALLEST)).long().cumprod(-1).bool()
     fresh = torch.zeros(len(counted), dtype=torch.bool, device=device)
     if share == 0:
-        return Task(noise, blocks.ids, counted, fresh)
-    fresh = draws_of(blocks.names, (), lesson.key.fold("share")).to(device) < share
-    free = head.noise.form(draws_of(blocks.names, shape, lesson.key.fold("fresh")).to(device))
-    targets = semigroup_targets(head, call, free, lesson)
+        return Targets(noise, blocks.ids, counted, fresh)
+    fresh = uniforms_by_name(blocks.names, (), inputs.key.fold("share")).to(device) < share
+    free = head.noise.form(uniforms_by_name(blocks.names, shape, inputs.key.fold("fresh")).to(device))
+    targets = semigroup_targets(head, call, free, inputs)
     mine = fresh.unsqueeze(-1)
     noise = torch.where(mine.unsqueeze(-1), free, noise)
-    return Task(noise, torch.where(mine, targets, blocks.ids), torch.where(mine, blocks.valid, counted), fresh)
+    return Targets(noise, torch.where(mine, targets, blocks.ids), torch.where(mine, blocks.valid, counted), fresh)
 
 
 @torch.no_grad()
-def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, lesson: Lesson) -> Tensor:
-    """Ids (B, K) from two calls of the target for noise (B, K, S)."""
+def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, inputs: LossInputs) -> Tensor:
+    """Ids (B, K) from two calls of the target for noise (B, K, S), cut by a keyed choice per batch."""
     K = noise.shape[1]
-    newest = max(lesson.blocks.names)  # the lesson's key is that of the run, without the step
-    cut = K // 2 if lesson.key.fold("cut", *newest).python().random() < 0.5 else 1
+    newest = max(inputs.blocks.names)  # the key of the inputs is that of the run, without the step
+    cut = K // 2 if inputs.key.fold("cut", *newest).python().random() < 0.5 else 1
     cuts = [cut, K - cut] if 0 < cut < K else [K]
-    return head.compose(call.target(), noise, cuts, "decode", "pick").ids
+    return head.sample_in_passes(call.target(), noise, cuts, "decode", "pick").ids
 
 
-def graded(head: PushForward, call: JointCall, task: Task, teacher: Tensor) -> dict[str, Terms]:
-    """One pass, and its terms. Not random."""
-    config, K = head.config, task.ids.shape[1]
-    hidden = call(head.placeholders(task.noise))[:, 1:]
+def terms_of(head: PushForward, call: JointCall, targets: Targets, teacher: Tensor) -> dict[str, Terms]:
+    """The terms of `targets`, from one pass with a graph. Not random."""
+    config, K = head.config, targets.ids.shape[1]
+    hidden = call(head.placeholders(targets.noise))[:, 1:]
     decay = config.decay ** torch.arange(K, device=hidden.device)
-    of_data, of_fresh = task.counted & ~task.fresh.unsqueeze(-1), task.counted & task.fresh.unsqueeze(-1)
+    of_data, of_fresh = targets.counted & ~targets.fresh.unsqueeze(-1), targets.counted & targets.fresh.unsqueeze(-1)
     terms = {}
     if config.decode_weight or config.semigroup_share:
-        miss = _cross_entropy(head.decode(call, hidden), task.ids) * decay
+        miss = _cross_entropy(head.decode(call, hidden), targets.ids) * decay
         if config.decode_weight:
             terms["decode"] = _term(miss, of_data, config.decode_weight)
         if config.semigroup_share:
@@ -264,23 +267,24 @@ def graded(head: PushForward, call: JointCall, task: Task, teacher: Tensor) -> d
     if config.categorical_weight and K > 1:
         logits = call.read(hidden[:, :-1])
         if config.categorical_target == "teacher":
-            log_c = _single(logits).log_softmax(-1)
+            log_c = _in_float32(logits).log_softmax(-1)
             miss = -(teacher[:, 1:].exp().to(log_c.dtype) * log_c).sum(-1)
         else:
-            miss = _cross_entropy(logits, task.ids[:, 1:])
+            miss = _cross_entropy(logits, targets.ids[:, 1:])
         terms["categorical"] = _term(miss * decay[1:], of_data[:, 1:], config.categorical_weight)
     return terms
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     """(B, n) of logits (B, n, V)."""
-    return cross_entropy(_single(logits).flatten(0, 1), ids.flatten(), reduction="none").unflatten(0, ids.shape)
+    return cross_entropy(_in_float32(logits).flatten(0, 1), ids.flatten(), reduction="none").unflatten(0, ids.shape)
 
 
-def _single(logits: Tensor) -> Tensor:
-    """In single precision or better."""
+def _in_float32(logits: Tensor) -> Tensor:
+    """In float32, or better if they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _term(miss: Tensor, where: Tensor, weight: float) -> Terms:
+    """The sum of `miss` (B, n) where `where` (B, n) is true, and their number."""
     return Terms((miss * where).sum(), float(where.sum()), weight)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson, LogProb
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LogProb, LossInputs
 from omni.nn.transformer import RMSNorm
 from omni.objectives.terms import Terms
 from omni.rng import Key
@@ -34,8 +34,9 @@ class SequentialConfig(Frozen):
     norm_eps: float = Field(default=1e-6, gt=0)
 
 
-class Step(nn.Module):
-    """(s_(k-1), embed(x_k)), each (B, W) -> s_k (B, W): M [norm; norm], then a residual gated MLP."""
+class RecurrentBlock(nn.Module):
+    """The recurrent block: (s_(k-1), embed(x_k)), each (B, W) -> s_k (B, W): M [norm; norm], then a residual gated
+    MLP."""
 
     def __init__(self, width: int, expansion: int, eps: float) -> None:
         super().__init__()
@@ -53,12 +54,14 @@ class Step(nn.Module):
 
 @JOINT_HEADS.register("sequential")
 class Sequential(JointHead):
+    """One pass of the backbone, then the recurrent block for every token."""
+
     exact, universal, conditional, is_recurrent = True, True, True, True
     Config = SequentialConfig
 
     def __init__(self, config: SequentialConfig, length: int, vocab_size: int, width: int) -> None:
         super().__init__(config, length, vocab_size, width)
-        self.step = Step(width, config.expansion, config.norm_eps)
+        self.step = RecurrentBlock(width, config.expansion, config.norm_eps)
         self.norm = RMSNorm(width, config.norm_eps)
 
     def walk(self, call: JointCall, emitted: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
@@ -73,8 +76,8 @@ class Sequential(JointHead):
                 state = self.step(state, call.embed(last).to(state.dtype))
 
     def run(self, call: JointCall, num: int, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """ids (B, num) and log q(. | x_<k) (B, num, V); `choose` maps k and the log-probabilities (B, V) to ids
-        (B,)."""
+        """Choose tokens left to right: ids (B, num) and log q(. | x_<k) (B, num, V). `choose` maps k and the
+        log-probabilities (B, V) to ids (B,)."""
         ids: list[Tensor] = []
         found: list[Tensor] = []
         walk = self.walk(call)
@@ -86,7 +89,7 @@ class Sequential(JointHead):
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """Token k is the inverse-CDF sample of q(. | x_<k) at u_k. Fewer uniforms than K give the first tokens only."""
-        num = self.fits(uniforms)
+        num = self.num_tokens(uniforms)
         self.check_passes(passes, num)
         ids, log_q = self.run(call, num, lambda k, log_p: inverse_cdf_sample(log_p, uniforms[:, k]))
         return Draft(ids, log_q, num)
@@ -104,15 +107,17 @@ class Sequential(JointHead):
         return LogProb(found.sum(-1), "exact")
 
     def conditionals(self, call: JointCall, ids: Tensor) -> Tensor:
-        return self.run(call, self.fits(ids), lambda k, _: ids[:, k])[1]
+        """(B, m, V): log q(. | x_<k) for ids (B, m)."""
+        return self.run(call, self.num_tokens(ids), lambda k, _: ids[:, k])[1]
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         """Cross-entropy of the valid prefix, in nats per token."""
-        blocks = lesson.blocks
+        blocks = inputs.blocks
         found = self.conditionals(call, blocks.ids).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
         dtype = torch.promote_types(call.start.dtype, torch.float32)
         return {"sequential": Terms(-(found * blocks.valid).sum().to(dtype), blocks.count)}
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer, without bias, in x's dtype."""
     return F.linear(x, layer.weight.to(x.dtype))

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.heads.flow import FlowHeadConfig, ScalarEmbedding, average_velocity
-from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, Lesson
-from omni.heads.joint.noise_kinds import TINY, draws_of
+from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LossInputs
+from omni.heads.joint.noise_kinds import TINY, uniforms_by_name
 from omni.objectives.base import OBJECTIVES, FlowCall, FlowObjective, Items
 from omni.objectives.terms import Terms
 from omni.rng import Key
@@ -95,7 +95,7 @@ class SimplexConfig(Frozen):
 
 
 class Clock:
-    """u in [0, 1] -> t: 0 is data and 1 noise on both."""
+    """u in [0, 1] -> t: 0 is data and 1 noise on both. table: known (u, t) pairs, interpolated; None: t = u."""
 
     def __init__(self, kind: ClockKind, scale: float, vocab_size: int) -> None:
         self.table: tuple[Tensor, Tensor] | None = None
@@ -107,7 +107,7 @@ class Clock:
             self.table = torch.cat([zero, error[kept] / error[-1]]), torch.cat([zero, 1 / (1 + a[kept] / scale)])
 
     def time(self, u: Tensor) -> Tensor:
-        """Same shape, float64."""
+        """t of u, of the same shape, float64."""
         if self.table is None:
             return u
         known, times = self.table
@@ -126,6 +126,8 @@ def decoding_error(a: Tensor, vocab_size: int) -> Tensor:
 
 @JOINT_HEADS.register("simplex")
 class Simplex(JointHead):
+    """Flow maps on K one-hot vectors (module docstring). Names of weights are stored: never rename them."""
+
     layout, universal, passes, order = "block", True, "any", "any"
     Config = SimplexConfig
     config: SimplexConfig
@@ -172,7 +174,7 @@ class Simplex(JointHead):
         """See the contract; any number of `passes`, one per step. The first number of a token's noise is the normal
         quantile of its uniform. All others, and those of positions past the uniforms, are keyed: fewer uniforms than K
         give the first tokens of a whole block."""
-        n, B = self.fits(uniforms), len(uniforms)
+        n, B = self.num_tokens(uniforms), len(uniforms)
         self.check_passes(passes, n)
         even = torch.tensor(time_grid(passes), dtype=torch.float64)
         times = time_grid(passes, grid=self.clock.time(even).tolist())
@@ -186,21 +188,21 @@ class Simplex(JointHead):
         *_, last = run_sampler(SAMPLERS.get(self.config.sampler), velocity, noise, times)
         return Draft(last.x.argmax(-1)[:, :n])
 
-    def loss(self, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-        return semigroup_terms(self, call, lesson) if self.objective is None else flow_terms(self, call, lesson)
+    def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        return semigroup_terms(self, call, inputs) if self.objective is None else flow_terms(self, call, inputs)
 
 
-def block_items(head: Simplex, lesson: Lesson, dtype: torch.dtype) -> tuple[Items, Tensor]:
+def block_items(head: Simplex, inputs: LossInputs, dtype: torch.dtype) -> tuple[Items, Tensor]:
     """Blocks as the framework's noisy items, of K one-hots c e, and their ids (B, K). Past its end a block repeats its
     last id, which counts. Blocks without ids are padding."""
-    blocks = lesson.blocks
+    blocks = inputs.blocks
     last = (blocks.valid.sum(-1, keepdim=True) - 1).clamp(min=0)
     ids = torch.where(blocks.valid, blocks.ids, blocks.ids.gather(1, last))
     there = blocks.valid.any(-1, keepdim=True)
     number = torch.arange(len(ids), device=ids.device).unsqueeze(-1)
     onehot = torch.nn.functional.one_hot(ids, head.vocab_size).to(dtype) * head.scale
     item = torch.where(there, number, -1).expand_as(ids)
-    return Items(onehot, item, blocks.names, progress=lesson.progress), ids
+    return Items(onehot, item, blocks.names, progress=inputs.progress), ids
 
 
 def _precision(head: Simplex) -> torch.dtype:
@@ -212,7 +214,7 @@ def _precision(head: Simplex) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Task:
+class Targets:
     """Inputs and targets of the pass with a graph: states x (B, K, V) at t that jump to s (B,), and target
     distributions D (B, K, V). `jumps` (B,): blocks with the semigroup's targets; the others' are one-hot, of the
     data."""
@@ -222,31 +224,36 @@ class Task:
     s: Tensor
     probs: Tensor
     jumps: Tensor
-    there: Tensor  # (B, K) bool
+    there: Tensor  # (B, K) bool: positions of blocks that have ids
 
 
-def semigroup_terms(head: Simplex, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
-    return graded(head, call, set_task(head, call, lesson))
+def semigroup_terms(head: Simplex, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+    """The terms "diagonal" and "semigroup" of the head's own loss."""
+    return terms_of(head, call, build_targets(head, call, inputs))
 
 
 @torch.no_grad()
-def set_task(head: Simplex, call: JointCall, lesson: Lesson) -> Task:
-    items, ids = block_items(head, lesson, _precision(head))
-    share = head.config.semigroup_share if lesson.progress >= head.config.semigroup_from else 0.0
-    t, m, s, jumps = times_of(head, draws_of(lesson.blocks.names, (6,), lesson.key.fold("times")), share)
+def build_targets(head: Simplex, call: JointCall, inputs: LossInputs) -> Targets:
+    """States at keyed times, and the distributions that they train: the data, or two jumps of the target."""
+    items, ids = block_items(head, inputs, _precision(head))
+    share = head.config.semigroup_share if inputs.progress >= head.config.semigroup_from else 0.0
+    t, m, s, jumps = jump_times(head, uniforms_by_name(inputs.blocks.names, (6,), inputs.key.fold("times")), share)
     [t, m, s] = items.times(t, m, s)
     jumps = jumps.to(ids.device)
-    x = items.interpolate(items.noise(lesson.key), t)
+    x = items.interpolate(items.noise(inputs.key), t)
     probs = torch.nn.functional.one_hot(ids, head.vocab_size).to(x.dtype)
     if share:
         target = semigroup_target(head, call.target(), x, t, m, s)
         probs = torch.where(jumps.view(-1, 1, 1), target.to(x.dtype), probs)
-    return Task(x, t, s, probs, jumps, items.mask)
+    return Targets(x, t, s, probs, jumps, items.mask)
 
 
-def times_of(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """t, m, s (B,) float64, and which blocks jump, from uniforms (B, 6). In the head's clock the two ends of a jump are
-    uniform; half of the jumps end at 0, and half of those start from noise."""
+def jump_times(head: Simplex, draws: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """share: of blocks that jump, start t over middle m to end s; the others have t = m = s. Returns t, m, s (B,)
+    float64, and which blocks jump. Half of the jumps end at 0, and half of those start from noise; times are in the
+    head's clock.
+    Columns of `draws` (B, 6) in [0, 1): jumps or not, two ends (the first is t without a jump), end at 0, middle, start
+    at noise."""
     jumps = draws[:, 0] < share
     start, end = draws[:, 1:3].max(-1).values, draws[:, 1:3].min(-1).values
     to_end = draws[:, 3] < 0.5
@@ -273,30 +280,31 @@ def semigroup_target(head: Simplex, call: JointCall, x: Tensor, t: Tensor, m: Te
     return share * first + (1 - share) * second
 
 
-def graded(head: Simplex, call: JointCall, task: Task) -> dict[str, Terms]:
-    """One pass, and its terms. Not random."""
-    log_d = head.log_endpoint(call, task.x, task.t, task.s)
-    miss = (torch.special.xlogy(task.probs, task.probs) - task.probs * log_d).sum(-1)
-    jumps = task.jumps.unsqueeze(-1)
-    terms = {"diagonal": _term(miss, task.there & ~jumps, 1.0)}
+def terms_of(head: Simplex, call: JointCall, targets: Targets) -> dict[str, Terms]:
+    """The terms of `targets`, from one pass with a graph. Not random."""
+    log_d = head.log_endpoint(call, targets.x, targets.t, targets.s)
+    miss = (torch.special.xlogy(targets.probs, targets.probs) - targets.probs * log_d).sum(-1)
+    jumps = targets.jumps.unsqueeze(-1)
+    terms = {"diagonal": _term(miss, targets.there & ~jumps, 1.0)}
     if head.config.semigroup_share:
-        terms["semigroup"] = _term(miss, task.there & jumps, head.config.semigroup_weight)
+        terms["semigroup"] = _term(miss, targets.there & jumps, head.config.semigroup_weight)
     return terms
 
 
 def _term(miss: Tensor, where: Tensor, weight: float) -> Terms:
+    """The sum of `miss` (B, K) where `where` (B, K) is true, and their number."""
     return Terms((miss * where).sum(), float(where.sum()), weight)
 
 
 # ---- flow objectives ------------------------------------------------------------------------------------------------
 
 
-def flow_terms(head: Simplex, call: JointCall, lesson: Lesson) -> dict[str, Terms]:
+def flow_terms(head: Simplex, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
     """The named objective on F, over blocks of K one-hots of V channels."""
     assert head.objective is not None
-    items, _ = block_items(head, lesson, _precision(head))
+    items, _ = block_items(head, inputs, _precision(head))
     flow = BlockFlow(velocity_of(head, call), lambda: velocity_of(head, call.target()))
-    return {head.config.objective: head.objective.loss(flow, head.objective.draw(items, lesson.key))}
+    return {head.config.objective: head.objective.loss(flow, head.objective.draw(items, inputs.key))}
 
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -304,6 +312,8 @@ NO_DERIVATIVE = "it needs derivatives along the path, which joint-token heads do
 
 
 def velocity_of(head: Simplex, call: JointCall) -> AverageVelocity:
+    """F(x, t, s) of the head, from its endpoint D."""
+
     def velocity(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         probs = head.log_endpoint(call, x, t, s).exp()
         return average_velocity(head.scale * probs, x, t.view(-1, 1, 1), "x", head.config.min_time)

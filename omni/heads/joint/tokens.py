@@ -30,6 +30,8 @@ class JointConfig(Frozen):
 
 
 class JointTokens(nn.Module):
+    """The head and its adapters. Names of weights are stored: never rename them."""
+
     def __init__(self, c: JointConfig, transformer: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
         self.c = c

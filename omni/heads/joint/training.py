@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from omni.heads.joint.backbone import Backbone, Reads, draft_pass, head_of
-from omni.heads.joint.base import Lesson
+from omni.heads.joint.base import LossInputs
 from omni.nn.cache import Memory
 from omni.objectives.terms import Terms
 from omni.rng import Key
@@ -33,6 +33,7 @@ class BatchCall(Reads):
 
     @property
     def start(self) -> Tensor:
+        """(B, W): hidden states at the starts."""
         return self.hidden[self.starts.row, self.starts.at]
 
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
@@ -53,7 +54,7 @@ def joint_loss(
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
     call = BatchCall(model, starts, hidden, memory)
     teacher = teacher_log_probs(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
-    return joint.head.loss(call, Lesson(blocks, teacher, key, progress))
+    return joint.head.loss(call, LossInputs(blocks, teacher, key, progress))
 
 
 @torch.no_grad()

@@ -56,8 +56,8 @@ class AttentionMask:
             )
         return self._lowered[dtype]  # type: ignore[return-value]
 
-    def kept(self, name: object, make: Callable[[], Any]) -> Any:
-        """The value of `make`, cached under `name` for all layers of a pass."""
+    def cached(self, name: object, make: Callable[[], Any]) -> Any:
+        """The value of `make`, stored under `name` until the pass ends."""
         if name not in self._lowered:
             self._lowered[name] = make()
         return self._lowered[name]
@@ -71,6 +71,7 @@ class AttentionMask:
             self.additive(dtype)
 
     def block_mask(self) -> object:
+        """FlexAttention's block mask."""
         if "flex" not in self._lowered:
             self._lowered["flex"] = flex(self.queries, self.keys)
         return self._lowered["flex"]
@@ -115,6 +116,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend:
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+    """Explicit softmax. Golden losses depend on its order of operations."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -155,12 +157,14 @@ def attend_dual(q: Dual, k: Dual, v: Dual, k_memory: Tensor, v_memory: Tensor, m
 
 @cache
 def _compiled_flex():  # noqa: ANN202
+    """One compiled FlexAttention for all shapes."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+    """FlexAttention, compiled on CUDA. ValueError for gradients on the CPU, where it has no backward."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -183,6 +183,8 @@ def _implementation(backend: str, x: Inputs) -> ModuleType:
 
 
 class _Attention(torch.autograd.Function):
+    """The two streaming forms as one autograd function; gradients in all eight tensors."""
+
     @staticmethod
     def forward(ctx: Any, module: ModuleType, seen: Visibility, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs, kept = module.forward(Inputs(*inputs), seen)

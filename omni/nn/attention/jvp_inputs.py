@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     v_context: Tensor | None
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """`function` of every tensor; None stays."""
         return Inputs(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
 
@@ -63,17 +64,18 @@ class Visibility:
                 )
         return Visibility(mask, (R, Q, T, S), x.q.device)
 
-    def kept(self, name: object, make: Callable[[], Any]) -> Any:
-        """The value of `make`, cached; if the mask is an AttentionMask, for all layers of a pass."""
+    def cached(self, name: object, make: Callable[[], Any]) -> Any:
+        """The value of `make`, stored under `name`; if the mask is an AttentionMask, for all layers of a pass."""
         if isinstance(self.mask, AttentionMask):
-            return self.mask.kept((name, self.num_context), make)
+            return self.mask.cached((name, self.num_context), make)
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
     def fields(self, rows: slice, keys: slice) -> tuple[Fields, Fields]:
+        """The fields of some queries and of some keys, of an AttentionMask."""
         assert isinstance(self.mask, AttentionMask)
-        return _cut(self.mask.queries, rows), _cut(self.mask.keys, keys)
+        return _slice_fields(self.mask.queries, rows), _slice_fields(self.mask.keys, keys)
 
     def part(self, rows: slice, keys: slice) -> Tensor | None:
         """(R, queries, keys) bool of a part; None where all is visible."""
@@ -99,10 +101,12 @@ class Visibility:
         return torch.cat(strips, 1)
 
 
-def _cut(fields: Fields, at: slice) -> Fields:
+def _slice_fields(fields: Fields, at: slice) -> Fields:
+    """The fields of the positions `at`."""
     rank = None if fields.rank is None else fields.rank[:, at]
     return Fields(fields.document[:, at], fields.block[:, at], fields.copy[:, at], rank)
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple."""
     return tuple(x.shape)

@@ -19,7 +19,7 @@ from omni.nn.attention.jvp_inputs import Inputs, Visibility
 
 HEAD_WIDTHS = (64, 128)
 MAX_PROGRAMS = 65535  # batch rows times heads: the second axis of a CUDA grid
-LONGEST_TILE = 128
+LONGEST_TILE = 128  # positions; no tiling below has more
 
 
 class Tiling(NamedTuple):
@@ -56,7 +56,7 @@ AMPERE = HOPPER | {
     (128, 2): Tilings(Tiling(128, 32, 8), Tiling(128, 32, 8), Tiling(32, 128, 8), Tiling(32, 128, 8)),
 }
 SMALL = AMPERE | {(128, 2): Tilings(Tiling(128, 32, 8), Tiling(32, 32), Tiling(32, 32), Tiling(32, 32))}
-ROW_SUMS = Tiling(32, 0)
+ROW_SUMS = Tiling(32, 0)  # of the kernel row_sums, which visits no keys
 BY_CAPABILITY = {(8, 0): AMPERE, (9, 0): HOPPER, (10, 0): HOPPER, (10, 3): HOPPER}  # all others: SMALL
 
 
@@ -67,6 +67,7 @@ def tilings(x: Tensor) -> Tilings:
 
 
 def _interpreting() -> bool:
+    """Whether Triton's interpreter is asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -112,9 +113,11 @@ class _Side:
         self.fine = min(t.queries for t in known), min(t.keys for t in known)  # all tiles are multiples of these
 
     def mask(self) -> tuple[Any, ...]:
-        return self.seen.kept(("triton mask", self.keys.start, self.keys.stop), self._mask)
+        """The mask as arguments of the kernels (jvp_triton._visible reads them in this order); cached."""
+        return self.seen.cached(("triton mask", self.keys.start, self.keys.stop), self._mask)
 
     def _mask(self) -> tuple[Any, ...]:
+        """`mask` without the cache. ValueError for masks with ranks."""
         if self.seen.mask is None:
             return ()
         if isinstance(self.seen.mask, Tensor):
@@ -136,12 +139,13 @@ class _Side:
         if self.seen.mask is None:
             return ()
         name = ("triton lists", self.keys.start, self.keys.stop, queries, keys, by_query)
-        return self.seen.kept(name, lambda: self._lists(queries, keys, by_query))
+        return self.seen.cached(name, lambda: self._lists(queries, keys, by_query))
 
     def _lists(self, queries: int, keys: int, by_query: bool) -> tuple[Any, ...]:
+        """`lists` without the cache."""
         q, k = self.fine
         name = ("triton occupied", self.keys.start, self.keys.stop, q, k)
-        fine = self.seen.kept(name, lambda: self.seen.occupied(self.keys, q, k))
+        fine = self.seen.cached(name, lambda: self.seen.occupied(self.keys, q, k))
         q, k = queries // q, keys // k
         fine = torch.nn.functional.pad(fine, (0, -fine.shape[2] % k, 0, -fine.shape[1] % q))
         occupied = fine.unflatten(2, (-1, k)).unflatten(1, (-1, q)).any(4).any(2)
@@ -150,7 +154,7 @@ class _Side:
         return occupied.sum(2, dtype=torch.int32).contiguous(), order, order.shape[1], order.shape[2]
 
 
-def start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def launch_kernel(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Launch a kernel. Every launch calls this function, so that a measurement can replace it."""
     kernel[grid](*arguments, **options)
 
@@ -159,7 +163,7 @@ class _Launch:
     """The state shared by the kernels of one call: inputs with a dense last axis, tile lists, compile-time options."""
 
     def __init__(self, x: Inputs, seen: Visibility) -> None:
-        self.x = x = x.each(_dense)
+        self.x = x = x.each(_with_dense_last_axis)
         self.R, self.H, self.Q, self.D = x.q.shape
         self.G, self.S, self.T = x.k.shape[1], x.k.shape[2], seen.num_context
         self.tilings = tilings(x.q)
@@ -169,12 +173,13 @@ class _Launch:
         self.scales = (1 / math.sqrt(self.D), math.log2(math.e) / math.sqrt(self.D))
 
     def run(self, kernel: Any, tiling: Tiling, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
+        """Launch a kernel with the constants of all of them."""
         options |= {
             "D": self.D, "BQ": tiling.queries, "DTYPE": _element(self.x.q.dtype),
             "EMULATE": kernels.interpreted, "num_warps": tiling.warps, "num_stages": tiling.stages,
         }  # fmt: skip
         with torch.cuda.device(self.x.q.device) if self.x.q.is_cuda else contextlib.nullcontext():
-            start(kernel, grid, arguments, options)
+            launch_kernel(kernel, grid, arguments, options)
 
     def options(self, tiling: Tiling, *num_keys: int) -> dict[str, Any]:
         """The mask kind, and whether tiles divide the lengths."""
@@ -201,7 +206,7 @@ class _Launch:
         assert k is not None and v is not None
         own = dk is not None and dv is not None
         side, num_keys = self.own if own else self.context, k.shape[2]
-        out, dout = _like(k), _like(k) if own else None
+        out, dout = _empty_like(k), _empty_like(k) if own else None
         if side is None:  # a context of no keys
             return out, dout
         tangents = (dk, dv) if dk is not None and dv is not None else (k, v)  # the context's are never read
@@ -221,11 +226,12 @@ def strided(x: Tensor | None) -> tuple[Any, ...]:
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
-def _dense(x: Tensor) -> Tensor:
+def _with_dense_last_axis(x: Tensor) -> Tensor:
+    """x, copied if its last axis is not contiguous."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _like(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor) -> Tensor:
     """Uninitialised, of x's shape and dtype; the heads of a position are adjacent in memory."""
     R, H, N, D = x.shape
     return x.new_empty(R, N, H, D).transpose(1, 2)
@@ -234,8 +240,8 @@ def _like(x: Tensor) -> Tensor:
 def forward(x: Inputs, seen: Visibility) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """(o, do), and what the backward needs: the rounding errors in bf16, log-sum-exp (base 2) and mu (float32)."""
     call = _Launch(x, seen)
-    o, do = _like(x.q), _like(x.q)
-    low = (_like(x.q), _like(x.q)) if x.q.dtype == torch.bfloat16 else (None, None)
+    o, do = _empty_like(x.q), _empty_like(x.q)
+    low = (_empty_like(x.q), _empty_like(x.q)) if x.q.dtype == torch.bfloat16 else (None, None)
     lse, mu = (x.q.new_empty(x.q.shape[:3], dtype=torch.float32) for _ in range(2))
     call.by_query(kernels.forward, call.tilings.forward, *_outputs((o, do), low), lse, mu)
     return (o, do), (*low, lse, mu)
@@ -272,7 +278,7 @@ def backward(
     call = _Launch(x, seen)
     x, known = call.x, call.tilings
     *low, lse, mu = kept
-    cotangents = tuple(map(strided, (_dense(g), _dense(h))))
+    cotangents = tuple(map(strided, (_with_dense_last_axis(g), _with_dense_last_axis(h))))
     s1, s2 = torch.empty_like(lse), torch.empty_like(lse)
     call.run(
         kernels.row_sums, ROW_SUMS, (-(-call.Q // ROW_SUMS.queries), call.R * call.H),
@@ -282,7 +288,7 @@ def backward(
     need_q, need_k, need_v, need_dq, need_dk, need_dv, need_k_context, need_v_context = needed
     grads: list[Tensor | None] = [None] * 8
     if need_q or need_dq:
-        grads[0], grads[3] = out = _like(x.q), _like(x.q)
+        grads[0], grads[3] = out = _empty_like(x.q), _empty_like(x.q)
         call.by_query(kernels.grad_q, known.grad_q, *given, _mean_keys(x), *map(strided, out))
     own, far = (x.k, x.dk, x.v, x.dv), (x.k_context, None, x.v_context, None)
     if need_k or need_dk:

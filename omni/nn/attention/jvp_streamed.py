@@ -34,8 +34,10 @@ class _Side(NamedTuple):
 
 
 def _sides(x: Inputs, seen: Visibility, work: torch.dtype) -> list[_Side]:
+    """The context, if any, then the own keys: the order in which tiles are visited."""
+
     def tiles(keys: slice) -> list[list[int]]:
-        occupied = seen.kept(
+        occupied = seen.cached(
             ("streamed", keys.start, keys.stop, TILE), lambda: seen.occupied(keys, TILE, TILE).any(0).tolist()
         )
         return [[j for j, some in enumerate(row) if some] for row in occupied]
@@ -71,14 +73,17 @@ class _Heads(NamedTuple):
     work: torch.dtype
 
     def tile(self, x: Tensor, rows: slice) -> Tensor:
+        """The queries `rows` of x, in the working dtype."""
         return x[:, :, rows].to(self.work).unflatten(1, (self.G, -1)).flatten(2, 3)
 
     def untile(self, x: Tensor, into: Tensor, rows: slice) -> None:
+        """Inverse of `tile`, written into the queries `rows` of `into`."""
         groups = into.shape[1] // self.G
         into[:, :, rows] = x.unflatten(2, (groups, -1)).flatten(1, 2).to(into.dtype)
 
 
 def _rows(count: int) -> Iterator[tuple[int, slice]]:
+    """(number, queries) of each tile of queries."""
     yield from ((i, slice(start, min(start + TILE, count))) for i, start in enumerate(range(0, count, TILE)))
 
 
@@ -170,5 +175,6 @@ def backward(
 
 
 def _add(into: Tensor | None, what: Tensor) -> None:
+    """into += what."""
     assert into is not None
     into += what

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from omni.data.emoji_world import CLASSES, SCENE_NAMES, TASKS, Atlas, EmojiWorld, Scene, prompt_of, render, story_scene
-from omni.data.emoji_world.documents import REWRITTEN
+from omni.data.emoji_world.documents import REWRITE_WEIGHTS
 from omni.data.emoji_world.edits import caption, spoken
-from omni.data.emoji_world.phrases import TEMPLATES, is_heldout, numbers
+from omni.data.emoji_world.phrases import TEMPLATES, is_heldout, template_numbers
 from omni.data.emoji_world.scene import scene_is_heldout, tone_is_heldout
 from omni.data.emoji_world.words import plural, with_article
 from omni.document import Document, Image, Role, Text, Video
@@ -102,8 +102,8 @@ def test_templates_are_distinct_and_a_fifth_is_heldout() -> None:
         assert sum(len(templates) for kind, templates in TEMPLATES.items() if kind.split(".")[0] == task) >= 24
     for kind, templates in TEMPLATES.items():
         assert len(templates) == len(set(templates)) and len(templates) % 5 == 0, kind
-        assert len(numbers(kind, "heldout")) * 5 == len(templates)
-        assert not set(numbers(kind, "heldout")) & set(numbers(kind, "train"))
+        assert len(template_numbers(kind, "heldout")) * 5 == len(templates)
+        assert not set(template_numbers(kind, "heldout")) & set(template_numbers(kind, "train"))
 
 
 def test_requests_are_unambiguous(corpora: dict[str, list[Document]], atlas: Atlas) -> None:
@@ -149,7 +149,7 @@ def test_rewriting_edits_captions(atlas: Atlas, split: str) -> None:
         [asked, answer] = [s.text for s in document.segments if isinstance(s, Text)]
         assert caption(before)[1:] in asked and answer == f"{caption(after)}."
         assert split == "heldout" or not any(map(scene_is_heldout, (before, after)))
-    assert kinds == set(REWRITTEN)
+    assert kinds == set(REWRITE_WEIGHTS)
 
 
 def test_the_answer_of_an_edit_has_both_captions(atlas: Atlas) -> None:
