@@ -238,25 +238,26 @@ class Engine:
     ) -> list[Request]:  # fmt: skip
         """Requests that wait for the next step. alike: all have one prompt, which the first reads. continues: the
         beginning of the reply."""
-        found: list[Request] = []
-        for prompt, one in zip(prompts, options, strict=True):
-            document = prompt
-            if not isinstance(prompt, Document):
-                document = messages_to_document(prompt, allow_paths=self.allow_paths)
-            if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
-                raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
-            history = History(self.pool)
-            request = Request(
-                next(self._numbers), history, self.resolve(one), document.segments, self.tokenizer.stream()
-            )
-            request.like = found[0] if alike and found else None
-            request.continues = tuple(continues)
-            begin(self.runtime, request)
-            found.append(request)
         with self._lock:
+            found = [self._begun(prompt, one, continues) for prompt, one in zip(prompts, options, strict=True)]
+            for request in found[1:] if alike else ():
+                request.like = found[0]
             self._waiting += found
             self._inboxes |= {request.number: deque[Event]() for request in found if inbox}
         return found
+
+    def _begun(self, prompt: Any, options: GenerationOptions, continues: Sequence[Part]) -> Request:
+        """A request that is checked and composed. ValueError for what cannot be fulfilled."""
+        document = prompt
+        if not isinstance(prompt, Document):
+            document = messages_to_document(prompt, allow_paths=self.allow_paths)
+        if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
+            raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
+        number, history, stream = next(self._numbers), History(self.pool), self.tokenizer.stream()
+        request = Request(number, history, self.resolve(options), document.segments, stream)
+        request.continues = tuple(continues)
+        begin(self.runtime, request)
+        return request
 
     def _admit(self) -> None:
         """Waiting requests run, in their order, while there is room."""

@@ -212,17 +212,22 @@ class Steps:
             at = id(one) if one.work.is_clip else one.work.blocks[0].shape
             groups.setdefault(at, []).append(one)
         for group in groups.values():
-            self._together(group, lambda group=group: self._pixels(group))
+            try:
+                pixels = self._pixels(group)
+            except Exception:  # one of them may be refused: each alone
+                for one in group:
+                    self._together([one], lambda one=one: one.resume(self._pixels([one])[0]))
+                continue
+            for one, picture in zip(group, pixels, strict=True):
+                one.resume(picture)
 
-    def _pixels(self, group: Sequence[Active]) -> None:
+    def _pixels(self, group: Sequence[Active]) -> Sequence[Tensor]:
+        """uint8 pixels of each picture, all of one size, or of one clip."""
         codec, works = self.runtime.model.codec, [one.work for one in group if isinstance(one.work, Decode)]
         assert codec is not None
         if works[0].is_clip:
-            group[0].resume(codec.decode_video(works[0].blocks).cpu())
-            return
-        pixels = codec.decode(torch.cat([work.blocks[0] for work in works])).cpu()
-        for one, picture in zip(group, pixels, strict=True):
-            one.resume(picture)
+            return [codec.decode_video(works[0].blocks).cpu()]
+        return codec.decode(torch.cat([work.blocks[0] for work in works])).cpu().unbind(0)
 
     # ---- failures -------------------------------------------------------------------------------------------------
 

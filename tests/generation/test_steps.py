@@ -340,15 +340,29 @@ def test_a_failed_request_leaves_nothing_behind(model: Omni, monkeypatch: pytest
     assert engine.steps.computed - computed == len("hello there") + 4  # the prompt, read anew, with its control ids
 
 
-def test_a_failing_codec_fails_the_pictures_of_its_call(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_the_codec_refuses_fails_alone(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of one size share a call; where it fails, each is decoded alone."""
+    codec, sizes = model.codec, []
+    assert codec is not None
+    decode = codec.decode
+
+    def refusing(latents: Tensor) -> Tensor:
+        sizes.append(len(latents))
+        if any(torch.equal(one, refused[0]) for one in latents) if refused else False:
+            raise ValueError("refused")
+        refused.extend(latents[:1] if not refused else [])
+        if len(latents) > 1:
+            raise ValueError("refused")
+        return decode(latents)
+
+    refused: list[Tensor] = []
+    monkeypatch.setattr(codec, "decode", refusing)
     engine = Engine(model)
-    found = watched(engine)
-    monkeypatch.setattr(model.codec, "decode", lambda z: 1 / 0)
-    draw = GenerationOptions(force_image=True, image_size=(8, 8), max_images=1, max_tokens=4, steps=1)
-    numbers = [engine.add("a", draw), engine.add("b", max_tokens=6, max_images=0), engine.add("c", draw)]
-    finish(engine, found)
-    assert [type(found.last(n)) for n in numbers] == [Failed, Stop, Failed]
-    assert not left_behind(engine)
+    options = GenerationOptions(force_image=True, image_size=(8, 8), steps=1, max_images=1, max_tokens=1)
+    numbers = [engine.add("draw", options, seed=seed) for seed in range(3)]
+    found = finish(engine, watched(engine))
+    assert sizes == [3, 1, 1, 1]
+    assert [type(found.last(number)) for number in numbers] == [Failed, Stop, Stop]
 
 
 def test_a_full_pool_fails_the_request_that_needs_it(exact: Omni) -> None:
