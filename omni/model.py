@@ -28,6 +28,7 @@ from omni.losses import batch_losses
 from omni.media.preparation import AnySegment, Limits, Preparation, prepare
 from omni.nn.cache import Memory
 from omni.nn.declare import initialise
+from omni.nn.runs import Runs
 from omni.nn.tangent import lift
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import Objective, Terms
@@ -125,8 +126,9 @@ class Omni(nn.Module):
         return torch.where(is_latent.unsqueeze(-1), clean.to(h.dtype), h)
 
     def velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, s: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None,
+        memory: Memory | Runs,
+    ) -> Tensor:  # fmt: skip
         """F(x, t, s): x (R, S, C), t, s, guidance (I,) -> (R, S, C), in training and in sampling.
 
         If x, t, s are `Dual`s: F with its derivative, a Dual (see nn.tangent).

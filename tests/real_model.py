@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from histories import call_behind, text
 from torch import Tensor
 
 from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
-from omni.generation.context import append_spans
-from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, JointHead
 from omni.model import Omni
 from omni.rng import Key
-from omni.sequence.layout import TokenSpan
 
 K, V = 3, 4
 
@@ -35,9 +33,9 @@ def check_behind_a_real_model(name: str, loss: str, options: dict[str, Any]) -> 
         call, ids = toy_call(model, prefix, K), torch.tensor([[0, 1, 2], [3, 4, 1]])
         beside = head.log_prob(call, ids, Key(0)).value
         assert call.passes == 0
-        cache = model.transformer.new_cache(2, 8)
-        append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
-        behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
+        behind = call_behind(
+            model, [[text([V, a])] for a, _ in prefix.tolist()], [[text([b])] for _, b in prefix.tolist()]
+        )
         draft = head.sample(behind, uniforms(2, K, Key(1)), Key(0))
         assert behind.passes == 1 and draft.ids.shape == (2, K)
         assert (head.log_prob(behind, ids, Key(0)).value - beside).abs().max() < 1e-4

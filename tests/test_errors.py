@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from scripted import force, living
+from torch import Tensor
 
 from omni.codecs.codec import MAX_LATENT
 from omni.codecs.pixels import PixelCodec, PixelConfig
@@ -59,10 +60,14 @@ def test_an_overflow_inside_the_network_raises(model: Omni) -> None:
 
 
 def test_the_error_names_the_token(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step of one token: it reads the logits of the second token first."""
-    engine = Engine(model)
-    read = engine.step.read
-    monkeypatch.setattr(engine.step, "read", lambda hidden: read(hidden) * math.nan)
+    """The second token's logits alone are not finite."""
+    engine, reads, read = Engine(model), [], model.token.read
+
+    def second(hidden: Tensor) -> Tensor:
+        reads.append(len(hidden))
+        return read(hidden) * (math.nan if len(reads) == 2 else 1)
+
+    monkeypatch.setattr(model.token, "read", second)
     with pytest.raises(NotFiniteError, match="logits of token 2 of the reply are not finite .nan"):
         engine.generate("hello")
 

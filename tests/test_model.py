@@ -9,7 +9,6 @@ from layouts import VOCABULARY, random_batch, small_model
 import omni
 from omni.generation.contract import verify
 from omni.nn.attention.backends import choose_backend
-from omni.nn.cache import KVCache
 from omni.nn.layer import Operations
 from omni.nn.transformer import TransformerConfig
 from omni.objectives import build_objective
@@ -138,33 +137,6 @@ def test_initialisation_is_keyed_by_name() -> None:
     shallow, deep = small_model(depth=1), small_model(depth=2)
     assert torch.equal(shallow.transformer.blocks[0].text.qkv.weight, deep.transformer.blocks[0].text.qkv.weight)
     assert not torch.equal(small_model(seed=1).flow.clean.weight, small_model(seed=2).flow.clean.weight)
-
-
-def test_cache_fork_is_independent_and_truncate_forgets() -> None:
-    cache = KVCache(2, 2, 1, 4, 3)
-    for value in (1.0, 2.0):
-        block = torch.full((2, 3), int(value))
-        cache.write_fields(block, [3, 1])
-        for layer in range(2):
-            cache.write(layer, torch.full((2, 1, 3, 3), value), torch.full((2, 1, 3, 3), -value))
-        cache.advance([3, 1])
-    assert cache.lengths == [6, 2] and cache.capacity >= 6
-    fork = cache.fork([1, 1, 0])
-    fork.k.zero_()
-    assert fork.lengths == [2, 2, 6] and float(cache.k.abs().sum()) > 0
-    cache.truncate(0, 3, 3, 3)
-    assert cache.lengths == [3, 2] and bool((cache.document[0, 3:] == -2).all())
-    with pytest.raises(ValueError, match="cannot truncate batch row 0"):
-        cache.truncate(0, 9, 0, 0)
-    both = cache.stack(fork)
-    assert both.rows == 5 and both.lengths == [3, 2, 2, 2, 6]
-
-
-@pytest.mark.parametrize(("mine", "theirs"), [(256, 150), (150, 256), (512, 400), (8, 8)])
-def test_caches_of_any_capacity_stack(mine: int, theirs: int) -> None:
-    """A guidance branch of a long conversation has a cache of another capacity."""
-    both = KVCache(1, 1, 1, mine, 2).stack(KVCache(1, 2, 1, theirs, 2))
-    assert both.rows == 3 and both.capacity == max(mine, theirs) and bool((both.document == -2).all())
 
 
 def test_saved_model_loads_strictly_and_verifies_every_byte(tiny_model, tmp_path) -> None:  # noqa: ANN001

@@ -1,100 +1,180 @@
-"""Append finished spans and ids to a cache: prefill, commit of a picture, one text step. This file decides nothing.
+"""The context pass: spans of many requests, appended to their histories in one pass. This file decides nothing.
 
-Legend: R batch rows, N positions, W width.
+Legend: N positions of the pass, n positions of one append, P placeholders of the pass, W width, B appends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from omni.heads.joint.backbone import Backbone
-from omni.nn.cache import KVCache
-from omni.nn.decode_step import TokenStep
-from omni.nn.lora import Adapters, Gated
+from omni.heads.joint.backbone import Backbone, head_of
+from omni.nn.cache import History
+from omni.nn.native_step import CompiledStep
+from omni.nn.runs import Run, Runs
 from omni.nn.tail import Tail
-from omni.sequence.layout import Span, Stream, TokenSpan, context_tensors, grid_positions, lay_out
+from omni.sequence.layout import LaidOut, Span, Stream, TokenSpan, context_tensors, grid_positions, lay_out
+
+NATIVE = 64  # most positions of a pass of the native step; matrix products are faster beyond
 
 
 @dataclass(frozen=True)
-class Behind:
-    """Placeholders (R, n, W) of joint tokens after the appended spans, and their adapters in the last layers."""
+class Append:
+    """Spans that one history does not hold yet, laid out after it. marks: see `History`."""
 
-    inputs: Tensor
-    adapters: Adapters | None
-    depth: int
-    causal: bool
+    history: History
+    laid: LaidOut
+    marks: list[int]
 
-    def gated(self, num: int) -> list[Gated | None]:
-        """The adapters of each layer; their gate is 0 at the `num` positions before the placeholders."""
-        if self.adapters is None:
-            return [None] * self.depth
-        gate = torch.ones(1, num + self.inputs.shape[1], 1, device=self.inputs.device)
-        gate[:, :num] = 0
-        return [*self.adapters.gated(gate)]
+    def __len__(self) -> int:
+        return len(self.laid.ids)
+
+    @property
+    def is_text(self) -> bool:
+        return all(latent is None for latent in self.laid.latents)
+
+    def runs(self, first: int) -> Iterator[Run]:
+        """Runs of the positions, the first at `first` of the pass: causal runs of text, and blocks of latents."""
+        laid, a = self.laid, 0
+        for b in range(1, len(laid.ids) + 1):
+            text = laid.latents[a] is None
+            if b == len(laid.ids) or (laid.latents[b] is None) != text or (not text and laid.block[b] != laid.block[a]):
+                yield Run(self.history, first + a, b - a, self.history.length + a, causal=text)
+                a = b
+
+    def part(self, start: int, stop: int) -> Append:
+        """Positions start to stop, for a pass of its own."""
+        laid, end = self.laid, stop == len(self)
+        at = laid.next_position if end else laid.position[stop][0]
+        block = laid.next_block if end else laid.block[stop]
+        cut = slice(start, stop)
+        part = LaidOut(
+            laid.ids[cut], laid.latents[cut], laid.supervise[cut], laid.block[cut], laid.position[cut], [], at, block
+        )
+        return Append(self.history, part, self.marks[cut])
+
+    def legal_stop(self, most: int) -> int:
+        """The largest stop of a part from 0 with at most `most` positions that cuts no block of latents; the end of
+        the first block where that alone is longer."""
+        laid, n = self.laid, len(self)
+        stop = min(most, n)
+        while 0 < stop < n and laid.latents[stop] is not None and laid.block[stop] == laid.block[stop - 1]:
+            stop -= 1
+        while stop == 0 or (stop < n and laid.latents[stop] is not None and laid.block[stop] == laid.block[stop - 1]):
+            stop += 1
+        return stop
 
 
-def append_ids(model: Backbone, cache: KVCache, ids: Sequence[int], step: TokenStep) -> Tensor:
-    """Append one text id to every batch row; returns hidden states (R, W). Uses TokenStep where possible, else
-    `extend`."""
-    tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
-    if step.supports(cache):
-        return step.step(model.token.embed(tensor), cache)
-    return append_spans(model, cache, [[TokenSpan([i], [False])] for i in ids], 0)
+def append_of(history: History, spans: Sequence[Span], pad_id: int) -> Append:
+    """The spans, laid out after a history."""
+    laid = lay_out(spans, pad_id, start_position=history.next_position, start_block=history.next_block)
+    return Append(history, laid, marks_of(spans))
 
 
-def append_spans(model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int) -> Tensor:
-    """Append spans to every batch row in one pass; returns the hidden state (R, W) of each row's last position.
+def marks_of(spans: Sequence[Span]) -> list[int]:
+    """One number per position: the id of a token; for a latent a negative number, by the digest of its block."""
+    marks: list[int] = []
+    for span in spans:
+        if isinstance(span, TokenSpan):
+            marks += span.ids
+            continue
+        data = span.latents.detach().float().cpu().contiguous().numpy().tobytes()
+        digest = hashlib.blake2b(repr(span.grid).encode() + data, digest_size=8)
+        first = int.from_bytes(digest.digest(), "little") >> 1
+        marks += [-1 - first - k for k in range(len(span.latents))]
+    return marks
 
-    A batch row without spans does not change; its hidden state is undefined.
+
+def run_context(
+    model: Backbone,
+    appends: Sequence[Append],
+    pad_id: int = 0,
+    step: CompiledStep | None = None,
+    placeholders: Tensor | None = None,
+    causal: bool = True,
+) -> tuple[list[Tensor], Tensor]:
+    """One pass that writes and commits all appends. Returns the hidden states (n, W) of each append, and those of
+    placeholders (B, m, W) after the first B appends, which are not committed.
+
+    placeholders: inputs (B, m, W). causal: each sees those before it; else all of its block. step: native code, used
+    where it can compute the pass.
     """
-    hidden, valid = append_all(model, cache, spans, pad_id)
-    last = torch.tensor([max(n - 1, 0) for n in valid], device=hidden.device)
-    return hidden[torch.arange(len(valid), device=hidden.device), last]
+    lengths = [len(one) for one in appends]
+    B, m = (0, 0) if placeholders is None else placeholders.shape[:2]
+    for b, one in enumerate(appends):
+        one.history.reserve(len(one) + (m if b < B else 0))
+    runs, first = [], 0
+    for one in appends:
+        runs += one.runs(first)
+        first += len(one)
+    made = Runs(runs)
+    if step is not None and not m and made.num <= NATIVE and all(one.is_text for one in appends):
+        ids = [token for one in appends for token in one.laid.ids]
+        positions = [position[0] for one in appends for position in one.laid.position]
+        hidden = step(model.token.embed(torch.tensor(ids)), positions, made)
+    else:
+        hidden = _pass(model, appends, made, pad_id, placeholders, causal)
+    for one in appends:
+        one.history.commit(len(one), one.laid.next_position, one.laid.next_block, one.marks)
+    num = sum(lengths)
+    behind = hidden[num:].view(B, m, hidden.shape[-1])
+    return list(hidden[:num].split(lengths)), behind
 
 
-def append_all(
-    model: Backbone, cache: KVCache, spans: Sequence[Sequence[Span]], pad_id: int, tail: Behind | None = None
-) -> tuple[Tensor, list[int]]:
-    """Like `append_spans`; returns the hidden state of every position (R, N, W) and the number of positions of each
-    batch row. With a tail, the hidden states of its placeholders follow: (R, N + n, W)."""
-    device = model.token.embedding.weight.device
-    laid = [
-        lay_out(row, pad_id, start_position=cache.next_position[r], start_block=cache.next_block[r])
-        for r, row in enumerate(spans)
-    ]
-    num = max(len(one.ids) for one in laid)
-    rows = context_tensors([[one] for one in laid], num, model.flow.c.channels, pad_id)
-    latents = rows.latents.to(device) if bool(rows.is_latent.any()) else None
-    is_latent, block, position = (part.to(device) for part in (rows.is_latent, rows.block, rows.position))
-    h = model.embed_context(rows.ids.to(device), latents, is_latent)
-    behind = None
-    if tail is not None:
-        block_R = torch.tensor([one.next_block for one in laid], device=device)
-        position_R = torch.tensor([one.next_position for one in laid], device=device)
-        behind = Tail(tail.inputs, block_R, position_R, tail.gated(num), tail.causal)
-    hidden = model.transformer.extend(h, block, position, is_latent, cache, rows.valid, behind)
-    for r, one in enumerate(laid):
-        cache.next_position[r], cache.next_block[r] = one.next_position, one.next_block
-    return hidden, rows.valid
+def _pass(
+    model: Backbone, appends: Sequence[Append], runs: Runs, pad_id: int, placeholders: Tensor | None, causal: bool
+) -> Tensor:
+    """Hidden states (N + P, W)."""
+    device, num = model.token.embedding.weight.device, runs.num
+    rows = context_tensors([[one.laid for one in appends]], num, model.flow.c.channels, pad_id)
+    some = bool(rows.is_latent.any())
+    is_latent = rows.is_latent.to(device) if some else None
+    h = model.embed_context(rows.ids.to(device), rows.latents.to(device) if some else None, is_latent)
+    tail = None
+    if placeholders is not None and placeholders.shape[1]:
+        tail = _tail(model, appends[: len(placeholders)], runs, placeholders, causal)
+    latent = False if is_latent is None else is_latent
+    return model.transformer.extend(h, rows.position.to(device), latent, runs, tail)[0]
 
 
-def append_text(model: Backbone, cache: KVCache, ids: Sequence[list[int]], step: TokenStep, pad_id: int) -> Tensor:
-    """Append text ids to every batch row; returns hidden states (R, N, W). Uses TokenStep where possible and all rows
-    have equal length, else `extend`."""
-    if step.supports(cache) and len({len(row) for row in ids}) == 1:
-        tensor = torch.tensor(ids, device=model.token.embedding.weight.device)
-        return step.append(model.token.embed(tensor), cache)
-    return append_all(model, cache, [[TokenSpan(row, [False] * len(row))] if row else [] for row in ids], pad_id)[0]
+def _tail(model: Backbone, appends: Sequence[Append], runs: Runs, inputs: Tensor, causal: bool) -> Tail:
+    joint, (B, m, W), num = head_of(model), inputs.shape, runs.num
+    behind = [Run(one.history, num + b * m, m, one.history.length + len(one), causal) for b, one in enumerate(appends)]
+    first = torch.tensor([one.laid.next_position for one in appends], device=inputs.device)
+    position = (first[:, None] + torch.arange(m, device=inputs.device)).view(1, -1, 1).expand(1, -1, 3)
+    adapters: list = [None] * joint.depth
+    if joint.adapters is not None:
+        gate = torch.ones(1, num + B * m, 1, device=inputs.device)
+        gate[:, :num] = 0
+        adapters = list(joint.adapters.gated(gate))
+    return Tail(inputs.reshape(1, B * m, W), position, adapters, Runs([*runs.runs, *behind]))
 
 
-def refine_stream(cache: KVCache, grid: tuple[int, int, int], device: torch.device | str) -> Stream:
-    """The layout of one block per batch row, after the cached positions of that row."""
-    R = cache.rows
-    position = torch.tensor([grid_positions(grid, p) for p in cache.next_position], device=device)
-    N = position.shape[1]
-    block = torch.tensor(cache.next_block, device=device)[:, None].expand(R, N)
-    return Stream(torch.zeros_like(block), block, torch.ones_like(block), position)
+def block_runs(blocks: Sequence[tuple[History, tuple[int, int, int]]], device: torch.device) -> tuple[Stream, Runs]:
+    """The refine stream (1, N) of one block of latents after each history, and its runs. Reserves their slots."""
+    runs, position, first = [], [], 0
+    for history, grid in blocks:
+        num = grid[0] * grid[1] * grid[2]
+        history.reserve(num)
+        runs.append(Run(history, first, num, history.length, causal=False))
+        position += grid_positions(grid, history.next_position)
+        first += num
+    where = torch.tensor([position], device=device)
+    zeros = torch.zeros_like(where[..., 0])
+    return Stream(zeros, zeros, zeros + 1, where), Runs(runs)
+
+
+def placeholder_runs(histories: Sequence[History], num: int, causal: bool, clean: int = 0) -> Runs:
+    """Runs of one block of tokens after each history: `clean` ids, then placeholders. Reserves their slots."""
+    runs = []
+    for b, history in enumerate(histories):
+        history.reserve(num)
+        if clean:
+            runs.append(Run(history, b * num, clean, history.length, causal=True))
+        if num > clean:
+            runs.append(Run(history, b * num + clean, num - clean, history.length + clean, causal))
+    return Runs(runs)

@@ -4,7 +4,7 @@ One document, text-image-text-video-text-image-text, is computed three ways:
 
     training    the packed forward: one context pass, one refine pass with a noisy copy of every block
     uncached    each span recomputes its whole history
-    cached      like the engine: text id by id; blocks are refined against the cache, then appended clean
+    cached      like the engine: text id by id; blocks are refined against the history, then appended clean
 
 The check repeats this for the guidance branches (text dropped, everything dropped), for one document and for a batch of
 different lengths. A joint-token head adds its placeholders after every text id that they may follow.
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.generation.context import append_ids, append_spans, refine_stream
+from omni.generation.context import append_of, block_runs, run_context
 from omni.generation.drafting import CacheCall
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
-from omni.nn.decode_step import TokenStep
+from omni.nn.cache import History
 from omni.nn.native_step import CompiledStep
 from omni.rng import Key
 from omni.sequence.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
@@ -190,9 +190,9 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
             continue
         x, t, s = _noisy(span, number, key)
         number += 1
-        fresh = model.transformer.new_cache(1, 64)
-        append_spans(model, fresh, [spans[:index]], 0)
-        out.flows.append(_velocity(model, fresh, span.grid, x[None], [t], [s])[0])
+        fresh = History(model.transformer.new_pool())
+        run_context(model, [append_of(fresh, spans[:index], 0)])
+        out.flows.append(_velocity(model, [fresh], [span.grid], x, [t], [s]))
     return out
 
 
@@ -204,28 +204,28 @@ def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
     return model.token.read(hidden)[0]
 
 
-def _cached(model: Omni, documents: Sequence[Sequence[Span]], key: Key, step: TokenStep | None = None) -> list[Outputs]:
-    """Like the engine, with one batch row per document: ids one at a time; blocks are refined, then appended."""
-    rows = len(documents)
-    cache = model.transformer.new_cache(rows, 8)  # small, so that the cache must grow
-    outputs, number, logits = [Outputs([], []) for _ in documents], [0] * rows, [[] for _ in documents]
-    pieces, step = [_pieces(d) for d in documents], step or TokenStep(model.transformer)
+def _cached(
+    model: Omni, documents: Sequence[Sequence[Span]], key: Key, step: CompiledStep | None = None
+) -> list[Outputs]:
+    """Like the engine, with a history per document: ids one at a time, of all documents in one pass; blocks are refined
+    in one pass, then appended. step: native code, where it serves."""
+    pool = model.transformer.new_pool()
+    histories, number = [History(pool) for _ in documents], [0] * len(documents)
+    outputs, logits, pieces = [Outputs([], []) for _ in documents], [[] for _ in documents], [*map(_pieces, documents)]
     while any(pieces):
-        now = [p.pop(0) if p else None for p in pieces]
-        for r, piece in enumerate(now):
-            if isinstance(piece, LatentSpan):
-                x, t, s = _noisy(piece, number[r], key)
+        now = [(r, p.pop(0)) for r, p in enumerate(pieces) if p]
+        blocks = [(r, piece, _noisy(piece, number[r], key)) for r, piece in now if isinstance(piece, LatentSpan)]
+        if blocks:
+            x, t, s = zip(*(noisy for _, _, noisy in blocks), strict=True)
+            grids = [piece.grid for _, piece, _ in blocks]
+            F = _velocity(model, [histories[r] for r, _, _ in blocks], grids, torch.cat(x), t, s)
+            for (r, _, _), one in zip(blocks, F.split([len(part) for part in x]), strict=True):
+                outputs[r].flows.append(one)
                 number[r] += 1
-                row = cache.fork([r]) if rows > 1 else cache
-                outputs[r].flows.append(_velocity(model, row, piece.grid, x[None], [t], [s])[0])
-        ids = [p.ids[0] for p in now if isinstance(p, TokenSpan)]
-        if len(ids) == rows:
-            last = append_ids(model, cache, ids, step)
-        else:
-            last = append_spans(model, cache, [[p] if p is not None else [] for p in now], 0)
-        for r, piece in enumerate(now):
+        hidden, _ = run_context(model, [append_of(histories[r], [piece], 0) for r, piece in now], 0, step)
+        for (r, piece), states in zip(now, hidden, strict=True):
             if isinstance(piece, TokenSpan):
-                logits[r].append(model.token.read(last[r]))
+                logits[r].append(model.token.read(states[-1]))
     for r, document in enumerate(documents):
         at = 0
         for span in document:
@@ -243,14 +243,19 @@ def _pieces(spans: Sequence[Span]) -> list[Span]:
     return out
 
 
-def _velocity(model: Omni, cache, grid: tuple[int, int, int], x: Tensor, t: list[float], s: list[float]) -> Tensor:  # noqa: ANN001
+def _velocity(
+    model: Omni, histories: Sequence[History], grids: Sequence[tuple[int, int, int]], x: Tensor, t: Sequence[float],
+    s: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """F (N, C) of one block after each history, all in one pass: x (N, C)."""
     like = model.token.embedding.weight
-    stream = refine_stream(cache, grid, like.device)
+    stream, runs = block_runs(list(zip(histories, grids, strict=True)), like.device)
+    item = torch.tensor([[b for b, run in enumerate(runs.runs) for _ in range(run.num)]], device=like.device)
     start, end = _times(t, like), _times(s, like)
-    return model.velocity(x.to(like), start, end, torch.ones_like(start), stream, None, cache.memory())
+    return model.velocity(x[None].to(like), start, end, torch.ones_like(start), stream, item, runs)[0]
 
 
-def _times(values: list[float], like: Tensor) -> Tensor:
+def _times(values: Sequence[float], like: Tensor) -> Tensor:
     """`values` rounded to float32, in the dtype and on the device of `like`."""
     return torch.tensor(values, dtype=torch.float32).to(like)
 
@@ -295,13 +300,12 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
                 continue
             before, last = _split_at(plain, at)
             last_alone = [TokenSpan([last], [False])]
-            for step in (None, TokenStep(model.transformer)):  # `extend`, and the step of decoding
-                cache = model.transformer.new_cache(1, 8)
-                append_spans(model, cache, [before], 0)
-                behind = CacheCall(model, cache, [last_alone], 0, step)(inputs[b : b + 1], causal)
+            pool = model.transformer.new_pool()
+            cached, whole = History(pool), History(pool)
+            run_context(model, [append_of(cached, before, 0)])
+            for append in (append_of(cached, last_alone, 0), append_of(whole, [*before, *last_alone], 0)):
+                behind = CacheCall(model, [append])(inputs[b : b + 1], causal)
                 pairs.append((behind[0], found[b]))
-            whole = CacheCall(model, model.transformer.new_cache(1, 8), [[*before, *last_alone]])
-            pairs.append((whole(inputs[b : b + 1], causal)[0], found[b]))
     return _worst(pairs)
 
 

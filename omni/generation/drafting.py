@@ -1,6 +1,6 @@
-"""The backbone's interface for a joint-token head after a cache (heads.joint.base.JointCall).
+"""The backbone's interface for a joint-token head after histories (heads.joint.base.JointCall).
 
-Legend: R batch rows, n positions of a pass, W width.
+Legend: B histories, n positions of a pass, W width.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omni.generation.context import Behind, append_all
-from omni.heads.joint.backbone import Backbone, Reads, draft_pass, head_of
-from omni.nn.cache import KVCache
-from omni.nn.decode_step import TokenStep
-from omni.sequence.layout import Span, TokenSpan
+from omni.generation.context import Append, placeholder_runs, run_context
+from omni.heads.joint.backbone import Backbone, Reads, draft_pass
+from omni.nn.cache import History
 from omni.sequence.placeholders import Starts
 
 
 class DraftReads(Reads):
-    """What a head reads to draft; `unsound` (R,) marks batch rows whose logits were not finite."""
+    """What a head reads to draft; `unsound` (B,) marks histories whose logits were not finite."""
 
     unsound: Tensor | None = None
 
@@ -31,22 +29,17 @@ class DraftReads(Reads):
 
 
 class CacheCall(DraftReads):
-    """A joint-token block after every batch row of a cache, and after `spans` that the cache does not hold yet. The
-    first pass appends the spans and computes the placeholders, so a prompt, a picture or the last token needs no pass
-    of its own. A batch row without spans does not change; its draft is undefined.
+    """A joint-token block after each of B histories, and after spans that they do not hold yet. The first pass appends
+    the spans and computes the placeholders, so a prompt, a picture or the last token needs no pass of its own.
 
-    step: computes that pass where possible, if every batch row appends the same number of ids.
+    beside: appends of other requests that the first pass computes too; `hidden` are their states (n, W).
     """
 
     def __init__(
-        self,
-        model: Backbone,
-        cache: KVCache,
-        spans: Sequence[Sequence[Span]],
-        pad_id: int = 0,
-        step: TokenStep | None = None,
+        self, model: Backbone, appends: Sequence[Append], pad_id: int = 0, beside: Sequence[Append] = ()
     ) -> None:
-        self.model, self.cache, self.spans, self.pad_id, self.step = model, cache, spans, pad_id, step
+        self.model, self.appends, self.pad_id, self.beside = model, appends, pad_id, beside
+        self.hidden: list[Tensor] = []
         self.passes = 0
         self._start: Tensor | None = None
 
@@ -54,7 +47,7 @@ class CacheCall(DraftReads):
     def start(self) -> Tensor:
         if self._start is None:
             width = self.model.transformer.c.width
-            self._append(self.model.token.embedding.weight.new_zeros(len(self.spans), 0, width), True)
+            self._append(self.model.token.embedding.weight.new_zeros(len(self.appends), 0, width), True)
         assert self._start is not None
         return self._start
 
@@ -63,36 +56,35 @@ class CacheCall(DraftReads):
             return self._append(inputs, causal)
         start = self.start.unsqueeze(1)
         self.passes += 1
-        device, cache = inputs.device, self.cache
-        rows, zeros = torch.arange(cache.rows, device=device), torch.zeros(cache.rows, dtype=torch.int64, device=device)
-        block, position = (torch.tensor(field, device=device) for field in (cache.next_block, cache.next_position))
-        starts = Starts(rows, zeros, zeros, block, position, 1)
-        return torch.cat([start, draft_pass(self.model, inputs, starts, cache.memory(), causal, clean)], 1)
+        histories = [one.history for one in self.appends]
+        runs = placeholder_runs(histories, inputs.shape[1], causal, clean)
+        starts = starts_of(histories, inputs.device)
+        return torch.cat([start, draft_pass(self.model, inputs, starts, runs, causal, clean)], 1)
 
     def target(self) -> CacheCall:
         return self
 
     def _append(self, inputs: Tensor, causal: bool) -> Tensor:
-        """The first pass; (R, 1 + n, W), the start first."""
+        """The first pass; (B, 1 + n, W), the start first."""
         self.passes += 1
-        joint, n = head_of(self.model), inputs.shape[1]
-        ids = [row[0].ids if len(row) == 1 and isinstance(row[0], TokenSpan) else [] for row in self.spans]
-        num = len(ids[0])
-        even = num > 0 and all(len(row) == num for row in ids)
-        if self.step is not None and joint.adapters is not None and even and self.step.supports(self.cache):
-            tokens = self.embed(torch.tensor(ids, device=inputs.device))
-            hidden = self.step.draft(tokens, inputs, self.cache, joint.adapters.gated(None), causal)
-            self._start = hidden[:, num - 1]
-            return hidden[:, num - 1 :]
-        behind = Behind(inputs, joint.adapters, joint.depth, causal) if n else None
-        hidden, valid = append_all(self.model, self.cache, self.spans, self.pad_id, behind)
-        last = torch.tensor([max(k - 1, 0) for k in valid], device=hidden.device)
-        self._start = hidden[torch.arange(len(valid), device=hidden.device), last]
-        return torch.cat([self._start.unsqueeze(1), hidden[:, hidden.shape[1] - n :]], 1)
+        num, appends = len(self.appends), [*self.appends, *self.beside]
+        hidden, behind = run_context(self.model, appends, self.pad_id, None, inputs, causal)
+        self._start, self.hidden = torch.stack([one[-1] for one in hidden[:num]]), hidden[num:]
+        return torch.cat([self._start.unsqueeze(1), behind], 1)
+
+
+def starts_of(histories: Sequence[History], device: torch.device) -> Starts:
+    """A block of tokens after each history, all in one batch row."""
+    block, position = (
+        torch.tensor([getattr(one, name) for one in histories], device=device)
+        for name in ("next_block", "next_position")
+    )
+    zeros = torch.zeros_like(block)
+    return Starts(zeros, zeros, zeros, block, position, len(histories))
 
 
 class StateCall(DraftReads):
-    """Hidden states (R, W) of an earlier pass; computes no pass."""
+    """Hidden states (B, W) of an earlier pass; computes no pass."""
 
     def __init__(self, model: Backbone, start: Tensor) -> None:
         self.model, self.start = model, start

@@ -1,128 +1,223 @@
-"""Interleaved generation: a state machine over requests that yields an ordered stream of events.
+"""The engine: many requests in steps. Text of any requests shares one context pass, blocks of any sizes one refine
+pass.
 
-    outer loop (sequence)    the token head gives the next id: a text token, a picture, the end (`_choose`)
-    inner loop (refinement)  a block is refined from noise in `steps` jumps, against the cache (`denoise.draw`)
+    add(prompt) -> id      a request joins at any time
+    step()  -> events      at most one context pass (prompts in parts, decoded ids, verified drafts, finished blocks,
+                           guidance branches) and one refine pass (blocks, each at its own (t, s), with its branches)
+    cancel(id)             a request leaves at any time; its pages are free at once
 
-A finished block is appended to the cache as clean latents; refinement is not cached. `pending` holds the emitted spans
-that the cache does not hold yet. `_flush` appends them before the next read, so a forced header costs one pass, and a
-picture is delivered before it is encoded as context. Requests share passes: all decoding requests take one cached step
-together; refining requests with blocks of one size share a refinement.
-The noise of a request depends on its seed, not on the batch.
+Each request is a generator (generation.turn). A step collects what the generators wait for, computes it for all of them
+without padding (generation.steps), and sends the results back. No request waits for the phase of another. A request
+that fails ends alone. `generate`, `stream` and `generate_batch` are short loops over `step`.
 
-Legend: V vocabulary.
+Histories of finished requests are kept for prompts that begin alike, and the latents of pictures for later turns, both
+bounded (generation.prefixes). So equal bytes for equal seeds hold for a fresh engine; float32 results after a kept
+history may differ in the last bits.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image as PILImage
-from torch import Tensor
 
-from omni.document import Document, Image, Role, Text, Video
-from omni.generation.context import append_ids
-from omni.generation.denoise import draw, groups
-from omni.generation.events import (
-    BlockDone,
-    Event,
-    ImagePart,
-    Stop,
-    VideoPart,
-)
-from omni.generation.grammar import LEAST_MEDIA, Grammar
+from omni.document import Document, Text
+from omni.generation.context import append_of
+from omni.generation.events import Event, Failed, Part, Stop
+from omni.generation.grammar import Grammar
 from omni.generation.options import GenerationOptions, check_defaults
-from omni.generation.reply import Reply
-from omni.generation.row import Row
+from omni.generation.prefixes import Latents, Prefixes, without_first
+from omni.generation.reply import Reply, part_of
+from omni.generation.request import Request
 from omni.generation.runtime import Runtime
-from omni.generation.speculative import speculative_round
+from omni.generation.steps import Active, Steps
+from omni.generation.turn import begin, turn
 from omni.model import Omni
-from omni.nn.cache import KVCache
-from omni.nn.decode_step import TokenStep
+from omni.nn.cache import History
 from omni.nn.native_step import CompiledStep
-from omni.samplers.token import masked_scores, sample_token
-from omni.sequence.context_limit import require_room, warn_if_nearly_full
-from omni.sequence.layout import LatentSpan, TokenSpan
 from omni.text.chat import messages_to_document
-from omni.text.compose import compose, prompt_length
 from omni.version import VERSION
 
 
 class Engine:
-    """Generation with one model. Stateless between calls.
+    """Generation with one model.
 
-    compile: run text steps of a single request as native code on the CPU (see nn.native_step). Takes one or two seconds
-    and a C++ compiler, and copies the current weights. ValueError where this is impossible.
+    compile: decode text as native code on the CPU (see nn.native_step). Takes one or two seconds and a C++ compiler,
+    and copies the current weights. ValueError where this is impossible.
     allow_paths: whether chat messages may name files of this machine. A server reads untrusted messages and passes
     False; see omni.text.chat.messages_to_document.
+    budget: positions of a context pass beyond short reads, and of a refine pass, where several requests run: a long
+    prompt is read in parts, so that text keeps flowing. max_running: requests that share passes; others wait.
+    max_positions: of the cache, all requests together. kept_positions: of histories that are kept for later prompts.
     """
 
-    def __init__(self, model: Omni, compile: bool = False, allow_paths: bool = True) -> None:
+    def __init__(
+        self, model: Omni, compile: bool = False, allow_paths: bool = True, *, budget: int = 512,
+        max_running: int = 256, max_positions: int = 1 << 22, kept_positions: int = 1 << 14,
+    ) -> None:  # fmt: skip
         if model.tokenizer is None:
             raise ValueError(
                 "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
             )
-        self.model, self.allow_paths = model, allow_paths
+        self.model, self.allow_paths, self.max_running = model, allow_paths, max_running
         self.tokenizer, self.control = model.tokenizer, model.tokenizer.control
         spec, device = None if model.codec is None else model.codec.spec, model.token.embedding.weight.device
         self.grammar = Grammar(model.tokenizer, model.config, spec, device)
-        self.step = (CompiledStep if compile else TokenStep)(model.transformer, model.token.output_weight)
-        self.runtime = Runtime(model, model.tokenizer, self.grammar, self.step)
+        self.pool = model.transformer.new_pool(max_positions)
+        self.prefixes, self.latents = Prefixes(kept_positions), Latents(kept_positions)
+        self.pool.make_room = self.prefixes.make_room
+        self.runtime = Runtime(model, model.tokenizer, self.grammar, self.pool, self.latents)
+        native = CompiledStep(model.transformer, model.token.output_weight) if compile else None
+        self.steps = Steps(self.runtime, native, budget)
+        self._numbers = itertools.count()
+        self._waiting: list[Request] = []
+        self._running: dict[int, Active] = {}
+        self._inboxes: dict[int, deque[Event]] = {}  # of requests whose events a loop of this object reads
+        self._lock = threading.RLock()
 
-    # ---- entrances ------------------------------------------------------------------------------------------------
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Any, options: GenerationOptions | Mapping[str, Any] | None = None, **changes: Any) -> int:
+        """Begin a request: a string, chat messages or a Document. Returns its id. ValueError for what cannot be
+        fulfilled."""
+        return self._add([prompt], [_options(options).changed(changes)])[0].number
+
+    def cancel(self, number: int) -> None:
+        """End a request without further events. An id that is not known belongs to a request that has ended."""
+        with self._lock:
+            self._inboxes.pop(number, None)
+            self._waiting = [request for request in self._waiting if request.number != number]
+            if active := self._running.pop(number, None):
+                active.turn.close()
+                active.request.release()
+
+    def step(self) -> list[tuple[int, Event]]:
+        """One step for all requests; returns (id, event) in order. The last event of a request is Stop or Failed."""
+        found = []
+        with self._lock:
+            self._admit()
+            self.steps.step(list(self._running.values()))
+            for number, active in list(self._running.items()):
+                events, active.events = active.events, []
+                if active.is_over:
+                    del self._running[number]
+                    self._finish(active.request, any(isinstance(event, Failed) for event in events))
+                inbox = self._inboxes.get(number)
+                if inbox is None:
+                    found += [(number, event) for event in events]
+                else:
+                    inbox += events
+        return found
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return not self._running and not self._waiting
+
+    def is_known(self, number: int) -> bool:
+        """Whether a request runs or waits."""
+        return number in self._running or any(request.number == number for request in self._waiting)
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages of requests; those of kept histories do not count."""
+        return self.pool.pages_in_use - self.prefixes.pages
+
+    def forget(self) -> None:
+        """Release all kept histories and latents."""
+        with self._lock:
+            self.prefixes.clear()
+            self.latents.clear()
+
+    # ---- loops over steps -----------------------------------------------------------------------------------------
 
     def generate(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Reply:
         """The whole reply to a string, chat messages or a Document."""
-        return self.generate_batch([prompt], (options or GenerationOptions()).changed(changes))[0]
-
-    def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
-        """The events of one reply, in order, as they happen. The last one is Stop."""
-        rows = self._rows([prompt], (options or GenerationOptions()).changed(changes), None)
-        for _, event in self._run(rows):
-            yield event
+        return self.generate_batch([prompt], _options(options).changed(changes))[0]
 
     def generate_batch(
         self, prompts: Sequence[Any], options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Reply]:  # fmt: skip
         """Replies to many prompts that share passes. One options object for all or one each; `seeds` overrides their
-        seeds."""
-        rows = self._rows(prompts, options or GenerationOptions(), seeds)
-        for _ in self._run(rows):
-            pass
-        return [Reply(row.parts, row.document, row.reason, tuple(row.drafts), self.record(row.options)) for row in rows]
-
-    def _rows(self, prompts: Sequence[Any], options: Any, seeds: Sequence[int] | None) -> list[Row]:
+        seeds. The first failure is raised, and ends the others."""
         if isinstance(prompts, str | bytes | Mapping | Document) or not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a list of prompts, got a {type(prompts).__name__}; put it in a list")
-        if isinstance(options, Mapping):
-            options = GenerationOptions().changed(options)
-        many = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        single = options is None or isinstance(options, GenerationOptions | Mapping)
+        many = [_options(one) for one in ([options] * len(prompts) if single else options)]  # type: ignore[union-attr]
         if len(many) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
             raise ValueError(
                 f"{len(prompts)} prompts need as many options and seeds, got {len(many)} and {seeds and len(seeds)}"
             )
-        rows = []
-        for number, (prompt, one) in enumerate(zip(prompts, many, strict=True)):
-            if isinstance(prompt, Document):
-                document = prompt
-            else:
-                document = messages_to_document(prompt, allow_paths=self.allow_paths)
-            if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
-                raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
-            one = self.resolve(one if seeds is None else one.changed({"seed": seeds[number]}))
-            rows.append(Row(number, one, document.segments, self.tokenizer.stream()))
-        return rows
+        if seeds is not None:
+            many = [one.changed({"seed": seed}) for one, seed in zip(many, seeds, strict=True)]
+        return self._replies(self._add(prompts, many, inbox=True))
+
+    def answers(self, prompt: Any, num: int, options: GenerationOptions | None = None, **changes: Any) -> list[Reply]:
+        """`num` replies to one prompt, which is read once. Their seeds count up from that of the options."""
+        one = self.resolve(_options(options).changed(changes))
+        assert one.seed is not None
+        many = [one.changed({"seed": one.seed + n}) for n in range(num)]
+        return self._replies(self._add([prompt] * num, many, inbox=True, alike=True))
+
+    def edit(self, reply: Reply, part: int, replacement: Any = None, **changes: Any) -> Reply:
+        """A reply with part number `part` replaced (None: left out) and written anew from there. What is before it is
+        not read again. replacement: a str, or a picture in any form that a message takes. The options are those of the
+        reply, with `changes`. ValueError for a part that the reply does not have."""
+        if not 0 <= part <= len(reply.parts):
+            raise ValueError(f"part = {part} of a reply of {len(reply.parts)} parts; give 0 to {len(reply.parts)}")
+        before = [*reply.parts[:part], *([] if replacement is None else [part_of(replacement, reply.parts[:part])])]
+        given = Document(reply.document.segments[: len(reply.document.segments) - len(reply.parts)])
+        options = GenerationOptions().changed(reply.record["options"]).changed(changes)
+        return self._replies(self._add([given], [options], inbox=True, continues=before))[0]
+
+    def stream(self, prompt: Any, options: GenerationOptions | None = None, **changes: Any) -> Iterator[Event]:
+        """The events of one reply, in order, as they happen. The last one is Stop. Closing the iterator cancels the
+        request."""
+        [request] = self._add([prompt], [_options(options).changed(changes)], inbox=True)
+        return Stream(self, request.number, self._events(request))
+
+    def _events(self, request: Request) -> Iterator[Event]:
+        """The events of one request; steps where there are none. Raises what made it fail."""
+        number = request.number
+        try:
+            while True:
+                while not (inbox := self._inboxes[number]):
+                    self.step()
+                event = inbox.popleft()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Stop):
+                    return
+        finally:
+            self.cancel(number)
+
+    def _replies(self, requests: Sequence[Request]) -> list[Reply]:
+        streams = [self._events(request) for request in requests]
+        try:
+            for events in streams:
+                for _ in events:
+                    pass
+        finally:
+            for request in requests:
+                self.cancel(request.number)
+        return [Reply(r.parts, r.document, r.reason, tuple(r.drafts), self.record(r.options)) for r in requests]
+
+    # ---- begin and end --------------------------------------------------------------------------------------------
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
         """`options` with the model's defaults filled in. ValueError names an impossible value."""
         joint = self.model.config.joint
         length = 1 if joint is None else joint.length
-        usual = 1 if isinstance(self.step, CompiledStep) else length  # native steps of one token are the faster way
         own = check_defaults(self.model.defaults)
-        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": usual, **own})
+        if self.steps.native is not None:
+            own["tokens_per_pass"] = 1  # native code costs less per token than a draft (see train.tools.decoding)
+        out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": 1, **own})
         num = out.speculative.tokens_per_pass or 1
         if num > length:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head drafts {length}"
@@ -137,150 +232,85 @@ class Engine:
             "versions": {"omni": VERSION, "torch": torch.__version__},
         }
 
-    # ---- outer loop -----------------------------------------------------------------------------------------------
+    def _add(
+        self, prompts: Sequence[Any], options: Sequence[GenerationOptions], inbox: bool = False, alike: bool = False,
+        continues: Sequence[Part] = (),
+    ) -> list[Request]:  # fmt: skip
+        """Requests that wait for the next step. alike: all have one prompt, which the first reads. continues: the
+        beginning of the reply."""
+        with self._lock:
+            found = [self._begun(prompt, one, continues) for prompt, one in zip(prompts, options, strict=True)]
+            for request in found[1:] if alike else ():
+                request.like = found[0]
+            self._waiting += found
+            self._inboxes |= {request.number: deque[Event]() for request in found if inbox}
+        return found
 
-    def _begin(self, row: Row) -> None:
-        """The prompt becomes what is pending. ValueError, before any pass, for what cannot be fulfilled."""
-        size = row.options.picture.image_size
-        grid = None if size is None else self.grammar.grid_of(size)
-        if row.options.force_image:
-            if self.model.codec is None:
-                raise ValueError("force_image: this model has no codec and generates no pictures; leave it out")
-            if row.options.max_images < 1:
-                raise ValueError(f"force_image needs max_images of at least 1, got {row.options.max_images}")
-            row.forced = [self.control.image]
-        row.segments = [self.model.prepare(segment) for segment in row.given]
-        prompt, row.capacity = Document(tuple(row.segments)), self.model.config.max_context
-        row.length = prompt_length(prompt, self.tokenizer, self._num_latents, row.capacity)
-        if row.forced:
-            num = row.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
-            require_room(num, row.capacity, "the prompt and the picture that is forced have")
-        row.warned = warn_if_nearly_full(row.length, row.capacity)
-        media = [segment for segment in row.segments if not isinstance(segment, Text)]
-        row.latents = dict(zip(media, self.model.encode_media(media) if media else [], strict=True))
-        row.pending = compose(prompt, self.tokenizer, row.encoded, True)
+    def _begun(self, prompt: Any, options: GenerationOptions, continues: Sequence[Part]) -> Request:
+        """A request that is checked and composed. ValueError for what cannot be fulfilled."""
+        document = prompt
+        if not isinstance(prompt, Document):
+            document = messages_to_document(prompt, allow_paths=self.allow_paths)
+        if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
+            raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
+        number, history, stream = next(self._numbers), History(self.pool), self.tokenizer.stream()
+        request = Request(number, history, self.resolve(options), document.segments, stream)
+        request.continues = tuple(continues)
+        begin(self.runtime, request)
+        return request
 
-    @torch.inference_mode()
-    def _run(self, rows: list[Row]) -> Iterator[tuple[int, Event]]:
-        for row in rows:
-            self._begin(row)
-        cache = self.model.transformer.new_cache(len(rows), 256)
-        logits = torch.empty(0)
-        while any(row.phase != "done" for row in rows):
-            waiting = [r for r in rows if r.phase == "block"]
-            decoding = [r for r in rows if r.phase not in ("block", "done")]
-            forced = [r for r in decoding if r.forced]
-            if forced:
-                for row in forced:
-                    row.num_tokens += 1
-                    yield from self._accept(row, row.forced.pop(0))
+    def _admit(self) -> None:
+        """Waiting requests run, in their order, while there is room."""
+        if self._waiting:
+            self.prefixes.check(self.model)
+        waiting, self._waiting = self._waiting, []
+        for request in waiting:
+            leader = request.like
+            reads = leader is not None and (leader.number in self._running or leader in waiting)
+            if len(self._running) >= self.max_running or (leader and reads and not leader.has_read_prompt):
+                self._waiting.append(request)
                 continue
-            together = [r for r in decoding if (r.options.speculative.tokens_per_pass or 1) > 1]
-            if together:
-                yield from speculative_round(
-                    self.runtime, [r for r in together if r.drafting == together[0].drafting], rows, cache
-                )
-                continue
-            logits = self._flush(rows, cache, logits)
-            if decoding:
-                for row, token in zip(decoding, self._choose(decoding, logits), strict=True):
-                    yield from self._accept(row, token)
-                continue
-            for group in groups(self.grammar, waiting):
-                yield from draw(self.runtime, group, rows, cache)
-                for row in group:
-                    yield from self._finish_block(row)
-        for row in rows:
-            yield row.number, Stop(row.reason)
+            self._share(request)
+            active = self._running[request.number] = Active(request, turn(self.runtime, request))
+            with torch.inference_mode():
+                active.resume()
 
-    # ---- text -----------------------------------------------------------------------------------------------------
+    def _share(self, request: Request) -> None:
+        """Begin with the longest history that is kept, or that of the request with the same prompt."""
+        whole = append_of(request.history, request.pending, self.control.pad)
+        others = [] if request.like is None else [request.like.history]
+        found = self.prefixes.find(whole, others)
+        if found is not None:
+            request.history = found
+            request.pending = without_first(request.pending, found.length)
 
-    def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
-        """One id per request: the argmax, or a sample with the request's own key."""
-        masks = [self.grammar.mask_of(r, r.phase) for r in rows]
-        mine = logits if len(rows) == len(logits) else logits[[r.number for r in rows]]
-        mask = masks[0] if len(masks) == 1 else torch.stack(masks)
-        scores, best_ids = masked_scores(mine, mask, [row.num_tokens for row in rows])
-        greedy = best_ids.tolist()
-        chosen = []
-        for row, best, score in zip(rows, greedy, scores, strict=True):
-            if not row.options.text.temperature:
-                chosen.append(best)
-            else:
-                chosen.append(
-                    sample_token(
-                        score,
-                        row.options.text.temperature,
-                        row.options.text.top_p,
-                        row.key.fold("token", row.num_tokens),
-                    )
-                )
-            row.num_tokens += 1
-        return chosen
+    def _finish(self, request: Request, failed: bool) -> None:
+        if failed:
+            request.release()
+            return
+        self.prefixes.keep(request.history)
+        for branch in request.branches.values():
+            self.prefixes.keep(branch)
 
-    def _accept(self, row: Row, token: int) -> Iterator[tuple[int, Event]]:
-        """Emit one id of a request."""
-        row.pending.append(TokenSpan([token], [False]))
-        for event in self.grammar.advance(row, token):
-            yield row.number, event
 
-    # ---- inner loop -----------------------------------------------------------------------------------------------
+class Stream(Iterator[Event]):
+    """The events of one request. `close`, or losing the last reference, cancels it, also before the first event."""
 
-    def _num_latents(self, segment: Image | Video) -> int:
-        """Number of latents of a medium of the prompt, before it is encoded."""
-        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
-        return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
+    def __init__(self, engine: Engine, number: int, events: Iterator[Event]) -> None:
+        self._engine, self._number, self._events = engine, number, events
 
-    def _finish_block(self, row: Row) -> Iterator[tuple[int, Event]]:
-        """Make the block clean context; the last block of a picture or clip closes it."""
-        media, codec = row.media, self.model.codec
-        assert media is not None and codec is not None
-        grid = self.grammar.grid(media)
-        row.pending.append(LatentSpan(media.finished[-1], grid))
-        row.length += len(media.finished[-1])
-        if len(media.finished) < media.chunks:
-            return  # the next round refines the next chunk of the clip
-        row.pending.append(TokenSpan([self.control.media_end], [False]))
-        row.length += 1
-        blocks = [z.reshape(*grid, -1) for z in media.finished]
-        o, seed = row.options.picture, row.options.seed
-        assert o.steps is not None and seed is not None
-        part: ImagePart | VideoPart
-        if media.kind == "image":
-            pixels = codec.decode(blocks[0])[0].cpu()
-            segment: Image | Video = Image(pixels, Role.ASSISTANT)
-            picture = PILImage.fromarray(pixels.numpy(), "RGB")
-            part = ImagePart(picture, picture.height, picture.width, o.steps, seed, media.index, media.evaluations)
-        else:
-            frames = codec.decode_video(blocks).cpu()
-            segment = Video(frames, o.fps or media.rate, Role.ASSISTANT)
-            part = VideoPart(frames, segment.fps, o.steps, seed, media.index, media.evaluations)
-        row.segments.append(segment)
-        row.latents[segment] = blocks
-        row.parts.append(part)
-        row.num_media += 1
-        row.phase, row.media = "text", None
-        yield row.number, BlockDone(part.index, part)
+    def __next__(self) -> Event:
+        return next(self._events)
 
-    # ---- the cache ------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        self._events = iter(())
+        self._engine.cancel(self._number)
 
-    def _flush(self, rows: list[Row], cache: KVCache, logits: Tensor) -> Tensor:
-        """Append the pending spans. Returns logits (R, V) after the last position of each request; a request without
-        pending spans keeps its entry of `logits`."""
-        spans = [row.pending if row.phase != "done" else [] for row in rows]
-        new = [r for r, one in enumerate(spans) if one]
-        if not new:
-            return logits
-        for row in rows:
-            row.pending = []
-        ids = [
-            one[0].ids[0] for one in spans if len(one) == 1 and isinstance(one[0], TokenSpan) and len(one[0].ids) == 1
-        ]
-        if len(ids) == len(rows):  # the hot path of text decoding
-            return self.model.token.cap(self.step.read(append_ids(self.model, cache, ids, self.step)))
-        after = self.runtime.append(cache, spans)
-        if len(new) == len(rows) or not len(logits):
-            return after
-        merged = logits.clone()
-        merged[new] = after[new]
-        return merged
+    def __del__(self) -> None:
+        self.close()
+
+
+def _options(options: GenerationOptions | Mapping[str, Any] | None) -> GenerationOptions:
+    if options is None:
+        return GenerationOptions()
+    return GenerationOptions().changed(options) if isinstance(options, Mapping) else options

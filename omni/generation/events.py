@@ -127,4 +127,11 @@ class Drafted:
     again: bool = False
 
 
-Event = TextDelta | Drafted | BlockStart | BlockStep | BlockDone | Stop
+@dataclass(frozen=True)
+class Failed:
+    """The request ended with an error; other requests go on."""
+
+    error: Exception
+
+
+Event = TextDelta | Drafted | BlockStart | BlockStep | BlockDone | Stop | Failed

@@ -20,7 +20,7 @@ from torch import Tensor
 from omni.codecs import CodecSpec
 from omni.document import Role, Text
 from omni.generation.events import BlockStart, Event, StopReason, TextDelta, TextPart
-from omni.generation.row import Media, Phase, Row
+from omni.generation.request import Media, Phase, Request
 from omni.model import OmniConfig
 from omni.sequence.context_limit import warn_if_nearly_full
 from omni.text.compose import frame_rate, header_length
@@ -54,25 +54,25 @@ class Grammar:
             mask[[c.size(n) for n in range(1, largest + 1)]] = 0
         return mask
 
-    def mask_of(self, row: Row, phase: Phase) -> Tensor:
-        """(V,) additive: which ids may come next in a phase of this row."""
-        mask, fps = self.allowed[phase], row.options.picture.fps
+    def mask_of(self, request: Request, phase: Phase) -> Tensor:
+        """(V,) additive: which ids may come next in a phase of this request."""
+        mask, fps = self.allowed[phase], request.options.picture.fps
         if phase != "rate" or fps is None:
             return mask
         only = torch.full_like(mask, -torch.inf)
         only[self.control.size(frame_rate(fps))] = 0
         return only
 
-    def may_draw(self, row: Row) -> bool:
-        return self.codec is not None and row.num_media < row.options.max_images
+    def may_draw(self, request: Request) -> bool:
+        return self.codec is not None and request.num_media < request.options.max_images
 
-    def following(self, row: Row, phase: Phase, token: int) -> Phase:
+    def following(self, request: Request, phase: Phase, token: int) -> Phase:
         """The phase after an id, as far as the id alone decides it; "block" also where the options force a size."""
         c = self.control
         if phase == "text" and token in (c.image, c.video):
-            if not self.may_draw(row):
+            if not self.may_draw(request):
                 return "done"
-            forced = token == c.image and row.options.picture.image_size is not None
+            forced = token == c.image and request.options.picture.image_size is not None
             return "block" if forced else "rows" if token == c.image else "chunks"
         if phase == "text":
             return "done" if token == c.end else "text"
@@ -101,73 +101,74 @@ class Grammar:
 
     # ---- what an id does -------------------------------------------------------------------------------------------
 
-    def advance(self, row: Row, token: int) -> Iterator[Event]:
+    def advance(self, request: Request, token: int) -> Iterator[Event]:
         """Move the request's state machine by one id."""
-        row.length += 1
-        if row.phase != "text":
-            yield from self._advance_header(row, token)
+        request.length += 1
+        if request.phase != "text":
+            yield from self._advance_header(request, token)
         elif token < self.tokenizer.num_text:
-            row.text += row.stream.push(token)
-            yield from self._emit(row)
-            if row.phase != "done" and (row.num_tokens >= row.options.max_tokens or row.length >= row.capacity):
-                yield from self._finish(row, "length")
+            request.text += request.stream.push(token)
+            yield from self._emit(request)
+            full = request.num_tokens >= request.options.max_tokens or request.length >= request.capacity
+            if full and request.phase != "done":
+                yield from self._finish(request, "length")
         elif token == self.control.end:
-            yield from self._finish(row, "end")
-        elif not self.may_draw(row):
-            yield from self._finish(row, "images")
-        elif not row.has_room(LEAST_MEDIA - 1):
-            yield from self._finish(row, "length")
+            yield from self._finish(request, "end")
+        elif not self.may_draw(request):
+            yield from self._finish(request, "images")
+        elif not request.has_room(LEAST_MEDIA - 1):
+            yield from self._finish(request, "length")
         else:
-            yield from self._close_text(row)
+            yield from self._close_text(request)
             is_image = token == self.control.image
-            row.media = Media("image" if is_image else "video", row.num_media)
-            row.phase = "rows" if is_image else "chunks"
-            if is_image and row.options.picture.image_size is not None:
-                row.forced += [self.control.size(n) for n in self.grid_of(row.options.picture.image_size)]
+            request.media = Media("image" if is_image else "video", request.num_media)
+            request.phase = "rows" if is_image else "chunks"
+            if is_image and request.options.picture.image_size is not None:
+                request.forced += [self.control.size(n) for n in self.grid_of(request.options.picture.image_size)]
 
-    def _advance_header(self, row: Row, token: int) -> Iterator[Event]:
+    def _advance_header(self, request: Request, token: int) -> Iterator[Event]:
         """Like `advance`, for one size of a header. A picture or clip without room in the context is not started."""
-        media, size = row.media, self.control.size_of(token)
+        media, size = request.media, self.control.size_of(token)
         assert media is not None and size is not None
-        if row.phase == "chunks":
-            media.chunks, row.phase = size, "rate"
-        elif row.phase == "rate":
-            media.rate, row.phase = size, "rows"
-        elif row.phase == "rows":
-            media.rows, row.phase = size, "columns"
+        if request.phase == "chunks":
+            media.chunks, request.phase = size, "rate"
+        elif request.phase == "rate":
+            media.rate, request.phase = size, "rows"
+        elif request.phase == "rows":
+            media.rows, request.phase = size, "columns"
         else:
-            media.columns, row.phase = size, "block"
+            media.columns, request.phase = size, "block"
             grid = self.grid(media)
-            if row.has_room(media.chunks * math.prod(grid) + 1):
+            if request.has_room(media.chunks * math.prod(grid) + 1):
                 yield BlockStart(media.kind, media.index, grid)
             else:
-                yield from self._finish(row, "length")
+                yield from self._finish(request, "length")
 
-    def _emit(self, row: Row) -> Iterator[Event]:
+    def _emit(self, request: Request) -> Iterator[Event]:
         """Emit the text that cannot be the beginning of a stop string. A stop string ends the reply."""
-        for stop in row.options.stop:
-            at = row.text.find(stop)
+        for stop in request.options.stop:
+            at = request.text.find(stop)
             if at >= 0:
-                row.text = row.text[:at]
-                yield from self._finish(row, "stop")
+                request.text = request.text[:at]
+                yield from self._finish(request, "stop")
                 return
-        hold = max((len(s) for s in row.options.stop), default=1) - 1
-        end = len(row.text) - hold
-        if end > row.emitted:
-            yield TextDelta(row.text[row.emitted : end])
-            row.emitted = end
+        hold = max((len(s) for s in request.options.stop), default=1) - 1
+        end = len(request.text) - hold
+        if end > request.emitted:
+            yield TextDelta(request.text[request.emitted : end])
+            request.emitted = end
 
-    def _close_text(self, row: Row) -> Iterator[Event]:
-        row.text += row.stream.flush() if row.reason != "stop" else ""
-        if len(row.text) > row.emitted:
-            yield TextDelta(row.text[row.emitted :])
-        if row.text:
-            row.segments.append(Text(row.text, Role.ASSISTANT))
-            row.parts.append(TextPart(row.text))
-        row.text, row.emitted, row.stream = "", 0, self.tokenizer.stream()
+    def _close_text(self, request: Request) -> Iterator[Event]:
+        request.text += request.stream.flush() if request.reason != "stop" else ""
+        if len(request.text) > request.emitted:
+            yield TextDelta(request.text[request.emitted :])
+        if request.text:
+            request.segments.append(Text(request.text, Role.ASSISTANT))
+            request.parts.append(TextPart(request.text))
+        request.text, request.emitted, request.stream = "", 0, self.tokenizer.stream()
 
-    def _finish(self, row: Row, reason: StopReason) -> Iterator[Event]:
-        row.reason = reason
-        yield from self._close_text(row)
-        row.phase = "done"
-        row.warned = row.warned or warn_if_nearly_full(row.length, row.capacity)
+    def _finish(self, request: Request, reason: StopReason) -> Iterator[Event]:
+        request.reason = reason
+        yield from self._close_text(request)
+        request.phase = "done"
+        request.warned = request.warned or warn_if_nearly_full(request.length, request.capacity)

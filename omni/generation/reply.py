@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from omni import media
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.generation.events import Drafted, ImagePart, Part, StopReason, TextPart
+from omni.generation.events import Drafted, ImagePart, Part, StopReason, TextPart, VideoPart
 
 
 def segments_of(parts: Sequence[Part]) -> tuple[Segment, ...]:
@@ -25,6 +25,17 @@ def segments_of(parts: Sequence[Part]) -> tuple[Segment, ...]:
         else:
             found.append(Video(part.frames, part.fps, Role.ASSISTANT))
     return tuple(found)
+
+
+def part_of(value: Any, before: Sequence[Part]) -> Part:
+    """A given part, after others: text, or a picture in any form that omni.media.load_image takes."""
+    if isinstance(value, TextPart | ImagePart | VideoPart):
+        return value
+    if isinstance(value, str):
+        return TextPart(value)
+    pixels = media.load_image(value)
+    picture, index = PILImage.fromarray(pixels.numpy(), "RGB"), sum(not isinstance(part, TextPart) for part in before)
+    return ImagePart(picture, picture.height, picture.width, 0, 0, index)
 
 
 # ---- the reply -----------------------------------------------------------------------------------------------------

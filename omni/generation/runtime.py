@@ -1,19 +1,16 @@
-"""Shared parts of the engine: a model, its tokenizer, the grammar of a turn, and the step of text decoding."""
+"""What all turns share: the model, its tokenizer, the grammar, the pool of keys and values, latents of pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from omni.generation.context import append_spans
+from omni.document import Image, Video
 from omni.generation.grammar import Grammar
+from omni.generation.prefixes import Latents
 from omni.model import Omni
-from omni.nn.cache import KVCache
-from omni.nn.decode_step import TokenStep
-from omni.sequence.layout import Span
+from omni.nn.cache import Pool
 from omni.text.tokenizer import ControlTokens, Tokenizer
 
 
@@ -22,7 +19,8 @@ class Runtime:
     model: Omni
     tokenizer: Tokenizer
     grammar: Grammar
-    step: TokenStep
+    pool: Pool
+    latents: Latents
 
     @property
     def control(self) -> ControlTokens:
@@ -32,7 +30,7 @@ class Runtime:
     def device(self) -> torch.device:
         return self.model.token.embedding.weight.device
 
-    def append(self, cache: KVCache, spans: Sequence[Sequence[Span]]) -> Tensor:
-        """Append spans to each batch row (some may have none); returns logits (R, V) after each row's last position."""
-        hidden = append_spans(self.model, cache, spans, self.control.pad)
-        return self.model.token.read(hidden)
+    def num_latents(self, segment: Image | Video) -> int:
+        """Number of latents of a medium of the prompt, before it is encoded."""
+        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
+        return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)

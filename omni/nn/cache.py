@@ -1,10 +1,17 @@
-"""The KV cache: allocated ahead, one length per batch row, with fork and truncate. Only the context stream writes it.
+"""Keys and values: of a packed batch (Memory), and of requests, in pages of one pool (Pool, History).
 
-Legend: L layers, R batch rows, G key heads, M capacity in positions, D head width, N new positions.
+A History is the context of one request, or of one of its guidance branches: a contiguous run of pages of the pool.
+Contiguous, because attention then reads a view; gathering pages would copy a request's whole cache in every layer of
+every pass. A fork shares the pages and copies them when it is first written to; the history that was written to last
+goes on without a copy. Only the context stream commits positions; blocks in refinement use the free slots behind them.
+
+Legend: L layers, R batch rows, G key heads, K keys, D head width, N new positions, P positions of the pool.
 """
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,23 +19,20 @@ from torch import Tensor
 
 from omni.nn.attention.backends import AttentionMask
 from omni.sequence.layout import Stream
-from omni.sequence.mask import EMPTY, Fields
+from omni.sequence.mask import Fields
 
 Pair = tuple[Tensor, Tensor]  # keys and values
+PAGE = 16  # positions of a page
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The keys and values that the refine stream attends to: per layer (R, G, K, D), and the fields of the K positions.
-
-    `room`: per layer (R, G, K + N, D), the same followed by N free slots for the block's own keys and values.
-    """
+    """The keys and values of a packed context that the refine stream attends to: per layer (R, G, K, D), and the fields
+    of the K positions."""
 
     keys: list[Tensor]
     values: list[Tensor]
     fields: Fields
-    uniform: bool = False  # True: every refine query sees every key; no mask is needed
-    room: list[Pair] | None = None
     masks: list[tuple[Stream, AttentionMask]] = field(default_factory=list)  # of the last stream
 
     def mask(self, stream: Stream) -> AttentionMask:
@@ -44,137 +48,177 @@ class Memory:
     def detach(self) -> Memory:
         """The same memory, detached from the graph."""
         keys, values = [k.detach() for k in self.keys], [v.detach() for v in self.values]
-        return replace(self, keys=keys, values=values, room=None)
+        return replace(self, keys=keys, values=values, masks=[])
 
 
-def join(past: Pair, own: Pair, room: Pair | None) -> Pair:
-    """Keys and values (R, G, K + N, D): the memory's, then the block's own, written into the room where there is
-    one."""
-    if room is None:
-        keys, values = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(past, own, strict=True))
-        return keys, values
-    for whole, new in zip(room, own, strict=True):
-        whole[:, :, -new.shape[2] :] = new
-    return room
+def join(past: Pair, own: Pair) -> Pair:
+    """Keys and values (R, G, K + N, D): the memory's, then the block's own."""
+    keys, values = (torch.cat([old.to(new.dtype), new], 2) for old, new in zip(past, own, strict=True))
+    return keys, values
 
 
-class KVCache:
-    """Keys and values of the context of R batch rows, and where the layout of each row continues.
+class PoolFullError(RuntimeError):
+    """The pool has no room for the pages that are asked for."""
 
-    Row r has `lengths[r]` used positions; its next position is `next_position[r]`, its next block `next_block[r]`.
-    """
+
+class Pool:
+    """Pages of keys and values, k and v (L, G, P, D). It grows by doubling, up to `max_positions`."""
 
     def __init__(
-        self, layers: int, rows: int, heads: int, capacity: int, head_dim: int,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        self, layers: int, heads: int, head_dim: int, device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32, max_positions: int = 1 << 24,
     ) -> None:  # fmt: skip
-        shape = (layers, rows, heads, capacity, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.block = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
-        self.document = torch.full((rows, capacity), EMPTY, dtype=torch.int64, device=device)
-        self.lengths = [0] * rows
-        self.next_position = [0] * rows
-        self.next_block = [0] * rows
+        self.k = torch.empty(layers, heads, 0, head_dim, device=device, dtype=dtype)
+        self.v = torch.empty_like(self.k)
+        self.max_pages = max_positions // PAGE
+        self.num_pages = self.pages_in_use = 0
+        self.make_room: Callable[[], bool] | None = None  # gives back pages that are only kept; False: there are none
+        self._free: list[tuple[int, int]] = []  # (first page, pages), by first page; neighbours are merged
+
+    def take(self, pages: int) -> int:
+        """The first page of a run of free pages. PoolFullError beyond `max_positions`, if `make_room` does not help."""
+        for index, (first, count) in enumerate(self._free):
+            if count >= pages:
+                self._free[index : index + 1] = [(first + pages, count - pages)] if count > pages else []
+                self.pages_in_use += pages
+                return first
+        try:
+            self._grow(pages)
+        except PoolFullError:
+            if self.make_room is None or not self.make_room():
+                raise
+        return self.take(pages)
+
+    def give_back(self, first: int, pages: int) -> None:
+        insort(self._free, (first, pages))
+        self.pages_in_use -= pages
+        merged: list[tuple[int, int]] = []
+        for start, count in self._free:
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + count)
+            else:
+                merged.append((start, count))
+        self._free = merged
+
+    def _grow(self, pages: int) -> None:
+        """Room for a run of `pages` more at the end; at least twice the present size."""
+        last = self._free[-1] if self._free and sum(self._free[-1]) == self.num_pages else (self.num_pages, 0)
+        total = max(2 * self.num_pages, last[0] + pages, 8)
+        if total > self.max_pages:
+            total = max(last[0] + pages, self.max_pages)
+        if total > self.max_pages:
+            raise PoolFullError(
+                f"the cache is full: {self.pages_in_use} of {self.max_pages} pages of {PAGE} positions are in use, and "
+                f"{pages} more in a row are needed; run fewer requests at once, or shorter ones"
+            )
+        more = total - self.num_pages
+        for name in ("k", "v"):
+            store = getattr(self, name)
+            setattr(self, name, torch.cat([store, store.new_empty(*store.shape[:2], more * PAGE, store.shape[3])], 2))
+        self.num_pages = total
+        self.pages_in_use += more
+        self.give_back(total - more, more)
+
+
+@dataclass(eq=False)
+class _Extent:
+    """A run of pages. users: histories that read it. writer: the one that may write; slots below `shared` are read by
+    others too."""
+
+    first: int
+    pages: int
+    users: int = 1
+    writer: object = None
+    shared: int = 0
+
+
+class History:
+    """The cached context of one request or guidance branch, and where its layout continues.
+
+    `length` positions are committed; the next has rotary coordinate `next_position` and block number `next_block`.
+    marks: one number per position that identifies what it was made of, see `generation.prefixes`.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._extent: _Extent | None = None
+        self.length = self.next_position = self.next_block = 0
+        self.marks: list[int] = []
 
     @property
-    def rows(self) -> int:
-        return self.k.shape[1]
+    def start(self) -> int:
+        """The slot in the pool of the first position."""
+        return 0 if self._extent is None else self._extent.first * PAGE
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[3]
+        return 0 if self._extent is None else self._extent.pages * PAGE
 
     @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    @property
-    def uniform(self) -> bool:
-        return min(self.lengths) == max(self.lengths)
+    def pages_alone(self) -> int:
+        """Pages that no other history reads."""
+        return 0 if self._extent is None or self._extent.users > 1 else self._extent.pages
 
     def reserve(self, extra: int) -> None:
-        """Ensure room for `extra` more positions in every batch row; at least double the capacity when it must grow."""
-        need = self.longest + extra
-        if need > self.capacity:
-            self._widen(max(need, 2 * self.capacity))
+        """Ensure `extra` writable slots after `length`. Moves the history where it must: to more pages, or away from
+        positions that others read."""
+        extent, need = self._extent, self.length + extra
+        if extent is not None and need <= self.capacity and self._may_write(extent):
+            extent.writer = self
+            return
+        pages = -(-(need + need // 2) // PAGE)  # half as many again: growing by one position at a time stays linear
+        first = self.pool.take(pages)
+        new = _Extent(first, pages, writer=self)
+        if self.length:
+            a, b = self.start, first * PAGE
+            for store in (self.pool.k, self.pool.v):
+                store[:, :, b : b + self.length] = store[:, :, a : a + self.length]
+        self._leave()
+        self._extent = new
 
-    def write_fields(self, block: Tensor, valid: list[int]) -> None:
-        """Set the fields of N new positions per batch row: `block` (R, N) int64; the first `valid[r]` count. Call
-        `advance` after the layers have written."""
-        self.reserve(block.shape[1])
-        for r, n in enumerate(valid):
-            at = slice(self.lengths[r], self.lengths[r] + n)
-            self.block[r, at] = block[r, :n]
-            self.document[r, at] = 0
+    def _may_write(self, extent: _Extent) -> bool:
+        return extent.users == 1 or (self.length >= extent.shared and extent.writer in (None, self))
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (R, G, N, D) after the length of each batch row; returns views (R, G, longest + N, D) of the
-        whole."""
-        n = k.shape[2]
-        if self.uniform:
-            at = slice(self.lengths[0], self.lengths[0] + n)
-            self.k[layer, :, :, at] = k
-            self.v[layer, :, :, at] = v
-        else:
-            for r, start in enumerate(self.lengths):
-                self.k[layer, r, :, start : start + n] = k[r]
-                self.v[layer, r, :, start : start + n] = v[r]
-        end = self.longest + n
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def commit(self, num: int, next_position: int, next_block: int, marks: Sequence[int] = ()) -> None:
+        """Count `num` positions that a pass has written after `length`."""
+        self.length += num
+        self.next_position, self.next_block = next_position, next_block
+        self.marks += marks
 
-    def advance(self, valid: list[int]) -> None:
-        self.lengths = [a + n for a, n in zip(self.lengths, valid, strict=True)]
+    def truncate(self, length: int, next_position: int, next_block: int) -> None:
+        """Discard the positions from `length` on; the caller gives where the layout continues."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a history of {self.length} positions to {length}")
+        self.length, self.next_position, self.next_block = length, next_position, next_block
+        del self.marks[length:]
 
-    def fields(self, end: int) -> Fields:
-        return Fields(self.document[:, :end], self.block[:, :end], torch.zeros_like(self.block[:, :end]))
-
-    def memory(self, room: int = 0) -> Memory:
-        """The context for the refine stream. `room`: free slots for the keys and values of blocks of exactly that many
-        positions. Valid until the next write to the cache."""
-        self.reserve(room)
-        end = self.longest
-
-        def views(store: Tensor, end: int) -> list[Tensor]:
-            return [one[:, :, :end] for one in store.unbind(0)]
-
-        own = list(zip(views(self.k, end + room), views(self.v, end + room), strict=True)) if room else None
-        return Memory(views(self.k, end), views(self.v, end), self.fields(end), self.uniform, own)
-
-    def fork(self, rows: list[int]) -> KVCache:
-        """An independent copy of the given batch rows; a row may occur more than once."""
-        other = object.__new__(KVCache)
-        index = torch.tensor(rows, device=self.k.device)
-        other.k, other.v = self.k.index_select(1, index), self.v.index_select(1, index)
-        other.block, other.document = self.block.index_select(0, index), self.document.index_select(0, index)
-        for name in ("lengths", "next_position", "next_block"):
-            setattr(other, name, [getattr(self, name)[r] for r in rows])
+    def fork(self) -> History:
+        """A history with the same positions; its pages are copied when it is first written to."""
+        other = History(self.pool)
+        other._extent, other.length = self._extent, self.length
+        other.next_position, other.next_block, other.marks = self.next_position, self.next_block, list(self.marks)
+        if self._extent is not None:
+            self._extent.users += 1
+            self._extent.shared = max(self._extent.shared, self.length)
         return other
 
-    def truncate(self, row: int, length: int, next_position: int, next_block: int) -> None:
-        """Discard the positions of batch row `row` from `length` on; the caller gives where its layout continues."""
-        if not 0 <= length <= self.lengths[row]:
-            raise ValueError(f"cannot truncate batch row {row} of length {self.lengths[row]} to {length}")
-        self.document[row, length:] = EMPTY
-        self.lengths[row], self.next_position[row], self.next_block[row] = length, next_position, next_block
+    def rest(self) -> None:
+        """Nothing more will be written: the first fork that goes on from the end needs no copy."""
+        if self._extent is not None and self._extent.writer is self:
+            self._extent.writer, self._extent.shared = None, max(self._extent.shared, self.length)
 
-    def stack(self, other: KVCache) -> KVCache:
-        """A new cache: the batch rows of `self`, then those of `other`."""
-        out = self.fork(list(range(self.rows)))
-        theirs = other.fork(list(range(other.rows)))
-        width = max(out.capacity, theirs.capacity)
-        for part in (out, theirs):
-            if part.capacity < width:
-                part._widen(width)
-        out.k, out.v = torch.cat([out.k, theirs.k], 1), torch.cat([out.v, theirs.v], 1)
-        out.block, out.document = torch.cat([out.block, theirs.block]), torch.cat([out.document, theirs.document])
-        for name in ("lengths", "next_position", "next_block"):
-            setattr(out, name, getattr(out, name) + getattr(theirs, name))
-        return out
+    def release(self) -> None:
+        """Give the pages back where nobody else reads them. The history is empty afterwards."""
+        self._leave()
+        self.length = self.next_position = self.next_block = 0
+        self.marks = []
 
-    def _widen(self, capacity: int) -> None:
-        """Grow to exactly `capacity` positions; `capacity` exceeds the present one."""
-        more = (0, capacity - self.capacity)
-        self.k, self.v = (torch.nn.functional.pad(store, (0, 0, *more)) for store in (self.k, self.v))
-        self.block = torch.nn.functional.pad(self.block, more)
-        self.document = torch.nn.functional.pad(self.document, more, value=EMPTY)
+    def _leave(self) -> None:
+        extent, self._extent = self._extent, None
+        if extent is None:
+            return
+        extent.users -= 1
+        if extent.writer is self:
+            extent.writer = None
+        if extent.users == 0:
+            self.pool.give_back(extent.first, extent.pages)

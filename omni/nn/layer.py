@@ -5,7 +5,6 @@ once.
 
     Operations          tensors: the context stream, the refine stream (modulated), blocks of tokens (adapters)
     DualOperations      a value with its tangent: the refine stream under forward-mode differentiation
-    StepOperations      a few tokens of every batch row against the cache, with fused operations (nn.decode_step)
 
 To add a decoder variant: a field of the spec, its weight in `Layer` and `declare`, a line in `run_layer`, a row of
 VARIANTS in tests/nn/test_layer.py. The native step, code of its own, refuses every other value by itself.

@@ -1,11 +1,12 @@
-"""The one-token step as native code: native_step.cpp, compiled on demand by the machine's C++ compiler.
+"""Steps of a few text tokens as native code: native_step.cpp, compiled on demand by the machine's C++ compiler.
 
-The cost of a token is reading the weights and launching some twenty operations per layer. Here the whole step is one
-call. Where every weight is exact in bfloat16, as in a published checkpoint, a bfloat16 copy is read: half the bytes,
-no loss. Products, activations and sums stay float32. Other weights are read in float32; the log records this. Products
-compiled by torch.compile reached about half of this speed.
+The cost of a token is reading the weights and launching some twenty operations per layer. Here the whole pass is one
+call, and every weight is read once for all tokens. Where every weight is exact in bfloat16, as in a published
+checkpoint, a bfloat16 copy is read: half the bytes, no loss. Products, activations and sums stay float32. Other weights
+are read in float32; the log records this. Products compiled by torch.compile reached about half of this speed.
 
-Serves a single batch row in float32 on the CPU; more rows use the eager step. The weights are copied at construction.
+Serves text in float32 on the CPU: decoded ids of many requests, and drafts to verify. Passes with latents or
+placeholders, and long ones, run the layers of nn.layer. The weights are copied at construction.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import logging
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from omni.nn.cache import KVCache
-from omni.nn.decode_step import TokenStep
-from omni.nn.layer import LayerSpec
+from omni.nn.layer import Layer, LayerSpec
+from omni.nn.runs import Runs
 from omni.nn.transformer import Transformer
+from omni.sequence.positions import rotary_table
 
 # The native code takes these fields as arguments (sizes, norm_eps) or tables (rotary positions). Of all other fields it
 # serves the default only, except those of the refine stream, which it does not run.
@@ -36,17 +38,17 @@ NATIVE = {
 }
 SOURCE = Path(__file__).with_name("native_step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd")
 THREADS = ("-fopenmp",)  # omitted if the compiler has no OpenMP; the step then uses one thread
 _log = logging.getLogger("omni")
 
 
-class CompiledStep(TokenStep):
-    """A compiled TokenStep. Raises ValueError without a compiler, or for a model that the native code does not
-    serve."""
+class CompiledStep:
+    """A few text tokens, of one or many histories, in one call. Raises ValueError without a compiler, or for a model
+    that the native code does not serve."""
 
     def __init__(self, transformer: Transformer, output_weight: Tensor) -> None:
-        super().__init__(transformer, output_weight)
+        self.c = transformer.c
         for name, served in NATIVE.items():
             if (value := getattr(self.c, name)) != served:
                 raise ValueError(
@@ -59,40 +61,54 @@ class CompiledStep(TokenStep):
                 f"{output_weight.device}; load it with dtype=torch.float32, or leave compile out"
             )
         library = load_library()
-        matrices = [m.weight for w in self.layers for m in (w.qkv, w.out, w.gate_up, w.down)] + [output_weight]
+        layers: list[Layer] = [block.text for block in transformer.blocks]  # type: ignore[misc]
+        matrices = [m.weight for w in layers for m in (w.qkv, w.out, w.gate_up, w.down)] + [output_weight]
         self.dtype = torch.bfloat16 if all(map(is_exact_in_bf16, matrices)) else torch.float32
         if self.dtype == torch.float32:
             _log.info("compiled step: some weights are not exact in bfloat16; reading float32, at about half the speed")
         name = str(self.dtype).removeprefix("torch.")
         self._step, self._read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
-        norms = [n.weight for w in self.layers for n in (w.attention_norm, w.q_norm, w.k_norm, w.mlp_norm)]
+        norms = [n.weight for w in layers for n in (w.attention_norm, w.q_norm, w.k_norm, w.mlp_norm)]
         self.norms = [n.detach().contiguous() for n in (*norms, transformer.norm.weight)]
-        self.kept = [m.detach().to(self.dtype).contiguous() for m in matrices]  # `pointers` point into these
+        self.copies = [m.detach().to(self.dtype).contiguous() for m in matrices]  # `pointers` point into these
         c, at = self.c, range(0, 4 * self.c.depth, 4)
-        in_order = [tensor.data_ptr() for i in at for tensor in (*self.norms[i : i + 4], *self.kept[i : i + 4])]
+        in_order = [tensor.data_ptr() for i in at for tensor in (*self.norms[i : i + 4], *self.copies[i : i + 4])]
         self.pointers = (ctypes.c_void_p * len(in_order))(*in_order)
         self.sizes = (ctypes.c_int64 * 6)(c.width, c.depth, c.num_heads, c.num_kv_heads, c.head_dim, c.hidden)
+        self.table: Tensor | None = None
 
-    def step(self, h: Tensor, cache: KVCache) -> Tensor:
-        if h.shape[0] > 1:
-            return super().step(h, cache)
-        at = self.enter(cache)
-        cos, sin = self.rotary_row(cache.next_position[0], h)
-        h = h.clone(memory_format=torch.contiguous_format)
+    def __call__(self, h: Tensor, positions: Sequence[int], runs: Runs) -> Tensor:
+        """Hidden states (N, W), normalised, of text at `positions` in causal runs: h (N, W) float32. Writes the slots
+        of the runs; commits nothing."""
+        h, pool = h.clone(memory_format=torch.contiguous_format), runs.pool
+        rotary = self.rotary(max(positions) + 1)[:, list(positions)].contiguous()
+        first = [run.history.start for run in runs.runs for _ in range(run.num)]
+        at = [run.at + k for run in runs.runs for k in range(run.num)]
+        indices = torch.tensor([first, at])
         self._step(
-            self.sizes, self.pointers, self.norms[-1].data_ptr(), h.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            cache.k.data_ptr(), cache.v.data_ptr(), cache.capacity, at, self.c.norm_eps, torch.get_num_threads(),
+            self.sizes, self.pointers, self.norms[-1].data_ptr(), h.data_ptr(), rotary[0].data_ptr(),
+            rotary[1].data_ptr(), pool.k.data_ptr(), pool.v.data_ptr(), pool.k.shape[2], indices[0].data_ptr(),
+            indices[1].data_ptr(), len(h), self.c.norm_eps, torch.get_num_threads(),
         )  # fmt: skip
-        self.leave(cache)
         return h
 
     def read(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[0] > 1:
-            return super().read(hidden)
-        hidden, weight = hidden.contiguous(), self.kept[-1]
-        logits = hidden.new_empty(1, weight.shape[0])
-        self._read(weight.data_ptr(), hidden.data_ptr(), logits.data_ptr(), *weight.shape, torch.get_num_threads())
+        """Logits (N, V) before any cap."""
+        hidden, weight = hidden.contiguous(), self.copies[-1]
+        logits = hidden.new_empty(len(hidden), weight.shape[0])
+        size = len(hidden), *weight.shape
+        self._read(weight.data_ptr(), hidden.data_ptr(), logits.data_ptr(), *size, torch.get_num_threads())
         return logits
+
+    def rotary(self, num: int) -> Tensor:
+        """(2, at least num, D): cos, and sin with its sign; rotation is x cos + roll(x, D/2) sin."""
+        if self.table is None or self.table.shape[1] < num:
+            every = torch.arange(1 << max(8, num.bit_length()))[None, :, None].expand(1, -1, 3)
+            cos, sin = rotary_table(every, self.c.head_dim, self.c.rope_base, torch.float32, self.c.rotary)
+            sign = torch.ones(self.c.head_dim)
+            sign[: self.c.head_dim // 2] = -1
+            self.table = torch.stack([cos[0, 0], sin[0, 0] * sign])
+        return self.table
 
 
 def is_exact_in_bf16(weight: Tensor) -> bool:
@@ -120,7 +136,7 @@ def load_library() -> ctypes.CDLL:
     pointer, count, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     for name in ("float32", "bfloat16"):
         step, read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
-        step.argtypes = [*[pointer] * 8, count, count, real, threads]
-        read.argtypes = [*[pointer] * 3, count, count, threads]
+        step.argtypes = [*[pointer] * 8, count, pointer, pointer, count, real, threads]
+        read.argtypes = [*[pointer] * 3, count, count, count, threads]
         step.restype = read.restype = None
     return library

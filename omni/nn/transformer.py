@@ -1,7 +1,8 @@
 """The transformer in two streams: context (finished, clean, cached) and refine (in generation).
 
-    context(h, stream)          causal over blocks; fills a cache, or returns the Memory that refine attends to
-    refine(h, ..., memory)      modulated by a condition vector per copy; attends to the memory and itself; no writes
+    context(h, stream)          causal over blocks; returns the Memory that refine attends to
+    extend(h, ..., runs)        the context stream of requests: after the positions that their histories hold
+    refine(h, ..., memory)      modulated by a condition vector per copy; attends to the memory and itself
     draft(h, ..., memory)       the same for blocks of tokens: not modulated; adapters instead
 
 Either all positions share one set of weights, or latents have their own, which tokens never use. With
@@ -19,6 +20,7 @@ Legend: R batch rows, N positions (T context, S refine), W width, H query heads,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from omni.config import Frozen
 from omni.nn.attention.backends import AttentionMask, Backend, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
-from omni.nn.cache import KVCache, Memory, Pair, join
+from omni.nn.cache import Memory, Pair, Pool, join
 from omni.nn.declare import ZERO, Declared, of_linear
 from omni.nn.layer import (
     NOT_MODULATED,
@@ -42,10 +44,10 @@ from omni.nn.layer import (
     run_layer,
 )
 from omni.nn.lora import Gated
+from omni.nn.runs import Runs
 from omni.nn.tail import Tail
 from omni.nn.tangent import Dual, lift, linear
 from omni.sequence.layout import Stream
-from omni.sequence.mask import Fields
 from omni.sequence.positions import rotary_table
 
 
@@ -208,11 +210,10 @@ class Transformer(nn.Module):
         backend = self.backend(device)
         return "sdpa" if backend == "flash" else backend
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache for `rows` batch rows, on the device and in the dtype of the weights."""
-        weight = self.modulation.weight
-        c = self.c
-        return KVCache(c.depth, rows, c.num_kv_heads, capacity, c.head_dim, weight.device, weight.dtype)
+    def new_pool(self, max_positions: int = 1 << 24) -> Pool:
+        """An empty pool of keys and values, on the device and in the dtype of the weights."""
+        weight, c = self.modulation.weight, self.c
+        return Pool(c.depth, c.num_kv_heads, c.head_dim, weight.device, weight.dtype, max_positions)
 
     def _enter(self, h: Any, position: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
         """The residual stream (or a Dual of it) and its rotary table, in autocast's dtype if autocast is on."""
@@ -244,97 +245,90 @@ class Transformer(nn.Module):
         return self.norm(h_RTW), Memory(keys, values, stream.fields)
 
     def extend(
-        self, h_RNW: Tensor, block: Tensor, position: Tensor, is_latent: Tensor | bool, cache: KVCache,
-        valid: list[int], tail: Tail | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Append N positions to every batch row of the cache. Of row r the first `valid[r]` count; the rest is padding.
+        self, h_1NW: Tensor, position: Tensor, is_latent: Tensor | bool, runs: Runs, tail: Tail | None = None
+    ) -> Tensor:
+        """One pass over the positions of `runs`, which it writes after the committed positions of their histories.
 
-        block: (R, N) int64. position: (R, N, 3). Returns normalised hidden states (R, N, W); with a tail of n
-        placeholders (R, N + n, W).
+        position: (1, N, 3) int64. is_latent: (1, N) bool, or False where no position is a latent. Returns normalised
+        hidden states (1, N, W); with a tail of P placeholders (1, N + P, W).
         """
-        n = h_RNW.shape[1]
-        room = n if tail is None else n + tail.inputs.shape[1]
-        cache.reserve(room)
-        cache.write_fields(block, valid)
-        backend = self._block_backend(h_RNW.device)
-        fields = Fields(torch.zeros_like(block), block, torch.zeros_like(block))
-        mask = None
-        if not (n == 1 and cache.uniform):
-            mask = AttentionMask(fields, cache.fields(cache.longest + n))
-        h_RNW, rotary = self._enter(h_RNW, position)
+        h_1NW, rotary = self._enter(h_1NW, position)
         latent = is_latent if self.c.latent_weights == "separate" else False
+        first = self.c.depth if tail is None else self.c.depth - len(tail.adapters)
         for index, layer in enumerate(self.blocks):
             adapter = None
-            if tail is not None and index >= self.c.depth - len(tail.adapters):
-                if index == self.c.depth - len(tail.adapters):
-                    mask = AttentionMask(fields.then(tail.fields), tail.keys(cache, n))
-                    h_RNW = torch.cat([h_RNW, tail.inputs.to(h_RNW.dtype)], 1)
-                    _, rotary = self._enter(h_RNW, torch.cat([position, tail.positions], 1))
-                    latent = F.pad(latent, (0, room - n)) if isinstance(latent, Tensor) else latent
-                adapter = tail.adapters[index - self.c.depth]
-
-            def attention(q: Tensor, k: Tensor, v: Tensor, index: int = index, mask: Any = mask) -> Tensor:
-                return attend(q, *cache.write(index, k, v), mask, backend)
-
-            h_RNW, _, _ = layer(h_RNW, rotary, attention, latent, None, adapter)
-        cache.advance(valid)
-        return self.norm(h_RNW)
+            if tail is not None and index >= first:
+                if index == first:
+                    runs = tail.runs
+                    h_1NW = torch.cat([h_1NW, tail.inputs.to(h_1NW.dtype)], 1)
+                    _, rotary = self._enter(h_1NW, torch.cat([position, tail.position], 1))
+                    latent = F.pad(latent, (0, tail.inputs.shape[1])) if isinstance(latent, Tensor) else latent
+                adapter = tail.adapters[index - first]
+            h_1NW, _, _ = layer(h_1NW, rotary, partial(runs.attend, index), latent, None, adapter)
+        return self.norm(h_1NW)
 
     # ---- refine stream --------------------------------------------------------------------------------------------
 
     def refine(
-        self, h_RSW: Tensor | Dual, stream: Stream, memory: Memory, condition_IW: Tensor | Dual, item: Tensor | None
-    ) -> Any:
-        """Copies of blocks; each attends to the context before its block and to itself.
+        self, h_RSW: Tensor | Dual, stream: Stream, memory: Memory | Runs, condition_IW: Tensor | Dual,
+        item: Tensor | None,
+    ) -> Any:  # fmt: skip
+        """Copies of blocks; each attends to the context before its block and to itself. memory: a packed context, or
+        the runs of blocks of requests; their keys and values take free slots and are not committed.
 
         condition_IW: one vector per copy. item: (R, S) int64, the copy of each position (negative: padding), or None if
         every batch row is one copy. Returns normalised hidden states (R, S, W); for Duals, a Dual.
         """
-        backend = self._block_backend(stream.position.device)
-        sees_all = memory.uniform and item is None and stream.rank is None and stream.bound is None
-        mask = None if sees_all else memory.mask(stream)
         h_RSW, rotary = self._enter(h_RSW, stream.position)
-        if mask is not None and not isinstance(h_RSW, Dual):
-            mask.prepare(backend, h_RSW.dtype)
+        attention_of = self._attention(stream, memory, h_RSW)
         base = lift(lambda c: self.modulation(F.silu(c)).unflatten(-1, (6, -1)), condition_IW)
-        for block, past, room in zip(self.blocks, memory.layers, memory.room or [None] * self.c.depth, strict=True):
-
-            def attention(q: Any, k: Any, v: Any, past: Pair = past, room: Pair | None = room) -> Any:
-                if isinstance(q, Dual):
-                    return self._attend_dual(q, k, v, past, mask)
-                return attend(q, *join(past, (k, v), room), mask, backend)
-
-            h_RSW = block(h_RSW, rotary, attention, True, (base, item))
+        for index, block in enumerate(self.blocks):
+            h_RSW = block(h_RSW, rotary, attention_of(index), True, (base, item))
         return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
 
     def draft(
         self,
         h_RSW: Tensor,
         stream: Stream,
-        memory: Memory,
+        memory: Memory | Runs,
         adapters: Sequence[Gated | None],
         layers: range | None = None,
     ) -> Tensor:
         """Blocks of tokens in the refine stream: like `refine`, with the text weights, the final norm of the context
         stream, no modulation, and the adapter of each layer. h_RSW: placeholders, or clean tokens before them in their
         block. layers: the layers to run (None: all). Returns hidden states (R, S, W), normalised after the last layer
-        of the transformer. Writes nothing.
+        of the transformer. Commits nothing.
         """
         layers = range(self.c.depth) if layers is None else layers
-        backend = self._block_backend(stream.position.device)
-        mask, past_of = memory.mask(stream), memory.layers
         h_RSW, rotary = self._enter(h_RSW, stream.position)
-        mask.prepare(backend, h_RSW.dtype)
+        attention_of = self._attention(stream, memory, h_RSW)
         for index, adapter in zip(layers, adapters, strict=True):
-            past = past_of[index]
-
-            def attention(q: Tensor, k: Tensor, v: Tensor, past: Pair = past) -> Tensor:
-                return attend(q, *join(past, (k, v), None), mask, backend)
-
-            h_RSW, _, _ = self.blocks[index](h_RSW, rotary, attention, False, None, adapter)
+            h_RSW, _, _ = self.blocks[index](h_RSW, rotary, attention_of(index), False, None, adapter)
         return self.norm(h_RSW) if layers.stop == self.c.depth else h_RSW
 
-    def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask | None) -> Dual:
+    def _attention(
+        self, stream: Stream, memory: Memory | Runs, h: Tensor | Dual
+    ) -> Callable[[int], Callable[..., Any]]:
+        """The attention of each layer of a pass over blocks."""
+        if isinstance(memory, Runs):  # their order and bounds are those of the runs, not of the stream
+            return lambda index: partial(memory.attend, index)
+        backend, mask = self._block_backend(stream.position.device), memory.mask(stream)
+        if not isinstance(h, Dual):
+            mask.prepare(backend, h.dtype)
+
+        def of(index: int) -> Callable[..., Any]:
+            past = memory.keys[index], memory.values[index]
+
+            def attention(q: Any, k: Any, v: Any) -> Any:
+                if isinstance(q, Dual):
+                    return self._attend_dual(q, k, v, past, mask)
+                return attend(q, *join(past, (k, v)), mask, backend)
+
+            return attention
+
+        return of
+
+    def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask) -> Dual:
         """Attention with its tangent, by the method `tangents`."""
         if self.c.tangents in ("forward", "central"):
             return attend_dual(q, k, v, *past, mask)

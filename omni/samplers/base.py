@@ -65,11 +65,17 @@ Reads = Literal["velocity", "grid_jumps", "jumps", "data_jumps"]
 
 
 class SamplerRegistry(Registry[Sampler]):
-    """`reads[name]`: the values of F that a sampler asks for."""
+    """Samplers, and the values of F that they ask for."""
 
     def __init__(self) -> None:
         super().__init__("sampler", "omni.samplers", entry_points="omni.samplers")
-        self.reads: dict[str, Reads] = {}
+        self._reads: dict[str, Reads] = {}
+
+    @property
+    def reads(self) -> dict[str, Reads]:
+        """What each sampler reads; of installed packages, those that have been asked for."""
+        self.names()  # imports the samplers of this package
+        return self._reads
 
     def register(self, name: str, reads: Reads) -> Callable[[Any], Any]:  # type: ignore[override]
         """Decorator for a generator function f(start, times, noise). ValueError for anything else."""
@@ -84,7 +90,7 @@ class SamplerRegistry(Registry[Sampler]):
                     f"sampler {name!r} must be a generator function f(start, times, noise) that yields Call and State, "
                     f"see omni.samplers.base; it is {sampler.__name__}({', '.join(given)})"
                 )
-            self.reads[name] = reads
+            self._reads[name] = reads
             return add(sampler)
 
         return checked

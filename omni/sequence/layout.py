@@ -296,19 +296,18 @@ def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: in
         torch.zeros(R, length, dtype=torch.int64), torch.zeros(R, length, 3, dtype=torch.int64), [],
     )  # fmt: skip
     for r, row in enumerate(rows):
-        i = 0
-        for d, one in enumerate(row):
-            at = slice(i, i + len(one.ids))
-            out.ids[r, at] = torch.tensor(one.ids, dtype=torch.int64)
-            where = [i + k for k, z in enumerate(one.latents) if z is not None]
-            if where:
-                out.latents[r, where] = torch.stack([z for z in one.latents if z is not None]).to(out.latents)
-                out.is_latent[r, where] = True
-            out.document[r, at] = d
-            out.block[r, at] = torch.tensor(one.block, dtype=torch.int64)
-            out.position[r, at] = torch.tensor(one.position, dtype=torch.int64).reshape(-1, 3)
-            i = at.stop
-        out.valid.append(i)
+        n = sum(len(one.ids) for one in row)
+        out.ids[r, :n] = torch.tensor([token for one in row for token in one.ids], dtype=torch.int64)
+        out.block[r, :n] = torch.tensor([block for one in row for block in one.block], dtype=torch.int64)
+        out.document[r, :n] = torch.tensor([d for d, one in enumerate(row) for _ in one.ids], dtype=torch.int64)
+        position = [coordinates for one in row for coordinates in one.position]
+        out.position[r, :n] = torch.tensor(position, dtype=torch.int64).reshape(-1, 3)
+        latents = [latent for one in row for latent in one.latents]
+        where = [i for i, latent in enumerate(latents) if latent is not None]
+        if where:
+            out.latents[r, where] = torch.stack([z for z in latents if z is not None]).to(out.latents)
+            out.is_latent[r, where] = True
+        out.valid.append(n)
     return out
 
 

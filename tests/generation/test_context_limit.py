@@ -18,6 +18,7 @@ from omni.document import Document, Image, Role, Text, Video
 from omni.generation.engine import Engine
 from omni.generation.events import BlockStart, Stop
 from omni.model import Omni, OmniConfig
+from omni.nn.cache import History
 from omni.pretrained import BUNDLED
 from omni.sequence.context_limit import ContextWarning
 from omni.sequence.layout import context_length
@@ -42,23 +43,16 @@ def letters(model: Omni, num: int) -> list[int]:
     return model.tokenizer.encode("a" * num)
 
 
-def watch(model: Omni, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The longest batch row of every cache, after each append."""
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The length of every history, after each append."""
     seen: list[int] = []
-    new_cache = model.transformer.new_cache
+    commit = History.commit
 
-    def watched(rows: int, capacity: int):  # noqa: ANN202
-        cache = new_cache(rows, capacity)
-        advance = cache.advance
+    def committed(history: History, *arguments) -> None:  # noqa: ANN002
+        commit(history, *arguments)
+        seen.append(history.length)
 
-        def advanced(valid: list[int]) -> None:
-            advance(valid)
-            seen.append(cache.longest)
-
-        cache.advance = advanced  # type: ignore[method-assign]
-        return cache
-
-    monkeypatch.setattr(model.transformer, "new_cache", watched)
+    monkeypatch.setattr(History, "commit", committed)
     return seen
 
 
@@ -113,7 +107,7 @@ def test_the_longest_prompt_leaves_one_token(tiny_model) -> None:  # noqa: ANN00
 def test_a_reply_ends_at_the_limit(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     """Each request of a batch ends at its own limit; the cache never exceeds the limit."""
     model = limited(tiny_model, 40)
-    seen = watch(model, monkeypatch)
+    seen = watch(monkeypatch)
     prompts = ["hello", "what?", "a longer prompt than the others"]
     engine = force(model, letters(model, 80))
     with pytest.warns(ContextWarning, match=r"holds 4\d|holds 3\d"):
@@ -129,7 +123,7 @@ def test_a_picture_without_room_is_not_started(tiny_model, monkeypatch: pytest.M
     n = length(living(tiny_model), "draw")
     for limit in range(n + 1, n + 12):
         model = limited(tiny_model, limit)
-        seen = watch(model, monkeypatch)
+        seen = watch(monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ContextWarning)
             events = list(force(model, script).stream("draw", steps=1))
@@ -152,7 +146,7 @@ def test_a_forced_picture_without_room_raises(tiny_model, monkeypatch: pytest.Mo
 
 def test_guidance_stays_within_the_context(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     model = limited(tiny_model, length(living(tiny_model), "draw it") + 9)
-    seen = watch(model, monkeypatch)
+    seen = watch(monkeypatch)
     with pytest.warns(ContextWarning):
         reply = model.generate(
             "draw it", force_image=True, image_size=(8, 8), steps=1, guidance=3.0, image_guidance=2.0, max_images=1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scripted import living
+from histories import histories_of
+from scripted import follow, living
 from torch import Tensor
 
 import omni
 from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Segment, Text, Video
-from omni.generation.context import append_spans, refine_stream
+from omni.generation.context import block_runs
 from omni.generation.denoise import block_noise
 from omni.generation.engine import Engine
 from omni.generation.events import BlockStep
@@ -32,7 +33,8 @@ def model(tiny_model) -> omni.Omni:  # noqa: ANN001
 
 
 class Spy:
-    """A sampler that records the start, F at TIMES, and the noise of two jumps, for every block."""
+    """A sampler that records the start, F at TIMES, and the noise of two jumps, for every block, in the order in which
+    the blocks begin."""
 
     def __init__(self) -> None:
         self.starts: list[Tensor] = []
@@ -41,9 +43,11 @@ class Spy:
 
     def __call__(self, start: Tensor, times: list[float], noise: Noise | None = None) -> Sampling:
         assert noise is not None
+        number = len(self.starts)
         self.starts.append(start.float())
-        self.velocities.append((yield Call(start, *TIMES)).float())
         self.noises.append([noise(0), noise(1)])
+        self.velocities.append(torch.empty(0))
+        self.velocities[number] = (yield Call(start, *TIMES)).float()
         yield State(1, 2, 0.5, start / 2)
         yield State(2, 2, 0.0, start / 4)
 
@@ -82,11 +86,10 @@ def branch(
     block = spans[blocks[len(finished)]]
     assert isinstance(block, LatentSpan) and x.shape == block.latents.shape
     with torch.inference_mode():
-        cache = model.transformer.new_cache(1, 64)
-        append_spans(model, cache, [spans[: blocks[len(finished)]]], 0)
+        [history] = histories_of(model, [spans[: blocks[len(finished)]]])
         t, s = (torch.tensor([time]) for time in TIMES)
-        stream = refine_stream(cache, block.grid, "cpu")
-        return model.velocity(x[None], t, s, torch.tensor([beta]), stream, None, cache.memory())[0]
+        stream, runs = block_runs([(history, block.grid)], torch.device("cpu"))
+        return model.velocity(x[None], t, s, torch.tensor([beta]), stream, None, runs)[0]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +97,14 @@ def branch(
     [(1.0, 1.0, 1), (3.0, 1.0, 2), (2.0, 2.0, 2), (3.0, 1.5, 3), (1.0, 2.0, 3), (0.0, 1.0, 2), (1.0, 0.0, 3)],
 )
 def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_image: float, evaluations: int) -> None:
-    """F_all + w_images (F_text - F_all) + w (F - F_text), of two rows in one pass; a branch of weight 0 is not run."""
+    """F_all + w_images (F_text - F_all) + w (F - F_text), of two requests in one pass; a branch of weight 0 is not
+    run."""
     options = GenerationOptions(guidance=w_text, image_guidance=w_image, guidance_embedding=2.0, **FORCED)
     documents = [Document(history) for history in HISTORIES]
     replies = Engine(model).generate_batch(documents, options, seeds=[1, 2])
     assert [reply.evaluations for reply in replies] == [evaluations] * 2
-    [start], [found] = spy.starts, spy.velocities
-    assert found.shape == (2, 6, 48)
+    start, found = spy.starts, spy.velocities
+    assert [one.shape for one in found] == [(6, 48)] * 2
     for row, history in enumerate(HISTORIES):
         full, text, everything = (branch(model, history, what, start[row]) for what in (None, "text", "all"))
         embedded = branch(model, history, None, start[row], 0.5)  # beta = 1 / 2; 1 for reduced histories
@@ -110,17 +114,16 @@ def test_guidance_is_its_formula(model: omni.Omni, spy: Spy, w_text: float, w_im
 
 
 def test_a_refining_request_keeps_its_own_history(model: omni.Omni, spy: Spy) -> None:
-    """A group of fewer requests than the batch: the second request refines, the first has no picture."""
+    """Fewer blocks than requests: the second request refines, the first has no picture."""
     plain = GenerationOptions(max_tokens=1, max_images=1)
     mine = GenerationOptions(guidance=2.0, image_guidance=1.0, **FORCED)
     Engine(model).generate_batch(["something else", Document(HISTORIES[0])], [plain, mine], seeds=[1, 2])
     [start], [found] = spy.starts, spy.velocities
-    full, text = (branch(model, HISTORIES[0], what, start[0]) for what in (None, "text"))
-    torch.testing.assert_close(found[0], text + 2 * (full - text), rtol=1e-4, atol=1e-4)
+    full, text = (branch(model, HISTORIES[0], what, start) for what in (None, "text"))
+    torch.testing.assert_close(found, text + 2 * (full - text), rtol=1e-4, atol=1e-4)
     Engine(model).generate_batch(["something else", Document(HISTORIES[0])], [plain, GenerationOptions(**FORCED)])
-    torch.testing.assert_close(
-        spy.velocities[1][0], branch(model, HISTORIES[0], None, spy.starts[1][0]), rtol=1e-4, atol=1e-4
-    )
+    wanted = branch(model, HISTORIES[0], None, spy.starts[1])
+    torch.testing.assert_close(spy.velocities[1], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_segments_dropped_for_guidance() -> None:
@@ -165,16 +168,9 @@ def test_only_the_last_supervised_picture_is_the_target() -> None:
 
 
 def scripted(model: omni.Omni, scripts: list[list[int]]) -> Engine:
-    """An engine whose requests emit the ids of their scripts."""
+    """An engine whose requests emit the ids of their scripts, and the end."""
     engine = Engine(model)
-    choose = engine._choose
-
-    def chosen(rows, logits):  # noqa: ANN001, ANN202
-        choose(rows, logits)  # counts the tokens
-        left = [scripts[row.number][row.num_tokens - 1 :] for row in rows]
-        return [ids[0] if ids else engine.control.end for ids in left]
-
-    engine._choose = chosen  # type: ignore[method-assign]
+    follow(engine, lambda request: [*scripts[request.number], engine.control.end])
     return engine
 
 
@@ -190,7 +186,7 @@ def test_every_block_and_jump_has_its_own_noise(model: omni.Omni, spy: Spy) -> N
     assert len(spy.starts) == 2
     drawn = [spy.starts[0], *spy.noises[0], spy.starts[1], *spy.noises[1]]
     for number, one in enumerate(drawn):
-        assert one.shape == (1, 6, 48) and abs(float(one.mean())) < 0.3 and 0.8 < float(one.std()) < 1.2
+        assert one.shape == (6, 48) and abs(float(one.mean())) < 0.3 and 0.8 < float(one.std()) < 1.2
         assert all(float((one - other).abs().max()) > 0.5 for other in drawn[:number])
 
 
@@ -212,23 +208,23 @@ def test_the_blocks_of_a_clip_have_their_own_noise(model: omni.Omni, spy: Spy, c
     scripted(model, [header(model, clips)]).generate("move", sampler="spy", steps=2, seed=5)
     assert len(spy.starts) == 2  # one call per block
     for block in (0, 1):
-        assert torch.equal(spy.starts[block][0], noise[block])
+        assert torch.equal(spy.starts[block], noise[block])
         for jump in (0, 1):
-            assert torch.equal(spy.noises[block][jump][0], block_noise(Key(5), 0, block, (12, 48), jump))
+            assert torch.equal(spy.noises[block][jump], block_noise(Key(5), 0, block, (12, 48), jump))
 
 
 def test_every_guidance_branch_reads_finished_blocks(model: omni.Omni, spy: Spy, clips: Video) -> None:
     options = {"sampler": "spy", "steps": 2, "guidance": 3.0, "image_guidance": 1.5}
     scripted(model, [header(model, clips)]).generate(Document(HISTORIES[0]), **options)
-    finished = spy.starts[0][0] / 4  # the end of the spy's jumps
+    finished = spy.starts[0] / 4  # the end of the spy's jumps
     for number, known in enumerate(((), (finished,))):
-        start, found = spy.starts[number][0], spy.velocities[number][0]
+        start, found = spy.starts[number], spy.velocities[number]
         full, text, everything = (
             branch(model, HISTORIES[0], what, start, target=clips, finished=known) for what in (None, "text", "all")
         )
         wanted = everything + 1.5 * (text - everything) + 3 * (full - text)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    without = branch(model, HISTORIES[0], "all", spy.starts[1][0], target=clips)
+    without = branch(model, HISTORIES[0], "all", spy.starts[1], target=clips)
     assert float((without - everything).abs().max()) > 1e-3
 
 
@@ -238,13 +234,13 @@ def test_noise_does_not_depend_on_the_batch(model: omni.Omni, spy: Spy) -> None:
     text = engine.tokenizer.encode("hello")
     two, late = picture(engine) * 2, [*text, *picture(engine)]
     scripted(model, [two]).generate_batch(["draw"], options, seeds=[5])
-    alone = {id_: (spy.starts[id_][0], *(n[0] for n in spy.noises[id_])) for id_ in (0, 1)}
+    alone = [(start, *noise) for start, noise in zip(spy.starts, spy.noises, strict=True)]
+    assert len(alone) == 2
     spy.starts.clear(), spy.noises.clear()
     scripted(model, [late, two, two]).generate_batch(["a", "draw", "c"], options, seeds=[6, 5, 7])
-    rows = [(start[b], *(n[b] for n in noise)) for start, noise in zip(spy.starts, spy.noises, strict=True)
-            for b in range(len(start))]  # fmt: skip
+    rows = [(start, *noise) for start, noise in zip(spy.starts, spy.noises, strict=True)]
     assert len(rows) == 5
-    for wanted in alone.values():
+    for wanted in alone:
         same = [all(torch.equal(a, b) for a, b in zip(wanted, row, strict=True)) for row in rows]
         assert sum(same) == 1
     assert all(not torch.equal(a[0], b[0]) for i, a in enumerate(rows) for b in rows[:i])
@@ -256,7 +252,7 @@ def test_step_events_come_block_by_block(model: omni.Omni, spy: Spy) -> None:
     steps = [event for event in events if isinstance(event, BlockStep)]
     assert [(e.index, e.step, e.steps) for e in steps] == [(0, 1, 2), (0, 2, 2), (1, 1, 2), (1, 2, 2)]
     for event, start, share in zip(steps, [spy.starts[0]] * 2 + [spy.starts[1]] * 2, [2, 4] * 2, strict=True):
-        assert event.latents.dtype == torch.float32 and torch.equal(event.latents, start[0] / share)
+        assert event.latents.dtype == torch.float32 and torch.equal(event.latents, start / share)
 
 
 DIFFERENT: list[dict[str, object]] = [

@@ -6,16 +6,19 @@ import itertools
 
 import pytest
 import torch
+from histories import histories_of, read, text
 from scripted import force, living
 
 import omni
 from omni.codecs.pixels import PixelCodec
 from omni.document import Document, Image, Role, Text, Video
-from omni.generation.context import append_spans, refine_stream
+from omni.generation import turn
+from omni.generation.context import block_runs
 from omni.generation.denoise import null_spans
 from omni.generation.engine import Engine
 from omni.generation.events import BlockDone, BlockStart, BlockStep, Stop, TextDelta, VideoPart
 from omni.generation.options import GenerationOptions
+from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers.token import sample_token
 from omni.sequence.guidance import drop, reduce
@@ -56,13 +59,13 @@ def test_logits_are_capped_on_every_path(model: omni.Omni, monkeypatch: pytest.M
     """After the prompt, after one id alone (the hot path), and after a picture."""
     monkeypatch.setattr(model.token, "logit_cap", 0.05)
     engine = force(model, picture_script(Engine(model), 2, 2))
-    seen, choose = [], engine._choose
+    seen, choose = [], turn.choose
 
-    def watched(rows, logits):  # noqa: ANN001, ANN202
+    def watched(runtime, request, logits):  # noqa: ANN001, ANN202
         seen.append(float(logits.abs().max()))
-        return choose(rows, logits)
+        return choose(runtime, request, logits)
 
-    engine._choose = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(turn, "choose", watched)
     engine.generate("draw", steps=1, seed=1)
     assert len(seen) > 6 and min(seen) > 0.01 and max(seen) <= 0.05
 
@@ -264,32 +267,32 @@ def test_a_forced_picture_takes_one_pass_and_is_delivered_before_encoding(
     options = GenerationOptions(steps=2, force_image=True, image_size=(8, 8), max_images=1, max_tokens=5)
     prompt = sum(len(s.ids) for s in model.spans(Document((Text("draw"),)), True))  # type: ignore[union-attr]
     when = {type(event): list(passes) for event in Engine(model).stream("draw", options)}
-    assert when[BlockStart] == []
-    assert when[BlockStep] == when[BlockDone] == [prompt + 3]
+    assert when[BlockStart] == when[BlockStep] == when[BlockDone] == [prompt + 3]  # a step gives its events at its end
     assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, appended when text follows
 
 
-@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
-def test_refinement_in_free_cache_slots_equals_a_copy(model: omni.Omni, lengths: tuple[int, int]) -> None:
-    """Refinement in the free slots of the cache equals refinement on a copy of its keys and values; run twice."""
-    spans = [[TokenSpan([r + n for n in range(length)], [False] * length)] for r, length in enumerate(lengths)]
-    key = Key(7)
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3), (23, 15)])
+def test_refinement_in_free_slots_equals_a_copy(model: omni.Omni, lengths: tuple[int, int]) -> None:
+    """Refinement in the free slots of a history equals refinement in new slots; run twice. With 23 and 15 positions
+    the block needs more pages than the text."""
+    spans = [[text(range(r, r + length))] for r, length in enumerate(lengths)]
     with torch.inference_mode():
-        cache = model.transformer.new_cache(2, 6)  # too small for the block, so it grows
-        append_spans(model, cache, spans, 0)
-        stream, x = refine_stream(cache, (1, 2, 2), "cpu"), key.normal((2, 4, model.config.flow.channels))
-        t = torch.tensor([0.9, 0.4])
-        room = cache.memory(room=4)
-        found = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, room) for scale in (1, 2)]
-        plain = cache.memory()
-        wanted = [model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, None, plain) for scale in (1, 2)]
+        histories, x = histories_of(model, spans), Key(7).normal((1, 8, model.config.flow.channels))
+        t, item = torch.tensor([0.9, 0.4]), torch.tensor([[0] * 4 + [1] * 4])
+
+        def refine(scale: float, histories: list[History]) -> torch.Tensor:
+            stream, runs = block_runs([(one, (1, 2, 2)) for one in histories], torch.device("cpu"))
+            return model.velocity(scale * x, t, 0.5 * t, torch.ones(2), stream, item, runs)
+
+        found = [refine(scale, histories) for scale in (1, 2)]
+        wanted = [refine(scale, histories_of(model, spans)) for scale in (1, 2)]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert float((found[0] - found[1]).abs().max()) > 1e-3
-        ahead = append_spans(model, cache, spans, 0)  # old values in the free slots are not context
-        fresh = model.transformer.new_cache(2, 32)
-        for _ in range(2):
-            clean = append_spans(model, fresh, spans, 0)
-        assert torch.equal(ahead, clean)
+        assert [one.length for one in histories] == list(lengths)
+        ahead = read(model, histories, spans)  # old values in the free slots are not context
+        fresh = histories_of(model, spans)
+        clean = read(model, fresh, spans)
+        assert all(torch.equal(a, b) for a, b in zip(ahead, clean, strict=True))
 
 
 def test_the_seed_determines_the_picture(model: omni.Omni) -> None:
@@ -320,7 +323,7 @@ def test_null_branch_equals_the_reduced_document_of_training(model: omni.Omni) -
     engine = Engine(model)
     pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
     history = (Text("draw it"), Image(pixels), Text("so?"), Text("Here: ", Role.ASSISTANT))
-    from omni.generation.row import Media, Row
+    from omni.generation.request import Media, Request
     from omni.sequence.layout import LatentSpan
 
     image, video = Image(pixels, Role.ASSISTANT, True), Video(pixels[None], 30.2, Role.ASSISTANT, True)
@@ -329,10 +332,12 @@ def test_null_branch_equals_the_reduced_document_of_training(model: omni.Omni) -
         trained = drop(Document((*history, target)), what)
         assert trained is not None
         spans = model.spans(trained)
-        row = Row(0, GenerationOptions(), history, engine.tokenizer.stream(), list(history))
-        row.latents[history[1]] = model.encode_media([history[1]])[0]
-        row.media = media
-        inferred = null_spans(engine, row, what)
+        request = Request(
+            0, History(engine.pool), GenerationOptions(), history, engine.tokenizer.stream(), list(history)
+        )
+        request.latents[history[1]] = model.encode_media([history[1]])[0]
+        request.media = media
+        inferred = null_spans(engine.runtime, request, what)
         last = max(i for i, s in enumerate(spans) if isinstance(s, LatentSpan))
         flat = lambda group: [s.ids if not isinstance(s, LatentSpan) else s.grid for s in group]  # noqa: E731
         assert flat(inferred) == flat(spans[:last]), what

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from scripted import with_head
 from torch import Tensor
 
 import omni
+from omni.document import Text
 from omni.errors import NotFiniteError
 from omni.generation.engine import Engine
 from omni.generation.events import Drafted
 from omni.generation.options import GenerationOptions
 from omni.generation.reply import Reply
+from omni.generation.request import Request
 from omni.generation.speculative import _noise
-from omni.heads.joint import JOINT_HEADS, Draft, ExtendedCall, JointConfig, JointHead
-from omni.model import Omni
-from omni.nn.cache import KVCache
+from omni.heads.joint import JOINT_HEADS, Draft, ExtendedCall, JointHead
+from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 
@@ -57,15 +59,6 @@ class FourIds(JointHead):
 
     def loss(self, call, lesson):  # noqa: ANN001, ANN201
         raise NotImplementedError
-
-
-def with_head(tiny_model, head: str) -> Omni:  # noqa: ANN001
-    plain = omni.from_pretrained(tiny_model)
-    joint = JointConfig(head=head, length=K, adapter_rank=2)
-    model = Omni(plain.config.model_copy(update={"joint": joint}), Key(0)).eval()
-    model.load_state_dict(plain.state_dict(), strict=False)
-    model.tokenizer, model.codec, model.defaults = plain.tokenizer, plain.codec, plain.defaults
-    return model
 
 
 @pytest.fixture(params=["product", "roll_out", "sequential"])
@@ -135,18 +128,13 @@ def test_the_longest_context_ends_a_reply_as_in_autoregressive_decoding(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No draft exceeds the longest context, and a picture without room is not started."""
-    longest, write_fields, enter = [0], KVCache.write_fields, engine.step.enter
+    longest, commit = [0], History.commit
 
-    def written(cache: KVCache, block: Tensor, valid: list[int]) -> None:
-        longest.append(max(a + n for a, n in zip(cache.lengths, valid, strict=True)))
-        write_fields(cache, block, valid)
+    def committed(history: History, *arguments) -> None:  # noqa: ANN002
+        commit(history, *arguments)
+        longest.append(history.length)
 
-    def entered(cache: KVCache, num: int = 1) -> int:
-        longest.append(cache.longest + num)
-        return enter(cache, num)
-
-    monkeypatch.setattr(KVCache, "write_fields", written)
-    engine.step.enter = entered  # type: ignore[method-assign]
+    monkeypatch.setattr(History, "commit", committed)
     engine.grammar.allowed["text"][engine.control.end] = -torch.inf
     reasons = set()
     for limit, seed in itertools.product((16, 30), range(2)):
@@ -243,18 +231,19 @@ def test_recurrent_drafting_takes_one_pass_a_round(tiny_model, temperature: floa
     """The strings of autoregressive decoding, alone and in a batch; after the first round each id is read once."""
     engine = four_ids_alone(Engine(with_head(tiny_model, "sequential")))
     lengths: list[int] = []
-    append = engine.step.append
+    extend = engine.model.transformer.extend
 
-    def counted(h: Tensor, cache: KVCache) -> Tensor:
+    def counted(h: Tensor, *arguments) -> Tensor:  # noqa: ANN002
         lengths.append(h.shape[1])
-        return append(h, cache)
+        return extend(h, *arguments)
 
-    engine.step.append = counted  # type: ignore[method-assign]
+    engine.model.transformer.extend = counted  # type: ignore[method-assign]
     options = GenerationOptions(temperature=temperature, max_tokens=40, max_images=0)
     replies = [engine.generate("say", options.changed({"seed": seed})) for seed in range(8)]
     rounds = [d for reply in replies for d in reply.drafts[1:]]
     assert all(d.passes == 1 and d.drafted < K for d in rounds)
-    assert len(lengths) == len(replies) + len(rounds) and max(lengths) == K  # the last id and its draft
+    # Each reply: the prompt, which is read once by all, and the first draft; then the last id with its draft.
+    assert len(lengths) == 2 * len(replies) + len(rounds) and max(lengths[1:]) == K
     accepted = sum(d.accepted for d in rounds)
     assert accepted < sum(d.drafted for d in rounds) and (accepted > 0 or not temperature)
     plain = options.changed({"tokens_per_pass": 1})
@@ -316,10 +305,11 @@ def test_block_verification_uses_new_noise_every_round(tiny_model) -> None:  # n
     """Verification "block" depends on rejected tokens, so their noise is not reused. Rejection keeps common noise."""
     engine = Engine(with_head(tiny_model, "product"))
     for kind in ("block", "rejection", "coupled"):
-        [row] = engine._rows(["say"], GenerationOptions(verify=kind, temperature=1.0), None)
-        first = _noise(row, 4)
-        row.num_tokens += 1
-        assert bool(set(first) & set(_noise(row, 4))) == (kind != "block")
+        options = engine.resolve(GenerationOptions(verify=kind, temperature=1.0))
+        request = Request(0, History(engine.pool), options, (Text("say"),), engine.tokenizer.stream())
+        first = _noise(request, 4)
+        request.num_tokens += 1
+        assert bool(set(first) & set(_noise(request, 4))) == (kind != "block")
 
 
 NUM_REPLIES = 2000
@@ -382,3 +372,15 @@ def test_impossible_options_raise(tiny_model, changes: dict, message: str) -> No
 def test_drafts_without_a_joint_token_head_raise(tiny_model) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="no joint-token head"):
         Engine(omni.from_pretrained(tiny_model)).generate("x", tokens_per_pass=2)
+
+
+def test_drafts_are_a_default_of_the_model(tiny_model) -> None:  # noqa: ANN001
+    """Without it a reply is decoded id by id; the request decides."""
+    model = with_head(tiny_model, "product")
+
+    def passes(**options: int) -> int | None:
+        return Engine(model).resolve(GenerationOptions(**options)).speculative.tokens_per_pass  # type: ignore[arg-type]
+
+    assert (passes(), passes(tokens_per_pass=2)) == (K, 2)
+    model.defaults = {}
+    assert (passes(), passes(tokens_per_pass=2)) == (1, 2)

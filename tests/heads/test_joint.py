@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from histories import call_behind
 from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 
-from omni.generation.context import append_spans
-from omni.generation.drafting import CacheCall
+from omni.generation.context import append_of, run_context
 from omni.heads.joint import JOINT_HEADS, ExtendedCall, JointConfig, JointHead
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
-from omni.nn.decode_step import TokenStep
-from omni.nn.tail import Tail
+from omni.nn.cache import History
 from omni.rng import Key
-from omni.sequence.layout import IGNORE, LatentSpan, Shape, Span, TokenSpan, context_tensors, lay_out, pack
+from omni.sequence.layout import IGNORE, LatentSpan, Shape, Span, TokenSpan, pack
 from omni.sequence.mask import dense, flex, oracle
 from omni.sequence.placeholders import block_stream, choose_blocks
 
@@ -110,8 +109,7 @@ def test_the_rule_of_blocks_in_words() -> None:
 @pytest.mark.parametrize("clean", [0, 2])
 @pytest.mark.parametrize("depth", [None, 1])
 def test_training_pass_equals_the_pass_against_a_cache(causal: bool, clean: int, depth: int | None) -> None:
-    """The contract for joint-token blocks: the same placeholders after the same text, packed or against a cache; with
-    the cache by `extend` or by the decoding step."""
+    """The contract for joint-token blocks: the same placeholders after the same text, packed or after a history."""
     model = joint_model(depth=depth)
     spans = [
         TokenSpan([5, 6], [False, True]),
@@ -131,16 +129,12 @@ def test_training_pass_equals_the_pass_against_a_cache(causal: bool, clean: int,
             if starts.document[b] != 0 or i == 0:
                 continue
             head, tail = _cut(spans, i)
-            for step in (None, TokenStep(model.transformer)):
-                for before, after in ((head, [tail]), ([], [*head, tail])):
-                    cache = model.transformer.new_cache(1, 8)
-                    if before:
-                        append_spans(model, cache, [before], PAD)
-                    behind = CacheCall(model, cache, [after], PAD, step)
-                    other = behind(inputs[b : b + 1], causal, clean)
-                    assert (other[0] - found[b]).abs().max() < 1e-5
-                    assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
-                    assert behind.passes == (2 if clean else 1) and cache.lengths == [i + 1]
+            for before, after in ((head, [tail]), ([], [*head, tail])):
+                behind = call_behind(model, [before], [after], PAD)
+                other = behind(inputs[b : b + 1], causal, clean)
+                assert (other[0] - found[b]).abs().max() < 1e-5
+                assert (behind.start[0] - hidden[0, i]).abs().max() < 1e-5
+                assert behind.passes == (2 if clean else 1) and behind.appends[0].history.length == i + 1
             compared += 1
         assert compared >= 4
 
@@ -222,37 +216,28 @@ def test_a_model_without_a_head_raises() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [None, 1])
-def test_placeholders_behind_batch_rows_of_unequal_lengths(depth: int | None) -> None:
-    """With weights of the latents' own: text and pictures of any length, then placeholders, as each row alone."""
+def test_placeholders_behind_histories_of_unequal_lengths(depth: int | None) -> None:
+    """With weights of the latents' own: text and pictures of any length, then placeholders, as each request alone."""
     model = joint_model(depth=depth, latent_weights="separate").double()
     picture = LatentSpan(Key(3).normal((2, CHANNELS)), (1, 1, 2), True)
     rows = [[TokenSpan([5, 6, 7], [False] * 3), picture, TokenSpan([8], [False])], [TokenSpan([9], [False])]]
     inputs = Key(5).normal((2, 3, 32)).double()
-    together = extended(model, rows, inputs)
+    hidden, together = passed(model, rows, inputs)
     for r, row in enumerate(rows):
-        alone = extended(model, [row], inputs[r : r + 1])
-        torch.testing.assert_close(together[r : r + 1, -3:], alone[:, -3:], rtol=0, atol=1e-12)
-        n = alone.shape[1] - 3
-        torch.testing.assert_close(together[r : r + 1, :n], alone[:, :n], rtol=0, atol=1e-12)
+        [mine], alone = passed(model, [row], inputs[r : r + 1])
+        torch.testing.assert_close(together[r : r + 1], alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(hidden[r], mine, rtol=0, atol=1e-12)
     assert model.joint is not None and model.joint.adapters is not None
     model.joint.adapters.layers[-1].parts["out"].up.weight.mul_(2)  # type: ignore[union-attr]
-    moved = extended(model, rows, inputs)
-    assert torch.equal(moved[:, :-3], together[:, :-3])
-    assert all(float((moved - together)[r, -3:].abs().max()) > 1e-3 for r in range(2))
+    same, moved = passed(model, rows, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(same, hidden, strict=True))
+    assert all(float((moved - together)[r].abs().max()) > 1e-3 for r in range(2))
 
 
-def extended(model: Omni, rows: list[list[Span]], inputs: torch.Tensor) -> torch.Tensor:
-    """Hidden states of the spans of every batch row in one pass of Transformer.extend, then of the placeholders."""
-    laid = [lay_out(row, PAD) for row in rows]
-    num, n = max(len(one.ids) for one in laid), inputs.shape[1]
-    context = context_tensors([[one] for one in laid], num, CHANNELS, PAD)
-    h = model.embed_context(context.ids, context.latents.double(), context.is_latent)
-    gate = torch.cat([torch.zeros(1, num, 1), torch.ones(1, n, 1)], 1)
-    assert model.joint is not None and model.joint.adapters is not None
-    block, position = (torch.tensor([getattr(one, name) for one in laid]) for name in ("next_block", "next_position"))
-    tail = Tail(inputs, block, position, model.joint.adapters.gated(gate), True)
-    cache = model.transformer.new_cache(len(rows), num)
-    return model.transformer.extend(h, context.block, context.position, context.is_latent, cache, context.valid, tail)
+def passed(model: Omni, rows: list[list[Span]], inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states of the spans of every request in one context pass, and of the placeholders after them."""
+    pool = model.transformer.new_pool()
+    return run_context(model, [append_of(History(pool), row, PAD) for row in rows], PAD, None, inputs)
 
 
 @pytest.mark.parametrize("depth", [None, 1])

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from histories import call_behind, text
 from torch import Tensor
 
 from eval.experiments.joint.training import Budget, head_of, toy_batch, toy_call, toy_model, train, uniforms
-from omni.generation.context import append_spans
-from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, LossInputs, build_head
 from omni.heads.joint.noise_kinds import NoiseKind
 from omni.heads.joint.push_forward import PushForward, block_bound, build_targets, semigroup_targets, terms_of
@@ -23,7 +22,6 @@ from omni.heads.joint.training import BatchCall, teacher_log_probs
 from omni.model import Omni
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample, uniform_interval
-from omni.sequence.layout import TokenSpan
 from omni.sequence.placeholders import Blocks
 
 KINDS: tuple[NoiseKind, ...] = ("uniform", "tree", "gumbel")
@@ -321,9 +319,7 @@ def test_draft_with_a_cache_equals_draft_with_a_batch() -> None:
     for mode in ("decode", "categorical"):
         head.config = head.config.model_copy(update={"mode": mode})
         for passes in (1, 2):
-            cache = model.transformer.new_cache(1, 8)
-            append_spans(model, cache, [[TokenSpan([5, 1], [False, False])]], 0)
-            behind = CacheCall(model, cache, [[TokenSpan([3], [False])]])
+            behind = call_behind(model, [[text([5, 1])]], [[text([3])]])
             found = head.sample(behind, u, Key(1), passes)
             assert behind.passes == passes
             other = head.sample(toy_call(model, torch.tensor([[1, 3]]), 4), u, Key(1), passes)

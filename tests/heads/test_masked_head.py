@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from histories import call_behind, text
 from masked_calls import K, OracleCall, ancestral_distribution, masked_head, oracle_head, score_in_order, small_call
 from tiny_call import VOCABULARY, WIDTH, all_blocks, codes, lesson_of, tiny_head, worst_gradient_error
 from torch import Tensor
@@ -18,13 +19,10 @@ from torch import Tensor
 from eval.experiments.joint.joints import Table, build_joint
 from eval.experiments.joint.lower_bounds import random_step_bounds, total_correlation
 from eval.experiments.joint.training import Budget, head_of, toy_call, toy_model, train, uniforms
-from omni.generation.context import append_spans
-from omni.generation.drafting import CacheCall
 from omni.heads.joint import JointConfig, build_head
 from omni.heads.joint.masked import Masked, draw_masks, mask_count_probs, sets_of, spread_uniforms
 from omni.heads.joint.masked_sampling import reveal_sizes
 from omni.rng import Key
-from omni.sequence.layout import TokenSpan
 from omni.sequence.placeholders import Blocks
 
 # ---- with an oracle ------------------------------------------------------------------------------------------------
@@ -213,9 +211,9 @@ def test_probabilities_with_a_cache_equal_those_with_a_batch() -> None:
     with torch.inference_mode():
         shown = torch.tensor([[True, False, True], [False, False, False]])
         beside = head.log_probs(toy_call(model, prefix, n), ids, shown)
-        cache = model.transformer.new_cache(2, 8)
-        append_spans(model, cache, [[TokenSpan([V, int(row[0])], [False, False])] for row in prefix], 0)
-        behind = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in prefix[:, 1].tolist()])
+        behind = call_behind(
+            model, [[text([V, a])] for a, _ in prefix.tolist()], [[text([b])] for _, b in prefix.tolist()]
+        )
         assert (head.log_probs(behind, ids, shown) - beside).abs().max() < 1e-9
         assert (beside - head.log_probs(toy_call(model, prefix, n), ids, ~shown)).abs().max() > 1e-2
         for passes in (1, 2, 3):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import follow
 
 import omni
 from omni.config import build
 from omni.document import Document, Image, Role, Text, Video
+from omni.generation import steps
 from omni.generation.engine import Engine
 from omni.generation.options import GenerationOptions
-from omni.generation.runtime import Runtime
 from omni.media.preparation import Limits, Preparation, letterbox, prepare, prepare_clip, prepare_picture, target_size
 from omni.rng import Key
 
@@ -246,25 +247,23 @@ def test_reduced_histories_have_the_latents_of_the_cache(tiny_model: Path, monke
     model = omni.from_pretrained(tiny_model)
     model.preparation = Preparation(resize="letterbox", size=(16, 16))
     engine = Engine(model)
-    appended: dict[int, list[Any]] = {}
-    append = Runtime.append
+    appended: dict[Any, list[torch.Tensor]] = {}  # by the history: the latents in the order in which it read them
+    run_context = steps.run_context
 
-    def watched(self: Runtime, cache: Any, spans: Any) -> Any:
-        appended.setdefault(id(cache), []).extend(span for span in spans[0] if hasattr(span, "grid"))
-        kept.append(cache)
-        return append(self, cache, spans)
+    def watched(model: Any, appends: Any, *rest: Any) -> Any:
+        for one in appends:
+            appended.setdefault(one.history, []).extend(z for z in one.laid.latents if z is not None)
+        return run_context(model, appends, *rest)
 
-    kept: list[Any] = []  # keeps objects alive, so that no id() repeats
-    monkeypatch.setattr(Runtime, "append", watched)
-    control, choose = engine.control, engine._choose
-    script = [control.image, control.image, control.end]
-    engine._choose = lambda rows, logits: choose(rows, logits) and [script.pop(0)]  # type: ignore[method-assign]
+    monkeypatch.setattr(steps, "run_context", watched)
+    control = engine.control
+    # An image_size is forced: both of its ids count as tokens.
+    sizes = [control.size(2), control.size(3)]
+    follow(engine, lambda request: [control.image, *sizes, control.image, *sizes, control.end])
     options = GenerationOptions(steps=1, image_size=(8, 12), image_guidance=2.0, guidance=3.0)
     reply = engine.generate(Document((Image(noise(40, 20)), Text("draw two"))), options)
     assert [(p.width, p.height) for p in reply.images] == [(12, 8), (12, 8)]
-    own, *others = list(appended.values())
-    assert [span.grid for span in own[:2]] == [(1, 4, 4), (1, 2, 3)]
-    reduced = [spans for spans in others if len(spans) == 2]  # the second picture's history without its text
-    assert len(reduced) == 1
-    for one, other in zip(reduced[0], own, strict=False):
-        assert one.grid == other.grid and torch.equal(one.latents, other.latents)
+    [own] = [latents for latents in appended.values() if len(latents) == 16 + 6 + 6]
+    reduced = [latents for latents in appended.values() if len(latents) == 16 + 6]  # without text, for the second
+    assert len(reduced) == 1 and len(appended) == 3
+    assert torch.equal(torch.stack(reduced[0]), torch.stack(own[:22]))

@@ -1,134 +1,280 @@
-"""The KV cache against lists of positions: after writes, forks, cuts and stacks, each batch row holds its own
-positions."""
+"""The pool of pages against lists of positions: after writes, forks, cuts, moves and releases, each history holds its
+own positions; and the memory of a packed context."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from omni.nn.cache import KVCache, join
+from omni.nn.cache import PAGE, History, Memory, Pool, PoolFullError, join
 from omni.rng import Key
 from omni.sequence.layout import Stream
-from omni.sequence.mask import EMPTY
+from omni.sequence.mask import EMPTY, Fields
 
 L, G, D = 2, 3, 5
 
 
 @dataclass
 class Plain:
-    """One batch row as a list of (block, number of the position), and where its layout continues."""
+    """One history as a list of the numbers of its positions, and where its layout continues."""
 
-    positions: list[tuple[int, int]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     next_position: int = 0
     next_block: int = 0
 
     def copy(self) -> Plain:
-        return Plain(list(self.positions), self.next_position, self.next_block)
+        return Plain(list(self.numbers), self.next_position, self.next_block)
 
 
-def content(layer: int, number: int) -> Tensor:
-    """(G, D): the key of a position; its value is the negative."""
-    return 1000.0 * layer + number + torch.arange(G * D).reshape(G, D) / 100
+def content(numbers: list[int]) -> Tensor:
+    """(L, G, n, D): the keys of positions; their values are the negative."""
+    layer, head = torch.arange(L).view(L, 1, 1, 1) * 1e5, torch.arange(G * D).view(1, G, 1, D) / 100
+    return layer + head + torch.tensor(numbers, dtype=torch.float32).view(1, 1, -1, 1)
 
 
-def write(cache: KVCache, rows: list[Plain], valid: list[int], first: int, width: int) -> None:
-    """`width` positions for every batch row; the first `valid[r]` count."""
-    numbers = torch.arange(first, first + len(rows) * width).reshape(len(rows), width)
-    block = torch.tensor([[row.next_block + n for n in range(width)] for row in rows])
-    cache.write_fields(block, valid)
-    longest = max(len(row.positions) for row in rows)
-    for layer in range(L):
-        k = torch.stack([torch.stack([content(layer, int(n)) for n in line], 1) for line in numbers])
-        keys, values = cache.write(layer, k, -k)
-        assert keys.shape == values.shape == (len(rows), G, longest + width, D)
-        for r, row in enumerate(rows):
-            assert torch.equal(keys[r, :, len(row.positions) : len(row.positions) + width], k[r])
-            assert torch.equal(values[r, :, len(row.positions) : len(row.positions) + width], -k[r])
-    cache.advance(valid)
-    for r, (row, n) in enumerate(zip(rows, valid, strict=True)):
-        row.positions += [(int(block[r, i]), int(numbers[r, i])) for i in range(n)]
-        row.next_position += n
-        row.next_block += n
-        cache.next_position[r], cache.next_block[r] = row.next_position, row.next_block
+def write(history: History, numbers: list[int]) -> None:
+    """Write behind the length, like a pass; commits nothing."""
+    history.reserve(len(numbers))
+    at = slice(history.start + history.length, history.start + history.length + len(numbers))
+    history.pool.k[:, :, at], history.pool.v[:, :, at] = content(numbers), -content(numbers)
 
 
-def check(cache: KVCache, rows: list[Plain]) -> None:
-    lengths = [len(row.positions) for row in rows]
-    assert cache.lengths == lengths and cache.rows == len(rows) and cache.longest == max(lengths)
-    assert cache.uniform == (len(set(lengths)) == 1)
-    assert cache.next_position == [row.next_position for row in rows]
-    assert cache.next_block == [row.next_block for row in rows]
-    assert cache.k.shape == cache.v.shape == (L, len(rows), G, cache.capacity, D) and cache.capacity >= max(lengths)
-    fields = cache.fields(cache.capacity)
-    for r, row in enumerate(rows):
-        n = len(row.positions)
-        assert fields.document[r].tolist() == [0] * n + [EMPTY] * (cache.capacity - n)
-        assert fields.block[r, :n].tolist() == [block for block, _ in row.positions]
-        assert not fields.copy.any() and fields.copy.shape == fields.block.shape
-        for layer in range(L):
-            for i, (_, number) in enumerate(row.positions):
-                assert torch.equal(cache.k[layer, r, :, i], content(layer, number))
-                assert torch.equal(cache.v[layer, r, :, i], -content(layer, number))
+def extents(histories: list[History]) -> set[tuple[int, int]]:
+    return {(one.start, one.capacity) for one in histories if one.capacity}
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_cache_equals_lists(seed: int) -> None:
+def check(pool: Pool, histories: list[tuple[History, Plain]]) -> None:
+    for one, plain in histories:
+        n = len(plain.numbers)
+        assert (one.length, one.next_position, one.next_block) == (n, plain.next_position, plain.next_block)
+        assert one.marks == plain.numbers and one.capacity >= n and one.start % PAGE == one.capacity % PAGE == 0
+        at = slice(one.start, one.start + n)
+        assert torch.equal(pool.k[:, :, at], content(plain.numbers)) and torch.equal(
+            pool.v[:, :, at], -pool.k[:, :, at]
+        )
+    runs = sorted(extents([one for one, _ in histories]))
+    assert all(a + num <= b for (a, num), (b, _) in zip(runs, runs[1:], strict=False))  # no slot belongs to two
+    assert pool.pages_in_use * PAGE == sum(num for _, num in runs) <= pool.num_pages * PAGE
+    assert pool.k.shape == pool.v.shape == (L, G, pool.num_pages * PAGE, D)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_histories_equal_lists(seed: int) -> None:
     random = Key(seed).fold("cache").python()
-    cache, rows, number = KVCache(L, 2, G, 3, D), [Plain(), Plain()], 1
-    for _ in range(12):
-        kind = random.choice(("write", "write", "even", "fork", "truncate", "stack"))
-        if kind in ("write", "even"):
-            width = random.randint(1, 4)
-            valid = [width if kind == "even" else random.randint(0, width) for _ in rows]
-            write(cache, rows, valid, number, width)
-            number += width * len(rows)
-        elif kind == "fork":
-            chosen = [random.randrange(len(rows)) for _ in range(random.randint(1, 3))]
-            before, cache = cache, cache.fork(chosen)
-            rows = [rows[r].copy() for r in chosen]
-            before.k.zero_(), before.v.zero_(), before.block.zero_(), before.document.zero_()  # a copy, no view
+    pool = Pool(L, G, D)
+    histories = [(History(pool), Plain())]
+    numbers = iter(range(1, 1 << 20))
+    kinds = ["append"] * 8 + ["block"] * 4 + ["fork"] * 2 + ["truncate"] * 2 + ["rest"] * 2 + ["release", "new", "move"]
+    for _ in range(150):
+        kind, (one, plain) = random.choice(kinds), random.choice(histories)
+        if kind == "append":
+            num = random.randint(1, 40 if random.random() < 0.2 else 5)
+            new = [next(numbers) for _ in range(num)]
+            write(one, new)
+            plain.numbers += new
+            plain.next_position, plain.next_block = plain.next_position + num, plain.next_block + 1
+            one.commit(num, plain.next_position, plain.next_block, new)
+        elif kind == "block":  # refinement: writes, commits nothing
+            write(one, [-next(numbers) for _ in range(random.randint(1, 20))])
+        elif kind == "fork" and len(histories) < 8:
+            histories.append((one.fork(), plain.copy()))
         elif kind == "truncate":
-            r = random.randrange(len(rows))
-            n = random.randint(0, len(rows[r].positions))
-            rows[r] = Plain(rows[r].positions[:n], n + 2, n + 1)
-            cache.truncate(r, n, n + 2, n + 1)
-        elif len(rows) < 4:
-            other, more = KVCache(L, 1, G, random.randint(1, 9), D), [Plain()]
-            write(other, more, [2], number, 2)
-            number += 2
-            cache, rows = cache.stack(other), rows + more
-        check(cache, rows)
+            n = random.randint(0, len(plain.numbers))
+            del plain.numbers[n:]
+            plain.next_position, plain.next_block = n + 2, n + 1
+            one.truncate(n, n + 2, n + 1)
+        elif kind == "release":
+            one.release()
+            plain.numbers, plain.next_position, plain.next_block = [], 0, 0
+        elif kind == "new" and len(histories) < 8:
+            histories.append((History(pool), Plain()))
+        elif kind == "rest":
+            one.rest()
+        elif kind == "move":
+            one.reserve(random.randint(1, 100))
+        check(pool, histories)
+    assert pool.num_pages > 8  # it has grown
+    for one, _ in histories:
+        one.release()
+    assert pool.pages_in_use == 0 and pool.take(pool.num_pages) == 0  # one free run
 
 
-def test_capacity_doubles_or_grows_to_the_need() -> None:
-    cache = KVCache(1, 2, 1, 4, 2)
-    assert (cache.capacity, cache.rows, cache.longest, cache.uniform) == (4, 2, 0, True)
-    cache.reserve(4)
-    assert cache.capacity == 4
-    cache.reserve(5)
-    assert cache.capacity == 8
-    cache.advance([3, 1])
-    assert cache.longest == 3 and not cache.uniform
-    cache.reserve(5)
-    assert cache.capacity == 8
-    cache.reserve(20)
-    assert cache.capacity == 23
-    with pytest.raises(ValueError, match="zip"):
-        cache.advance([1])
+def filled(pool: Pool, num: int) -> History:
+    one = History(pool)
+    write(one, list(range(num)))
+    one.commit(num, num, num, range(num))
+    return one
 
 
-def test_truncate_outside_of_the_row_raises() -> None:
-    cache = KVCache(1, 1, 1, 4, 2)
-    cache.advance([2])
+def test_a_fork_is_free_and_one_writer_does_not_copy() -> None:
+    """The history that was written to last goes on in place; after it has left, the first of the others does."""
+    pool = Pool(L, G, D)
+    one = filled(pool, 20)
+    other, third, fourth = one.fork(), one.fork(), one.fork()
+    start, pages = one.start, pool.pages_in_use
+    assert {h.start for h in (other, third, fourth)} == {start} and one.pages_alone == other.pages_alone == 0
+    write(one, [-1])
+    assert one.start == start and pool.pages_in_use == pages
+    write(other, [-2])
+    assert other.start != start and one.start == start and pool.pages_in_use > pages
+    assert torch.equal(pool.k[:, :, start + 20 : start + 21], content([-1]))
+    assert other.pages_alone == other.capacity // PAGE
+    one.release()
+    write(third, [-3])
+    assert third.start == start and third.pages_alone == 0
+    write(fourth, [-4])
+    assert fourth.start != start and third.pages_alone == third.capacity // PAGE
+    third.truncate(4, 4, 4)
+    write(third, [-5])  # nobody else reads these positions
+    assert third.start == start and torch.equal(pool.k[:, :, other.start : other.start + 20], content(list(range(20))))
+
+
+def test_a_history_at_rest_leaves_its_free_slots_to_the_first_writer() -> None:
+    """As the kept history of a finished request does: the next turn goes on behind it."""
+    pool = Pool(L, G, D)
+    one = filled(pool, 20)
+    History(pool).rest()  # nothing to leave
+    start = one.start
+    one.rest()
+    other, third = one.fork(), one.fork()
+    other.rest()  # not the writer: nothing changes
+    write(third, [-1])
+    assert third.start == start
+    write(other, [-2])
+    write(one, [-3])
+    assert len({one.start, other.start, start}) == 3
+    check(pool, [(h, Plain(list(range(20)), 20, 20)) for h in (one, other, third)])
+
+
+def test_a_history_at_rest_keeps_its_own_positions() -> None:
+    """Those that it has written behind the ones it shares."""
+    pool = Pool(L, G, D)
+    one = filled(pool, 20)
+    one.rest()
+    third, late = one.fork(), one.fork()
+    write(third, [20, 21])
+    third.commit(2, 22, 22, [20, 21])
+    third.rest()
+    write(late, [-1, -2])
+    check(pool, [(third, Plain(list(range(22)), 22, 22)), (late, Plain(list(range(20)), 20, 20))])
+    again = third.fork()
+    write(again, [22])  # from the end of what is written, where nobody else writes
+    assert again.start == third.start
+
+
+def test_a_fork_without_positions_shares_none() -> None:
+    pool = Pool(L, G, D)
+    one = History(pool)
+    one.reserve(3)
+    start, other = one.start, one.fork()
+    write(one, [1, 2, 3])
+    assert one.start == start
+    write(other, [4])
+    assert other.start != start and torch.equal(pool.k[:, :, start : start + 3], content([1, 2, 3]))
+
+
+def test_a_shorter_fork_does_not_write_over_positions_that_others_read() -> None:
+    pool = Pool(L, G, D)
+    one = filled(pool, 20)
+    other = one.fork()
+    other.truncate(5, 5, 5)
+    write(other, [-1] * 3)
+    assert other.start != one.start
+    assert torch.equal(pool.k[:, :, one.start : one.start + 20], content(list(range(20))))
+    assert torch.equal(pool.k[:, :, other.start : other.start + 8], content([*range(5), -1, -1, -1]))
+    other.marks.append(7)
+    assert one.marks == list(range(20))  # forks share no lists
+
+
+def test_capacity_follows_the_need_by_half_more() -> None:
+    """Growing by one position at a time moves a history rarely; the pool doubles."""
+    for num, capacity in ((1, 16), (24, 48), (40, 64)):
+        one = History(Pool(1, 1, 2))
+        one.reserve(num)
+        assert one.capacity == capacity
+    pool = Pool(1, 1, 2)
+    one, starts, sizes = History(pool), [], []
+    for n in range(1000):
+        one.reserve(1)
+        one.commit(1, n + 1, n + 1)
+        starts += [] if starts and starts[-1] == one.start else [one.start]
+        sizes += [] if sizes and sizes[-1] == pool.num_pages else [pool.num_pages]
+        assert one.length <= one.capacity < 1.5 * (one.length + 1) + 16
+    assert len(starts) < 20 and all(b >= 2 * a for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_released_pages_are_taken_again() -> None:
+    """Neighbours merge: what single pages left serves a longer run."""
+    pool = Pool(1, 1, 2)
+    firsts = [pool.take(1) for _ in range(8)]
+    assert firsts == list(range(8)) and pool.num_pages == pool.pages_in_use == 8
+    for first in (0, 3, 5, 4):
+        pool.give_back(first, 1)
+    assert pool.take(3) == 3 and pool.take(1) == 0 and pool.num_pages == 8
+    assert pool.take(1) == 8 and pool.num_pages == 16 and pool.pages_in_use == 9
+
+
+def test_a_pool_grows_to_twice_its_size_or_to_the_need() -> None:
+    """Free pages at its end are part of the run that is asked for."""
+    pool = Pool(1, 1, 2)
+    assert pool.take(6) == 0 and pool.num_pages == 8
+    assert pool.take(20) == 6 and pool.num_pages == pool.pages_in_use == 26
+    assert pool.take(1) == 26 and pool.num_pages == 52
+
+
+def test_a_full_pool_names_its_numbers() -> None:
+    pool = Pool(1, 1, 2, max_positions=10 * PAGE)
+    one = filled_plainly(pool, 2 * PAGE)  # three pages, of ten
+    with pytest.raises(PoolFullError, match="3 of 10 pages of 16 positions are in use, and 8 more in a row are needed"):
+        pool.take(8)
+    assert pool.pages_in_use == 3 and pool.take(7) == 3  # up to the last page, which is not twice the size before
+    with pytest.raises(PoolFullError, match="10 of 10 pages of 16 positions are in use, and 6 more"):
+        one.reserve(2 * PAGE)
+    assert one.length == 2 * PAGE and pool.pages_in_use == 10  # nothing is lost
+    with pytest.raises(PoolFullError, match="0 of 2 pages"):
+        Pool(1, 1, 2, max_positions=2 * PAGE + 3).take(3)
+
+
+def filled_plainly(pool: Pool, num: int) -> History:
+    one = History(pool)
+    one.reserve(num)
+    one.commit(num, num, num)
+    return one
+
+
+def test_truncate_outside_of_the_history_raises() -> None:
+    one = filled(Pool(L, G, D), 2)
     for length in (-1, 3):
-        with pytest.raises(ValueError, match=f"cannot truncate batch row 0 of length 2 to {length}"):
-            cache.truncate(0, length, 0, 0)
-    cache.truncate(0, 2, 2, 2)
-    cache.truncate(0, 0, 0, 0)
-    assert cache.lengths == [0]
+        with pytest.raises(ValueError, match=f"cannot truncate a history of 2 positions to {length}"):
+            one.truncate(length, 0, 0)
+    one.truncate(2, 2, 2)
+    one.truncate(0, 0, 0)
+    assert one.length == 0 and one.marks == []
+
+
+def test_an_empty_history_has_no_pages() -> None:
+    pool = Pool(L, G, D)
+    one = History(pool)
+    other = one.fork()
+    one.release()
+    assert (one.capacity, one.start, one.pages_alone, pool.num_pages, pool.pages_in_use) == (0, 0, 0, 0, 0)
+    write(other, [1])
+    assert one.capacity == 0 and pool.pages_in_use == other.pages_alone == 1
+
+
+# ---- the memory of a packed context --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    """Two rows of three positions; of the second row, one counts."""
+    document, block = torch.tensor([[0, 0, 0], [0, EMPTY, EMPTY]]), torch.arange(3).expand(2, 3)
+    keys = [torch.full((2, G, 3, D), float(layer)).requires_grad_() for layer in range(L)]
+    yield Memory(keys, [k * 2 for k in keys], Fields(document, block, torch.zeros_like(block)))
 
 
 def stream_of(rows: int, length: int) -> Stream:
@@ -136,56 +282,28 @@ def stream_of(rows: int, length: int) -> Stream:
     return Stream(zeros, zeros + 9, zeros + 1, zeros[..., None].expand(rows, length, 3))
 
 
-def test_memory_is_the_used_slots_followed_by_room() -> None:
-    rows = [Plain(), Plain()]
-    cache = KVCache(L, 2, G, 4, D)
-    write(cache, rows, [3, 1], 1, 3)
-    memory = cache.memory()
-    assert memory.room is None and not memory.uniform and len(memory.keys) == len(memory.values) == L
-    assert memory.fields.document.tolist() == [[0, 0, 0], [0, EMPTY, EMPTY]]
-    for layer, (keys, values) in enumerate(memory.layers):
-        assert torch.equal(keys, cache.k[layer, :, :, :3]) and torch.equal(values, cache.v[layer, :, :, :3])
-    roomy = cache.memory(room=2)
-    assert roomy.room is not None and cache.capacity == 8
-    own = torch.full((2, G, 2, D), 7.0), torch.full((2, G, 2, D), 8.0)
-    for layer in range(L):
-        past = roomy.layers[layer]
-        with_room, without = join(past, own, roomy.room[layer]), join(past, own, None)
-        for a, b, stored, new in zip(with_room, without, (cache.k, cache.v), own, strict=True):
-            assert a.shape == (2, G, 5, D) and torch.equal(a, b) and torch.equal(a[:, :, 3:], new)
-            assert a.data_ptr() == stored[layer].data_ptr()  # in place
-    assert cache.lengths == [3, 1] and bool((cache.document[:, 3:] == EMPTY).all())
-    cache.truncate(0, 1, 1, 1)
-    assert cache.memory().uniform
-
-
-def test_join_casts_past_keys_to_the_dtype_of_own_keys() -> None:
-    past, own = (torch.ones(1, 1, 2, 2),) * 2, (torch.ones(1, 1, 1, 2, dtype=torch.bfloat16),) * 2
-    assert all(part.dtype == torch.bfloat16 and part.shape == (1, 1, 3, 2) for part in join(past, own, None))
-
-
-def test_mask_is_cached_for_a_stream() -> None:
-    cache = KVCache(1, 2, 1, 4, 2)
-    cache.write_fields(torch.tensor([[0, 1], [0, 1]]), [2, 1])
-    cache.advance([2, 1])
-    memory = cache.memory()
+def test_mask_is_cached_for_a_stream(memory: Memory) -> None:
     first, other = stream_of(2, 2), stream_of(2, 3)
     mask = memory.mask(first)
     assert memory.mask(first) is mask
     assert memory.mask(other) is not mask and memory.mask(other) is memory.mask(other)
-    seen = [[True, True, True, True]] * 2, [[True, False, True, True]] * 2  # of the second row, one counts
+    seen = [[True] * 5] * 2, [[True, False, False, True, True]] * 2
     assert mask.boolean()[:, 0].tolist() == list(seen)
 
 
-def test_detached_memory_has_no_graph_and_no_room() -> None:
-    cache = KVCache(1, 1, 1, 4, 2)
-    cache.advance([2])
-    cache.k.requires_grad_(), cache.v.requires_grad_()
-    memory = cache.memory(room=1)
+def test_detached_memory_has_no_graph(memory: Memory) -> None:
     plain = memory.detach()
     assert memory.keys[0].requires_grad and memory.values[0].requires_grad
-    assert not plain.keys[0].requires_grad and not plain.values[0].requires_grad and plain.room is None
-    assert torch.equal(plain.keys[0], memory.keys[0]) and torch.equal(plain.values[0], memory.values[0])
+    assert not plain.keys[0].requires_grad and not plain.values[0].requires_grad
+    assert torch.equal(plain.keys[1], memory.keys[1]) and torch.equal(plain.values[1], memory.values[1])
     assert plain.fields is memory.fields
+    assert [torch.equal(k, a) and torch.equal(v, b) for (k, v), a, b in
+            zip(plain.layers, memory.keys, memory.values, strict=True)] == [True] * L  # fmt: skip
     with pytest.raises(FrozenInstanceError):
-        memory.uniform = True  # type: ignore[misc]
+        memory.keys = []  # type: ignore[misc]
+
+
+def test_join_casts_past_keys_to_the_dtype_of_own_keys() -> None:
+    past, own = (torch.ones(1, 1, 2, 2),) * 2, (torch.zeros(1, 1, 1, 2, dtype=torch.bfloat16),) * 2
+    for part in join(past, own):
+        assert part.dtype == torch.bfloat16 and part[0, 0, :, 0].tolist() == [1, 1, 0]

@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from histories import histories_of, read, text
 from layouts import random_batch, small_model
 from torch import Tensor
 
-import omni.nn.decode_step
 import omni.nn.layer
 import omni.nn.transformer
 from omni.config import build
-from omni.generation.context import append_ids
 from omni.generation.contract import EXACT, verify
 from omni.losses import BatchFlowCall
 from omni.model import Omni, OmniConfig
 from omni.nn.declare import declarations
-from omni.nn.decode_step import TokenStep
 from omni.nn.layer import SERVED, LayerSpec
 from omni.nn.native_step import NATIVE, CompiledStep
 from omni.nn.transformer import WEIGHTS_SERVED, TransformerConfig
@@ -80,8 +78,8 @@ def outputs(model: Omni) -> dict[str, Tensor]:
     call = BatchFlowCall(model, batch, memory, torch.ones_like(t))
     x, one = batch.refine_latents, torch.ones_like(t)
     rate = call.derivative(x, t, 0.5 * t, torch.ones_like(x), one, 0.5 * one)
-    cache, step = model.transformer.new_cache(1, 8), TokenStep(model.transformer)
-    decoded = torch.stack([append_ids(model, cache, [n], step) for n in (3, 1, 4)])
+    [history] = histories_of(model, [[]])
+    decoded = torch.cat([read(model, [history], [[text([n])]])[0] for n in (3, 1, 4)])
     return {"context": hidden, "refine": call(x, t, 0.5 * t), "derivative": rate, "decoding": decoded}
 
 
@@ -106,8 +104,7 @@ def test_one_constant_changes_all_four_alike(monkeypatch: pytest.MonkeyPatch) ->
     source, changed = inspect.getsource(omni.nn.layer.run_layer), dict(vars(omni.nn.layer))
     assert source.count("c.residual_scale") == 2
     exec(source.replace("c.residual_scale", "0.5"), changed)
-    for user in (omni.nn.transformer, omni.nn.decode_step):
-        monkeypatch.setattr(user, "run_layer", changed["run_layer"])
+    monkeypatch.setattr(omni.nn.transformer, "run_layer", changed["run_layer"])
     after = outputs(small_model())
     for use, value in wanted.items():
         assert far(before[use], value) > 1e-3 and far(after[use], value) < 1e-12, use

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from histories import histories_of
 from layouts import CHANNELS, PAD, random_batch, small_model
 from torch import Tensor
 
-from omni.generation.context import append_spans
 from omni.model import Omni
+from omni.nn.runs import Run, Runs
 from omni.nn.tangent import Dual
 from omni.rng import Key
 from omni.sequence.layout import LatentSpan, Shape, Stream, TokenSpan, grid_positions, pack
@@ -101,20 +102,23 @@ def test_two_blocks_move_in_one_pass(mutual: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("field", ["rank", "bound"])
-def test_order_and_bound_hold_against_a_cache_of_equal_lengths(field: str) -> None:
-    """Where every batch row is one item, its order of visibility and its bound still hide keys."""
+@pytest.mark.parametrize("field", ["rank", "bound", "both", "neither"])
+def test_order_and_bound_hold_after_a_history(field: str) -> None:
+    """Two blocks of one request as a run: ranks and the number of seen positions hide what the mask hides."""
     model = small_model().double()
-    stream, _, x, _ = two_blocks(model, mutual=False)
-    bound = torch.full_like(stream.block, 2) if field == "bound" else None
-    stream = replace(stream, rank=stream.rank if field == "rank" else None, bound=bound)
-    cache = model.transformer.new_cache(1, 8)
-    append_spans(model, cache, [[TokenSpan([1, 2, 3], [False] * 3)]], PAD)
-    t = torch.tensor([0.6], dtype=torch.float64)
-
-    def velocity(stream: Stream, item: Tensor | None) -> Tensor:
-        return model.velocity(x, t, 0.5 * t, torch.ones_like(t), stream, item, cache.memory())
-
-    masked = velocity(stream, torch.zeros_like(stream.block))
-    torch.testing.assert_close(velocity(stream, None), masked, rtol=0, atol=1e-12)
-    assert float((velocity(replace(stream, **{field: None}), None) - masked).abs().max()) > 1e-4
+    stream, item, x, memory = two_blocks(model, mutual=False)
+    rank = stream.rank if field in ("rank", "both") else None
+    bound = torch.full_like(stream.block, 2 if field in ("bound", "both") else 3)
+    stream = replace(stream, rank=rank, bound=bound)
+    [history] = histories_of(model, [[TokenSpan([1, 2, 3], [False] * 3)]], PAD)
+    history.reserve(2 * N)
+    ranks = None if rank is None else tuple(rank[0].tolist())
+    seen = 2 if field in ("bound", "both") else None
+    runs = Runs([Run(history, 0, 2 * N, history.length, causal=False, ranks=ranks, seen=seen)])
+    t, one = torch.tensor([0.4, 0.9], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    wanted = model.velocity(x, t, 0.5 * t, one, stream, item, memory)  # type: ignore[arg-type]
+    found = model.velocity(x, t, 0.5 * t, one, stream, item, runs)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    if field != "neither":
+        plain = Runs([Run(history, 0, 2 * N, history.length, causal=False)])
+        assert float((model.velocity(x, t, 0.5 * t, one, stream, item, plain) - wanted).abs().max()) > 1e-4

@@ -8,7 +8,7 @@ Legend: M pictures to sample, R batch rows, N latents, C channels, P side in pix
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,7 +79,7 @@ def velocity_of(model: Omni, method: Method, batch: Batch) -> Callable[[Tensor, 
 
 def _memory(model: Omni, batch: Batch) -> Memory:
     """The context; every position of the block attends to all of it (see eval.experiments.cifar.patches)."""
-    return replace(model.context(batch)[1], uniform=True)
+    return model.context(batch)[1]
 
 
 def sheet(rows: Mapping[str, Tensor]) -> Image.Image:

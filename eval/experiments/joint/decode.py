@@ -1,7 +1,7 @@
 """Speculative decoding of text ids with a joint-token head: rounds of draft and verification, as in the engine.
 
 No pictures, no control tokens, no early end of a batch row: a table of heads measures the heads alone. The parts are
-the engine's own (CacheCall, append_all, the draft verifications).
+the engine's own (CacheCall, run_context, the draft verifications).
 
 Legend: R batch rows, P ids of a context, K drafted tokens, V vocabulary.
 """
@@ -9,6 +9,7 @@ Legend: R batch rows, P ids of a context, K drafted tokens, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor
 
 from eval.experiments.joint.training import head_of
-from omni.generation.context import append_ids, append_text
+from omni.generation.context import Append, append_of, run_context
 from omni.generation.drafting import CacheCall
 from omni.heads.joint import Draft
 from omni.model import Omni
-from omni.nn.cache import KVCache
-from omni.nn.decode_step import TokenStep
+from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 from omni.samplers.token import token_log_probs
@@ -66,10 +66,10 @@ class Rounds(Pace):
 def decode_plain(model: Omni, contexts: Tensor, run: Decoding, key: Key) -> Pace:
     """Autoregressive decoding with the cache."""
     noise, start = _noise(contexts, run, key), time.perf_counter()
-    cache, last = _prefill(model, contexts)
-    step, emitted = TokenStep(model.transformer), []
+    histories, last = _prefill(model, contexts)
+    emitted = []
     for at in range(run.num_tokens):
-        hidden = append_ids(model, cache, last.tolist(), step)
+        hidden = _read(model, histories, last[:, None])[:, 0]
         last = inverse_cdf_sample(token_log_probs(model.token.read(hidden), run.temperature, run.top_p), noise[:, at])
         emitted.append(last)
     ids = torch.stack(emitted, 1)
@@ -84,8 +84,7 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
     noise = torch.full_like(_noise(contexts, run, key), 0.5) if greedy else _noise(contexts, run, key)
     temperature, top_p = (0.0, 1.0) if greedy else (run.temperature, run.top_p)
     start = time.perf_counter()
-    cache, last = _prefill(model, contexts)
-    step = TokenStep(model.transformer)
+    histories, last = _prefill(model, contexts)
     emitted: list[list[int]] = [[] for _ in contexts]
     accepted_at, number, total = torch.zeros(run.length), 0, 0
     while min(map(len, emitted)) < run.num_tokens:
@@ -94,14 +93,13 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         draws = key.fold("round", kind, number)
         if kind == "block":  # it depends on drafts that it discards, so their noise is used
             own = draws.fold("tokens").uniform(tuple(own.shape), torch.float64)
-        call = CacheCall(model, cache, [[TokenSpan([i], [False])] for i in last.tolist()], 0, step)
+        call = CacheCall(model, _appends(histories, last[:, None]))
         draft = head_of(model).sample(call, own[:, :-1], draws.fold("draft"))
         if kind in ("coupled", "greedy"):  # the first autoregressive token is in the same pass
             first = inverse_cdf_sample(token_log_probs(model.token.read(call.start), temperature, top_p), own[:, 0])
             draft = replace(draft, ids=torch.cat([first[:, None], draft.ids[:, 1:]], 1))
-        first_hidden = call.start.unsqueeze(1)
-        base = [list(field) for field in (cache.lengths, cache.next_position, cache.next_block)]
-        hidden = torch.cat([first_hidden, append_text(model, cache, draft.ids.tolist(), step, 0)], 1)
+        base = [(one.length, one.next_position, one.next_block) for one in histories]
+        hidden = torch.cat([call.start.unsqueeze(1), _read(model, histories, draft.ids)], 1)
         log_p = token_log_probs(model.token.read(hidden), temperature, top_p)
         verified = _judge(kind, draft, log_p, own, draws)
         counted = torch.tensor([len(row) < run.num_tokens for row in emitted])
@@ -109,7 +107,7 @@ def decode_rounds(model: Omni, contexts: Tensor, kind: str, run: Decoding, key: 
         total += int(counted.sum())
         for r, accepted in enumerate(verified.accepted.tolist()):
             emitted[r] += verified.ids[r, : accepted + 1].tolist()
-            cache.truncate(r, *(field[r] + accepted for field in base))
+            histories[r].truncate(*(field + accepted for field in base[r]))
         last = torch.tensor([row[-1] for row in emitted])
         number += 1
     seconds = time.perf_counter() - start
@@ -132,10 +130,21 @@ def _noise(contexts: Tensor, run: Decoding, key: Key) -> Tensor:
     return key.fold("tokens").uniform((len(contexts), run.num_tokens + run.length + 1), torch.float64)
 
 
-def _prefill(model: Omni, contexts: Tensor) -> tuple[KVCache, Tensor]:
-    """A cache of BOS and the contexts without their last ids; and the last ids."""
-    R, P = contexts.shape
-    cache = model.transformer.new_cache(R, 2 * P)
-    first = torch.full((R, 1), model.config.vocab_size - 1)
-    append_text(model, cache, torch.cat([first, contexts[:, :-1]], 1).tolist(), TokenStep(model.transformer), 0)
-    return cache, contexts[:, -1]
+def _prefill(model: Omni, contexts: Tensor) -> tuple[list[History], Tensor]:
+    """Histories of BOS and the contexts without their last ids; and the last ids."""
+    pool = model.transformer.new_pool()
+    histories = [History(pool) for _ in contexts]
+    first = torch.full((len(contexts), 1), model.config.vocab_size - 1)
+    _read(model, histories, torch.cat([first, contexts[:, :-1]], 1))
+    return histories, contexts[:, -1]
+
+
+def _appends(histories: Sequence[History], ids: Tensor) -> list[Append]:
+    """Ids (R, n) after the histories."""
+    spans = [TokenSpan(row, [False] * len(row)) for row in ids.tolist()]
+    return [append_of(history, [span], 0) for history, span in zip(histories, spans, strict=True)]
+
+
+def _read(model: Omni, histories: Sequence[History], ids: Tensor) -> Tensor:
+    """Hidden states (R, n, W) of ids (R, n), appended to the histories."""
+    return torch.stack(run_context(model, _appends(histories, ids))[0])

@@ -41,10 +41,11 @@ from omni.data.emoji_world import EmojiWorld
 from omni.data.emoji_world.documents import prompt_of
 from omni.document import Document
 from omni.document import Text as TextSegment
-from omni.generation.context import append_spans
+from omni.generation.context import append_of, run_context
 from omni.generation.engine import Engine
 from omni.generation.events import BlockDone, BlockStart, BlockStep, Drafted, Stop, TextDelta
 from omni.heads.joint import build_head
+from omni.nn.cache import History
 from omni.text.compose import header_length
 
 # Kinds of requests of text_blocks; weights of the tasks whose words joint_text reads.
@@ -337,6 +338,7 @@ def _read_prompt(engine: Engine, prompt: Document) -> float:
     """Seconds of the pass over a prompt, which both kinds of decoding need."""
     start = time.perf_counter()
     spans = engine.model.spans(prompt, generation_prompt=True)
-    hidden = append_spans(engine.model, engine.model.transformer.new_cache(1, 256), [spans], engine.control.pad)
-    engine.model.token.read(hidden)
+    append = append_of(History(engine.model.transformer.new_pool()), spans, engine.control.pad)
+    [hidden], _ = run_context(engine.model, [append], engine.control.pad)
+    engine.model.token.read(hidden[-1:])
     return time.perf_counter() - start

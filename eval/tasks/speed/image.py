@@ -134,7 +134,7 @@ def num_evaluations(model: Any, run: Callable[[], Any]) -> int:
 
 def omni_draw(model: Omni, prompt: str, steps: int) -> Callable[[], Any]:
     """Text prompt and forced picture of 64 latents, decoded to pixels; ends with its event."""
-    engine = Engine(model)
+    engine = Engine(model, kept_positions=0)
     options = GenerationOptions(
         steps=steps, force_image=True, image_size=(GRID[0] * PATCH, GRID[1] * PATCH), max_images=1, max_tokens=4
     )

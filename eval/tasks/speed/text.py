@@ -96,7 +96,7 @@ class BatchOptions(SizedOptions):
 
 def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = False) -> Callable[[], None]:
     """Greedy decoding of exactly `num_new` tokens after each prompt by the engine, with events and text."""
-    engine = Engine(model, compile)
+    engine = Engine(model, compile, kept_positions=0)  # every run reads its prompt
     control = engine.control
     engine.grammar.allowed["text"][[control.end, control.image, control.video]] = -torch.inf  # no earlier end
     options = GenerationOptions(max_tokens=num_new)

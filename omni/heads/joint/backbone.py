@@ -15,6 +15,7 @@ from omni.heads.joint.tokens import JointTokens
 from omni.heads.token import TokenHead
 from omni.nn.cache import Memory
 from omni.nn.lora import Gated
+from omni.nn.runs import Runs
 from omni.nn.transformer import Transformer
 from omni.sequence.placeholders import Starts, block_stream
 
@@ -52,7 +53,9 @@ class Reads:
         return self.model.token.read(hidden)
 
 
-def draft_pass(model: Backbone, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int) -> Tensor:
+def draft_pass(
+    model: Backbone, inputs: Tensor, starts: Starts, memory: Memory | Runs, causal: bool, clean: int
+) -> Tensor:
     """One pass over blocks (B, n, W), of which the first `clean` inputs are clean tokens -> (B, n, W).
 
     Placeholders pass through the last layers only (JointConfig.depth); clean tokens pass through all.
@@ -60,13 +63,14 @@ def draft_pass(model: Backbone, inputs: Tensor, starts: Starts, memory: Memory, 
     joint = head_of(model)
     top = range(model.transformer.c.depth - joint.depth, model.transformer.c.depth)
     if clean and top.start:
-        below = _layers(model, inputs[:, :clean], starts, memory, True, clean, range(top.start))
+        below_memory = memory.first(clean) if isinstance(memory, Runs) else memory
+        below = _layers(model, inputs[:, :clean], starts, below_memory, True, clean, range(top.start))
         inputs = torch.cat([below, inputs[:, clean:].to(below.dtype)], 1)
     return _layers(model, inputs, starts, memory, causal, clean, top)
 
 
 def _layers(
-    model: Backbone, inputs: Tensor, starts: Starts, memory: Memory, causal: bool, clean: int, layers: range
+    model: Backbone, inputs: Tensor, starts: Starts, memory: Memory | Runs, causal: bool, clean: int, layers: range
 ) -> Tensor:
     """The layers of `draft_pass` in `layers`."""
     B, n, W = inputs.shape

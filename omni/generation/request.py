@@ -1,4 +1,4 @@
-"""A request of the engine: the state of one reply. The engine and the grammar change it.
+"""A request of the engine: the state of one reply. Its turn and the grammar change it.
 
 Legend: N latents of a block, C channels, W width.
 """
@@ -15,8 +15,10 @@ from torch import Tensor
 from omni.document import Document, Image, Segment, Video
 from omni.generation.events import Drafted, Part, StopReason
 from omni.generation.options import GenerationOptions
+from omni.nn.cache import History
 from omni.rng import Key
-from omni.sequence.layout import Span
+from omni.sequence.guidance import Drop
+from omni.sequence.layout import Span, TokenSpan
 from omni.text.tokenizer import TextStream
 
 Phase = Literal["text", "chunks", "rate", "rows", "columns", "block", "done"]
@@ -37,8 +39,9 @@ class Media:
 
 
 @dataclass
-class Row:
-    number: int
+class Request:
+    number: int  # its id in the engine
+    history: History
     options: GenerationOptions
     given: tuple[Segment, ...]  # the prompt
     stream: TextStream
@@ -46,6 +49,7 @@ class Row:
     latents: dict[Image | Video, list[Tensor]] = field(default_factory=dict)  # of the media in `segments`: (t, h, w, C)
     capacity: int = sys.maxsize  # largest number of context positions
     length: int = 0  # context positions, pending ones included
+    prompt_length: int = 0
     warned: bool = False  # a warning of a nearly full context was given
     phase: Phase = "text"
     text: str = ""  # the open text segment
@@ -53,7 +57,8 @@ class Row:
     num_tokens: int = 0
     num_media: int = 0
     forced: list[int] = field(default_factory=list)  # the next ids, whatever the logits are
-    pending: list[Span] = field(default_factory=list)  # emitted, not yet in the cache
+    pending: list[Span] = field(default_factory=list)  # emitted, not yet in the history
+    branches: dict[Drop, History] = field(default_factory=dict)  # reduced histories for guidance
     media: Media | None = None
     parts: list[Part] = field(default_factory=list)
     drafts: list[Drafted] = field(default_factory=list)  # one for each round of speculative decoding
@@ -61,6 +66,13 @@ class Row:
     state: Tensor | None = None  # (W,): the hidden state before the last id, for recurrent drafting
     room: int | None = None  # tokens of the next draft with `adaptive`
     reason: StopReason = "end"
+    like: Request | None = None  # a request with the same prompt, which reads it
+    continues: tuple[Part, ...] = ()  # the beginning of the reply, which is given
+
+    @property
+    def has_read_prompt(self) -> bool:
+        """Whether the history holds the prompt, but for its last position."""
+        return self.history.length + 1 >= self.prompt_length
 
     @property
     def document(self) -> Document:
@@ -71,20 +83,33 @@ class Row:
         """The latents that the cache holds for media of `segments`."""
         return [self.latents[one] for one in media]
 
+    def take_pending(self) -> list[Span]:
+        """The pending spans, which are no longer pending; neighbouring ids share one TokenSpan."""
+        spans, self.pending = self.pending, []
+        if len(spans) < 2:
+            return spans
+        out: list[Span] = []
+        for span in spans:
+            before = out[-1] if out else None
+            if isinstance(span, TokenSpan) and isinstance(before, TokenSpan):
+                out[-1] = TokenSpan([*before.ids, *span.ids], [*before.supervise, *span.supervise])
+            else:
+                out.append(span)
+        return out
+
+    def release(self) -> None:
+        """Give back all pages."""
+        for history in (self.history, *self.branches.values()):
+            history.release()
+
     @property
     def key(self) -> Key:
         assert self.options.seed is not None  # resolved options have a seed
         return Key(self.options.seed)
 
     @property
-    def drafting(self) -> tuple[str | None, int, bool, bool]:
-        """Rows that agree in this can share a round of drafting."""
-        o = self.options.speculative
-        return o.verify, o.sweeps, bool(self.leftover), self.state is not None
-
-    @property
     def recycles(self) -> bool:
-        """Whether the rest of a draft that fell may be the next one: only common noise can judge it."""
+        """Whether the tokens after a rejected one may be the next draft: only common noise can verify them."""
         o = self.options.speculative
         return o.recycle and not o.sweeps and o.verify in ("coupled", "greedy")
 

@@ -1,0 +1,150 @@
+"""One turn: a reply from its prompt to its end, as a generator of work and events (see generation.work).
+
+    outer loop (sequence)    the token head gives the next id: a text token, a picture, the end
+    inner loop (refinement)  a block is refined from noise in `steps` jumps, against the history (`denoise.draw`)
+
+A finished block is appended to the history as clean latents; refinement is not cached. `pending` holds the emitted
+spans that the history does not hold yet. They are read before the next id is chosen, so a forced header costs one pass,
+and a picture is delivered before it is encoded as context.
+
+A turn reads top to bottom and has no other request in it. The engine runs many, and does the work of all in shared
+passes. The noise of a request depends on its seed, not on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from PIL import Image as PILImage
+from torch import Tensor
+
+from omni.document import Document, Image, Role, Segment, Text, Video
+from omni.generation.context import append_of
+from omni.generation.denoise import draw
+from omni.generation.events import BlockDone, Event, ImagePart, Stop, VideoPart
+from omni.generation.grammar import LEAST_MEDIA
+from omni.generation.reply import segments_of
+from omni.generation.request import Request
+from omni.generation.runtime import Runtime
+from omni.generation.speculative import speculative_round
+from omni.generation.work import Decode, Read, Turn
+from omni.samplers.token import masked_scores, sample_token
+from omni.sequence.context_limit import require_room, warn_if_nearly_full
+from omni.sequence.layout import LatentSpan, TokenSpan
+from omni.text.compose import compose, header_length, prompt_length
+
+
+def begin(runtime: Runtime, request: Request) -> None:
+    """The prompt becomes what is pending. ValueError, before any pass, for what cannot be fulfilled."""
+    model, options = runtime.model, request.options
+    size = options.picture.image_size
+    grid = None if size is None else runtime.grammar.grid_of(size)
+    if options.force_image:
+        if model.codec is None:
+            raise ValueError("force_image: this model has no codec and generates no pictures; leave it out")
+        if options.max_images < 1:
+            raise ValueError(f"force_image needs max_images of at least 1, got {options.max_images}")
+        request.forced = [runtime.control.image]
+    request.segments = [model.prepare(segment) for segment in request.given]
+    prompt, request.capacity = Document(tuple(request.segments)), model.config.max_context
+    begun = [model.prepare(segment) for segment in segments_of(request.continues)]
+    request.length = request.prompt_length = prompt_length(
+        prompt, runtime.tokenizer, runtime.num_latents, request.capacity
+    )
+    if request.forced:
+        num = request.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
+        require_room(num, request.capacity, "the prompt and the picture that is forced have")
+    request.warned = warn_if_nearly_full(request.length, request.capacity)
+    media = [segment for segment in request.segments if not isinstance(segment, Text)]
+    request.latents = dict(zip(media, runtime.latents.encode(media, model.encode_media), strict=True))
+    request.pending = compose(prompt, runtime.tokenizer, request.encoded, True)
+    if begun:
+        _go_on(runtime, request, begun)
+
+
+def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None:
+    """Begin in the middle of a reply, after parts that are given. The numbers of tokens and media go on, and with them
+    the noise: an unchanged beginning has the continuation that it had."""
+    media = [segment for segment in begun if not isinstance(segment, Text)]
+    request.latents |= dict(zip(media, runtime.latents.encode(media, runtime.model.encode_media), strict=True))
+    request.segments += begun
+    request.parts += request.continues
+    request.num_media = len(media)
+    whole = Document(tuple(request.segments))
+    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_latents, request.capacity)
+    [*spans, last] = compose(whole, runtime.tokenizer, request.encoded)
+    assert isinstance(last, TokenSpan) and last.ids[-1] == runtime.control.end
+    request.pending = [*spans, TokenSpan(last.ids[:-1], last.supervise[:-1])]
+    request.num_tokens = sum(
+        len(runtime.tokenizer.encode(one.text)) if isinstance(one, Text) else header_length(isinstance(one, Video))
+        for one in begun
+    )
+
+
+def turn(runtime: Runtime, request: Request) -> Turn:
+    """Work and events of a request after `begin`, up to its Stop."""
+    drafts = (request.options.speculative.tokens_per_pass or 1) > 1
+    while request.phase != "done":
+        if request.phase == "block":
+            yield from draw(runtime, request)
+            yield from finish_block(runtime, request)
+        elif request.forced:
+            request.num_tokens += 1
+            yield from accept(runtime, request, request.forced.pop(0))
+        elif drafts:
+            yield from speculative_round(runtime, request)
+        else:
+            append = append_of(request.history, request.take_pending(), runtime.control.pad)
+            logits = yield Read([append], logits=True)
+            yield from accept(runtime, request, choose(runtime, request, logits))
+    yield Stop(request.reason)
+
+
+def choose(runtime: Runtime, request: Request, logits: Tensor) -> int:
+    """The next id: the argmax of logits (V,), or a sample with the request's own key."""
+    mask = runtime.grammar.mask_of(request, request.phase)
+    scores, best = masked_scores(logits[None], mask, [request.num_tokens])
+    options, number = request.options.text, request.num_tokens
+    request.num_tokens += 1
+    if not options.temperature:
+        return int(best)
+    return sample_token(scores[0], options.temperature, options.top_p, request.key.fold("token", number))
+
+
+def accept(runtime: Runtime, request: Request, token: int) -> Iterator[Event]:
+    """Emit one id."""
+    request.pending.append(TokenSpan([token], [False]))
+    yield from runtime.grammar.advance(request, token)
+
+
+def finish_block(runtime: Runtime, request: Request) -> Turn:
+    """Make the block clean context; the last block of a picture or clip closes it."""
+    media = request.media
+    assert media is not None
+    grid = runtime.grammar.grid(media)
+    request.pending.append(LatentSpan(media.finished[-1], grid))
+    request.length += len(media.finished[-1])
+    if len(media.finished) < media.chunks:
+        return  # the next round refines the next chunk of the clip
+    request.pending.append(TokenSpan([runtime.control.media_end], [False]))
+    request.length += 1
+    blocks = [z.reshape(*grid, -1) for z in media.finished]
+    o, seed = request.options.picture, request.options.seed
+    assert o.steps is not None and seed is not None
+    pixels = yield Decode(blocks, media.kind == "video")
+    part: ImagePart | VideoPart
+    if media.kind == "image":
+        segment: Image | Video = Image(pixels, Role.ASSISTANT)
+        picture = PILImage.fromarray(pixels.numpy(), "RGB")
+        part = ImagePart(picture, picture.height, picture.width, o.steps, seed, media.index, media.evaluations)
+    else:
+        segment = Video(pixels, o.fps or media.rate, Role.ASSISTANT)
+        part = VideoPart(pixels, segment.fps, o.steps, seed, media.index, media.evaluations)
+    request.segments.append(segment)
+    request.latents[segment] = blocks
+    runtime.latents.put(segment, blocks)
+    request.parts.append(part)
+    request.num_media += 1
+    request.phase, request.media = "text", None
+    yield BlockDone(part.index, part)

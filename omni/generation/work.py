@@ -1,0 +1,78 @@
+"""What a request waits for: the work that steps of the engine do, for many requests in one pass.
+
+A turn (generation.turn) is a generator. It yields events, and work; the engine sends the result of the work back:
+
+    Read       append spans to histories     ->  the hidden states (n, W) of each, or logits (V,) after the last
+    Evaluate   F of one block of latents     ->  F of each guidance branch, (K, N, C)
+    Propose    a draft of the joint head     ->  (Draft of one row, the hidden state (W,) before it or None)
+    Decode     latents to pixels             ->  uint8 pixels
+
+Legend: V vocabulary, K guidance branches, N latents of a block, C channels, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from omni.generation.context import Append
+from omni.generation.events import Event
+from omni.generation.request import Request
+from omni.nn.cache import History
+
+
+@dataclass
+class Read:
+    """Append spans to histories, in as many passes as the budget of positions needs. logits: the result is the logits
+    (V,) after the last append; else the hidden states (n, W) of each."""
+
+    appends: list[Append]
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """F(x, t, s) of a block x (N, C) of `grid` after each history. beta: the guidance embedding after each."""
+
+    x: Tensor
+    t: float
+    s: float
+    grid: tuple[int, int, int]
+    histories: Sequence[History]
+    betas: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.x) * len(self.histories)
+
+
+@dataclass(frozen=True)
+class Propose:
+    """A draft of the joint-token head after an append; None: recurrently, from the hidden state of the request."""
+
+    request: Request
+    append: Append | None
+
+    @property
+    def needs_log_q(self) -> bool:
+        """Whether verification needs the probabilities that the draft was sampled from."""
+        return self.request.options.speculative.verify in ("rejection", "block")
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Requests that agree in this share a draft."""
+        return self.append is None, self.needs_log_q
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The blocks (t, h, w, C) of one picture or clip."""
+
+    blocks: list[Tensor]
+    is_clip: bool
+
+
+Work = Read | Evaluate | Propose | Decode
+Turn = Generator[Work | Event, Any, Any]

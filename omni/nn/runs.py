@@ -1,0 +1,136 @@
+"""The positions of one pass over the histories of many requests, without padding: attention run by run.
+
+A pass is one batch row of N positions. A run is some neighbouring positions of it that belong to one history and see it
+alike: text (causal), a block of latents or placeholders (every position sees all of its run), or one position. All runs
+share the matrix products of a pass; attention is computed for each run on a view of its history.
+
+A run sees the committed positions of its history, the slots of earlier runs of the pass in the same history, and
+itself. So no mask is needed but the causal one.
+
+Legend: N positions of a pass, H query heads, G key heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni.nn.cache import History
+
+QUERIES = 512  # of a causal run after earlier positions, in one call of attention: bounds the mask
+
+
+@dataclass(frozen=True)
+class Run:
+    """Positions first to first + num of a pass, in slots `at` to `at + num` of the history.
+
+    causal: each sees those of the run before it; else all. ranks: instead, each sees those of no higher rank. seen: the
+    run sees that many positions of the history before its own (None: all), such as the finished ones where several
+    blocks of a request are in refinement.
+    """
+
+    history: History
+    first: int
+    num: int
+    at: int
+    causal: bool
+    ranks: tuple[int, ...] | None = None
+    seen: int | None = None
+
+
+class Runs:
+    """The runs of a pass; they cover its positions in order. Call `History.reserve` before, `History.commit` after."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = list(runs)
+        self.pool = runs[0].history.pool
+        self.num = sum(run.num for run in runs)
+        self._slots: Tensor | None = None
+        self._parts = [part for run in self.runs for part in _parts(run)]
+        self._biases: dict[object, Tensor] = {}
+
+    def first(self, num: int) -> Runs:
+        """The same without runs after the first `num` positions of each history."""
+        runs, first = [], 0
+        for run in self.runs:
+            if run.at - run.history.length < num:
+                runs.append(replace(run, first=first))
+                first += run.num
+        return Runs(runs)
+
+    @property
+    def slots(self) -> Tensor:
+        """(N,) int64: the slot in the pool of every position."""
+        if self._slots is None:
+            slots = [range(run.history.start + run.at, run.history.start + run.at + run.num) for run in self.runs]
+            self._slots = torch.tensor([slot for run in slots for slot in run], device=self.pool.k.device)
+        return self._slots
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v (1, G, N, D) of a layer; returns attention of q (1, H, N, D), in q's shape and dtype."""
+        keys, values = self.pool.k[layer], self.pool.v[layer]
+        if len(self.runs) == 1:
+            [run] = self.runs
+            at = slice(run.history.start + run.at, run.history.start + run.at + run.num)
+            keys[:, at], values[:, at] = k[0], v[0]
+        else:
+            keys.index_copy_(1, self.slots, k[0].to(keys.dtype))
+            values.index_copy_(1, self.slots, v[0].to(values.dtype))
+        wide = q.to(keys.dtype)
+        if len(self._parts) == 1:
+            out = self._of(self._parts[0], wide, keys, values)
+        else:
+            out = torch.empty_like(wide)
+            for part in self._parts:
+                out[:, :, part.first : part.first + part.num] = self._of(part, wide, keys, values)
+        return _with_nan(out, q, k).to(q.dtype)
+
+    def _of(self, run: Run, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of one run, (1, H, num, D)."""
+        start, before = run.history.start, run.at if run.seen is None else run.seen
+        mine = q[:, :, run.first : run.first + run.num]
+        if before == run.at:
+            k, v = (store[None, :, start : start + run.at + run.num] for store in (keys, values))
+        else:
+            own = slice(start + run.at, start + run.at + run.num)
+            k, v = (torch.cat([x[:, start : start + before], x[:, own]], 1)[None] for x in (keys, values))
+        causal = run.causal and run.num > 1 and run.ranks is None
+        bias = self._bias(run, before, q) if (causal and before) or run.ranks is not None else None
+        gqa = q.shape[1] != keys.shape[0]
+        return F.scaled_dot_product_attention(mine, k, v, bias, is_causal=causal and not before, enable_gqa=gqa)
+
+    def _bias(self, run: Run, before: int, like: Tensor) -> Tensor:
+        """(num, before + num): 0 where a position sees a key, else -inf."""
+        key = run.num, before, run.ranks, like.dtype
+        if key not in self._biases:
+            seen = torch.ones(run.num, before + run.num, dtype=torch.bool, device=like.device)
+            if run.ranks is None:
+                seen = seen.tril(before)
+            else:
+                ranks = torch.tensor(run.ranks, device=like.device)
+                seen[:, before:] = ranks[None, :] <= ranks[:, None]
+            bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            self._biases[key] = bias.masked_fill_(~seen, -math.inf)
+        return self._biases[key]
+
+
+def _with_nan(out: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Attention whose result is NaN where a query or key is not finite. Without a mask the kernel of the CPU returns 0
+    there (torch 2.13), which would hide damaged weights."""
+    if q.device.type != "cpu" or math.isfinite(q.sum() + k.sum()):
+        return out
+    sound = q.isfinite().all(1).all(-1) & k.isfinite().all(1).all(-1)  # (1, N); sums of sound values may overflow
+    return out.masked_fill(~sound[:, None, :, None], math.nan)
+
+
+def _parts(run: Run) -> list[Run]:
+    """A long causal run after earlier positions, in pieces of QUERIES."""
+    if not run.causal or run.at == 0 or run.num <= QUERIES:
+        return [run]
+    starts = range(0, run.num, QUERIES)
+    return [replace(run, first=run.first + n, num=min(QUERIES, run.num - n), at=run.at + n) for n in starts]

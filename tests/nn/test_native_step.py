@@ -1,0 +1,208 @@
+"""Native steps of a few tokens against the layers of nn.layer; and the native step's refusals."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from histories import histories_of, read, text
+from layouts import CHANNELS, VOCABULARY, random_spans, small_model
+from torch import Tensor
+
+import omni
+from omni.generation import context
+from omni.generation.engine import Engine
+from omni.model import Omni
+from omni.nn import native_step
+from omni.nn.native_step import COMPILERS, CompiledStep, load_library
+from omni.rng import Key
+from omni.sequence.layout import LatentSpan, Span
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+SHAPES = {
+    "grouped heads": {},
+    "odd sizes": {"width": 23, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "mlp_width": 37},
+    "latent weights apart": {"latent_weights": "separate"},
+    "a generation expert": {"latent_weights": "refine"},
+}
+
+
+def native(model: Omni) -> CompiledStep:
+    return CompiledStep(model.transformer, model.token.output_weight)
+
+
+@torch.inference_mode()
+def decode(model: Omni, step: CompiledStep | None, rows: int = 1, most: int = 1, num: int = 8) -> Tensor:
+    """Logits (tokens, V) of teacher-forced ids: `num` passes over `rows` histories of different lengths that move as
+    they grow, each with 1 to `most` ids of each; the first pass has latents, and half of the later ids are
+    discarded."""
+    documents: list[list[Span]] = [[text([r] * (1 + 5 * r)), *random_spans(Key(r), 4)] for r in range(rows)]
+    histories, logits = histories_of(model, documents), []
+    for n in range(num):
+        random = Key(n).fold(rows, most).python()
+        ids = [[random.randrange(VOCABULARY) for _ in range(random.randint(1, most))] for _ in range(rows)]
+        hidden = torch.cat(read(model, histories, [[text(one)] for one in ids], 0, step))
+        logits.append(model.token.read(hidden) if step is None else step.read(hidden))
+        if n % 3 == 2:
+            for one in histories:
+                one.truncate(one.length - 1, one.next_position - 1, one.next_block - 1)
+    return torch.cat(logits)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("rows", "most"), [(1, 1), (3, 1), (7, 1), (1, 5), (3, 4), (7, 9)])
+def test_native_steps_equal_the_layers(shape: str, rows: int, most: int) -> None:
+    """One or several tokens of one or many histories of different lengths."""
+    model = small_model(**SHAPES[shape])
+    assert relative(decode(model, native(model), rows, most), decode(model, None, rows, most)) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", ["grouped heads", "odd sizes"])
+def test_weights_exact_in_bfloat16_are_read_in_bfloat16(shape: str) -> None:
+    """Others in float32, never rounded."""
+    model, rounded = small_model(**SHAPES[shape]), small_model(**SHAPES[shape])
+    rounded.to(torch.bfloat16).to(torch.float32)
+    steps = native(model), native(rounded)
+    assert [step.dtype for step in steps] == [torch.float32, torch.bfloat16]
+    wanted = decode(model, None, 3, 2)
+    assert relative(decode(model, steps[0], 3, 2), wanted) < 1e-5
+    assert relative(decode(rounded, steps[1], 3, 2), decode(rounded, None, 3, 2)) < 1e-5
+    assert relative(decode(rounded, steps[1], 3, 2), wanted) > 1e-4  # control: rounded weights differ
+
+
+@torch.inference_mode()
+def native_alone(model: Omni, step: CompiledStep, chosen: list[int]) -> list[Tensor]:
+    """Hidden states (3, W) of each after a prompt; every pass is native."""
+    histories = histories_of(model, [[]] * len(chosen))
+    read(model, histories, [[text(range(r, r + 1 + 2 * r))] for r in chosen], 0, step)
+    return read(model, histories, [[text([r, 9, r])] for r in chosen], 0, step)
+
+
+@needs_compiler
+def test_a_token_does_not_depend_on_the_others_of_its_pass() -> None:
+    """But for the last bits: the layout of a sum depends on the number of tokens."""
+    model = small_model()
+    step = native(model)
+    together = native_alone(model, step, list(range(7)))
+    for r, one in enumerate(together):
+        [alone] = native_alone(model, step, [r])
+        assert relative(one, alone) < 1e-6 and relative(step.read(one), step.read(alone)) < 1e-6
+        assert relative(one, together[r - 1]) > 0.1
+
+
+@needs_compiler
+def test_threads_change_no_bit() -> None:
+    model = small_model()
+    step = native(model)
+    alone = [torch.cat(native_alone(model, step, chosen)) for chosen in ([3], list(range(7)))]
+    torch.set_num_threads(2)
+    try:
+        threaded = [torch.cat(native_alone(model, step, chosen)) for chosen in ([3], list(range(7)))]
+        assert torch.equal(step.read(threaded[1]), step.read(alone[1]))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(alone, threaded, strict=True))
+
+
+@needs_compiler
+def test_short_passes_over_text_are_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes with latents, and long ones, run the layers."""
+    model, calls = small_model(), []
+    step, call = native(model), CompiledStep.__call__
+
+    def counted(self: CompiledStep, h: Tensor, *arguments) -> Tensor:  # noqa: ANN002
+        calls.append(len(h))
+        return call(self, h, *arguments)
+
+    monkeypatch.setattr(CompiledStep, "__call__", counted)
+    latents = LatentSpan(Key(0).normal((2, CHANNELS)), (1, 1, 2))
+    with torch.inference_mode():
+        for spans in ([[text([1])], [text([2, 3])]], [[text([1]), latents], [text([2])]], [[text([1] *
+        context.NATIVE)]],
+                      [[text([1] * context.NATIVE)], [text([1])]]):  # fmt: skip
+            read(model, histories_of(model, [[]] * len(spans)), spans, 0, step)
+    assert calls == [3, context.NATIVE]
+
+
+@needs_compiler
+def test_a_weight_that_is_not_finite_is_not_hidden() -> None:
+    """NaN in the queries or keys: in every hidden state, after any number of positions."""
+    for row in (0, 32 + 1):  # of a query, of a key
+        model = small_model()
+        with torch.no_grad():
+            model.get_parameter("transformer.blocks.0.text.qkv.weight")[row, 0] = math.nan
+        step = native(model)
+        with torch.inference_mode():
+            histories = histories_of(model, [[]])
+            for ids in ([1], [2, 3], [4] * 20, [5]):
+                [hidden] = read(model, histories, [[text(ids)]], 0, step)
+                assert bool(hidden.isnan().any(1).all())
+
+
+@needs_compiler
+def test_bundled_model_emits_the_same_text_compiled() -> None:
+    model = omni.from_pretrained()
+    step = native(model)
+    assert step.dtype == torch.bfloat16
+    with torch.inference_mode():
+        wanted = decode_text(model, None)
+        assert relative(decode_text(model, step), wanted) < 1e-5
+    prompt = "What do you see? Say it in many words."
+    for options in ({}, {"temperature": 1.0, "seed": 3}):
+        replies = [
+            Engine(model, compile=way).generate(prompt, max_tokens=24, max_images=0, **options) for way in (0, 1)
+        ]
+        assert replies[0].text == replies[1].text != ""
+
+
+def decode_text(model: Omni, step: CompiledStep | None) -> Tensor:
+    """Logits of ten ids, one at a time, beside another history."""
+    histories, hidden = histories_of(model, [[text([1])], [text([2, 3])]]), []
+    for n in range(10):
+        hidden += read(model, histories, [[text([7 * n + 5])], [text([n])]], 0, step)
+    return model.token.read(torch.cat(hidden)) if step is None else model.token.cap(step.read(torch.cat(hidden)))
+
+
+@needs_compiler
+def test_native_engines_serve_many_requests(tiny_model) -> None:  # noqa: ANN001
+    """Requests of different lengths, with pictures, join the native passes; equal replies without native code."""
+    model = omni.from_pretrained(tiny_model)
+    prompts = ["a", "say something rather long, please", "b c"]
+    options = omni.GenerationOptions(temperature=1.0, max_tokens=16, max_images=1, steps=1, force_image=True,
+                                     image_size=(8, 8))  # fmt: skip
+    plain, compiled = (Engine(model, compile=way).generate_batch(prompts, options, seeds=[1, 2, 3]) for way in (0, 1))
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.text == other.text != "" and one.stop_reason == other.stop_reason
+        a, b = (torch.tensor(list(reply.images[0].tobytes())) for reply in (one, other))
+        assert int((a - b).abs().max()) <= 1
+
+
+def test_compile_without_a_compiler_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_library.cache_clear()
+    monkeypatch.setattr(native_step.shutil, "which", lambda _: None)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* install one or leave compile out"):
+        load_library()
+
+
+@needs_compiler
+def test_compile_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # noqa: ANN001
+    (tmp_path / "broken.cpp").write_text("int main( {\n")
+    load_library.cache_clear()
+    monkeypatch.setattr(native_step, "SOURCE", tmp_path / "broken.cpp")
+    with pytest.raises(ValueError, match=r"could not compile broken\.cpp") as error:
+        load_library()
+    assert "\n" not in str(error.value)
+
+
+def test_compile_refuses_other_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"this model is torch\.bfloat16 on cpu; load it with dtype=torch\.float32"):
+        native(small_model(dtype=torch.bfloat16))
