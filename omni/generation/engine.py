@@ -57,7 +57,7 @@ class Engine:
 
     def __init__(
         self, model: Omni, compile: bool = False, allow_paths: bool = True, *, budget: int = 512,
-        max_running: int = 256, max_positions: int = 1 << 22, kept_positions: int = 1 << 14,
+        max_running: int = 256, max_positions: int = 1 << 22, kept_positions: int = 1 << 13,
     ) -> None:  # fmt: skip
         if model.tokenizer is None:
             raise ValueError(

@@ -114,7 +114,9 @@ class Pool:
         more = total - self.num_pages
         for name in ("k", "v"):
             store = getattr(self, name)
-            setattr(self, name, torch.cat([store, store.new_empty(*store.shape[:2], more * PAGE, store.shape[3])], 2))
+            larger = store.new_empty(*store.shape[:2], total * PAGE, store.shape[3])
+            larger[:, :, : store.shape[2]] = store
+            setattr(self, name, larger)
         self.num_pages = total
         self.pages_in_use += more
         self.give_back(total - more, more)

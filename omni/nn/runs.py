@@ -53,6 +53,7 @@ class Runs:
         self._slots: Tensor | None = None
         self._parts = [part for run in self.runs for part in _parts(run)]
         self._biases: dict[object, Tensor] = {}
+        self._planned: list | None = None
 
     def first(self, num: int) -> Runs:
         """The same without runs after the first `num` positions of each history."""
@@ -81,28 +82,31 @@ class Runs:
         else:
             keys.index_copy_(1, self.slots, k[0].to(keys.dtype))
             values.index_copy_(1, self.slots, v[0].to(values.dtype))
-        wide = q.to(keys.dtype)
-        if len(self._parts) == 1:
-            out = self._of(self._parts[0], wide, keys, values)
-        else:
-            out = torch.empty_like(wide)
-            for part in self._parts:
-                out[:, :, part.first : part.first + part.num] = self._of(part, wide, keys, values)
-        return _with_nan(out, q, k).to(q.dtype)
+        wide, gqa, found = q.to(keys.dtype), q.shape[1] != keys.shape[0], []
+        keys, values = keys[None], values[None]
+        for where, slots, bias, causal in self._plan(wide):
+            k_, v_ = (keys[:, :, slots], values[:, :, slots]) if isinstance(slots, slice) else (
+                torch.cat([store[:, :, one] for one in slots], 2) for store in (keys, values)
+            )  # fmt: skip
+            found.append(F.scaled_dot_product_attention(wide[:, :, where], k_, v_, bias, 0.0, causal, enable_gqa=gqa))
+        return _with_nan(found[0] if len(found) == 1 else torch.cat(found, 2), q, k).to(q.dtype)
 
-    def _of(self, run: Run, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of one run, (1, H, num, D)."""
+    def _plan(self, like: Tensor) -> list[tuple[slice, slice | tuple[slice, slice], Tensor | None, bool]]:
+        """For each part: its positions, the slots that it sees, its mask, and whether it is causal from the first slot
+        on. Equal for all layers."""
+        if self._planned is None:
+            self._planned = [self._part(part, like) for part in self._parts]
+        return self._planned
+
+    def _part(self, run: Run, like: Tensor) -> tuple[slice, slice | tuple[slice, slice], Tensor | None, bool]:
         start, before = run.history.start, run.at if run.seen is None else run.seen
-        mine = q[:, :, run.first : run.first + run.num]
-        if before == run.at:
-            k, v = (store[None, :, start : start + run.at + run.num] for store in (keys, values))
-        else:
-            own = slice(start + run.at, start + run.at + run.num)
-            k, v = (torch.cat([x[:, start : start + before], x[:, own]], 1)[None] for x in (keys, values))
+        end = start + run.at + run.num
+        slots = slice(start, end)
+        if before != run.at:
+            slots = slice(start, start + before), slice(end - run.num, end)
         causal = run.causal and run.num > 1 and run.ranks is None
-        bias = self._bias(run, before, q) if (causal and before) or run.ranks is not None else None
-        gqa = q.shape[1] != keys.shape[0]
-        return F.scaled_dot_product_attention(mine, k, v, bias, is_causal=causal and not before, enable_gqa=gqa)
+        bias = self._bias(run, before, like) if (causal and before) or run.ranks is not None else None
+        return slice(run.first, run.first + run.num), slots, bias, causal and not before
 
     def _bias(self, run: Run, before: int, like: Tensor) -> Tensor:
         """(num, before + num): 0 where a position sees a key, else -inf."""

@@ -158,8 +158,8 @@ class LeakOptions(TaskOptions):
 
 @task("engine_leaks", LeakOptions, rows=("pages", "memory", "requests_per_second"))
 def engine_leaks(context: Context, options: LeakOptions) -> Outcome:
-    """pages: in use after the last request. memory: growth of the process from the first tenth of the requests to the
-    end, in percent."""
+    """pages: in use after the last request. memory: growth of the process from half of the requests to the end, in
+    percent."""
     engine, random = Engine(context.model), context.key("leaks").python()
     doomed = set(random.sample(range(options.requests), options.cancelled))
     alive: set[int] = set()
@@ -170,7 +170,7 @@ def engine_leaks(context: Context, options: LeakOptions) -> Outcome:
             number = engine.add(prompt, seed=added, max_tokens=6, max_images=1, steps=1)
             alive.add(number)
             added += 1
-            if added == options.requests // 10:
+            if added == options.requests // 2:
                 before = _memory()
         engine.step()
         for number in [n for n in alive if n in doomed and random.random() < 0.2]:
