@@ -71,6 +71,13 @@ def everything(model: omni.Omni, batch) -> tuple[torch.Tensor, torch.Tensor]:  #
 )
 def test_the_backend_follows_the_device_and_the_use(device: str, training: bool, backend: str) -> None:
     assert choose_backend(None, device, training) == backend
+    assert choose_backend(None, device, training, is_long=True) == ("sdpa" if backend == "math" else backend)
+
+
+def test_long_rows_train_with_sdpa_and_a_named_backend_stays() -> None:
+    here, plain = torch.device("cpu"), small_model().transformer
+    assert [plain.backend(here, length) for length in (1000, 1001)] == ["math", "sdpa"]
+    assert small_model(attention="math").transformer.backend(here, 5000) == "math"
 
 
 def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
-from omni.nn.attention.backends import AttentionMask, Backend, attend, attend_dual, choose_backend
+from omni.nn.attention.backends import LONG, AttentionMask, Backend, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import Memory, Pair, Pool, join
 from omni.nn.declare import ZERO, Declared, of_linear
@@ -201,13 +201,13 @@ class Transformer(nn.Module):
     def declare(self) -> dict[str, Declared]:
         return of_linear("modulation", self.modulation, ZERO)
 
-    def backend(self, device: torch.device) -> str:
+    def backend(self, device: torch.device, length: int = 0) -> str:
         training = torch.is_grad_enabled() and self.modulation.weight.requires_grad
-        return choose_backend(self.c.attention, device.type, training)
+        return choose_backend(self.c.attention, device.type, training, length > LONG)
 
-    def _block_backend(self, device: torch.device) -> str:
+    def _block_backend(self, device: torch.device, length: int = 0) -> str:
         """The backend of a pass against memory; flash-attn cannot mask it."""
-        backend = self.backend(device)
+        backend = self.backend(device, length)
         return "sdpa" if backend == "flash" else backend
 
     def new_pool(self, max_positions: int = 1 << 24) -> Pool:
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
 
     def context(self, h_RTW: Tensor, stream: Stream, is_latent: Tensor) -> tuple[Tensor, Memory]:
         """The whole context in one pass, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
-        backend = self.backend(h_RTW.device)
+        backend = self.backend(h_RTW.device, h_RTW.shape[1])
         mask = AttentionMask(stream.fields, stream.fields)
         h_RTW, rotary = self._enter(h_RTW, stream.position)
         mask.prepare(backend, h_RTW.dtype)
@@ -312,7 +312,8 @@ class Transformer(nn.Module):
         """The attention of each layer of a pass over blocks."""
         if isinstance(memory, Runs):  # their order and bounds are those of the runs, not of the stream
             return lambda index: partial(memory.attend, index)
-        backend, mask = self._block_backend(stream.position.device), memory.mask(stream)
+        num_keys = memory.keys[0].shape[2] + stream.position.shape[1]
+        backend, mask = self._block_backend(stream.position.device, num_keys), memory.mask(stream)
         if not isinstance(h, Dual):
             mask.prepare(backend, h.dtype)
 
