@@ -7,8 +7,9 @@ pass.
     cancel(id)             a request leaves at any time; its pages are free at once
 
 Each request is a generator (generation.turn). A step collects what the generators wait for, computes it for all of them
-without padding (generation.steps), and sends the results back. No request waits for the phase of another. A request
-that fails ends alone. `generate`, `stream` and `generate_batch` are short loops over `step`.
+without padding (generation.steps), and sends the results back. Requests in text and requests that refine do not wait
+for one another; where blocks exceed the budget, those go first that have waited longest. A request that fails ends
+alone. `generate`, `stream` and `generate_batch` are short loops over `step`.
 
 Histories of finished requests are kept for prompts that begin alike, and the latents of pictures for later turns, both
 bounded (generation.prefixes). So equal bytes for equal seeds hold for a fresh engine; float32 results after a kept
@@ -19,8 +20,10 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,20 +66,28 @@ class Engine:
             raise ValueError(
                 "generation needs a tokenizer; load the model with omni.from_pretrained or set model.tokenizer"
             )
+        least = {"budget": 1, "max_running": 1, "max_positions": 1, "kept_positions": 0}
+        given = dict(zip(least, (budget, max_running, max_positions, kept_positions), strict=True))
+        if wrong := [name for name, value in given.items() if value < least[name]]:
+            raise ValueError(f"{wrong[0]} = {given[wrong[0]]} of an engine: give at least {least[wrong[0]]}")
         self.model, self.allow_paths, self.max_running = model, allow_paths, max_running
         self.tokenizer, self.control = model.tokenizer, model.tokenizer.control
         spec, device = None if model.codec is None else model.codec.spec, model.token.embedding.weight.device
         self.grammar = Grammar(model.tokenizer, model.config, spec, device)
         self.pool = model.transformer.new_pool(max_positions)
         self.prefixes, self.latents = Prefixes(kept_positions), Latents(kept_positions)
-        self.pool.make_room = self.prefixes.make_room
+        prefixes = weakref.ref(self.prefixes)  # no cycle: a lost engine gives its memory back at once
+        self.pool.make_room = lambda: (kept := prefixes()) is not None and kept.make_room()
         self.runtime = Runtime(model, model.tokenizer, self.grammar, self.pool, self.latents)
         native = CompiledStep(model.transformer, model.token.output_weight) if compile else None
         self.steps = Steps(self.runtime, native, budget)
+        self._codec = model.codec
+        self.prefixes.check(model)
         self._numbers = itertools.count()
         self._waiting: list[Request] = []
         self._running: dict[int, Active] = {}
         self._inboxes: dict[int, deque[Event]] = {}  # of requests whose events a loop of this object reads
+        self._outbox: list[tuple[int, Event]] = []  # of other requests, for the next `step`
         self._lock = threading.RLock()
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -96,22 +107,38 @@ class Engine:
                 active.request.release()
 
     def step(self) -> list[tuple[int, Event]]:
-        """One step for all requests; returns (id, event) in order. The last event of a request is Stop or Failed."""
-        found = []
+        """One step for all requests; returns (id, event) of added requests in order, also those of steps that a loop
+        made. The last event of a request is Stop or Failed."""
         with self._lock:
-            self._admit()
-            self.steps.step(list(self._running.values()))
-            for number, active in list(self._running.items()):
-                events, active.events = active.events, []
-                if active.is_over:
-                    del self._running[number]
-                    self._finish(active.request, any(isinstance(event, Failed) for event in events))
-                inbox = self._inboxes.get(number)
-                if inbox is None:
-                    found += [(number, event) for event in events]
-                else:
-                    inbox += events
+            self._step()
+            found, self._outbox = self._outbox, []
         return found
+
+    def _step(self) -> None:
+        """One step. An interruption inside it (KeyboardInterrupt) fails all requests that run, and is raised."""
+        with self._lock:
+            try:
+                self._admit()
+                self.steps.step(list(self._running.values()))
+            except BaseException as interruption:
+                for active in (one for one in self._running.values() if not one.is_over):
+                    active.fail(RuntimeError(f"a step was interrupted by {type(interruption).__name__}"))
+                raise
+            finally:
+                self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand out the events of a step; what has ended leaves."""
+        for number, active in list(self._running.items()):
+            events, active.events = active.events, []
+            if active.is_over:
+                del self._running[number]
+                self._finish(active.request, any(isinstance(event, Failed) for event in events))
+            inbox = self._inboxes.get(number)
+            if inbox is None:
+                self._outbox += [(number, event) for event in events]
+            else:
+                inbox += events
 
     @property
     def is_idle(self) -> bool:
@@ -159,6 +186,8 @@ class Engine:
 
     def answers(self, prompt: Any, num: int, options: GenerationOptions | None = None, **changes: Any) -> list[Reply]:
         """`num` replies to one prompt, which is read once. Their seeds count up from that of the options."""
+        if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+            raise ValueError(f"answers: num = {num!r}; give a whole number of at least 1")
         one = self.resolve(_options(options).changed(changes))
         assert one.seed is not None
         many = [one.changed({"seed": one.seed + n}) for n in range(num)]
@@ -166,10 +195,14 @@ class Engine:
 
     def edit(self, reply: Reply, part: int, replacement: Any = None, **changes: Any) -> Reply:
         """A reply with part number `part` replaced (None: left out) and written anew from there. What is before it is
-        not read again. replacement: a str, or a picture in any form that a message takes. The options are those of the
-        reply, with `changes`. ValueError for a part that the reply does not have."""
-        if not 0 <= part <= len(reply.parts):
-            raise ValueError(f"part = {part} of a reply of {len(reply.parts)} parts; give 0 to {len(reply.parts)}")
+        not read again. replacement: a str, a picture (PIL, array, tensor, bytes, Path), or a part. The options are
+        those of the reply, with `changes`. ValueError for a part that the reply does not have."""
+        if not isinstance(reply, Reply) or "options" not in reply.record:
+            raise ValueError("edit takes a Reply of an engine, with its record of options")
+        if isinstance(replacement, Path) and not self.allow_paths:
+            raise ValueError(f"{str(replacement)!r} is a path, and this engine takes none (allow_paths=False)")
+        if isinstance(part, bool) or not isinstance(part, int) or not 0 <= part <= len(reply.parts):
+            raise ValueError(f"part = {part!r} of a reply of {len(reply.parts)} parts; give 0 to {len(reply.parts)}")
         before = [*reply.parts[:part], *([] if replacement is None else [part_of(replacement, reply.parts[:part])])]
         given = Document(reply.document.segments[: len(reply.document.segments) - len(reply.parts)])
         options = GenerationOptions().changed(reply.record["options"]).changed(changes)
@@ -186,8 +219,12 @@ class Engine:
         number = request.number
         try:
             while True:
-                while not (inbox := self._inboxes[number]):
-                    self.step()
+                inbox = self._inboxes.get(number)
+                if inbox is None:  # closed by another thread
+                    return
+                if not inbox:
+                    self._step()
+                    continue
                 event = inbox.popleft()
                 if isinstance(event, Failed):
                     raise event.error
@@ -198,11 +235,16 @@ class Engine:
             self.cancel(number)
 
     def _replies(self, requests: Sequence[Request]) -> list[Reply]:
-        streams = [self._events(request) for request in requests]
+        pending = {request.number for request in requests}
         try:
-            for events in streams:
-                for _ in events:
-                    pass
+            while pending:
+                self._step()
+                for number in list(pending):
+                    events, self._inboxes[number] = self._inboxes[number], deque()
+                    if failed := [event.error for event in events if isinstance(event, Failed)]:
+                        raise failed[0]
+                    if any(isinstance(event, Stop) for event in events):
+                        pending.remove(number)
         finally:
             for request in requests:
                 self.cancel(request.number)
@@ -248,6 +290,9 @@ class Engine:
 
     def _begun(self, prompt: Any, options: GenerationOptions, continues: Sequence[Part]) -> Request:
         """A request that is checked and composed. ValueError for what cannot be fulfilled."""
+        if self.model.codec is not self._codec:
+            self._codec = self.model.codec
+            self.latents.clear()
         document = prompt
         if not isinstance(prompt, Document):
             document = messages_to_document(prompt, allow_paths=self.allow_paths)
@@ -261,8 +306,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Waiting requests run, in their order, while there is room."""
-        if self._waiting:
-            self.prefixes.check(self.model)
+        if self._waiting and self.prefixes.check(self.model) and self.steps.native is not None:
+            self.steps.native = CompiledStep(self.model.transformer, self.model.token.output_weight)
         waiting, self._waiting = self._waiting, []
         for request in waiting:
             leader = request.like
@@ -270,6 +315,7 @@ class Engine:
             if len(self._running) >= self.max_running or (leader and reads and not leader.has_read_prompt):
                 self._waiting.append(request)
                 continue
+            request.epoch = self.prefixes.epoch
             self._share(request)
             active = self._running[request.number] = Active(request, turn(self.runtime, request))
             with torch.inference_mode():
@@ -285,7 +331,8 @@ class Engine:
             request.pending = without_first(request.pending, found.length)
 
     def _finish(self, request: Request, failed: bool) -> None:
-        if failed:
+        self.prefixes.check(self.model)
+        if failed or request.epoch != self.prefixes.epoch:  # the weights changed while it ran
             request.release()
             return
         self.prefixes.keep(request.history)
@@ -313,4 +360,8 @@ class Stream(Iterator[Event]):
 def _options(options: GenerationOptions | Mapping[str, Any] | None) -> GenerationOptions:
     if options is None:
         return GenerationOptions()
-    return GenerationOptions().changed(options) if isinstance(options, Mapping) else options
+    if isinstance(options, Mapping):
+        return GenerationOptions().changed(options)
+    if not isinstance(options, GenerationOptions):
+        raise ValueError(f"options = {options!r}: give a GenerationOptions or a table of options")
+    return options

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from omni.document import Image, Video
+from omni.document import Image, Role, Video
 from omni.generation.context import Append
 from omni.nn.cache import History
 from omni.sequence.layout import Span, TokenSpan
@@ -44,18 +44,24 @@ class Prefixes:
         self._kept: OrderedDict[int, History] = OrderedDict()
         self._number = 0
         self._weights: list[tuple[int, int]] = []
+        self.epoch = 0  # counts the changes of the weights
 
     @property
     def pages(self) -> int:
         """Pages that kept histories hold, and no request reads."""
         return sum(one.pages_alone for one in self._kept.values())
 
-    def check(self, model: nn.Module) -> None:
-        """Forget everything if weights have been replaced, or changed in place."""
-        weights = [(p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference()]
-        if weights != self._weights:
-            self.clear()
-            self._weights = weights
+    def check(self, model: nn.Module) -> bool:
+        """Whether weights have been replaced, or changed in place, since the last check; then everything is forgotten.
+        Changes of `.data` are not seen. Weights made under inference_mode have no version: nothing is kept of them."""
+        parameters = list(model.parameters())
+        known = not any(p.is_inference() for p in parameters)
+        weights = [(p.data_ptr(), p._version) for p in parameters] if known else []
+        if known and weights == self._weights:
+            return False
+        self.clear()
+        self._weights, self.epoch = weights, self.epoch + 1
+        return True
 
     def find(self, whole: Append, others: Sequence[History] = ()) -> History | None:
         """A fork of the history, kept or of `others`, with the longest common prefix, cut to it. whole: the prompt,
@@ -115,8 +121,8 @@ def without_first(spans: Sequence[Span], num: int) -> list[Span]:
 
 
 class Latents:
-    """Latents of pictures and clips by the digest of their pixels: what the model drew keeps the latents it was drawn
-    with, and nothing is encoded twice. At most `max_latents`, least recently used out first."""
+    """Latents of pictures and clips by the digest of their pixels: nothing is encoded twice. In the assistant's turns,
+    what the model drew keeps the latents it was drawn with. At most `max_latents`, least recently used out first."""
 
     def __init__(self, max_latents: int) -> None:
         self.max_latents = max_latents
@@ -124,7 +130,7 @@ class Latents:
 
     def encode(self, media: Sequence[Media], encode: Callable[[list[Media]], list[list[Tensor]]]) -> list[list[Tensor]]:
         """The blocks of each; those that are not kept are encoded in one call."""
-        names = [_digest(one) for one in media]
+        names = [self._name(one) for one in media]
         new = {name: one for name, one in zip(names, media, strict=True) if name not in self._kept}
         made = dict(zip(new, encode(list(new.values())), strict=True)) if new else {}
         found = [made[name] if name in made else self._kept[name] for name in names]
@@ -133,16 +139,24 @@ class Latents:
         return found
 
     def put(self, one: Media, blocks: list[Tensor]) -> None:
-        self._put(_digest(one), blocks)
+        """The latents with which the model drew a picture or clip."""
+        self._put(DRAWN + _digest(one), blocks)
+
+    def _name(self, one: Media) -> bytes:
+        digest = _digest(one)
+        return DRAWN + digest if one.role == Role.ASSISTANT and DRAWN + digest in self._kept else digest
 
     def _put(self, name: bytes, blocks: list[Tensor]) -> None:
         self._kept[name] = blocks
         self._kept.move_to_end(name)
-        while len(self._kept) > 1 and sum(map(_count, self._kept.values())) > self.max_latents:
+        while self._kept and sum(map(_count, self._kept.values())) > self.max_latents:
             self._kept.popitem(last=False)
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+DRAWN = b"drawn"
 
 
 def _count(blocks: list[Tensor]) -> int:

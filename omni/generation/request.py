@@ -67,6 +67,7 @@ class Request:
     room: int | None = None  # tokens of the next draft with `adaptive`
     reason: StopReason = "end"
     like: Request | None = None  # a request with the same prompt, which reads it
+    epoch: int = 0  # which weights the history is of, see prefixes.Prefixes
     continues: tuple[Part, ...] = ()  # the beginning of the reply, which is given
 
     @property

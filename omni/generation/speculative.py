@@ -30,7 +30,7 @@ from omni.generation.drafting import CacheCall, StateCall
 from omni.generation.events import Drafted
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
-from omni.generation.work import Propose, Read, Turn
+from omni.generation.work import SHORT, Propose, Read, Turn
 from omni.heads.joint import Draft
 from omni.samplers.inverse_cdf import inverse_cdf_sample
 from omni.samplers.token import masked_scores, token_log_probs, token_uniform
@@ -50,6 +50,9 @@ def speculative_round(runtime: Runtime, request: Request) -> Turn:
         last = _last(request)
     if not again:
         append = None if last else append_of(request.history, request.take_pending(), runtime.control.pad)
+        if append is not None and len(append) > SHORT:  # within the budget, before the last position
+            yield Read([append.part(0, len(append) - 1)])
+            append = append.part(len(append) - 1, len(append))
         draft, start = yield Propose(request, append)
     ids, whole = _usable(runtime, request, request.leftover if draft is None else draft.ids[0].tolist())
     history = request.history

@@ -1,7 +1,8 @@
 """The passes of a step: the work of many turns, computed together, and the results sent back.
 
-    context pass    Read: parts of prompts, decoded ids, drafts to verify, finished blocks; Propose: drafts of the joint
-    head refine pass     Evaluate: one evaluation of F for every block, with its guidance branches beside it
+    context pass    Read: parts of prompts, decoded ids, drafts to verify, finished blocks
+                    Propose: drafts of the joint-token head
+    refine pass     Evaluate: one evaluation of F for every block, with its guidance branches beside it
     codec           Decode: pictures of one size in one call
 
 Short reads come first; longer ones take what is left of the budget, in the order of their requests, and go on in the
@@ -24,11 +25,10 @@ from omni.generation.events import Drafted, Event, Failed
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import draft_together
-from omni.generation.work import Decode, Evaluate, Propose, Read, Turn, Work
+from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Turn, Work
 from omni.nn.cache import History, PoolFullError
 from omni.nn.native_step import CompiledStep
 
-SHORT = 64  # positions: a read up to this length is not delayed by the budget
 ALONE = 8192  # positions of one pass where a single request runs
 
 
@@ -42,6 +42,7 @@ class Active:
     done: list[list[Tensor]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     is_over: bool = False
+    evaluated: int = 0  # the number of its last evaluation
 
     def resume(self, result: Any = None) -> None:
         """Send the result of the work; collect events up to the next work, or to the end."""
@@ -59,6 +60,7 @@ class Active:
 
     def fail(self, error: Exception) -> None:
         self.turn.close()
+        self.request.release()
         self.work, self.is_over = None, True
         self.events.append(Failed(error))
 
@@ -74,6 +76,7 @@ class Steps:
     runtime: Runtime
     native: CompiledStep | None
     budget: int
+    evaluations: int = 0  # of blocks so far
     computed: int = 0  # positions of all passes so far
     wasted: int = 0  # those of them whose output, keys and values are not used: of rejected drafts
 
@@ -109,7 +112,7 @@ class Steps:
                 if not _has_room(one, [(append.history, stop)]):
                     break
                 parts.append((one, rest if stop == len(rest) else rest.part(0, stop)))
-                left -= stop
+                left -= stop if len(rest) > SHORT else 0
                 if stop < len(rest):
                     break
         return [(one, part) for one, part in parts if not one.is_over]
@@ -175,13 +178,15 @@ class Steps:
         """F of as many blocks as the budget allows, at least one."""
         chosen: list[Active] = []
         total = 0
-        for one in active:
+        for one in sorted(active, key=lambda one: one.evaluated):  # those first that have waited longest
             assert isinstance(one.work, Evaluate)
             if chosen and total + len(one.work) > self.budget:
                 break
             if _has_room(one, [(history, len(one.work.x)) for history in one.work.histories]):
                 chosen.append(one)
                 total += len(one.work)
+                self.evaluations += 1
+                one.evaluated = self.evaluations
         if chosen:
             self._together(chosen, lambda: self._refine(chosen))
 

@@ -76,10 +76,13 @@ def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None
     [*spans, last] = compose(whole, runtime.tokenizer, request.encoded)
     assert isinstance(last, TokenSpan) and last.ids[-1] == runtime.control.end
     request.pending = [*spans, TokenSpan(last.ids[:-1], last.supervise[:-1])]
+    request.forced = []  # it has begun
     request.num_tokens = sum(
         len(runtime.tokenizer.encode(one.text)) if isinstance(one, Text) else header_length(isinstance(one, Video))
         for one in begun
     )
+    if request.num_tokens >= request.options.max_tokens:
+        request.phase, request.reason = "done", "length"
 
 
 def turn(runtime: Runtime, request: Request) -> Turn:

@@ -23,6 +23,8 @@ from omni.generation.events import Event
 from omni.generation.request import Request
 from omni.nn.cache import History
 
+SHORT = 64  # positions: a read up to this length is not delayed by the budget
+
 
 @dataclass
 class Read:

@@ -169,7 +169,11 @@ class History:
             extent.writer = self
             return
         pages = -(-(need + need // 2) // PAGE)  # half as many again: growing by one position at a time stays linear
-        first = self.pool.take(pages)
+        try:
+            first = self.pool.take(pages)
+        except PoolFullError:
+            pages = -(-need // PAGE)
+            first = self.pool.take(pages)
         new = _Extent(first, pages, writer=self)
         if self.length:
             a, b = self.start, first * PAGE

@@ -69,7 +69,7 @@ class CompiledStep:
         name = str(self.dtype).removeprefix("torch.")
         self._step, self._read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
         norms = [n.weight for w in layers for n in (w.attention_norm, w.q_norm, w.k_norm, w.mlp_norm)]
-        self.norms = [n.detach().contiguous() for n in (*norms, transformer.norm.weight)]
+        self.norms = [n.detach().float().clone() for n in (*norms, transformer.norm.weight)]
         self.copies = [m.detach().to(self.dtype).contiguous() for m in matrices]  # `pointers` point into these
         c, at = self.c, range(0, 4 * self.c.depth, 4)
         in_order = [tensor.data_ptr() for i in at for tensor in (*self.norms[i : i + 4], *self.copies[i : i + 4])]
@@ -81,6 +81,10 @@ class CompiledStep:
         """Hidden states (N, W), normalised, of text at `positions` in causal runs: h (N, W) float32. Writes the slots
         of the runs; commits nothing."""
         h, pool = h.clone(memory_format=torch.contiguous_format), runs.pool
+        if h.dtype != torch.float32 or pool.k.dtype != torch.float32:
+            raise ValueError(
+                f"compile=True serves float32; the model is {h.dtype} now, its cache {pool.k.dtype}: make a new engine"
+            )
         rotary = self.rotary(max(positions) + 1)[:, list(positions)].contiguous()
         first = [run.history.start for run in runs.runs for _ in range(run.num)]
         at = [run.at + k for run in runs.runs for k in range(run.num)]
@@ -94,7 +98,7 @@ class CompiledStep:
 
     def read(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) before any cap."""
-        hidden, weight = hidden.contiguous(), self.copies[-1]
+        hidden, weight = hidden.float().contiguous(), self.copies[-1]
         logits = hidden.new_empty(len(hidden), weight.shape[0])
         size = len(hidden), *weight.shape
         self._read(weight.data_ptr(), hidden.data_ptr(), logits.data_ptr(), *size, torch.get_num_threads())
@@ -105,7 +109,7 @@ class CompiledStep:
         if self.table is None or self.table.shape[1] < num:
             every = torch.arange(1 << max(8, num.bit_length()))[None, :, None].expand(1, -1, 3)
             cos, sin = rotary_table(every, self.c.head_dim, self.c.rope_base, torch.float32, self.c.rotary)
-            sign = torch.ones(self.c.head_dim)
+            sign = torch.ones(self.c.head_dim, dtype=torch.float32)
             sign[: self.c.head_dim // 2] = -1
             self.table = torch.stack([cos[0, 0], sin[0, 0] * sign])
         return self.table

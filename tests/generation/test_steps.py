@@ -19,10 +19,10 @@ from omni.document import Document, Image, Text
 from omni.errors import NotFiniteError
 from omni.generation import turn
 from omni.generation.engine import Engine
-from omni.generation.events import BlockDone, Drafted, Event, Failed, Stop, TextDelta, VideoPart
+from omni.generation.events import BlockDone, BlockStep, Drafted, Event, Failed, Stop, TextDelta, VideoPart
 from omni.generation.options import GenerationOptions
 from omni.generation.request import Request
-from omni.generation.steps import SHORT
+from omni.generation.work import SHORT
 from omni.model import Omni
 from omni.nn.cache import PAGE, PoolFullError
 
@@ -228,8 +228,8 @@ def test_a_long_prompt_is_read_in_parts_while_text_flows(exact: Omni) -> None:
         step(engine, found)
         steps += 1
         assert len(found.ids[first]) == ids + 1  # one id in every step
-        assert engine.steps.computed - before <= budget
-    assert steps == -(-(len(long) + 4) // (budget - 1)) > 6
+        assert engine.steps.computed - before <= budget + 1  # and the short read
+    assert steps == -(-(len(long) + 4) // budget) > 6
     finish(engine, found)
     for number, prompt, num in ((first, "hello", 60), (second, long, 4)):
         other = Engine(exact)
@@ -518,3 +518,117 @@ def test_a_seed_is_the_request_and_not_its_number(model: Omni) -> None:
     options = GenerationOptions(temperature=1.0, max_tokens=20, max_images=0, seed=3, tokens_per_pass=1)
     texts = [engine.generate("say", options).text for _ in range(2)] + [Engine(model).generate("say", options).text]
     assert texts[0] == texts[1] == texts[2] != engine.generate("say", options.changed({"seed": 4})).text
+
+
+# ---- found by breaking it ------------------------------------------------------------------------------------------
+
+
+def test_events_of_added_requests_survive_a_loop(model: Omni) -> None:
+    """A loop makes the steps in which an added request ends; the next `step` returns its events."""
+    engine = Engine(model)
+    number = engine.add("x", max_tokens=3, max_images=0, seed=1)
+    engine.generate("y", max_tokens=20, max_images=0, seed=2, tokens_per_pass=1)
+    events = [event for found, event in engine.step() if found == number]
+    alone = list(Engine(model).stream("x", max_tokens=3, max_images=0, seed=1))
+    assert [type(event) for event in events] == [type(event) for event in alone] and isinstance(events[-1], Stop)
+    assert text_of(events) == text_of(alone)
+
+
+def test_short_reads_do_not_starve_a_long_prompt(model: Omni) -> None:
+    engine = Engine(model, budget=8)
+    text_alone(engine)
+    plain = GenerationOptions(tokens_per_pass=1, max_images=0)
+    for seed in range(8):
+        engine.add("a", plain, max_tokens=60, seed=seed)
+    long = engine.add("a long prompt " * 12, plain, max_tokens=2)
+    first = next(n for n in range(100) if any(number == long for number, _ in engine.step()))
+    assert first < 30
+
+
+def test_drafting_requests_read_their_prompts_within_the_budget(model: Omni) -> None:
+    engine, found = Engine(model, budget=2 * SHORT), Found()
+    text_alone(engine)
+    for seed in range(2):
+        engine.add("a long prompt " * 40, max_tokens=4, max_images=0, tokens_per_pass=4, seed=seed)
+    before, most = 0, 0
+    while not engine.is_idle:
+        step(engine, found)
+        most, before = max(most, engine.steps.computed - before), engine.steps.computed
+    assert most <= 3 * SHORT + 16  # the last positions of a prompt are a short read
+
+
+def test_blocks_take_turns_where_they_exceed_the_budget(model: Omni) -> None:
+    engine = Engine(model, budget=4)
+    options = GenerationOptions(force_image=True, image_size=(8, 8), steps=4, max_images=1, max_tokens=1)
+    numbers, order = [engine.add("draw", options, seed=seed) for seed in range(3)], []
+    while not engine.is_idle:
+        order += [number for number, event in engine.step() if isinstance(event, BlockStep)]
+    assert order == 4 * numbers
+
+
+def test_an_interrupted_step_ends_what_runs(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loop waits for ever, and no page stays."""
+    engine = Engine(model)
+    stream = engine.stream("x", max_tokens=20, max_images=0)
+    next(stream)
+
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.transformer, "extend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("y", max_tokens=4)
+    with pytest.raises(RuntimeError, match="a step was interrupted by KeyboardInterrupt"):
+        list(stream)
+    assert engine.is_idle and engine.pages_in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"budget": 0}, "budget = 0 of an engine: give at least 1"),
+        ({"max_running": 0}, "max_running = 0"),
+        ({"max_positions": -3}, "max_positions = -3"),
+        ({"kept_positions": -1}, "kept_positions = -1 of an engine: give at least 0"),
+    ],
+)
+def test_bounds_that_allow_nothing_raise(model: Omni, bounds: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(model, **bounds)
+
+
+def test_edits_of_a_forced_picture_and_of_a_full_reply(model: Omni) -> None:
+    """The picture is not forced again, and no token exceeds max_tokens."""
+    engine = Engine(model)
+    text_alone(engine)
+    options = GenerationOptions(force_image=True, image_size=(8, 8), steps=1, max_images=1, max_tokens=9)
+    reply = engine.generate("draw", options)
+    edited = engine.edit(reply, 1)
+    assert [type(part) for part in edited.parts] == [type(part) for part in reply.parts] and edited.text == reply.text
+    full = engine.edit(reply, len(reply.parts))
+    assert full.stop_reason == "length" and full.text == reply.text
+    for wrong, message in ((True, "part = True"), (7, "part = 7 of a reply of 2 parts"), ("0", "part = '0'")):
+        with pytest.raises(ValueError, match=message):
+            engine.edit(reply, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="edit takes a Reply of an engine"):
+        engine.edit("reply", 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num = 0; give a whole number"):
+        engine.answers("x", 0)
+
+
+def test_a_history_of_changed_weights_is_not_kept(model: Omni) -> None:
+    engine = Engine(model)
+    stream = engine.stream("the same prompt", max_tokens=8, max_images=0)
+    next(stream)
+    weight = model.get_parameter("transformer.blocks.0.text.qkv.weight")
+    with torch.no_grad():
+        weight.mul_(1.5)
+    try:
+        list(stream)
+        assert engine.prefixes.pages == 0
+        fresh = Engine(model).generate("the same prompt", max_tokens=8, max_images=0)
+        assert engine.generate("the same prompt", max_tokens=8, max_images=0).text == fresh.text
+    finally:
+        with torch.no_grad():
+            weight.div_(1.5)

@@ -206,3 +206,18 @@ def test_compile_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path) ->
 def test_compile_refuses_other_dtypes() -> None:
     with pytest.raises(ValueError, match=r"this model is torch\.bfloat16 on cpu; load it with dtype=torch\.float32"):
         native(small_model(dtype=torch.bfloat16))
+
+
+@needs_compiler
+def test_a_model_of_another_dtype_is_refused_and_changed_weights_are_copied_anew(tiny_model) -> None:  # noqa: ANN001
+    model = omni.from_pretrained(tiny_model)
+    engine = Engine(model, compile=True)
+    common = {"max_tokens": 8, "max_images": 0, "temperature": 1.0}
+    before = engine.generate("say", **common).text
+    with torch.no_grad():
+        model.get_parameter("transformer.blocks.0.text.qkv.weight").mul_(3)
+    after = engine.generate("say", **common).text
+    assert after == Engine(model).generate("say", tokens_per_pass=1, **common).text != before
+    model.double()
+    with pytest.raises(ValueError, match="serves float32"):
+        engine.generate("say", **common)
