@@ -50,7 +50,7 @@ class Engine:
     """Generation with one model.
 
     compile: decode text as native code on the CPU (see nn.native_step). Takes one or two seconds and a C++ compiler,
-    and copies the current weights. ValueError where this is impossible.
+    and copies the weights, anew when they change. ValueError where this is impossible.
     allow_paths: whether chat messages may name files of this machine. A server reads untrusted messages and passes
     False; see omni.text.chat.messages_to_document.
     budget: positions of a context pass beyond short reads, and of a refine pass, where several requests run: a long
