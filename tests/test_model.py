@@ -89,8 +89,8 @@ def test_norms_and_powers_in_float32_leave_one_dtype(monkeypatch: pytest.MonkeyP
     width = block.text.qkv.in_features
     operations = Operations(block.text, None, False, (torch.ones(()), torch.zeros(())))
     x = operations.norm(block.text.attention_norm, torch.ones(1, 4, width, dtype=torch.bfloat16))
-    (q, k), v = operations.heads(block.text, operations.project(block.text, "qkv", x))
-    assert {part.dtype for part in (x, q, k, v)} == {torch.bfloat16}
+    queries_keys, v = operations.heads(block.text, operations.project(block.text, "qkv", x))
+    assert {part.dtype for part in (x, queries_keys, v)} == {torch.bfloat16}
     assert block.normalise(torch.ones(2, 6, width, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 

@@ -126,6 +126,11 @@ class Grammar:
             if is_image and request.options.picture.image_size is not None:
                 request.forced += [self.control.size(n) for n in self.grid_of(request.options.picture.image_size)]
 
+    def after_block(self, request: Request) -> Iterator[Event]:
+        """End a reply that may have no further id, before a pass encodes its last picture."""
+        if request.phase == "text" and request.num_tokens >= request.options.max_tokens:
+            yield from self._finish(request, "length")
+
     def _advance_header(self, request: Request, token: int) -> Iterator[Event]:
         """Like `advance`, for one size of a header. A picture or clip without room in the context is not started."""
         media, size = request.media, self.control.size_of(token)

@@ -29,7 +29,7 @@ from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Turn, W
 from omni.nn.cache import History, PoolFullError
 from omni.nn.native_step import CompiledStep
 
-ALONE = 8192  # positions of one pass where a single request runs
+ALONE = 16384  # positions of one pass where a single request runs
 
 
 @dataclass(eq=False)

@@ -92,6 +92,7 @@ def turn(runtime: Runtime, request: Request) -> Turn:
         if request.phase == "block":
             yield from draw(runtime, request)
             yield from finish_block(runtime, request)
+            yield from runtime.grammar.after_block(request)
         elif request.forced:
             request.num_tokens += 1
             yield from accept(runtime, request, request.forced.pop(0))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -132,20 +133,35 @@ class RMSNorm(nn.Module):
         return weight if weight.dtype == dtype else weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return _normalised(x, self.eps) * self.scale(x.dtype)
-        # CUDA's autocast returns float32 (torch 2.12 on); queries and keys must keep the dtype of the values.
-        return F.rms_norm(x, x.shape[-1:], self.scale(x.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.scale(x.dtype), self.eps)
 
     def dual(self, x: Dual) -> Dual:
         """`forward` of a value with its tangent."""
         return tangent.rms_norm(x, self.scale(x.value.dtype), self.eps)
 
 
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) without a graph, in float32 or better: half the operations of the composite."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) scale, over the last axis. scale: (D,), or more axes of x (..., D)."""
+    if not torch.is_grad_enabled():
+        return normalised(x, eps).mul_(scale)
+    # CUDA's autocast returns float32 (torch 2.12 on); queries and keys must keep the dtype of the values.
+    if scale.dim() == 1:
+        return F.rms_norm(x, x.shape[-1:], scale, eps).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], None, eps).to(x.dtype) * scale
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) without a graph, in float32 or better: a third of the composite's operations."""
+    norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = x * torch.addcmul(constant(eps, norm.dtype, norm.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+@cache
+def constant(value: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a constant, made once; for code without a graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 class Layer(nn.Module):
@@ -178,10 +194,17 @@ class Layer(nn.Module):
             **of_linear("gate_up", self.gate_up, HIDDEN), **of_linear("down", self.down, last),
         }  # fmt: skip
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """(..., H D + 2 G D) -> q (..., H, D), k and v (..., G, D)."""
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., H D + 2 G D) -> queries and keys (..., H + G, D), values (..., G, D)."""
         c = self.c
-        return qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], -2)
+        heads = qkv.unflatten(-1, (-1, c.head_dim))
+        return heads[..., : -c.num_kv_heads, :], heads[..., -c.num_kv_heads :, :]
+
+    def qk_scale(self, dtype: torch.dtype) -> Tensor:
+        """The factor of normalised queries and keys, (H + G, D)."""
+        scales = self.q_norm.scale(dtype), self.k_norm.scale(dtype)
+        nums = self.c.num_heads, self.c.num_kv_heads
+        return torch.cat([scale.expand(num, -1) for scale, num in zip(scales, nums, strict=True)])
 
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------------
@@ -243,11 +266,11 @@ class Operations:
         return _merged(*parts, where)
 
     def norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        return norm(x)
+        return rms_norm(x, norm.scale(x.dtype), norm.eps)  # not norm(x): the call costs as much as the arithmetic
 
     def modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x scale + shift, of a normalised x."""
-        return x * scale + shift
+        return torch.addcmul(shift, x, scale)
 
     def project(self, w: Layer, part: str, x: Tensor) -> Tensor:
         """The projection named `part`."""
@@ -256,15 +279,18 @@ class Operations:
 
     output = project
 
-    def heads(self, w: Layer, qkv: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """((q (..., H, D), k (..., G, D)), v (..., G, D)), after QK-norm."""
-        q, k, v = w.split(qkv)
-        return ((w.q_norm(q), w.k_norm(k)) if w.c.qk_norm == "head" else (q, k)), v
+    def heads(self, w: Layer, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (..., H + G, D) after QK-norm, values (..., G, D)."""
+        queries_keys, v = w.split(qkv)
+        if w.c.qk_norm == "head":
+            queries_keys = rms_norm(queries_keys, w.qk_scale(queries_keys.dtype), w.c.norm_eps)
+        return queries_keys, v
 
-    def arrange(self, queries_keys: tuple[Tensor, Tensor], values: Tensor) -> tuple[Any, Tensor]:
-        """The output of `heads` with the head axis before the position axis; queries and keys rotated."""
-        q, k = (rotate(x.transpose(1, 2), *self.rotary) for x in queries_keys)
-        return (q, k), values.transpose(1, 2)
+    def arrange(self, queries_keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """((q (R, H, N, D), k (R, G, N, D)) rotated, v (R, G, N, D)) of the output of `heads`."""
+        turned = rotate(queries_keys.transpose(1, 2), *self.rotary)
+        at = turned.shape[1] - values.shape[-2]
+        return (turned[:, :at], turned[:, at:]), values.transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
         """(R, H, N, D) -> (R, N, H D)."""
@@ -273,12 +299,15 @@ class Operations:
     def gated(self, name: Activation, gate_up: Tensor) -> Tensor:
         """The activation of the first half, times the second."""
         gate, up = gate_up.chunk(2, -1)
-        return activation(name, gate) * up
+        acted = activation(name, gate)
+        return acted * up if torch.is_grad_enabled() else acted.mul_(up)
 
     def add(self, h: Tensor, y: Tensor, gate: Tensor | None, scale: float) -> Tensor:
         """h + y scale gate; without a gate h + y scale."""
         y = y if scale == 1 else y * scale
-        return h + (y if gate is None else y * gate)
+        if gate is None:
+            return h + y if torch.is_grad_enabled() else y.add_(h)  # y is new
+        return torch.addcmul(h, y, gate)
 
 
 def _merged(text: Any, latent: Any, where: Tensor) -> Any:
@@ -324,12 +353,16 @@ class DualOperations:
 
     output = project
 
-    def heads(self, w: Layer, qkv: Dual) -> tuple[tuple[Dual, Dual], Dual]:
-        q, k, v = map(Dual, *(w.split(part) for part in qkv))
-        return ((w.q_norm.dual(q), w.k_norm.dual(k)) if w.c.qk_norm == "head" else (q, k)), v
+    def heads(self, w: Layer, qkv: Dual) -> tuple[Dual, Dual]:
+        queries_keys, v = map(Dual, *(w.split(part) for part in qkv))
+        if w.c.qk_norm == "head":
+            queries_keys = tangent.rms_norm(queries_keys, w.qk_scale(queries_keys.value.dtype), w.c.norm_eps)
+        return queries_keys, v
 
-    def arrange(self, queries_keys: tuple[Dual, Dual], values: Dual) -> tuple[Any, Dual]:
-        q, k = (tangent.linear(lambda y: rotate(y.transpose(1, 2), *self.rotary), x) for x in queries_keys)
+    def arrange(self, queries_keys: Dual, values: Dual) -> tuple[tuple[Dual, Dual], Dual]:
+        turned = tangent.linear(lambda y: rotate(y.transpose(1, 2), *self.rotary), queries_keys)
+        at = turned.value.shape[1] - values.value.shape[-2]
+        q, k = (tangent.linear(lambda y, part=part: y[:, part], turned) for part in (slice(at), slice(at, None)))
         return (q, k), tangent.linear(lambda y: y.transpose(1, 2), values)
 
     def merge(self, x: Dual) -> Dual:

@@ -105,13 +105,11 @@ class CompiledStep:
         return logits
 
     def rotary(self, num: int) -> Tensor:
-        """(2, at least num, D): cos, and sin with its sign; rotation is x cos + roll(x, D/2) sin."""
+        """(2, at least num, D): cos, and sin; rotation is x cos + roll(x, D/2) sin."""
         if self.table is None or self.table.shape[1] < num:
             every = torch.arange(1 << max(8, num.bit_length()))[None, :, None].expand(1, -1, 3)
-            cos, sin = rotary_table(every, self.c.head_dim, self.c.rope_base, torch.float32, self.c.rotary)
-            sign = torch.ones(self.c.head_dim, dtype=torch.float32)
-            sign[: self.c.head_dim // 2] = -1
-            self.table = torch.stack([cos[0, 0], sin[0, 0] * sign])
+            table = rotary_table(every, self.c.head_dim, self.c.rope_base, torch.float32, self.c.rotary)
+            self.table = torch.cat(table)[:, 0]
         return self.table
 
 

@@ -126,7 +126,7 @@ class Runs:
 def _with_nan(out: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Attention whose result is NaN where a query or key is not finite. Without a mask the kernel of the CPU returns 0
     there (torch 2.13), which would hide damaged weights."""
-    if q.device.type != "cpu" or math.isfinite(q.sum() + k.sum()):
+    if q.device.type != "cpu" or math.isfinite(q.sum()) and math.isfinite(k.sum()):
         return out
     sound = q.isfinite().all(1).all(-1) & k.isfinite().all(1).all(-1)  # (1, N); sums of sound values may overflow
     return out.masked_fill(~sound[:, None, :, None], math.nan)

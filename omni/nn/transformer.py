@@ -40,6 +40,8 @@ from omni.nn.layer import (
     LayerSpec,
     Operations,
     RMSNorm,
+    constant,
+    normalised,
     refuse_unserved,
     run_layer,
 )
@@ -109,6 +111,9 @@ class TransformerConfig(LayerSpec):
         return self
 
 
+OFFSETS = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0)  # of normalised modulation vectors: scales and gates are around 1
+
+
 class Block(nn.Module):
     """One layer of the transformer, for both streams."""
 
@@ -150,7 +155,8 @@ class Block(nn.Module):
                 return attention(q, k, v)
 
             return self.layer(h_RNW, rotary, keeping, latent, adapter=adapter), *kept
-        vectors, item = lift(self.normalise, condition[0]), condition[1]
+        has_graph = torch.is_grad_enabled() or isinstance(condition[0], Dual)
+        vectors, item = lift(partial(self.normalise, has_graph=has_graph), condition[0]), condition[1]
         if isinstance(h_RNW, Dual):
             assert latent is True
             return self.dual(h_RNW, rotary, attention, linear(lambda v: spread(v, item), vectors))
@@ -178,12 +184,16 @@ class Block(nn.Module):
         six = [Dual(*parts) for parts in zip(*(part.chunk(6, -1) for part in modulation), strict=True)]
         return run_layer(DualOperations(weights, rotary), self.c, h, lambda qk, v: attention(qk[0], qk[1], v), six)
 
-    def normalise(self, vectors_I6W: Tensor) -> Tensor:
-        """The six vectors per copy plus the layer's own table, normalised: (I, 6 W). Scales and gates are around 1."""
+    def normalise(self, vectors_I6W: Tensor, has_graph: bool = True) -> Tensor:
+        """The six vectors per copy plus the layer's own table, normalised: (I, 6 W). has_graph: they are
+        differentiated."""
         vectors_I6W = vectors_I6W + self.modulation_table.to(vectors_I6W.dtype)
+        if not has_graph:
+            v = normalised(vectors_I6W, self.c.modulation_eps)
+            return (v + constant(OFFSETS, v.dtype, v.device)[:, None]).flatten(1)
         power = vectors_I6W.pow(2).mean(-1, keepdim=True)
         v = vectors_I6W * (power + self.c.modulation_eps).rsqrt()
-        v = v + v.new_tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])[:, None]
+        v = v + v.new_tensor(OFFSETS)[:, None]
         return v.flatten(1).to(vectors_I6W.dtype)  # CUDA's autocast takes powers in float32
 
 

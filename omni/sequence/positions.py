@@ -9,6 +9,7 @@ Legend: R batch rows, N positions, D head width.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
@@ -101,18 +102,30 @@ def rotary_table(
     dtype: torch.dtype = torch.float32,
     rotary: RotarySpec | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (R, 1, N, D), for `position` (R, N, 3). Angles are computed in float32 (float64 for float64)."""
+    """(cos, sin), each (R, 1, N, D), for `position` (R, N, 3); the first half of sin is negative. Angles are computed
+    in float32 (float64 for float64)."""
     rotary, device = rotary or RotarySpec(), position.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = rotary.frequencies(head_dim, base, work, device)
-    turning = rotary.axes(rotary.num_turning(head_dim), device)
-    axes = torch.nn.functional.pad(turning, (0, head_dim // 2 - len(turning)))
+    is_plain = type(position) is Tensor and not torch.compiler.is_compiling()
+    frequency, axes = (_turning_once if is_plain else _turning)(rotary, head_dim, base, work, device)
     angle = position.to(work)[..., axes] * frequency  # (R, N, D/2)
-    angle = torch.cat([angle, angle], -1).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1).unsqueeze(1), torch.cat([-sin, sin], -1).unsqueeze(1)
+
+
+def _turning(
+    rotary: RotarySpec, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The frequencies, and the axis of each: (D / 2,) both."""
+    with torch.inference_mode(False):
+        turning = rotary.axes(rotary.num_turning(head_dim), device)
+        axes = torch.nn.functional.pad(turning, (0, head_dim // 2 - len(turning)))
+        return rotary.frequencies(head_dim, base, dtype, device), axes
+
+
+_turning_once = lru_cache(maxsize=64)(_turning)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (R, H, N, D) by a table of `rotary_table`."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
