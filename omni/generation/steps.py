@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.errors import NotFiniteError
 from omni.generation.context import Append, block_runs, run_context
 from omni.generation.events import Drafted, Event, Failed
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import draft_together
-from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Turn, Work
+from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Scores, Turn, Work
 from omni.nn.cache import History, PoolFullError
 from omni.nn.native_step import CompiledStep
+from omni.samplers.token import masked_scores
 
 ALONE = 16384  # positions of one pass where a single request runs
 
@@ -132,13 +134,30 @@ class Steps:
                 one.done.append([])
             one.done[number].append(states)
         ready = [one for one, _ in dict.fromkeys((one, None) for one, _ in parts) if _rest(one) == 0]
-        wants = [one for one in ready if isinstance(one.work, Read) and one.work.logits]
-        logits: dict[int, Tensor] = {}
-        if wants:
-            last = torch.stack([one.done[-1][-1][-1] for one in wants])
-            logits = dict(zip(map(id, wants), self._logits(last), strict=True))
+        wants = [one for one in ready if isinstance(one.work, Read) and one.work.mask is not None]
+        scores = dict(zip(map(id, wants), self._scores(wants), strict=True))
         for one in ready:
-            one.resume(logits[id(one)] if id(one) in logits else [torch.cat(states) for states in one.done])
+            result = scores.get(id(one))
+            if isinstance(result, Exception):
+                one.fail(result)
+            else:
+                one.resume([torch.cat(states) for states in one.done] if result is None else result)
+
+    def _scores(self, active: Sequence[Active]) -> list[Scores | NotFiniteError]:
+        """The scores after the last position of each Read, or what is wrong with them."""
+        if not active:
+            return []
+        logits = self._logits(torch.stack([one.done[-1][-1][-1] for one in active]))
+        works = [one.work for one in active if isinstance(one.work, Read)]
+        masks = [work.mask for work in works if work.mask is not None]
+        same = all(mask is masks[0] for mask in masks)
+        try:
+            found = masked_scores(logits, masks[0] if same else torch.stack(masks), [work.number for work in works])
+            return list(map(Scores, found[0], found[1].tolist()))
+        except NotFiniteError as error:
+            if len(active) == 1:
+                return [error]
+            return [self._scores([one])[0] for one in active]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(R, V) of hidden states (R, W)."""

@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 from PIL import Image as PILImage
-from torch import Tensor
 
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.generation.context import append_of
@@ -28,8 +27,8 @@ from omni.generation.reply import segments_of
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import speculative_round
-from omni.generation.work import Decode, Read, Turn
-from omni.samplers.token import masked_scores, sample_token
+from omni.generation.work import Decode, Read, Scores, Turn
+from omni.samplers.token import sample_token
 from omni.sequence.context_limit import require_room, warn_if_nearly_full
 from omni.sequence.layout import LatentSpan, TokenSpan
 from omni.text.compose import compose, header_length, prompt_length
@@ -100,20 +99,19 @@ def turn(runtime: Runtime, request: Request) -> Turn:
             yield from speculative_round(runtime, request)
         else:
             append = append_of(request.history, request.take_pending(), runtime.control.pad)
-            logits = yield Read([append], logits=True)
-            yield from accept(runtime, request, choose(runtime, request, logits))
+            mask = runtime.grammar.mask_of(request, request.phase)
+            scores = yield Read([append], mask, request.num_tokens)
+            yield from accept(runtime, request, choose(request, scores))
     yield Stop(request.reason)
 
 
-def choose(runtime: Runtime, request: Request, logits: Tensor) -> int:
-    """The next id: the argmax of logits (V,), or a sample with the request's own key."""
-    mask = runtime.grammar.mask_of(request, request.phase)
-    scores, best = masked_scores(logits[None], mask, [request.num_tokens])
+def choose(request: Request, scores: Scores) -> int:
+    """The next id: the best, or a sample with the request's own key."""
     options, number = request.options.text, request.num_tokens
     request.num_tokens += 1
     if not options.temperature:
-        return int(best)
-    return sample_token(scores[0], options.temperature, options.top_p, request.key.fold("token", number))
+        return scores.best
+    return sample_token(scores.values, options.temperature, options.top_p, request.key.fold("token", number))
 
 
 def accept(runtime: Runtime, request: Request, token: int) -> Iterator[Event]:

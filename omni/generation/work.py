@@ -2,7 +2,7 @@
 
 A turn (generation.turn) is a generator. It yields events, and work; the engine sends the result of the work back:
 
-    Read       append spans to histories     ->  the hidden states (n, W) of each, or logits (V,) after the last
+    Read       append spans to histories     ->  the hidden states (n, W) of each, or Scores after the last
     Evaluate   F of one block of latents     ->  F of each guidance branch, (K, N, C)
     Propose    a draft of the joint head     ->  (Draft of one row, the hidden state (W,) before it or None)
     Decode     latents to pixels             ->  uint8 pixels
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,11 +28,20 @@ SHORT = 64  # positions: a read up to this length is not delayed by the budget
 
 @dataclass
 class Read:
-    """Append spans to histories, in as many passes as the budget of positions needs. logits: the result is the logits
-    (V,) after the last append; else the hidden states (n, W) of each."""
+    """Append spans to histories, in as many passes as the budget of positions needs. mask: (V,), which ids may follow
+    (0 or -inf); then the result is the Scores after the last append, else the hidden states (n, W) of each. number: of
+    that id in the reply, from 0, for errors."""
 
     appends: list[Append]
-    logits: bool = False
+    mask: Tensor | None = None
+    number: int = 0
+
+
+class Scores(NamedTuple):
+    """values: masked logits, float32 (V,). best: the (first) id of the largest."""
+
+    values: Tensor
+    best: int
 
 
 @dataclass(frozen=True)

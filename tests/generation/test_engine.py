@@ -61,9 +61,9 @@ def test_logits_are_capped_on_every_path(model: omni.Omni, monkeypatch: pytest.M
     engine = force(model, picture_script(Engine(model), 2, 2))
     seen, choose = [], turn.choose
 
-    def watched(runtime, request, logits):  # noqa: ANN001, ANN202
-        seen.append(float(logits.abs().max()))
-        return choose(runtime, request, logits)
+    def watched(request, scores):  # noqa: ANN001, ANN202
+        seen.append(float(scores.values[scores.values.isfinite()].abs().max()))
+        return choose(request, scores)
 
     monkeypatch.setattr(turn, "choose", watched)
     engine.generate("draw", steps=1, seed=1)
@@ -269,6 +269,17 @@ def test_a_forced_picture_takes_one_pass_and_is_delivered_before_encoding(
     when = {type(event): list(passes) for event in Engine(model).stream("draw", options)}
     assert when[BlockStart] == when[BlockStep] == when[BlockDone] == [prompt + 3]  # a step gives its events at its end
     assert when[Stop][:2] == [prompt + 3, 4 + 1]  # the picture and its end, appended when text follows
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(3, 1), (4, 2)])
+def test_the_last_picture_of_a_full_reply_is_not_encoded(
+    model: omni.Omni, monkeypatch: pytest.MonkeyPatch, limit: int, expected: int
+) -> None:
+    """The header of the picture is ids 1 to 3 of the reply; only an id after it needs a pass over its latents."""
+    passes = count_passes(model, monkeypatch)
+    options = GenerationOptions(steps=1, force_image=True, image_size=(8, 8), max_images=1, max_tokens=limit)
+    reply = Engine(model).generate("draw", options)
+    assert (len(passes), len(reply.images), reply.stop_reason) == (expected, 1, "length")
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3), (23, 15)])

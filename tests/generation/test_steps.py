@@ -22,7 +22,7 @@ from omni.generation.engine import Engine
 from omni.generation.events import BlockDone, BlockStep, Drafted, Event, Failed, Stop, TextDelta, VideoPart
 from omni.generation.options import GenerationOptions
 from omni.generation.request import Request
-from omni.generation.work import SHORT
+from omni.generation.work import SHORT, Scores
 from omni.model import Omni
 from omni.nn.cache import PAGE, PoolFullError
 
@@ -279,10 +279,10 @@ def test_a_request_that_fails_ends_alone(exact: Omni, monkeypatch: pytest.Monkey
     engine = Engine(exact)
     text_alone(engine)
 
-    def failing(runtime: Any, request: Request, logits: Tensor) -> int:
-        if runtime is engine.runtime and request.number == 2 and request.num_tokens == 2:
+    def failing(request: Request, scores: Scores) -> int:
+        if request.history.pool is engine.pool and request.number == 2 and request.num_tokens == 2:
             raise RuntimeError("out of luck")
-        return choose(runtime, request, logits)
+        return choose(request, scores)
 
     monkeypatch.setattr(turn, "choose", failing)
     found = watched(engine)
@@ -387,8 +387,8 @@ def test_generate_batch_raises_the_first_failure_and_ends_the_others(
 ) -> None:
     choose = turn.choose
 
-    def failing(runtime: Any, request: Request, logits: Tensor) -> int:
-        return 1 // 0 if request.number == 1 else choose(runtime, request, logits)
+    def failing(request: Request, scores: Scores) -> int:
+        return 1 // 0 if request.number == 1 else choose(request, scores)
 
     monkeypatch.setattr(turn, "choose", failing)
     engine = Engine(model)
