@@ -18,13 +18,17 @@ from omni.heads.joint.training import joint_loss
 from omni.nn.cache import Memory
 from omni.nn.tangent import Dual, Form, differentiate
 from omni.objectives import Objective, Terms
-from omni.objectives.base import Items, target_decay_of
+from omni.objectives.base import Items, check_blocks, target_decay_of
 from omni.rng import Key
+from omni.sequence.block_context import BlockContext, joined
 from omni.sequence.layout import IGNORE, Batch, Stream
 
 
 class TrainedModel(Backbone, Protocol):
     """The model interface of the losses: `omni.model.Omni` implements it."""
+
+    @property
+    def block_context(self) -> BlockContext: ...
 
     def context(self, batch: Batch) -> tuple[Tensor, Memory]:
         """The context stream: hidden states (R, T, W), and the memory that the refine stream attends to."""
@@ -166,8 +170,13 @@ def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
     beta = torch.ones(batch.num_items, device=batch.ids.device)
     # The average may belong to another objective; this one uses it only if it declares a decay.
     own = one.averages if target_decay_of(objective) else None
-    call = BatchFlowCall(one.model, batch, one.memory, beta, own)
-    return {"": objective.loss(call, objective.draw(items, key))}
+    context = one.model.block_context
+    check_blocks(objective, context)
+    draw = objective.draw(items, key)
+    if context.is_joint:
+        finished = ~draw.items.trained & (draw.t == 0)
+        batch = replace(batch, refine=joined(batch.refine, batch.item, batch.item_names, context, finished))
+    return {"": objective.loss(BatchFlowCall(one.model, batch, one.memory, beta, own), draw)}
 
 
 def placeholder_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:

@@ -34,6 +34,7 @@ from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import Objective, Terms
 from omni.rng import Key
 from omni.samplers import SamplerName
+from omni.sequence.block_context import BlockContext
 from omni.sequence.layout import Batch, Span, Stream
 from omni.text.compose import compose
 from omni.weights import load_weights
@@ -50,6 +51,7 @@ class OmniConfig(Frozen):
     `sampler`: the default sampler of the flow head: "euler" after flow matching, "flow_map" after a two-time objective.
     `max_grid`: bound of the header that the model may generate, in latents. `max_context`: positions of a prompt and
     its reply together (see sequence.context_limit). logit_cap: see heads.token. joint: a joint-token head, or None.
+    blocks: what a noisy block of a clip reads of the others.
     Stored as config.json: a new field needs a default under which older models compute the same.
     """
 
@@ -63,6 +65,7 @@ class OmniConfig(Frozen):
     max_chunks: int = Field(default=8, ge=1, le=64)
     max_context: int = Field(default=4096, ge=16, le=2**24)
     joint: JointConfig | None = None
+    blocks: BlockContext = BlockContext()
 
 
 class Omni(nn.Module):
@@ -94,6 +97,11 @@ class Omni(nn.Module):
 
     # ---- training forward -----------------------------------------------------------------------------------------
 
+    @property
+    def block_context(self) -> BlockContext:
+        """What a noisy block of a clip reads of the others."""
+        return self.config.blocks
+
     def context(self, batch: Batch) -> tuple[Tensor, Memory]:
         """The context stream of a batch: hidden states (R, T, W), and the memory that the refine stream attends to."""
         return self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
@@ -122,6 +130,8 @@ class Omni(nn.Module):
         h = self.token.embed(ids)
         if latents is None or is_latent is None:
             return h
+        scale = self.block_context.context_scale
+        latents = latents if scale == 1 else latents * scale
         clean = self.flow.embed_clean(latents.to(self.flow.clean.weight.dtype))
         return torch.where(is_latent.unsqueeze(-1), clean.to(h.dtype), h)
 

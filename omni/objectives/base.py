@@ -11,17 +11,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from omni.config import Frozen
+from omni.objectives.level_times import LevelTimeDistribution
 from omni.objectives.pairing import Pairing, transport
 from omni.objectives.terms import Terms
 from omni.objectives.times import Name, TimeDistribution, keys_I
 from omni.registry import Registry
 from omni.rng import Key, normals
+from omni.sequence.block_context import BlockContext
 
 # Inputs of a loss, which omni.losses computes (TERMS_BY_INPUT).
 Reads = Literal["logits", "flow", "placeholders"]
@@ -72,6 +75,7 @@ class Items:
     is_null: Tensor | None = None  # (I,) bool: items without their condition; None: all have it
     progress: float = 1.0  # the completed share of training, for schedules
     pairing: Pairing = "independent"
+    trained: Tensor | None = None  # (I,) bool: the items of the loss; None: all
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,10 +105,17 @@ class Items:
         return self.total(value_RS) / self.counts.to(value_RS.dtype).clamp(min=1)
 
     def terms(self, loss_I: Tensor, weight: float, raw_I: Tensor | None = None) -> Terms:
-        """A loss per item, as a sum over latents: an item's weight is its number of positions. raw_I: see Terms.raw."""
+        """A loss per item, as a sum over latents: an item's weight is its number of positions, 0 if it is not trained.
+        raw_I: see Terms.raw."""
         counts = self.counts.to(loss_I.dtype)
+        counts = counts if self.trained is None else counts * self.trained
         raw = None if raw_I is None else (raw_I.detach() * counts).sum()
         return Terms((loss_I * counts).sum(), float(self.counts.sum()), weight, raw)
+
+    @property
+    def mask_of_loss(self) -> Tensor:
+        """(R, S) bool: the positions of trained items."""
+        return self.mask if self.trained is None else self.mask & self.trained[self.item.clamp(min=0)]
 
     def flat(self, value_RSC: Tensor) -> Tensor:
         """(R, S, C) -> (I, N, C): every item's positions, in order. ValueError if the items differ in size."""
@@ -230,12 +241,32 @@ class FlowObjective(Objective):
     """An objective on latent blocks: `draw` samples noisy inputs, `loss` compares the callable with its target.
 
     pairing: of noise with data, see objectives.pairing.
+    levels: the joint times of neighbouring blocks, in place of `time` and `end`; for models whose noisy blocks read one
+    another (sequence.block_context). Objectives with `moves_together` take it; for others it is an error.
+
+    moves_together: where blocks that read one another move in one pass, F of a block is its average velocity while all
+    of them move. None: the objective has no rule for that. "any": it has, whatever blocks read. "all": only where every
+    block reads all others; see `check_blocks`.
     """
 
     reads = "flow"
     trains = ("velocity",)
+    moves_together: ClassVar[Literal["any", "all"] | None] = None
     time: TimeDistribution = TimeDistribution()
     pairing: Pairing = "independent"
+    levels: LevelTimeDistribution | None = None
+
+    @model_validator(mode="after")
+    def _levels_have_a_rule(self) -> Self:
+        if self.levels is not None:
+            if self.moves_together is None:
+                raise ValueError(
+                    f"{type(self).__name__} has no rule for levels, where several blocks move in one pass; leave it out, "
+                    "or take an objective that has one, such as flow_matching or improved_mean_flow"
+                )
+            if idle := sorted({"time", "end"} & self.model_fields_set):
+                raise ValueError(f"{idle[0]} has no effect with levels; give levels.time")
+        return self
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
         """(t, s), each (I,) float64. The base class trains the diagonal s = t."""
@@ -244,13 +275,53 @@ class FlowObjective(Objective):
 
     def draw(self, items: Items, key: Key) -> Draw:
         """Noisy inputs of the items, keyed by their names."""
-        t, s = items.times(*self.times(items, key))
+        if self.levels is None:
+            t, s = items.times(*self.times(items, key))
+        else:
+            drawn = self.levels.draw_jumps(items.names, key, getattr(self, "diagonal", 1.0))
+            t, s = items.times(drawn.t, drawn.s)
+            items = replace(items, trained=drawn.trained.to(t.device))
         noise = items.noise(key)
         return Draw(items.interpolate(noise, t), noise - items.latents, t, s, items, noise)
+
+    def turn(self, call: FlowCall, draw: Draw, u: Tensor) -> Tensor:
+        """(t - s) d/dt F(x_t, t, s), the total derivative along the velocity u (R, S, C), without a graph.
+
+        With levels, blocks that read one another move together: along the straight path from t to s of all blocks, at
+        the speed t - s of each, so this is d/dh F(x + h (t - s) u, t + h (t - s), s) at h = 0. For a block that reads
+        no moving block the two are equal.
+        """
+        zero = torch.zeros_like(draw.s)
+        if self.levels is None:
+            rate = call.derivative(draw.x, draw.t, draw.s, u, torch.ones_like(draw.t), zero)
+            return draw.items.expand(draw.t - draw.s) * rate
+        speed = draw.t - draw.s
+        return call.derivative(draw.x, draw.t, draw.s, draw.items.expand(speed) * u, speed, zero)
 
     @abstractmethod
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
         """The loss of what `draw` returned. It may call `call` any number of times."""
+
+
+def check_blocks(objective: Objective, context: BlockContext) -> None:
+    """ValueError, naming the objective, unless it can train a model whose blocks read one another as `context`
+    defines.
+
+    An objective on the sample's own velocity eps - x0, such as MeanFlow, needs reads "all". With "before", block b
+    would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
+    """
+    if not context.is_joint or not isinstance(objective, FlowObjective):
+        return
+    name, reads = type(objective).__name__, f"a model whose noisy blocks read one another (reads = {context.reads!r})"
+    if objective.levels is None:
+        raise ValueError(f"{name}: {reads} is trained with level times; give levels, such as {{kind = 'independent'}}")
+    if objective.moves_together == "all" and context.reads != "all":
+        raise ValueError(
+            f"{name} cannot train {reads}: its tangent has the velocity of each sample, which knows later blocks; take "
+            "improved_mean_flow, flow_matching, or reads = 'all'"
+        )
+    if objective.needs_null:
+        raise ValueError(f"{name}: guidance in training is not implemented for {reads}; leave guidance out")
 
 
 def build_objective(name: str, **options: Any) -> Objective:
@@ -265,8 +336,8 @@ def jump(call: FlowCall, x: Tensor, t: Tensor, s: Tensor, items: Items) -> Tenso
 
 def squared_error(prediction: Tensor, target: Tensor, items: Items, weight: float) -> Terms:
     """Sum over latents of the channel-mean squared error, in float32 or better; the count is the number of latents."""
-    error = channel_error(prediction, target)
-    return Terms((error * items.mask).sum(), float(items.mask.sum()), weight)
+    error, mask = channel_error(prediction, target), items.mask_of_loss
+    return Terms((error * mask).sum(), float(mask.sum()), weight)
 
 
 def channel_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -35,6 +34,7 @@ class ImprovedMeanFlow(GuidedObjective):
     """
 
     trains = ("jumps", "velocity")
+    moves_together = "any"
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     end: TimeDistribution | None = None
     diagonal: float = Field(default=0.5, ge=0, le=1)
@@ -55,10 +55,9 @@ class ImprovedMeanFlow(GuidedObjective):
 
     def loss(self, call: FlowCall, draw: GuidedDraw) -> Terms:
         call, v = self.guidance.apply(call, draw)
-        items, one, zero = draw.items, torch.ones_like(draw.t), torch.zeros_like(draw.s)
-        velocity = call(draw.x, draw.t, draw.t)
-        rate = call.derivative(draw.x, draw.t, draw.s, velocity.detach().to(draw.x.dtype), one, zero).detach()
-        compound = call(draw.x, draw.t, draw.s) + items.expand(draw.t - draw.s) * rate
+        items, velocity = draw.items, call(draw.x, draw.t, draw.t)
+        turn = self.turn(call, draw, velocity.detach().to(draw.x.dtype)).detach()
+        compound = call(draw.x, draw.t, draw.s) + turn
         errors = [items.mean(channel_error(found, v)) for found in (compound, velocity)]
         loss, diagonal = (adaptive(error, self.power, self.offset) for error in errors)
         raw = errors[0] + self.velocity_weight * errors[1]

@@ -14,8 +14,8 @@ A level vector has one rank in [0, 1] per block, 0 data and 1 noise; t = time.qu
     masked          ceil(ratio B) blocks of a random order have rank 1, the others 0; the ratio is a truncated normal
                     (MAR, arXiv 2406.11838, where blocks are tokens)
 
-The vector of an item is that of its (document, copy). It depends on the key, the document's name and its own blocks
-alone, not on the batch. Objectives get items in flat order (objectives.base.Items); so do the functions here.
+A vector has the blocks of one copy that follow one another without a token between them, such as those of a clip
+(sequence.block_context.Neighbours). It depends on the key, its name and its number of blocks alone, not on the batch.
 
 Legend: I items, V vectors, B the most blocks of a vector, S the level of noise, W blocks of a window.
 """
@@ -33,6 +33,7 @@ from torch import Tensor
 from omni.config import Frozen
 from omni.objectives.times import Name, TimeDistribution, stratified_I, uniform_I
 from omni.rng import Key
+from omni.sequence.block_context import Neighbours
 
 Kind = Literal["independent", "same", "nondecreasing", "mid", "rolling", "autoregressive", "masked"]
 
@@ -50,60 +51,20 @@ READ_BY: dict[str, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True)
 class LevelTimes:
-    """t: (I,) float64, the time of each item. trained: (I,) bool, the items whose prediction belongs to the loss.
+    """t, s: (I,) float64, the time of each item and the end of its jump. trained: (I,) bool, the items whose prediction
+    belongs to the loss.
 
     Items that are not trained have t = 0, data, or t = 1, noise: a block after the window, or after the target, tells
     nothing and may be left out.
     """
 
     t: Tensor
+    s: Tensor
     trained: Tensor
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """The items of a batch as V level vectors, one for each (document, copy), its blocks in order.
-
-    names: (document, 0, copy) of each vector. vector, index: (I,) int64, the vector of each item and its place there.
-    count: (V,) int64, the blocks of each vector.
-    """
-
-    names: list[Name]
-    vector: Tensor
-    index: Tensor
-    count: Tensor
-
-    @classmethod
-    def of(cls, names: Sequence[Name]) -> Vectors:
-        """The vectors of items, in any order. ValueError if two items have one name."""
-        found = torch.tensor(list(names), dtype=torch.int64).reshape(-1, 3)
-        order = torch.arange(len(found))
-        for column in (1, 2, 0):  # by document, then copy, then block
-            order = order[found[order, column].argsort(stable=True)]
-        rows, place = found[order], order.argsort()
-        same = rows[1:] == rows[:-1]
-        if bool(same.all(1).any()):
-            twice = tuple(rows[1:][same.all(1)][0].tolist())
-            raise ValueError(f"two items have the name {twice}; a level vector needs distinct (document, block, copy)")
-        starts = torch.cat([torch.ones(1, dtype=torch.bool), ~same[:, [0, 2]].all(1)])[: len(found)]
-        vector, first = starts.cumsum(0) - 1, starts.nonzero().squeeze(1)
-        index = torch.arange(len(found)) - first[vector]
-        heads = [(document, 0, copy) for document, _, copy in rows[first].tolist()]
-        return cls(heads, vector[place], index[place], vector.bincount(minlength=len(heads)))
-
-    def padded(self, value_I: Tensor, fill: float = 0.0) -> Tensor:
-        """(I,) -> (V, B), with `fill` after the last block of a vector."""
-        out = value_I.new_full((len(self.names), int(self.count.max()) if len(self.names) else 0), fill)
-        out[self.vector, self.index] = value_I
-        return out
-
-    def items(self, value_VB: Tensor) -> Tensor:
-        """(V, B) -> (I,), the inverse of `padded`."""
-        return value_VB[self.vector, self.index]
-
-
 class LevelTimeDistribution(Frozen):
-    """The joint distribution of the times of a document's blocks: see the table at the head of the file.
+    """The joint distribution of the times of neighbouring blocks: see the table at the head of the file.
 
     time: the time of a trained rank. num_levels: S of "nondecreasing" and "mid". AR-Diffusion's 1,000 levels are S =
     999; for large S, "nondecreasing" is the order statistics of independent ranks. window: W. startup: a probability.
@@ -142,10 +103,23 @@ class LevelTimeDistribution(Frozen):
         return low, high
 
     def draw(self, names: Sequence[Name], key: Key, purpose: str = "time") -> LevelTimes:
-        """The level vectors of items, keyed by (key, purpose, document, block, copy). The time of an "independent" item
-        is that of TimeDistribution.draw. ValueError if two items have one name."""
+        """The level vectors of items, keyed by (key, purpose, document, block, copy), with s = t. The time of an
+        "independent" item is that of TimeDistribution.draw. ValueError if two items have one name."""
         rank, trained = RANKS[self.kind](self, names, key, purpose)
-        return LevelTimes(torch.where(trained, self.time.quantile(rank), rank), trained)
+        t = torch.where(trained, self.time.quantile(rank), rank)
+        return LevelTimes(t, t, trained)
+
+    def draw_jumps(self, names: Sequence[Name], key: Key, diagonal: float) -> LevelTimes:
+        """The same level vectors, and ends: the trained blocks of a vector move by one uniform difference of rank, as
+        in a pass of a schedule (sequence.schedule), at most to 0. A share `diagonal` of the vectors has s = t."""
+        vectors = Neighbours.of(names)
+        rank, trained = RANKS[self.kind](self, names, key, "time")
+        gap = uniform_I(vectors.names, key, "gap")
+        gap = torch.where(uniform_I(vectors.names, key, "diagonal") < diagonal, 0, gap)[vectors.group]
+        t, s = (self.time.quantile(r.clamp(min=0)) for r in (rank, rank - gap))
+        moves = trained & (gap > 0)
+        t = torch.where(trained, t, rank)
+        return LevelTimes(t, torch.where(moves, torch.minimum(s, t), t), trained)
 
 
 # ---- ranks of each kind: (I,) float64 and whether they are trained, (I,) bool ----------------------------------------
@@ -156,19 +130,19 @@ def _independent(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purp
 
 
 def _same(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
-    vectors = Vectors.of(names)
-    return _all(stratified_I(vectors.names, key, purpose)[vectors.vector])
+    vectors = Neighbours.of(names)
+    return _all(stratified_I(vectors.names, key, purpose)[vectors.group])
 
 
 def _nondecreasing(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
-    vectors = Vectors.of(names)
+    vectors = Neighbours.of(names)
     uniform = vectors.padded(uniform_I(names, key, purpose))
     level = nondecreasing(torch.zeros_like(vectors.count), vectors.count, uniform, d.num_levels)
     return _all(vectors.items(level).double() / d.num_levels)
 
 
 def _mid(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
-    vectors = Vectors.of(names)
+    vectors = Neighbours.of(names)
     uniform = vectors.padded(uniform_I(names, key, purpose))
     middle = _choice(vectors, vectors.count, key, f"{purpose} middle")
     level = _choice(vectors, d.num_levels + 1, key, f"{purpose} level")
@@ -177,25 +151,25 @@ def _mid(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str
 
 
 def _rolling(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
-    vectors = Vectors.of(names)
-    t = stratified_I(vectors.names, key, purpose)[vectors.vector]
-    first = _choice(vectors, vectors.count, key, f"{purpose} window")[vectors.vector]
-    startup = (uniform_I(vectors.names, key, f"{purpose} startup") < d.startup)[vectors.vector]
+    vectors = Neighbours.of(names)
+    t = stratified_I(vectors.names, key, purpose)[vectors.group]
+    first = _choice(vectors, vectors.count, key, f"{purpose} window")[vectors.group]
+    startup = (uniform_I(vectors.names, key, f"{purpose} startup") < d.startup)[vectors.group]
     index = vectors.index.double()
     rank = torch.where(startup, index / d.window + t, (index - first + t) / d.window)
     return rank.clamp(0, 1), (rank >= 0) & (rank < 1)
 
 
 def _autoregressive(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
-    vectors = Vectors.of(names)
-    rank = stratified_I(vectors.names, key, purpose)[vectors.vector]
-    target = _choice(vectors, vectors.count, key, f"{purpose} target")[vectors.vector]
+    vectors = Neighbours.of(names)
+    rank = stratified_I(vectors.names, key, purpose)[vectors.group]
+    target = _choice(vectors, vectors.count, key, f"{purpose} target")[vectors.group]
     trained = vectors.index == target
     return torch.where(trained, rank, (vectors.index > target).double()), trained
 
 
 def _masked(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
-    vectors = Vectors.of(names)
+    vectors = Neighbours.of(names)
     order = vectors.padded(uniform_I(names, key, purpose), fill=2.0).argsort(dim=1).argsort(dim=1)
     low, high = d.mask_ends()
     u = low + (high - low) * uniform_I(vectors.names, key, f"{purpose} ratio")
@@ -220,7 +194,7 @@ def _all(rank: Tensor) -> tuple[Tensor, Tensor]:
     return rank, torch.ones_like(rank, dtype=torch.bool)
 
 
-def _choice(vectors: Vectors, num: Tensor | int, key: Key, purpose: str) -> Tensor:
+def _choice(vectors: Neighbours, num: Tensor | int, key: Key, purpose: str) -> Tensor:
     """(V,) int64: a uniform integer in 0..num-1 for each vector."""
     return (uniform_I(vectors.names, key, purpose) * num).long()
 

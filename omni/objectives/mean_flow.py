@@ -8,7 +8,6 @@ With guidance, v is the guided velocity of `target_guidance`, in the tangent as 
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -30,6 +29,7 @@ class MeanFlow(GuidedObjective):
     """
 
     trains = ("jumps", "velocity")
+    moves_together = "all"
     time: TimeDistribution = TimeDistribution(mean=-0.4)
     end: TimeDistribution | None = None
     diagonal: float = Field(default=0.5, ge=0, le=1)
@@ -42,8 +42,7 @@ class MeanFlow(GuidedObjective):
 
     def loss(self, call: FlowCall, draw: GuidedDraw) -> Terms:
         call, v = self.guidance.apply(call, draw)
-        items, one, zero = draw.items, torch.ones_like(draw.t), torch.zeros_like(draw.s)
-        rate = call.derivative(draw.x, draw.t, draw.s, v, one, zero)
-        target = (v - items.expand(draw.t - draw.s) * rate).detach()
+        items = draw.items
+        target = (v - self.turn(call, draw, v)).detach()
         error = items.mean(channel_error(call(draw.x, draw.t, draw.s), target))
         return items.terms(adaptive(error, self.power, self.offset), self.weight, error)

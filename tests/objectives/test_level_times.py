@@ -19,7 +19,6 @@ from omni.objectives.level_times import (
     READ_BY,
     Kind,
     LevelTimeDistribution,
-    Vectors,
     log_counts,
     nondecreasing,
     through_the_middle,
@@ -27,6 +26,7 @@ from omni.objectives.level_times import (
 from omni.objectives.times import BatchNames, Name, TimeDistribution
 from omni.objectives.weighting import Prediction, fused_snr
 from omni.rng import Key
+from omni.sequence.block_context import Neighbours
 from omni.sequence.schedule import staggered
 
 F, T = 3, 5  # blocks and levels of the enumerations
@@ -39,8 +39,8 @@ def of_size(blocks: int, documents: int, copies: int = 1) -> list[Name]:
 
 
 def ragged(documents: int = 40, copies: int = 2) -> list[Name]:
-    """Documents of 1 to 6 blocks, whose numbers have gaps and do not start at 0."""
-    return [(7 * d, 3 + 2 * b, c) for d in range(documents) for b in range(1 + d % 6) for c in range(copies)]
+    """Documents of 1 to 6 neighbouring blocks, whose numbers do not start at 0."""
+    return [(7 * d, 3 + b, c) for d in range(documents) for b in range(1 + d % 6) for c in range(copies)]
 
 
 def drawn(kind: Kind, blocks: int, documents: int, key: int = 0, **options: object) -> Tensor:
@@ -145,7 +145,7 @@ def test_documents_of_different_lengths_have_their_own_distribution(kind: Kind) 
     """Short documents beside long ones: the marginals of enumeration for each number of blocks."""
     names = [(d, b, 0) for d in range(6000) for b in range(1 + d % 3)]
     times = LevelTimeDistribution(kind=kind, num_levels=T - 1).draw(names, Key(3)).t
-    vectors = Vectors.of(names)
+    vectors = Neighbours.of(names)
     levels = (vectors.padded(times, -1.0) * (T - 1)).round().long()
     for blocks in (1, 2):
         mine = levels[vectors.count == blocks][:, :blocks]
@@ -192,14 +192,15 @@ def test_copies_have_vectors_of_their_own(kind: Kind) -> None:
 
 
 def test_vectors_group_and_order_items() -> None:
-    names = [(9, 4, 1), (2, 0, 0), (9, 1, 0), (9, 4, 0), (9, 1, 1), (9, 7, 0)]
-    vectors = Vectors.of(names)
-    assert vectors.names == [(2, 0, 0), (9, 0, 0), (9, 0, 1)] and vectors.count.tolist() == [1, 3, 2]
+    """A gap in the numbers of blocks is a token between them: another vector begins."""
+    names = [(9, 5, 1), (2, 0, 0), (9, 4, 0), (9, 5, 0), (9, 4, 1), (9, 7, 0)]
+    vectors = Neighbours.of(names)
+    assert vectors.names == [(2, 0, 0), (9, 4, 0), (9, 7, 0), (9, 4, 1)] and vectors.count.tolist() == [1, 2, 1, 2]
     value = torch.arange(6.0)
-    assert vectors.padded(value, -1).tolist() == [[1, -1, -1], [2, 3, 5], [4, 0, -1]]
+    assert vectors.padded(value, -1).tolist() == [[1, -1], [2, 3], [5, -1], [4, 0]]
     assert torch.equal(vectors.items(vectors.padded(value)), value)
     with pytest.raises(ValueError, match=r"two items have the name \(2, 0, 0\)"):
-        Vectors.of([*names, (2, 0, 0)])
+        Neighbours.of([*names, (2, 0, 0)])
 
 
 # ---- the other kinds ------------------------------------------------------------------------------------------------
@@ -404,7 +405,7 @@ def test_fused_snr_is_finite_at_both_ends(prediction: Prediction) -> None:
 
 def test_padded_vectors_give_weights_to_items() -> None:
     names = ragged(10)
-    vectors, t = Vectors.of(names), LevelTimeDistribution(kind="mid").draw(names, Key(0)).t.clamp(0.01, 0.99)
+    vectors, t = Neighbours.of(names), LevelTimeDistribution(kind="mid").draw(names, Key(0)).t.clamp(0.01, 0.99)
     weights = vectors.items(fused_snr(vectors.padded(t, 1.0), "velocity"))
     for document, copy in {(d, c) for d, _, c in names}:
         mine = sorted(n for n, (d, _, c) in enumerate(names) if (d, c) == (document, copy))
