@@ -167,12 +167,14 @@ def test_trim_tail_leaves_the_last_block_out_of_the_context_only() -> None:
 
 
 def test_text_positions_are_one_dimensional_rotary() -> None:
-    """Three equal coordinates give the rotary table of decoder language models (RoFormer, half-split convention)."""
+    """Three equal coordinates give the rotary table of decoder language models (RoFormer, half-split convention), with
+    the sign of each half in the sines."""
     position = torch.arange(50)[None, :, None].expand(1, 50, 3)
     cos, sin = rotary_table(position, 16, 10000.0, torch.float64)
     frequency = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
-    angle = torch.cat([torch.arange(50, dtype=torch.float64)[:, None] * frequency] * 2, 1)
-    assert torch.equal(cos[0, 0], angle.cos()) and torch.equal(sin[0, 0], angle.sin())
+    angle = torch.arange(50, dtype=torch.float64)[:, None] * frequency
+    assert torch.equal(cos[0, 0], torch.cat([angle.cos(), angle.cos()], 1))
+    assert torch.equal(sin[0, 0], torch.cat([-angle.sin(), angle.sin()], 1))
 
 
 def test_positions_of_a_block_are_a_grid_and_text_continues_after_its_longest_side() -> None:
