@@ -6,6 +6,7 @@ Legend: N positions of the pass, n positions of one append, P placeholders of th
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -154,18 +155,37 @@ def _tail(model: Backbone, appends: Sequence[Append], runs: Runs, inputs: Tensor
     return Tail(inputs.reshape(1, B * m, W), position, adapters, Runs([*runs.runs, *behind]))
 
 
-def block_runs(blocks: Sequence[tuple[History, tuple[int, int, int]]], device: torch.device) -> tuple[Stream, Runs]:
-    """The refine stream (1, N) of one block of latents after each history, and its runs. Reserves their slots."""
-    runs, position, first = [], [], 0
-    for history, grid in blocks:
-        num = grid[0] * grid[1] * grid[2]
+Grid = tuple[int, int, int]
+
+
+def group_runs(
+    groups: Sequence[tuple[History, Sequence[tuple[Grid, int]], bool]], device: torch.device
+) -> tuple[Stream, Runs, list[int]]:
+    """The refine stream (1, N) of blocks of latents that read one another after each history, its runs, and the
+    positions of each block. Reserves their slots.
+
+    groups: (history, (grid, first rotary position after the history) of each block, is_causal). With is_causal a block
+    reads the blocks of its group before it, else all of them.
+    """
+    runs, position, counts, first = [], [], [], 0
+    for history, blocks, is_causal in groups:
+        own = [math.prod(grid) for grid, _ in blocks]
+        ranks = tuple(b for b, num in enumerate(own) for _ in range(num)) if is_causal and len(own) > 1 else None
+        num = sum(own)
         history.reserve(num)
-        runs.append(Run(history, first, num, history.length, causal=False))
-        position += grid_positions(grid, history.next_position)
+        runs.append(Run(history, first, num, history.length, causal=False, ranks=ranks))
+        for grid, start in blocks:
+            position += grid_positions(grid, history.next_position + start)
+        counts += own
         first += num
     where = torch.tensor([position], device=device)
     zeros = torch.zeros_like(where[..., 0])
-    return Stream(zeros, zeros, zeros + 1, where), Runs(runs)
+    return Stream(zeros, zeros, zeros + 1, where), Runs(runs), counts
+
+
+def block_runs(blocks: Sequence[tuple[History, Grid]], device: torch.device) -> tuple[Stream, Runs]:
+    """`group_runs` of one block after each history."""
+    return group_runs([(history, [(grid, 0)], False) for history, grid in blocks], device)[:2]
 
 
 def placeholder_runs(histories: Sequence[History], num: int, causal: bool, clean: int = 0) -> Runs:

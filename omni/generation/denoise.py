@@ -1,9 +1,16 @@
-"""Refine one block of latents from noise against the history of its request, with guidance branches beside it.
+"""Refine the blocks of a picture or clip from noise against the history of its request, with guidance branches beside
+it, in the order of a schedule (sequence.schedule).
+
+A pass of the schedule moves some blocks; each has a sampler of its own, which asks for F. What a moving block reads of
+the others is the model's own rule (sequence.block_context): finished blocks are context, or stay in the pass.
 
 Legend: N latents of a block, C channels, K branches.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,59 +18,204 @@ from omni.codecs.codec import MAX_LATENT
 from omni.document import Document, Role
 from omni.errors import in_range, require_finite
 from omni.generation.context import Append, append_of, marks_of
-from omni.generation.events import BlockStep
+from omni.generation.events import BlockStep, Event
+from omni.generation.options import PictureOptions
 from omni.generation.prefixes import common_length
-from omni.generation.request import Request
+from omni.generation.request import Media, Request
 from omni.generation.runtime import Runtime
-from omni.generation.work import Evaluate, Read, Turn
+from omni.generation.work import Evaluate, Noisy, Read, Turn
 from omni.nn.cache import History
 from omni.rng import Key
-from omni.samplers import SAMPLERS, State
+from omni.samplers import SAMPLERS, Call, State
+from omni.samplers.base import Sampling
+from omni.sequence.block_context import BlockContext
 from omni.sequence.guidance import Drop, open_turn, reduce
 from omni.sequence.layout import LatentSpan, Span, TokenSpan, lay_out
+from omni.sequence.schedule import Schedule, level_major, staggered
 from omni.text.compose import block_header, compose
 
 
+@dataclass(eq=False)
+class Block:
+    """A block in refinement. x: its latents (N, C) at time t, in the model's dtype. item: what its sampler waits for;
+    None at its end."""
+
+    number: int
+    sampling: Sampling
+    x: Tensor
+    t: float
+    item: Call | State | None = None
+
+
 def draw(runtime: Runtime, request: Request) -> Turn:
-    """Refine the next block of the request; its latents are appended to `media.finished`."""
-    o, media = request.options.picture, request.media
-    assert media is not None and o.sampler is not None and o.guidance is not None and o.image_guidance is not None
+    """Refine all blocks of the request's picture or clip; finished ones are pending context."""
+    o, media, context = request.options.picture, request.media, runtime.model.block_context
+    assert media is not None and o.guidance is not None and o.image_guidance is not None
     weights: dict[Drop, float] = {"text": o.image_guidance - o.guidance, "all": 1.0 - o.image_guidance}
     branches: list[Drop] = [what for what, weight in weights.items() if weight]
+    scales = [o.guidance, *(weights[what] for what in branches)]
+    schedule = schedule_of(o, media.chunks, context)
+    blocks: list[Block] = []
+    waits = False  # whether finished blocks are not read yet
+    for m in range(schedule.num_passes):
+        if m == 0 or (waits and context.finished == "context"):
+            yield from _read_finished(runtime, request, branches)
+            waits = False
+        if m == 0:
+            blocks = [_begin(runtime, request, schedule, b) for b in range(media.chunks)]
+        moving = [blocks[move.block] for move in schedule.moves(m)]
+        yield from _move(runtime, request, _present(schedule, m, blocks, context), moving, branches, scales)
+        while len(media.finished) < media.chunks and not schedule.levels[m + 1][len(media.finished)]:
+            _finish(runtime, request, blocks[len(media.finished)])
+            waits = True
+
+
+def schedule_of(o: PictureOptions, num_blocks: int, context: BlockContext) -> Schedule:
+    """The schedule of resolved options. ValueError where the model was not trained for it."""
+    assert o.steps is not None
+    if o.blocks is not None and not isinstance(o.blocks, str):
+        schedule = Schedule(o.blocks, o.steps)
+        if schedule.num_blocks != num_blocks:
+            raise ValueError(
+                f"blocks has {schedule.num_blocks} columns, but the clip has {num_blocks} blocks; give one each"
+            )
+    elif o.blocks == "level_major":
+        schedule = level_major(num_blocks, o.steps, "all")
+    else:
+        usual = {"finished": o.steps, "before": 1, "all": 0}[context.reads]
+        schedule = staggered(num_blocks, o.steps, usual if o.delay is None else min(o.delay, o.steps))
+    _require_trained(schedule, context)
+    return schedule
+
+
+def _require_trained(schedule: Schedule, context: BlockContext) -> None:
+    """ValueError for a schedule whose moving blocks would read what no block reads in training."""
+    for m, row in enumerate(schedule.levels):
+        done = row.count(0)
+        if context.finished == "context" and any(row[:done]):
+            raise ValueError(
+                f"blocks: block {row[:done].index(max(row[:done])) + 1} is unfinished in row {m} where a later one is "
+                "finished, but this model reads finished blocks as context, in order; take staggered, or a model with "
+                "blocks.finished = 'refine'"
+            )
+        others = [level for level in row[done:] if level < schedule.num_levels][1:]
+        if not context.is_joint and m < schedule.num_passes and (others or len(schedule.moves(m)) > 1):
+            raise ValueError(
+                f"the schedule has several unfinished blocks in pass {m}, but this model's noisy blocks read finished "
+                f"blocks alone; leave out blocks and delay, or give delay = {schedule.num_levels}, the steps"
+            )
+
+
+def _read_finished(runtime: Runtime, request: Request, branches: Sequence[Drop]) -> Turn:
+    """Append what is pending, and what the branches lack."""
     appends = [follow(runtime, request, what) for what in branches]
     if request.pending:
         appends.insert(0, append_of(request.history, request.take_pending(), runtime.control.pad))
     appends = [one for one in appends if len(one)]
     if appends:
         yield Read(appends)
-    grid = runtime.grammar.grid(media)
-    histories = [request.history, *(request.branches[what] for what in branches)]
-    assert o.guidance_embedding is not None
-    betas = [1 / o.guidance_embedding, *(1.0 for _ in branches)]  # reduced histories were trained at 1
-    scales = [o.guidance, *(weights[what] for what in branches)]
-    size, times = (grid[0] * grid[1] * grid[2], runtime.model.config.flow.channels), o.times()
+
+
+def _begin(runtime: Runtime, request: Request, schedule: Schedule, number: int) -> Block:
+    """A block at its first time, and its sampler."""
+    o, media, model = request.options.picture, request.media, runtime.model
+    assert media is not None and o.sampler is not None
+    grid, all_times = runtime.grammar.grid(media), o.times()
+    size = grid[0] * grid[1] * grid[2], model.config.flow.channels
+    levels = sorted({row[number] for row in schedule.levels}, reverse=True)
+    times = [all_times[schedule.num_levels - level] for level in levels]
     # x_t = (1 - t) x0 + t eps; a first time t < 1 starts from t eps, with x0 = 0.
-    dtype = runtime.model.token.embedding.weight.dtype
+    dtype = model.token.embedding.weight.dtype
 
     def noise(*jump: int) -> Tensor:
-        return block_noise(request.key, media.index, len(media.finished), size, *jump).to(runtime.device)
+        return block_noise(request.key, media.index, number, size, *jump).to(runtime.device)
 
     start = (times[0] * noise()).to(dtype)
-    knobs = {} if o.gamma is None else {"gamma": o.gamma}
-    sampling = SAMPLERS.get(o.sampler)(start.double(), times, noise, **knobs)
-    item, x = next(sampling, None), start
-    while item is not None:
-        if isinstance(item, State):
-            x = item.x.to(dtype)
-            if not in_range(x, MAX_LATENT):
-                _refuse(request, x, item)
-            yield BlockStep(media.index, item.step, item.steps, x.float())
-            item = next(sampling, None)
-            continue
-        F = yield Evaluate(item.x.to(dtype), item.t, item.s, grid, histories, betas)
-        media.evaluations += len(histories)
-        item = sampling.send(_guided(F, scales).double())
-    media.finished.append(x.float())
+    sampling = SAMPLERS.get(o.sampler)(start.double(), times, noise, **({} if o.gamma is None else {"gamma": o.gamma}))
+    return Block(number, sampling, start, times[0], next(sampling, None))
+
+
+def _present(schedule: Schedule, m: int, blocks: Sequence[Block], context: BlockContext) -> list[Block]:
+    """The blocks of pass m: those that move, and those that they read beside the context. A block that is noise and
+    does not move tells nothing, and is left out."""
+    row, moves = schedule.levels[m], {move.block for move in schedule.moves(m)}
+    last = len(row) - 1 if context.reads == "all" else max(moves)
+
+    def is_read(number: int) -> bool:
+        is_context = row[number] == 0 and context.finished == "context"
+        return number <= last and row[number] < schedule.num_levels and not is_context
+
+    return [block for block in blocks if block.number in moves or is_read(block.number)]
+
+
+def _move(
+    runtime: Runtime, request: Request, present: Sequence[Block], moving: Sequence[Block], branches: Sequence[Drop],
+    scales: Sequence[float],
+) -> Turn:  # fmt: skip
+    """One jump of every moving block; a sampler may ask for F several times."""
+    media, o, context = request.media, request.options.picture, runtime.model.block_context
+    assert media is not None and o.guidance_embedding is not None
+    histories = [request.history, *(request.branches[what] for what in branches)]
+    betas = [1 / o.guidance_embedding, *(1.0 for _ in branches)]  # reduced histories were trained at 1
+    waiting = list(moving)
+    while waiting:
+        for block in waiting:
+            if isinstance(block.item, State):
+                yield from _arrive(request, block, block.item)
+                waiting = [one for one in waiting if one is not block]
+        if not waiting:
+            return
+        noisy = [_noisy(runtime, media, block, waiting, context) for block in present]
+        F = yield Evaluate(noisy, histories, betas, context.reads == "before")
+        media.evaluations += len(histories) * len(waiting)
+        for block, part in zip(present, _guided(F, scales).split([len(one.x) for one in noisy]), strict=True):
+            if block in waiting:
+                block.item = _answered(block.sampling, part.double())
+
+
+def _noisy(runtime: Runtime, media: Media, block: Block, waiting: Sequence[Block], context: BlockContext) -> Noisy:
+    """What the network reads of a block: the call of its sampler; of one that is not to move, its present latents."""
+    grid = runtime.grammar.grid(media)
+    before = block.number - (len(media.finished) if context.finished == "context" else 0)
+    start = before * max(grid)
+    if block in waiting:
+        if not isinstance(block.item, Call):
+            raise ValueError(f"the sampler ended at time {block.t} too early: it must yield a State after every jump")
+        return Noisy(block.item.x.to(block.x.dtype), block.item.t, block.item.s, grid, start)
+    if block.t == 0:
+        return Noisy((1 - context.context_time) * block.x, context.context_time, context.context_time, grid, start)
+    return Noisy(block.x, block.t, block.t, grid, start)
+
+
+def _answered(sampling: Sampling, F: Tensor) -> Call | State | None:
+    """What the sampler waits for after an answer; None at its end."""
+    try:
+        return sampling.send(F)
+    except StopIteration:
+        return None
+
+
+def _arrive(request: Request, block: Block, state: State) -> Iterator[Event]:
+    """The block is at the end of a jump."""
+    media = request.media
+    assert media is not None
+    block.x, block.t = state.x.to(block.x.dtype), state.t
+    if not in_range(block.x, MAX_LATENT):
+        _refuse(media, block, state)
+    yield BlockStep(media.index, state.step, state.steps, block.x.float(), block.number)
+    block.item = next(block.sampling, None)
+
+
+def _finish(runtime: Runtime, request: Request, block: Block) -> None:
+    """The next block in order is finished: pending as clean context."""
+    media = request.media
+    assert media is not None
+    if block.t != 0 or block.item is not None:
+        raise ValueError(f"the sampler is at time {block.t} after its last jump: it must end there, at 0")
+    x = block.x.float()
+    media.finished.append(x)
+    request.pending.append(LatentSpan(x, runtime.grammar.grid(media)))
+    request.length += len(x)
 
 
 def _guided(F: Tensor, scales: list[float]) -> Tensor:
@@ -76,14 +228,12 @@ def _guided(F: Tensor, scales: list[float]) -> Tensor:
     return total + scales[0] * F[0]
 
 
-def _refuse(request: Request, x: Tensor, state: State) -> None:
-    """NotFiniteError for latents x (N, C) that are not finite or out of range."""
-    media = request.media
-    assert media is not None
-    kind = "picture" if media.kind == "image" else f"chunk {len(media.finished) + 1} of clip"
+def _refuse(media: Media, block: Block, state: State) -> None:
+    """NotFiniteError for latents of a block that are not finite or out of range."""
+    kind = "picture" if media.kind == "image" else f"chunk {block.number + 1} of clip"
     where = f"the latents of {kind} {media.index + 1}, after step {state.step} of {state.steps},"
     way_out = "lower the guidance, or check the model's files with `omni verify`"
-    require_finite(x, where, way_out, MAX_LATENT)
+    require_finite(block.x, where, way_out, MAX_LATENT)
 
 
 def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: int) -> Tensor:

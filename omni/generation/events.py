@@ -94,12 +94,14 @@ class BlockStart:
 
 @dataclass(frozen=True, eq=False)
 class BlockStep:
-    """After refinement step `step` of `steps`: the latents (N, C) at that time."""
+    """After refinement step `step` of `steps`: the latents (N, C) at that time. block: its number in its clip, from
+    0."""
 
     index: int
     step: int
     steps: int
     latents: Tensor = field(repr=False)
+    block: int = 0
 
 
 @dataclass(frozen=True)

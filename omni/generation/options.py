@@ -26,6 +26,8 @@ from omni.generation.grouped import Grouped
 
 MAX_STEPS = 1000
 MAX_SIDE = 8192  # pixels
+MAX_PASSES = 64 * MAX_STEPS  # of a clip
+BLOCK_ORDERS = ("staggered", "level_major")
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 SMALLEST_TEMPERATURE = 1e-3
 RENAMED = {"told_guidance": "guidance_embedding"}  # old name -> new name
@@ -123,6 +125,14 @@ class PictureOptions(_Group):
     )  # fmt: skip
     start_time: float | None = _option(None, "the first time; 1 is noise", "T", ge=1e-6, le=1)
     shift: float | None = _option(None, "warp of the times; above 1 stays longer at noise", "K", ge=1e-3, le=1e3)
+    blocks: str | tuple[tuple[int, ...], ...] | None = _option(
+        None, "in which order the blocks of a clip are refined: staggered, level_major, or (not on the command line) a "
+        "matrix of levels, see omni.sequence.schedule", "NAME"
+    )  # fmt: skip
+    delay: float | None = _option(
+        None, "jumps after which the next block of a clip starts, with blocks = staggered: 0 is all blocks together, "
+        "the number of steps one after another", "D", ge=0, le=MAX_STEPS
+    )  # fmt: skip
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -160,6 +170,38 @@ class PictureOptions(_Group):
         times = tuple(float(time) for time in value)
         time_grid(num_steps(times) or 1, grid=times)
         return times
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _known_order(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str):
+            if value not in (None, *BLOCK_ORDERS):
+                raise ValueError(
+                    f"unknown order {value!r}{nearest(value, BLOCK_ORDERS)}; known: {', '.join(BLOCK_ORDERS)}"
+                )
+            return value
+        if not isinstance(value, list | tuple) or not all(isinstance(row, list | tuple) for row in value):
+            raise ValueError("must be a name, or a matrix of levels such as [[2, 2], [1, 2], [0, 1], [0, 0]]")
+        if len(value) > MAX_PASSES + 1:
+            raise ValueError(f"has {len(value)} rows; give at most {MAX_PASSES + 1}")
+        return tuple(map(tuple, value))
+
+    @model_validator(mode="after")
+    def _matrix_is_a_schedule(self) -> PictureOptions:
+        if self.delay is not None and self.blocks not in (None, "staggered"):
+            raise ValueError("delay has an effect with blocks = 'staggered' only; leave one out")
+        if isinstance(self.blocks, tuple):
+            from omni.sequence.schedule import Schedule
+
+            highest = max((level for row in self.blocks for level in row), default=0)
+            steps = highest if self.steps is None else self.steps
+            schedule = Schedule(self.blocks, max(steps, 1))
+            if set(schedule.levels[0]) != {steps}:
+                raise ValueError(
+                    f"the first row of blocks is {list(self.blocks[0])}; every block starts as noise, at level {steps}"
+                    + ("" if self.steps is None else ", the steps")
+                )
+        return self
 
     @model_validator(mode="after")
     def _jumps_fit(self) -> PictureOptions:
@@ -309,6 +351,12 @@ class GenerationOptions(_Options, Grouped):
         elif given.steps is not None and num_steps(base["grid"]) not in (None, given.steps):
             base["grid"] = "uniform"
         base["steps"] = num_steps(base["grid"] if given.grid is None else given.grid) or base["steps"]
+        if isinstance(given.blocks, tuple):
+            base["steps"] = max(given.blocks[0])
+        if given.blocks not in (None, "staggered"):
+            base.pop("delay", None)
+        if given.delay is not None:
+            base.pop("blocks", None)
         if given.sampler not in (None, base["sampler"]):
             base.pop("gamma", None)
         if "gamma" in knobs(given.sampler or base["sampler"]):

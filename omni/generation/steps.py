@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from omni.errors import NotFiniteError
-from omni.generation.context import Append, block_runs, run_context
+from omni.generation.context import Append, group_runs, run_context
 from omni.generation.events import Drafted, Event, Failed
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
@@ -201,7 +201,7 @@ class Steps:
             assert isinstance(one.work, Evaluate)
             if chosen and total + len(one.work) > self.budget:
                 break
-            if _has_room(one, [(history, len(one.work.x)) for history in one.work.histories]):
+            if _has_room(one, [(history, one.work.num) for history in one.work.histories]):
                 chosen.append(one)
                 total += len(one.work)
                 self.evaluations += 1
@@ -212,18 +212,23 @@ class Steps:
     def _refine(self, active: Sequence[Active]) -> None:
         model, device = self.runtime.model, self.runtime.device
         works = [one.work for one in active if isinstance(one.work, Evaluate)]
-        blocks = [(history, work.grid) for work in works for history in work.histories]
-        stream, runs = block_runs(blocks, device)
-        x = torch.cat([work.x for work in works for _ in work.histories])[None]
-        times = [(work.t, work.s, beta) for work in works for beta in work.betas]
+        groups = [
+            (history, [(block.grid, block.start) for block in work.blocks], work.is_causal)
+            for work in works for history in work.histories
+        ]  # fmt: skip
+        stream, runs, counts = group_runs(groups, device)
+        x = torch.cat([block.x for work in works for _ in work.histories for block in work.blocks])[None]
+        times = [(b.t, b.s, beta) for work in works for beta in work.betas for b in work.blocks]
         t, s, beta = torch.tensor(times, dtype=torch.float32, device=device).unbind(1)
-        counts = torch.tensor([run.num for run in runs.runs], device=device)
-        item = torch.arange(len(blocks), device=device).repeat_interleave(counts)[None] if len(blocks) > 1 else None
+        item = None
+        if len(counts) > 1:
+            item = torch.arange(len(counts), device=device)
+            item = item.repeat_interleave(torch.tensor(counts, device=device))[None]
         self.computed += runs.num
         F = model.velocity(x, t, s, beta, stream, item, runs)[0]
         parts = iter(F.split([len(work) for work in works]))
         for one, work in zip(active, works, strict=True):
-            one.resume(next(parts).view(len(work.histories), *work.x.shape))
+            one.resume(next(parts).view(len(work.histories), work.num, -1))
 
     # ---- the codec ------------------------------------------------------------------------------------------------
 

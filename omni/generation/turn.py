@@ -1,7 +1,7 @@
 """One turn: a reply from its prompt to its end, as a generator of work and events (see generation.work).
 
     outer loop (sequence)    the token head gives the next id: a text token, a picture, the end
-    inner loop (refinement)  a block is refined from noise in `steps` jumps, against the history (`denoise.draw`)
+    inner loop (refinement)  blocks are refined from noise in `steps` jumps, against the history (`denoise.draw`)
 
 A finished block is appended to the history as clean latents; refinement is not cached. `pending` holds the emitted
 spans that the history does not hold yet. They are read before the next id is chosen, so a forced header costs one pass,
@@ -30,7 +30,7 @@ from omni.generation.speculative import speculative_round
 from omni.generation.work import Decode, Read, Scores, Turn
 from omni.samplers.token import sample_token
 from omni.sequence.context_limit import require_room, warn_if_nearly_full
-from omni.sequence.layout import LatentSpan, TokenSpan
+from omni.sequence.layout import TokenSpan
 from omni.text.compose import compose, header_length, prompt_length
 
 
@@ -90,7 +90,7 @@ def turn(runtime: Runtime, request: Request) -> Turn:
     while request.phase != "done":
         if request.phase == "block":
             yield from draw(runtime, request)
-            yield from finish_block(runtime, request)
+            yield from finish_media(runtime, request)
             yield from runtime.grammar.after_block(request)
         elif request.forced:
             request.num_tokens += 1
@@ -120,15 +120,11 @@ def accept(runtime: Runtime, request: Request, token: int) -> Iterator[Event]:
     yield from runtime.grammar.advance(request, token)
 
 
-def finish_block(runtime: Runtime, request: Request) -> Turn:
-    """Make the block clean context; the last block of a picture or clip closes it."""
+def finish_media(runtime: Runtime, request: Request) -> Turn:
+    """Close a picture or clip whose blocks are finished, and decode it."""
     media = request.media
     assert media is not None
     grid = runtime.grammar.grid(media)
-    request.pending.append(LatentSpan(media.finished[-1], grid))
-    request.length += len(media.finished[-1])
-    if len(media.finished) < media.chunks:
-        return  # the next round refines the next chunk of the clip
     request.pending.append(TokenSpan([runtime.control.media_end], [False]))
     request.length += 1
     blocks = [z.reshape(*grid, -1) for z in media.finished]

@@ -3,7 +3,7 @@
 A turn (generation.turn) is a generator. It yields events, and work; the engine sends the result of the work back:
 
     Read       append spans to histories     ->  the hidden states (n, W) of each, or Scores after the last
-    Evaluate   F of one block of latents     ->  F of each guidance branch, (K, N, C)
+    Evaluate   F of blocks of latents        ->  F of each guidance branch, (K, N, C)
     Propose    a draft of the joint head     ->  (Draft of one row, the hidden state (W,) before it or None)
     Decode     latents to pixels             ->  uint8 pixels
 
@@ -44,19 +44,34 @@ class Scores(NamedTuple):
     best: int
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    """F(x, t, s) of a block x (N, C) of `grid` after each history. beta: the guidance embedding after each."""
+class Noisy(NamedTuple):
+    """A block of latents in a pass: x (N, C) at time t, the end s of its jump (t if it does not move), its grid, and
+    its first rotary position after the history."""
 
     x: Tensor
     t: float
     s: float
     grid: tuple[int, int, int]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """F(x, t, s) of blocks that read one another after each history: all of them, or with `is_causal` those before.
+    beta: the guidance embedding after each history."""
+
+    blocks: Sequence[Noisy]
     histories: Sequence[History]
     betas: Sequence[float]
+    is_causal: bool = False
+
+    @property
+    def num(self) -> int:
+        """Positions after one history."""
+        return sum(len(block.x) for block in self.blocks)
 
     def __len__(self) -> int:
-        return len(self.x) * len(self.histories)
+        return self.num * len(self.histories)
 
 
 @dataclass(frozen=True)

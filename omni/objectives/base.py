@@ -261,8 +261,8 @@ class FlowObjective(Objective):
         if self.levels is not None:
             if self.moves_together is None:
                 raise ValueError(
-                    f"{type(self).__name__} has no rule for levels, where several blocks move in one pass; leave it out, "
-                    "or take an objective that has one, such as flow_matching or improved_mean_flow"
+                    f"{type(self).__name__} has no rule for levels, where several blocks move in one pass; leave it "
+                    "out, or take an objective that has one, such as flow_matching or improved_mean_flow"
                 )
             if idle := sorted({"time", "end"} & self.model_fields_set):
                 raise ValueError(f"{idle[0]} has no effect with levels; give levels.time")

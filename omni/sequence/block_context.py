@@ -2,7 +2,7 @@
 
     reads      "finished"  the blocks before it, finished: they are context (Transfusion, BAGEL)
                "before"    the blocks before it, each at its present level: causal (Diffusion Forcing, AR-Diffusion)
-               "all"       all blocks at their present levels: bidirectional (full-sequence diffusion, Rolling Diffusion)
+               "all"       all blocks at their present levels: bidirectional (full-sequence and Rolling Diffusion)
     finished   "context"   a finished block is read as clean context, like text (a cache beside the window)
                "refine"    it stays in the refine pass at time `context_time` (Diffusion Forcing)
 
@@ -47,8 +47,8 @@ class BlockContext(Frozen):
     def _finished_blocks_are_context(self) -> BlockContext:
         if self.reads == "finished" and self.finished == "refine":
             raise ValueError(
-                "finished = 'refine' has no effect with reads = 'finished', where finished blocks are context; leave it "
-                "out, or take reads 'before' or 'all'"
+                "finished = 'refine' has no effect with reads = 'finished', where finished blocks are context; leave "
+                "it out, or take reads 'before' or 'all'"
             )
         return self
 

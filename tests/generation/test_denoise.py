@@ -22,7 +22,9 @@ from omni.sequence.guidance import Drop, drop, null_documents, open_turn, reduce
 from omni.sequence.layout import LatentSpan, TokenSpan
 
 PIXELS = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3)
-FORCED = {"force_image": True, "image_size": (8, 12), "max_images": 1, "max_tokens": 1, "sampler": "spy"}
+FORCED = {
+    "force_image": True, "image_size": (8, 12), "max_images": 1, "max_tokens": 1, "sampler": "spy", "steps": 2
+}  # fmt: skip
 TIMES = (0.9, 0.3)
 
 
