@@ -174,8 +174,8 @@ def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
     check_blocks(objective, context)
     draw = objective.draw(items, key)
     if context.is_joint:
-        finished = ~draw.items.trained & (draw.t == 0)
-        batch = replace(batch, refine=joined(batch.refine, batch.item, batch.item_names, context, finished))
+        ends = [~draw.items.trained & (draw.t == end) for end in (0, 1)]
+        batch = replace(batch, refine=joined(batch.refine, batch.item, batch.item_names, context, *ends))
     return {"": objective.loss(BatchFlowCall(one.model, batch, one.memory, beta, own), draw)}
 
 

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.generation.context import append_of, block_runs, run_context
+from omni.generation.context import append_of, block_runs, group_runs, run_context
 from omni.generation.drafting import CacheCall
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
 from omni.nn.cache import History
 from omni.nn.native_step import CompiledStep
 from omni.rng import Key
+from omni.sequence.block_context import joined
 from omni.sequence.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
 from omni.sequence.placeholders import choose_blocks
 
@@ -110,6 +111,8 @@ def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
         yield _compare(f"guidance branch, {name}: cached beside the full one", both, [alone[0], *reference])
     if model.joint is not None:
         yield "joint-token blocks: training = decoding", *_joint_blocks(model, whole, key)
+    if model.block_context.is_joint:
+        yield "blocks that move together: training = decoding", *_moving_blocks(model, whole, key)
 
 
 def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
@@ -307,6 +310,45 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
                 behind = CacheCall(model, [append])(inputs[b : b + 1], causal)
                 pairs.append((behind[0], found[b]))
     return _worst(pairs)
+
+
+def _moving_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, float]:
+    """Largest absolute and relative difference between F of blocks that move together in the packed forward and after a
+    cache; with none of them finished, and with the first one finished."""
+    context, at = model.block_context, _first_clip(spans)
+    clip = [span for span in spans[at : at + 2] if isinstance(span, LatentSpan)]
+    [batch], _ = pack([spans], [Shape(1, 4096, 4096)], channels=clip[0].latents.shape[1], pad_id=0, fixed_shape=False)
+    like = model.token.embedding.weight
+    batch = batch.to(like.device)
+    _, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    number = sum(isinstance(span, LatentSpan) for span in spans[:at])
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for done in range(2 if context.finished == "context" else 1):
+        blocks = [_noisy(s, n, key) for n, s in enumerate(span for span in spans if isinstance(span, LatentSpan))]
+        x, t, s = zip(*blocks, strict=True)
+        is_finished = torch.tensor([number <= n < number + done for n in range(len(blocks))])
+        stream = joined(batch.refine, batch.item, batch.item_names, context, is_finished)
+        ones = torch.ones(len(blocks)).to(like)
+        inputs = torch.cat(x)[None].to(like), _times(t, like), _times(s, like), ones
+        packed = model.velocity(*inputs, stream, batch.item, memory)[0].split([len(one) for one in x])
+        history = History(model.transformer.new_pool())
+        run_context(model, [append_of(history, spans[: at + done], 0)])
+        moving = range(number + done, number + 2)
+        starts = [sum(max(one.grid) for one in clip[done:b]) for b in range(done, 2)]
+        where = [(one.grid, start) for one, start in zip(clip[done:], starts, strict=True)]
+        runs_stream, runs, counts = group_runs([(history, where, context.reads == "before")], like.device)
+        item = torch.tensor([[b for b, num in enumerate(counts) for _ in range(num)]], device=like.device)
+        here = torch.cat([x[n] for n in moving])[None].to(like)
+        end = [_times([values[n] for n in moving], like) for values in (t, s)]
+        cached = model.velocity(here, *end, torch.ones_like(end[0]), runs_stream, item, runs)[0].split(counts)
+        pairs += [(one, packed[n]) for one, n in zip(cached, moving, strict=True)]
+    return _worst(pairs)
+
+
+def _first_clip(spans: Sequence[Span]) -> int:
+    """The index of the first of two blocks that follow one another."""
+    kinds = [isinstance(span, LatentSpan) for span in spans]
+    return next(n for n, pair in enumerate(zip(kinds, kinds[1:], strict=False)) if all(pair))
 
 
 def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:

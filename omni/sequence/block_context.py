@@ -108,24 +108,26 @@ class Neighbours:
 
 def joined(
     refine: Stream, item: Tensor, names: Sequence[tuple[int, int, int]], context: BlockContext,
-    is_finished: Tensor | None = None,
+    is_finished: Tensor | None = None, is_noise: Tensor | None = None,
 ) -> Stream:  # fmt: skip
     """The refine stream (R, S) in which the blocks of a group read one another as `context` defines.
 
     item: (R, S) int64, the item of each position (-1: padding). names: (document, block, copy) of each item.
     is_finished: (I,) bool; with finished = "context" the blocks before the first unfinished one of a group are read as
-    context, and no other block reads their copies.
+    context, and no other block reads their copies. is_noise: (I,) bool, blocks that have not started: no other block
+    reads them.
     """
     if not context.is_joint or not names:
         return refine
     groups, device = Neighbours.of(names), item.device
     first = torch.tensor([block for _, block, _ in groups.names])
-    copy, bound = groups.group + 1, first[groups.group]
+    bound, is_alone = first[groups.group], torch.zeros(len(names), dtype=torch.bool)
     if context.finished == "context" and is_finished is not None:
-        still = groups.padded(is_finished.cpu().long()).cumprod(1)  # 1 on the finished blocks at the head of a group
-        bound = bound + still.sum(1)[groups.group]
-        alone = len(groups.names) + 1 + torch.arange(len(names))
-        copy = torch.where(groups.items(still) == 1, alone, copy)
+        head = groups.padded(is_finished.cpu().long()).cumprod(1)  # 1 on the finished blocks at the head of a group
+        bound, is_alone = bound + head.sum(1)[groups.group], groups.items(head) == 1
+    if is_noise is not None:
+        is_alone = is_alone | is_noise.cpu()
+    copy = torch.where(is_alone, len(groups.names) + 1 + torch.arange(len(names)), groups.group + 1)
     there, at = item >= 0, item.clamp(min=0)
 
     def spread(value_I: Tensor, otherwise: Tensor) -> Tensor:
