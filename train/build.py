@@ -27,6 +27,7 @@ from omni.model import Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
 from omni.nn.declare import hidden_names
 from omni.objectives import OBJECTIVES, Objective
+from omni.objectives.base import check_blocks
 from omni.pretrained import CODEC_CONFIG, TOKENIZER_CONFIG
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
@@ -61,6 +62,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
     objectives = build_objectives(recipe)
     model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives))
+    check_blocks_of(recipe, objectives, model.config)
     mixture = build_mixture(recipe, key)
     mixture.held_out, more_data = build_held_out(recipe, mixture, key)
     memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
@@ -140,6 +142,7 @@ def check_without_inputs(recipe: Recipe) -> None:
     """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `build_run`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
     config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
+    check_blocks_of(recipe, objectives, config)
     if recipe.train_only or config.joint is not None:  # checks that need the weights or the head
         freeze_all_but(Omni(config), recipe.train_only or ("",))
     build_held_out(recipe, build_mixture(recipe, key), key)
@@ -303,6 +306,15 @@ def build_objectives(recipe: Recipe) -> list[Objective]:
             raise ValueError(f"{where}: {kind.__name__} must define {', '.join(sorted(missing))}")
         found.append(build({"weight": o.weight, **o.options}, kind, f"{where} options"))
     return found
+
+
+def check_blocks_of(recipe: Recipe, objectives: Sequence[Objective], config: OmniConfig) -> None:
+    """ValueError for an objective that cannot train what noisy blocks read, heads.blocks."""
+    for number, (o, objective) in enumerate(zip(recipe.objectives, objectives, strict=True)):
+        try:
+            check_blocks(objective, config.blocks)
+        except ValueError as error:
+            raise ValueError(f"objectives.{number} ({o.name}) with heads.blocks: {error}") from None
 
 
 def publish_model(run: Run, directory: Path) -> Path:

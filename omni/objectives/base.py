@@ -288,15 +288,16 @@ class FlowObjective(Objective):
         """(t - s) d/dt F(x_t, t, s), the total derivative along the velocity u (R, S, C), without a graph.
 
         With levels, blocks that read one another move together: along the straight path from t to s of all blocks, at
-        the speed t - s of each, so this is d/dh F(x + h (t - s) u, t + h (t - s), s) at h = 0. For a block that reads
-        no moving block the two are equal.
+        the speed t - s of each, so this is d/dh F(x + h (t - s) u, t + h (t - s), s) at h = 0, and 0 for a block that
+        does not move. For a block that reads no moving block the two are equal.
         """
         zero = torch.zeros_like(draw.s)
         if self.levels is None:
             rate = call.derivative(draw.x, draw.t, draw.s, u, torch.ones_like(draw.t), zero)
             return draw.items.expand(draw.t - draw.s) * rate
         speed = draw.t - draw.s
-        return call.derivative(draw.x, draw.t, draw.s, draw.items.expand(speed) * u, speed, zero)
+        rate = call.derivative(draw.x, draw.t, draw.s, draw.items.expand(speed) * u, speed, zero)
+        return rate * draw.items.expand(speed != 0)
 
     @abstractmethod
     def loss(self, call: FlowCall, draw: Draw) -> Terms:
