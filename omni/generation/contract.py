@@ -328,19 +328,20 @@ def _moving_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float,
         x, t, s = zip(*blocks, strict=True)
         is_finished = torch.tensor([number <= n < number + done for n in range(len(blocks))])
         stream = joined(batch.refine, batch.item, batch.item_names, context, is_finished)
-        ones = torch.ones(len(blocks)).to(like)
-        inputs = torch.cat(x)[None].to(like), _times(t, like), _times(s, like), ones
-        packed = model.velocity(*inputs, stream, batch.item, memory)[0].split([len(one) for one in x])
+        start, end = _times(t, like), _times(s, like)
+        noisy = torch.cat(x)[None].to(like)
+        packed = model.velocity(noisy, start, end, torch.ones_like(start), stream, batch.item, memory)
         history = History(model.transformer.new_pool())
         run_context(model, [append_of(history, spans[: at + done], 0)])
         moving = range(number + done, number + 2)
         starts = [sum(max(one.grid) for one in clip[done:b]) for b in range(done, 2)]
         where = [(one.grid, start) for one, start in zip(clip[done:], starts, strict=True)]
-        runs_stream, runs, counts = group_runs([(history, where, context.reads == "before")], like.device)
+        after, runs, counts = group_runs([(history, where, context.reads == "before")], like.device)
         item = torch.tensor([[b for b, num in enumerate(counts) for _ in range(num)]], device=like.device)
-        here = torch.cat([x[n] for n in moving])[None].to(like)
-        end = [_times([values[n] for n in moving], like) for values in (t, s)]
-        cached = model.velocity(here, *end, torch.ones_like(end[0]), runs_stream, item, runs)[0].split(counts)
+        noisy = torch.cat([x[n] for n in moving])[None].to(like)
+        start, end = start[list(moving)], end[list(moving)]
+        cached = model.velocity(noisy, start, end, torch.ones_like(start), after, item, runs)[0].split(counts)
+        packed = packed[0].split([len(one) for one in x])
         pairs += [(one, packed[n]) for one, n in zip(cached, moving, strict=True)]
     return _worst(pairs)
 

@@ -218,7 +218,7 @@ def _finish(runtime: Runtime, request: Request, block: Block) -> None:
     request.length += len(x)
 
 
-def _guided(F: Tensor, scales: list[float]) -> Tensor:
+def _guided(F: Tensor, scales: Sequence[float]) -> Tensor:
     """The sum (N, C) of the branches' F (K, N, C), each times its scale."""
     if len(F) == 1:
         return F[0]

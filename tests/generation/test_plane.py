@@ -134,7 +134,8 @@ def test_every_pass_equals_the_training_forward(
         hidden = torch.tensor([b not in one.blocks and not done[b] for b in range(CHUNKS)])
         stream = joined(batch.refine, batch.item, batch.item_names, context, done, hidden)
         ones = torch.ones(CHUNKS)  # as in the engine
-        found = model.velocity(x[None], *times.unbind(1), ones, stream, batch.item, memory)[0].split(N)
+        t, s = times.unbind(1)
+        found = model.velocity(x[None], t, s, ones, stream, batch.item, memory)[0].split(N)
         for b, F in zip(one.blocks, one.F.split(N), strict=True):
             if b in one.moved:
                 torch.testing.assert_close(F, found[b], rtol=0, atol=1e-10)
