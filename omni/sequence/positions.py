@@ -107,7 +107,8 @@ def rotary_table(
     rotary, device = rotary or RotarySpec(), position.device
     work = torch.float64 if dtype == torch.float64 else torch.float32
     is_plain = type(position) is Tensor and not torch.compiler.is_compiling()
-    frequency, axes = (_turning_once if is_plain else _turning)(rotary, head_dim, base, work, device)
+    once = _turning_once if is_plain else _turning
+    frequency, axes = once(rotary, head_dim, base, work, device)  # type: ignore[arg-type]  # frozen: hashable
     angle = position.to(work)[..., axes] * frequency  # (R, N, D/2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat([cos, cos], -1).unsqueeze(1), torch.cat([-sin, sin], -1).unsqueeze(1)
