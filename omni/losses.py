@@ -20,7 +20,7 @@ from omni.nn.tangent import Dual, Form, differentiate
 from omni.objectives import Objective, Terms
 from omni.objectives.base import Items, check_blocks, target_decay_of
 from omni.rng import Key
-from omni.sequence.block_context import BlockContext, joined
+from omni.sequence.block_context import BlockContext, joined, of_latents
 from omni.sequence.layout import IGNORE, Batch, Stream
 
 
@@ -162,16 +162,16 @@ def logits_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]
 
 def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
     """The terms of an objective on latents; count 0 without items."""
-    batch = one.batch
+    batch, context = one.batch, one.model.block_context
     if not batch.num_items:
         return {"": Terms(one.hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)}
+    check_blocks(objective, context, one.model.flow.head is not None)
+    batch = of_latents(batch) if context.unit == "latent" else batch
     is_null = torch.tensor([uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device)
     items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, one.progress, objective.pairing)
     beta = torch.ones(batch.num_items, device=batch.ids.device)
     # The average may belong to another objective; this one uses it only if it declares a decay.
     own = one.averages if target_decay_of(objective) else None
-    context = one.model.block_context
-    check_blocks(objective, context)
     draw = objective.draw(items, key)
     if context.is_joint:
         ends = [~draw.items.trained & (draw.t == end) for end in (0, 1)]

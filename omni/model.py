@@ -29,7 +29,7 @@ from omni.media.preparation import AnySegment, Limits, Preparation, prepare
 from omni.nn.cache import Memory
 from omni.nn.declare import initialise
 from omni.nn.runs import Runs
-from omni.nn.tangent import lift
+from omni.nn.tangent import Dual, lift
 from omni.nn.transformer import Transformer, TransformerConfig
 from omni.objectives import Objective, Terms
 from omni.rng import Key
@@ -143,10 +143,23 @@ class Omni(nn.Module):
 
         If x, t, s are `Dual`s: F with its derivative, a Dual (see nn.tangent).
         """
+        if self.flow.head is not None:
+            value, time = (one.value if isinstance(one, Dual) else one for one in (x, t))
+            z = self.known_states(value, time, guidance, stream, item, memory)
+            return lift(lambda x, t, s: self.flow.of_latents(z, x, t, s, guidance, item), x, t, s)
         condition = lift(lambda t, s: self.flow.condition(t, s, guidance), t, s)
         noisy = lift(lambda x, t: self.flow.embed(x, t, item), x, t)
         hidden = self.transformer.refine(noisy, stream, memory, condition, item)
         return lift(lambda h, condition, x, t: self.flow.read(h, condition, item, x, t), hidden, condition, x, t)
+
+    def known_states(
+        self, x: Tensor, t: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory | Runs
+    ) -> Tensor:
+        """For a model with a head of its own (flow.head_depth): hidden states (R, S, W) of latents, of which those at t
+        = 0 are known and the others masked."""
+        level = (t > 0).to(t.dtype)
+        condition, h = self.flow.condition(level, level, guidance), self.flow.embed_known(x, t, item)
+        return self.transformer.refine(h, stream, memory, condition, item)
 
     # ---- generation -----------------------------------------------------------------------------------------------
 

@@ -312,7 +312,7 @@ def check_blocks_of(recipe: Recipe, objectives: Sequence[Objective], config: Omn
     """ValueError for an objective that cannot train what noisy blocks read, heads.blocks."""
     for number, (o, objective) in enumerate(zip(recipe.objectives, objectives, strict=True)):
         try:
-            check_blocks(objective, config.blocks)
+            check_blocks(objective, config.blocks, config.flow.head_depth is not None)
         except ValueError as error:
             raise ValueError(f"objectives.{number} ({o.name}) with heads.blocks: {error}") from None
 

@@ -160,14 +160,14 @@ Grid = tuple[int, int, int]
 
 def group_runs(
     groups: Sequence[tuple[History, Sequence[tuple[Grid, int]], bool]], device: torch.device
-) -> tuple[Stream, Runs, list[int]]:
-    """The refine stream (1, N) of blocks of latents that read one another after each history, its runs, and the
-    positions of each block. Reserves their slots.
+) -> tuple[Stream, Runs]:
+    """The refine stream (1, N) of blocks of latents that read one another after each history, and its runs. Reserves
+    their slots.
 
     groups: (history, (grid, first rotary position after the history) of each block, is_causal). With is_causal a block
     reads the blocks of its group before it, else all of them.
     """
-    runs, position, counts, first = [], [], [], 0
+    runs, position, first = [], [], 0
     for history, blocks, is_causal in groups:
         own = [math.prod(grid) for grid, _ in blocks]
         ranks = tuple(b for b, num in enumerate(own) for _ in range(num)) if is_causal and len(own) > 1 else None
@@ -176,16 +176,15 @@ def group_runs(
         runs.append(Run(history, first, num, history.length, causal=False, ranks=ranks))
         for grid, start in blocks:
             position += grid_positions(grid, history.next_position + start)
-        counts += own
         first += num
     where = torch.tensor([position], device=device)
     zeros = torch.zeros_like(where[..., 0])
-    return Stream(zeros, zeros, zeros + 1, where), Runs(runs), counts
+    return Stream(zeros, zeros, zeros + 1, where), Runs(runs)
 
 
 def block_runs(blocks: Sequence[tuple[History, Grid]], device: torch.device) -> tuple[Stream, Runs]:
     """`group_runs` of one block after each history."""
-    return group_runs([(history, [(grid, 0)], False) for history, grid in blocks], device)[:2]
+    return group_runs([(history, [(grid, 0)], False) for history, grid in blocks], device)
 
 
 def placeholder_runs(histories: Sequence[History], num: int, causal: bool, clean: int = 0) -> Runs:

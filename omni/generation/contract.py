@@ -336,7 +336,8 @@ def _moving_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float,
         moving = range(number + done, number + 2)
         starts = [sum(max(one.grid) for one in clip[done:b]) for b in range(done, 2)]
         where = [(one.grid, start) for one, start in zip(clip[done:], starts, strict=True)]
-        after, runs, counts = group_runs([(history, where, context.reads == "before")], like.device)
+        after, runs = group_runs([(history, where, context.reads == "before")], like.device)
+        counts = [len(x[n]) for n in moving]
         item = torch.tensor([[b for b, num in enumerate(counts) for _ in range(num)]], device=like.device)
         noisy = torch.cat([x[n] for n in moving])[None].to(like)
         start, end = start[list(moving)], end[list(moving)]

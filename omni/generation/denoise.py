@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from omni.codecs.codec import MAX_LATENT
@@ -31,7 +32,7 @@ from omni.samplers.base import Sampling
 from omni.sequence.block_context import BlockContext
 from omni.sequence.guidance import Drop, open_turn, reduce
 from omni.sequence.layout import LatentSpan, Span, TokenSpan, lay_out
-from omni.sequence.schedule import Schedule, level_major, staggered
+from omni.sequence.schedule import Schedule, level_major, masked_order, staggered
 from omni.text.compose import block_header, compose
 
 
@@ -54,6 +55,11 @@ def draw(runtime: Runtime, request: Request) -> Turn:
     weights: dict[Drop, float] = {"text": o.image_guidance - o.guidance, "all": 1.0 - o.image_guidance}
     branches: list[Drop] = [what for what, weight in weights.items() if weight]
     scales = [o.guidance, *(weights[what] for what in branches)]
+    if context.unit == "latent":
+        for number in range(media.chunks):
+            yield from _read_finished(runtime, request, branches)
+            yield from draw_latents(runtime, request, number, branches, scales)
+        return
     schedule = schedule_of(o, media.chunks, context)
     blocks: list[Block] = []
     waits = False  # whether finished blocks are not read yet
@@ -166,9 +172,10 @@ def _move(
         if not waiting:
             return
         noisy = [_noisy(runtime, media, block, waiting, context) for block in present]
-        F = yield Evaluate(noisy, histories, betas, context.reads == "before")
+        found = yield Evaluate(noisy, histories, betas, context.reads == "before")
+        F = _guided(_velocities(runtime, found, noisy, betas), scales)
         media.evaluations += len(histories) * len(waiting)
-        for block, part in zip(present, _guided(F, scales).split([len(one.x) for one in noisy]), strict=True):
+        for block, part in zip(present, F.split([len(one.x) for one in noisy]), strict=True):
             if block in waiting:
                 block.item = _answered(block.sampling, part.double())
 
@@ -197,13 +204,19 @@ def _answered(sampling: Sampling, F: Tensor) -> Call | State | None:
 
 def _arrive(request: Request, block: Block, state: State) -> Iterator[Event]:
     """The block is at the end of a jump."""
-    media = request.media
-    assert media is not None
+    assert request.media is not None
     block.x, block.t = state.x.to(block.x.dtype), state.t
-    if not in_range(block.x, MAX_LATENT):
-        _refuse(media, block, state)
-    yield BlockStep(media.index, state.step, state.steps, block.x.float(), block.number)
+    yield from _report(request.media, block, state.step, state.steps)
     block.item = next(block.sampling, None)
+
+
+def _report(media: Media, block: Block, step: int, steps: int) -> Iterator[Event]:
+    """The event of a step. NotFiniteError for latents that are not finite or out of range."""
+    if not in_range(block.x, MAX_LATENT):
+        kind = "picture" if media.kind == "image" else f"chunk {block.number + 1} of clip"
+        where = f"the latents of {kind} {media.index + 1}, after step {step} of {steps},"
+        require_finite(block.x, where, "lower the guidance, or check the model's files with `omni verify`", MAX_LATENT)
+    yield BlockStep(media.index, step, steps, block.x.float(), block.number)
 
 
 def _finish(runtime: Runtime, request: Request, block: Block) -> None:
@@ -218,6 +231,64 @@ def _finish(runtime: Runtime, request: Request, block: Block) -> None:
     request.length += len(x)
 
 
+def draw_latents(
+    runtime: Runtime, request: Request, number: int, branches: Sequence[Drop], scales: Sequence[float]
+) -> Turn:
+    """Refine one block whose latents have times of their own: in each round some of them, in random order, from noise
+    to data in all jumps of the sampler (MAR, arXiv 2406.11838)."""
+    media, o = request.media, request.options.picture
+    assert media is not None and o.sampler is not None and o.guidance_embedding is not None
+    histories = [request.history, *(request.branches[what] for what in branches)]
+    betas = [1 / o.guidance_embedding, *(1.0 for _ in branches)]
+    grid, times = runtime.grammar.grid(media), o.times()
+    size = grid[0] * grid[1] * grid[2], runtime.model.config.flow.channels
+    dtype, order = runtime.model.token.embedding.weight.dtype, request.key.fold("latent order", media.index, number)
+    x = (times[0] * block_noise(request.key, media.index, number, size)).to(runtime.device, dtype)
+    schedule = masked_order(size[0], min(o.rounds or size[0], size[0]), order)
+    for m in range(schedule.num_passes):
+        moving = torch.tensor([move.block for move in schedule.moves(m)], device=runtime.device)
+
+        def noise(*jump: int, moving: Tensor = moving) -> Tensor:
+            return block_noise(request.key, media.index, number, size, *jump).to(runtime.device)[moving]
+
+        knobs = {} if o.gamma is None else {"gamma": o.gamma}
+        sampling = SAMPLERS.get(o.sampler)(x[moving].double(), times, noise, **knobs)
+        item, states = next(sampling, None), None
+        while item is not None:
+            if isinstance(item, State):
+                x[moving] = item.x.to(dtype)
+                item = next(sampling, None)
+                continue
+            here = x.index_copy(0, moving, item.x.to(dtype))
+            each = [(1.0, 1.0) if level else (0.0, 0.0) for level in schedule.levels[m]]
+            for n in moving.tolist():
+                each[n] = item.t, item.s
+            noisy = [Noisy(here, item.t, item.s, grid, each=each)]
+            if (
+                states is None or runtime.model.flow.head is None
+            ):  # a head of its own reads the same states in all jumps
+                states = yield Evaluate(noisy, histories, betas)
+                media.evaluations += len(histories)
+            F = _guided(_velocities(runtime, states, noisy, betas), scales)
+            item = _answered(sampling, F[moving].double())
+        block = Block(number, sampling, x, 0.0)
+        yield from _report(media, block, m + 1, schedule.num_passes)
+    _finish(runtime, request, block)
+
+
+def _velocities(runtime: Runtime, found: Tensor, noisy: Sequence[Noisy], betas: Sequence[float]) -> Tensor:
+    """F of each branch (K, N, C) from the result of an Evaluate: by the head of each latent where the model has one."""
+    flow = runtime.model.flow
+    if flow.head is None:
+        return found
+    x = torch.cat([block.x for block in noisy]).expand(len(betas), -1, -1)
+    counts = [n for b in noisy for n in ([len(b.x)] if b.each is None else [1] * len(b.x))] * len(betas)
+    times = [(*ts, beta) for beta in betas for block in noisy for ts in block.times]
+    t, s, beta = torch.tensor(times, dtype=torch.float32, device=x.device).unbind(1)
+    item = torch.arange(len(times), device=x.device).repeat_interleave(torch.tensor(counts, device=x.device))
+    return flow.of_latents(found, x, t, s, beta, item.view(x.shape[:2]))
+
+
 def _guided(F: Tensor, scales: Sequence[float]) -> Tensor:
     """The sum (N, C) of the branches' F (K, N, C), each times its scale."""
     if len(F) == 1:
@@ -226,14 +297,6 @@ def _guided(F: Tensor, scales: Sequence[float]) -> Tensor:
     for scale, one in zip(scales[2:], F[2:], strict=True):
         total = total + scale * one
     return total + scales[0] * F[0]
-
-
-def _refuse(media: Media, block: Block, state: State) -> None:
-    """NotFiniteError for latents of a block that are not finite or out of range."""
-    kind = "picture" if media.kind == "image" else f"chunk {block.number + 1} of clip"
-    where = f"the latents of {kind} {media.index + 1}, after step {state.step} of {state.steps},"
-    way_out = "lower the guidance, or check the model's files with `omni verify`"
-    require_finite(block.x, where, way_out, MAX_LATENT)
 
 
 def block_noise(key: Key, index: int, block: int, size: tuple[int, int], *jump: int) -> Tensor:

@@ -26,6 +26,7 @@ from omni.generation.grouped import Grouped
 
 MAX_STEPS = 1000
 MAX_SIDE = 8192  # pixels
+MAX_ROUNDS = 1 << 16
 MAX_PASSES = 64 * MAX_STEPS  # of a clip
 BLOCK_ORDERS = ("staggered", "level_major")
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
@@ -132,6 +133,11 @@ class PictureOptions(_Group):
     delay: float | None = _option(
         None, "jumps after which the next block of a clip starts, with blocks = staggered: 0 is all blocks together, "
         "the number of steps one after another", "D", ge=0, le=MAX_STEPS
+    )  # fmt: skip
+
+    rounds: int | None = _option(
+        None, "passes of each picture, for models that draw some latents in each; the rest of them is known or masked. "
+        "By default one latent in each", "N", ge=1, le=MAX_ROUNDS
     )  # fmt: skip
 
     @field_validator("image_size", mode="before")

@@ -216,16 +216,21 @@ class Steps:
             (history, [(block.grid, block.start) for block in work.blocks], work.is_causal)
             for work in works for history in work.histories
         ]  # fmt: skip
-        stream, runs, counts = group_runs(groups, device)
+        stream, runs = group_runs(groups, device)
         x = torch.cat([block.x for work in works for _ in work.histories for block in work.blocks])[None]
-        times = [(b.t, b.s, beta) for work in works for beta in work.betas for b in work.blocks]
+        times = [(*ts, beta) for work in works for beta in work.betas for b in work.blocks for ts in b.times]
         t, s, beta = torch.tensor(times, dtype=torch.float32, device=device).unbind(1)
         item = None
-        if len(counts) > 1:
-            item = torch.arange(len(counts), device=device)
+        if len(times) > 1:
+            blocks = [block for work in works for _ in work.histories for block in work.blocks]
+            counts = [n for b in blocks for n in ([len(b.x)] if b.each is None else [1] * len(b.x))]
+            item = torch.arange(len(times), device=device)
             item = item.repeat_interleave(torch.tensor(counts, device=device))[None]
         self.computed += runs.num
-        F = model.velocity(x, t, s, beta, stream, item, runs)[0]
+        if model.flow.head is not None:
+            F = model.known_states(x, t, beta, stream, item, runs)[0]
+        else:
+            F = model.velocity(x, t, s, beta, stream, item, runs)[0]
         parts = iter(F.split([len(work) for work in works]))
         for one, work in zip(active, works, strict=True):
             one.resume(next(parts).view(len(work.histories), work.num, -1))

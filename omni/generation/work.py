@@ -3,7 +3,7 @@
 A turn (generation.turn) is a generator. It yields events, and work; the engine sends the result of the work back:
 
     Read       append spans to histories     ->  the hidden states (n, W) of each, or Scores after the last
-    Evaluate   F of blocks of latents        ->  F of each guidance branch, (K, N, C)
+    Evaluate   F of blocks of latents        ->  F of each guidance branch, (K, N, C); or hidden states (K, N, W)
     Propose    a draft of the joint head     ->  (Draft of one row, the hidden state (W,) before it or None)
     Decode     latents to pixels             ->  uint8 pixels
 
@@ -46,19 +46,26 @@ class Scores(NamedTuple):
 
 class Noisy(NamedTuple):
     """A block of latents in a pass: x (N, C) at time t, the end s of its jump (t if it does not move), its grid, and
-    its first rotary position after the history."""
+    its first rotary position after the history. each: (t, s) of every latent, in place of t and s."""
 
     x: Tensor
     t: float
     s: float
     grid: tuple[int, int, int]
     start: int = 0
+    each: Sequence[tuple[float, float]] | None = None
+
+    @property
+    def times(self) -> Sequence[tuple[float, float]]:
+        """(t, s) of every item: of the block, or of each latent."""
+        return [(self.t, self.s)] if self.each is None else self.each
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """F(x, t, s) of blocks that read one another after each history: all of them, or with `is_causal` those before.
-    beta: the guidance embedding after each history."""
+    betas: the guidance embedding after each history. For a model with a head of its own for each latent, the result is
+    hidden states, `Omni.known_states`."""
 
     blocks: Sequence[Noisy]
     histories: Sequence[History]

@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.config import Frozen
+from omni.heads.latent import LatentHead
 from omni.nn.declare import ZERO, Declared, of_linear
 from omni.nn.transformer import spread
 
@@ -45,6 +46,8 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: the meaning of the network's output, see the module docstring.
     scale_input: divide x by n before embedding (EDM's c_in), so that its deviation is 1 at every t.
+    head_depth: None, or the number of blocks of a head of its own for each latent (heads.latent, MAR). The transformer
+        then reads known latents and masks in place of noisy ones.
     min_time: for "x" only: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x. The optimal
         G is then x - min_time F, not the data. From JiT (arXiv 2511.13720).
     """
@@ -56,6 +59,7 @@ class FlowHeadConfig(Frozen):
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
     min_time: float = Field(default=0.05, gt=0, le=1)
+    head_depth: int | None = Field(default=None, ge=1, le=64)
 
     @model_validator(mode="before")
     @classmethod
@@ -107,6 +111,7 @@ class FlowHead(nn.Module):
         self.guidance = ScalarEmbedding(width, c, 1.0)
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
+        self.head = None if c.head_depth is None else LatentHead(c.channels, width, c.head_depth)
 
     def declare(self) -> dict[str, Declared]:
         """The modulation and the output projection start at zero, so the network's output G does too."""
@@ -122,6 +127,21 @@ class FlowHead(nn.Module):
         if self.c.scale_input:
             x_RSC = (x_RSC / _deviation(_per_position(t_I, item))).to(x_RSC.dtype)
         return self.noisy(x_RSC)
+
+    def embed_known(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
+        """For a model with a head of its own: latents at t = 0, and the mask in place of the others: (R, S, W)."""
+        assert self.head is not None
+        known = self.noisy(x_RSC)
+        return torch.where(_per_position(t_I, item) == 0, known, self.head.mask.to(known.dtype))
+
+    def of_latents(
+        self, z_RSW: Tensor, x_RSC: Tensor, t_I: Tensor, s_I: Tensor, guidance_I: Tensor, item: Tensor | None
+    ) -> Tensor:
+        """F (R, S, C) by the head of its own, from hidden states z (R, S, W)."""
+        assert self.head is not None
+        condition = self.condition(t_I, s_I, guidance_I)
+        hidden = self.head(z_RSW, x_RSC, spread(condition.to(z_RSW.dtype), item))
+        return self.read(hidden, condition, item, x_RSC, t_I)
 
     def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:
         """(I, W) from the start and end times, and the guidance embedding of beta = 1 / w (1: no guidance)."""

@@ -304,25 +304,31 @@ class FlowObjective(Objective):
         """The loss of what `draw` returned. It may call `call` any number of times."""
 
 
-def check_blocks(objective: Objective, context: BlockContext) -> None:
-    """ValueError, naming the objective, unless it can train a model whose blocks read one another as `context`
-    defines.
+def check_blocks(objective: Objective, context: BlockContext, has_head: bool = False) -> None:
+    """ValueError, naming the objective, unless it can train a model whose blocks, or latents, read one another as
+    `context` defines. has_head: the model has a head of its own for each latent (heads.latent).
 
     An objective on the sample's own velocity eps - x0, such as MeanFlow, needs reads "all". With "before", block b
     would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
     """
-    if not context.is_joint or not isinstance(objective, FlowObjective):
+    if not context.needs_levels or not isinstance(objective, FlowObjective):
         return
-    name, reads = type(objective).__name__, f"a model whose noisy blocks read one another (reads = {context.reads!r})"
+    what = "latents of one block" if context.unit == "latent" else f"noisy blocks (reads = {context.reads!r})"
+    name, model = type(objective).__name__, f"a model whose {what} read one another"
     if objective.levels is None:
-        raise ValueError(f"{name}: {reads} is trained with level times; give levels, such as {{kind = 'independent'}}")
-    if objective.moves_together == "all" and context.reads != "all":
+        raise ValueError(f"{name}: {model} is trained with joint times; give levels, such as {{kind = 'independent'}}")
+    if objective.moves_together == "all" and context.reads == "before":
         raise ValueError(
-            f"{name} cannot train {reads}: its tangent has the velocity of each sample, which knows later blocks; take "
+            f"{name} cannot train {model}: its tangent has the velocity of each sample, which knows later blocks; take "
             "improved_mean_flow, flow_matching, or reads = 'all'"
         )
     if objective.needs_null:
-        raise ValueError(f"{name}: guidance in training is not implemented for {reads}; leave guidance out")
+        raise ValueError(f"{name}: guidance in training is not implemented for {model}; leave guidance out")
+    if has_head and objective.levels.kind != "masked":
+        raise ValueError(
+            f"{name}: a model with flow.head_depth sees latents as known or masked; give levels = "
+            f"{{kind = 'masked', mask_time = {{...}}}}"
+        )
 
 
 def build_objective(name: str, **options: Any) -> Objective:

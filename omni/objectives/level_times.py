@@ -11,8 +11,8 @@ A level vector has one rank in [0, 1] per block, 0 data and 1 noise; t = time.qu
     rolling         block b has (b - i + t) / W, held inside [0, 1], for a uniform first block i of the window and
                     uniform t; with probability `startup` it has b / W + t (Rolling Diffusion, arXiv 2402.09470)
     autoregressive  a uniform block has a uniform rank, those before it 0, those after it 1
-    masked          ceil(ratio B) blocks of a random order have rank 1, the others 0; the ratio is a truncated normal
-                    (MAR, arXiv 2406.11838, where blocks are tokens)
+    masked          ceil(ratio B) blocks of a random order have t = 1, or a time of `mask_time`, the others 0; the ratio
+                    is a truncated normal (MAR, arXiv 2406.11838, where blocks are tokens; the time is that of its head)
 
 A vector has the blocks of one copy that follow one another without a token between them, such as those of a clip
 (sequence.block_context.Neighbours). It depends on the key, its name and its number of blocks alone, not on the batch.
@@ -46,6 +46,7 @@ READ_BY: dict[str, tuple[Kind, ...]] = {
     "mask_mean": ("masked",),
     "mask_std": ("masked",),
     "mask_low": ("masked",),
+    "mask_time": ("masked",),
 }
 
 
@@ -68,8 +69,8 @@ class LevelTimeDistribution(Frozen):
 
     time: the time of a trained rank. num_levels: S of "nondecreasing" and "mid". AR-Diffusion's 1,000 levels are S =
     999; for large S, "nondecreasing" is the order statistics of independent ranks. window: W. startup: a probability.
-    mask_mean, mask_std, mask_low: of the mask ratio, which is normal, truncated to [mask_low, 1]. Here a document has
-    its own ratio; the published code has one for a batch.
+    mask_time: the times of masked blocks; None: 1. mask_mean, mask_std, mask_low: of the mask ratio, which is normal,
+    truncated to [mask_low, 1]. Here a vector has its own ratio; the published code has one for a batch.
 
     Raises ValueError for an option that the kind does not read.
     """
@@ -82,6 +83,7 @@ class LevelTimeDistribution(Frozen):
     mask_mean: float = 1.0
     mask_std: float = Field(default=0.25, gt=0)
     mask_low: float = Field(default=0.7, gt=0, lt=1)
+    mask_time: TimeDistribution | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LevelTimeDistribution:
@@ -106,8 +108,14 @@ class LevelTimeDistribution(Frozen):
         """The level vectors of items, keyed by (key, purpose, document, block, copy), with s = t. The time of an
         "independent" item is that of TimeDistribution.draw. ValueError if two items have one name."""
         rank, trained = RANKS[self.kind](self, names, key, purpose)
-        t = torch.where(trained, self.time.quantile(rank), rank)
+        t = torch.where(trained, self._quantile(rank), rank)
         return LevelTimes(t, t, trained)
+
+    def _quantile(self, rank: Tensor) -> Tensor:
+        """The time of a rank."""
+        if self.kind != "masked":
+            return self.time.quantile(rank)
+        return rank if self.mask_time is None else self.mask_time.quantile(rank)
 
     def draw_jumps(self, names: Sequence[Name], key: Key, diagonal: float) -> LevelTimes:
         """The same level vectors, and ends: the trained blocks of a vector move by one uniform difference of rank, as
@@ -116,7 +124,7 @@ class LevelTimeDistribution(Frozen):
         rank, trained = RANKS[self.kind](self, names, key, "time")
         gap = uniform_I(vectors.names, key, "gap")
         gap = torch.where(uniform_I(vectors.names, key, "diagonal") < diagonal, 0, gap)[vectors.group]
-        t, s = (self.time.quantile(r.clamp(min=0)) for r in (rank, rank - gap))
+        t, s = (self._quantile(r.clamp(min=0)) for r in (rank, rank - gap))
         moves = trained & (gap > 0)
         t = torch.where(trained, t, rank)
         return LevelTimes(t, torch.where(moves, torch.minimum(s, t), t), trained)
@@ -175,7 +183,8 @@ def _masked(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: 
     u = low + (high - low) * uniform_I(vectors.names, key, f"{purpose} ratio")
     ratio = (d.mask_mean + d.mask_std * torch.special.ndtri(u)).clamp(d.mask_low, 1)
     masked = vectors.items(order < (ratio * vectors.count).ceil().unsqueeze(1))
-    return masked.double(), masked
+    rank = torch.ones(len(masked), dtype=torch.float64) if d.mask_time is None else stratified_I(names, key, purpose)
+    return torch.where(masked, rank, 0), masked
 
 
 RANKS: dict[Kind, Callable[[LevelTimeDistribution, Sequence[Name], Key, str], tuple[Tensor, Tensor]]] = {

@@ -6,6 +6,9 @@
     finished   "context"   a finished block is read as clean context, like text (a cache beside the window)
                "refine"    it stays in the refine pass at time `context_time` (Diffusion Forcing)
 
+    unit       "block"     all latents of a block have one level
+               "latent"    each latent of a block has its own: known ones are clean, others are noise or masked (MAR)
+
 The blocks of one clip that read one another are one copy of the refine stream (sequence.layout.Stream): `joined` gives
 the integers of training, generation.plane those of sampling.
 
@@ -23,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.config import Frozen
-from omni.sequence.layout import Stream
+from omni.sequence.layout import Batch, Stream
 
 BlockReads = Literal["finished", "before", "all"]
 
@@ -36,12 +39,22 @@ class BlockContext(Frozen):
     without noise, and kept unchanged (stabilisation of Diffusion Forcing, arXiv 2407.01392); training shows every level
     anyway.
 
-    Raises ValueError for finished "refine" with reads "finished".
+    Raises ValueError for finished "refine" with reads "finished", and for unit "latent" with other reads.
     """
 
     reads: BlockReads = "finished"
     finished: Literal["context", "refine"] = "context"
     context_time: float = Field(default=0.0, ge=0, lt=1)
+    unit: Literal["block", "latent"] = "block"
+
+    @model_validator(mode="after")
+    def _latents_are_of_one_block(self) -> BlockContext:
+        if self.unit == "latent" and self.reads != "finished":
+            raise ValueError(
+                f"unit = 'latent' with reads = {self.reads!r} is not implemented: the latents of a block read one "
+                "another and finished blocks; leave reads out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _finished_blocks_are_context(self) -> BlockContext:
@@ -56,6 +69,11 @@ class BlockContext(Frozen):
     def is_joint(self) -> bool:
         """Whether noisy blocks read noisy blocks."""
         return self.reads != "finished"
+
+    @property
+    def needs_levels(self) -> bool:
+        """Whether training needs the joint times of what reads one another."""
+        return self.is_joint or self.unit == "latent"
 
     @property
     def context_scale(self) -> float:
@@ -104,6 +122,23 @@ class Neighbours:
     def items(self, value_GB: Tensor) -> Tensor:
         """(G, B) -> (I,), the inverse of `padded`."""
         return value_GB[self.group, self.index]
+
+
+LATENTS = 1 << 20  # most latents of a block
+
+
+def of_latents(batch: Batch) -> Batch:
+    """The batch with an item for each latent, named (document, block LATENTS + n, copy): the latents of a block are
+    neighbours."""
+    there = batch.item >= 0
+    item, of_block = batch.item.clone(), batch.item[there]
+    item[there] = torch.arange(len(of_block), device=item.device)
+    count = of_block.bincount(minlength=batch.num_items)
+    names = [
+        (document, block * LATENTS + n, copy)
+        for (document, block, copy), num in zip(batch.item_names, count.tolist(), strict=True) for n in range(num)
+    ]  # fmt: skip
+    return replace(batch, item=item, item_names=tuple(names), item_first=there.flatten().nonzero().squeeze(1))
 
 
 def joined(

@@ -290,6 +290,9 @@ def test_masked_ratios_are_a_truncated_normal() -> None:
     few = drawn("masked", L, 200, mask_mean=0.3, mask_std=0.01, mask_low=0.2)
     assert float(few.mean()) == pytest.approx(0.31, abs=0.01)
     assert drawn("masked", 1, 20).tolist() == [[1.0]] * 20, "at least one"
+    times = drawn("masked", L, 200, mask_time={"kind": "uniform", "low": 0.5})
+    masked = drawn("masked", L, 200) == 1
+    assert bool((times[~masked] == 0).all()) and 0.5 <= float(times[masked].min()) < 0.51 < float(times[masked].max())
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -306,6 +309,7 @@ def test_every_kind_is_drawn_and_has_its_options() -> None:
         "mask_mean": 0.9,
         "mask_std": 0.1,
         "mask_low": 0.5,
+        "mask_time": {"kind": "uniform"},
     }
     for option, kind in product(READ_BY, KINDS):
         table = {"kind": kind, option: values[option]}
