@@ -1,1 +1,1 @@
-"""Layout, mask, rotary positions, and the reduced histories of guidance. Integers only; no network."""
+"""Layout, mask, rotary positions, schedules of blocks, and the reduced histories of guidance. Integers; no network."""

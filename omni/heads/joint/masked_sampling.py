@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from omni.config import Frozen
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
+from omni.sequence.schedule import cosine_known
 
 Schedule = Literal["linear", "cosine"]
 # ids (B, n), shown (B, n) -> (B, n, V) float64 log-probabilities; one pass
@@ -56,12 +58,7 @@ def reveal_sizes(num: int, passes: int, schedule: Schedule) -> list[int]:
     first ones are larger by one. cosine: num cos(pi i / 2 N), rounded down, are still masked after pass i."""
     if schedule == "linear":
         return [num // passes + (i < num % passes) for i in range(passes)]
-    left, sizes = num, []
-    for i in range(1, passes + 1):
-        kept = math.floor(num * math.cos(math.pi / 2 * i / passes))
-        sizes.append(min(max(left - kept, 1), left - (passes - i)))
-        left -= sizes[-1]
-    return sizes
+    return [after - before for before, after in pairwise([0, *cosine_known(num, passes)])]
 
 
 def draw_in_passes(conditionals: Conditionals, uniforms: Tensor, key: Key, passes: int, how: Unmasking) -> Tensor:

@@ -1,0 +1,276 @@
+"""Distributions of level vectors: the times of all blocks of one document at once. t = 1 is noise, t = 0 data.
+
+A level vector has one rank in [0, 1] per block, 0 data and 1 noise; t = time.quantile(rank).
+
+    independent     each block's rank is uniform (Diffusion Forcing, arXiv 2407.01392)
+    same            one uniform rank for all blocks (full-sequence diffusion)
+    nondecreasing   uniform over the nondecreasing sequences of levels 0..S; the rank is level / S (AR-Diffusion, arXiv
+                    2503.07418)
+    mid             a uniform block has a uniform level; the blocks on each side are uniform over the nondecreasing
+                    sequences with it. Levels of one block are then closer to uniform than in `nondecreasing`
+    rolling         block b has (b - i + t) / W, held inside [0, 1], for a uniform first block i of the window and
+                    uniform t; with probability `startup` it has b / W + t (Rolling Diffusion, arXiv 2402.09470)
+    autoregressive  a uniform block has a uniform rank, those before it 0, those after it 1
+    masked          ceil(ratio B) blocks of a random order have rank 1, the others 0; the ratio is a truncated normal
+                    (MAR, arXiv 2406.11838, where blocks are tokens)
+
+The vector of an item is that of its (document, copy). It depends on the key, the document's name and its own blocks
+alone, not on the batch. Objectives get items in flat order (objectives.base.Items); so do the functions here.
+
+Legend: I items, V vectors, B the most blocks of a vector, S the level of noise, W blocks of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from omni.config import Frozen
+from omni.objectives.times import Name, TimeDistribution, stratified_I, uniform_I
+from omni.rng import Key
+
+Kind = Literal["independent", "same", "nondecreasing", "mid", "rolling", "autoregressive", "masked"]
+
+# Options that only some kinds read.
+READ_BY: dict[str, tuple[Kind, ...]] = {
+    "time": ("independent", "same", "nondecreasing", "mid", "rolling", "autoregressive"),
+    "num_levels": ("nondecreasing", "mid"),
+    "window": ("rolling",),
+    "startup": ("rolling",),
+    "mask_mean": ("masked",),
+    "mask_std": ("masked",),
+    "mask_low": ("masked",),
+}
+
+
+@dataclass(frozen=True)
+class LevelTimes:
+    """t: (I,) float64, the time of each item. trained: (I,) bool, the items whose prediction belongs to the loss.
+
+    Items that are not trained have t = 0, data, or t = 1, noise: a block after the window, or after the target, tells
+    nothing and may be left out.
+    """
+
+    t: Tensor
+    trained: Tensor
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The items of a batch as V level vectors, one for each (document, copy), its blocks in order.
+
+    names: (document, 0, copy) of each vector. vector, index: (I,) int64, the vector of each item and its place there.
+    count: (V,) int64, the blocks of each vector.
+    """
+
+    names: list[Name]
+    vector: Tensor
+    index: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, names: Sequence[Name]) -> Vectors:
+        """The vectors of items, in any order. ValueError if two items have one name."""
+        found = torch.tensor(list(names), dtype=torch.int64).reshape(-1, 3)
+        order = torch.arange(len(found))
+        for column in (1, 2, 0):  # by document, then copy, then block
+            order = order[found[order, column].argsort(stable=True)]
+        rows, place = found[order], order.argsort()
+        same = rows[1:] == rows[:-1]
+        if bool(same.all(1).any()):
+            twice = tuple(rows[1:][same.all(1)][0].tolist())
+            raise ValueError(f"two items have the name {twice}; a level vector needs distinct (document, block, copy)")
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), ~same[:, [0, 2]].all(1)])[: len(found)]
+        vector, first = starts.cumsum(0) - 1, starts.nonzero().squeeze(1)
+        index = torch.arange(len(found)) - first[vector]
+        heads = [(document, 0, copy) for document, _, copy in rows[first].tolist()]
+        return cls(heads, vector[place], index[place], vector.bincount(minlength=len(heads)))
+
+    def padded(self, value_I: Tensor, fill: float = 0.0) -> Tensor:
+        """(I,) -> (V, B), with `fill` after the last block of a vector."""
+        out = value_I.new_full((len(self.names), int(self.count.max()) if len(self.names) else 0), fill)
+        out[self.vector, self.index] = value_I
+        return out
+
+    def items(self, value_VB: Tensor) -> Tensor:
+        """(V, B) -> (I,), the inverse of `padded`."""
+        return value_VB[self.vector, self.index]
+
+
+class LevelTimeDistribution(Frozen):
+    """The joint distribution of the times of a document's blocks: see the table at the head of the file.
+
+    time: the time of a trained rank. num_levels: S of "nondecreasing" and "mid". AR-Diffusion's 1,000 levels are S =
+    999; for large S, "nondecreasing" is the order statistics of independent ranks. window: W. startup: a probability.
+    mask_mean, mask_std, mask_low: of the mask ratio, which is normal, truncated to [mask_low, 1]. Here a document has
+    its own ratio; the published code has one for a batch.
+
+    Raises ValueError for an option that the kind does not read.
+    """
+
+    kind: Kind = "independent"
+    time: TimeDistribution = TimeDistribution(kind="uniform")
+    num_levels: int = Field(default=1000, ge=1, le=100_000)
+    window: int = Field(default=4, ge=1)
+    startup: float = Field(default=0.1, ge=0, le=1)
+    mask_mean: float = 1.0
+    mask_std: float = Field(default=0.25, gt=0)
+    mask_low: float = Field(default=0.7, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> LevelTimeDistribution:
+        for option, kinds in READ_BY.items():
+            if option in self.model_fields_set and self.kind not in kinds:
+                raise ValueError(
+                    f'{option} has no effect with kind "{self.kind}", only with {", ".join(kinds)}: leave it out'
+                )
+        low, high = self.mask_ends()
+        if high - low < 1e-6:
+            what = f"mask_mean = {self.mask_mean} and mask_std = {self.mask_std}"
+            raise ValueError(f"{what} give the mask ratios in [{self.mask_low}, 1] no probability; move the mean there")
+        return self
+
+    def mask_ends(self) -> tuple[float, float]:
+        """The probabilities that the normal mask ratio is below mask_low, and below 1."""
+        ends = torch.tensor([self.mask_low, 1.0], dtype=torch.float64)
+        low, high = torch.special.ndtr((ends - self.mask_mean) / self.mask_std).tolist()
+        return low, high
+
+    def draw(self, names: Sequence[Name], key: Key, purpose: str = "time") -> LevelTimes:
+        """The level vectors of items, keyed by (key, purpose, document, block, copy). The time of an "independent" item
+        is that of TimeDistribution.draw. ValueError if two items have one name."""
+        rank, trained = RANKS[self.kind](self, names, key, purpose)
+        return LevelTimes(torch.where(trained, self.time.quantile(rank), rank), trained)
+
+
+# ---- ranks of each kind: (I,) float64 and whether they are trained, (I,) bool ----------------------------------------
+
+
+def _independent(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    return _all(stratified_I(names, key, purpose))
+
+
+def _same(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    vectors = Vectors.of(names)
+    return _all(stratified_I(vectors.names, key, purpose)[vectors.vector])
+
+
+def _nondecreasing(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    vectors = Vectors.of(names)
+    uniform = vectors.padded(uniform_I(names, key, purpose))
+    level = nondecreasing(torch.zeros_like(vectors.count), vectors.count, uniform, d.num_levels)
+    return _all(vectors.items(level).double() / d.num_levels)
+
+
+def _mid(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    vectors = Vectors.of(names)
+    uniform = vectors.padded(uniform_I(names, key, purpose))
+    middle = _choice(vectors, vectors.count, key, f"{purpose} middle")
+    level = _choice(vectors, d.num_levels + 1, key, f"{purpose} level")
+    levels = through_the_middle(middle, level, vectors.count, uniform, d.num_levels)
+    return _all(vectors.items(levels).double() / d.num_levels)
+
+
+def _rolling(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    vectors = Vectors.of(names)
+    t = stratified_I(vectors.names, key, purpose)[vectors.vector]
+    first = _choice(vectors, vectors.count, key, f"{purpose} window")[vectors.vector]
+    startup = (uniform_I(vectors.names, key, f"{purpose} startup") < d.startup)[vectors.vector]
+    index = vectors.index.double()
+    rank = torch.where(startup, index / d.window + t, (index - first + t) / d.window)
+    return rank.clamp(0, 1), (rank >= 0) & (rank < 1)
+
+
+def _autoregressive(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    vectors = Vectors.of(names)
+    rank = stratified_I(vectors.names, key, purpose)[vectors.vector]
+    target = _choice(vectors, vectors.count, key, f"{purpose} target")[vectors.vector]
+    trained = vectors.index == target
+    return torch.where(trained, rank, (vectors.index > target).double()), trained
+
+
+def _masked(d: LevelTimeDistribution, names: Sequence[Name], key: Key, purpose: str) -> tuple[Tensor, Tensor]:
+    vectors = Vectors.of(names)
+    order = vectors.padded(uniform_I(names, key, purpose), fill=2.0).argsort(dim=1).argsort(dim=1)
+    low, high = d.mask_ends()
+    u = low + (high - low) * uniform_I(vectors.names, key, f"{purpose} ratio")
+    ratio = (d.mask_mean + d.mask_std * torch.special.ndtri(u)).clamp(d.mask_low, 1)
+    masked = vectors.items(order < (ratio * vectors.count).ceil().unsqueeze(1))
+    return masked.double(), masked
+
+
+RANKS: dict[Kind, Callable[[LevelTimeDistribution, Sequence[Name], Key, str], tuple[Tensor, Tensor]]] = {
+    "independent": _independent,
+    "same": _same,
+    "nondecreasing": _nondecreasing,
+    "mid": _mid,
+    "rolling": _rolling,
+    "autoregressive": _autoregressive,
+    "masked": _masked,
+}
+
+
+def _all(rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks that are all trained."""
+    return rank, torch.ones_like(rank, dtype=torch.bool)
+
+
+def _choice(vectors: Vectors, num: Tensor | int, key: Key, purpose: str) -> Tensor:
+    """(V,) int64: a uniform integer in 0..num-1 for each vector."""
+    return (uniform_I(vectors.names, key, purpose) * num).long()
+
+
+# ---- nondecreasing sequences ----------------------------------------------------------------------------------------
+
+
+def log_counts(num_blocks: int, num_levels: int) -> Tensor:
+    """(B + 1, S + 1) float64: entry [r, a] is the log of the number of nondecreasing sequences of r levels in a..S.
+
+    The number is C(S - a + r, r): the counting table of AR-Diffusion's FoPP, M[a, f] = M[a + 1, f] + M[a, f + 1] with
+    r = B - 1 - f blocks after frame f. Counts themselves overflow for long sequences.
+    """
+    r = torch.arange(1, num_blocks + 1, dtype=torch.float64).unsqueeze(1)
+    steps = torch.log1p((num_levels - torch.arange(num_levels + 1, dtype=torch.float64)) / r)
+    return torch.cat([torch.zeros(1, num_levels + 1, dtype=torch.float64), steps.cumsum(0)])
+
+
+def nondecreasing(start: Tensor, count: Tensor, uniform: Tensor, num_levels: int) -> Tensor:
+    """Uniform over nondecreasing sequences of `count` levels in start..S, by one inverse-CDF sample per block.
+
+    start, count: (V,) int64. uniform: (V, B) float64 in [0, 1). Returns (V, B) int64, S after the last block. A level
+    with r blocks from it on is at least a with probability N[r, a] / N[r, previous], N as in `log_counts`.
+    """
+    table, level, out = log_counts(uniform.shape[1], num_levels), start, torch.empty_like(uniform, dtype=torch.int64)
+    for b in range(uniform.shape[1]):
+        left = (count - b).clamp(min=0)  # blocks from this one on
+        bound = table[left, level] + torch.log1p(-uniform[:, b])
+        high = torch.full_like(level, num_levels)
+        for _ in range(num_levels.bit_length()):  # bisection: the last level whose log count reaches the bound
+            middle = (level + high + 1) // 2
+            reached = table[left, middle] >= bound
+            level, high = torch.where(reached, middle, level), torch.where(reached, high, middle - 1)
+        out[:, b] = level
+    return out
+
+
+def through_the_middle(middle: Tensor, level: Tensor, count: Tensor, uniform: Tensor, num_levels: int) -> Tensor:
+    """Block `middle` (V,) has `level` (V,). The blocks after it are uniform over the nondecreasing sequences above
+    `level`, those before it over the ones below: the same, mirrored. Other arguments and result as `nondecreasing`."""
+    place = torch.arange(uniform.shape[1]) - middle.unsqueeze(1)  # (V, B), relative to the middle
+    distance = torch.arange(uniform.shape[1])
+    after = _gathered(uniform, middle.unsqueeze(1) + 1 + distance)
+    before = _gathered(uniform, middle.unsqueeze(1) - 1 - distance)
+    above = nondecreasing(level, count - 1 - middle, after, num_levels)
+    below = num_levels - nondecreasing(num_levels - level, middle, before, num_levels)
+    sides = torch.where(place < 0, _gathered(below, -place - 1), _gathered(above, place - 1))
+    return torch.where(place == 0, level.unsqueeze(1), sides)
+
+
+def _gathered(value: Tensor, index: Tensor) -> Tensor:
+    """value[v, index[v, b]], (V, B); an index outside of the vector gives some entry that is not used."""
+    return value.gather(1, index.clamp(0, max(value.shape[1] - 1, 0)))
