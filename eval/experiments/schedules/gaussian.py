@@ -1,19 +1,35 @@
-"""A stationary Gaussian sequence of blocks, and its exact conditional velocities at any vector of times.
+"""A stationary Gaussian sequence of blocks, and its exact conditional distributions given blocks at any times.
 
-Data: x_b = correlation x_(b-1) + sqrt(1 - correlation^2) e_b, unit variance. Noisy: x = (1 - tau) x0 + tau eps, one
-time and one noise per block. A block's velocity is E[eps_b - x0_b | the blocks that it reads], linear in what is read.
+Data: x_b = correlation x_(b-1) + sqrt(1 - correlation^2) e_b, unit variance. Noisy: x = (1 - t) x0 + t eps, with noise
+of its own for each block. A block is one number: more numbers would be independent copies.
 
-Legend: N samples, B blocks, D independent numbers per block. Everything is float64. The cost is that of solving B
-systems of size B per pass: these are formulas for small B.
+Two states of one block are coupled in one of two ways. Both have the same distribution at each time:
+
+    markov   noise is added to the cleaner one: x(t) = a x(s) + sqrt(t^2 - a^2 s^2) z, a = (1 - t) / (1 - s), as in
+             ancestral sampling (arXiv 2006.11239, 2107.00630)
+    shared   both have the same eps: two points of one straight path
+
+Legend: B blocks, R states that are read, C other states. Everything is float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Coupling = Literal["markov", "shared"]
+
+
+class State(NamedTuple):
+    """A block at a time in [0, 1]; 0 is data."""
+
+    block: int
+    time: float
 
 
 @dataclass(frozen=True)
@@ -35,71 +51,45 @@ class BlockGaussian:
         place = torch.arange(self.num_blocks)
         return self.correlation ** (place[:, None] - place).abs().double()
 
-    @cached_property
-    def _identity_BB(self) -> Tensor:
-        return torch.eye(self.num_blocks, dtype=torch.float64)
+    def between(self, rows: Sequence[State], columns: Sequence[State], coupling: Coupling = "markov") -> Tensor:
+        """(R, C): covariances of two lists of states."""
+        (i, t), (j, s) = _columns(rows), _columns(columns)
+        t = t[:, None]
+        high, low = torch.maximum(t, s), torch.minimum(t, s)
+        markov = torch.where(high == low, high**2, (1 - high) / (1 - low).clamp_min(1e-300) * low**2)
+        noise = high * low if coupling == "shared" else markov
+        return self.covariance[i][:, j] * (1 - t) * (1 - s) + torch.where(i[:, None] == j, noise, 0.0)
 
-    def velocity(self, x_NBD: Tensor, tau_B: Tensor, reads_BB: Tensor) -> Tensor:
-        """One pass: E[eps_b - x0_b | x_j for every j with reads[b, j]] of all blocks, (N, B, D).
+    def posterior(self, target: State, read: Sequence[State], coupling: Coupling = "markov") -> tuple[Tensor, float]:
+        """The target given the states that are read: coefficients (R,) of its mean, and its variance.
 
-        Args:
-            x_NBD: the blocks as they are read.
-            tau_B: their times in [0, 1].
-            reads_BB: bool; row b: the blocks that block b reads, itself included.
-
-        Raises ValueError for other shapes, and for a block that does not read itself.
+        The result is cached: do not write into it.
         """
-        self._check(x_NBD, tau_B, reads_BB)
-        return apply(self.velocity_weights(tau_B, reads_BB), x_NBD)
+        return _posterior(self, target, tuple(read), coupling)
 
-    def velocity_weights(self, tau_B: Tensor, reads_BB: Tensor) -> Tensor:
-        """(..., B, B): row b holds the coefficients of block b's velocity, 0 where it does not read.
+    def error(self, covariance_BB: Tensor) -> float:
+        """The largest difference of an entry from the true covariance."""
+        return float((covariance_BB - self.covariance).abs().max())
 
-        tau (..., B) and reads (..., B, B) may have leading dimensions.
-        """
-        cross_BB = tau_B.diag_embed() - self.covariance * (1 - tau_B)[..., None, :]  # Cov(eps_b - x0_b, x_j)
-        return self._regression(cross_BB, tau_B, reads_BB)
-
-    def data_given_others(self, tau_B: Tensor, reads_BB: Tensor) -> tuple[Tensor, Tensor]:
-        """x0_b given what block b reads without itself: coefficients (B, B) of the mean, and the variance (B,)."""
-        others_BB = reads_BB & (self._identity_BB == 0)
-        cross_BB = self.covariance * (1 - tau_B)
-        weights_BB = self._regression(cross_BB, tau_B, others_BB)
-        return weights_BB, 1 - (weights_BB * cross_BB).sum(1)
-
-    def cleaner(self, tau_B: Tensor, to_B: Tensor, reads_BB: Tensor) -> tuple[Tensor, Tensor]:
-        """x_b at its lower time to_b, given what block b reads at tau: coefficients (B, B), and the variance (B,).
-
-        The coupling of two levels is the Markov chain that adds noise, x(t) = a x(s) + sqrt(t^2 - a^2 s^2) z with
-        a = (1 - t) / (1 - s), as in ancestral sampling (arXiv 2006.11239, 2107.00630). Given x_j(s), x_j(t) tells
-        nothing more about any other block. Where to_b = tau_b the conditional is the block itself.
-        """
-        stay_B = to_B == tau_B
-        scale_B = torch.where(stay_B, 1.0, (1 - tau_B) / (1 - to_B).clamp_min(1e-300))
-        cross_BB = (1 - to_B)[:, None] * self.covariance * (1 - tau_B) + (scale_B * to_B**2).diag()
-        weights_BB = self._regression(cross_BB, tau_B, reads_BB)
-        return weights_BB, (1 - to_B) ** 2 + to_B**2 - (weights_BB * cross_BB).sum(1)
-
-    def _regression(self, cross_BB: Tensor, tau_B: Tensor, reads_BB: Tensor) -> Tensor:
-        """Coefficients of E[y_b | x_j, j in reads[b]] from Cov(y_b, x_j): B masked systems, solved together."""
-        keep_B = 1 - tau_B
-        noisy_BB = keep_B[..., :, None] * self.covariance * keep_B[..., None, :] + tau_B.square().diag_embed()
-        inside_BBB = reads_BB[..., :, :, None] & reads_BB[..., :, None, :]
-        systems_BBB = torch.where(inside_BBB, noisy_BB[..., None, :, :], self._identity_BB)
-        return torch.linalg.solve(systems_BBB, torch.where(reads_BB, cross_BB, 0.0))
-
-    def _check(self, x_NBD: Tensor, tau_B: Tensor, reads_BB: Tensor) -> None:
-        """ValueError for arguments of `velocity` that do not fit together."""
-        B = self.num_blocks
-        if x_NBD.ndim != 3 or x_NBD.shape[1] != B:
-            raise ValueError(f"x has the shape {tuple(x_NBD.shape)}, not (N, {B}, D); give all {B} blocks")
-        if tau_B.shape != (B,) or reads_BB.shape != (B, B) or reads_BB.dtype != torch.bool:
-            found = f"tau {tuple(tau_B.shape)}, reads {tuple(reads_BB.shape)} {reads_BB.dtype}"
-            raise ValueError(f"{found}: give one time per block, ({B},), and a bool matrix ({B}, {B})")
-        if not reads_BB.diagonal().all():
-            raise ValueError(f"block {int((~reads_BB.diagonal()).nonzero()[0])} does not read itself; set its diagonal")
+    def divergence(self, covariance_BB: Tensor) -> float:
+        """KL(N(0, covariance) | truth) in nats; infinite for a singular matrix."""
+        root = torch.linalg.cholesky(self.covariance)
+        half = torch.linalg.solve_triangular(root, covariance_BB, upper=False)
+        ratios = torch.linalg.eigvalsh(torch.linalg.solve_triangular(root, half.mT, upper=False))
+        return float((ratios - 1 - ratios.log()).sum() / 2) if bool(ratios[0] > 1e-13) else float("inf")
 
 
-def apply(weights_BB: Tensor, x_NBD: Tensor) -> Tensor:
-    """Row b of the result is the sum over j of weights[b, j] x_j: (N, B, D)."""
-    return weights_BB @ x_NBD
+@lru_cache(maxsize=1 << 17)
+def _posterior(
+    gaussian: BlockGaussian, target: State, read: tuple[State, ...], coupling: Coupling
+) -> tuple[Tensor, float]:
+    """See BlockGaussian.posterior."""
+    cross = gaussian.between([target], read, coupling)[0]
+    weights = torch.linalg.solve(gaussian.between(read, read, coupling), cross)
+    return weights, float(gaussian.between([target], [target], coupling)) - float(weights @ cross)
+
+
+def _columns(states: Sequence[State]) -> tuple[Tensor, Tensor]:
+    """Blocks and times."""
+    blocks = torch.tensor([state.block for state in states], dtype=torch.int64)
+    return blocks, torch.tensor([state.time for state in states], dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""What a staggered schedule returns: closed forms for infinitely many steps, and recursions for finitely many.
+"""What a schedule returns: closed forms for infinitely many steps, and recursions for finitely many.
 
-None of this calls the sampler. In a staggered schedule block b starts `lag` x S rows after its predecessor; lag 0 is a
-full sequence, lag 1 or more is block-autoregressive, 1 / W is a rolling window of W blocks.
+None of this calls the sampler. In a staggered schedule block b starts `lag` x S passes after its predecessor; lag 0 is
+a full sequence, lag 1 is block-autoregressive, 1 / W is a rolling window of W blocks.
 
 Notation for two blocks: block 1 at time r, block 2 at t, c = 1 - t, p = 1 - r, rho the correlation,
 
@@ -14,7 +14,6 @@ The coefficients follow from inverting the covariance of (x_1, x_2); that of x_2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from eval.experiments.schedules.gaussian import BlockGaussian
-from eval.experiments.schedules.sampling import Reading
+from eval.experiments.schedules.sampling import FinishedContext
+from omni.sequence.schedule import Reads, Schedule
 
 # ---- two blocks ----------------------------------------------------------------------------------------------------
 
@@ -35,14 +35,14 @@ def pair_coefficients(rho: float, r: Any, t: Any) -> tuple[Any, Any]:
     return -rho * p * t / det, ((t - c) * (p * p + r * r) + c * (p * rho) ** 2) / det
 
 
-def pair_recursion(rho: float, levels: Sequence[Sequence[int]], reading: Reading) -> tuple[float, float, float]:
+def pair_recursion(rho: float, schedule: Schedule, finished: FinishedContext) -> tuple[float, float, float]:
     """Var x_1, Cov(x_1, x_2), Var x_2 after Euler steps of equal size, of two blocks read causally: scalars alone.
 
-    It also carries Cov(x_2, n) for the noise n of the context with context_noise "once".
+    It also carries Cov(x_2, n) for the noise n that is added once to finished context.
     """
-    highest, shown, mode = levels[0][0], reading.context_time, reading.context_noise
+    highest, shown, mode = schedule.num_levels, finished.time, finished.noise
     first, cross, second, with_noise = 1.0, 0.0, 1.0, 0.0
-    for now, after in pairwise(levels):
+    for now, after in pairwise(schedule.levels):
         r, t = (level / highest for level in now)
         dr, dt = ((b - a) / highest for a, b in zip(now, after, strict=True))
         r, scale = (shown, 1 - shown) if now[0] == 0 else (r, 1.0)
@@ -93,7 +93,7 @@ def _gauss(low: float, high: float, points: int) -> tuple[np.ndarray, np.ndarray
 # ---- any number of blocks ------------------------------------------------------------------------------------------
 
 
-def context_limit(gaussian: BlockGaussian, reading: Reading) -> Tensor:
+def context_limit(gaussian: BlockGaussian, finished: FinishedContext) -> Tensor:
     """The covariance (B, B) for infinitely many steps, one block after the other, finished blocks at a context time.
 
     Block b ends at w . y + sqrt(V) z with w, V of x0_b given y_j = (1 - a) x_j + a n_j, a the context time. With noise
@@ -102,8 +102,8 @@ def context_limit(gaussian: BlockGaussian, reading: Reading) -> Tensor:
     is that of "none". Two blocks, k = (1 - a)^2 / ((1 - a)^2 + a^2): covariance rho k; variance 1, or with "none"
     1 - rho^2 k (1 - k).
     """
-    B, a = gaussian.num_blocks, reading.context_time
-    noise = a if reading.context_noise == "once" else 0.0
+    B, a = gaussian.num_blocks, finished.time
+    noise = a if finished.noise == "once" else 0.0
     parts = torch.zeros(B, 2 * B, dtype=torch.float64)  # of the B noises z, then of the B noises n
     for b in range(B):
         believed = (1 - a) ** 2 * gaussian.covariance[:b, :b] + a**2 * torch.eye(b, dtype=torch.float64)
@@ -115,28 +115,52 @@ def context_limit(gaussian: BlockGaussian, reading: Reading) -> Tensor:
     return parts @ parts.T
 
 
-def staggered_limit(gaussian: BlockGaussian, lag: float, reading: Reading, steps: int = 64) -> Tensor:
-    """The covariance (B, B) for infinitely many steps of a staggered schedule, with any reading.
+def staggered_limit(
+    gaussian: BlockGaussian, lag: float, reads: Reads, finished: FinishedContext | None = None, steps: int = 64
+) -> Tensor:
+    """The covariance (B, B) for infinitely many steps of a staggered schedule.
 
     The matrix from noise to state has a linear differential equation. Runge-Kutta of order 4 with `steps` steps between
     the times where a block starts or ends. Fresh noise of the context averages out, so it is left out.
     """
-    B, a = gaussian.num_blocks, reading.context_time
+    finished = finished or FinishedContext()
+    B, a = gaussian.num_blocks, finished.time
     start_B = lag * torch.arange(B, dtype=torch.float64)
     ends = torch.cat([start_B, start_B + 1]).mul(1e12).round().div(1e12).unique().tolist()
     parts = torch.eye(B, 2 * B, dtype=torch.float64)  # of the initial noise, then of the noise of the context
-    context = parts.roll(B, 1) * (a if reading.context_noise == "once" else 0.0)
+    context = parts.roll(B, 1) * (a if finished.noise == "once" else 0.0)
     for low, high in pairwise(ends):
         middle = (low + high) / 2
         ended_B, started_B = start_B + 1 < middle, start_B < middle
         times_T = torch.linspace(low, high, 2 * steps + 1, dtype=torch.float64)
         tau_TB = torch.where(ended_B, a, (1 - times_T[:, None] + start_B).clamp(0, 1))
-        coarse_B = torch.where(ended_B, 0, torch.where(started_B, 1, 2))  # as levels: data, between, noise
-        reads_TBB = reading.reads(coarse_B, 2).expand(len(times_T), B, B)
-        weights_TBB = gaussian.velocity_weights(tau_TB, reads_TBB) * (ended_B | ~started_B).logical_not()[:, None]
+        weights_TBB = velocity_weights(gaussian, tau_TB, _reads_BB(reads, ended_B).expand(len(times_T), B, B))
+        weights_TBB = weights_TBB * (ended_B | ~started_B).logical_not()[:, None]
         inputs_TBK = -weights_TBB @ (ended_B[:, None] * context)
         parts = _runge_kutta(-weights_TBB * (1 - a * ended_B.double()), inputs_TBK, parts, high - low)
     return parts @ parts.T
+
+
+def velocity_weights(gaussian: BlockGaussian, tau_TB: Tensor, reads_TBB: Tensor) -> Tensor:
+    """(T, B, B): row b holds the coefficients of E[eps_b - x0_b | x_j for j with reads[b, j]], 0 where it does not.
+
+    B masked systems, solved together.
+    """
+    one_BB = torch.eye(gaussian.num_blocks, dtype=torch.float64)
+    keep_TB = 1 - tau_TB
+    cross_TBB = tau_TB.diag_embed() - gaussian.covariance * keep_TB[:, None, :]  # Cov(eps_b - x0_b, x_j)
+    noisy_TBB = keep_TB[:, :, None] * gaussian.covariance * keep_TB[:, None, :] + tau_TB.square().diag_embed()
+    inside = reads_TBB[..., :, None] & reads_TBB[..., None, :]
+    systems = torch.where(inside, noisy_TBB[:, None], one_BB)
+    return torch.linalg.solve(systems, torch.where(reads_TBB, cross_TBB, 0.0))
+
+
+def _reads_BB(reads: Reads, ended_B: Tensor) -> Tensor:
+    """Row b: the blocks that block b reads, itself included. A block that is noise may be read: it tells nothing."""
+    every_BB = ended_B.new_ones(len(ended_B), len(ended_B))
+    if reads == "finished":
+        return (every_BB & ended_B).fill_diagonal_(True)
+    return every_BB.tril() if reads == "before" else every_BB
 
 
 def _runge_kutta(rates_TBB: Tensor, inputs_TBK: Tensor, parts_BK: Tensor, length: float) -> Tensor:
@@ -151,3 +175,30 @@ def _runge_kutta(rates_TBB: Tensor, inputs_TBK: Tensor, parts_BK: Tensor, length
         k4 = c @ (parts_BK + h * k3) + w
         parts_BK = parts_BK + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return parts_BK
+
+
+# ---- steps that are exact, in a schedule that is not ----------------------------------------------------------------
+
+
+def independence_divergence(gaussian: BlockGaussian, schedule: Schedule) -> float:
+    """KL(output | truth) in nats where each pass samples its blocks independently, exactly given the finished ones.
+
+    By the chain rule a pass adds KL(N(0, D) | N(0, C)): C is the covariance of its blocks given the finished ones, D
+    its diagonal. The conditional means are the same on both sides.
+    """
+    total, covariance = 0.0, gaussian.covariance
+    for m in range(schedule.num_passes):
+        known = [b for b, level in enumerate(schedule.levels[m]) if level == 0]
+        new = [move.block for move in schedule.moves(m)]
+        weights = torch.linalg.solve(covariance[known][:, known], covariance[known][:, new])
+        inside = covariance[new][:, new] - covariance[new][:, known] @ weights
+        alone = inside.diagonal()
+        total += float(inside.inverse().diagonal() @ alone - len(new) - alone.log().sum() + inside.logdet()) / 2
+    return total
+
+
+def smoothing_gradient(gaussian: BlockGaussian, time: float) -> Tensor:
+    """The covariance (B, B) of x~ + sigma^2 grad log p(x~), x~ = x + sigma eps, sigma = time / (1 - time): the second
+    stage of autoregressive distribution smoothing (arXiv 2103.15089). It is that of E[x | x~], C (C + sigma^2)^-1 C."""
+    noisy = gaussian.covariance + (time / (1 - time)) ** 2 * torch.eye(gaussian.num_blocks, dtype=torch.float64)
+    return gaussian.covariance @ torch.linalg.solve(noisy, gaussian.covariance)

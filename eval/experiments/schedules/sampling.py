@@ -1,174 +1,238 @@
-"""A sampler of any schedule over blocks and times, and its exact linear map from noise to output.
+"""A sampler of any schedule on a Gaussian sequence, and the exact covariance of what it returns.
 
-A schedule is a matrix of levels: one row per state, one column per block, level S for noise and 0 for data. The pass
-between two rows moves every block whose level falls, all at once. What a block reads in a pass is one `Reading`:
+Schedules, and what their moving blocks read, are those of omni.sequence.schedule. In place of a network stands the
+exact conditional distribution of a block given the states that it reads, at the times that they have in training.
 
-    clean_past      finished earlier blocks, and itself: block-autoregressive models with a clean copy of the past
-    causal          all earlier blocks at their present times, and itself: Diffusion Forcing (arXiv 2407.01392) and
-                    AR-Diffusion (arXiv 2503.07418)
-    window          all blocks that are not pure noise, and itself: Rolling Diffusion (arXiv 2402.09470)
-    bidirectional   all blocks at their present times: full-sequence diffusion; also the level-major order
-                    (arXiv 2103.15089), where each pass moves one block
+Every step is linear in the state and in noise. `transfer` gives unit vectors to the same sampler in place of noise, so
+the covariance of the output has no sampling error.
 
-A block at time 1 is independent of the data, so the exact velocities of `window` and `bidirectional` are equal.
-
-Every step is linear in the state and in fresh noise. `transfer` pushes unit vectors through the same sampler code in
-place of noise, so the covariance of the output has no sampling error.
-
-Legend: N samples, B blocks, D numbers per block, K noises, L = S + 1 levels. Times are float64.
+Legend: N samples, B blocks, K noises, M blocks that move in a pass, Q nodes of a quadrature. All float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from eval.experiments.schedules.gaussian import BlockGaussian, apply
+from eval.experiments.schedules.gaussian import BlockGaussian, Coupling, State
 from omni.config import Frozen, nearest
 from omni.rng import Key
 from omni.samplers import time_grid
+from omni.sequence.schedule import Move, Schedule
 
-Levels = Sequence[Sequence[int]]
-Noise = Callable[..., Tensor]  # of a name such as ("start", block) or ("step", pass, block): standard normal (N, D)
+Noise = Callable[..., Tensor]  # of a name such as ("start", block) or ("step", pass, block): standard normal (N,)
 
 
-class Reading(Frozen):
-    """What a moving block reads.
+class FinishedContext(Frozen):
+    """How finished blocks are read; the stored block stays as it is.
 
-    scope: see above. context_time: finished blocks are read at this time instead of 0, multiplied by
-    1 - context_time; the stored block stays. context_noise: "none" adds nothing, although the velocity is that of a
-    block at context_time (stabilisation of Diffusion Forcing with DDIM); "fresh" adds context_time times new noise in
-    every evaluation; "once" adds the same noise in all of them, as a cache that is written once does.
+    time: they are multiplied by 1 - time, and the velocity is that for blocks at this time. 0: a clean copy. noise:
+    "none" adds nothing (stabilisation of Diffusion Forcing with DDIM); "fresh" adds `time` times new noise in every
+    evaluation; "once" adds the same noise in all of them, as a cache that is written once does.
     """
 
-    scope: Literal["clean_past", "causal", "window", "bidirectional"] = "causal"
-    context_time: float = Field(default=0.0, ge=0, lt=1)
-    context_noise: Literal["none", "fresh", "once"] = "none"
+    time: float = Field(default=0.0, ge=0, lt=1)
+    noise: Literal["none", "fresh", "once"] = "none"
 
-    @property
-    def adds_noise(self) -> bool:
-        """Whether the context has noise of its own."""
-        return self.context_time > 0 and self.context_noise != "none"
 
-    def reads(self, levels_B: Tensor, noise_level: int) -> Tensor:
-        """bool (B, B): row b, the blocks that block b reads at these levels."""
-        all_BB = levels_B.new_ones(len(levels_B), len(levels_B), dtype=torch.bool)
-        match self.scope:
-            case "clean_past":
-                return (all_BB.tril() & (levels_B == 0)).fill_diagonal_(True)
-            case "causal":
-                return all_BB.tril()
-            case "window":
-                return (all_BB & (levels_B < noise_level)).fill_diagonal_(True)
-            case "bidirectional":
-                return all_BB
+class Read(NamedTuple):
+    """A state, and its value (N,) as it is shown."""
+
+    state: State
+    value: Tensor
 
 
 @dataclass(frozen=True)
-class View:
-    """What one evaluation reads: the arguments of `BlockGaussian.velocity`."""
+class Pass:
+    """Pass m of a schedule: the blocks that it moves, and what they read.
 
-    x_NBD: Tensor
-    tau_B: Tensor
-    reads_BB: Tensor
+    times: of the levels 0..S. values: every (block, level) that was visited.
+    """
 
-
-@dataclass(frozen=True)
-class Move:
-    """One pass: levels and times of the blocks before and after it, and what its evaluations read."""
-
-    number: int
-    levels_B: Tensor
-    after_B: Tensor
-    t_B: Tensor
-    s_B: Tensor
-    noise_level: int
-    reading: Reading
+    gaussian: BlockGaussian
+    schedule: Schedule
+    m: int
+    times: Sequence[float]
+    values: Mapping[tuple[int, int], Tensor]
+    finished: FinishedContext
+    coupling: Coupling
     noise: Noise
 
-    @property
-    def moving_B(self) -> Tensor:
-        """Blocks whose level falls."""
-        return self.after_B < self.levels_B
+    @cached_property
+    def moves(self) -> tuple[Move, ...]:
+        """The blocks that fall in this pass."""
+        return self.schedule.moves(self.m)
 
-    @property
-    def gap_B1(self) -> Tensor:
-        """s - t of every block, 0 where it stays."""
-        return (self.s_B - self.t_B)[:, None]
+    def start(self, move: Move) -> Read:
+        """The moving block itself."""
+        return Read(State(move.block, self.times[move.start]), self.values[move.block, move.start])
 
-    def before(self, x_NBD: Tensor) -> View:
-        """The state as it is read before the pass."""
-        return self._view(x_NBD, self.levels_B, self.t_B, 0)
+    def gap(self, move: Move) -> float:
+        """The change of its time, below 0."""
+        return self.times[move.end] - self.times[move.start]
 
-    def after(self, x_NBD: Tensor) -> View:
-        """A state at the end of the pass, for a second evaluation."""
-        return self._view(x_NBD, self.after_B, self.s_B, 1)
+    def context(self, move: Move, ends: Mapping[int, Tensor] | None = None) -> list[Read]:
+        """What it reads beside itself. ends: values of the moving blocks after the pass, read in place of those before
+        it, for a second evaluation."""
+        read = []
+        for block, level in self.schedule.context(self.m, move.block):
+            moved = next((other for other in self.moves if other[:2] == (block, level)), None)
+            if ends is None or moved is None:
+                read.append(self._shown(block, level, self.values[block, level], 0 if ends is None else 1))
+            else:
+                read.append(self._shown(block, moved.end, ends[block], 1))
+        return read
 
-    def _view(self, x_NBD: Tensor, levels_B: Tensor, time_B: Tensor, evaluation: int) -> View:
-        """The state as it is read at these levels: finished blocks at the context time."""
-        reading, reads_BB = self.reading, self.reading.reads(levels_B, self.noise_level)
-        if reading.context_time == 0:
-            return View(x_NBD, time_B, reads_BB)
-        finished_B = levels_B == 0
-        tau_B = torch.where(finished_B, reading.context_time, time_B)
-        shown_NBD = torch.where(finished_B[:, None], (1 - reading.context_time) * x_NBD, x_NBD)
-        if reading.context_noise != "none":
-            for b in finished_B.nonzero()[:, 0].tolist():
-                name = (b,) if reading.context_noise == "once" else (b, self.number, evaluation)
-                shown_NBD[:, b] += reading.context_time * self.noise("context", *name)
-        return View(shown_NBD, tau_B, reads_BB)
+    def velocity(self, own: Read, context: Sequence[Read]) -> Tensor:
+        """E[eps_b - x0_b | own state and context], (N,)."""
+        return (own.value - self.mean(State(own.state.block, 0.0), [own, *context])) / own.state.time
+
+    def mean(self, target: State, read: Sequence[Read]) -> Tensor:
+        """E[target | read], (N,)."""
+        if not read:
+            return torch.zeros_like(next(iter(self.values.values())))
+        weights, _ = self.gaussian.posterior(target, [each.state for each in read], self.coupling)
+        return weights @ torch.stack([each.value for each in read])
+
+    def variance(self, target: State, read: Sequence[Read]) -> float:
+        """Var[target | read]."""
+        states = [each.state for each in read]
+        return self.gaussian.posterior(target, states, self.coupling)[1] if states else 1.0
+
+    def _shown(self, block: int, level: int, value: Tensor, evaluation: int) -> Read:
+        """A state as it is read: finished blocks at the context time."""
+        time, noise = self.finished.time, self.finished.noise
+        if level > 0 or time == 0:
+            return Read(State(block, self.times[level]), value)
+        value = (1 - time) * value
+        if noise != "none":
+            name = () if noise == "once" else (self.m, evaluation)
+            value = value + time * self.noise("context", block, *name)
+        return Read(State(block, time), value)
 
 
-# ---- steps ---------------------------------------------------------------------------------------------------------
+# ---- steps: the values of the moving blocks after a pass, by block --------------------------------------------------
+
+Step = Callable[[Pass], dict[int, Tensor]]
 
 
-def euler(gaussian: BlockGaussian, x_NBD: Tensor, move: Move) -> Tensor:
-    """x + (s - t) times the velocity: one evaluation."""
-    view = move.before(x_NBD)
-    return x_NBD + move.gap_B1 * gaussian.velocity(view.x_NBD, view.tau_B, view.reads_BB)
+def euler(p: Pass) -> dict[int, Tensor]:
+    """x + (s - t) times the velocity: one evaluation. A step to data gives E[x0 | what is read]."""
+    return {move.block: _moved(p, move, p.velocity(p.start(move), p.context(move))) for move in p.moves}
 
 
-def heun(gaussian: BlockGaussian, x_NBD: Tensor, move: Move) -> Tensor:
+def heun(p: Pass) -> dict[int, Tensor]:
     """The mean of the velocities before and after an Euler step. A block's last step is Euler, as in omni.samplers."""
-    before = move.before(x_NBD)
-    first_NBD = gaussian.velocity(before.x_NBD, before.tau_B, before.reads_BB)
-    after = move.after(x_NBD + move.gap_B1 * first_NBD)
-    second_NBD = gaussian.velocity(after.x_NBD, after.tau_B, after.reads_BB)
-    velocity_NBD = torch.where((move.after_B > 0)[:, None], (first_NBD + second_NBD) / 2, first_NBD)
-    return x_NBD + move.gap_B1 * velocity_NBD
+    slopes = {move.block: p.velocity(p.start(move), p.context(move)) for move in p.moves}
+    ends = {move.block: _moved(p, move, slopes[move.block]) for move in p.moves}
+    for move in p.moves:
+        if move.end > 0:
+            own = Read(State(move.block, p.times[move.end]), ends[move.block])
+            slopes[move.block] = (slopes[move.block] + p.velocity(own, p.context(move, ends))) / 2
+    return {move.block: _moved(p, move, slopes[move.block]) for move in p.moves}
 
 
-def flow_map(gaussian: BlockGaussian, x_NBD: Tensor, move: Move) -> Tensor:
-    """Each moving block jumps by the exact flow map of its conditional distribution, all else fixed in this pass."""
-    view = move.before(x_NBD)
-    weights_BB, variance_B = gaussian.data_given_others(view.tau_B, view.reads_BB)
-    mean_NBD = apply(weights_BB, view.x_NBD)
-    t_B1, s_B1 = move.t_B[:, None], move.s_B[:, None]
-    before, after = (((1 - time) ** 2 * variance_B[:, None] + time**2).sqrt() for time in (t_B1, s_B1))
-    jumped_NBD = (1 - s_B1) * mean_NBD + after / before * (x_NBD - (1 - t_B1) * mean_NBD)
-    return torch.where(move.moving_B[:, None], jumped_NBD, x_NBD)
+def flow_map(p: Pass) -> dict[int, Tensor]:
+    """Each moving block jumps by the exact flow map of its distribution given its context, which the map holds fixed
+    although it may move in the same pass."""
+    return {move.block: _jump(p, move) for move in p.moves}
 
 
-def ancestral(gaussian: BlockGaussian, x_NBD: Tensor, move: Move) -> Tensor:
-    """Each moving block is sampled, with fresh noise, from its exact conditional distribution given what it reads;
-    blocks that move in one pass are independent. The coupling of levels is that of `BlockGaussian.cleaner`."""
-    view = move.before(x_NBD)
-    to_B = torch.where(move.moving_B, move.s_B, view.tau_B)
-    weights_BB, variance_B = gaussian.cleaner(view.tau_B, to_B, view.reads_BB)
-    moved_NBD, result_NBD = apply(weights_BB, view.x_NBD), x_NBD.clone()
-    for b in move.moving_B.nonzero()[:, 0].tolist():
-        result_NBD[:, b] = moved_NBD[:, b] + variance_B[b].sqrt() * move.noise("step", move.number, b)
-    return result_NBD
+def joint_map(p: Pass) -> dict[int, Tensor]:
+    """The exact flow map of all moving blocks at once: context that moves in the pass moves along its own path.
+
+    The times of the moving blocks fall together, linearly. The velocities are linear with coefficients that vary, so
+    the path is that of a linear differential equation; Gauss-Legendre collocation with Q nodes solves it to rounding.
+    """
+    if not p.schedule.is_coupled(p.m):
+        return flow_map(p)
+    longest = max(-p.gap(move) for move in p.moves)
+    nodes_Q, weights_Q, integral_QQ = collocation(5 + math.ceil(43 * longest))
+    begin_MN = torch.stack([p.start(move).value for move in p.moves])
+    rates_QMM, inputs_QMN = zip(*(_equation(p, node) for node in nodes_Q.tolist()), strict=True)
+    M, Q = len(p.moves), len(nodes_Q)
+    system = torch.eye(Q * M, dtype=torch.float64)
+    system -= torch.einsum("qij,qp->qipj", torch.stack(rates_QMM), integral_QQ).reshape(Q * M, Q * M)
+    right = torch.stack([rate @ begin_MN + more for rate, more in zip(rates_QMM, inputs_QMN, strict=True)])
+    slopes_QMN = torch.linalg.solve(system, right.reshape(Q * M, -1)).reshape(Q, M, -1)
+    end_MN = begin_MN + torch.einsum("q,qmn->mn", weights_Q, slopes_QMN)
+    return {move.block: end for move, end in zip(p.moves, end_MN, strict=True)}
 
 
-Step = Callable[[BlockGaussian, Tensor, Move], Tensor]
-STEPS: dict[str, Step] = {"euler": euler, "heun": heun, "flow_map": flow_map, "ancestral": ancestral}
+def ancestral(p: Pass) -> dict[int, Tensor]:
+    """Each moving block is sampled, with fresh noise, from its exact distribution at the lower level given what it
+    reads; blocks that move in one pass are independent given that."""
+    ends = {}
+    for move in p.moves:
+        target, read = State(move.block, p.times[move.end]), [p.start(move), *p.context(move)]
+        deviation = max(p.variance(target, read), 0.0) ** 0.5
+        ends[move.block] = p.mean(target, read) + deviation * p.noise("step", p.m, move.block)
+    return ends
+
+
+def _moved(p: Pass, move: Move, velocity: Tensor) -> Tensor:
+    """A straight step."""
+    return p.start(move).value + p.gap(move) * velocity
+
+
+def _jump(p: Pass, move: Move) -> Tensor:
+    """The flow map of one block with a fixed context: it keeps the block's quantile."""
+    context, data = p.context(move), State(move.block, 0.0)
+    mean, variance = p.mean(data, context), p.variance(data, context)
+    t, s = p.times[move.start], p.times[move.end]
+    before, after = (((1 - time) ** 2 * variance + time**2) ** 0.5 for time in (t, s))
+    return (1 - s) * mean + after / before * (p.start(move).value - (1 - t) * mean)
+
+
+def _equation(p: Pass, node: float) -> tuple[Tensor, Tensor]:
+    """d z / d node = rate z + input at a node in (0, 1) of the pass: (M, M) and (M, N)."""
+    time_of = {move.block: p.times[move.start] + node * p.gap(move) for move in p.moves}
+    place = {move[:2]: m for m, move in enumerate(p.moves)}
+    rate_MM = torch.zeros(len(p.moves), len(p.moves), dtype=torch.float64)
+    input_MN = torch.zeros(len(p.moves), len(p.start(p.moves[0]).value), dtype=torch.float64)
+    for m, move in enumerate(p.moves):
+        names = [move[:2], *p.schedule.context(p.m, move.block)]
+        read = [p.start(move), *p.context(move)]
+        states = [State(b, time_of[b]) if (b, level) in place else r.state
+                  for (b, level), r in zip(names, read, strict=True)]  # fmt: skip
+        weights, _ = p.gaussian.posterior(State(move.block, 0.0), states, p.coupling)
+        scale = p.gap(move) / time_of[move.block]
+        rate_MM[m, m] = scale
+        for name, weight, each in zip(names, (scale * weights).tolist(), read, strict=True):
+            if name in place:
+                rate_MM[m, place[name]] -= weight
+            else:
+                input_MN[m] -= weight * each.value
+    return rate_MM, input_MN
+
+
+@lru_cache
+def collocation(num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights on (0, 1), both (Q,), and the integrals (Q, Q) from 0 to each node of the
+    polynomials that are 1 at one node and 0 at the others."""
+    legendre = np.polynomial.legendre
+    nodes, weights = legendre.leggauss(num_nodes)
+    values = legendre.legvander(nodes, num_nodes - 1)
+    integrals = np.stack([legendre.legval(nodes, legendre.legint(row, lbnd=-1)) for row in np.eye(num_nodes)], 1)
+    matrix = integrals @ np.linalg.inv(values) / 2
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2), torch.from_numpy(matrix)
+
+
+STEPS: dict[str, Step] = {
+    "euler": euler,
+    "heun": heun,
+    "flow_map": flow_map,
+    "joint_map": joint_map,
+    "ancestral": ancestral,
+}
 
 
 # ---- the sampler ---------------------------------------------------------------------------------------------------
@@ -176,94 +240,94 @@ STEPS: dict[str, Step] = {"euler": euler, "heun": heun, "flow_map": flow_map, "a
 
 def sample(
     gaussian: BlockGaussian,
-    levels: Levels,
+    schedule: Schedule,
     noise: Noise,
-    reading: Reading,
-    step: str = "euler",
+    step: str | Step = "euler",
+    finished: FinishedContext | None = None,
+    coupling: Coupling = "markov",
     times: Sequence[float] | None = None,
 ) -> Tensor:
-    """The blocks after the last row of `levels`, (N, B, D) float64.
+    """The blocks after the last pass, (N, B).
 
     Args:
-        gaussian: the data; its velocity takes the place of a network.
-        levels: rows of one level per block, from all S to all 0, never rising. Equal rows have no pass between them.
-        noise: a pure function of a name that returns standard normal samples (N, D); see `keyed_noise`.
-        reading: what a moving block reads.
-        step: a name of STEPS.
+        schedule: of `gaussian.num_blocks` blocks that all start as noise.
+        noise: a pure function of a name that returns standard normal samples (N,); see `keyed_noise`.
+        step: a name of STEPS, or such a function.
+        finished: None reads clean copies.
+        coupling: of two levels of one block. It matters to "ancestral" and to schedules that read two levels.
         times: S + 1 times from 1 to 0, as of `omni.samplers.time_grid`. None: equal steps.
 
-    Raises ValueError, naming the value, for another step, matrix or number of times.
+    Raises ValueError, naming the value, for another step, schedule or number of times.
     """
-    if step not in STEPS:
-        raise ValueError(f"unknown step {step!r}{nearest(step, STEPS)}; known: {', '.join(STEPS)}")
-    check_levels(levels, gaussian.num_blocks)
-    highest = levels[0][0]
-    times = time_grid(highest) if times is None else times
-    if len(times) != highest + 1 or times[0] != 1 or times[-1] != 0:
-        raise ValueError(f"{len(times)} times from {times[0]} to {times[-1]}; give {highest + 1} from 1 to 0")
-    levels_MB = torch.tensor([list(row) for row in levels])
-    times_MB = torch.tensor(times, dtype=torch.float64).flip(0)[levels_MB]
-    x_NBD = torch.stack([noise("start", b) for b in range(gaussian.num_blocks)], 1)
-    for m in range(len(levels) - 1):
-        if torch.equal(levels_MB[m], levels_MB[m + 1]):
-            continue
-        move = Move(m, levels_MB[m], levels_MB[m + 1], times_MB[m], times_MB[m + 1], highest, reading, noise)
-        x_NBD = STEPS[step](gaussian, x_NBD, move)
-    return x_NBD
+    if isinstance(step, str):
+        if step not in STEPS:
+            raise ValueError(f"unknown step {step!r}{nearest(step, STEPS)}; known: {', '.join(STEPS)}")
+        step = STEPS[step]
+    grid = list(time_grid(schedule.num_levels) if times is None else times)
+    finished = finished or FinishedContext()
+    _check(gaussian, schedule, grid, finished)
+    levels = list(schedule.levels[0])
+    values = {(b, level): noise("start", b) for b, level in enumerate(levels)}
+    for m in range(schedule.num_passes):
+        p = Pass(gaussian, schedule, m, grid[::-1], values, finished, coupling, noise)
+        ends = step(p)
+        for move in p.moves:
+            levels[move.block] = move.end
+            values[move.block, move.end] = ends[move.block]
+    return torch.stack([values[b, level] for b, level in enumerate(levels)], 1)
 
 
-def check_levels(levels: Levels, num_blocks: int) -> None:
-    """ValueError, naming the row, unless every block goes from one level S down to 0."""
-    if not levels or any(len(row) != num_blocks for row in levels):
-        raise ValueError(f"every row needs {num_blocks} levels, one per block, got {[len(row) for row in levels]}")
-    if len(set(levels[0])) > 1 or levels[0][0] < 1:
-        raise ValueError(f"the first row is {tuple(levels[0])}; all blocks start at one level S of at least 1, noise")
-    if any(level != 0 for level in levels[-1]):
-        raise ValueError(f"the last row is {tuple(levels[-1])}; all blocks must end at level 0, data")
-    for number, (now, after) in enumerate(pairwise(levels)):
-        if any(b > a for a, b in zip(now, after, strict=True)):
-            raise ValueError(f"row {number} is {tuple(now)}, the next is {tuple(after)}; no level may rise")
+def _check(gaussian: BlockGaussian, schedule: Schedule, grid: Sequence[float], finished: FinishedContext) -> None:
+    """ValueError for arguments of `sample` that do not fit together."""
+    S, B = schedule.num_levels, gaussian.num_blocks
+    if schedule.levels[0] != (S,) * B:
+        raise ValueError(f"the first row is {schedule.levels[0]}; all {B} blocks must start as noise, at level {S}")
+    if len(grid) != S + 1 or grid[0] != 1 or grid[-1] != 0 or any(b >= a for a, b in zip(grid, grid[1:], strict=False)):
+        raise ValueError(f"{len(grid)} times from {grid[0]} to {grid[-1]}; give {S + 1} that fall from 1 to 0")
+    if finished.time and schedule.reads == "two_levels":
+        raise ValueError("a schedule that reads two levels reads clean copies; leave out the context time")
 
 
-def keyed_noise(key: Key, num: int, size: int = 1) -> Noise:
-    """Noise (num, size) for `sample`, a function of the key and the name alone."""
-    return lambda *name: key.fold(*name).normal((num, size), torch.float64)
+def keyed_noise(key: Key, num: int) -> Noise:
+    """Noise (num,) for `sample`, a function of the key and the name alone."""
+    return lambda *name: key.fold(*name).normal((num,), torch.float64)
 
 
 def transfer(
     gaussian: BlockGaussian,
-    levels: Levels,
-    reading: Reading,
-    step: str = "euler",
+    schedule: Schedule,
+    step: str | Step = "euler",
+    finished: FinishedContext | None = None,
+    coupling: Coupling = "markov",
     times: Sequence[float] | None = None,
 ) -> Tensor:
     """A (B, K) with output = A @ noises: the initial noise of the B blocks, then fresh noises in the order of use.
 
-    A first run of a sampler with fresh noise records which noises it asks for. Then noise k is the k-th unit vector.
+    A first run records which noises the sampler asks for. In the second, noise k is the k-th unit vector.
     """
-    columns: dict[tuple[int | str, ...], int] = {("start", b): b for b in range(gaussian.num_blocks)}
+    columns: dict[tuple[int | str, ...], int] = {}
 
     def record(*name: int | str) -> Tensor:
         columns.setdefault(name, len(columns))
-        return torch.zeros(1, 1, dtype=torch.float64)
+        return torch.zeros(1, dtype=torch.float64)
 
     def unit(*name: int | str) -> Tensor:
-        column_K1 = torch.zeros(len(columns), 1, dtype=torch.float64)
-        column_K1[columns[name]] = 1
-        return column_K1
+        column_K = torch.zeros(len(columns), dtype=torch.float64)
+        column_K[columns[name]] = 1
+        return column_K
 
-    if step == "ancestral" or reading.adds_noise:
-        sample(gaussian, levels, record, reading, step, times)
-    return sample(gaussian, levels, unit, reading, step, times)[:, :, 0].T
+    sample(gaussian, schedule, record, step, finished, coupling, times)
+    return sample(gaussian, schedule, unit, step, finished, coupling, times).T
 
 
 def output_covariance(
     gaussian: BlockGaussian,
-    levels: Levels,
-    reading: Reading,
-    step: str = "euler",
+    schedule: Schedule,
+    step: str | Step = "euler",
+    finished: FinishedContext | None = None,
+    coupling: Coupling = "markov",
     times: Sequence[float] | None = None,
 ) -> Tensor:
     """The covariance (B, B) of what the sampler returns: A A^T of `transfer`."""
-    transfer_BK = transfer(gaussian, levels, reading, step, times)
+    transfer_BK = transfer(gaussian, schedule, step, finished, coupling, times)
     return transfer_BK @ transfer_BK.T
