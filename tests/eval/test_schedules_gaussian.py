@@ -77,7 +77,7 @@ def test_posteriors_are_those_of_simulated_states(coupling: str) -> None:
     ):
         value = values.get(target, x0[:, 0])
         inputs = torch.stack([values[state] for state in read], 1)
-        wanted = torch.linalg.lstsq(inputs, value[:, None]).solution[:, 0]
+        wanted = torch.linalg.solve(inputs.T @ inputs, inputs.T @ value)
         weights, variance = THREE.posterior(target, read, coupling)  # type: ignore[arg-type]
         torch.testing.assert_close(weights, wanted, atol=0.03, rtol=0)
         assert variance == pytest.approx(float((value - inputs @ wanted).var()), abs=0.01)

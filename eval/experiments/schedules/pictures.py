@@ -36,7 +36,7 @@ def draw(divergences: Mapping[str, Lines], lost: Lines) -> Image.Image:
     """
     figure = new_figure(1200, 620)
     names = list(dict.fromkeys(name for lines in divergences.values() for name in lines))
-    colours = dict(zip(names, COLOURS, strict=False))
+    colours = dict(zip(names, COLOURS[:6] + COLOURS[9:13:3], strict=False))
     with require_matplotlib().rc_context({"text.parse_math": False}):
         halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.3))
         row = halves[0].subplots(1, len(MATRICES), squeeze=False)[0]
@@ -62,11 +62,15 @@ def _matrix(axes: Any, title: str, schedule: Schedule) -> None:
 
 
 def _lines(axes: Any, lines: Lines, colours: Mapping[str, str], lowest: float = -1.0) -> None:
-    """Named lines; points that are not finite, or not above `lowest`, are left out."""
-    for number, (name, line) in enumerate(lines.items()):
+    """Named lines, causal ones dashed; points that are not finite, or not above `lowest`, are left out."""
+    for name, line in lines.items():
         shown = [(x, y) for x, y in line if math.isfinite(y) and y > lowest]
-        style = {"color": colours[name], "linestyle": "--" if number % 2 else "-", "marker": "o", "markersize": 3}
-        axes.plot([x for x, _ in shown], [y for _, y in shown], label=name.replace("_", " "), **style)
+        style = {
+            "color": colours[name],
+            "linestyle": "--" if name.startswith("causal") else "-",
+            "label": name.replace("_", " "),
+        }
+        axes.plot([x for x, _ in shown], [y for _, y in shown], marker="o", markersize=3, **style)
     axes.grid(color="#e2e2e2", linewidth=0.7)
     axes.legend(fontsize=7, frameon=False)
     axes.title.set_fontsize(9)
