@@ -75,7 +75,7 @@ def test_posteriors_are_those_of_simulated_states(coupling: str) -> None:
         (State(0, 0.0), (State(0, 0.5), low, high)),
         (low, (high, State(2, 0.9), State(0, 0.5))),
     ):
-        value = values.get(target, x0[:, 0])
+        value = values[target] if target in values else x0[:, 0]
         inputs = torch.stack([values[state] for state in read], 1)
         wanted = torch.linalg.solve(inputs.T @ inputs, inputs.T @ value)
         weights, variance = THREE.posterior(target, read, coupling)  # type: ignore[arg-type]
