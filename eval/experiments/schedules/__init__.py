@@ -1,0 +1,1 @@
+"""Schedules over blocks and times on a Gaussian sequence: the exact covariance of the output of any schedule."""
