@@ -171,7 +171,7 @@ def _move(
                 waiting = [one for one in waiting if one is not block]
         if not waiting:
             return
-        noisy = [_noisy(runtime, media, block, waiting, context) for block in present]
+        noisy = [_noisy(runtime, request, block, waiting, context) for block in present]
         found = yield Evaluate(noisy, histories, betas, context.reads == "before")
         F = _guided(_velocities(runtime, found, noisy, betas), scales)
         media.evaluations += len(histories) * len(waiting)
@@ -180,8 +180,10 @@ def _move(
                 block.item = _answered(block.sampling, part.double())
 
 
-def _noisy(runtime: Runtime, media: Media, block: Block, waiting: Sequence[Block], context: BlockContext) -> Noisy:
+def _noisy(runtime: Runtime, request: Request, block: Block, waiting: Sequence[Block], context: BlockContext) -> Noisy:
     """What the network reads of a block: the call of its sampler; of one that is not to move, its present latents."""
+    media = request.media
+    assert media is not None
     grid = runtime.grammar.grid(media)
     before = block.number - (len(media.finished) if context.finished == "context" else 0)
     start = before * max(grid)
@@ -189,9 +191,13 @@ def _noisy(runtime: Runtime, media: Media, block: Block, waiting: Sequence[Block
         if not isinstance(block.item, Call):
             raise ValueError(f"the sampler ended at time {block.t} too early: it must yield a State after every jump")
         return Noisy(block.item.x.to(block.x.dtype), block.item.t, block.item.s, grid, start)
-    if block.t == 0:
-        return Noisy((1 - context.context_time) * block.x, context.context_time, context.context_time, grid, start)
-    return Noisy(block.x, block.t, block.t, grid, start)
+    if block.t > 0:
+        return Noisy(block.x, block.t, block.t, grid, start)
+    t, x = context.context_time, (1 - context.context_time) * block.x
+    if context.context_noise:
+        key = request.key.fold("context noise", media.index, block.number, media.evaluations)
+        x = x + t * key.normal(tuple(x.shape)).to(x)
+    return Noisy(x, t, t, grid, start)
 
 
 def _answered(sampling: Sampling, F: Tensor) -> Call | State | None:

@@ -36,16 +36,27 @@ class BlockContext(Frozen):
 
     context_time: in [0, 1), how noisy finished blocks look. As context they are multiplied by 1 - context_time, in
     training and in sampling. In the refine pass they are shown at t = s = context_time, multiplied by 1 - context_time,
-    without noise, and kept unchanged (stabilisation of Diffusion Forcing, arXiv 2407.01392); training shows every level
-    anyway.
+    and kept unchanged (stabilisation of Diffusion Forcing, arXiv 2407.01392); training shows every level anyway.
+    context_noise: whether context_time times noise is added there, new in every evaluation: noise that is drawn once
+    would be taken for data.
 
-    Raises ValueError for finished "refine" with reads "finished", and for unit "latent" with other reads.
+    Raises ValueError for finished "refine" with reads "finished", for unit "latent" with other reads, and for
+    context_noise that has no effect.
     """
 
     reads: BlockReads = "finished"
     finished: Literal["context", "refine"] = "context"
     context_time: float = Field(default=0.0, ge=0, lt=1)
+    context_noise: bool = False
     unit: Literal["block", "latent"] = "block"
+
+    @model_validator(mode="after")
+    def _noise_has_effect(self) -> BlockContext:
+        if self.context_noise and (self.finished == "context" or not self.context_time):
+            raise ValueError(
+                "context_noise has an effect with finished = 'refine' and a context_time above 0 only; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _latents_are_of_one_block(self) -> BlockContext:

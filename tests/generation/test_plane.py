@@ -83,9 +83,9 @@ def refined(model: Omni, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tup
     """The passes of a clip of three blocks, and its final latents."""
     passes, noisy, guided = [Pass()], denoise._noisy, denoise._guided
 
-    def watched(runtime: Any, media: Any, block: Any, waiting: Any, context: Any) -> Noisy:
-        found = noisy(runtime, media, block, waiting, context)
-        passes[-1].blocks[block.number], passes[-1].done = found, len(media.finished)
+    def watched(runtime: Any, request: Any, block: Any, waiting: Any, context: Any) -> Noisy:
+        found = noisy(runtime, request, block, waiting, context)
+        passes[-1].blocks[block.number], passes[-1].done = found, len(request.media.finished)
         passes[-1].moved += [block.number] if block in waiting else []
         return found
 
@@ -153,6 +153,22 @@ def test_blocks_read_what_the_regime_says(model: Omni, monkeypatch: pytest.Monke
     alone, _ = refined(model, monkeypatch)
     for reads, equal in (("before", True), ("all", False)):
         assert (float((firsts[reads][:N] - alone[0].F).abs().max()) < 1e-12) is equal  # type: ignore[index]
+
+
+def test_finished_blocks_are_shown_at_their_time(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled, with new noise in every pass if wished; the reply keeps the block itself."""
+    for noise in (False, True):
+        context = BlockContext(reads="before", finished="refine", context_time=0.25, context_noise=noise)
+        passes, latents = refined(model=with_blocks(model, context), monkeypatch=monkeypatch, delay=STEPS)
+        monkeypatch.undo()
+        shown = [one.blocks[0] for one in passes if 0 not in one.moved]
+        assert len(shown) == 2 * STEPS and all((block.t, block.s) == (0.25, 0.25) for block in shown)
+        rest = torch.stack([block.x - 0.75 * latents[0] for block in shown])
+        if noise:
+            assert float(rest.std()) == pytest.approx(0.25, rel=0.05)
+            assert float((rest[0] - rest[1]).abs().max()) > 0.1
+        else:
+            assert float(rest.abs().max()) < 1e-6
 
 
 def test_a_model_on_finished_blocks_goes_one_after_another(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,8 @@ def test_options_without_a_rule_are_refused(name: str, options: dict[str, Any], 
 def test_a_regime_without_effect_is_refused() -> None:
     with pytest.raises(ValueError, match="finished = 'refine' has no effect"):
         BlockContext(finished="refine")
+    with pytest.raises(ValueError, match="context_noise has an effect with finished = 'refine'"):
+        BlockContext(context_time=0.1, context_noise=True)
 
 
 def test_groups_of_items() -> None:
