@@ -187,14 +187,14 @@ def test_another_recipe_raises_and_names_the_key(make_run: MakeRun) -> None:
 def test_allowed_changes_are_printed_and_recorded(
     make_run: MakeRun, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    go(make_run("max_steps=3"), 3)
-    changes = ["max_steps=4", "optimiser.rate=1e-4", "report.save_steps=7", "threads=2", "ema_decay=0.5", "workers=1"]
+    go(make_run("max_steps=3", "threads=2"), 3)
+    changes = ["max_steps=4", "optimiser.rate=1e-4", "report.save_steps=7", "threads=1", "ema_decay=0.5", "workers=1"]
     out = ["--out", str(tmp_path / "run")]
     assert main([str(recipe_file), *changes, *out, "--resume"]) == 0
     output = capsys.readouterr().err
     for line in (
         *("max_steps was 3, now 4", "optimiser.rate was 0.002, now 0.0001", "report.save_steps was 1000, now 7"),
-        *("threads was 1, now 2", "ema_decay was 0.9, now 0.5", "workers was 0, now 1"),
+        *("threads was 2, now 1", "ema_decay was 0.9, now 0.5", "workers was 0, now 1"),
     ):
         assert f"changed: {line}\n" in output
     fall = 0.5 * (1 + math.cos(math.pi * 3 / 4))
