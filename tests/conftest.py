@@ -53,6 +53,16 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Programs that a test runs in this process may set other numbers of threads; the next test starts with one.
+
+    With pytest-xdist two processes of two threads each are far slower on two cores than two of one thread.
+    """
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a saved model with random weights: 55,000 parameters, byte tokenizer, exact 4x4 pixel codec."""

@@ -9,6 +9,7 @@ an old key; nothing else does. Errors name a key by its flat name, however it wa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -27,6 +28,7 @@ class Grouped(Frozen):
     renamed: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
+    @cache
     def groups(cls) -> dict[str, type[BaseModel]]:
         """The fields that are models, by name."""
         kinds = {name: field.annotation for name, field in cls.model_fields.items()}

@@ -36,6 +36,17 @@ def common_length(marks: Sequence[int], append: Append) -> int:
     return max(n, 0)
 
 
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model, in a fixed order; in a tenth of the time of `model.parameters()`, whose names and sets
+    are not needed here."""
+    found, modules = [], [model]
+    while modules:
+        module = modules.pop()
+        found += [parameter for parameter in module._parameters.values() if parameter is not None]
+        modules += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 class Prefixes:
     """Finished histories, least recently used first, of at most `max_positions` positions together."""
 
@@ -54,7 +65,7 @@ class Prefixes:
     def check(self, model: nn.Module) -> bool:
         """Whether weights have been replaced, or changed in place, since the last check; then everything is forgotten.
         Changes of `.data` are not seen. Weights made under inference_mode have no version: nothing is kept of them."""
-        parameters = list(model.parameters())
+        parameters = parameters_of(model)
         known = not any(p.is_inference() for p in parameters)
         weights = [(p.data_ptr(), p._version) for p in parameters] if known else []
         if known and weights == self._weights:

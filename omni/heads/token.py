@@ -50,5 +50,6 @@ class TokenHead(nn.Module):
         if self.logit_cap is None:
             return logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        capped = self.logit_cap * (wide / self.logit_cap).tanh()
-        return capped if torch.is_grad_enabled() else torch.add(capped, logits, alpha=0)
+        if torch.is_grad_enabled():
+            return self.logit_cap * (wide / self.logit_cap).tanh()
+        return (wide / self.logit_cap).tanh_().mul_(self.logit_cap).add_(logits, alpha=0)

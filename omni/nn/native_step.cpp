@@ -1,4 +1,4 @@
-// A few text tokens against their histories, on the CPU: the arithmetic of layer.py in loops that read every weight once.
+// A few text tokens against their histories, on the CPU: the arithmetic of layer.py each weight is read once.
 // Compiled at run time by native_step.py.
 //
 // Weights are float32 or bfloat16 (widened to float32 as they are read); activations, cache and sums are float32.
@@ -23,96 +23,144 @@ struct Layer {  // the order of native_step.py; norms are float32
   const T *qkv, *out, *gate_up, *down;
 };
 
-inline float widen(float x) { return x; }
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
-inline float widen(uint16_t x) {  // bfloat16 is the upper half of a float32
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-// e^x with a relative error below 2e-7, in operations that a compiler can do for many x at once. NaN stays NaN.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded
-  const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;  // Cephes' polynomial of (e^r - 1 - r) / r^2
-  p = p * r + 1.3981999507e-3f;
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+inline float sum_of_lanes(Floats x) {
+  float lane[LANES];
+  store(lane, x);
+  for (int num = LANES / 2; num; num /= 2)
+    for (int i = 0; i < num; i++) lane[i] += lane[i + num];
+  return lane[0];
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Floats s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES) {
+    s0 += load(a + i) * load(b + i), s1 += load(a + i + LANES) * load(b + i + LANES);
+    s2 += load(a + i + 2 * LANES) * load(b + i + 2 * LANES), s3 += load(a + i + 3 * LANES) * load(b + i + 3 * LANES);
+  }
+  for (; i + LANES <= n; i += LANES) s0 += load(a + i) * load(b + i);
+  float sum = sum_of_lanes((s0 + s1) + (s2 + s3));
+  for (; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+// e^x with a relative error below 2e-7. NaN stays NaN.
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  const Floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes' polynomial of (e^r - 1 - r) / r^2
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
+  const Floats power = (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
   return (p * r * r + r + 1.0f) * power;
 }
 
-inline float dot(const float* w, const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += w[i] * x[i];
-  return sum;
+// x[i] = f(x[i]) for LANES numbers at once; the last ones are filled up with zeros.
+template <typename F>
+inline void map(float* x, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(x + i, f(load(x + i)));
+  if (i == n) return;
+  float rest[LANES] = {};
+  std::memcpy(rest, x + i, (n - i) * sizeof(float));
+  store(rest, f(load(rest)));
+  std::memcpy(x + i, rest, (n - i) * sizeof(float));
 }
 
-inline float dot(const uint16_t* w, const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += widen(w[i]) * x[i];
-  return sum;
+// Weights (rows, n) are packed in panels of 32 rows: (panels, n, 32). Row j and row 16 + j of a panel are a pair: with
+// bfloat16 one 32-bit word, so that two operations widen a vector of pairs.
+constexpr int PANEL = 32, HALF = PANEL / 2, PAIRS = HALF / LANES;
+constexpr int AHEAD = 32;  // steps of n from a prefetch to its use
+
+struct Pair {
+  Floats first, second;
+};
+
+inline Pair load_pair(const float* panel, int k) { return {load(panel + k * LANES), load(panel + HALF + k * LANES)}; }
+
+inline Pair load_pair(const uint16_t* panel, int k) {  // bfloat16 is the upper half of a float32
+  Words both;
+  std::memcpy(&both, panel + 2 * k * LANES, sizeof both);
+  const Pair little{(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+  return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? little : Pair{little.second, little.first};
 }
 
-inline void widen_all(const float* w, float* into, int64_t n) { std::memcpy(into, w, n * sizeof(float)); }
-
-inline void widen_all(const uint16_t* w, float* into, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) into[i] = widen(w[i]);
-}
-
-typedef float Eight __attribute__((vector_size(32)));  // one number of eight rows of x
-
-// The products of eight rows of weights, n apart, with eight rows of x, which are packed as (n, 8).
-inline void tile(const float* w, const Eight* x, int64_t n, Eight y[8]) {
-  Eight s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{};
-  for (int64_t i = 0; i < n; i++) {
-    s0 += w[i] * x[i], s1 += w[n + i] * x[i], s2 += w[2 * n + i] * x[i], s3 += w[3 * n + i] * x[i];
-    s4 += w[4 * n + i] * x[i], s5 += w[5 * n + i] * x[i], s6 += w[6 * n + i] * x[i], s7 += w[7 * n + i] * x[i];
+// y (R, 32) = products of a panel with R rows of x, n apart. Each output is one sum in the order of n, for every R: a
+// row of x gives the same bits beside any others. R x C pairs of sums stay in registers.
+template <int R, typename T>
+void tile(const T* panel, const float* x, int64_t n, float* y) {
+  constexpr int C = R <= 2 && PAIRS >= 2 ? 2 : 1;
+  for (int k = 0; k < PAIRS; k += C) {
+    Pair sum[R][C] = {};
+    for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 2
+      for (int c = 0; c < C; c++) {
+        if (c == 0) __builtin_prefetch(panel + (i + AHEAD) * PANEL);  // the hardware stops at pages of 4 KiB
+        const Pair w = load_pair(panel + i * PANEL, k + c);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+          sum[r][c].first += x[r * n + i] * w.first;
+          sum[r][c].second += x[r * n + i] * w.second;
+        }
+      }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) {
+        store(y + r * PANEL + (k + c) * LANES, sum[r][c].first);
+        store(y + r * PANEL + (k + c) * LANES + HALF, sum[r][c].second);
+      }
   }
-  y[0] = s0, y[1] = s1, y[2] = s2, y[3] = s3, y[4] = s4, y[5] = s5, y[6] = s6, y[7] = s7;
 }
 
-// y (R, rows) = x (R, n) weight^T, or y += it. Every weight is read from memory once, one row after another: one stream is what
-// the prefetcher likes best. A few rows of x take dot products; more take tiles of eight by eight.
+template <typename T>
+void tile(const T* panel, const float* x, int64_t R, int64_t n, float* y) {
+  switch (R) {
+    case 1: return tile<1>(panel, x, n, y);
+    case 2: return tile<2>(panel, x, n, y);
+    case 3: return tile<3>(panel, x, n, y);
+    case 4: return tile<4>(panel, x, n, y);
+    case 5: return tile<5>(panel, x, n, y);
+    default: return tile<6>(panel, x, n, y);
+  }
+}
+
+// y (R, rows) = x (R, n) weight^T, or y += it. Every weight is read from memory once, one panel after another: one
+// stream is what the prefetcher likes best. The rows of x are split evenly into tiles of at most six.
 template <typename T>
 void product(const T* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n, bool add, int threads) {
-  if (R < 4) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++)
-      for (int64_t r = 0; r < R; r++)
-        y[r * rows + row] = (add ? y[r * rows + row] : 0) + dot(weight + row * n, x + r * n, n);
-    return;
-  }
-  const int64_t groups = (R + 7) / 8;
-  std::vector<Eight> packed(groups * n);
-  for (int64_t r = 0; r < R; r++)
-    for (int64_t i = 0; i < n; i++) packed[r / 8 * n + i][r % 8] = x[r * n + i];
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    std::vector<float> wide(8 * n);
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < rows; first += 8) {
-      const int64_t count = std::min<int64_t>(8, rows - first);
-      widen_all(weight + first * n, wide.data(), count * n);
-      for (int64_t g = 0; g < groups; g++) {
-        Eight found[8];
-        tile(wide.data(), packed.data() + g * n, n, found);
-        for (int64_t r = 8 * g; r < std::min(R, 8 * g + 8); r++)
-          for (int64_t j = 0; j < count; j++) {
-            float& to = y[r * rows + first + j];
-            to = (add ? to : 0) + found[j][r % 8];
-          }
+  for (int64_t first = 0; first < rows; first += PANEL) {
+    const int64_t count = std::min<int64_t>(PANEL, rows - first);
+    float found[6 * PANEL];
+    for (int64_t start = 0, num; start < R; start += num) {
+      const int64_t left = R - start, tiles = (left + 5) / 6;
+      num = (left + tiles - 1) / tiles;
+      tile(weight + first * n, x + start * n, num, n, found);
+      for (int64_t r = 0; r < num; r++) {
+        float* to = y + (start + r) * rows + first;
+        for (int64_t j = 0; j < count; j++) to[j] = (add ? to[j] : 0) + found[r * PANEL + j];
       }
     }
   }
@@ -133,29 +181,35 @@ void rotate(float* x, const float* cos, const float* sin, int64_t D) {
   }
 }
 
+// o = share * scores values, of N vectors of numbers of every position.
+template <int N>
+inline void weigh(const float* values, const float* scores, float share, float* o, int64_t count, int64_t D) {
+  Floats sum[N] = {};
+  for (int64_t p = 0; p < count; p++)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) sum[i] += scores[p] * load(values + p * D + i * LANES);
+  for (int i = 0; i < N; i++) store(o + i * LANES, sum[i] * share);
+}
+
 // o (D) = softmax(q keys^T / sqrt(D)) values, over `count` positions; scores has room for them.
 void attend(const float* q, const float* keys, const float* values, float* scores, float* o, int64_t count, int64_t D) {
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   float largest = -INFINITY, total = 0;
   for (int64_t p = 0; p < count; p++) {
     scores[p] = dot(keys + p * D, q, D) * scale;
-    largest = std::fmax(largest, scores[p]);
+    largest = scores[p] > largest ? scores[p] : largest;
   }
+  map(scores, count, [&](Floats x) { return exponential(x - largest); });
 #pragma omp simd reduction(+ : total)
-  for (int64_t p = 0; p < count; p++) total += scores[p] = exponential(scores[p] - largest);
+  for (int64_t p = 0; p < count; p++) total += scores[p];
   const float share = 1 / total;
-  for (int64_t first = 0; first < D; first += 64) {  // sums of up to 64 numbers stay in registers
-    const int64_t n = std::min<int64_t>(64, D - first);
-    float sum[64] = {};
-    if (n == 64) {
-      for (int64_t p = 0; p < count; p++)
-#pragma omp simd
-        for (int64_t i = 0; i < 64; i++) sum[i] += scores[p] * values[p * D + first + i];
-    } else {
-      for (int64_t p = 0; p < count; p++)
-        for (int64_t i = 0; i < n; i++) sum[i] += scores[p] * values[p * D + first + i];
-    }
-    for (int64_t i = 0; i < n; i++) o[first + i] = sum[i] * share;
+  int64_t first = 0;
+  for (; first + 64 <= D; first += 64) weigh<64 / LANES>(values + first, scores, share, o + first, count, D);
+  for (; first + LANES <= D; first += LANES) weigh<1>(values + first, scores, share, o + first, count, D);
+  for (; first < D; first++) {
+    float sum = 0;
+    for (int64_t p = 0; p < count; p++) sum += scores[p] * values[p * D + first];
+    o[first] = sum * share;
   }
 }
 
@@ -196,9 +250,9 @@ void step(const Sizes& c, const Layer<T>* layers, const float* norm, float* h, c
     for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, w.mlp_norm, &x[r * W], W, eps);
     product(w.gate_up, x.data(), mlp.data(), R, 2 * F, W, false, threads);
     for (int64_t r = 0; r < R; r++) {  // SiLU(gate) up
-      const float *gate = &mlp[r * 2 * F], *up = gate + F;
-#pragma omp simd
-      for (int64_t i = 0; i < F; i++) act[r * F + i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+      float *gate = &mlp[r * 2 * F], *up = gate + F;
+      map(gate, F, [](Floats x) { return x / (1 + exponential(-x)); });
+      for (int64_t i = 0; i < F; i++) act[r * F + i] = gate[i] * up[i];
     }
     product(w.down, act.data(), h, R, W, F, true, threads);
   }

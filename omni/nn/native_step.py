@@ -6,7 +6,8 @@ checkpoint, a bfloat16 copy is read: half the bytes, no loss. Products, activati
 are read in float32; the log records this. Products compiled by torch.compile reached about half of this speed.
 
 Serves text in float32 on the CPU: decoded ids of many requests, and drafts to verify. Passes with latents or
-placeholders, and long ones, run the layers of nn.layer. The weights are copied at construction.
+placeholders, and long ones, run the layers of nn.layer. The weights are copied at construction, in panels of 32 rows.
+Every sum has one order for any number of tokens, so a token gets the same bits beside any others.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ NATIVE = {
     if name not in ARGUMENTS | {"time", "modulation_eps"}
 }
 SOURCE = Path(__file__).with_name("native_step.cpp")
+PANEL = 32  # rows of a weight side by side, as in native_step.cpp
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd")
 THREADS = ("-fopenmp",)  # omitted if the compiler has no OpenMP; the step then uses one thread
@@ -70,7 +72,8 @@ class CompiledStep:
         self._step, self._read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
         norms = [n.weight for w in layers for n in (w.attention_norm, w.q_norm, w.k_norm, w.mlp_norm)]
         self.norms = [n.detach().float().clone() for n in (*norms, transformer.norm.weight)]
-        self.copies = [m.detach().to(self.dtype).contiguous() for m in matrices]  # `pointers` point into these
+        self.copies = [pack(m.detach().to(self.dtype)) for m in matrices]  # `pointers` point into these
+        self.num_ids = len(output_weight)
         c, at = self.c, range(0, 4 * self.c.depth, 4)
         in_order = [tensor.data_ptr() for i in at for tensor in (*self.norms[i : i + 4], *self.copies[i : i + 4])]
         self.pointers = (ctypes.c_void_p * len(in_order))(*in_order)
@@ -98,10 +101,10 @@ class CompiledStep:
 
     def read(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) before any cap."""
-        hidden, weight = hidden.float().contiguous(), self.copies[-1]
-        logits = hidden.new_empty(len(hidden), weight.shape[0])
-        size = len(hidden), *weight.shape
-        self._read(weight.data_ptr(), hidden.data_ptr(), logits.data_ptr(), *size, torch.get_num_threads())
+        hidden = hidden.float().contiguous()
+        logits = hidden.new_empty(len(hidden), self.num_ids)
+        size = *logits.shape, hidden.shape[1]
+        self._read(self.copies[-1].data_ptr(), hidden.data_ptr(), logits.data_ptr(), *size, torch.get_num_threads())
         return logits
 
     def rotary(self, num: int) -> Tensor:
@@ -115,6 +118,14 @@ class CompiledStep:
 
 def is_exact_in_bf16(weight: Tensor) -> bool:
     return torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Panels (panels, n, 32) of a weight (rows, n), as native_step.cpp reads them, filled up with zeros: 32 rows side
+    by side. In bfloat16 row j and row 16 + j of a panel are neighbours; in float32 the rows are in order."""
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    halves = filled.view(-1, 2, PANEL // 2, weight.shape[1])
+    return halves.permute((0, 3, 2, 1) if weight.dtype == torch.bfloat16 else (0, 3, 1, 2)).contiguous()
 
 
 @cache

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 
+from eval import requests
+from eval.metrics.emoji_judge import Judge, calibrate
 from eval.task import TASKS, Context
 from eval.tasks.few_step import FewStepOptions, Line
 
@@ -24,7 +27,9 @@ def test_a_reference_must_be_a_line_at_its_steps(reference: tuple[str, int]) -> 
         FewStepOptions(lines={"a": Line(steps=(1, 4))}, reference=reference)
 
 
-def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
+def test_the_bundled_model_is_measured_at_every_number_of_steps(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a judge that is calibrated on 16 pictures of each size, instead of 256."""
+    monkeypatch.setattr(requests, "calibrate", partial(calibrate, num=16))
     options = FewStepOptions(
         requests=2,
         scenes=1,
@@ -33,7 +38,7 @@ def test_the_bundled_model_is_measured_at_every_number_of_steps() -> None:
         lines={"m": Line(steps=(1, 3)), "outside": Line(steps=(2,), guidance=2.0, guidance_embedding=1.0)},
         reference=("m", 3),
     )
-    outcome = TASKS.get("few_step").run(Context(report=lambda _: None), options)
+    outcome = TASKS.get("few_step").run(Context(report=lambda _: None, shared={"atlas": judge.atlas}), options)
     values = {measure.name: measure.value for measure in outcome.measures}
     assert tuple(values) == TASKS.get("few_step").rows_of(options)
     assert values["m_3_speedup"] == 1.0 and values["m_1_seconds"] > 0 and values["m_3_seconds"] > 0

@@ -140,7 +140,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("num", "setting"),
     [
-        (20_000, (0.7, 0.9)),
+        (10_000, (0.7, 0.9)),
         pytest.param(200_000, (0.7, 0.9), marks=pytest.mark.slow),
         pytest.param(200_000, (1.0, 1.0), marks=pytest.mark.slow),
     ],

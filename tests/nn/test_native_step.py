@@ -88,15 +88,21 @@ def native_alone(model: Omni, step: CompiledStep, chosen: list[int]) -> list[Ten
 
 
 @needs_compiler
-def test_a_token_does_not_depend_on_the_others_of_its_pass() -> None:
-    """But for the last bits: the layout of a sum depends on the number of tokens."""
-    model = small_model()
+@pytest.mark.parametrize("shape", ["grouped heads", "odd sizes"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_token_does_not_depend_on_the_others_of_its_pass(shape: str, bfloat16: bool) -> None:
+    """To the bit: every sum has one order, for any number of tokens."""
+    model = small_model(**SHAPES[shape])
+    if bfloat16:
+        model.to(torch.bfloat16).to(torch.float32)
     step = native(model)
     together = native_alone(model, step, list(range(7)))
+    logits = step.read(torch.cat(together)).split(3)
     for r, one in enumerate(together):
         [alone] = native_alone(model, step, [r])
-        assert relative(one, alone) < 1e-6 and relative(step.read(one), step.read(alone)) < 1e-6
-        assert relative(one, together[r - 1]) > 0.1
+        assert torch.equal(one, alone) and relative(one, together[r - 1]) > 0.1
+        assert torch.equal(logits[r], step.read(alone))
+        assert torch.equal(logits[r], torch.cat([step.read(token[None]) for token in alone]))
 
 
 @needs_compiler

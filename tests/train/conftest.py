@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from omni.config import load_toml
+from omni.data.emoji import EmojiWorldSource
 from train.build import build_run
 from train.loop import Run
 from train.recipe import Recipe
@@ -60,8 +61,30 @@ save_steps = 1000
 """
 
 
+_fingerprints: dict[tuple[str, int], str] = {}
+
+
 @pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
+def known_fingerprints() -> Iterator[None]:
+    """Compute the fingerprint of the emoji world once per options and seed: it renders 256 documents (0.5 s).
+
+    Tests of the fingerprint itself do not use this fixture.
+    """
+    compute = EmojiWorldSource.fingerprint
+
+    def fingerprint(source: EmojiWorldSource) -> str:
+        key = (source.options.model_dump_json(), source.world.seed)
+        if key not in _fingerprints:
+            _fingerprints[key] = compute(source)
+        return _fingerprints[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmojiWorldSource, "fingerprint", fingerprint)
+        yield
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, known_fingerprints: None) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path

@@ -288,21 +288,21 @@ PLAIN_LOSS = 'objectives=[{name="next_token"},{name="flow_matching"}]'
 
 
 @pytest.mark.parametrize(
-    "workers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3]
+    "workers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2]
 )
 def test_resume_in_the_middle_of_a_document_is_exact(make_run: MakeRun, tmp_path: Path, workers: int) -> None:
     """Here most steps end inside a document."""
     recipe = (write(tmp_path, mixed()), f"workers={workers}", PLAIN_LOSS, FOUR)
-    go(make_run(*recipe, out="straight"), 6)
+    go(make_run(*recipe, out="straight"), 5)
     inside = 0
-    for until in (4, 6):
+    for until in (3, 5):
         run = make_run(*recipe, out="broken")
-        if until > 4:
+        if until > 3:
             loop.resume(run, lambda line: None)
         go(run, until)
         inside += any(cursor >= PIECES for cursor in run.progress.cursors or [run.progress.cursor])
     assert inside and rows(tmp_path / "broken") == rows(tmp_path / "straight")
-    states = [tmp_path / name / "state/step-00000006/model.safetensors" for name in ("straight", "broken")]
+    states = [tmp_path / name / "state/step-00000005/model.safetensors" for name in ("straight", "broken")]
     assert states[0].read_bytes() == states[1].read_bytes()
 
 

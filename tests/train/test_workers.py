@@ -5,24 +5,24 @@ from __future__ import annotations
 import io
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import exit_code, forked, wait_until
 
 from omni.data.source import CorruptRecord
 from omni.sequence.layout import Batch
 from train import loop
+from train.__main__ import main
 from train.data.batch import TooManyCorrupt
-from train.data.workers import Tickets
+from train.data.workers import Tickets, _end_with_parent
 from train.loop import Run
 from train.metrics import Tracker, read_metrics
 
 MakeRun = Callable[..., Run]
-ROOT = Path(__file__).parents[2]
 TIMES = {"seconds", "load_seconds"}
 
 
@@ -66,45 +66,53 @@ def go(run: Run, until: int) -> None:
 
 def test_resume_with_workers_is_exact(make_run: MakeRun, tmp_path: Path) -> None:
     """Also where the next step is not the first worker's."""
-    go(make_run("workers=3", out="straight"), 7)
-    for stop in (4,):
-        out = tmp_path / f"stop{stop}"
-        go(make_run("workers=3", out=out.name), stop)
-        run = make_run("workers=3", out=out.name)
-        loop.resume(run, lambda line: None)
-        assert run.progress.cursors and run.progress.cursor == 0
-        go(run, 7)
-        a, b = (read_metrics(path / "metrics.jsonl") for path in (out, tmp_path / "straight"))
-        assert [{k: v for k, v in row.items() if k not in TIMES} for row in a] == [
-            {k: v for k, v in row.items() if k not in TIMES} for row in b
-        ]
-        states = [path / "state" / "step-00000007" / "model.safetensors" for path in (out, tmp_path / "straight")]
-        assert states[0].read_bytes() == states[1].read_bytes()
+    go(make_run("workers=2", out="straight"), 5)
+    out = tmp_path / "stopped"
+    go(make_run("workers=2", out=out.name), 3)
+    run = make_run("workers=2", out=out.name)
+    loop.resume(run, lambda line: None)
+    assert len(run.progress.cursors) == 2 and run.progress.cursor == 0
+    go(run, 5)
+    a, b = (read_metrics(path / "metrics.jsonl") for path in (out, tmp_path / "straight"))
+    assert [{k: v for k, v in row.items() if k not in TIMES} for row in a] == [
+        {k: v for k, v in row.items() if k not in TIMES} for row in b
+    ]
+    states = [path / "state" / "step-00000005" / "model.safetensors" for path in (out, tmp_path / "straight")]
+    assert states[0].read_bytes() == states[1].read_bytes()
 
 
-def test_a_worker_ends_with_a_killed_training_process() -> None:
+def test_a_worker_ends_with_a_killed_training_process(tmp_path: Path) -> None:
     """A worker holds the standard output of its run: a reader sees its end at once."""
-    code = (
-        "import os, signal, time\nfrom train.data.workers import _end_with_parent\n"
-        "if os.fork():\n    time.sleep(0.5)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "_end_with_parent(0)\nprint('alive', flush=True)\ntime.sleep(20)\nprint('outlived', flush=True)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
-    assert done.returncode == -signal.SIGKILL and done.stdout == b"alive\n"  # the output ends with the worker
+    output = tmp_path / "output.txt"
+    read, write = os.pipe()
+
+    def run() -> int:
+        if os.fork():
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        _end_with_parent(0)
+        os.write(write, b"alive")
+        time.sleep(20)
+        os.write(write, b", outlived")
+        return 0
+
+    with forked(run, output) as process:
+        os.close(write)
+        assert exit_code(process) == -signal.SIGKILL, output.read_text()
+        with open(read, "rb") as pipe:
+            assert pipe.read() == b"alive"  # the output ends with the worker
 
 
 def test_a_signal_to_the_process_group_saves_and_stops(recipe_file: Path, tmp_path: Path) -> None:
     """As `timeout`, systemd and job queues send it: workers ignore it and the training process stops."""
-    out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "train", str(recipe_file), "workers=2", "max_steps=100000", "--out", str(out)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
-        while b"step 1/" not in process.stdout.readline():
-            assert process.poll() is None
-        os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output.decode()
-    assert b"saved at step" in output and b"Traceback" not in output
+    out, output = tmp_path / "stopped", tmp_path / "output.txt"
+    command = [str(recipe_file), "workers=2", "max_steps=100000", "--out", str(out)]
+    with forked(lambda: main(command), output) as process:
+        wait_until(lambda: output.exists() and "step 1/" in output.read_text())
+        os.killpg(process, signal.SIGTERM)
+        code, errors = exit_code(process), output.read_text()
+    assert code == 75, errors
+    assert "saved at step" in errors and "Traceback" not in errors
     assert list((out / "state").glob("step-*/manifest.json"))
 
 
