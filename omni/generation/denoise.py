@@ -9,6 +9,7 @@ Legend: N latents of a block, C channels, K branches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from omni.generation.work import Evaluate, Noisy, Read, Turn
 from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers import SAMPLERS, Call, State
-from omni.samplers.base import Sampling
+from omni.samplers.base import Noise, Sampling
 from omni.sequence.block_context import BlockContext
 from omni.sequence.guidance import Drop, open_turn, reduce
 from omni.sequence.layout import LatentSpan, Span, TokenSpan, lay_out
@@ -42,9 +43,9 @@ class Block:
     None at its end."""
 
     number: int
-    sampling: Sampling
     x: Tensor
     t: float
+    sampling: Sampling | None = None
     item: Call | State | None = None
 
 
@@ -125,7 +126,7 @@ def _read_finished(runtime: Runtime, request: Request, branches: Sequence[Drop])
 def _begin(runtime: Runtime, request: Request, schedule: Schedule, number: int) -> Block:
     """A block at its first time, and its sampler."""
     o, media, model = request.options.picture, request.media, runtime.model
-    assert media is not None and o.sampler is not None
+    assert media is not None
     grid, all_times = runtime.grammar.grid(media), o.times()
     size = grid[0] * grid[1] * grid[2], model.config.flow.channels
     levels = sorted({row[number] for row in schedule.levels}, reverse=True)
@@ -137,8 +138,8 @@ def _begin(runtime: Runtime, request: Request, schedule: Schedule, number: int) 
         return block_noise(request.key, media.index, number, size, *jump).to(runtime.device)
 
     start = (times[0] * noise()).to(dtype)
-    sampling = SAMPLERS.get(o.sampler)(start.double(), times, noise, **({} if o.gamma is None else {"gamma": o.gamma}))
-    return Block(number, sampling, start, times[0], next(sampling, None))
+    sampling = _sampling(o, start, times, noise)
+    return Block(number, start, times[0], sampling, next(sampling, None))
 
 
 def _present(schedule: Schedule, m: int, blocks: Sequence[Block], context: BlockContext) -> list[Block]:
@@ -200,8 +201,9 @@ def _noisy(runtime: Runtime, request: Request, block: Block, waiting: Sequence[B
     return Noisy(x, t, t, grid, start)
 
 
-def _answered(sampling: Sampling, F: Tensor) -> Call | State | None:
+def _answered(sampling: Sampling | None, F: Tensor) -> Call | State | None:
     """What the sampler waits for after an answer; None at its end."""
+    assert sampling is not None
     try:
         return sampling.send(F)
     except StopIteration:
@@ -211,6 +213,7 @@ def _answered(sampling: Sampling, F: Tensor) -> Call | State | None:
 def _arrive(request: Request, block: Block, state: State) -> Iterator[Event]:
     """The block is at the end of a jump."""
     assert request.media is not None
+    assert block.sampling is not None
     block.x, block.t = state.x.to(block.x.dtype), state.t
     yield from _report(request.media, block, state.step, state.steps)
     block.item = next(block.sampling, None)
@@ -243,43 +246,55 @@ def draw_latents(
     """Refine one block whose latents have times of their own: in each round some of them, in random order, from noise
     to data in all jumps of the sampler (MAR, arXiv 2406.11838)."""
     media, o = request.media, request.options.picture
+    assert media is not None
+    num, order = math.prod(runtime.grammar.grid(media)), request.key.fold("latent order", media.index, number)
+    schedule = masked_order(num, min(o.rounds or num, num), order)
+    size, start = (num, runtime.model.config.flow.channels), o.times()[0]
+    x = start * block_noise(request.key, media.index, number, size)
+    x = x.to(runtime.device, runtime.model.token.embedding.weight.dtype)
+    for m in range(schedule.num_passes):
+        moving = [move.block for move in schedule.moves(m)]
+        is_known = [level == 0 for level in schedule.levels[m]]
+        x = yield from _draw_some(runtime, request, number, x, moving, is_known, branches, scales)
+        yield from _report(media, Block(number, x, 0.0), m + 1, schedule.num_passes)
+    _finish(runtime, request, Block(number, x, 0.0))
+
+
+def _draw_some(
+    runtime: Runtime, request: Request, number: int, x: Tensor, moving: Sequence[int], is_known: Sequence[bool],
+    branches: Sequence[Drop], scales: Sequence[float],
+) -> Turn:  # fmt: skip
+    """One round: latents `moving` of x (N, C) go from noise to data given the known ones. Returns x after it."""
+    media, o = request.media, request.options.picture
     assert media is not None and o.sampler is not None and o.guidance_embedding is not None
     histories = [request.history, *(request.branches[what] for what in branches)]
     betas = [1 / o.guidance_embedding, *(1.0 for _ in branches)]
-    grid, times = runtime.grammar.grid(media), o.times()
-    size = grid[0] * grid[1] * grid[2], runtime.model.config.flow.channels
-    dtype, order = runtime.model.token.embedding.weight.dtype, request.key.fold("latent order", media.index, number)
-    x = (times[0] * block_noise(request.key, media.index, number, size)).to(runtime.device, dtype)
-    schedule = masked_order(size[0], min(o.rounds or size[0], size[0]), order)
-    for m in range(schedule.num_passes):
-        moving = torch.tensor([move.block for move in schedule.moves(m)], device=runtime.device)
+    at, grid = torch.tensor(moving, device=runtime.device), runtime.grammar.grid(media)
 
-        def noise(*jump: int, moving: Tensor = moving) -> Tensor:
-            return block_noise(request.key, media.index, number, size, *jump).to(runtime.device)[moving]
+    def noise(*jump: int) -> Tensor:
+        return block_noise(request.key, media.index, number, (x.shape[0], x.shape[1]), *jump).to(runtime.device)[at]
 
-        knobs = {} if o.gamma is None else {"gamma": o.gamma}
-        sampling = SAMPLERS.get(o.sampler)(x[moving].double(), times, noise, **knobs)
-        item, states = next(sampling, None), None
-        while item is not None:
-            if isinstance(item, State):
-                x[moving] = item.x.to(dtype)
-                item = next(sampling, None)
-                continue
-            here = x.index_copy(0, moving, item.x.to(dtype))
-            each = [(1.0, 1.0) if level else (0.0, 0.0) for level in schedule.levels[m]]
-            for n in moving.tolist():
-                each[n] = item.t, item.s
-            noisy = [Noisy(here, item.t, item.s, grid, each=each)]
-            if (
-                states is None or runtime.model.flow.head is None
-            ):  # a head of its own reads the same states in all jumps
-                states = yield Evaluate(noisy, histories, betas)
-                media.evaluations += len(histories)
-            F = _guided(_velocities(runtime, states, noisy, betas), scales)
-            item = _answered(sampling, F[moving].double())
-        block = Block(number, sampling, x, 0.0)
-        yield from _report(media, block, m + 1, schedule.num_passes)
-    _finish(runtime, request, block)
+    sampling = _sampling(o, x[at], o.times(), noise)
+    item, found, arrived = next(sampling, None), None, x[at]
+    while item is not None:
+        if isinstance(item, State):
+            arrived, item = item.x, next(sampling, None)
+            continue
+        times = [(0.0, 0.0) if known else (1.0, 1.0) for known in is_known]
+        for n in moving:
+            times[n] = item.t, item.s
+        noisy = [Noisy(x.index_copy(0, at, item.x.to(x.dtype)), item.t, item.s, grid, each=times)]
+        if found is None or runtime.model.flow.head is None:  # a head of its own reads the same states in every jump
+            found = yield Evaluate(noisy, histories, betas)
+            media.evaluations += len(histories)
+        item = _answered(sampling, _guided(_velocities(runtime, found, noisy, betas), scales)[at].double())
+    return x.index_copy(0, at, arrived.to(x.dtype))
+
+
+def _sampling(o: PictureOptions, start: Tensor, times: list[float], noise: Noise) -> Sampling:
+    """The sampler of a request, begun."""
+    assert o.sampler is not None
+    return SAMPLERS.get(o.sampler)(start.double(), times, noise, **({} if o.gamma is None else {"gamma": o.gamma}))
 
 
 def _velocities(runtime: Runtime, found: Tensor, noisy: Sequence[Noisy], betas: Sequence[float]) -> Tensor:
