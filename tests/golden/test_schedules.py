@@ -48,7 +48,10 @@ SYSTEMS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"reads": "all", "finished": "refine"}, {"blocks": "level_major", "sampler": "restart", "steps": 2}, {}
     ),
     "one shot": ({"reads": "all"}, {"delay": 0, "steps": 1, "sampler": "flow_map"}, {}),
-    "a matrix": ({"reads": "all", "finished": "refine"}, {"blocks": [[2, 2, 2], [2, 0, 1], [1, 0, 1], [0, 0, 0]], "steps": 2}, {}),
+    "a matrix": (
+        {"reads": "all", "finished": "refine"},
+        {"blocks": [[2, 2, 2], [2, 0, 1], [1, 0, 1], [0, 0, 0]], "steps": 2}, {},
+    ),
 }  # fmt: skip
 
 
