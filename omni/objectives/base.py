@@ -266,6 +266,10 @@ class FlowObjective(Objective):
                 )
             if idle := sorted({"time", "end"} & self.model_fields_set):
                 raise ValueError(f"{idle[0]} has no effect with levels; give levels.time")
+            if self.levels.moves == "one" and "jumps" not in self.trains:
+                raise ValueError(
+                    f"levels.moves = 'one' has no effect: {type(self).__name__} trains no jumps; leave it out"
+                )
         return self
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:

@@ -157,6 +157,19 @@ def test_jumps_of_neighbours_have_one_difference_of_rank() -> None:
     assert torch.equal(plain.t, drawn.t) and torch.equal(plain.s, plain.t)
 
 
+def test_one_block_of_a_clip_moves() -> None:
+    names = [(d, b, 0) for d in range(600) for b in range(3)]
+    together = LevelTimeDistribution(kind="independent").draw_jumps(names, Key(0), diagonal=0.25)
+    drawn = LevelTimeDistribution(kind="independent", moves="one").draw_jumps(names, Key(0), diagonal=0.25)
+    assert torch.equal(drawn.t, together.t) and bool(drawn.trained.all())
+    moves = (drawn.s < drawn.t).view(-1, 3)
+    assert moves.sum(1).unique().tolist() == [0, 1]
+    assert float(moves.any(1).double().mean()) == pytest.approx(0.75, abs=0.06)
+    assert moves.double().mean(0).tolist() == pytest.approx([0.25] * 3, abs=0.06)
+    moved = moves.flatten()
+    assert torch.equal(drawn.s[moved], together.s[moved])
+
+
 # ---- average velocities of blocks that move together ----------------------------------------------------------------
 
 RHO = 0.8  # correlation of two blocks of one number each
@@ -258,6 +271,7 @@ def test_an_objective_that_cannot_train_the_regime_is_refused(
         ("consistency", {"levels": {}}, "Consistency.* has no rule for levels"),
         ("flow_matching", {"levels": {}, "time": {}}, "time has no effect with levels; give levels.time"),
         ("flow_matching", {"fused_snr": True}, "fused_snr needs levels"),
+        ("flow_matching", {"levels": {"moves": "one"}}, "levels.moves = 'one' has no effect: FlowMatching trains no"),
     ],
 )
 def test_options_without_a_rule_are_refused(name: str, options: dict[str, Any], words: str) -> None:
