@@ -224,6 +224,9 @@ class ObjectiveRegistry(Registry[type[Objective]]):
 
 OBJECTIVES = ObjectiveRegistry()
 
+# Kinds of levels that train no finished block as context.
+WITHOUT_FINISHED = ("independent", "nondecreasing", "mid")
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -314,12 +317,18 @@ def check_blocks(objective: Objective, context: BlockContext) -> None:
 
     An objective on the sample's own velocity eps - x0, such as MeanFlow, needs reads "all". With "before", block b
     would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
+    Finished blocks that a sampler reads as context must be context in training too.
     """
     if not context.is_joint or not isinstance(objective, FlowObjective):
         return
     name, reads = type(objective).__name__, f"a model whose noisy blocks read one another (reads = {context.reads!r})"
     if objective.levels is None:
         raise ValueError(f"{name}: {reads} is trained with level times; give levels, such as {{kind = 'independent'}}")
+    if context.finished == "context" and objective.levels.kind in WITHOUT_FINISHED:
+        raise ValueError(
+            f"{name} with levels.kind = {objective.levels.kind!r} shows {reads} no finished block as context, but a "
+            "sampler does; give blocks.finished = 'refine', or levels of kind rolling or autoregressive"
+        )
     if objective.moves_together == "all" and context.reads != "all":
         raise ValueError(
             f"{name} cannot train {reads}: its tangent has the velocity of each sample, which knows later blocks; take "

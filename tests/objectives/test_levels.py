@@ -12,8 +12,8 @@ from layouts import CHANNELS, PAD, random_batch, small_model
 from torch import Tensor
 
 from omni.objectives import build_objective
-from omni.objectives.base import FlowObjective, Items, check_blocks
-from omni.objectives.level_times import LevelTimeDistribution
+from omni.objectives.base import WITHOUT_FINISHED, FlowObjective, Items, check_blocks
+from omni.objectives.level_times import RANKS, LevelTimeDistribution
 from omni.objectives.weighting import fused_snr
 from omni.rng import Key
 from omni.sequence.block_context import BlockContext, Neighbours, joined
@@ -109,7 +109,8 @@ def test_blocks_that_are_not_trained_are_not_in_the_loss() -> None:
 @pytest.mark.parametrize("kind", ["independent", "nondecreasing", "rolling", "masked"])
 def test_losses_of_blocks_that_move_together_have_gradients(name: str, kind: str) -> None:
     model, batch = small_model(), clip_batch(copies=2)
-    model.config = model.config.model_copy(update={"blocks": BlockContext(reads="all")})
+    finished = "refine" if kind in WITHOUT_FINISHED else "context"
+    model.config = model.config.model_copy(update={"blocks": BlockContext(reads="all", finished=finished)})
     terms = model(batch, [build_objective(name, levels={"kind": kind})], Key(3))
     [one] = terms.values()
     assert one.count > 0 and one.sum.isfinite()
@@ -257,12 +258,29 @@ def test_an_objective_that_cannot_train_the_regime_is_refused(
 ) -> None:
     objective = build_objective(name, **options)
     check_blocks(objective, BlockContext())
+    context = BlockContext(reads=reads, finished="refine")
     with pytest.raises(ValueError, match=words):
-        check_blocks(objective, BlockContext(reads=reads))
+        check_blocks(objective, context)
     model = small_model()
-    model.config = model.config.model_copy(update={"blocks": BlockContext(reads=reads)})
+    model.config = model.config.model_copy(update={"blocks": context})
     with pytest.raises(ValueError, match=words):
         model(clip_batch(), [objective], Key(0))
+
+
+@pytest.mark.parametrize("reads", ["before", "all"])
+@pytest.mark.parametrize("kind", RANKS)
+def test_levels_without_a_finished_block_do_not_train_it_as_context(kind: Any, reads: Any) -> None:
+    """Levels of a kind leave blocks untrained at 0, which are read as context, or are refused; "same" is for all blocks
+    together, where no block is finished first."""
+    names = [(d, b, 0) for d in range(100) for b in range(10)]
+    objective = build_objective("flow_matching", levels={"kind": kind})
+    drawn = LevelTimeDistribution(kind=kind).draw(names, Key(0))
+    if not bool((~drawn.trained & (drawn.t == 0)).any()) and kind != "same":
+        with pytest.raises(ValueError, match=f"{kind}.* no finished block as context.*give blocks.finished = 'refine'"):
+            check_blocks(objective, BlockContext(reads=reads))
+    else:
+        check_blocks(objective, BlockContext(reads=reads))
+    check_blocks(objective, BlockContext(reads=reads, finished="refine"))
 
 
 @pytest.mark.parametrize(
