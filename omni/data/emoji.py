@@ -69,9 +69,12 @@ DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
 
 
 class MovingEmojiOptions(Frozen):
-    """num_clips: document i is clip i % num_clips."""
+    """num_clips: document i is clip i % num_clips, all different. The first ones show the names of CLIP_NAMES, in four
+    directions each; then come the atlas's other names. prompt: the text before a clip, where {name} and {direction}
+    stand for its own; without them the prompt leaves the clip open."""
 
-    num_clips: int = Field(12, ge=1, le=48)
+    num_clips: int = Field(12, ge=1, le=4000)
+    prompt: str = "a {name} moves {direction}"
     num_frames: int = Field(8, ge=2, le=64)
     side: int = Field(32, ge=16, le=128, description="of a frame, in pixels")
     sprite: int = Field(16, ge=8, le=64, description="side of the emoji, in pixels")
@@ -94,18 +97,25 @@ class MovingEmojiSource(Source):
         self.atlas = Atlas(options.font)
         known = set(self.atlas.names)
         self.names = [name for name in CLIP_NAMES if name in known] or list(self.atlas.names[:12])
+        self.more_names = [name for name in self.atlas.names if name not in self.names]
 
     def document(self, index: int) -> Document:
-        clip = index % self.options.num_clips
-        name = self.names[clip % len(self.names)]
-        direction = list(DIRECTIONS)[(clip + clip // len(self.names)) % len(DIRECTIONS)]
+        name, direction = self.shown(index % self.options.num_clips)
+        prompt = self.options.prompt.replace("{name}", name).replace("{direction}", direction)
         return Document(
             (
-                Text(f"a {name} moves {direction}", Role.USER),
+                Text(prompt, Role.USER),
                 Video(self.frames(name, direction), self.options.fps, Role.ASSISTANT, supervise=True),
             ),
             {"task": "clip", "name": name, "direction": direction},
         )
+
+    def shown(self, clip: int) -> tuple[str, str]:
+        """The name and direction of a clip."""
+        first = len(self.names) * len(DIRECTIONS)
+        names, clip = (self.names, clip) if clip < first else (self.more_names, clip - first)
+        round_, number = divmod(clip, len(names))
+        return names[number], list(DIRECTIONS)[(number + round_) % len(DIRECTIONS)]
 
     def frames(self, name: str, direction: str) -> torch.Tensor:
         """uint8 (num_frames, side, side, 3): the emoji moves from one edge to the other."""

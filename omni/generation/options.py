@@ -357,8 +357,13 @@ class GenerationOptions(_Options, Grouped):
         elif given.steps is not None and num_steps(base["grid"]) not in (None, given.steps):
             base["grid"] = "uniform"
         base["steps"] = num_steps(base["grid"] if given.grid is None else given.grid) or base["steps"]
-        if isinstance(given.blocks, tuple):
-            base["steps"] = max(given.blocks[0])
+        matrix = given.blocks or base.get("blocks")
+        if isinstance(matrix, list | tuple):
+            wanted = given.steps or (None if given.grid is None else num_steps(given.grid))
+            if given.blocks is None and wanted not in (None, max(matrix[0])):
+                base.pop("blocks")
+            else:
+                base["steps"] = max(matrix[0])
         if given.blocks not in (None, "staggered"):
             base.pop("delay", None)
         if given.delay is not None:

@@ -224,6 +224,9 @@ class ObjectiveRegistry(Registry[type[Objective]]):
 
 OBJECTIVES = ObjectiveRegistry()
 
+# Kinds of levels that train no finished block as context.
+WITHOUT_FINISHED = ("independent", "nondecreasing", "mid")
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -266,6 +269,10 @@ class FlowObjective(Objective):
                 )
             if idle := sorted({"time", "end"} & self.model_fields_set):
                 raise ValueError(f"{idle[0]} has no effect with levels; give levels.time")
+            if self.levels.moves == "one" and "jumps" not in self.trains:
+                raise ValueError(
+                    f"levels.moves = 'one' has no effect: {type(self).__name__} trains no jumps; leave it out"
+                )
         return self
 
     def times(self, items: Items, key: Key) -> tuple[Tensor, Tensor]:
@@ -310,6 +317,7 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
 
     An objective on the sample's own velocity eps - x0, such as MeanFlow, needs reads "all". With "before", block b
     would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
+    Finished blocks that a sampler reads as context must be context in training too.
     """
     if not context.needs_levels or not isinstance(objective, FlowObjective):
         return
@@ -317,6 +325,11 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
     name, model = type(objective).__name__, f"a model whose {what} read one another"
     if objective.levels is None:
         raise ValueError(f"{name}: {model} is trained with joint times; give levels, such as {{kind = 'independent'}}")
+    if context.is_joint and context.finished == "context" and objective.levels.kind in WITHOUT_FINISHED:
+        raise ValueError(
+            f"{name} with levels.kind = {objective.levels.kind!r} shows {model} no finished block as context, but a "
+            "sampler does; give blocks.finished = 'refine', or levels of kind rolling or autoregressive"
+        )
     if objective.moves_together == "all" and context.reads == "before":
         raise ValueError(
             f"{name} cannot train {model}: its tangent has the velocity of each sample, which knows later blocks; take "

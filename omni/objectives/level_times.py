@@ -43,6 +43,7 @@ READ_BY: dict[str, tuple[Kind, ...]] = {
     "num_levels": ("nondecreasing", "mid"),
     "window": ("rolling",),
     "startup": ("rolling",),
+    "moves": ("independent", "same", "nondecreasing", "mid"),
     "mask_mean": ("masked",),
     "mask_std": ("masked",),
     "mask_low": ("masked",),
@@ -69,6 +70,8 @@ class LevelTimeDistribution(Frozen):
 
     time: the time of a trained rank. num_levels: S of "nondecreasing" and "mid". AR-Diffusion's 1,000 levels are S =
     999; for large S, "nondecreasing" is the order statistics of independent ranks. window: W. startup: a probability.
+    moves: the blocks that move in a jump: "all" of a vector, by one difference of rank (staggered), or "one" of them,
+    while the others stay at their levels (schedule.level_major). Only objectives that train jumps read it.
     mask_time: the times of masked blocks; None: 1. mask_mean, mask_std, mask_low: of the mask ratio, which is normal,
     truncated to [mask_low, 1]. Here a vector has its own ratio; the published code has one for a batch.
 
@@ -80,6 +83,7 @@ class LevelTimeDistribution(Frozen):
     num_levels: int = Field(default=1000, ge=1, le=100_000)
     window: int = Field(default=4, ge=1)
     startup: float = Field(default=0.1, ge=0, le=1)
+    moves: Literal["all", "one"] = "all"
     mask_mean: float = 1.0
     mask_std: float = Field(default=0.25, gt=0)
     mask_low: float = Field(default=0.7, gt=0, lt=1)
@@ -118,12 +122,16 @@ class LevelTimeDistribution(Frozen):
         return rank if self.mask_time is None else self.mask_time.quantile(rank)
 
     def draw_jumps(self, names: Sequence[Name], key: Key, diagonal: float) -> LevelTimes:
-        """The same level vectors, and ends: the trained blocks of a vector move by one uniform difference of rank, as
-        in a pass of a schedule (sequence.schedule), at most to 0. A share `diagonal` of the vectors has s = t."""
+        """The same level vectors, and ends: the trained blocks of a vector, or a uniform one of them (`moves`), move by
+        one uniform difference of rank, as in a pass of a schedule (sequence.schedule), at most to 0. A share `diagonal`
+        of the vectors has s = t."""
         vectors = Neighbours.of(names)
         rank, trained = RANKS[self.kind](self, names, key, "time")
         gap = uniform_I(vectors.names, key, "gap")
         gap = torch.where(uniform_I(vectors.names, key, "diagonal") < diagonal, 0, gap)[vectors.group]
+        if self.moves == "one":
+            mover = _choice(vectors, vectors.count, key, "mover")[vectors.group]
+            gap = torch.where(vectors.index == mover, gap, 0)
         t, s = (self._quantile(r.clamp(min=0)) for r in (rank, rank - gap))
         moves = trained & (gap > 0)
         t = torch.where(trained, t, rank)

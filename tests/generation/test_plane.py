@@ -262,6 +262,15 @@ def test_a_matrix_gives_the_number_of_steps() -> None:
     given = GenerationOptions(blocks=[[4, 4], [0, 4], [0, 0]])
     assert given.resolved({"steps": 8, "delay": 2.0}).picture.steps == 4
     assert GenerationOptions(delay=0).resolved({"blocks": "level_major"}).picture.blocks is None
+    default = {"blocks": [[2, 2], [1, 2], [0, 1], [0, 0]]}
+    for own, steps, stays in (
+        ({}, 2, True),
+        ({"steps": 2}, 2, True),
+        ({"steps": 4}, 4, False),
+        ({"grid": (1, 0)}, 1, False),
+    ):
+        found = GenerationOptions(**own).resolved(default).picture
+        assert found.steps == steps and (found.blocks is not None) is stays
     assert GenerationOptions.model_validate(json.loads(given.model_dump_json())) == given
 
 

@@ -12,8 +12,8 @@ from layouts import CHANNELS, PAD, random_batch, small_model
 from torch import Tensor
 
 from omni.objectives import build_objective
-from omni.objectives.base import FlowObjective, Items, check_blocks
-from omni.objectives.level_times import LevelTimeDistribution
+from omni.objectives.base import WITHOUT_FINISHED, FlowObjective, Items, check_blocks
+from omni.objectives.level_times import RANKS, LevelTimeDistribution
 from omni.objectives.weighting import fused_snr
 from omni.rng import Key
 from omni.sequence.block_context import BlockContext, Neighbours, joined
@@ -109,7 +109,8 @@ def test_blocks_that_are_not_trained_are_not_in_the_loss() -> None:
 @pytest.mark.parametrize("kind", ["independent", "nondecreasing", "rolling", "masked"])
 def test_losses_of_blocks_that_move_together_have_gradients(name: str, kind: str) -> None:
     model, batch = small_model(), clip_batch(copies=2)
-    model.config = model.config.model_copy(update={"blocks": BlockContext(reads="all")})
+    finished = "refine" if kind in WITHOUT_FINISHED else "context"
+    model.config = model.config.model_copy(update={"blocks": BlockContext(reads="all", finished=finished)})
     terms = model(batch, [build_objective(name, levels={"kind": kind})], Key(3))
     [one] = terms.values()
     assert one.count > 0 and one.sum.isfinite()
@@ -155,6 +156,19 @@ def test_jumps_of_neighbours_have_one_difference_of_rank() -> None:
     assert bool((ends >= 0).all())
     plain = LevelTimeDistribution.model_validate(uniform).draw(names, Key(0))
     assert torch.equal(plain.t, drawn.t) and torch.equal(plain.s, plain.t)
+
+
+def test_one_block_of_a_clip_moves() -> None:
+    names = [(d, b, 0) for d in range(600) for b in range(3)]
+    together = LevelTimeDistribution(kind="independent").draw_jumps(names, Key(0), diagonal=0.25)
+    drawn = LevelTimeDistribution(kind="independent", moves="one").draw_jumps(names, Key(0), diagonal=0.25)
+    assert torch.equal(drawn.t, together.t) and bool(drawn.trained.all())
+    moves = (drawn.s < drawn.t).view(-1, 3)
+    assert moves.sum(1).unique().tolist() == [0, 1]
+    assert float(moves.any(1).double().mean()) == pytest.approx(0.75, abs=0.06)
+    assert moves.double().mean(0).tolist() == pytest.approx([0.25] * 3, abs=0.06)
+    moved = moves.flatten()
+    assert torch.equal(drawn.s[moved], together.s[moved])
 
 
 # ---- average velocities of blocks that move together ----------------------------------------------------------------
@@ -244,12 +258,29 @@ def test_an_objective_that_cannot_train_the_regime_is_refused(
 ) -> None:
     objective = build_objective(name, **options)
     check_blocks(objective, BlockContext())
+    context = BlockContext(reads=reads, finished="refine")
     with pytest.raises(ValueError, match=words):
-        check_blocks(objective, BlockContext(reads=reads))
+        check_blocks(objective, context)
     model = small_model()
-    model.config = model.config.model_copy(update={"blocks": BlockContext(reads=reads)})
+    model.config = model.config.model_copy(update={"blocks": context})
     with pytest.raises(ValueError, match=words):
         model(clip_batch(), [objective], Key(0))
+
+
+@pytest.mark.parametrize("reads", ["before", "all"])
+@pytest.mark.parametrize("kind", RANKS)
+def test_levels_without_a_finished_block_do_not_train_it_as_context(kind: Any, reads: Any) -> None:
+    """Levels of a kind leave blocks untrained at 0, which are read as context, or are refused; "same" is for all blocks
+    together, where no block is finished first."""
+    names = [(d, b, 0) for d in range(100) for b in range(10)]
+    objective = build_objective("flow_matching", levels={"kind": kind})
+    drawn = LevelTimeDistribution(kind=kind).draw(names, Key(0))
+    if not bool((~drawn.trained & (drawn.t == 0)).any()) and kind != "same":
+        with pytest.raises(ValueError, match=f"{kind}.* no finished block as context.*give blocks.finished = 'refine'"):
+            check_blocks(objective, BlockContext(reads=reads))
+    else:
+        check_blocks(objective, BlockContext(reads=reads))
+    check_blocks(objective, BlockContext(reads=reads, finished="refine"))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +289,7 @@ def test_an_objective_that_cannot_train_the_regime_is_refused(
         ("consistency", {"levels": {}}, "Consistency.* has no rule for levels"),
         ("flow_matching", {"levels": {}, "time": {}}, "time has no effect with levels; give levels.time"),
         ("flow_matching", {"fused_snr": True}, "fused_snr needs levels"),
+        ("flow_matching", {"levels": {"moves": "one"}}, "levels.moves = 'one' has no effect: FlowMatching trains no"),
     ],
 )
 def test_options_without_a_rule_are_refused(name: str, options: dict[str, Any], words: str) -> None:

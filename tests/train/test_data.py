@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from omni.data.emoji import CLIP_NAMES
 from omni.data.source import SOURCES, CorruptRecord, FiniteSource, Source, build_source
 from omni.document import Document, Image, Role, Text, Video
 from omni.media import save_apng, save_png
@@ -91,6 +92,20 @@ def test_every_source_is_pure_endless_and_learnable(name: str, tmp_path: Path) -
         document = one.document(index)
         assert document.to_json() == expected
         assert any(segment.supervise for segment in document.segments)
+
+
+def test_moving_clips_are_distinct_and_their_prompt_may_leave_them_open() -> None:
+    options = {"num_clips": 100, "num_frames": 3, "side": 16, "sprite": 8}
+    source = build_source("moving_emoji", options, Key(0), "test")
+    shown = [(d.meta["name"], d.meta["direction"]) for d in map(source.document, range(100))]
+    assert len(set(shown)) == 100 and source.identity(0) == source.identity(100)
+    first = len(source.names)  # type: ignore[attr-defined]
+    assert all(name in CLIP_NAMES for name, _ in shown[: 4 * first])
+    assert all(name not in CLIP_NAMES for name, _ in shown[4 * first :])
+    text = source.document(3).segments[0]
+    assert isinstance(text, Text) and text.text == f"a {shown[3][0]} moves {shown[3][1]}"
+    plain = build_source("moving_emoji", {**options, "prompt": "{direction}! {brace}"}, Key(0), "test")
+    assert plain.document(3).segments[0].text == f"{shown[3][1]}! {{brace}}"  # type: ignore[union-attr]
 
 
 def test_messages_and_llava_give_the_same_document_shape(tmp_path: Path) -> None:
