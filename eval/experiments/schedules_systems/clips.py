@@ -90,17 +90,17 @@ def measured(model: Omni, prompt: str, num: int, options: dict[str, Any], repeat
 def counted(model: Omni) -> Iterator[list[int]]:
     """A list with the number of refine positions of each pass that the model computes inside."""
     passes: list[int] = []
-    velocity = model.velocity
+    refine = model.transformer.refine
 
-    def watched(x: Tensor, *rest: Any) -> Tensor:
-        passes.append(x.shape[1])
-        return velocity(x, *rest)
+    def watched(h: Tensor, *rest: Any) -> Tensor:
+        passes.append(h.shape[1])
+        return refine(h, *rest)
 
-    model.velocity = watched  # type: ignore[method-assign]
+    model.transformer.refine = watched  # type: ignore[method-assign]
     try:
         yield passes
     finally:
-        del model.velocity
+        del model.transformer.refine
 
 
 # ---- distances -------------------------------------------------------------------------------------------------------
