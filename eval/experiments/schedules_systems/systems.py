@@ -98,6 +98,17 @@ class SystemsOptions(TaskOptions):
     keep: str = "runs/eval/schedules_systems"
     folder: str = "runs/eval"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bars_of_chosen(cls, data: Any) -> Any:
+        """With `only`, bars of other systems do not count. A row is of the longest name that it begins with."""
+        if not isinstance(data, dict) or not data.get("only") or not isinstance(data.get("bars"), Mapping):
+            return data
+        names = sorted(data.get("systems", {}), key=len, reverse=True)
+        owner = {row: next((name for name in names if row.startswith(f"{name}_")), None) for row in data["bars"]}
+        kept = {row: bar for row, bar in data["bars"].items() if owner[row] is None or owner[row] in data["only"]}
+        return {**data, "bars": kept}
+
     @model_validator(mode="after")
     def _check(self) -> SystemsOptions:
         links = [system.weights_of for system in self.systems.values() if system.weights_of]
