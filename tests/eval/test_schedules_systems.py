@@ -67,6 +67,15 @@ def test_options_are_checked() -> None:
     )
 
 
+def test_bars_are_those_of_the_chosen_systems() -> None:
+    bars = {"one_shot_passes_1": "== 1", "one_shot_restart_fall_1_8": ">= 1", "data_energy": "<= 1"}
+    systems = {"one_shot": {"recipe": "one_shot"}, "one_shot_restart": {"weights_of": "one_shot", "steps": [1, 8]}}
+    for name, other in (("one_shot", "one_shot_restart_fall_1_8"), ("one_shot_restart", "one_shot_passes_1")):
+        found = SystemsOptions.model_validate({"systems": systems, "bars": bars, "only": [name]})
+        assert set(found.bars) == set(bars) - {other}
+    assert SystemsOptions.model_validate({"systems": systems, "bars": bars}).bars == bars
+
+
 def test_the_suite_has_every_recipe() -> None:
     options = load_suite(SUITE, []).schedules_systems  # type: ignore[attr-defined]
     folder = Path(__file__).parents[2] / "train" / "recipes" / "examples" / "schedules"
@@ -82,7 +91,7 @@ def test_a_small_run(tmp_path: Path) -> None:
         f"schedules_systems.changes={json.dumps(SMALL)}", "schedules_systems.samples=4",
         "schedules_systems.repeats=1", "schedules_systems.systems.diffusion_forcing_in_turn.steps=[2]",
         f"schedules_systems.keep={tmp_path / 'keep'}", f"schedules_systems.folder={tmp_path}",
-        "schedules_systems.systems.diffusion_forcing.steps=[2, 4]",
+        "schedules_systems.systems.diffusion_forcing.steps=[2, 4]", "schedules_systems.bars={}",
     ]  # fmt: skip
     found = []
     for n in range(2):

@@ -27,7 +27,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -48,12 +48,14 @@ from eval.plots import log_charts
 from eval.task import Context, Curve, Measure, Outcome, Panel, TaskOptions, task
 from omni.config import Frozen, load_json, nearest
 from omni.generation.options import check_defaults
-from omni.media import save_png
 from omni.rng import Key
 from train.charts import require_matplotlib
 from train.metrics import read_metrics
 from train.recipe import Recipe, load_recipe
 from train.runs import train_model
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RECIPES = Path(__file__).parents[3] / "train" / "recipes" / "examples" / "schedules"
 
@@ -95,6 +97,17 @@ class SystemsOptions(TaskOptions):
     repeats: int = Field(default=5, ge=1)
     keep: str = "runs/eval/schedules_systems"
     folder: str = "runs/eval"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bars_of_chosen(cls, data: Any) -> Any:
+        """With `only`, bars of other systems do not count. A row is of the longest name that it begins with."""
+        if not isinstance(data, dict) or not data.get("only") or not isinstance(data.get("bars"), Mapping):
+            return data
+        names = sorted(data.get("systems", {}), key=len, reverse=True)
+        owner = {row: next((name for name in names if row.startswith(f"{name}_")), None) for row in data["bars"]}
+        kept = {row: bar for row, bar in data["bars"].items() if owner[row] is None or owner[row] in data["only"]}
+        return {**data, "bars": kept}
 
     @model_validator(mode="after")
     def _check(self) -> SystemsOptions:
@@ -246,20 +259,23 @@ def of_system(name: str, system: System, results: Sequence[Result]) -> Iterator[
 
 
 def curves(results: Mapping[str, Sequence[Result]], options: SystemsOptions) -> list[Curve]:
-    """Energy distance against passes and against seconds, also as the file `schedules_systems.png`."""
-    lines: dict[str, dict[str, list[tuple[float, float]]]] = {"against passes": {}, "against seconds": {}}
+    """Energy distance against passes and against seconds; the first also as the file `schedules_systems.png`."""
+    passes: dict[str, list[tuple[float, float]]] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {}
     for name, found in results.items():
         for n in options.chosen[name].steps:
             energy = statistics.fmean(result.energy[n] for result in found)
-            seconds = statistics.median(result.sampled[n].seconds for result in found)
-            lines["against passes"].setdefault(name, []).append((float(found[0].sampled[n].passes), energy))
-            lines["against seconds"].setdefault(name, []).append((seconds, energy))
+            passes.setdefault(name, []).append((float(found[0].sampled[n].passes), energy))
+            seconds.setdefault(name, []).append((statistics.median(r.sampled[n].seconds for r in found), energy))
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_png(
-        log_charts(lines, "refine passes, or seconds, of one clip", "energy distance"), folder / "schedules_systems.png"
-    )
-    return [Curve(title, title.removeprefix("against "), "energy distance", one) for title, one in lines.items()]
+    chart(passes).save(folder / "schedules_systems.png", optimize=True)
+    return [Curve(x, x, "energy distance", lines) for x, lines in (("passes", passes), ("seconds", seconds))]
+
+
+def chart(passes: Mapping[str, Sequence[tuple[float, float]]]) -> Image.Image:
+    """The picture of energy distance against passes, by system."""
+    return log_charts({"clips of four blocks": passes}, "refine passes of one clip", "energy distance")
 
 
 def panels(results: Mapping[str, Sequence[Result]], data: ClipData, num: int = 6) -> list[Panel]:
