@@ -61,7 +61,7 @@ def draw(runtime: Runtime, request: Request) -> Turn:
             yield from _read_finished(runtime, request, branches)
             yield from draw_latents(runtime, request, number, branches, scales)
         return
-    schedule = schedule_of(o, media.chunks, context)
+    schedule = schedule_of(o, media.chunks if media.kind == "video" else None, context)
     blocks: list[Block] = []
     waits = False  # whether finished blocks are not read yet
     for m in range(schedule.num_passes):
@@ -77,9 +77,12 @@ def draw(runtime: Runtime, request: Request) -> Turn:
             waits = True
 
 
-def schedule_of(o: PictureOptions, num_blocks: int, context: BlockContext) -> Schedule:
-    """The schedule of resolved options. ValueError where the model was not trained for it."""
+def schedule_of(o: PictureOptions, num_blocks: int | None, context: BlockContext) -> Schedule:
+    """The schedule of resolved options for a clip of `num_blocks`, or for a picture (None), which has one block and no
+    order. ValueError where the model was not trained for it."""
     assert o.steps is not None
+    if num_blocks is None:
+        return staggered(1, o.steps, o.steps)
     if o.blocks is not None and not isinstance(o.blocks, str):
         schedule = Schedule(o.blocks, o.steps)
         if schedule.num_blocks != num_blocks:

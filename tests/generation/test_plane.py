@@ -219,6 +219,16 @@ def test_a_clip_beside_other_requests_equals_it_alone(model: Omni, monkeypatch: 
     assert len(together) == 3 and torch.equal(together[0], alone[0])
 
 
+def test_a_picture_has_no_order_of_blocks(model: Omni) -> None:
+    """The matrix of a model's clips, with a column per block, does not keep it from drawing pictures."""
+    with_blocks(model, BlockContext(reads="all"))
+    options = {"steps": 2, "force_image": True, "image_size": (8, 8), "max_images": 1, "max_tokens": 1}
+    plain, matrix = (
+        Engine(model).generate("draw", GenerationOptions(**{**options, **own})) for own in ({}, {"blocks": FALLS})
+    )
+    assert matrix.images[0].tobytes() == plain.images[0].tobytes()
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
