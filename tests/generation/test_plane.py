@@ -260,6 +260,7 @@ def test_a_schedule_that_the_model_was_not_trained_for_is_refused(
         ({"blocks": [[2, 2], [0, 0]], "steps": 3}, "at level 3, the steps"),
         ({"blocks": [[1, 1], [1, 1]]}, "row 1 equals row 0"),
         ({"blocks": 3}, "must be a name, or a matrix"),
+        ({"blocks": [[1.0], [0.0]]}, "blocks = .*must be a name, or a matrix of integer levels"),
         ({"delay": -1}, "0 to 1000"),
     ],
 )
@@ -271,6 +272,7 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
 def test_a_matrix_gives_the_number_of_steps() -> None:
     given = GenerationOptions(blocks=[[4, 4], [0, 4], [0, 0]])
     assert given.resolved({"steps": 8, "delay": 2.0}).picture.steps == 4
+    assert given.resolved({"grid": [1, 0.5, 0]}).picture.grid == "uniform"  # as with other steps than the grid's
     assert GenerationOptions(delay=0).resolved({"blocks": "level_major"}).picture.blocks is None
     default = {"blocks": [[2, 2], [1, 2], [0, 1], [0, 0]]}
     for own, steps, stays in (
