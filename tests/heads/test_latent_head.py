@@ -117,6 +117,23 @@ def test_the_derivative_equals_central_differences(depth: int | None) -> None:
     assert float((found - central).abs().max() / central.abs().max()) < 1e-6
 
 
+@torch.no_grad()
+def test_the_head_embeds_scaled_latents() -> None:
+    """With scale_input the head embeds x / n, n^2 = (1 - t)^2 + t^2, as the transformer does without a head."""
+    flow = with_head(small_model(), 1).flow
+    assert flow.head is not None
+    width, t = flow.noisy.out_features, torch.tensor([0.5], dtype=torch.float64)
+    z, x = (Key(n).normal((1, 1, num)).double() for n, num in enumerate((width, CHANNELS)))
+    seen: list[Tensor] = []
+    hook = flow.head.enter.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for scaled in (False, True):
+        flow.c = flow.c.model_copy(update={"scale_input": scaled})
+        flow.of_latents(z, x, t, 0 * t, 1 + 0 * t, None)
+    hook.remove()
+    torch.testing.assert_close(seen[0], x)
+    torch.testing.assert_close(seen[1], x * 2**0.5)
+
+
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
