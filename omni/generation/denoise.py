@@ -252,8 +252,8 @@ def draw_latents(
     assert media is not None
     num, order = math.prod(runtime.grammar.grid(media)), request.key.fold("latent order", media.index, number)
     schedule = masked_order(num, min(o.rounds or num, num), order)
-    size, start = (num, runtime.model.config.flow.channels), o.times()[0]
-    x = start * block_noise(request.key, media.index, number, size)
+    size = num, runtime.model.config.flow.channels
+    x = block_noise(request.key, media.index, number, size)
     x = x.to(runtime.device, runtime.model.token.embedding.weight.dtype)
     for m in range(schedule.num_passes):
         moving = [move.block for move in schedule.moves(m)]
@@ -277,7 +277,8 @@ def _draw_some(
     def noise(*jump: int) -> Tensor:
         return block_noise(request.key, media.index, number, (x.shape[0], x.shape[1]), *jump).to(runtime.device)[at]
 
-    sampling = _sampling(o, x[at], o.times(), noise)
+    grid_times = o.times()
+    sampling = _sampling(o, grid_times[0] * x[at].double(), grid_times, noise)
     item, found, arrived = next(sampling, None), None, x[at]
     while item is not None:
         if isinstance(item, State):

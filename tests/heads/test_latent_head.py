@@ -183,6 +183,26 @@ def test_every_call_of_the_engine_equals_the_training_forward(
     assert counts == [0, *known[:-1]]
 
 
+def test_latents_that_wait_are_noise_at_time_one(plain: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """start_time scales the noise of the latents of a round; the others are shown at t = 1, so they are whole noise."""
+    calls, velocities = [], denoise._velocities
+
+    def watched(runtime: Any, found: Tensor, noisy: Any, betas: Any) -> Tensor:
+        calls.append(noisy[0])
+        return velocities(runtime, found, noisy, betas)
+
+    monkeypatch.setattr(denoise, "_velocities", watched)
+    options = GenerationOptions(
+        steps=1, rounds=2, start_time=0.5, force_image=True, image_size=(8, 12), max_images=1, max_tokens=1
+    )
+    Engine(with_head(plain, None)).generate("draw", options)
+    noise = denoise.block_noise(Key(0), 0, 0, (N, 48)).double()
+    first = calls[0]
+    assert sorted({t for t, _ in first.each}) == [0.5, 1.0]
+    for n, (t, _) in enumerate(first.each):
+        torch.testing.assert_close(first.x[n], t * noise[n], rtol=0, atol=1e-6)
+
+
 def test_verify_holds(plain: Omni) -> None:
     assert all(check.holds for check in verify(with_head(plain, 1)))
 
