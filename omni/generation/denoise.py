@@ -61,7 +61,7 @@ def draw(runtime: Runtime, request: Request) -> Turn:
             yield from _read_finished(runtime, request, branches)
             yield from draw_latents(runtime, request, number, branches, scales)
         return
-    schedule = schedule_of(o, media.chunks, context)
+    schedule = schedule_of(o, media.chunks if media.kind == "video" else None, context)
     blocks: list[Block] = []
     waits = False  # whether finished blocks are not read yet
     for m in range(schedule.num_passes):
@@ -77,9 +77,12 @@ def draw(runtime: Runtime, request: Request) -> Turn:
             waits = True
 
 
-def schedule_of(o: PictureOptions, num_blocks: int, context: BlockContext) -> Schedule:
-    """The schedule of resolved options. ValueError where the model was not trained for it."""
+def schedule_of(o: PictureOptions, num_blocks: int | None, context: BlockContext) -> Schedule:
+    """The schedule of resolved options for a clip of `num_blocks`, or for a picture (None), which has one block and no
+    order. ValueError where the model was not trained for it."""
     assert o.steps is not None
+    if num_blocks is None:
+        return staggered(1, o.steps, o.steps)
     if o.blocks is not None and not isinstance(o.blocks, str):
         schedule = Schedule(o.blocks, o.steps)
         if schedule.num_blocks != num_blocks:
@@ -249,8 +252,8 @@ def draw_latents(
     assert media is not None
     num, order = math.prod(runtime.grammar.grid(media)), request.key.fold("latent order", media.index, number)
     schedule = masked_order(num, min(o.rounds or num, num), order)
-    size, start = (num, runtime.model.config.flow.channels), o.times()[0]
-    x = start * block_noise(request.key, media.index, number, size)
+    size = num, runtime.model.config.flow.channels
+    x = block_noise(request.key, media.index, number, size)
     x = x.to(runtime.device, runtime.model.token.embedding.weight.dtype)
     for m in range(schedule.num_passes):
         moving = [move.block for move in schedule.moves(m)]
@@ -274,7 +277,8 @@ def _draw_some(
     def noise(*jump: int) -> Tensor:
         return block_noise(request.key, media.index, number, (x.shape[0], x.shape[1]), *jump).to(runtime.device)[at]
 
-    sampling = _sampling(o, x[at], o.times(), noise)
+    grid_times = o.times()
+    sampling = _sampling(o, grid_times[0] * x[at].double(), grid_times, noise)
     item, found, arrived = next(sampling, None), None, x[at]
     while item is not None:
         if isinstance(item, State):

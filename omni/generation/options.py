@@ -186,8 +186,9 @@ class PictureOptions(_Group):
                     f"unknown order {value!r}{nearest(value, BLOCK_ORDERS)}; known: {', '.join(BLOCK_ORDERS)}"
                 )
             return value
-        if not isinstance(value, list | tuple) or not all(isinstance(row, list | tuple) for row in value):
-            raise ValueError("must be a name, or a matrix of levels such as [[2, 2], [1, 2], [0, 1], [0, 0]]")
+        rows = value if isinstance(value, list | tuple) else [None]
+        if not all(isinstance(row, list | tuple) and all(type(level) is int for level in row) for row in rows):
+            raise ValueError("must be a name, or a matrix of integer levels such as [[2, 2], [1, 2], [0, 1], [0, 0]]")
         if len(value) > MAX_PASSES + 1:
             raise ValueError(f"has {len(value)} rows; give at most {MAX_PASSES + 1}")
         return tuple(map(tuple, value))
@@ -354,7 +355,8 @@ class GenerationOptions(_Options, Grouped):
         if given.grid is not None and not _is_same_grid(given.grid, base["grid"]):
             base.pop("start_time", None)
             base["shift"] = base["shift"] if isinstance(given.grid, str) else 1.0
-        elif given.steps is not None and num_steps(base["grid"]) not in (None, given.steps):
+        steps = max(given.blocks[0]) if isinstance(given.blocks, tuple) else given.steps
+        if given.grid is None and steps is not None and num_steps(base["grid"]) not in (None, steps):
             base["grid"] = "uniform"
         base["steps"] = num_steps(base["grid"] if given.grid is None else given.grid) or base["steps"]
         matrix = given.blocks or base.get("blocks")

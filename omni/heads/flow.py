@@ -124,9 +124,13 @@ class FlowHead(nn.Module):
 
     def embed(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
         """Noisy latents at t, for the refine stream: (R, S, C) -> (R, S, W). `item` as in `read`."""
-        if self.c.scale_input:
-            x_RSC = (x_RSC / _deviation(_per_position(t_I, item))).to(x_RSC.dtype)
-        return self.noisy(x_RSC)
+        return self.noisy(self._scaled(x_RSC, t_I, item))
+
+    def _scaled(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
+        """Noisy latents as they are embedded: divided by n with `scale_input`."""
+        if not self.c.scale_input:
+            return x_RSC
+        return (x_RSC / _deviation(_per_position(t_I, item))).to(x_RSC.dtype)
 
     def embed_known(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
         """For a model with a head of its own: latents at t = 0, and the mask in place of the others: (R, S, W)."""
@@ -140,7 +144,8 @@ class FlowHead(nn.Module):
         """F (R, S, C) by the head of its own, from hidden states z (R, S, W)."""
         assert self.head is not None
         condition = self.condition(t_I, s_I, guidance_I)
-        hidden = self.head(z_RSW, x_RSC, spread(condition.to(z_RSW.dtype), item))
+        x = self._scaled(x_RSC, t_I, item)
+        hidden = self.head(z_RSW, x, spread(condition.to(z_RSW.dtype), item))
         return self.read(hidden, condition, item, x_RSC, t_I)
 
     def condition(self, t_I: Tensor, s_I: Tensor, guidance_I: Tensor) -> Tensor:

@@ -107,10 +107,10 @@ class Items:
     def terms(self, loss_I: Tensor, weight: float, raw_I: Tensor | None = None) -> Terms:
         """A loss per item, as a sum over latents: an item's weight is its number of positions, 0 if it is not trained.
         raw_I: see Terms.raw."""
-        counts = self.counts.to(loss_I.dtype)
-        counts = counts if self.trained is None else counts * self.trained
+        trained = self.counts if self.trained is None else self.counts * self.trained
+        counts = trained.to(loss_I.dtype)
         raw = None if raw_I is None else (raw_I.detach() * counts).sum()
-        return Terms((loss_I * counts).sum(), float(self.counts.sum()), weight, raw)
+        return Terms((loss_I * counts).sum(), float(trained.sum()), weight, raw)
 
     @property
     def mask_of_loss(self) -> Tensor:

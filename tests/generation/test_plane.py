@@ -219,6 +219,16 @@ def test_a_clip_beside_other_requests_equals_it_alone(model: Omni, monkeypatch: 
     assert len(together) == 3 and torch.equal(together[0], alone[0])
 
 
+def test_a_picture_has_no_order_of_blocks(model: Omni) -> None:
+    """The matrix of a model's clips, with a column per block, does not keep it from drawing pictures."""
+    with_blocks(model, BlockContext(reads="all"))
+    options = {"steps": 2, "force_image": True, "image_size": (8, 8), "max_images": 1, "max_tokens": 1}
+    plain, matrix = (
+        Engine(model).generate("draw", GenerationOptions(**{**options, **own})) for own in ({}, {"blocks": FALLS})
+    )
+    assert matrix.images[0].tobytes() == plain.images[0].tobytes()
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +260,7 @@ def test_a_schedule_that_the_model_was_not_trained_for_is_refused(
         ({"blocks": [[2, 2], [0, 0]], "steps": 3}, "at level 3, the steps"),
         ({"blocks": [[1, 1], [1, 1]]}, "row 1 equals row 0"),
         ({"blocks": 3}, "must be a name, or a matrix"),
+        ({"blocks": [[1.0], [0.0]]}, "blocks = .*must be a name, or a matrix of integer levels"),
         ({"delay": -1}, "0 to 1000"),
     ],
 )
@@ -261,6 +272,7 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
 def test_a_matrix_gives_the_number_of_steps() -> None:
     given = GenerationOptions(blocks=[[4, 4], [0, 4], [0, 0]])
     assert given.resolved({"steps": 8, "delay": 2.0}).picture.steps == 4
+    assert given.resolved({"grid": [1, 0.5, 0]}).picture.grid == "uniform"  # as with other steps than the grid's
     assert GenerationOptions(delay=0).resolved({"blocks": "level_major"}).picture.blocks is None
     default = {"blocks": [[2, 2], [1, 2], [0, 1], [0, 0]]}
     for own, steps, stays in (

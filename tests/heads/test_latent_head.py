@@ -117,6 +117,23 @@ def test_the_derivative_equals_central_differences(depth: int | None) -> None:
     assert float((found - central).abs().max() / central.abs().max()) < 1e-6
 
 
+@torch.no_grad()
+def test_the_head_embeds_scaled_latents() -> None:
+    """With scale_input the head embeds x / n, n^2 = (1 - t)^2 + t^2, as the transformer does without a head."""
+    flow = with_head(small_model(), 1).flow
+    assert flow.head is not None
+    width, t = flow.noisy.out_features, torch.tensor([0.5], dtype=torch.float64)
+    z, x = (Key(n).normal((1, 1, num)).double() for n, num in enumerate((width, CHANNELS)))
+    seen: list[Tensor] = []
+    hook = flow.head.enter.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for scaled in (False, True):
+        flow.c = flow.c.model_copy(update={"scale_input": scaled})
+        flow.of_latents(z, x, t, 0 * t, 1 + 0 * t, None)
+    hook.remove()
+    torch.testing.assert_close(seen[0], x)
+    torch.testing.assert_close(seen[1], x * 2**0.5)
+
+
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +181,26 @@ def test_every_call_of_the_engine_equals_the_training_forward(
         torch.testing.assert_close(F[0], wanted, rtol=0, atol=1e-10)
     counts = [sum(t == 0 for t, _ in block.each) for block, _ in calls[::2]]
     assert counts == [0, *known[:-1]]
+
+
+def test_latents_that_wait_are_noise_at_time_one(plain: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """start_time scales the noise of the latents of a round; the others are shown at t = 1, so they are whole noise."""
+    calls, velocities = [], denoise._velocities
+
+    def watched(runtime: Any, found: Tensor, noisy: Any, betas: Any) -> Tensor:
+        calls.append(noisy[0])
+        return velocities(runtime, found, noisy, betas)
+
+    monkeypatch.setattr(denoise, "_velocities", watched)
+    options = GenerationOptions(
+        steps=1, rounds=2, start_time=0.5, force_image=True, image_size=(8, 12), max_images=1, max_tokens=1
+    )
+    Engine(with_head(plain, None)).generate("draw", options)
+    noise = denoise.block_noise(Key(0), 0, 0, (N, 48)).double()
+    first = calls[0]
+    assert sorted({t for t, _ in first.each}) == [0.5, 1.0]
+    for n, (t, _) in enumerate(first.each):
+        torch.testing.assert_close(first.x[n], t * noise[n], rtol=0, atol=1e-6)
 
 
 def test_verify_holds(plain: Omni) -> None:

@@ -97,11 +97,14 @@ def test_the_mask_of_joined_blocks_equals_the_oracle(seed: int) -> None:
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
-def test_blocks_that_are_not_trained_are_not_in_the_loss() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("flow_matching", {}), ("flow_matching", {"fused_snr": True}), ("improved_mean_flow", {})]
+)
+def test_blocks_that_are_not_trained_are_not_in_the_loss(name: str, options: dict[str, Any]) -> None:
     model, batch = small_model(), clip_batch(copies=3)
     model.config = model.config.model_copy(update={"blocks": BlockContext(reads="before")})
-    objective = build_objective("flow_matching", levels={"kind": "autoregressive"})
-    terms = model(batch, [objective], Key(1))["FlowMatching"]
+    objective = build_objective(name, levels={"kind": "autoregressive"}, **options)
+    [terms] = model(batch, [objective], Key(1)).values()
     assert terms.count == 2 * 3 * N  # one block of the clip and the picture, of every copy
 
 
