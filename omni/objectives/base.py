@@ -321,6 +321,11 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
     """
     if not isinstance(objective, FlowObjective):
         return
+    if has_head and context.unit == "block":
+        raise ValueError(
+            "flow.head_depth needs blocks.unit = 'latent': all latents of a noisy block have one level here, so none "
+            "is known, and the transformer would read none; leave head_depth out"
+        )
     if not context.needs_levels:
         return
     what = "latents of one block" if context.unit == "latent" else f"noisy blocks (reads = {context.reads!r})"

@@ -304,6 +304,13 @@ def test_levels_that_show_no_block_at_the_context_time_are_refused(kind: Any) ->
     check_blocks(objective, BlockContext(reads="before", finished="refine"))
 
 
+def test_a_head_of_each_latent_needs_latents_of_their_own() -> None:
+    objective = build_objective("flow_matching")
+    check_blocks(objective, BlockContext())
+    with pytest.raises(ValueError, match="flow.head_depth needs blocks.unit = 'latent'"):
+        check_blocks(objective, BlockContext(), has_head=True)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
