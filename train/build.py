@@ -21,6 +21,8 @@ from omni.checkpoint import Published, tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import build, digest
 from omni.data.source import Source, build_source
+from omni.generation.denoise import require_effect
+from omni.generation.options import GenerationOptions
 from omni.heads import FlowHeadConfig
 from omni.media.preparation import Preparation, target_size
 from omni.model import Omni, OmniConfig
@@ -309,12 +311,18 @@ def build_objectives(recipe: Recipe) -> list[Objective]:
 
 
 def check_blocks_of(recipe: Recipe, objectives: Sequence[Objective], config: OmniConfig) -> None:
-    """ValueError for an objective that cannot train what noisy blocks read, heads.blocks."""
+    """ValueError for an objective that cannot train what noisy blocks read, heads.blocks, and for an order of
+    generation that such a model does not have."""
     for number, (o, objective) in enumerate(zip(recipe.objectives, objectives, strict=True)):
         try:
             check_blocks(objective, config.blocks, config.flow.head_depth is not None)
         except ValueError as error:
             raise ValueError(f"objectives.{number} ({o.name}) with heads.blocks: {error}") from None
+    options = GenerationOptions().resolved({"tokens_per_pass": 1, **recipe.generation}, "[generation]")
+    try:
+        require_effect(options.picture, config.blocks)
+    except ValueError as error:
+        raise ValueError(f"[generation] with heads.blocks: {error}") from None
 
 
 def publish_model(run: Run, directory: Path) -> Path:

@@ -98,6 +98,17 @@ def schedule_of(o: PictureOptions, num_blocks: int | None, context: BlockContext
     return schedule
 
 
+def require_effect(o: PictureOptions, context: BlockContext) -> None:
+    """ValueError for resolved options of an order that the model has no use for, or was not trained for: before a
+    request begins, whatever it draws. The number of blocks in a matrix is checked with the clip."""
+    if o.rounds is not None and context.unit == "block":
+        raise ValueError(
+            f"rounds = {o.rounds} has no effect: this model refines all latents of a block together; leave it out"
+        )
+    if o.blocks is not None or o.delay is not None:
+        schedule_of(o, len(o.blocks[0]) if isinstance(o.blocks, tuple) else 2, context)
+
+
 def _require_trained(schedule: Schedule, context: BlockContext) -> None:
     """ValueError for a schedule whose moving blocks would read what no block reads in training."""
     for m, row in enumerate(schedule.levels):

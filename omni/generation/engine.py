@@ -30,6 +30,7 @@ import torch
 
 from omni.document import Document, Text
 from omni.generation.context import append_of
+from omni.generation.denoise import require_effect
 from omni.generation.events import Event, Failed, Part, Stop
 from omni.generation.grammar import Grammar
 from omni.generation.options import GenerationOptions, check_defaults
@@ -264,6 +265,7 @@ class Engine:
         if num > length:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head drafts {length}"
             raise ValueError(f"tokens_per_pass = {num} is too many: {why}; take at most {length}")
+        require_effect(out.picture, self.model.block_context)
         return out
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:

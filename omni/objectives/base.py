@@ -319,7 +319,14 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
     would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
     Finished blocks that a sampler reads as context must be context in training too.
     """
-    if not context.needs_levels or not isinstance(objective, FlowObjective):
+    if not isinstance(objective, FlowObjective):
+        return
+    if has_head and context.unit == "block":
+        raise ValueError(
+            "flow.head_depth needs blocks.unit = 'latent': all latents of a noisy block have one level here, so none "
+            "is known, and the transformer would read none; leave head_depth out"
+        )
+    if not context.needs_levels:
         return
     what = "latents of one block" if context.unit == "latent" else f"noisy blocks (reads = {context.reads!r})"
     name, model = type(objective).__name__, f"a model whose {what} read one another"
@@ -329,6 +336,12 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
         raise ValueError(
             f"{name} with levels.kind = {objective.levels.kind!r} shows {model} no finished block as context, but a "
             "sampler does; give blocks.finished = 'refine', or levels of kind rolling or autoregressive"
+        )
+    if context.finished == "refine" and context.context_time and objective.levels.kind not in WITHOUT_FINISHED:
+        raise ValueError(
+            f"{name} with levels.kind = {objective.levels.kind!r} shows {model} no finished block at "
+            f"blocks.context_time = {context.context_time}, but a sampler does; leave that out, or give levels of kind "
+            f"{', '.join(WITHOUT_FINISHED)}"
         )
     if objective.moves_together == "all" and context.reads == "before":
         raise ValueError(

@@ -49,7 +49,12 @@ def test_rows_and_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"lags": [0.3]}, "lag 0.3"), ({"lags": [2]}, "lag 2"), ({"budgets": [2]}, "a budget of 2 passes allows no cell")],
+    [
+        ({"lags": [0.3]}, "lag 0.3"),
+        ({"lags": [2]}, "lag 2"),
+        ({"budgets": [2]}, "a budget of 2 passes allows no cell; give at least 4"),
+        ({"lags": [1], "budgets": [16]}, "a budget of 16 passes allows no cell; give at least 32"),
+    ],
 )
 def test_bad_options_are_named(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):

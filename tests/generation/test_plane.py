@@ -252,6 +252,31 @@ def test_a_schedule_that_the_model_was_not_trained_for_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("context", "options", "words"),
+    [
+        (BlockContext(), {"delay": 1}, "this model's noisy blocks read finished blocks alone"),
+        (BlockContext(unit="latent"), {"blocks": "level_major"}, "this model's noisy blocks read finished blocks"),
+        (BlockContext(reads="all"), {"rounds": 4}, "rounds = 4 has no effect: this model refines all latents"),
+        (BlockContext(reads="all"), {"blocks": ((1, 1), (1, 0), (0, 0))}, "block 1 is unfinished in row 1"),
+    ],
+)
+def test_an_order_without_effect_is_refused_before_the_reply(
+    model: Omni, context: BlockContext, options: dict[str, Any], words: str
+) -> None:
+    """Also where the reply would be text, and among a model's defaults."""
+    engine = Engine(with_blocks(model, context))
+    with pytest.raises(ValueError, match=words):
+        engine.resolve(GenerationOptions(**options))
+    model.defaults, own = {**model.defaults, **options}, model.defaults
+    try:
+        with pytest.raises(ValueError, match=words):
+            engine.add("hello")
+    finally:
+        model.defaults = own
+    engine.resolve(GenerationOptions(steps=3, **({"rounds": 4} if context.unit == "latent" else {"delay": 3})))
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"blocks": "stagered"}, "unknown order 'stagered'.*staggered"),

@@ -286,6 +286,31 @@ def test_levels_without_a_finished_block_do_not_train_it_as_context(kind: Any, r
     check_blocks(objective, BlockContext(reads=reads, finished="refine"))
 
 
+@pytest.mark.parametrize("kind", RANKS)
+def test_levels_that_show_no_block_at_the_context_time_are_refused(kind: Any) -> None:
+    """A sampler shows finished blocks at context_time. Levels of a kind give a first block such a time while a noisy
+    last one is trained, or are refused."""
+    names = [(d, b, 0) for d in range(300) for b in range(3)]
+    drawn = LevelTimeDistribution(kind=kind).draw(names, Key(0))
+    t, trained = drawn.t.view(-1, 3), drawn.trained.view(-1, 3)
+    shown = bool(((t[:, 0] > 0) & (t[:, 0] < 0.2) & (t[:, 2] > 0.8) & trained[:, 2]).any())
+    objective = build_objective("flow_matching", levels={"kind": kind})
+    context = BlockContext(reads="before", finished="refine", context_time=0.1)
+    if shown:
+        check_blocks(objective, context)
+    else:
+        with pytest.raises(ValueError, match=f"{kind}.* no finished block at blocks.context_time = 0.1, but a sampler"):
+            check_blocks(objective, context)
+    check_blocks(objective, BlockContext(reads="before", finished="refine"))
+
+
+def test_a_head_of_each_latent_needs_latents_of_their_own() -> None:
+    objective = build_objective("flow_matching")
+    check_blocks(objective, BlockContext())
+    with pytest.raises(ValueError, match="flow.head_depth needs blocks.unit = 'latent'"):
+        check_blocks(objective, BlockContext(), has_head=True)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [

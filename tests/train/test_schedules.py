@@ -80,6 +80,21 @@ def test_a_recipe_trains_and_samples_in_the_passes_of_its_schedule(name: str, tm
     assert len(passes) == schedule.num_passes and sum(passes) >= 4 * moved  # four latents a block
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("transfusion", "generation.delay=1", "this model's noisy blocks read finished blocks alone"),
+        ("full", "generation.rounds=4", "rounds = 4 has no effect"),
+        ("mar", "generation.delay=1", "this model's noisy blocks read finished blocks alone"),
+    ],
+)
+def test_an_order_that_the_model_does_not_have_is_refused_before_training(
+    name: str, option: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"\[generation\] with heads.blocks: .*{words}"):
+        run_of(name, tmp_path, *SMALL, option)
+
+
 def test_rolling_forcing_is_a_window_of_as_many_blocks_as_steps(tmp_path: Path) -> None:
     run = run_of("rolling_diffusion", tmp_path, *SMALL)
     with counted(run.model) as passes:

@@ -51,8 +51,9 @@ class AxesOptions(TaskOptions):
                 raise ValueError(
                     f"lag {lag}: a lag is in [0, 1], and lag times S a whole number for each of {self.steps}"
                 )
-        if min(self.budgets, default=1) < min(self.steps):
-            raise ValueError(f"a budget of {min(self.budgets)} passes allows no cell; give at least {min(self.steps)}")
+        fewest = self.schedule("all", min(self.lags), min(self.steps)).num_passes
+        if self.budgets and min(self.budgets) < fewest:
+            raise ValueError(f"a budget of {min(self.budgets)} passes allows no cell; give at least {fewest}")
         return self
 
     def schedule(self, reads: Reads, lag: float, S: int) -> Schedule:
