@@ -203,6 +203,26 @@ def test_latents_that_wait_are_noise_at_time_one(plain: Omni, monkeypatch: pytes
         torch.testing.assert_close(first.x[n], t * noise[n], rtol=0, atol=1e-6)
 
 
+def test_noise_on_the_way_is_that_of_the_jump_and_the_latent(plain: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """restart: x_s = (1 - s) (x - t F) + s eps, eps keyed by the jump."""
+    calls, velocities = [], denoise._velocities
+
+    def watched(runtime: Any, found: Tensor, noisy: Any, betas: Any) -> Tensor:
+        calls.append((noisy[0], velocities(runtime, found, noisy, betas)[0]))
+        return calls[-1][1][None]
+
+    monkeypatch.setattr(denoise, "_velocities", watched)
+    options = GenerationOptions(
+        steps=2, rounds=2, sampler="restart", force_image=True, image_size=(8, 12), max_images=1, max_tokens=1
+    )
+    Engine(with_head(plain, 1)).generate("draw", options)
+    (before, F), (after, _) = calls[:2]
+    moved = [n for n, (t, _) in enumerate(after.each) if t == 0.5]
+    noise = denoise.block_noise(Key(0), 0, 0, (N, 48), 0).double()
+    assert 0 < len(moved) < N
+    torch.testing.assert_close(after.x[moved], 0.5 * (before.x - F + noise)[moved], rtol=0, atol=1e-6)
+
+
 def test_verify_holds(plain: Omni) -> None:
     assert all(check.holds for check in verify(with_head(plain, 1)))
 

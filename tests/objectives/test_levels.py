@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from layouts import CHANNELS, PAD, random_batch, small_model
+from scripted import enliven
 from torch import Tensor
 
 from omni.objectives import build_objective
@@ -106,6 +107,19 @@ def test_blocks_that_are_not_trained_are_not_in_the_loss(name: str, options: dic
     objective = build_objective(name, levels={"kind": "autoregressive"}, **options)
     [terms] = model(batch, [objective], Key(1)).values()
     assert terms.count == 2 * 3 * N  # one block of the clip and the picture, of every copy
+
+
+@pytest.mark.parametrize("reads", ["before", "all"])
+def test_the_loss_shows_finished_blocks_as_context_and_hides_noise(reads: Any) -> None:
+    """One target block, finished ones before it and noise after it: the loss is that of a model on finished blocks with
+    the same times, whatever noisy blocks read."""
+    model, batch = enliven(cast(Any, small_model())), clip_batch(copies=3)
+    objective = build_objective("flow_matching", levels={"kind": "autoregressive"})
+    found = []
+    for context in (BlockContext(), BlockContext(reads=reads)):
+        model.config = model.config.model_copy(update={"blocks": context})
+        found.append(float(model(batch, [objective], Key(1))["FlowMatching"].sum.detach()))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["flow_matching", "mean_flow", "improved_mean_flow"])
