@@ -231,17 +231,22 @@ def critic_losses(
     model: TrainedModel, critic: TrainedModel, batch: Batch, objectives: Sequence[Objective], key: Key,
     progress: float = 1.0,
 ) -> dict[str, Terms]:  # fmt: skip
-    """Named terms of the critic of objectives that need one, on samples of the model without a graph."""
-    terms: dict[str, Terms] = {}
-    for objective in (each for each in objectives if each.needs_critic):
-        name = type(objective).__name__
-        of_objective: Any = objective
-        with torch.no_grad():
-            one = ContextPass(model, batch, *model.context(batch), None, progress)
-            own, memory = sampled_past(objective, one, key.fold(name))
-            x = of_objective.sample(BatchFlowCall(model, own, memory, _ones(own)), one.items(own), key.fold(name))
-        terms[name] = of_objective.critic_loss(_call(critic, own), x, one.items(own), key.fold(name))
-    return terms
+    """Named terms of the critic of objectives that need one, on samples of the model without a graph; count 0 without
+    items."""
+    with torch.no_grad():
+        one = ContextPass(model, batch, *model.context(batch), None, progress)
+    found: dict[str, Any] = {type(each).__name__: each for each in objectives if each.needs_critic}
+    if not batch.num_items:
+        return {name: one.no_terms(objective)[""] for name, objective in found.items()}
+    return {name: _critic_terms(objective, critic, one, key.fold(name)) for name, objective in found.items()}
+
+
+def _critic_terms(objective: Any, critic: TrainedModel, one: ContextPass, key: Key) -> Terms:
+    """The critic's terms of one objective."""
+    with torch.no_grad():
+        batch, memory = sampled_past(objective, one, key)
+        x = objective.sample(BatchFlowCall(one.model, batch, memory, _ones(batch)), one.items(batch), key)
+    return objective.critic_loss(_call(critic, batch), x, one.items(batch), key)
 
 
 def _call(model: TrainedModel, batch: Batch, frozen: bool = False) -> BatchFlowCall:

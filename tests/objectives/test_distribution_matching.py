@@ -200,8 +200,9 @@ def test_errors_name_the_way_out() -> None:
 def test_a_batch_without_pictures_counts_nothing() -> None:
     model, scores = networks()
     batch = replace(random_batch(Key(2)), item_first=torch.zeros(0, dtype=torch.int64))
-    terms = model(batch, [DistributionMatching()], Key(0), scores=scores)["DistributionMatching"]
-    assert terms.count == 0 and float(terms.sum) == 0
+    found = model(batch, [DistributionMatching()], Key(0), scores=scores)
+    for terms in (found, critic_losses(model, scores.critic, batch, [DistributionMatching()], Key(0))):
+        assert terms["DistributionMatching"].count == 0 and float(terms["DistributionMatching"].sum) == 0
 
 
 def test_the_past_has_no_graph() -> None:

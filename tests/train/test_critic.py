@@ -12,6 +12,7 @@ import torch
 
 from omni.config import load_toml
 from omni.objectives.distribution_matching import DistributionMatching
+from omni.objectives.next_token import NextToken
 from omni.rng import Key
 from train import loop
 from train.build import build_run, publish_model
@@ -62,6 +63,14 @@ def test_the_critic_is_updated_after_each_step_and_the_teacher_never(make_run: M
     assert all(p.grad is None for one in (run.model, critic.model) for p in one.parameters())
 
 
+def test_bf16_autocast_is_finite(make_run: MakeRun) -> None:
+    run = make_run(*DMD, "autocast=bf16")
+    for _ in range(2):
+        metrics = loop.train_step(run, run.loader.next(run.progress.cursor))
+    assert math.isfinite(metrics["loss/DistributionMatching"]) and math.isfinite(metrics["loss/critic"])
+    assert run.guard.num_skipped == 0 and critic_of(run).guard.num_skipped == 0
+
+
 def test_at_first_teacher_and_critic_agree(make_run: MakeRun) -> None:
     metrics = loop.train_step(make_run(*DMD), make_run().loader.next(0))
     assert metrics["loss/DistributionMatching"] == 0 < metrics["loss/critic"]
@@ -83,7 +92,9 @@ def test_an_update_that_is_not_finite_is_left_out(make_run: MakeRun) -> None:
         loss = torch.stack([p.sum() for p in critic.model.parameters()]).sum() * value
         critic.update(loss, 1.0, 0, [])
         assert equal(critic.model, before) == same
-    assert critic.guard.num_skipped == 1
+    before = weights(critic.model)
+    critic.update(torch.zeros(()), 1.0, 0, [])  # documents without pictures
+    assert critic.guard.num_skipped == 1 and equal(critic.model, before)
 
 
 def test_rates_are_a_share_of_the_recipes(make_run: MakeRun) -> None:
@@ -98,6 +109,14 @@ def test_no_critic_is_kept_by_default(make_run: MakeRun) -> None:
     assert rollout_objective([]) is None
     with pytest.raises(ValueError, match="a critic each, and a run has one"):
         rollout_objective([DistributionMatching(), DistributionMatching()])
+
+    class Other(NextToken):
+        @property
+        def needs_critic(self) -> bool:
+            return True
+
+    with pytest.raises(ValueError, match="must be a RolloutObjective"):
+        rollout_objective([Other()])
 
 
 def go(run: Run, until: int) -> None:

@@ -42,7 +42,10 @@ class Critic:
         return ScoreNetworks(self.teacher, self.model)  # type: ignore[arg-type]
 
     def update(self, loss: torch.Tensor, rate: float, step: int, documents: Sequence[int]) -> None:
-        """One update by the gradient of `loss`, at `rate` times the learning rates; none where it is not finite."""
+        """One update by the gradient of `loss`, at `rate` times the learning rates; none where it is not finite, or
+        has no graph: documents without pictures."""
+        if not loss.requires_grad:
+            return
         loss.backward()
         norm = float(self.optimiser.clip())
         if self.guard.accepts(step, float(loss.detach()), norm, documents):
@@ -74,9 +77,11 @@ class Critic:
 
 
 def rollout_objective(objectives: Sequence[Objective]) -> RolloutObjective | None:
-    """The objective that needs a critic; None if none does. ValueError for two."""
-    found = [each for each in objectives if isinstance(each, RolloutObjective) and each.needs_critic]
+    """The objective that needs a critic; None if none does. ValueError for two, and for one of another kind."""
+    found = [each for each in objectives if each.needs_critic]
+    names = ", ".join(type(each).__name__ for each in found)
     if len(found) > 1:
-        names = ", ".join(type(each).__name__ for each in found)
         raise ValueError(f"{names} need a critic each, and a run has one; train them apart")
-    return found[0] if found else None
+    if found and not isinstance(found[0], RolloutObjective):
+        raise ValueError(f"{names} needs a critic, so it must be a RolloutObjective (omni.objectives.base)")
+    return found[0] if found else None  # type: ignore[return-value]
