@@ -12,11 +12,12 @@ three jumps for any n, with a gradient through all three and none into the past.
 
 The teacher is frozen and has the distribution of data given the past. The critic has that of x^: it is trained on x^ by
 flow matching, `critic_steps` updates after each of the model. g is proportional to the gradient in x^ of the divergence
-KL(model | teacher) of the noisy blocks, given the past. By the chain rule these terms add up to that of whole
-documents, except that a sample's effect on later blocks is left out. Only distributions are compared, so the teacher
-may read its context in another way than the model.
+KL(model | teacher) of the noisy block, given the past. At t = 0 the divergences of all blocks add up to that of whole
+documents (chain rule); what a sample changes in later blocks has no gradient. Only distributions are compared, so the
+teacher may read its context in another way than the model.
 
-The loss value is not informative: g has about unit size. The raw loss is the mean square of x0_critic - x0_teacher.
+The loss is 0 where critic and teacher agree, and its value compares no two runs: it depends on how well the critic
+follows. The raw loss is the mean square of x0_critic - x0_teacher.
 
 Legend: R batch rows, S refine positions, C channels, I items.
 """
