@@ -19,9 +19,11 @@ from omni.nn.cache import Memory
 from omni.nn.tangent import Dual, Form, differentiate
 from omni.objectives import Objective, Terms
 from omni.objectives.base import Items, check_blocks, target_decay_of
+from omni.objectives.pairing import Pairing
 from omni.rng import Key
 from omni.sequence.block_context import BlockContext, joined, of_latents
 from omni.sequence.layout import IGNORE, Batch, Stream
+from omni.sequence.own_past import own_past
 
 
 class TrainedModel(Backbone, Protocol):
@@ -143,6 +145,14 @@ class NullCall:
 
 
 @dataclass(frozen=True)
+class ScoreNetworks:
+    """The networks that an objective on rollouts compares: see objectives.base.RolloutObjective."""
+
+    teacher: TrainedModel
+    critic: TrainedModel
+
+
+@dataclass(frozen=True)
 class ContextPass:
     """One context pass over a batch, hidden states (R, T, W) and memory; and the other inputs of losses."""
 
@@ -152,6 +162,16 @@ class ContextPass:
     memory: Memory
     averages: TrainedModel | None
     progress: float
+    scores: ScoreNetworks | None = None
+
+    def items(self, batch: Batch, pairing: Pairing = "independent") -> Items:
+        """The noisy copies of `batch`, this one or one made of it."""
+        is_null = torch.tensor([uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device)
+        return Items(batch.refine_latents, batch.item, batch.item_names, is_null, self.progress, pairing)
+
+    def no_terms(self, objective: Objective) -> dict[str, Terms]:
+        """Of a batch without items."""
+        return {"": Terms(self.hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)}
 
 
 def logits_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
@@ -164,11 +184,10 @@ def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
     """The terms of an objective on latents; count 0 without items."""
     batch, context = one.batch, one.model.block_context
     if not batch.num_items:
-        return {"": Terms(one.hidden.new_zeros((), dtype=torch.float32), 0.0, objective.weight)}
+        return one.no_terms(objective)
     check_blocks(objective, context, one.model.flow.head is not None)
     batch = of_latents(batch) if context.unit == "latent" else batch
-    is_null = torch.tensor([uid in batch.dropped for uid, _, _ in batch.item_names], device=batch.ids.device)
-    items = Items(batch.refine_latents, batch.item, batch.item_names, is_null, one.progress, objective.pairing)
+    items = one.items(batch, objective.pairing)
     beta = torch.ones(batch.num_items, device=batch.ids.device)
     # The average may belong to another objective; this one uses it only if it declares a decay.
     own = one.averages if target_decay_of(objective) else None
@@ -185,8 +204,70 @@ def placeholder_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, T
     return {f"/{name}": replace(term, weight=term.weight * objective.weight) for name, term in found.items()}
 
 
+def rollout_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
+    """The terms of an objective on blocks that read the model's own samples; count 0 without items."""
+    if not one.batch.num_items:
+        return one.no_terms(objective)
+    if one.scores is None:
+        raise ValueError(f"{type(objective).__name__} needs a teacher and a critic; give ScoreNetworks as scores")
+    batch, memory = sampled_past(objective, one, key)
+    call = BatchFlowCall(one.model, batch, memory, _ones(batch))
+    teacher, critic = (_call(model, batch, frozen=True) for model in (one.scores.teacher, one.scores.critic))
+    return {"": objective.loss(call, teacher, critic, one.items(batch), key)}
+
+
+@torch.no_grad()
+def sampled_past(objective: Any, one: ContextPass, key: Key) -> tuple[Batch, Memory]:
+    """The batch whose blocks read samples of the model in place of their past, and its memory, without a graph."""
+    check_blocks(objective, one.model.block_context)
+
+    def sample(part: Batch, memory: Memory) -> Tensor:
+        return objective.sample(BatchFlowCall(one.model, part, memory, _ones(part)), one.items(part), key)
+
+    return own_past(one.batch, one.memory.detach(), sample, lambda batch: one.model.context(batch)[1])
+
+
+def critic_losses(
+    model: TrainedModel, critic: TrainedModel, batch: Batch, objectives: Sequence[Objective], key: Key,
+    progress: float = 1.0,
+) -> dict[str, Terms]:  # fmt: skip
+    """Named terms of the critic of objectives that need one, on samples of the model without a graph; count 0 without
+    items."""
+    with torch.no_grad():
+        one = ContextPass(model, batch, *model.context(batch), None, progress)
+    found: dict[str, Any] = {type(each).__name__: each for each in objectives if each.needs_critic}
+    if not batch.num_items:
+        return {name: one.no_terms(objective)[""] for name, objective in found.items()}
+    return {name: _critic_terms(objective, critic, one, key.fold(name)) for name, objective in found.items()}
+
+
+def _critic_terms(objective: Any, critic: TrainedModel, one: ContextPass, key: Key) -> Terms:
+    """The critic's terms of one objective."""
+    with torch.no_grad():
+        batch, memory = sampled_past(objective, one, key)
+        x = objective.sample(BatchFlowCall(one.model, batch, memory, _ones(batch)), one.items(batch), key)
+    return objective.critic_loss(_call(critic, batch), x, one.items(batch), key)
+
+
+def _call(model: TrainedModel, batch: Batch, frozen: bool = False) -> BatchFlowCall:
+    """F of a batch, after a context pass of its own. frozen: results have no graph."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        memory = model.context(batch)[1]
+    return BatchFlowCall(model, batch, memory, _ones(batch), frozen=frozen)
+
+
+def _ones(batch: Batch) -> Tensor:
+    """(I,): beta of no guidance."""
+    return torch.ones(batch.num_items, device=batch.ids.device)
+
+
 # From the declared input of an objective (Objective.reads) to the function that computes it.
-TERMS_BY_INPUT = {"logits": logits_terms, "flow": flow_terms, "placeholders": placeholder_terms}
+TERMS_BY_INPUT = {
+    "logits": logits_terms,
+    "flow": flow_terms,
+    "placeholders": placeholder_terms,
+    "rollout": rollout_terms,
+}
 
 
 def batch_losses(
@@ -196,11 +277,12 @@ def batch_losses(
     key: Key,
     averages: TrainedModel | None = None,
     progress: float = 1.0,
+    scores: ScoreNetworks | None = None,
 ) -> dict[str, Terms]:
     """Named (sum, count) terms of each objective; absent modalities have count 0. See Omni.forward. The class names
     terms and noise: ValueError for two objectives of one class. Noise is keyed by the class name: renaming a class
     changes its noise."""
-    one = ContextPass(model, batch, *model.context(batch), averages, progress)
+    one = ContextPass(model, batch, *model.context(batch), averages, progress, scores)
     names = [type(objective).__name__ for objective in objectives]
     if len(set(names)) < len(names):
         raise ValueError(

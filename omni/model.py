@@ -24,7 +24,7 @@ from omni.config import Frozen
 from omni.document import Document, Image, Text, Video
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
-from omni.losses import batch_losses
+from omni.losses import ScoreNetworks, batch_losses
 from omni.media.preparation import AnySegment, Limits, Preparation, prepare
 from omni.nn.cache import Memory
 from omni.nn.declare import initialise
@@ -113,13 +113,15 @@ class Omni(nn.Module):
         key: Key,
         averages: Omni | None = None,
         progress: float = 1.0,
+        scores: ScoreNetworks | None = None,
     ) -> dict[str, Terms]:
         """The losses: one context pass, then each objective. Named (sum, count) terms; absent modalities have count 0.
 
         averages: the target network of objectives that use one (see `Objective.target_decay`).
         progress: the completed share of training, for objectives with schedules.
+        scores: teacher and critic of objectives that need them (see `Objective.needs_critic`).
         """
-        return batch_losses(self, batch, objectives, key, averages, progress)
+        return batch_losses(self, batch, objectives, key, averages, progress, scores)
 
     def embed(self, batch: Batch) -> Tensor:
         """The input (R, T, W) of the context stream."""

@@ -30,7 +30,7 @@ from omni.nn.compiled import compile_blocks
 from omni.nn.declare import hidden_names
 from omni.objectives import OBJECTIVES, Objective
 from omni.objectives.base import check_blocks
-from omni.pretrained import CODEC_CONFIG, TOKENIZER_CONFIG
+from omni.pretrained import CODEC_CONFIG, TOKENIZER_CONFIG, from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
@@ -42,7 +42,8 @@ from train.data.mixture import Mixture
 from train.data.workers import Tickets, WorkerLoader
 from train.guard import Guard
 from train.loop import Run
-from train.optim.ema import Ema
+from train.optim.critic import Critic, rollout_objective
+from train.optim.ema import Ema, copy_of
 from train.optim.optimiser import build_optimiser
 from train.optim.target import build_target
 from train.recipe import DataConfig, Recipe
@@ -111,6 +112,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         out=out,
         identity=identity,
         target=build_target(model, objectives),
+        critic=build_critic(recipe, model, objectives),
         validation=validation,
         held_out=held_out,
         open_workers=open_workers if recipe.workers else None,
@@ -187,6 +189,21 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
     return model.to(recipe.device).train()
 
 
+def build_critic(recipe: Recipe, model: Omni, objectives: Sequence[Objective]) -> Critic | None:
+    """Teacher and critic of the objective that needs them; None if none does. ValueError for a teacher with another
+    tokenizer or codec than `model`."""
+    objective = rollout_objective(objectives)
+    if objective is None:
+        return None
+    teacher = copy_of(model)
+    if objective.teacher is not None:
+        assert model.tokenizer is not None and model.codec is not None
+        check_same_parts(Path(objective.teacher), model.tokenizer, model.codec, "teacher")
+        teacher = from_pretrained(objective.teacher, device=recipe.device)
+    amount = {"steps": objective.critic_steps, "rate": objective.critic_rate, "limit": recipe.max_nonfinite}
+    return Critic(model, teacher, recipe.optimiser, hidden_names(model), **amount)
+
+
 def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
     """Give gradients only to weights whose names begin with one of `prefixes`; "*" stands for any characters.
     ValueError for a prefix that matches no name."""
@@ -257,17 +274,14 @@ def preparation_difference(directory: Path, ours: Preparation) -> str | None:
     return f"preparation = {a}, this recipe has {b}"
 
 
-def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec) -> None:
-    """ValueError where the weights of a model directory were trained with another tokenizer or codec."""
+def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec, what: str = "init_from") -> None:
+    """ValueError where the weights of a model directory, `what`, were trained with another tokenizer or codec."""
+    hint = ", or init_partial=true" if what == "init_from" else ""
     words, pictures = (Published(directory).folder(name) for name in ("tokenizer", "codec"))
     if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
-        raise ValueError(
-            f"init_from {str(directory)!r} has another tokenizer; use tokenizer={words.root}, or init_partial=true"
-        )
+        raise ValueError(f"{what} {str(directory)!r} has another tokenizer; use tokenizer={words.root}{hint}")
     if CODEC_CONFIG in pictures and _codec_fingerprint(read_codec(pictures)) != _codec_fingerprint(codec):
-        raise ValueError(
-            f"init_from {str(directory)!r} has another codec; use codec={pictures.root}, or init_partial=true"
-        )
+        raise ValueError(f"{what} {str(directory)!r} has another codec; use codec={pictures.root}{hint}")
 
 
 def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:

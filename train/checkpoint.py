@@ -2,6 +2,7 @@
 
     state/step-00000123/   model.safetensors  ema.safetensors  optimiser.safetensors  state.json  manifest.json
                            target.safetensors, where an objective has a target network (see train.optim.target)
+                           critic.safetensors, where one has a teacher and a critic (see train.optim.critic)
 
 All tensors keep their dtype; the scalars are JSON; nothing is pickled. Noise, order and times are keyed, so no
 generator state exists. A half-written directory has no manifest and is ignored. A damaged one is skipped with a
@@ -27,6 +28,7 @@ from omni import checkpoint
 from omni.config import Frozen, parse_json
 from omni.errors import DamagedError
 from train.data.batch import PIECES
+from train.optim.critic import Critic
 from train.optim.ema import Ema
 from train.optim.optimiser import Optimiser
 from train.optim.target import Target
@@ -35,7 +37,7 @@ from train.recipe import CHANGEABLE, Recipe, without_retired
 _STEP = re.compile(r"step-(\d{8})")
 # Names of files in a checkpoint: never change them.
 WEIGHTS, AVERAGES, OPTIMISER, SCALARS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "state.json"
-TARGET = "target.safetensors"
+TARGET, CRITIC = "target.safetensors", "critic.safetensors"
 KIND = "training state"  # in the manifest: never change it
 
 
@@ -96,6 +98,7 @@ def save(
     identity: Mapping[str, Any],
     keep: int,
     target: Target | None = None,
+    critic: Critic | None = None,
 ) -> Path:
     """Publish a checkpoint as folder/step-XXXXXXXX and remove older ones until `keep` are left.
 
@@ -110,6 +113,7 @@ def save(
             OPTIMISER: optimiser.state_tensors(),
             SCALARS: json.dumps(scalars, sort_keys=True, indent=1),
             **({} if target is None else {TARGET: target.tensors()}),
+            **({} if critic is None else {CRITIC: critic.tensors()}),
         },
         info={"kind": KIND, "step": progress.step, "torch": torch.__version__},
         replace=True,
@@ -158,8 +162,9 @@ def load(
     optimiser: Optimiser,
     identity: Mapping[str, Any],
     target: Target | None = None,
+    critic: Critic | None = None,
 ) -> Progress:
-    """Restore model, averages, optimiser and target network in place, bit for bit, and return the progress.
+    """Restore model, averages, optimiser and the networks of objectives in place, bit for bit, and return the progress.
 
     Raises ValueError where `identity` differs from the saved one (see `changes`), or names or shapes of tensors do.
     """
@@ -170,6 +175,8 @@ def load(
     optimiser.load_state_tensors(checkpoint.load_tensors(directory / OPTIMISER))
     if target is not None:
         target.load(checkpoint.load_tensors(directory / TARGET))
+    if critic is not None:
+        critic.load(checkpoint.load_tensors(directory / CRITIC))
     progress = dict(scalars["progress"])
     if "lanes" in progress:  # the name that `cursors` had in earlier checkpoints
         progress["cursors"] = progress.pop("lanes")

@@ -18,14 +18,17 @@ import torch
 from torch import nn
 
 from omni.document import Document
+from omni.losses import ScoreNetworks, critic_losses
 from omni.objectives.terms import Terms
 from omni.rng import Key
+from omni.sequence.layout import Batch
 from train import checkpoint as state
 from train.data.batch import PIECES, Packed
 from train.data.loader import Loader
 from train.data.workers import WorkerLoader
 from train.guard import Guard
 from train.metrics import Tracker
+from train.optim.critic import Critic
 from train.optim.ema import Ema
 from train.optim.optimiser import Optimiser, OptimiserConfig, multiplier
 from train.optim.target import Target
@@ -39,7 +42,7 @@ class Run:
     """The parts of a run. A resume compares `identity` (see train.checkpoint.load)."""
 
     recipe: Recipe
-    model: Any  # called with (batch, objectives, key, averages, progress) -> dict of Terms; an nn.Module
+    model: Any  # called with (batch, objectives, key, averages, progress, scores) -> dict of Terms; an nn.Module
     objectives: Sequence[Any]
     loader: Loader
     optimiser: Optimiser
@@ -49,6 +52,7 @@ class Run:
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
     target: Target | None = None
+    critic: Critic | None = None
     validation: Callable[[Run], dict[str, float]] | None = None
     held_out: Sequence[Document] = ()
     # where the recipe has data-loading workers:
@@ -59,6 +63,11 @@ class Run:
     has_counted: bool = False  # whether any loss term of any step had a count above 0
     between_updates: bool = True  # weights, optimiser and averages are of the same step and can be saved
     _ahead: Packed | Exception | None = None
+
+    @property
+    def networks(self) -> tuple[Any, ScoreNetworks | None]:
+        """The target network, and teacher and critic; None without them."""
+        return self.target and self.target.model, self.critic and self.critic.networks
 
     @property
     def key(self) -> Key:
@@ -108,16 +117,15 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     """
     recipe, step = run.recipe, run.progress.step
     batches = [batch.to(recipe.device) for batch in packed.batches]
-    # No cache of casts: a cast made for the target, without a graph, would cut the graph of later uses.
-    with torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts, cache_enabled=False):
-        averages = None if run.target is None else run.target.model
+    with autocast(recipe):
+        averages, scores = run.networks
         key, progress = run.key.fold("draws"), run.fraction()
-        parts = [run.model(batch, run.objectives, key, averages, progress) for batch in batches]
+        parts = [run.model(batch, run.objectives, key, averages, progress, scores) for batch in batches]
     means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()
     run.look_ahead()
-    loss, grad_norm = float(total.detach()), float(run.optimiser.clip())
+    loss, grad_norm, of_critic = float(total.detach()), float(run.optimiser.clip()), {}
     rate = multiplier(recipe.optimiser, step, run.fraction())
     if run.guard.accepts(step, loss, grad_norm, packed.documents):
         run.between_updates = False
@@ -125,14 +133,37 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
         run.ema.update()
         if run.target is not None:
             run.target.update()
+        of_critic = train_critic(run, batches, rate, packed.documents)
     run.optimiser.zero_grad()
     run.progress.advance(packed.cursor, packed.worker)
     run.between_updates = True
     values = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
-    values |= unweighted(parts)
+    values |= unweighted(parts) | of_critic
     positions = sum(batch.num_positions for batch in batches)
     require_counted_terms(run, parts)
     return {"loss": loss, **values, "grad_norm": grad_norm, "rate": rate, "positions": positions}
+
+
+def train_critic(run: Run, batches: Sequence[Batch], rate: float, documents: Sequence[int]) -> dict[str, float]:
+    """The critic's updates after one of the model, each on new samples of it: the mean loss, by name."""
+    if run.critic is None:
+        return {}
+    losses = []
+    for number in range(run.critic.steps):
+        key = run.key.fold("draws", "critic", number)
+        with autocast(run.recipe):
+            args = run.objectives, key, run.fraction()
+            parts = [critic_losses(run.model, run.critic.networks.critic, batch, *args) for batch in batches]
+        loss = torch.stack([mean_of([part[name] for part in parts]) for name in parts[0]]).sum()
+        run.critic.update(loss, rate, run.progress.step, documents)
+        losses.append(float(loss.detach()))
+    return {"loss/critic": sum(losses) / len(losses)}
+
+
+def autocast(recipe: Recipe) -> torch.autocast:
+    """The precision of a forward pass. No cache of casts: a cast made without a graph would cut the graph of later
+    uses."""
+    return torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts, cache_enabled=False)
 
 
 def require_counted_terms(run: Run, parts: Sequence[Mapping[str, Any]]) -> None:
@@ -222,7 +253,8 @@ def save(run: Run) -> Path:
     progress.num_nonfinite, progress.num_nonfinite_in_row = run.guard.num_skipped, in_row % run.guard.limit
     progress.documents = dict(run.loader.counts)
     parts = run.model, run.ema, run.optimiser
-    return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, run.target)
+    more = run.target, run.critic
+    return state.save(run.out / "state", progress, *parts, run.identity, run.recipe.report.keep, *more)
 
 
 def resume(run: Run, report: Callable[[str], None], any_data: bool = False) -> None:
@@ -234,7 +266,7 @@ def resume(run: Run, report: Callable[[str], None], any_data: bool = False) -> N
     directory = state.newest(run.out / "state", report)
     identity = {name: part for name, part in run.identity.items() if not (any_data and name in ("data", "draws"))}
     run.changes = state.changes(directory, identity)
-    run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target)
+    run.progress = state.load(directory, run.model, run.ema, run.optimiser, identity, run.target, run.critic)
     run.guard.num_skipped, run.guard.num_in_row = run.progress.num_nonfinite, run.progress.num_nonfinite_in_row
     run.loader.counts.update(run.progress.documents)
     documents = ", ".join(str(cursor % PIECES) for cursor in run.progress.cursors or [run.progress.cursor])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omni.config import load_json
 from omni.model import OmniConfig
-from omni.objectives import FlowObjective, Objective
+from omni.objectives import Objective
 from omni.objectives.base import Trains
 from omni.samplers import SAMPLERS
 from train.recipe import Recipe
@@ -39,7 +39,7 @@ def choose_sampler(recipe: Recipe, objectives: list[Objective]) -> str:
     A sampler fits where an objective trains its inputs. The sampler of `init_from` fits too; a checkpoint records none,
     and then any fits. ValueError for one in `heads` or `generation` that does not fit; the message lists those that do.
     """
-    flow = [objective for objective in objectives if isinstance(objective, FlowObjective)]
+    flow = [objective for objective in objectives if objective.trains]
     before = _sampler_of(recipe.init_from)
     usual = USUAL_SAMPLER[max(flow, key=lambda objective: objective.weight).trains[0]] if flow else before
     trained = list(dict.fromkeys(values for objective in flow for values in objective.trains))

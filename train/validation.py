@@ -28,7 +28,7 @@ class Validation:
         """`loss`, `loss/NAME` of each objective, and `unweighted/NAME` where it differs (Terms.raw)."""
         if self._steps is None:
             self._steps = _all_steps(self.loader)
-        recipe, target = run.recipe, None if run.target is None else run.target.model
+        recipe, (averages, scores) = run.recipe, run.networks
         run.model.eval()
         try:
             with (
@@ -37,7 +37,7 @@ class Validation:
                 torch.autocast(recipe.device.split(":")[0], torch.bfloat16, enabled=recipe.autocasts),
             ):
                 batches = (batch.to(recipe.device) for step in self._steps for batch in step.batches)
-                parts = [run.model(batch, run.objectives, self.key, target) for batch in batches]
+                parts = [run.model(batch, run.objectives, self.key, averages, 1.0, scores) for batch in batches]
         finally:
             run.model.train()
         means = {name: float(mean_of([part[name] for part in parts])) for name in parts[0]}

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from omni.config import Frozen
@@ -27,7 +27,7 @@ from omni.rng import Key, normals
 from omni.sequence.block_context import BlockContext
 
 # Inputs of a loss, which omni.losses computes (TERMS_BY_INPUT).
-Reads = Literal["logits", "flow", "placeholders"]
+Reads = Literal["logits", "flow", "placeholders", "rollout"]
 
 # Values of F that training determines, by the names of samplers.base.Reads: F(x, t, t); F(x, t, s) from one time of a
 # grid to the next; for any s <= t; F(x, t, 0).
@@ -174,7 +174,7 @@ class Objective(Frozen, ABC):
     """An objective with its options.
 
     `reads`: the input of its loss, see omni.losses: next-token "logits" of supervised positions, a "flow" call with
-    items, or "placeholders" of joint tokens.
+    items, "placeholders" of joint tokens, or a "rollout": a flow call on the model's own past.
 
     An objective that uses `FlowCall.target()` has a field (or property) `target_decay: float | None`: the decay of the
     averaged weights that the trainer keeps for it. None, 0 or no such field: the present weights.
@@ -190,6 +190,11 @@ class Objective(Frozen, ABC):
     @property
     def needs_null(self) -> bool:
         """Whether `loss` uses `FlowCall.null()`; batches must then have null contexts."""
+        return False
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the trainer must keep a teacher and a critic for it: see `RolloutObjective`."""
         return False
 
 
@@ -311,6 +316,36 @@ class FlowObjective(Objective):
         """The loss of what `draw` returned. It may call `call` any number of times."""
 
 
+class RolloutObjective(Objective):
+    """An objective on samples of blocks that read samples of the model in place of the blocks before them.
+
+    The trainer keeps two networks for it: a frozen `teacher` (a model directory; None: the weights with which training
+    begins), and a critic, first a copy of the model, with an optimiser of its own: `critic_steps` updates after each
+    update of the model, at `critic_rate` times the recipe's learning rates.
+    """
+
+    reads = "rollout"
+    teacher: str | None = None
+    critic_steps: int = Field(default=1, ge=1)
+    critic_rate: float = Field(default=1.0, gt=0)
+
+    @property
+    def needs_critic(self) -> bool:
+        return True
+
+    @abstractmethod
+    def sample(self, call: FlowCall, items: Items, key: Key) -> Tensor:
+        """x (R, S, C), float32 or better: a sample of each item, keyed by its name. It also makes the past."""
+
+    @abstractmethod
+    def loss(self, call: FlowCall, teacher: FlowCall, critic: FlowCall, items: Items, key: Key) -> Terms:
+        """The model's loss. The results of teacher and critic have no graph."""
+
+    @abstractmethod
+    def critic_loss(self, critic: FlowCall, x: Tensor, items: Items, key: Key) -> Terms:
+        """The critic's loss on samples x (R, S, C), which have no graph."""
+
+
 def check_blocks(objective: Objective, context: BlockContext, has_head: bool = False) -> None:
     """ValueError, naming the objective, unless it can train a model whose blocks, or latents, read one another as
     `context` defines. has_head: the model has a head of its own for each latent (heads.latent).
@@ -319,6 +354,11 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
     would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
     Finished blocks that a sampler reads as context must be context in training too.
     """
+    if context.needs_levels and isinstance(objective, RolloutObjective):
+        raise ValueError(
+            f"{type(objective).__name__} samples block after block, but noisy blocks or latents of this model read one "
+            "another; take a model with blocks.reads = 'finished' and unit = 'block'"
+        )
     if not isinstance(objective, FlowObjective):
         return
     if has_head and context.unit == "block":

@@ -71,6 +71,12 @@ class Ema:
             parameter.copy_(values[name])
 
 
+def copy_of(model: Module) -> Module:
+    """A copy, on the device of the model and in its dtype. Its attributes `tokenizer` and `codec` are shared."""
+    shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec")) if part}
+    return copy.deepcopy(model, shared)
+
+
 class AveragedModel(Generic[Module]):
     """`model`: a copy of the given one, on its device and in its dtype, without gradients, whose weights follow.
 
@@ -81,8 +87,7 @@ class AveragedModel(Generic[Module]):
     def __init__(self, model: Module, decay: float, warms_up: bool = True) -> None:
         self.decay, self.warms_up, self.num_updates = decay, warms_up, 0
         self._live = list(model.parameters())
-        shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec")) if part}
-        self.model = copy.deepcopy(model, shared).requires_grad_(False)
+        self.model = copy_of(model).requires_grad_(False)
 
     def update(self) -> None:
         """Take one step of the average towards the present weights."""
