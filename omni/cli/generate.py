@@ -165,8 +165,8 @@ def show(events: Iterable[Event], printer: Printer | None, request: Document, re
                 if printer:
                     printer.fresh_line()  # the progress line overwrites its line
                 progress.start(f"drawing {'a clip' if kind == 'video' else 'a picture'}")
-            case BlockStep(step=step, steps=steps):
-                progress.step(step, steps)
+            case BlockStep(step=step, steps=steps, block=block):
+                progress.step(step, steps, block)
             case BlockDone(part=part):
                 progress.clear()
                 parts.append(part)
@@ -199,9 +199,11 @@ class _Progress:
     def start(self, label: str) -> None:
         self.label = label
 
-    def step(self, step: int, steps: int) -> None:
+    def step(self, step: int, steps: int, block: int) -> None:
+        """block: of a clip, from 0; several may be under way."""
         if self.enabled:
-            print(f"{_CLEAR_LINE}{self.label}: {step}/{steps}", end="", file=sys.stderr, flush=True)
+            where = f", block {block + 1}" if block else ""
+            print(f"{_CLEAR_LINE}{self.label}{where}: {step}/{steps}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         if self.enabled:

@@ -367,6 +367,12 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
             "is known, and the transformer would read none; leave head_depth out"
         )
     if not context.needs_levels:
+        if objective.levels is not None and objective.levels.kind != "autoregressive":
+            raise ValueError(
+                f"{type(objective).__name__}: levels of kind {objective.levels.kind!r} are for blocks that read one "
+                "another, but this model's noisy blocks read finished blocks alone; give heads.blocks, such as "
+                "{reads = 'before', finished = 'refine'}, or give time in place of levels"
+            )
         return
     what = "latents of one block" if context.unit == "latent" else f"noisy blocks (reads = {context.reads!r})"
     name, model = type(objective).__name__, f"a model whose {what} read one another"

@@ -336,7 +336,20 @@ def test_bad_options_are_refused(option: str, words: str) -> None:
 def test_the_suite_at_small_size(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     given = [f"schedule_gaussian.{each}" for each in (*SMALL.split(), f"folder={tmp_path}", "bars={}")]
-    assert main([SUITE, "tasks=schedule_gaussian", *given, "--json", str(tmp_path / "rows.json"), "--html", str(tmp_path / "page.html")]) == 0
+    assert (
+        main(
+            [
+                SUITE,
+                "tasks=schedule_gaussian",
+                *given,
+                "--json",
+                str(tmp_path / "rows.json"),
+                "--html",
+                str(tmp_path / "page.html"),
+            ]
+        )
+        == 0
+    )
     rows = {row["name"].partition(".")[2]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())}
     options = lab.ScheduleOptions(steps=(2, 4), lags=(0.5, 1.0), checked_steps=2, tokens=4, rounds=(1, 4))
     assert sorted(rows) == sorted(lab.schedule_rows(options))
