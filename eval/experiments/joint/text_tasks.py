@@ -272,7 +272,7 @@ def text_blocks(context: Context, options: BlockOptions) -> Outcome:
         seconds["prompt"].append(sum(_read_prompt(engine, prompt) for prompt in prompts))
         for name, way in ways.items():
             how = {"temperature": options.temperature, "max_tokens": 96, "steps": 1, **way}
-            found[name] = [_measure(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
+            found[name] = [measured_reply(engine, prompt, seed, how) for seed, prompt in enumerate(prompts)]
             seconds[name].append(sum(reply.seconds for reply in found[name]))
     rounds = [one for reply in found["blocks"] for one in reply.rounds]
     fresh = [one for one in rounds if not one.again]
@@ -308,7 +308,7 @@ class Measured:
     seconds: float
 
 
-def _measure(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Measured:
+def measured_reply(engine: Engine, prompt: Document, seed: int, how: Mapping[str, Any]) -> Measured:
     """Stream one reply and count it, without the time of pictures."""
     rounds: list[Drafted] = []
     text, number, seconds, start = "", 0, 0.0, time.perf_counter()
