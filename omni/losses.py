@@ -188,14 +188,13 @@ def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
     check_blocks(objective, context, one.model.flow.head is not None)
     batch = of_latents(batch) if context.unit == "latent" else batch
     items = one.items(batch, objective.pairing)
-    beta = torch.ones(batch.num_items, device=batch.ids.device)
     # The average may belong to another objective; this one uses it only if it declares a decay.
     own = one.averages if target_decay_of(objective) else None
     draw = objective.draw(items, key)
     if context.is_joint:
         ends = [~draw.items.trained & (draw.t == end) for end in (0, 1)]
         batch = replace(batch, refine=joined(batch.refine, batch.item, batch.item_names, context, *ends))
-    return {"": objective.loss(BatchFlowCall(one.model, batch, one.memory, beta, own), draw)}
+    return {"": objective.loss(BatchFlowCall(one.model, batch, one.memory, _ones(batch), own), draw)}
 
 
 def placeholder_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:

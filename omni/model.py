@@ -157,7 +157,7 @@ class Omni(nn.Module):
     def known_states(
         self, x: Tensor, t: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory | Runs
     ) -> Tensor:
-        """For a model with a head of its own (flow.head_depth): hidden states (R, S, W) of latents, of which those at t
+        """For a model with a latent head (flow.head_depth): hidden states (R, S, W) of latents, of which those at t
         = 0 are known and the others masked."""
         level = (t > 0).to(t.dtype)
         condition, h = self.flow.condition(level, level, guidance), self.flow.embed_known(x, t, item)

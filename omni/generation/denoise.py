@@ -25,7 +25,7 @@ from omni.generation.options import PictureOptions
 from omni.generation.prefixes import common_length
 from omni.generation.request import Media, Request
 from omni.generation.runtime import Runtime
-from omni.generation.work import Evaluate, Noisy, Read, Turn
+from omni.generation.work import Evaluate, Noisy, Read, Turn, item_tensors
 from omni.nn.cache import History
 from omni.rng import Key
 from omni.samplers import SAMPLERS, Call, State
@@ -49,17 +49,38 @@ class Block:
     item: Call | State | None = None
 
 
+@dataclass(frozen=True)
+class Branches:
+    """The guidance branches of a request beside its own history. drops: what each branch leaves out. scales, betas: the
+    factor of F, and the guidance embedding, of the own history and of each branch."""
+
+    drops: list[Drop]
+    scales: list[float]
+    betas: list[float]
+
+    @classmethod
+    def of(cls, o: PictureOptions) -> Branches:
+        """Of resolved options; a branch of factor 0 is left out."""
+        assert o.guidance is not None and o.image_guidance is not None and o.guidance_embedding is not None
+        weights: dict[Drop, float] = {"text": o.image_guidance - o.guidance, "all": 1.0 - o.image_guidance}
+        drops: list[Drop] = [what for what, weight in weights.items() if weight]
+        scales = [o.guidance, *(weights[what] for what in drops)]
+        return cls(drops, scales, [1 / o.guidance_embedding, *(1.0 for _ in drops)])  # reduced ones were trained at 1
+
+    def histories(self, request: Request) -> list[History]:
+        """The own history, then those of the branches."""
+        return [request.history, *(request.branches[what] for what in self.drops)]
+
+
 def draw(runtime: Runtime, request: Request) -> Turn:
     """Refine all blocks of the request's picture or clip; finished ones are pending context."""
     o, media, context = request.options.picture, request.media, runtime.model.block_context
-    assert media is not None and o.guidance is not None and o.image_guidance is not None
-    weights: dict[Drop, float] = {"text": o.image_guidance - o.guidance, "all": 1.0 - o.image_guidance}
-    branches: list[Drop] = [what for what, weight in weights.items() if weight]
-    scales = [o.guidance, *(weights[what] for what in branches)]
+    assert media is not None
+    branches = Branches.of(o)
     if context.unit == "latent":
         for number in range(media.chunks):
             yield from _read_finished(runtime, request, branches)
-            yield from draw_latents(runtime, request, number, branches, scales)
+            yield from draw_latents(runtime, request, number, branches)
         return
     schedule = schedule_of(o, media.chunks if media.kind == "video" else None, context)
     blocks: list[Block] = []
@@ -71,7 +92,7 @@ def draw(runtime: Runtime, request: Request) -> Turn:
         if m == 0:
             blocks = [_begin(runtime, request, schedule, b) for b in range(media.chunks)]
         moving = [blocks[move.block] for move in schedule.moves(m)]
-        yield from _move(runtime, request, _present(schedule, m, blocks, context), moving, branches, scales)
+        yield from _move(runtime, request, _present(schedule, m, blocks, context), moving, branches)
         while len(media.finished) < media.chunks and not schedule.levels[m + 1][len(media.finished)]:
             _finish(runtime, request, blocks[len(media.finished)])
             waits = True
@@ -127,9 +148,9 @@ def _require_trained(schedule: Schedule, context: BlockContext) -> None:
             )
 
 
-def _read_finished(runtime: Runtime, request: Request, branches: Sequence[Drop]) -> Turn:
+def _read_finished(runtime: Runtime, request: Request, branches: Branches) -> Turn:
     """Append what is pending, and what the branches lack."""
-    appends = [follow(runtime, request, what) for what in branches]
+    appends = [follow(runtime, request, what) for what in branches.drops]
     if request.pending:
         appends.insert(0, append_of(request.history, request.take_pending(), runtime.control.pad))
     appends = [one for one in appends if len(one)]
@@ -158,7 +179,7 @@ def _begin(runtime: Runtime, request: Request, schedule: Schedule, number: int) 
 
 def _present(schedule: Schedule, m: int, blocks: Sequence[Block], context: BlockContext) -> list[Block]:
     """The blocks of pass m: those that move, and those that they read beside the context. A block that is noise and
-    does not move tells nothing, and is left out."""
+    does not move is independent of the others, and is left out."""
     row, moves = schedule.levels[m], {move.block for move in schedule.moves(m)}
     last = len(row) - 1 if context.reads == "all" else max(moves)
 
@@ -170,14 +191,12 @@ def _present(schedule: Schedule, m: int, blocks: Sequence[Block], context: Block
 
 
 def _move(
-    runtime: Runtime, request: Request, present: Sequence[Block], moving: Sequence[Block], branches: Sequence[Drop],
-    scales: Sequence[float],
-) -> Turn:  # fmt: skip
+    runtime: Runtime, request: Request, present: Sequence[Block], moving: Sequence[Block], branches: Branches
+) -> Turn:
     """One jump of every moving block; a sampler may ask for F several times."""
-    media, o, context = request.media, request.options.picture, runtime.model.block_context
-    assert media is not None and o.guidance_embedding is not None
-    histories = [request.history, *(request.branches[what] for what in branches)]
-    betas = [1 / o.guidance_embedding, *(1.0 for _ in branches)]  # reduced histories were trained at 1
+    media, context = request.media, runtime.model.block_context
+    assert media is not None
+    histories = branches.histories(request)
     waiting = list(moving)
     while waiting:
         for block in waiting:
@@ -187,8 +206,8 @@ def _move(
         if not waiting:
             return
         noisy = [_noisy(runtime, request, block, waiting, context) for block in present]
-        found = yield Evaluate(noisy, histories, betas, context.reads == "before")
-        F = _guided(_velocities(runtime, found, noisy, betas), scales)
+        found = yield Evaluate(noisy, histories, branches.betas, context.reads == "before")
+        F = _guided(_velocities(runtime, found, noisy, branches.betas), branches.scales)
         media.evaluations += len(histories) * len(waiting)
         for block, part in zip(present, F.split([len(one.x) for one in noisy]), strict=True):
             if block in waiting:
@@ -254,9 +273,7 @@ def _finish(runtime: Runtime, request: Request, block: Block) -> None:
     request.length += len(x)
 
 
-def draw_latents(
-    runtime: Runtime, request: Request, number: int, branches: Sequence[Drop], scales: Sequence[float]
-) -> Turn:
+def draw_latents(runtime: Runtime, request: Request, number: int, branches: Branches) -> Turn:
     """Refine one block whose latents have times of their own: in each round some of them, in random order, from noise
     to data in all jumps of the sampler (MAR, arXiv 2406.11838)."""
     media, o = request.media, request.options.picture
@@ -269,20 +286,18 @@ def draw_latents(
     for m in range(schedule.num_passes):
         moving = [move.block for move in schedule.moves(m)]
         is_known = [level == 0 for level in schedule.levels[m]]
-        x = yield from _draw_some(runtime, request, number, x, moving, is_known, branches, scales)
+        x = yield from _draw_some(runtime, request, number, x, moving, is_known, branches)
         yield from _report(media, Block(number, x, 0.0), m + 1, schedule.num_passes)
     _finish(runtime, request, Block(number, x, 0.0))
 
 
 def _draw_some(
     runtime: Runtime, request: Request, number: int, x: Tensor, moving: Sequence[int], is_known: Sequence[bool],
-    branches: Sequence[Drop], scales: Sequence[float],
+    branches: Branches,
 ) -> Turn:  # fmt: skip
     """One round: latents `moving` of x (N, C) go from noise to data given the known ones. Returns x after it."""
     media, o = request.media, request.options.picture
-    assert media is not None and o.sampler is not None and o.guidance_embedding is not None
-    histories = [request.history, *(request.branches[what] for what in branches)]
-    betas = [1 / o.guidance_embedding, *(1.0 for _ in branches)]
+    assert media is not None
     at, grid = torch.tensor(moving, device=runtime.device), runtime.grammar.grid(media)
 
     def noise(*jump: int) -> Tensor:
@@ -299,10 +314,11 @@ def _draw_some(
         for n in moving:
             times[n] = item.t, item.s
         noisy = [Noisy(x.index_copy(0, at, item.x.to(x.dtype)), item.t, item.s, grid, each=times)]
-        if found is None or runtime.model.flow.head is None:  # a head of its own reads the same states in every jump
-            found = yield Evaluate(noisy, histories, betas)
-            media.evaluations += len(histories)
-        item = _answered(sampling, _guided(_velocities(runtime, found, noisy, betas), scales)[at].double())
+        if found is None or runtime.model.flow.head is None:  # a latent head reads the same states in every jump
+            found = yield Evaluate(noisy, branches.histories(request), branches.betas)
+            media.evaluations += len(branches.betas)
+        F = _guided(_velocities(runtime, found, noisy, branches.betas), branches.scales)
+        item = _answered(sampling, F[at].double())
     return x.index_copy(0, at, arrived.to(x.dtype))
 
 
@@ -318,10 +334,7 @@ def _velocities(runtime: Runtime, found: Tensor, noisy: Sequence[Noisy], betas: 
     if flow.head is None:
         return found
     x = torch.cat([block.x for block in noisy]).expand(len(betas), -1, -1)
-    counts = [n for b in noisy for n in ([len(b.x)] if b.each is None else [1] * len(b.x))] * len(betas)
-    times = [(*ts, beta) for beta in betas for block in noisy for ts in block.times]
-    t, s, beta = torch.tensor(times, dtype=torch.float32, device=x.device).unbind(1)
-    item = torch.arange(len(times), device=x.device).repeat_interleave(torch.tensor(counts, device=x.device))
+    t, s, beta, item = item_tensors([(noisy, betas)], x.device)
     return flow.of_latents(found, x, t, s, beta, item.view(x.shape[:2]))
 
 

@@ -26,7 +26,7 @@ from omni.generation.events import Drafted, Event, Failed
 from omni.generation.request import Request
 from omni.generation.runtime import Runtime
 from omni.generation.speculative import draft_together
-from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Scores, Turn, Work
+from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Scores, Turn, Work, item_tensors
 from omni.nn.cache import History, PoolFullError
 from omni.nn.native_step import CompiledStep
 from omni.samplers.token import masked_scores
@@ -218,14 +218,8 @@ class Steps:
         ]  # fmt: skip
         stream, runs = group_runs(groups, device)
         x = torch.cat([block.x for work in works for _ in work.histories for block in work.blocks])[None]
-        times = [(*ts, beta) for work in works for beta in work.betas for b in work.blocks for ts in b.times]
-        t, s, beta = torch.tensor(times, dtype=torch.float32, device=device).unbind(1)
-        item = None
-        if len(times) > 1:
-            blocks = [block for work in works for _ in work.histories for block in work.blocks]
-            counts = [n for b in blocks for n in ([len(b.x)] if b.each is None else [1] * len(b.x))]
-            item = torch.arange(len(times), device=device)
-            item = item.repeat_interleave(torch.tensor(counts, device=device))[None]
+        t, s, beta, item = item_tensors([(work.blocks, work.betas) for work in works], device)
+        item = item if len(t) > 1 else None
         self.computed += runs.num
         if model.flow.head is not None:
             F = model.known_states(x, t, beta, stream, item, runs)[0]

@@ -16,6 +16,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from omni.generation.context import Append
@@ -60,11 +61,16 @@ class Noisy(NamedTuple):
         """(t, s) of every item: of the block, or of each latent."""
         return [(self.t, self.s)] if self.each is None else self.each
 
+    @property
+    def counts(self) -> list[int]:
+        """The number of latents of every item."""
+        return [len(self.x)] if self.each is None else [1] * len(self.x)
+
 
 @dataclass(frozen=True)
 class Evaluate:
     """F(x, t, s) of blocks that read one another after each history: all of them, or with `is_causal` those before.
-    betas: the guidance embedding after each history. For a model with a head of its own for each latent, the result is
+    betas: the guidance embedding after each history. For a model with a latent head the result is
     hidden states, `Omni.known_states`."""
 
     blocks: Sequence[Noisy]
@@ -79,6 +85,20 @@ class Evaluate:
 
     def __len__(self) -> int:
         return self.num * len(self.histories)
+
+
+def item_tensors(
+    groups: Sequence[tuple[Sequence[Noisy], Sequence[float]]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(t, s, beta) of every item, float32 (I,), and the item of every position, int64 (1, N).
+
+    groups: blocks, and the guidance embedding after each history; the blocks are repeated for every history.
+    """
+    times = [(*ts, beta) for blocks, betas in groups for beta in betas for block in blocks for ts in block.times]
+    counts = [num for blocks, betas in groups for _ in betas for block in blocks for num in block.counts]
+    t, s, beta = torch.tensor(times, dtype=torch.float32, device=device).unbind(1)
+    item = torch.arange(len(times), device=device).repeat_interleave(torch.tensor(counts, device=device))
+    return t, s, beta, item[None]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: the meaning of the network's output, see the module docstring.
     scale_input: divide x by n before embedding (EDM's c_in), so that its deviation is 1 at every t.
-    head_depth: None, or the number of blocks of a head of its own for each latent (heads.latent, MAR). The transformer
+    head_depth: None, or the number of blocks of the latent head (heads.latent, MAR). The transformer
         then reads known latents and masks in place of noisy ones.
     min_time: for "x" only: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x. The optimal
         G is then x - min_time F, not the data. From JiT (arXiv 2511.13720).
@@ -133,7 +133,7 @@ class FlowHead(nn.Module):
         return (x_RSC / _deviation(_per_position(t_I, item))).to(x_RSC.dtype)
 
     def embed_known(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
-        """For a model with a head of its own: latents at t = 0, and the mask in place of the others: (R, S, W)."""
+        """For a model with a latent head: latents at t = 0, and the mask in place of the others: (R, S, W)."""
         assert self.head is not None
         known = self.noisy(x_RSC)
         return torch.where(_per_position(t_I, item) == 0, known, self.head.mask.to(known.dtype))
@@ -141,7 +141,7 @@ class FlowHead(nn.Module):
     def of_latents(
         self, z_RSW: Tensor, x_RSC: Tensor, t_I: Tensor, s_I: Tensor, guidance_I: Tensor, item: Tensor | None
     ) -> Tensor:
-        """F (R, S, C) by the head of its own, from hidden states z (R, S, W)."""
+        """F (R, S, C) by the latent head, from hidden states z (R, S, W)."""
         assert self.head is not None
         condition = self.condition(t_I, s_I, guidance_I)
         x = self._scaled(x_RSC, t_I, item)

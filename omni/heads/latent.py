@@ -1,4 +1,4 @@
-"""A head of its own for each latent: F(x_n, t, s | z_n) by a small MLP on the hidden state z_n of the transformer (MAR,
+"""The latent head: F(x_n, t, s | z_n) by a small MLP on the hidden state z_n of the transformer (MAR,
 arXiv 2406.11838, whose head is a diffusion model; here it is any flow map).
 
 The transformer reads which latents are known, and is evaluated once; the head is evaluated in every step. With it, the

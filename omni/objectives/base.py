@@ -348,7 +348,7 @@ class RolloutObjective(Objective):
 
 def check_blocks(objective: Objective, context: BlockContext, has_head: bool = False) -> None:
     """ValueError, naming the objective, unless it can train a model whose blocks, or latents, read one another as
-    `context` defines. has_head: the model has a head of its own for each latent (heads.latent).
+    `context` defines. has_head: the model has a latent head (heads.latent).
 
     An objective on the sample's own velocity eps - x0, such as MeanFlow, needs reads "all". With "before", block b
     would learn from E[v_a | x_1..x_b] how an earlier block a moves, but a sampler moves it by E[v_a | x_1..x_a].
@@ -391,8 +391,8 @@ def check_blocks(objective: Objective, context: BlockContext, has_head: bool = F
         )
     if objective.moves_together == "all" and context.reads == "before":
         raise ValueError(
-            f"{name} cannot train {model}: its tangent has the velocity of each sample, which knows later blocks; take "
-            "improved_mean_flow, flow_matching, or reads = 'all'"
+            f"{name} cannot train {model}: its tangent has the velocity of each sample, which depends on later blocks; "
+            "take improved_mean_flow, flow_matching, or reads = 'all'"
         )
     if objective.needs_null:
         raise ValueError(f"{name}: guidance in training is not implemented for {model}; leave guidance out")

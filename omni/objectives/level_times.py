@@ -1,4 +1,4 @@
-"""Distributions of level vectors: the times of all blocks of one document at once. t = 1 is noise, t = 0 data.
+"""Distributions of level vectors: the times of all blocks of a clip at once. t = 1 is noise, t = 0 data.
 
 A level vector has one rank in [0, 1] per block, 0 data and 1 noise; t = time.quantile(rank).
 
@@ -56,8 +56,8 @@ class LevelTimes:
     """t, s: (I,) float64, the time of each item and the end of its jump. trained: (I,) bool, the items whose prediction
     belongs to the loss.
 
-    Items that are not trained have t = 0, data, or t = 1, noise: a block after the window, or after the target, tells
-    nothing and may be left out.
+    Items that are not trained have t = 0, data, or t = 1, noise: a block after the window, or after the target, is
+    independent of the others and may be left out.
     """
 
     t: Tensor

@@ -34,10 +34,11 @@ BlockReads = Literal["finished", "before", "all"]
 class BlockContext(Frozen):
     """See the head of the file.
 
-    context_time: in [0, 1), how noisy finished blocks look. As context they are multiplied by 1 - context_time, in
-    training and in sampling. In the refine pass they are shown at t = s = context_time, multiplied by 1 - context_time,
-    and kept unchanged (stabilisation of Diffusion Forcing, arXiv 2407.01392); levels of a kind that trains every level,
-    such as "independent", show them so in training too, and others are refused (objectives.base.check_blocks).
+    context_time: in [0, 1), the time at which finished blocks are shown. As context they are multiplied by
+    1 - context_time, in training and in sampling. In the refine pass they are shown at t = s = context_time, multiplied
+    by 1 - context_time, and kept unchanged (stabilisation of Diffusion Forcing, arXiv 2407.01392); levels of a kind
+    that trains every level, such as "independent", show them so in training too, and others are refused
+    (objectives.base.check_blocks).
     context_noise: whether context_time times noise is added there, new in every evaluation: noise that is drawn once
     would be taken for data.
 

@@ -147,7 +147,7 @@ def level_major(num_blocks: int, num_levels: int, reads: Reads = "two_levels") -
 
     reads: "two_levels" is the rule above. "all" leaves out x^(l+1) of the blocks before b. That is the same conditional
     distribution if x^(l+1) is x^l with independent noise added to each block (a Markov process of noise): given x^l of
-    the blocks before b, their x^(l+1) tells nothing more. It is another one if levels share their noise, as on a path
+    the blocks before b, their x^(l+1) adds no information. It is another one if levels share their noise, as on a path
     x_t = (1 - t) x0 + t eps.
     """
     _require_positive(blocks=num_blocks, levels=num_levels)

@@ -193,8 +193,8 @@ def test_samplers_of_neighbours_go_in_step(model: Omni, monkeypatch: pytest.Monk
         assert one.F is not None and one.F.isfinite().all()
 
 
-def test_guidance_sums_the_branches_of_all_blocks(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guidance w = 1 with image guidance 1 is the request alone; evaluations count every moving block and branch."""
+def test_evaluations_count_every_moving_block_and_branch(model: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With guidance 1 there is no branch; else one, for every jump of every block."""
     with_blocks(model, BlockContext(reads="before"))
     engine = Engine(model)
     follow(engine, lambda request: clip_script(model))

@@ -6,7 +6,7 @@ Report rows. A draft of K tokens is blockwise parallel decoding (arXiv 1811.0311
 noise, as Jacobi iteration does (arXiv 2305.10427). Both are verified: the ids are those of autoregressive decoding.
 
     story_P_STEPS    percentage of the pictures of stories of P pictures that show their sentence
-    seconds_P_STEPS  seconds of a story, many in shared steps
+    seconds_P_STEPS  seconds of a story, many in shared steps, with the time of judging
     text_K_N         tokens of text for each pass of the transformer; sweeps are passes too
     identical        percentage of replies that equal autoregressive decoding, over all K and N
 """

@@ -69,7 +69,7 @@ def drift_rows(options: DriftOptions) -> list[str]:
     rows += [f"{kind}_{model}_{steps}_{past}" for kind in ("next", "far") for model, steps in lines for past in PASTS]
     rows += [f"drift_{model}_{steps}" for model, steps in lines]
     rows += [f"kept_{model}_{steps}" for model in MODELS[1:] for steps in options.sampling]
-    return [*rows, "floor_next", "floor_far", *(f"seconds_{model}" for model in MODELS)]
+    return [*rows, "exact_next", "exact_far", *(f"seconds_{model}" for model in MODELS)]
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ def schedule_drift(context: Context, options: DriftOptions) -> Outcome:
     exact = walk.sample(context.key("drift", "exact"), options.measured)
     measures = [*picture_measures(results), *mean_measures(options, results)]
     for name, value in zip(("next", "far"), walk.distances(exact, exact), strict=True):
-        measures.append(Measure(f"floor_{name}", float(value.mean()), "radii"))
+        measures.append(Measure(f"exact_{name}", float(value.mean()), "radii"))
     measures += [Measure(f"seconds_{m}", sum(one[m] for one in seconds) / len(seconds), "s") for m in MODELS]
-    notes = [f"mean of {options.seeds} seeds; distances over the radius; floor: exact samples", table(options, results)]
+    notes = [f"mean of {options.seeds} seeds; distances over the radius; exact: exact samples", table(options, results)]
     return Outcome(measures, curves=curves(options, results), notes=notes)
 
 

@@ -156,7 +156,7 @@ def velocity_weights(gaussian: BlockGaussian, tau_TB: Tensor, reads_TBB: Tensor)
 
 
 def _reads_BB(reads: Reads, ended_B: Tensor) -> Tensor:
-    """Row b: the blocks that block b reads, itself included. A block that is noise may be read: it tells nothing."""
+    """Row b: the blocks that block b reads, itself included. A block that is noise may be read: it is independent."""
     every_BB = ended_B.new_ones(len(ended_B), len(ended_B))
     if reads == "finished":
         return (every_BB & ended_B).fill_diagonal_(True)

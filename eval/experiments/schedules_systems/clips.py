@@ -1,7 +1,7 @@
 """Samples of clips from a trained model, and the distance of their distribution from that of the data.
 
 The data are few clips, each with the same probability, so distances are to the exact distribution. Every clip has one
-prompt, which says nothing of it.
+prompt, which does not depend on it.
 
 Legend: N samples, M data clips, T frames, H height, W width, D numbers of a clip.
 """
