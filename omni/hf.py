@@ -32,8 +32,10 @@ except ImportError as error:
 
 # Arguments of `from_pretrained` that choose the files of a hub, and those that may be given with these values alone.
 HUB = ("revision", "cache_dir", "local_files_only", "token", "force_download")
-IGNORED = {"trust_remote_code": (None, False), "use_safetensors": (None, True), "_from_auto": (None, True, False)}
-IGNORED |= {"low_cpu_mem_usage": (None, True, False), "adapter_kwargs": (None, {}), "_commit_hash": None}  # type: ignore
+IGNORED: dict[str, tuple[Any, ...] | None] = {
+    "trust_remote_code": (None, False), "use_safetensors": (None, True), "low_cpu_mem_usage": (None, True, False),
+    "_from_auto": None, "_commit_hash": None, "adapter_kwargs": None,  # of AutoModel itself: any value
+}  # fmt: skip
 
 
 class OmniHubConfig(PretrainedConfig):

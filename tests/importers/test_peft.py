@@ -105,7 +105,7 @@ def test_a_written_adapter_opens_in_peft(tmp_path: Path, targets: tuple[Any, ...
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA' is not implemented"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"something_new": 1}, "something_new = 1 is not implemented"),
-        ({"r": 5}, "lora_A of v_proj in layer 0 has shape .2, 32., this model needs .5, 32."),
+        ({"r": 5}, "lora_A of v_proj in layer . has shape .2, 32., this model needs .5, 32."),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
