@@ -46,7 +46,7 @@ OPTIONAL = {
     "diffusers": {"omni/codecs/upstream.py"},
     "av": {"omni/media/video.py"},
     "emoji": {"omni/data/emoji_world/names.py"},
-    "flash_attn": {"omni/nn/attention/backends.py"},
+    "flash_attn": {"omni/nn/attention/flash.py"},
     "triton": {"omni/nn/attention/jvp_triton.py"},
     "transformers": {"eval/peers.py"},
     "transfusion_pytorch": {"eval/peers.py"},
