@@ -80,9 +80,9 @@ class Segment:
 class Call:
     """One call of the kernel.
 
-    queries, keys: flat positions, int64 (num,); None: all, in order. bounds: int32 (sequences + 1,), where each sequence
-    begins in them. longest: positions of the longest sequence. is_recomputed: the backward computes the call again, and
-    the gathered keys are not kept.
+    queries, keys: flat positions, int64 (num,); None: all, in order. bounds: int32 (sequences + 1,), where each
+    sequence begins in them. longest: positions of the longest sequence. is_recomputed: the backward computes the call
+    again, and the gathered keys are not kept.
     """
 
     queries: Tensor | None
