@@ -202,7 +202,7 @@ def test_the_native_step_serves_layers_without_qk_norm() -> None:
     ("spec", "message"),
     [
         ({"expert": {"width": 8}}, "expert has no effect with latent_weights = 'shared'"),
-        ({"expert": {"layers": (2, 1)}, "latent_weights": "refine"}, r"expert.layers = \[2, 1\]: give layers of 0 to"),
+        (
             {"expert": {"layers": (2, 1)}, "latent_weights": "refine"},
             r"expert.layers = \[2, 1\]: give layers of 0 to 7",
         ),
