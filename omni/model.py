@@ -235,7 +235,9 @@ class Omni(nn.Module):
 
     def _set_loras(self, loras: tuple[LoraSpec, ...]) -> None:
         old = self.config.transformer
-        transformer = TransformerConfig(**{**{name: getattr(old, name) for name in type(old).model_fields}, "loras": loras})
+        transformer = TransformerConfig(
+            **{**{name: getattr(old, name) for name in type(old).model_fields}, "loras": loras}
+        )
         self.config = self.config.model_copy(update={"transformer": transformer})
         self.transformer.c = transformer
 
