@@ -185,6 +185,8 @@ def flow_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms]:
     batch, context = one.batch, one.model.block_context
     if not batch.num_items:
         return one.no_terms(objective)
+    if one.model.flow is None:
+        raise ValueError(f"{type(objective).__name__} needs a flow head, this model is of text alone; set heads.flow")
     check_blocks(objective, context, one.model.flow.head is not None)
     batch = of_latents(batch) if context.unit == "latent" else batch
     items = one.items(batch, objective.pairing)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.checkpoint import publish
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 class OmniConfig(Frozen):
     """All settings that determine the shapes of the weights. `vocab_size` counts text and control ids.
 
+    flow: None: a model of text alone. embedding_scale, new_rows: see heads.token.
     `sampler`: the default sampler of the flow head: "euler" after flow matching, "flow_map" after a two-time objective.
     `max_grid`: bound of the header that the model may generate, in latents. `max_context`: positions of a prompt and
     its reply together (see sequence.context_limit). logit_cap: see heads.token. joint: a joint-token head, or None.
@@ -56,9 +57,11 @@ class OmniConfig(Frozen):
     """
 
     transformer: TransformerConfig = TransformerConfig()
-    flow: FlowHeadConfig = FlowHeadConfig()
+    flow: FlowHeadConfig | None = FlowHeadConfig()
     vocab_size: int = Field(ge=1, le=1 << 24)
     tied_embeddings: bool = True
+    embedding_scale: float = Field(default=1.0, gt=0, le=1e6)
+    new_rows: int = Field(default=0, ge=0, le=1 << 16)
     logit_cap: float | None = Field(default=None, gt=0)
     sampler: SamplerName = "euler"
     max_grid: int = Field(default=8, ge=1, le=64)
@@ -66,6 +69,19 @@ class OmniConfig(Frozen):
     max_context: int = Field(default=4096, ge=16, le=2**24)
     joint: JointConfig | None = None
     blocks: BlockContext = BlockContext()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> OmniConfig:
+        if self.new_rows >= self.vocab_size:
+            raise ValueError(f"new_rows = {self.new_rows} leaves no other id of vocab_size = {self.vocab_size}")
+        if self.joint is not None and self.transformer.window is not None:
+            raise ValueError("a joint-token head beside layers with a window is not implemented; leave joint out")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of latents; 0 for a model of text alone."""
+        return 0 if self.flow is None else self.flow.channels
 
 
 class Omni(nn.Module):
@@ -75,10 +91,12 @@ class Omni(nn.Module):
     def __init__(self, config: OmniConfig, key: Key | None = None) -> None:
         super().__init__()
         self.config = config
-        width = config.transformer.width
-        self.transformer = Transformer(config.transformer)
-        self.token = TokenHead(config.vocab_size, width, config.tied_embeddings, config.logit_cap)
-        self.flow = FlowHead(width, config.flow)
+        width, c = config.transformer.width, config
+        self.transformer = Transformer(config.transformer, config.flow is not None)
+        new = c.embedding_scale, c.new_rows
+        self.token = TokenHead(config.vocab_size, width, config.tied_embeddings, config.logit_cap, *new)
+        refine_width = config.transformer.refine_spec.width
+        self.flow = None if config.flow is None else FlowHead(refine_width, config.flow, width)
         self.joint = None if config.joint is None else JointTokens(config.joint, config.transformer, config.vocab_size)
         self.tokenizer: Tokenizer | None = None
         self.codec: Codec | None = None
@@ -96,6 +114,11 @@ class Omni(nn.Module):
             self.joint.initialise(key)
 
     # ---- training forward -----------------------------------------------------------------------------------------
+
+    @property
+    def has_latent_head(self) -> bool:
+        """Whether each latent has a head of its own (heads.latent)."""
+        return self.flow is not None and self.flow.head is not None
 
     @property
     def block_context(self) -> BlockContext:
@@ -130,8 +153,9 @@ class Omni(nn.Module):
     def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
         """Inputs (R, T, W): embeddings of ids (R, T), and clean latents (R, T, C) where is_latent (R, T)."""
         h = self.token.embed(ids)
-        if latents is None or is_latent is None:
+        if latents is None or is_latent is None or not latents.shape[-1]:
             return h
+        assert self.flow is not None
         scale = self.block_context.context_scale
         latents = latents if scale == 1 else latents * scale
         clean = self.flow.embed_clean(latents.to(self.flow.clean.weight.dtype))
@@ -145,20 +169,23 @@ class Omni(nn.Module):
 
         If x, t, s are `Dual`s: F with its derivative, a Dual (see nn.tangent).
         """
+        assert self.flow is not None
         if self.flow.head is not None:
             value, time = (one.value if isinstance(one, Dual) else one for one in (x, t))
             z = self.known_states(value, time, guidance, stream, item, memory)
-            return lift(lambda x, t, s: self.flow.of_latents(z, x, t, s, guidance, item), x, t, s)
-        condition = lift(lambda t, s: self.flow.condition(t, s, guidance), t, s)
-        noisy = lift(lambda x, t: self.flow.embed(x, t, item), x, t)
+            return lift(self.flow.of_latents, z, x, t, s, guidance, item)
+        flow = self.flow
+        condition = lift(lambda t, s: flow.condition(t, s, guidance), t, s)
+        noisy = lift(lambda x, t: flow.embed(x, t, item), x, t)
         hidden = self.transformer.refine(noisy, stream, memory, condition, item)
-        return lift(lambda h, condition, x, t: self.flow.read(h, condition, item, x, t), hidden, condition, x, t)
+        return lift(lambda h, condition, x, t: flow.read(h, condition, item, x, t), hidden, condition, x, t)
 
     def known_states(
         self, x: Tensor, t: Tensor, guidance: Tensor, stream: Stream, item: Tensor | None, memory: Memory | Runs
     ) -> Tensor:
         """For a model with a latent head (flow.head_depth): hidden states (R, S, W) of latents, of which those at t
         = 0 are known and the others masked."""
+        assert self.flow is not None
         level = (t > 0).to(t.dtype)
         condition, h = self.flow.condition(level, level, guidance), self.flow.embed_known(x, t, item)
         return self.transformer.refine(h, stream, memory, condition, item)

@@ -66,6 +66,6 @@ def _check_attached(model: Omni, source: str) -> None:
     if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
         theirs = model.tokenizer.vocab_size
         raise DamagedError(f"{source}: the tokenizer has {theirs} ids, vocab_size is {config.vocab_size}")
-    if model.codec is not None and model.codec.spec.channels != config.flow.channels:
+    if model.codec is not None and config.flow is not None and model.codec.spec.channels != config.channels:
         theirs = model.codec.spec.channels
-        raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.flow.channels}")
+        raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.channels}")

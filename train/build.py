@@ -329,7 +329,7 @@ def check_blocks_of(recipe: Recipe, objectives: Sequence[Objective], config: Omn
     generation that such a model does not have."""
     for number, (o, objective) in enumerate(zip(recipe.objectives, objectives, strict=True)):
         try:
-            check_blocks(objective, config.blocks, config.flow.head_depth is not None)
+            check_blocks(objective, config.blocks, config.flow is not None and config.flow.head_depth is not None)
         except ValueError as error:
             raise ValueError(f"objectives.{number} ({o.name}) with heads.blocks: {error}") from None
     options = GenerationOptions().resolved({"tokens_per_pass": 1, **recipe.generation}, "[generation]")

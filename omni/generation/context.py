@@ -38,6 +38,11 @@ class Append:
     def is_text(self) -> bool:
         return all(latent is None for latent in self.laid.latents)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether native code can compute it."""
+        return self.is_text and self.history.lora is None
+
     def runs(self, first: int) -> Iterator[Run]:
         """Runs of the positions, the first at `first` of the pass: causal runs of text, and blocks of latents."""
         laid, a = self.laid, 0
@@ -113,7 +118,7 @@ def run_context(
         runs += one.runs(first)
         first += len(one)
     made = Runs(runs)
-    if step is not None and not m and made.num <= NATIVE and all(one.is_text for one in appends):
+    if step is not None and not m and made.num <= NATIVE and all(one.is_native for one in appends):
         ids = [token for one in appends for token in one.laid.ids]
         positions = [position[0] for one in appends for position in one.laid.position]
         hidden = step(model.token.embed(torch.tensor(ids)), positions, made)
@@ -131,7 +136,8 @@ def _pass(
 ) -> Tensor:
     """Hidden states (N + P, W)."""
     device, num = model.token.embedding.weight.device, runs.num
-    rows = context_tensors([[one.laid for one in appends]], num, model.flow.c.channels, pad_id)
+    channels = 0 if model.flow is None else model.flow.c.channels
+    rows = context_tensors([[one.laid for one in appends]], num, channels, pad_id)
     some = bool(rows.is_latent.any())
     is_latent = rows.is_latent.to(device) if some else None
     h = model.embed_context(rows.ids.to(device), rows.latents.to(device) if some else None, is_latent)

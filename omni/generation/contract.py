@@ -99,6 +99,7 @@ def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
     documents = [sample_spans(model, key.fold(n), length) for n, length in enumerate((7, 3, 5))]
     whole = documents[0]
     branches = {"text dropped": _without_text(whole), "everything dropped": _last_block_alone(whole)}
+    branches = branches if model.flow is not None else {}
     alone = [_uncached(model, d, key) for d in documents]
     yield _compare("training = uncached", [_training(model, [d], key)[0] for d in documents], alone)
     yield _compare("cached = uncached", [_cached(model, [d], key)[0] for d in documents], alone)
@@ -116,10 +117,11 @@ def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
 
 
 def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
-    """The first `length` segments of text-image-text-video-text-image-text, with random ids and latents."""
+    """The first `length` segments of text-image-text-video-text-image-text, with random ids and latents; text alone
+    for a model of text."""
     random = key.python()
-    num_text, channels = min(model.config.vocab_size, 256), model.config.flow.channels
-    blocks = {1: [(1, 2, 3)], 3: [(2, 2, 2), (2, 2, 2)], 5: [(1, 3, 2)]}
+    num_text, channels = min(model.config.vocab_size, 256), model.config.channels
+    blocks = {1: [(1, 2, 3)], 3: [(2, 2, 2), (2, 2, 2)], 5: [(1, 3, 2)]} if model.flow is not None else {}
     spans: list[Span] = []
     for i in range(length):
         if i in blocks:
@@ -155,13 +157,13 @@ def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, floa
 def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
     """All documents packed in one batch row. `_noisy` gives the noisy copy of each block."""
     total = sum(sum(len(s.ids) if isinstance(s, TokenSpan) else len(s.latents) for s in d) for d in documents)
-    [batch], _ = pack(
-        documents, [Shape(1, total, total)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False
-    )
+    [batch], _ = pack(documents, [Shape(1, total, total)], channels=model.config.channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
     hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
     logits = model.token.read(hidden)[0]
     noisy = [_noisy(s, n, key) for d in documents for n, s in enumerate(x for x in d if isinstance(x, LatentSpan))]
+    if not noisy:
+        return _split(documents, logits, logits[:0])
     x = torch.cat([item[0] for item in noisy])[None].to(logits)
     t, s = (_times([float(item[k]) for item in noisy], logits) for k in (1, 2))
     flow = model.velocity(x, t, s, torch.ones_like(t), batch.refine, batch.item, memory)[0]
@@ -201,7 +203,7 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
 
 def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
     plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
-    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False)
+    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=model.config.channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
     hidden, _ = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
     return model.token.read(hidden)[0]
@@ -289,7 +291,7 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
     assert model.joint is not None
     device, num = model.token.embedding.weight.device, model.joint.head.length
     plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
-    channels = model.config.flow.channels
+    channels = model.config.channels
     [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=channels, pad_id=0, fixed_shape=False)
     batch = batch.to(device)
     hidden, memory = model.context(batch)

@@ -163,7 +163,7 @@ def _begin(runtime: Runtime, request: Request, schedule: Schedule, number: int) 
     o, media, model = request.options.picture, request.media, runtime.model
     assert media is not None
     grid, all_times = runtime.grammar.grid(media), o.times()
-    size = grid[0] * grid[1] * grid[2], model.config.flow.channels
+    size = grid[0] * grid[1] * grid[2], model.config.channels
     levels = sorted({row[number] for row in schedule.levels}, reverse=True)
     times = [all_times[schedule.num_levels - level] for level in levels]
     # x_t = (1 - t) x0 + t eps; a first time t < 1 starts from t eps, with x0 = 0.
@@ -280,7 +280,7 @@ def draw_latents(runtime: Runtime, request: Request, number: int, branches: Bran
     assert media is not None
     num, order = math.prod(runtime.grammar.grid(media)), request.key.fold("latent order", media.index, number)
     schedule = masked_order(num, min(o.rounds or num, num), order)
-    size = num, runtime.model.config.flow.channels
+    size = num, runtime.model.config.channels
     x = block_noise(request.key, media.index, number, size)
     x = x.to(runtime.device, runtime.model.token.embedding.weight.dtype)
     for m in range(schedule.num_passes):
@@ -314,7 +314,7 @@ def _draw_some(
         for n in moving:
             times[n] = item.t, item.s
         noisy = [Noisy(x.index_copy(0, at, item.x.to(x.dtype)), item.t, item.s, grid, each=times)]
-        if found is None or runtime.model.flow.head is None:  # a latent head reads the same states in every jump
+        if found is None or not runtime.model.has_latent_head:  # a latent head reads the same states in every jump
             found = yield Evaluate(noisy, branches.histories(request), branches.betas)
             media.evaluations += len(branches.betas)
         F = _guided(_velocities(runtime, found, noisy, branches.betas), branches.scales)
@@ -331,7 +331,7 @@ def _sampling(o: PictureOptions, start: Tensor, times: list[float], noise: Noise
 def _velocities(runtime: Runtime, found: Tensor, noisy: Sequence[Noisy], betas: Sequence[float]) -> Tensor:
     """F of each branch (K, N, C) from the result of an Evaluate: by the head of each latent where the model has one."""
     flow = runtime.model.flow
-    if flow.head is None:
+    if flow is None or flow.head is None:
         return found
     x = torch.cat([block.x for block in noisy]).expand(len(betas), -1, -1)
     t, s, beta, item = item_tensors([(noisy, betas)], x.device)
@@ -358,7 +358,7 @@ def follow(runtime: Runtime, request: Request, what: Drop) -> Append:
     """The append that makes the history of a branch equal to the reduced history before the next block. What the branch
     read for an earlier picture is kept as far as it is the same."""
     if what not in request.branches:
-        request.branches[what] = History(runtime.pool)
+        request.branches[what] = History(runtime.pool, request.history.lora)
     history = request.branches[what]
     spans = null_spans(runtime, request, what)
     laid = lay_out(spans, runtime.control.pad)

@@ -266,6 +266,8 @@ class Engine:
             why = "this model has no joint-token head" if joint is None else f"its joint-token head drafts {length}"
             raise ValueError(f"tokens_per_pass = {num} is too many: {why}; take at most {length}")
         require_effect(out.picture, self.model.block_context)
+        if out.lora != "none":
+            self.model.transformer.lora(out.lora or "")  # raises for an unknown name
         return out
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:
@@ -300,8 +302,9 @@ class Engine:
             document = messages_to_document(prompt, allow_paths=self.allow_paths)
         if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
             raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
-        number, history, stream = next(self._numbers), History(self.pool), self.tokenizer.stream()
-        request = Request(number, history, self.resolve(options), document.segments, stream)
+        options = self.resolve(options)
+        history = History(self.pool, None if options.lora == "none" else options.lora)
+        request = Request(next(self._numbers), history, options, document.segments, self.tokenizer.stream())
         request.continues = tuple(continues)
         begin(self.runtime, request)
         return request

@@ -39,6 +39,11 @@ class Grammar:
         self.device = device
         self.allowed = {phase: self._allowed(phase) for phase in ("text", "chunks", "rate", "rows", "columns")}
 
+    @property
+    def draws(self) -> bool:
+        """Whether the model can generate pictures."""
+        return self.codec is not None and self.config.flow is not None
+
     # ---- what may come ---------------------------------------------------------------------------------------------
 
     def _allowed(self, phase: str) -> Tensor:
@@ -48,7 +53,8 @@ class Grammar:
         if phase == "text":
             mask[: self.tokenizer.num_text] = 0
             mask[c.end] = 0
-            mask[[c.image, c.video]] = 0
+            if self.draws:
+                mask[[c.image, c.video]] = 0
         else:
             largest = {"chunks": config.max_chunks, "rate": MAX_SIZE}.get(phase, config.max_grid)
             mask[[c.size(n) for n in range(1, largest + 1)]] = 0
@@ -64,7 +70,7 @@ class Grammar:
         return only
 
     def may_draw(self, request: Request) -> bool:
-        return self.codec is not None and request.num_media < request.options.max_images
+        return self.draws and request.num_media < request.options.max_images
 
     def following(self, request: Request, phase: Phase, token: int) -> Phase:
         """The phase after an id, as far as the id alone decides it; "block" also where the options force a size."""

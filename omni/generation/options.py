@@ -306,6 +306,10 @@ class GenerationOptions(_Options, Grouped):
         "TEXT", in_chat=True
     )  # fmt: skip
     force_image: bool = _option(False, "begin the reply with a picture", in_chat=True)
+    lora: str | None = _option(
+        None, "the adapter of the text weights that the model computes with, by its name; none: no adapter", "NAME",
+        in_chat=True, max_length=64
+    )  # fmt: skip
 
     text: TextOptions = Field(TextOptions(), description="text")
     picture: PictureOptions = Field(PictureOptions(), description="pictures and clips")
@@ -346,7 +350,7 @@ class GenerationOptions(_Options, Grouped):
         base = {
             "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "guidance_embedding": 1.0, "shift": 1.0,
             "sampler": "euler", "grid": "uniform", "temperature": 0.0, "tokens_per_pass": 1, "verify": "coupled",
-            **check_defaults(defaults, source),
+            "lora": "none", **check_defaults(defaults, source),
         }  # fmt: skip
         from omni.samplers import knobs, num_steps
 

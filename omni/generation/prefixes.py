@@ -76,8 +76,9 @@ class Prefixes:
 
     def find(self, whole: Append, others: Sequence[History] = ()) -> History | None:
         """A fork of the history, kept or of `others`, with the longest common prefix, cut to it. whole: the prompt,
-        laid out from position 0."""
-        found = [(common_length(one.marks, whole), one) for one in (*others, *self._kept.values())]
+        laid out from position 0. Only histories with its LoRA fit."""
+        fitting = [one for one in (*others, *self._kept.values()) if one.lora == whole.history.lora]
+        found = [(common_length(one.marks, whole), one) for one in fitting]
         length, best = max(found, key=lambda pair: pair[0], default=(0, None))
         if best is None or not length:
             return None
@@ -96,7 +97,8 @@ class Prefixes:
             history.release()
             return
         for number, other in list(self._kept.items()):
-            if other.length <= history.length and history.marks[: other.length] == other.marks:
+            is_part = other.lora == history.lora and other.length <= history.length
+            if is_part and history.marks[: other.length] == other.marks:
                 self._kept.pop(number).release()
         history.rest()
         self._number += 1

@@ -221,7 +221,7 @@ class Steps:
         t, s, beta, item = item_tensors([(work.blocks, work.betas) for work in works], device)
         item = item if len(t) > 1 else None
         self.computed += runs.num
-        if model.flow.head is not None:
+        if model.has_latent_head:
             F = model.known_states(x, t, beta, stream, item, runs)[0]
         else:
             F = model.velocity(x, t, s, beta, stream, item, runs)[0]

@@ -99,12 +99,13 @@ class ScalarEmbedding(nn.Module):
 
 class FlowHead(nn.Module):
     """Embeds clean latents for the context stream and noisy ones for the refine stream; computes F. Names of weights
-    are keys of checkpoints and of initial values: never rename them."""
+    are keys of checkpoints and of initial values: never rename them. width: of the refine stream; context_width: of the
+    context stream, if it is another."""
 
-    def __init__(self, width: int, c: FlowHeadConfig) -> None:
+    def __init__(self, width: int, c: FlowHeadConfig, context_width: int | None = None) -> None:
         super().__init__()
         self.c = c
-        self.clean = nn.Linear(c.channels, width)
+        self.clean = nn.Linear(c.channels, context_width or width)
         self.noisy = nn.Linear(c.channels, width)
         self.time = ScalarEmbedding(width, c, c.time_scale)
         self.gap = ScalarEmbedding(width, c, c.time_scale)

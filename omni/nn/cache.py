@@ -33,13 +33,16 @@ class Memory:
     keys: list[Tensor]
     values: list[Tensor]
     fields: Fields
-    masks: list[tuple[Stream, AttentionMask]] = field(default_factory=list)  # of the last stream
+    masks: list[tuple[Stream, dict[int | None, AttentionMask]]] = field(default_factory=list)  # of the last stream
 
-    def mask(self, stream: Stream) -> AttentionMask:
+    def mask(self, stream: Stream, window: int | None = None) -> AttentionMask:
         """The visibility from a refine stream to [memory, stream]; cached for the last stream."""
         if not self.masks or self.masks[0][0] is not stream:
-            self.masks[:] = [(stream, AttentionMask(stream.fields, self.fields.then(stream.fields)))]
-        return self.masks[0][1]
+            self.masks[:] = [(stream, {})]
+        found = self.masks[0][1]
+        if window not in found:
+            found[window] = AttentionMask(stream.fields, self.fields.then(stream.fields), window)
+        return found[window]
 
     @property
     def layers(self) -> list[Pair]:
@@ -138,11 +141,12 @@ class History:
     """The cached context of one request or guidance branch, and where its layout continues.
 
     `length` positions are committed; the next has rotary coordinate `next_position` and block number `next_block`.
-    marks: one number per position that identifies what it was made of, see `generation.prefixes`.
+    marks: one number per position that identifies what it was made of, see `generation.prefixes`. lora: the name of the
+    adapter of the text weights with which it is computed (nn.lora), or None.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    def __init__(self, pool: Pool, lora: str | None = None) -> None:
+        self.pool, self.lora = pool, lora
         self._extent: _Extent | None = None
         self.length = self.next_position = self.next_block = 0
         self.marks: list[int] = []
@@ -200,7 +204,7 @@ class History:
 
     def fork(self) -> History:
         """A history with the same positions; its pages are copied when it is first written to."""
-        other = History(self.pool)
+        other = History(self.pool, self.lora)
         other._extent, other.length = self._extent, self.length
         other.next_position, other.next_block, other.marks = self.next_position, self.next_block, list(self.marks)
         if self._extent is not None:

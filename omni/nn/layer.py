@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -28,17 +28,15 @@ from torch import Tensor, nn
 from omni.config import Frozen
 from omni.nn import tangent
 from omni.nn.declare import HIDDEN, Declared, of_linear
-from omni.nn.lora import Gated
+from omni.nn.lora import Adapter
 from omni.nn.tangent import Dual
 from omni.sequence.positions import RotarySpec, rotate
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 # Fields with values that are not implemented yet: field -> the implemented values.
 SERVED: dict[str, tuple[Any, ...]] = {
-    "qk_norm": ("head", "none"),
+    "qk_norm": ("head", "width", "none"),
     "activation": ("silu", "gelu", "gelu_tanh"),
-    "window": (None,),
-    "attention_cap": (None,),
     "time": ("modulation",),
 }
 
@@ -47,12 +45,15 @@ class LayerSpec(Frozen):
     """The definition of a layer. `mlp_width` None: 8/3 of the width, rounded up to a multiple of 32.
 
     qkv_bias, out_bias, mlp_bias: biases of the projections before and after attention, and of the MLP.
-    qk_norm: RMSNorm of queries and keys, per "head", per rotary "axis" (SenseNova-U1), or "none".
+    qk_norm: RMSNorm of queries and keys: per "head" (Qwen 3), over the "width" of all heads together (OLMo 2), per
+        rotary "axis" (SenseNova-U1), or "none".
     norm_placement: "before" attention and MLP (Llama), "after" them (OLMo 2, arXiv 2501.00656), or "both" (Gemma 2,
         arXiv 2408.00118). norm_offset: a norm multiplies by norm_offset + w (1 in Gemma). norm_eps: of all norms.
     activation: of the MLP's gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU, arXiv 2002.05202), or "relu2".
-    rope_base, rotary: see sequence.positions. window: the most positions a query sees, itself included (Mistral).
-    attention_cap: c; scores are c tanh(s / c) (Gemma 2). residual_scale: factor of the residual branches (Granite).
+    rope_base, rotary: see sequence.positions. window: the most positions a query sees, itself included (Mistral); a
+        block has the window of its first position, and sees the whole of itself.
+    attention_scale: factor of the scores; None: 1 / sqrt(head_dim). attention_cap: c; scores are c tanh(s / c) (Gemma
+        2). residual_scale: factor of the residual branches (Granite).
     time: where times and guidance enter noisy blocks: by "modulation" of each layer (adaLN, PixArt-alpha), or added to
         the "input" of the first one (BAGEL, Lance, Cosmos 3). modulation_eps: epsilon of the normalised modulation
         vectors.
@@ -66,7 +67,7 @@ class LayerSpec(Frozen):
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["none", "head", "axis"] = "head"
+    qk_norm: Literal["none", "head", "width", "axis"] = "head"
     norm_placement: Literal["before", "after", "both"] = "before"
     norm_offset: float = Field(default=0.0, ge=0, le=1)
     norm_eps: float = Field(default=1e-6, ge=0, le=1)
@@ -74,6 +75,7 @@ class LayerSpec(Frozen):
     rope_base: float = Field(default=10000.0, gt=1, le=1e12)
     rotary: RotarySpec = RotarySpec()
     window: int | None = Field(default=None, ge=1)
+    attention_scale: float | None = Field(default=None, gt=0)
     attention_cap: float | None = Field(default=None, gt=0)
     residual_scale: float = Field(default=1.0, gt=0, le=1e3)
     time: Literal["modulation", "input"] = "modulation"
@@ -100,6 +102,11 @@ class LayerSpec(Frozen):
     def hidden(self) -> int:
         """The width of the MLP. Weights have this size: never change the default rule."""
         return self.mlp_width or -(-self.width * 8 // 3 // 32) * 32
+
+    @property
+    def query_scale(self) -> float:
+        """The factor of queries in attention whose scores have the factor 1 / sqrt(head_dim)."""
+        return 1.0 if self.attention_scale is None else self.attention_scale * math.sqrt(self.head_dim)
 
 
 def refuse_unserved(spec: Frozen, served: dict[str, tuple[Any, ...]]) -> None:
@@ -175,9 +182,10 @@ class Layer(nn.Module):
         norm = (c.norm_eps, c.norm_offset)
         self.attention_norm = RMSNorm(c.width, *norm)
         self.qkv = nn.Linear(c.width, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.qkv_bias)
-        if c.qk_norm == "head":
-            self.q_norm = RMSNorm(c.head_dim, *norm)
-            self.k_norm = RMSNorm(c.head_dim, *norm)
+        if c.qk_norm != "none":
+            whole = c.qk_norm == "width"
+            self.q_norm = RMSNorm(c.head_dim * (c.num_heads if whole else 1), *norm)
+            self.k_norm = RMSNorm(c.head_dim * (c.num_kv_heads if whole else 1), *norm)
         self.out = nn.Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias)
         self.mlp_norm = RMSNorm(c.width, *norm)
         self.gate_up = nn.Linear(c.width, 2 * c.hidden, bias=c.mlp_bias)
@@ -199,6 +207,15 @@ class Layer(nn.Module):
         c = self.c
         heads = qkv.unflatten(-1, (-1, c.head_dim))
         return heads[..., : -c.num_kv_heads, :], heads[..., -c.num_kv_heads :, :]
+
+    def by_kind(self, queries_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., H + G, D) -> all queries (..., H D), all keys (..., G D)."""
+        at = self.c.num_heads
+        return queries_keys[..., :at, :].flatten(-2), queries_keys[..., at:, :].flatten(-2)
+
+    def by_head(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The inverse of `by_kind`."""
+        return torch.cat([queries, keys], -1).unflatten(-1, (-1, self.c.head_dim))
 
     def qk_scale(self, dtype: torch.dtype) -> Tensor:
         """The factor of normalised queries and keys, (H + G, D)."""
@@ -243,12 +260,11 @@ def run_layer(o: Any, c: LayerSpec, h: Any, attention: Callable[..., Any], modul
 
 class Operations:
     """Operations on tensors (R, N, W). text, latent: the two sets of weights. is_latent: (R, N), True where a position
-    uses the second set; or one bool for all. adapter: what placeholders add to the projections (nn.lora); they use the
-    first set."""
+    uses the second set; or one bool for all. adapter: what is added to projections by the first set (nn.lora)."""
 
     def __init__(
         self, text: Layer, latent: Layer | None, is_latent: Tensor | bool, rotary: tuple[Tensor, Tensor],
-        adapter: Gated | None = None,
+        adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         self.text, self.latent, self.is_latent = text, latent, is_latent
         self.rotary, self.adapter = rotary, adapter
@@ -284,13 +300,17 @@ class Operations:
         queries_keys, v = w.split(qkv)
         if w.c.qk_norm == "head":
             queries_keys = rms_norm(queries_keys, w.qk_scale(queries_keys.dtype), w.c.norm_eps)
+        elif w.c.qk_norm == "width":
+            q, k = w.by_kind(queries_keys)
+            queries_keys = w.by_head(self.norm(w.q_norm, q), self.norm(w.k_norm, k))
         return queries_keys, v
 
     def arrange(self, queries_keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """((q (R, H, N, D), k (R, G, N, D)) rotated, v (R, G, N, D)) of the output of `heads`."""
         turned = rotate(queries_keys.transpose(1, 2), *self.rotary)
         at = turned.shape[1] - values.shape[-2]
-        return (turned[:, :at], turned[:, at:]), values.transpose(1, 2)
+        q, scale = turned[:, :at], self.text.c.query_scale
+        return (q if scale == 1 else q * scale, turned[:, at:]), values.transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
         """(R, H, N, D) -> (R, N, H D)."""
@@ -332,8 +352,8 @@ class DualOperations:
     Not torch.func.jvp, which multiplies by the zero tangents of weights and context.
     """
 
-    def __init__(self, weights: Layer, rotary: tuple[Tensor, Tensor]) -> None:
-        self.weights, self.rotary = weights, rotary
+    def __init__(self, weights: Layer, rotary: tuple[Tensor, Tensor], adapter: Adapter | None = None) -> None:
+        self.weights, self.rotary, self.adapter = weights, rotary, adapter
 
     def routed(self, function: Callable, x: Dual) -> Any:
         return function(self.weights, x)
@@ -348,8 +368,12 @@ class DualOperations:
         """The projection named `part`; a bias has no tangent."""
         module = getattr(w, part)
         if module.bias is None:
-            return tangent.linear(module, x)
-        return Dual(module(x.value), F.linear(x.tangent, module.weight))
+            y = tangent.linear(module, x)
+        else:
+            y = Dual(module(x.value), F.linear(x.tangent, module.weight))
+        if self.adapter is None:
+            return y
+        return tangent.add(y, tangent.linear(partial(self.adapter, part), x))
 
     output = project
 
@@ -357,12 +381,17 @@ class DualOperations:
         queries_keys, v = map(Dual, *(w.split(part) for part in qkv))
         if w.c.qk_norm == "head":
             queries_keys = tangent.rms_norm(queries_keys, w.qk_scale(queries_keys.value.dtype), w.c.norm_eps)
+        elif w.c.qk_norm == "width":
+            q, k = map(Dual, *(w.by_kind(part) for part in queries_keys))
+            q, k = self.norm(w.q_norm, q), self.norm(w.k_norm, k)
+            queries_keys = Dual(w.by_head(q.value, k.value), w.by_head(q.tangent, k.tangent))
         return queries_keys, v
 
     def arrange(self, queries_keys: Dual, values: Dual) -> tuple[tuple[Dual, Dual], Dual]:
         turned = tangent.linear(lambda y: rotate(y.transpose(1, 2), *self.rotary), queries_keys)
-        at = turned.value.shape[1] - values.value.shape[-2]
-        q, k = (tangent.linear(lambda y, part=part: y[:, part], turned) for part in (slice(at), slice(at, None)))
+        at, scale = turned.value.shape[1] - values.value.shape[-2], self.weights.c.query_scale
+        q = tangent.linear(lambda y: y[:, :at] if scale == 1 else y[:, :at] * scale, turned)
+        k = tangent.linear(lambda y: y[:, at:], turned)
         return (q, k), tangent.linear(lambda y: y.transpose(1, 2), values)
 
     def merge(self, x: Dual) -> Dual:

@@ -18,7 +18,7 @@ struct Sizes {  // the order of native_step.py
 };
 
 template <typename T>
-struct Layer {  // the order of native_step.py; norms are float32
+struct Layer {  // the order of native_step.py; norms are float32; q_norm, k_norm may be null
   const float *attention_norm, *q_norm, *k_norm, *mlp_norm;
   const T *qkv, *out, *gate_up, *down;
 };
@@ -232,7 +232,7 @@ void step(const Sizes& c, const Layer<T>* layers, const float* norm, float* h, c
     for (int64_t r = 0; r < R; r++) {
       float* mine = qkv.data() + r * Q;
       for (int64_t head = 0; head < H + G; head++) {
-        rms_norm(mine + head * D, head < H ? w.q_norm : w.k_norm, mine + head * D, D, eps);
+        if (w.q_norm) rms_norm(mine + head * D, head < H ? w.q_norm : w.k_norm, mine + head * D, D, eps);
         rotate(mine + head * D, cos + r * D, sin + r * D, D);
       }
       for (int64_t g = 0; g < G; g++) {

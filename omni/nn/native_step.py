@@ -30,10 +30,10 @@ from omni.nn.transformer import Transformer
 from omni.sequence.positions import rotary_table
 
 # The native code takes these fields as arguments (sizes, norm_eps) or tables (rotary positions). Of all other fields it
-# serves the default only, except those of the refine stream, which it does not run.
+# serves the default only, except those of the refine stream, which it does not run, and layers without QK-norm.
 ARGUMENTS = {"width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "norm_eps", "rope_base", "rotary"}
 NATIVE = {
-    name: field.default
+    name: ("head", "none") if name == "qk_norm" else (field.default,)
     for name, field in LayerSpec.model_fields.items()
     if name not in ARGUMENTS | {"time", "modulation_eps"}
 }
@@ -52,9 +52,10 @@ class CompiledStep:
     def __init__(self, transformer: Transformer, output_weight: Tensor) -> None:
         self.c = transformer.c
         for name, served in NATIVE.items():
-            if (value := getattr(self.c, name)) != served:
+            if (value := getattr(self.c, name)) not in served:
+                known = " or ".join(map(repr, served))
                 raise ValueError(
-                    f"compile=True supports layers with {name} = {served!r} only, this model has {value!r}; "
+                    f"compile=True supports layers with {name} = {known} only, this model has {value!r}; "
                     "leave compile out"
                 )
         if output_weight.device.type != "cpu" or output_weight.dtype != torch.float32:
@@ -70,12 +71,17 @@ class CompiledStep:
             _log.info("compiled step: some weights are not exact in bfloat16; reading float32, at about half the speed")
         name = str(self.dtype).removeprefix("torch.")
         self._step, self._read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
-        norms = [n.weight for w in layers for n in (w.attention_norm, w.q_norm, w.k_norm, w.mlp_norm)]
-        self.norms = [n.detach().float().clone() for n in (*norms, transformer.norm.weight)]
+        of_heads = ("q_norm", "k_norm") if self.c.qk_norm == "head" else ()
+        names = ("attention_norm", *of_heads, "mlp_norm")
+        norms = [{name: getattr(w, name).weight.detach().float().clone() for name in names} for w in layers]
+        self.norms = [*norms, {"": transformer.norm.weight.detach().float().clone()}]
         self.copies = [pack(m.detach().to(self.dtype)) for m in matrices]  # `pointers` point into these
         self.num_ids = len(output_weight)
         c, at = self.c, range(0, 4 * self.c.depth, 4)
-        in_order = [tensor.data_ptr() for i in at for tensor in (*self.norms[i : i + 4], *self.copies[i : i + 4])]
+        in_order: list[int | None] = []
+        for i, own in zip(at, norms, strict=True):
+            found = [own.get(name) for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")]
+            in_order += [None if tensor is None else tensor.data_ptr() for tensor in (*found, *self.copies[i : i + 4])]
         self.pointers = (ctypes.c_void_p * len(in_order))(*in_order)
         self.sizes = (ctypes.c_int64 * 6)(c.width, c.depth, c.num_heads, c.num_kv_heads, c.head_dim, c.hidden)
         self.table: Tensor | None = None
@@ -93,7 +99,7 @@ class CompiledStep:
         at = [run.at + k for run in runs.runs for k in range(run.num)]
         indices = torch.tensor([first, at])
         self._step(
-            self.sizes, self.pointers, self.norms[-1].data_ptr(), h.data_ptr(), rotary[0].data_ptr(),
+            self.sizes, self.pointers, self.norms[-1][""].data_ptr(), h.data_ptr(), rotary[0].data_ptr(),
             rotary[1].data_ptr(), pool.k.data_ptr(), pool.v.data_ptr(), pool.k.shape[2], indices[0].data_ptr(),
             indices[1].data_ptr(), len(h), self.c.norm_eps, torch.get_num_threads(),
         )  # fmt: skip

@@ -5,7 +5,7 @@ alike: text (causal), a block of latents or placeholders (every position sees al
 share the matrix products of a pass; attention is computed for each run on a view of its history.
 
 A run sees the committed positions of its history, the slots of earlier runs of the pass in the same history, and
-itself. So no mask is needed but the causal one.
+itself. So no mask is needed but the causal one; a window (sequence.mask) cuts the slots, and bands the causal mask.
 
 Legend: N positions of a pass, H query heads, G key heads, D head width.
 """
@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni.nn.attention.backends import capped
 from omni.nn.cache import History
 
 QUERIES = 512  # of a causal run after earlier positions, in one call of attention: bounds the mask
@@ -53,7 +55,7 @@ class Runs:
         self._slots: Tensor | None = None
         self._parts = [part for run in self.runs for part in _parts(run)]
         self._biases: dict[object, Tensor] = {}
-        self._planned: list | None = None
+        self._planned: dict[int | None, list] = {}
 
     def first(self, num: int) -> Runs:
         """The same without runs after the first `num` positions of each history."""
@@ -65,6 +67,18 @@ class Runs:
         return Runs(runs)
 
     @property
+    def gates(self) -> dict[str, Tensor | None]:
+        """The LoRAs of the histories by name, and the positions that use each: (1, N, 1), 1 or 0; None: all."""
+        names = [run.history.lora for run in self.runs]
+        found: dict[str, Tensor | None] = {}
+        for name in dict.fromkeys(filter(None, names)):
+            found[name] = None
+            if len(set(names)) > 1:
+                gate = [float(own == name) for own, run in zip(names, self.runs, strict=True) for _ in range(run.num)]
+                found[name] = torch.tensor(gate, device=self.pool.k.device)[None, :, None]
+        return found
+
+    @property
     def slots(self) -> Tensor:
         """(N,) int64: the slot in the pool of every position."""
         if self._slots is None:
@@ -72,8 +86,11 @@ class Runs:
             self._slots = torch.tensor([slot for run in slots for slot in run], device=self.pool.k.device)
         return self._slots
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v (1, G, N, D) of a layer; returns attention of q (1, H, N, D), in q's shape and dtype."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None
+    ) -> Tensor:
+        """Write k, v (1, G, N, D) of a layer; returns attention of q (1, H, N, D), in q's shape and dtype. window, cap:
+        see LayerSpec."""
         keys, values = self.pool.k[layer], self.pool.v[layer]
         if len(self.runs) == 1:
             [run] = self.runs
@@ -84,43 +101,72 @@ class Runs:
             values.index_copy_(1, self.slots, v[0].to(values.dtype))
         wide, gqa, found = q.to(keys.dtype), q.shape[1] != keys.shape[0], []
         keys, values = keys[None], values[None]
-        for where, slots, bias, causal in self._plan(wide):
+        for where, slots, bias, causal in self._plan(wide, window):
             k_, v_ = (keys[:, :, slots], values[:, :, slots]) if isinstance(slots, slice) else (
                 torch.cat([store[:, :, one] for one in slots], 2) for store in (keys, values)
             )  # fmt: skip
+            if cap is not None:
+                found.append(_capped(wide[:, :, where], k_, v_, bias, causal, cap))
+                continue
             found.append(F.scaled_dot_product_attention(wide[:, :, where], k_, v_, bias, 0.0, causal, enable_gqa=gqa))
         return _with_nan(found[0] if len(found) == 1 else torch.cat(found, 2), q, k).to(q.dtype)
 
-    def _plan(self, like: Tensor) -> list[tuple[slice, slice | tuple[slice, slice], Tensor | None, bool]]:
-        """For each part: its positions, the slots that it sees, its mask, and whether it is causal from the first slot
-        on. Equal for all layers."""
-        if self._planned is None:
-            self._planned = [self._part(part, like) for part in self._parts]
-        return self._planned
+    def _plan(self, like: Tensor, window: int | None) -> list[Part]:
+        """The parts of the pass; equal for all layers of one window."""
+        if window not in self._planned:
+            parts = self._parts if window is None else [part for run in self.runs for part in _parts(run, True)]
+            self._planned[window] = [self._part(part, like, window) for part in parts]
+        return self._planned[window]
 
-    def _part(self, run: Run, like: Tensor) -> tuple[slice, slice | tuple[slice, slice], Tensor | None, bool]:
+    def _part(self, run: Run, like: Tensor, window: int | None) -> Part:
         start, before = run.history.start, run.at if run.seen is None else run.seen
         end = start + run.at + run.num
-        slots = slice(start, end)
+        hidden = 0 if window is None else max(0, before - window + 1)
+        slots = slice(start + hidden, end)
         if before != run.at:
-            slots = slice(start, start + before), slice(end - run.num, end)
+            slots = slice(start + hidden, start + before), slice(end - run.num, end)
         causal = run.causal and run.num > 1 and run.ranks is None
-        bias = self._bias(run, before, like) if (causal and before) or run.ranks is not None else None
-        return slice(run.first, run.first + run.num), slots, bias, causal and not before
+        banded = causal and window is not None and before + run.num > window
+        before -= hidden
+        needed = (causal and (before or banded)) or run.ranks is not None
+        bias = self._bias(run, before, like, window if banded else None) if needed else None
+        return Part(slice(run.first, run.first + run.num), slots, bias, causal and not needed)
 
-    def _bias(self, run: Run, before: int, like: Tensor) -> Tensor:
+    def _bias(self, run: Run, before: int, like: Tensor, window: int | None = None) -> Tensor:
         """(num, before + num): 0 where a position sees a key, else -inf."""
-        key = run.num, before, run.ranks, like.dtype
+        key = run.num, before, run.ranks, like.dtype, window
         if key not in self._biases:
             seen = torch.ones(run.num, before + run.num, dtype=torch.bool, device=like.device)
             if run.ranks is None:
                 seen = seen.tril(before)
+                seen = seen if window is None else seen.triu(before - window + 1)
             else:
                 ranks = torch.tensor(run.ranks, device=like.device)
                 seen[:, before:] = ranks[None, :] <= ranks[:, None]
             bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
             self._biases[key] = bias.masked_fill_(~seen, -math.inf)
         return self._biases[key]
+
+
+class Part(NamedTuple):
+    """Positions of a pass, the slots that they see, their mask, and whether they are causal from the first slot on."""
+
+    where: slice
+    slots: slice | tuple[slice, slice]
+    bias: Tensor | None
+    causal: bool
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, cap: float) -> Tensor:
+    """Attention of q (1, H, n, D) with capped scores, by explicit softmax."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = capped(q / math.sqrt(q.shape[-1]) @ k.mT, cap)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, -math.inf)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 def _with_nan(out: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -132,9 +178,9 @@ def _with_nan(out: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return out.masked_fill(~sound[:, None, :, None], math.nan)
 
 
-def _parts(run: Run) -> list[Run]:
-    """A long causal run after earlier positions, in pieces of QUERIES."""
-    if not run.causal or run.at == 0 or run.num <= QUERIES:
+def _parts(run: Run, needs_mask: bool = False) -> list[Run]:
+    """A long causal run after earlier positions, or one that needs a mask, in pieces of QUERIES."""
+    if not run.causal or run.ranks is not None or run.num <= QUERIES or not (run.at or needs_mask):
         return [run]
     starts = range(0, run.num, QUERIES)
     return [replace(run, first=run.first + n, num=min(QUERIES, run.num - n), at=run.at + n) for n in starts]

@@ -8,7 +8,9 @@
 Either all positions share one set of weights, or latents have their own, which tokens never use. With
 `latent_weights = "separate"` latents use it in both streams (mixture of transformers, arXiv 2411.04996). With "refine"
 they use it in the refine stream only: finished blocks use the text weights, and training the latents' weights leaves
-the context unchanged. With shared weights and no refine stream the module is an ordinary decoder.
+the context unchanged. Those of the refine stream may also be an expert of another width and with fewer layers (pi0,
+arXiv 2410.24164): it attends to the keys and values of the context in the layers that it has. With shared weights and
+no refine stream the module is an ordinary decoder.
 
 nn.layer defines a layer. Modulation follows adaLN with one shared projection and a table per layer (PixArt-alpha,
 arXiv 2310.00426). Each modulation vector is normalised, v / sqrt(mean(v^2) + eps), as in Terminal Velocity Matching
@@ -21,15 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from omni.config import Frozen
-from omni.nn.attention.backends import LONG, AttentionMask, Backend, attend, attend_dual, choose_backend
+from omni.nn.attention.backends import LONG, AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import Memory, Pair, Pool, join
 from omni.nn.declare import ZERO, Declared, of_linear
@@ -37,95 +37,37 @@ from omni.nn.layer import (
     NOT_MODULATED,
     DualOperations,
     Layer,
-    LayerSpec,
     Operations,
     RMSNorm,
     constant,
     normalised,
-    refuse_unserved,
     run_layer,
 )
-from omni.nn.lora import Gated
+from omni.nn.lora import Adapter, Lora, together
 from omni.nn.runs import Runs
 from omni.nn.tail import Tail
 from omni.nn.tangent import Dual, lift, linear
+from omni.nn.transformer_config import ExpertSpec, TransformerConfig
 from omni.sequence.layout import Stream
 from omni.sequence.positions import rotary_table
 
-
-class ExpertSpec(Frozen):
-    """Sizes of the latents' own weights where they differ from the text's: width, MLP width, and the layers that have
-    them."""
-
-    width: int = Field(ge=1, le=1 << 16)
-    mlp_width: int = Field(ge=1, le=1 << 18)
-    layers: tuple[int, ...] | None = None
-
-
-WEIGHTS_SERVED: dict[str, tuple[Any, ...]] = {
-    "expert": (None,),
-    "block_positions": ("grid",),
-    "block_markers": (False,),
-    "clean_frames": (False,),
-    "guidance_positions": ("own",),
-}
-
-
-class TransformerConfig(LayerSpec):
-    """The layer, the number of layers, and the weights of each class of positions.
-
-    latent_weights: see the module docstring. expert: sizes of the latents' own weights where they differ from the
-    text's (pi0, arXiv 2410.24164; LMFusion, arXiv 2412.15188).
-    block_positions: the rotary coordinates of a block's latents: a "grid", or "one" for all of them (BAGEL).
-    block_markers: text ids inside a refined block use the text weights (BAGEL). clean_frames: some latents of a block
-    stay clean while the others are refined (Cosmos 3). guidance_positions: a guidance branch counts positions in its
-    "own" history, or in the "full" one.
-    `attention`: see nn.attention.backends. `tangents`: the derivative of F: "forward" mode with explicit softmax, or
-    with "streamed" or "triton" attention (memory linear in the length, nn.attention.jvp), or "central" differences (any
-    backend) of step `tangent_step` (nn.tangent). Neither changes the weights.
-    """
-
-    depth: int = Field(default=8, ge=1, le=1024)
-    latent_weights: Literal["shared", "separate", "refine"] = "shared"
-    expert: ExpertSpec | None = None
-    block_positions: Literal["grid", "one"] = "grid"
-    block_markers: bool = False
-    clean_frames: bool = False
-    guidance_positions: Literal["own", "full"] = "own"
-    attention: Backend | None = None
-    tangents: Literal["forward", "streamed", "triton", "central"] = "forward"
-    tangent_step: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _weights_are_served(self) -> TransformerConfig:
-        refuse_unserved(self, WEIGHTS_SERVED)
-        return self
-
-    @model_validator(mode="after")
-    def _tangent_step_has_effect(self) -> TransformerConfig:
-        if self.tangent_step is not None and self.tangents != "central":
-            raise ValueError(
-                f"tangent_step = {self.tangent_step} has no effect with tangents = {self.tangents!r}; leave it out, or "
-                "take tangents = 'central'"
-            )
-        return self
-
+__all__ = ["Block", "ExpertSpec", "Transformer", "TransformerConfig", "spread"]
 
 OFFSETS = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0)  # of normalised modulation vectors: scales and gates are around 1
 
 
 class Block(nn.Module):
-    """One layer of the transformer, for both streams."""
+    """One layer of the transformer, for both streams. refines: whether the refine stream passes through it."""
 
-    def __init__(self, c: TransformerConfig) -> None:
+    def __init__(self, c: TransformerConfig, refines: bool = True) -> None:
         super().__init__()
-        self.c = c
+        self.c, spec = c, c.refine_spec
         self.text = Layer(c, c.depth)
-        self.latent = Layer(c, c.depth) if c.latent_weights != "shared" else None
-        self.modulation_table = nn.Parameter(torch.zeros(6, c.width))
+        self.latent = Layer(spec, c.depth) if refines and c.latent_weights != "shared" else None
+        self.modulation_table = nn.Parameter(torch.zeros(6, spec.width)) if refines else None
 
     def declare(self) -> dict[str, Declared]:
-        return {"modulation_table": ZERO}
+        return {} if self.modulation_table is None else {"modulation_table": ZERO}
 
     def forward(
         self,
@@ -134,7 +76,7 @@ class Block(nn.Module):
         attention: Callable[..., Any],
         latent: Tensor | bool,
         condition: tuple[Tensor | Dual, Tensor | None] | None = None,
-        adapter: Gated | None = None,
+        adapter: Adapter | None = None,
     ) -> Any:
         """Apply the layer.
 
@@ -144,7 +86,7 @@ class Block(nn.Module):
 
         `attention(q, k, v)` closes over mask, cache and memory. `latent`: which positions are latents.
         `condition`: six vectors per copy (I, 6, W), a Dual if h_RNW is one, and the copy of each position, or None.
-        `adapter`: what placeholders of tokens add to the projections (see nn.lora).
+        `adapter`: what is added to projections by the text weights (see nn.lora).
         """
         if condition is None:
             assert not isinstance(h_RNW, Dual)
@@ -159,9 +101,9 @@ class Block(nn.Module):
         vectors, item = lift(partial(self.normalise, has_graph=has_graph), condition[0]), condition[1]
         if isinstance(h_RNW, Dual):
             assert latent is True
-            return self.dual(h_RNW, rotary, attention, linear(lambda v: spread(v, item), vectors))
+            return self.dual(h_RNW, rotary, attention, linear(lambda v: spread(v, item), vectors), adapter)
         modulation: Any = spread(vectors, item).chunk(6, -1)
-        return self.layer(h_RNW, rotary, attention, latent, modulation)
+        return self.layer(h_RNW, rotary, attention, latent, modulation, adapter)
 
     def layer(
         self,
@@ -170,23 +112,26 @@ class Block(nn.Module):
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         latent: Tensor | bool,
         modulation: Any = NOT_MODULATED,
-        adapter: Gated | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """nn.layer.run_layer on tensors."""
         operations = Operations(self.text, self.latent, latent, rotary, adapter)
         return run_layer(operations, self.c, h_RNW, lambda qk, v: attention(qk[0], qk[1], v), modulation)
 
     def dual(
-        self, h: Dual, rotary: tuple[Tensor, Tensor], attention: Callable[[Dual, Dual, Dual], Dual], modulation: Dual
-    ) -> Dual:
+        self, h: Dual, rotary: tuple[Tensor, Tensor], attention: Callable[[Dual, Dual, Dual], Dual], modulation: Dual,
+        adapter: Adapter | None = None,
+    ) -> Dual:  # fmt: skip
         """nn.layer.run_layer on Duals, for the refine stream with its tangent."""
-        weights = self.latent if isinstance(self.latent, Layer) else self.text
+        weights, adapter = (self.latent, None) if isinstance(self.latent, Layer) else (self.text, adapter)
         six = [Dual(*parts) for parts in zip(*(part.chunk(6, -1) for part in modulation), strict=True)]
-        return run_layer(DualOperations(weights, rotary), self.c, h, lambda qk, v: attention(qk[0], qk[1], v), six)
+        operations = DualOperations(weights, rotary, adapter)
+        return run_layer(operations, self.c, h, lambda qk, v: attention(qk[0], qk[1], v), six)
 
     def normalise(self, vectors_I6W: Tensor, has_graph: bool = True) -> Tensor:
         """The six vectors per copy plus the layer's own table, normalised: (I, 6 W). has_graph: they are
         differentiated."""
+        assert self.modulation_table is not None
         vectors_I6W = vectors_I6W + self.modulation_table.to(vectors_I6W.dtype)
         if not has_graph:
             v = normalised(vectors_I6W, self.c.modulation_eps)
@@ -198,21 +143,30 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """See the module docstring. Hidden states in, hidden states out; heads embed inputs and compute predictions."""
+    """See the module docstring. Hidden states in, hidden states out; heads embed inputs and compute predictions.
 
-    def __init__(self, c: TransformerConfig) -> None:
+    refines: False for a model of text alone, which has no weights of the refine stream. active_lora: the LoRA of packed
+    batches, by name; requests name their own (History.lora).
+    """
+
+    def __init__(self, c: TransformerConfig, refines: bool = True) -> None:
         super().__init__()
-        self.c = c
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.c, width = c, c.refine_spec.width
+        self.blocks = nn.ModuleList(Block(c, refines and index in c.refining) for index in range(c.depth))
         self.norm = RMSNorm(c.width, c.norm_eps, c.norm_offset)
-        self.refine_norm = RMSNorm(c.width, c.norm_eps, c.norm_offset)
-        self.modulation = nn.Linear(c.width, 6 * c.width)
+        if refines:
+            self.refine_norm = RMSNorm(width, c.norm_eps, c.norm_offset)
+            self.modulation = nn.Linear(width, 6 * width)
+        self.refines = refines
+        self.loras = nn.ModuleDict({spec.name: Lora(spec, c) for spec in c.loras})
+        self.active_lora: str | None = None
 
     def declare(self) -> dict[str, Declared]:
-        return of_linear("modulation", self.modulation, ZERO)
+        return of_linear("modulation", self.modulation, ZERO) if self.refines else {}
 
     def backend(self, device: torch.device, length: int = 0) -> str:
-        training = torch.is_grad_enabled() and self.modulation.weight.requires_grad
+        probe = self.modulation.weight if self.refines else self.norm.weight
+        training = torch.is_grad_enabled() and probe.requires_grad
         return choose_backend(self.c.attention, device.type, training, length > LONG)
 
     def _block_backend(self, device: torch.device, length: int = 0) -> str:
@@ -222,37 +176,63 @@ class Transformer(nn.Module):
 
     def new_pool(self, max_positions: int = 1 << 24) -> Pool:
         """An empty pool of keys and values, on the device and in the dtype of the weights."""
-        weight, c = self.modulation.weight, self.c
+        weight, c = self.norm.weight, self.c
         return Pool(c.depth, c.num_kv_heads, c.head_dim, weight.device, weight.dtype, max_positions)
 
-    def _enter(self, h: Any, position: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """The residual stream (or a Dual of it) and its rotary table, in autocast's dtype if autocast is on."""
-        value = h.value if isinstance(h, Dual) else h
+    def _enter(self, h: Any, position: Tensor) -> tuple[Any, Callable[[int], tuple[Tensor, Tensor]]]:
+        """The residual stream (or a Dual of it) in autocast's dtype if autocast is on, and the rotary table of each
+        layer."""
+        value, c = h.value if isinstance(h, Dual) else h, self.c
         device = value.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
         h = linear(lambda part: part.to(dtype), h) if isinstance(h, Dual) else h.to(dtype)
-        return h, rotary_table(position, self.c.head_dim, self.c.rope_base, dtype, self.c.rotary)
+        table = rotary_table(position, c.head_dim, c.rope_base, dtype, c.rotary)
+        if c.window_rope_base is None:
+            return h, lambda index: table
+        plain = c.rotary.model_copy(update={"scaling": type(c.rotary).model_fields["scaling"].default})
+        local = rotary_table(position, c.head_dim, c.window_rope_base, dtype, plain)
+        return h, lambda index: table if c.window_of(index) is None else local
+
+    def _loras(self, runs: Runs | None) -> Callable[[int], Adapter | None]:
+        """What the LoRA of a pass adds in each layer: the active one in a packed batch, else those of the histories."""
+        active = {} if self.active_lora is None else {self.active_lora: None}
+        gates = active if runs is None else runs.gates
+        if not gates:
+            return lambda index: None
+        found = [(self.lora(name), gate) for name, gate in gates.items()]
+        return lambda index: together(*(one.of_layer(index, gate) for one, gate in found))
+
+    def lora(self, name: str) -> Lora:
+        """The LoRA of this name. ValueError if there is none."""
+        if name not in self.loras:
+            raise ValueError(f"this model has no LoRA {name!r}; it has {sorted(self.loras) or 'none'}")
+        return self.loras[name]  # type: ignore[return-value]
 
     # ---- context stream -------------------------------------------------------------------------------------------
 
     def context(self, h_RTW: Tensor, stream: Stream, is_latent: Tensor) -> tuple[Tensor, Memory]:
         """The whole context in one pass, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
-        backend = self.backend(h_RTW.device, h_RTW.shape[1])
-        mask = AttentionMask(stream.fields, stream.fields)
+        backend, c = self.backend(h_RTW.device, h_RTW.shape[1]), self.c
         h_RTW, rotary = self._enter(h_RTW, stream.position)
-        mask.prepare(backend, h_RTW.dtype)
+        masks = {window: AttentionMask(stream.fields, stream.fields, window) for window in self._windows()}
+        for mask in masks.values():
+            mask.prepare(backend, h_RTW.dtype)
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, mask, backend)
+        def attention_of(index: int) -> Callable[..., Tensor]:
+            mask = masks[c.window_of(index)]
+            return lambda q, k, v: attend(q, k, v, mask, backend, c.attention_cap)
 
-        latent = is_latent if self.c.latent_weights == "separate" else False
-        for block in self.blocks:
-            h_RTW, k, v = block(h_RTW, rotary, attention, latent)
+        latent, lora_of = is_latent if c.latent_weights == "separate" else False, self._loras(None)
+        for index, block in enumerate(self.blocks):
+            h_RTW, k, v = block(h_RTW, rotary(index), attention_of(index), latent, None, lora_of(index))
             keys.append(k)
             values.append(v)
         return self.norm(h_RTW), Memory(keys, values, stream.fields)
+
+    def _windows(self) -> set[int | None]:
+        return {self.c.window_of(index) for index in range(self.c.depth)}
 
     def extend(
         self, h_1NW: Tensor, position: Tensor, is_latent: Tensor | bool, runs: Runs, tail: Tail | None = None
@@ -263,19 +243,24 @@ class Transformer(nn.Module):
         hidden states (1, N, W); with a tail of P placeholders (1, N + P, W).
         """
         h_1NW, rotary = self._enter(h_1NW, position)
-        latent = is_latent if self.c.latent_weights == "separate" else False
+        latent, lora_of = is_latent if self.c.latent_weights == "separate" else False, self._loras(runs)
         first = self.c.depth if tail is None else self.c.depth - len(tail.adapters)
         for index, layer in enumerate(self.blocks):
-            adapter = None
+            adapter = lora_of(index)
             if tail is not None and index >= first:
                 if index == first:
                     runs = tail.runs
                     h_1NW = torch.cat([h_1NW, tail.inputs.to(h_1NW.dtype)], 1)
                     _, rotary = self._enter(h_1NW, torch.cat([position, tail.position], 1))
                     latent = F.pad(latent, (0, tail.inputs.shape[1])) if isinstance(latent, Tensor) else latent
-                adapter = tail.adapters[index - first]
-            h_1NW, _, _ = layer(h_1NW, rotary, partial(runs.attend, index), latent, None, adapter)
+                    lora_of = self._loras(runs)
+                adapter = together(tail.adapters[index - first], lora_of(index))
+            h_1NW, _, _ = layer(h_1NW, rotary(index), self._attend(runs, index), latent, None, adapter)
         return self.norm(h_1NW)
+
+    def _attend(self, runs: Runs, index: int) -> Callable[..., Tensor]:
+        """The attention of a layer in a pass over histories."""
+        return partial(runs.attend, index, window=self.c.window_of(index), cap=self.c.attention_cap)
 
     # ---- refine stream --------------------------------------------------------------------------------------------
 
@@ -287,21 +272,26 @@ class Transformer(nn.Module):
         the runs of blocks of requests; their keys and values take free slots and are not committed.
 
         condition_IW: one vector per copy. item: (R, S) int64, the copy of each position (negative: padding), or None if
-        every batch row is one copy. Returns normalised hidden states (R, S, W); for Duals, a Dual.
+        every batch row is one copy. Returns normalised hidden states (R, S, W); for Duals, a Dual. W is the expert's
+        width, if there is one.
         """
         h_RSW, rotary = self._enter(h_RSW, stream.position)
-        attention_of = self._attention(stream, memory, h_RSW)
+        attention_of, lora_of = self._attention(stream, memory, h_RSW), self._loras_of(memory)
         base = lift(lambda c: self.modulation(F.silu(c)).unflatten(-1, (6, -1)), condition_IW)
-        for index, block in enumerate(self.blocks):
-            h_RSW = block(h_RSW, rotary, attention_of(index), True, (base, item))
+        for index in self.c.refining:
+            layer, adapter = self.blocks[index], lora_of(index)
+            h_RSW = layer(h_RSW, rotary(index), attention_of(index), True, (base, item), adapter)
         return self.refine_norm.dual(h_RSW) if isinstance(h_RSW, Dual) else self.refine_norm(h_RSW)
+
+    def _loras_of(self, memory: Memory | Runs) -> Callable[[int], Adapter | None]:
+        return self._loras(memory if isinstance(memory, Runs) else None)
 
     def draft(
         self,
         h_RSW: Tensor,
         stream: Stream,
         memory: Memory | Runs,
-        adapters: Sequence[Gated | None],
+        adapters: Sequence[Adapter | None],
         layers: range | None = None,
     ) -> Tensor:
         """Blocks of tokens in the refine stream: like `refine`, with the text weights, the final norm of the context
@@ -311,9 +301,10 @@ class Transformer(nn.Module):
         """
         layers = range(self.c.depth) if layers is None else layers
         h_RSW, rotary = self._enter(h_RSW, stream.position)
-        attention_of = self._attention(stream, memory, h_RSW)
-        for index, adapter in zip(layers, adapters, strict=True):
-            h_RSW, _, _ = self.blocks[index](h_RSW, rotary, attention_of(index), False, None, adapter)
+        attention_of, lora_of = self._attention(stream, memory, h_RSW), self._loras_of(memory)
+        for index, own in zip(layers, adapters, strict=True):
+            adapter = together(own, lora_of(index))
+            h_RSW, _, _ = self.blocks[index](h_RSW, rotary(index), attention_of(index), False, None, adapter)
         return self.norm(h_RSW) if layers.stop == self.c.depth else h_RSW
 
     def _attention(
@@ -321,19 +312,21 @@ class Transformer(nn.Module):
     ) -> Callable[[int], Callable[..., Any]]:
         """The attention of each layer of a pass over blocks."""
         if isinstance(memory, Runs):  # their order and bounds are those of the runs, not of the stream
-            return lambda index: partial(memory.attend, index)
+            return partial(self._attend, memory)
         num_keys = memory.keys[0].shape[2] + stream.position.shape[1]
-        backend, mask = self._block_backend(stream.position.device, num_keys), memory.mask(stream)
+        backend, cap = self._block_backend(stream.position.device, num_keys), self.c.attention_cap
         if not isinstance(h, Dual):
-            mask.prepare(backend, h.dtype)
+            for window in self._windows():
+                memory.mask(stream, window).prepare(backend, h.dtype)
 
         def of(index: int) -> Callable[..., Any]:
             past = memory.keys[index], memory.values[index]
+            mask = memory.mask(stream, self.c.window_of(index))
 
             def attention(q: Any, k: Any, v: Any) -> Any:
                 if isinstance(q, Dual):
                     return self._attend_dual(q, k, v, past, mask)
-                return attend(q, *join(past, (k, v)), mask, backend)
+                return attend(q, *join(past, (k, v)), mask, backend, cap)
 
             return attention
 
@@ -342,7 +335,7 @@ class Transformer(nn.Module):
     def _attend_dual(self, q: Dual, k: Dual, v: Dual, past: Pair, mask: AttentionMask) -> Dual:
         """Attention with its tangent, by the method `tangents`."""
         if self.c.tangents in ("forward", "central"):
-            return attend_dual(q, k, v, *past, mask)
+            return attend_dual(q, k, v, *past, mask, self.c.attention_cap)
         k_past, v_past = (part.to(q.value.dtype) for part in past)
         out, rate = attend_with_tangent(
             q.value, k.value, v.value, q.tangent, k.tangent, v.tangent, k_past, v_past, mask, self.c.tangents

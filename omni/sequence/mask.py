@@ -13,6 +13,10 @@ So the context stream is causal over blocks and bidirectional inside one. A refi
 its block, and itself. No other position sees it. Ranks order the positions of one copy: all 0 in a bidirectional block
 (latents); 0, 1, 2, ... in a causal one (tokens).
 
+A window of n positions hides the context before the last n - 1 positions that precede the query's block, counted in its
+document; the block itself is not hidden. For text, whose blocks are single positions, that is the sliding window of
+Mistral (arXiv 2310.06825): itself and the n - 1 before.
+
 Legend: R batch rows, Q queries, K keys.
 """
 
@@ -58,44 +62,63 @@ def visible(q_document, q_block, q_copy, q_rank, k_document, k_block, k_copy, k_
     return (q_document == k_document) & (of_context | of_copy)
 
 
-def dense(queries: Fields, keys: Fields) -> Tensor:
+def dense(queries: Fields, keys: Fields, window: int | None = None) -> Tensor:
     """Boolean mask (R, Q, K), True where the query sees the key."""
     q = (part[:, :, None] for part in (queries.document, queries.block, queries.copy, queries.ranks))
     k = (part[:, None, :] for part in (keys.document, keys.block, keys.copy, keys.ranks))
-    return visible(*q, *k)
+    seen = visible(*q, *k)
+    if window is None:
+        return seen
+    index = torch.arange(keys.document.shape[1], device=seen.device)
+    return seen & ((keys.copy != 0)[:, None, :] | (index >= lowest(queries, keys, window)[:, :, None]))
 
 
-def flex(queries: Fields, keys: Fields):  # noqa: ANN201
+def lowest(queries: Fields, keys: Fields, window: int) -> Tensor:
+    """(R, Q) int64: the index of the first key in each query's window. The context is the first keys of a row, in the
+    order of documents and blocks."""
+    document, block = queries.document[:, :, None], queries.block[:, :, None]
+    k_document, k_block = keys.document[:, None, :], keys.block[:, None, :]
+    before = (k_document < document) | ((k_document == document) & (k_block < block))
+    before &= (k_document >= 0) & (keys.copy == 0)[:, None, :]
+    return before.sum(-1) - (window - 1)
+
+
+def flex(queries: Fields, keys: Fields, window: int | None = None):  # noqa: ANN201
     """The same mask as a `torch.nn.attention.flex_attention.BlockMask` (forward anywhere; backward on GPU only)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q = (queries.document, queries.block, queries.copy, queries.ranks)
     k = (keys.document, keys.block, keys.copy, keys.ranks)
+    first = None if window is None else lowest(queries, keys, window)
 
     def predicate(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return visible(*(part[b, i] for part in q), *(part[b, j] for part in k))
+        seen = visible(*(part[b, i] for part in q), *(part[b, j] for part in k))
+        return seen if first is None else seen & ((keys.copy[b, j] != 0) | (j >= first[b, i]))
 
     rows, num_queries = queries.document.shape
     num_keys = keys.document.shape[1]
     return create_block_mask(predicate, rows, None, num_queries, num_keys, device=queries.document.device)
 
 
-def oracle(queries: Fields, keys: Fields) -> Tensor:
+def oracle(queries: Fields, keys: Fields, window: int | None = None) -> Tensor:
     """The rule again in plain Python, position by position: slow and simple. Tests compare with it."""
     q_rows = zip(*(p.tolist() for p in (queries.document, queries.block, queries.copy, queries.ranks)), strict=True)
     k_rows = zip(*(p.tolist() for p in (keys.document, keys.block, keys.copy, keys.ranks)), strict=True)
     out = []
     for q_row, k_row in zip(q_rows, k_rows, strict=True):
         out.append([])
+        context = [(d, b) for d, b, c, _ in zip(*k_row, strict=True) if c == 0]
         for document, block, copy, rank in zip(*q_row, strict=True):
             out[-1].append([])
-            for k_document, k_block, k_copy, k_rank in zip(*k_row, strict=True):
+            before = [i for i, (d, b) in enumerate(context) if d == document >= 0 and b < block]
+            hidden = before[: max(0, len(before) - window + 1)] if window is not None else []
+            for j, (k_document, k_block, k_copy, k_rank) in enumerate(zip(*k_row, strict=True)):
                 if document != k_document:
                     seen = False
                 elif k_copy == 0 and copy == 0:  # context sees context
-                    seen = k_block <= block
+                    seen = k_block <= block and j not in hidden
                 elif k_copy == 0:  # refinement reads the context strictly before its block
-                    seen = k_block < block
+                    seen = k_block < block and j not in hidden
                 else:  # a refine key: only later or equal ranks of its own copy see it
                     seen = k_copy == copy and k_rank <= rank
                 out[-1][-1].append(seen)

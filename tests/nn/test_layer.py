@@ -21,7 +21,8 @@ from omni.model import Omni, OmniConfig
 from omni.nn.declare import declarations
 from omni.nn.layer import SERVED, LayerSpec
 from omni.nn.native_step import NATIVE, CompiledStep
-from omni.nn.transformer import WEIGHTS_SERVED, TransformerConfig
+from omni.nn.transformer import TransformerConfig
+from omni.nn.transformer_config import WEIGHTS_SERVED
 from omni.rng import Key
 from omni.sequence.positions import RotarySpec, rotary_table
 
@@ -37,6 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual scale": {"residual_scale": 0.22, "latent_weights": "refine"},
     "rotary sections": {"rotary": RotarySpec(layout="sections", sections=(2, 1, 1))},
     "interleaved rotary sections": {"head_dim": 16, "rotary": RotarySpec(layout="interleaved", sections=(6, 1, 1))},
+    "QK-norm over the width": {"qk_norm": "width", "norm_placement": "after"},
+    "scale and cap of scores": {"attention_scale": 0.2, "attention_cap": 1.5, "latent_weights": "refine"},
+    "window": {"window": 5},
+    "window of some layers": {"window": 4, "window_layers": (1,), "window_rope_base": 50.0, "attention_cap": 2.0},
+    "expert": {"latent_weights": "refine", "expert": {"width": 16, "mlp_width": 24}},
+    "expert of some layers": {"latent_weights": "refine", "depth": 3, "expert": {"width": 48, "layers": (0, 2)}},
     "partial rotary, bases": {"rotary": RotarySpec(partial=0.75, bases=(1e4, 1e2, 1e2))},
 }
 
@@ -128,20 +135,21 @@ def test_rotary_tables() -> None:
 
 
 def test_unimplemented_values_are_refused_by_name() -> None:
-    layers = {"qk_norm": "axis", "activation": "relu2", "window": 8, "attention_cap": 50.0, "time": "input"}
+    layers = {"qk_norm": "axis", "activation": "relu2", "time": "input"}
     assert layers.keys() == SERVED.keys()
     for name, value in layers.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet; implemented: "):
             LayerSpec(**{name: value})  # type: ignore[arg-type]
     streams = {"block_positions": "one", "block_markers": True, "clean_frames": True, "guidance_positions": "full"}
-    assert streams.keys() | {"expert"} == WEIGHTS_SERVED.keys()
+    assert streams.keys() == WEIGHTS_SERVED.keys()
     for name, value in streams.items():
         with pytest.raises(ValueError, match=f"{name} = {value!r} is not implemented yet"):
             TransformerConfig(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scaling = 'yarn'"):
         LayerSpec(rotary=RotarySpec(scaling="yarn"))  # type: ignore[arg-type]
-    table = {"transformer": {**TransformerConfig().model_dump(), "window": 8}, "flow": {}, "vocab_size": 9}
-    with pytest.raises(ValueError, match="^here: transformer: window = 8 is not implemented yet; implemented: None$"):
+    table = {"transformer": {**TransformerConfig().model_dump(), "time": "input"}, "flow": {}, "vocab_size": 9}
+    message = "^here: transformer: time = 'input' is not implemented yet; implemented: 'modulation'$"
+    with pytest.raises(ValueError, match=message):
         build(table, OmniConfig, "here")  # names the field, without all others
     with pytest.raises(ValueError, match=r"rotary.sections = \[1, 1, 1\] must add up to the 32 frequencies"):
         LayerSpec(rotary=RotarySpec(layout="sections", sections=(1, 1, 1)))
@@ -176,9 +184,33 @@ def test_interleaved_sections_are_used_as_given() -> None:
             assert torch.bincount(axes, minlength=3).tolist() == list(sections)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in NATIVE if SERVED.get(name) != (None,)))
+@pytest.mark.parametrize("name", sorted(NATIVE))
 def test_the_native_step_refuses_other_layers_by_name(name: str) -> None:
-    spec = next(spec for spec in VARIANTS.values() if name in spec)
-    model = small_model(**{name: spec[name]})
+    value = next(spec[name] for spec in VARIANTS.values() if name in spec and spec[name] not in NATIVE[name])
+    model = small_model(**{name: value})
     with pytest.raises(ValueError, match=f"compile=True supports layers with {name} = "):
         CompiledStep(model.transformer, model.token.output_weight)
+
+
+def test_the_native_step_serves_layers_without_qk_norm() -> None:
+    model = small_model(qk_norm="none")
+    found = [check for check in verify(model) if "compiled" in check.name]
+    assert found and all(check.holds for check in found)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"expert": {"width": 8}}, "expert has no effect with latent_weights = 'shared'"),
+        (
+            {"expert": {"layers": (2, 1)}, "latent_weights": "refine"},
+            r"expert.layers = \[2, 1\]: give layers of 0 to 7",
+        ),
+        ({"window_layers": (0,)}, "window_layers has no effect without window"),
+        ({"window": 4, "window_layers": (9,)}, "window_layers names layer 9; give layers of 0 to 7"),
+        ({"window": 4, "tangents": "streamed"}, "tangents = 'streamed' is not implemented for layers with window"),
+    ],
+)
+def test_weights_and_windows_that_do_not_fit_are_refused(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**spec)

@@ -40,9 +40,10 @@ def test_dense_equals_flex_equals_oracle_on_500_random_layouts(part: int) -> Non
         fields = random_rows(Key(n).fold("layouts", part))
         rows, length = fields.document.shape
         assert (rows, length) == (50, 70)
-        expected = oracle(fields, fields)
-        assert torch.equal(dense(fields, fields), expected)
-        predicate = flex(fields, fields).mask_mod
+        window = None if n % 2 else 1 + n  # a window in every other round
+        expected = oracle(fields, fields, window)
+        assert torch.equal(dense(fields, fields, window), expected)
+        predicate = flex(fields, fields, window).mask_mod
         assert torch.equal(create_mask(predicate, rows, None, length, length, device="cpu")[:, 0], expected)
 
 
@@ -63,6 +64,25 @@ def test_the_rule_in_words() -> None:
         [1, 1, 1, 1, 0, 0],  # T2
         [1, 0, 0, 0, 1, 1],  # noisy latents: context strictly before the block, and the copy itself
         [1, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_a_window_in_words() -> None:
+    """T0 T1 I2 (two latents) T3 with a noisy copy of I2, window 2: a block sees the position before it and itself."""
+    image = LatentSpan(torch.zeros(2, CHANNELS), (1, 1, 2), True)
+    [batch], _ = pack(
+        [[TokenSpan([1, 1], [False, False]), image, TokenSpan([2], [True])]],
+        [Shape(1, 5, 2)], channels=CHANNELS, pad_id=PAD,
+    )  # fmt: skip
+    fields = all_fields(batch)
+    assert dense(fields, fields, 2)[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0],  # text: the position before it, whatever that is
+        [0, 1, 0, 0, 0, 1, 1],
+        [0, 1, 0, 0, 0, 1, 1],
     ]
 
 

@@ -37,16 +37,17 @@ _log = logging.getLogger("omni")
 @dataclass
 class AttentionMask:
     """The visibility of one (queries, keys) pair, computed on demand in each form and cached for all layers of a
-    pass."""
+    pass. window: see sequence.mask."""
 
     queries: Fields
     keys: Fields
+    window: int | None = None
     _lowered: dict[object, object] = field(default_factory=dict)
 
     def boolean(self) -> Tensor:
         """(R, 1, Q, K) bool."""
         if "boolean" not in self._lowered:
-            self._lowered["boolean"] = dense(self.queries, self.keys).unsqueeze(1)
+            self._lowered["boolean"] = dense(self.queries, self.keys, self.window).unsqueeze(1)
         return self._lowered["boolean"]  # type: ignore[return-value]
 
     def additive(self, dtype: torch.dtype) -> Tensor:
@@ -75,7 +76,7 @@ class AttentionMask:
     def block_mask(self) -> object:
         """FlexAttention's block mask."""
         if "flex" not in self._lowered:
-            self._lowered["flex"] = flex(self.queries, self.keys)
+            self._lowered["flex"] = flex(self.queries, self.keys, self.window)
         return self._lowered["flex"]
 
 
@@ -96,34 +97,45 @@ def choose_backend(name: str | None, device_type: str, training: bool = False, i
     return chosen
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str, cap: float | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v.
 
     Args:
         q: (R, H, Q, D). k, v: (R, G, K, D), of q's dtype.
         mask: None: every query sees every key.
         backend: one of BACKENDS.
+        cap: c; the scores are c tanh(s / c) before the mask. SDPA has none: the explicit softmax computes it.
 
     Returns: (R, H, Q, D).
     """
-    if backend == "math":
-        return _math(q, k, v, mask)
+    if backend == "math" or (backend == "sdpa" and cap is not None):
+        return _math(q, k, v, mask, cap)
     if backend == "sdpa":
         bias = None if mask is None else mask.additive(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
     if backend == "flex":
-        return _flex(q, k, v, mask)
+        return _flex(q, k, v, mask, cap)
     if backend == "flash":
-        return _flash(q, k, v, mask)
+        return _flash(q, k, v, mask, cap)
     raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """c tanh(s / c) of scores (Gemma 2, arXiv 2408.00118)."""
+    return (scores / cap).tanh() * cap
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, cap: float | None = None) -> Tensor:
     """Explicit softmax. Golden losses depend on its order of operations."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     q = q / math.sqrt(q.shape[-1])
+    if cap is not None:
+        scores = capped(q @ k.transpose(-1, -2), cap)
+        return (scores if mask is None else scores + mask.additive(scores.dtype)).softmax(-1) @ v
     if mask is None:
         scores = q @ k.transpose(-1, -2)
     else:
@@ -133,7 +145,9 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor
     return scores.softmax(-1) @ v
 
 
-def attend_dual(q: Dual, k: Dual, v: Dual, k_memory: Tensor, v_memory: Tensor, mask: AttentionMask | None) -> Dual:
+def attend_dual(
+    q: Dual, k: Dual, v: Dual, k_memory: Tensor, v_memory: Tensor, mask: AttentionMask | None, cap: float | None = None
+) -> Dual:
     """`attend` with its tangent, by explicit softmax, over constant keys and values followed by the queries' own.
 
     With P = softmax(S), O = P V:  O' = (P * S') V - rowsum(P * S') O + P V'. For the memory, S' is q' k^T / sqrt(D) and
@@ -151,9 +165,12 @@ def attend_dual(q: Dual, k: Dual, v: Dual, k_memory: Tensor, v_memory: Tensor, m
     scale = 1 / math.sqrt(keys.shape[-1])
     q = Dual(q.value * scale, q.tangent * scale)
     scores = q.value @ keys.mT
-    P = (scores if mask is None else scores + mask.additive(scores.dtype)).softmax(-1)
     rate = q.tangent @ keys.mT
     rate = torch.cat([rate[..., :M], rate[..., M:] + q.value @ dk.mT], -1)
+    if cap is not None:
+        scores = capped(scores, cap)
+        rate = rate * (1 - (scores / cap) ** 2)
+    P = (scores if mask is None else scores + mask.additive(scores.dtype)).softmax(-1)
     moved, out = P * rate, P @ values
     return Dual(out, moved @ values - moved.sum(-1, keepdim=True) * out + P[..., M:] @ dv)
 
@@ -166,7 +183,15 @@ def _compiled_flex():  # noqa: ANN202
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+@cache
+def _score_cap(cap: float | None) -> Callable[..., Tensor] | None:
+    """The soft cap as FlexAttention's score_mod."""
+    if cap is None:
+        return None
+    return lambda score, b, h, i, j: capped(score, cap)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, cap: float | None = None) -> Tensor:
     """FlexAttention, compiled on CUDA. ValueError for gradients on the CPU, where it has no backward."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -177,10 +202,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor
     # The decoding kernel, used for short queries, has no tiles for some groups of heads (torch <= 2.13).
     kernel = {"FORCE_USE_FLEX_ATTENTION": True} if q.device.type == "cuda" else None
     gqa = q.shape[1] != k.shape[1]
-    return function(q, k, v, block_mask=block_mask, enable_gqa=gqa, kernel_options=kernel)  # type: ignore[return-value]
+    options = {"block_mask": block_mask, "enable_gqa": gqa, "kernel_options": kernel}
+    return function(q, k, v, _score_cap(cap), **options)  # type: ignore[return-value]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, cap: float | None = None) -> Tensor:
     """Packed causal text with flash-attn: documents are variable-length sequences."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
