@@ -123,6 +123,10 @@ class Published:
         self._unread.discard(self._prefix + name)
         return self.root / name
 
+    def is_large(self, name: str) -> bool:
+        """Whether `tensors` maps a listed file instead of reading it."""
+        return name in self and self.files[name]["bytes"] > LARGE
+
     def read_rest(self) -> None:
         """Check the listed files that this reader and its views have not read."""
         for name in sorted(name for name in self.files if self._prefix + name in self._unread):
@@ -140,8 +144,7 @@ class Published:
         """The tensors of a safetensors file, on the CPU; those of a file beyond LARGE are mapped, and copied where they
         are written. DamagedError for another format, NaN or infinities."""
         path = self.root / name
-        is_large = name in self and self.files[name]["bytes"] > LARGE
-        data = self.check(name) if is_large else self.read(name)
+        data = self.check(name) if self.is_large(name) else self.read(name)
         try:
             tensors = safetensors.torch.load_file(data) if isinstance(data, Path) else safetensors.torch.load(data)
         except Exception as error:  # SafetensorError, and other errors of torch and the reader for odd headers

@@ -144,7 +144,8 @@ def _describe_tokenizer(path: Path) -> list[str]:
     ids = tokenizer.encode(sample)
     control = tokenizer.control
     return [
-        f"  backend {tokenizer.backend}: {tokenizer.num_text} text ids, then {len(control)} control ids",
+        f"  backend {tokenizer.backend}: {len(tokenizer.text_ids)} text ids, {len(control)} control ids"
+        + ("" if tokenizer.own_turns else f" after {tokenizer.num_text} ids of the published model"),
         f"  {sample!r} is {len(ids)} ids: {ids}",
     ]
 
@@ -246,8 +247,8 @@ def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[s
             index, block, rotary = index + n, block + 1, rotary + max(span.grid)
             continue
         for ids, supervise in _runs(span.ids, span.supervise, tokenizer):
-            is_control = ids[0] in tokenizer.control
-            content = tokenizer.control.name(ids[0]) if is_control else repr(tokenizer.decode(ids))
+            is_control = not tokenizer.is_text(ids[0])
+            content = tokenizer.name(ids[0]) if is_control else repr(tokenizer.decode(ids))
             what, loss = "control" if is_control else "text", "next token" if supervise else ""
             n = len(ids)
             rows.append((_range_text(index, n), _range_text(block, n), _range_text(rotary, n), what, loss, content))
@@ -259,7 +260,7 @@ def _runs(ids: Sequence[int], supervise: Sequence[bool], tokenizer: Tokenizer) -
     """Runs of text ids with equal supervise flags; every control id is its own run."""
     runs: list[tuple[list[int], bool]] = []
     for token, flag in zip(ids, supervise, strict=True):
-        joins = runs and runs[-1][1] == flag and token < tokenizer.num_text and runs[-1][0][-1] < tokenizer.num_text
+        joins = runs and runs[-1][1] == flag and tokenizer.is_text(token) and tokenizer.is_text(runs[-1][0][-1])
         if joins:
             runs[-1][0].append(token)
         else:

@@ -35,6 +35,7 @@ from omni.media.preparation import Preparation
 from omni.model import Omni, OmniConfig
 from omni.nn.declare import declarations, fill
 from omni.rng import Key
+from omni.text.convert import convert_tokenizer
 from omni.text.tokenizer import CONTROL_NAMES, Tokenizer
 from omni.weights import unallocated
 
@@ -280,17 +281,9 @@ def _codec_files(codec: Codec | None) -> dict[str, Any]:
 
 
 def _convert_tokenizer(path: Path, config: OmniConfig) -> Tokenizer:
-    """The published tokenizer, with the control ids after the published ones. ValueError where sizes differ."""
-    from omni.text.published import convert_tokenizer
-
+    """The published tokenizer, with the control ids after the rows of the published embedding."""
     gguf = gguf_of(path)
-    tokenizer = convert_tokenizer(path, None if gguf is None else str(gguf))
-    if tokenizer.vocab_size != config.vocab_size:
-        ours, theirs = config.vocab_size - NEW_ROWS, tokenizer.vocab_size - NEW_ROWS
-        raise ValueError(
-            f"{path}: the tokenizer has {theirs} ids, the embedding {ours}; use the tokenizer of the model"
-        )
-    return tokenizer
+    return convert_tokenizer(path if gguf is None else gguf, num_rows=config.vocab_size - NEW_ROWS)
 
 
 def _tensors(found: PublishedDecoder, config: OmniConfig, dtype: torch.dtype | None) -> Iterator[Written]:
