@@ -29,8 +29,9 @@ class Wide(TorchFunctionMode):
         args = tuple(torch.float64 if one is torch.float32 else one for one in args)
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        found = func(*args, **kwargs)
-        return found.double() if func is torch.arange and found.dtype is torch.float32 else found
+        if func is torch.tensor and isinstance(args[0], float):
+            kwargs.setdefault("dtype", torch.float64)
+        return func(*args, **kwargs)
 
 
 def published(family: str, **settings: Any) -> Any:
@@ -77,9 +78,8 @@ def logits(model: Any, ids: list[int], is_wide: bool = True) -> Tensor:
             return twin(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-def changed(folder: Path, **keys: Any) -> None:
-    """Change keys of config.json; None with a leading "-" in the name removes one."""
+def changed(folder: Path, without: tuple[str, ...] = (), **keys: Any) -> None:
+    """Change keys of config.json, and remove those of `without`."""
     data = json.loads((folder / "config.json").read_text())
-    for name, value in keys.items():
-        data[name] = value
+    data = {name: value for name, value in {**data, **keys}.items() if name not in without}
     (folder / "config.json").write_text(json.dumps(data))
