@@ -29,8 +29,6 @@ class Wide(TorchFunctionMode):
         args = tuple(torch.float64 if one is torch.float32 else one for one in args)
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        if func is torch.tensor and isinstance(args[0], float):
-            kwargs.setdefault("dtype", torch.float64)
         return func(*args, **kwargs)
 
 
@@ -63,10 +61,15 @@ def published(family: str, **settings: Any) -> Any:
 @contextmanager
 def wide(model: Any) -> Iterator[Any]:
     """A copy of the model in float64, whose frequencies are computed in float64."""
-    with Wide():
-        twin = type(model)(model.config).double().eval()
-        twin.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-        yield twin
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Wide():
+            twin = type(model)(model.config).double().eval()
+            twin.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+            yield twin
+    finally:
+        torch.set_default_dtype(before)
 
 
 def logits(model: Any, ids: list[int], is_wide: bool = True) -> Tensor:

@@ -157,7 +157,9 @@ class GGUFFile:
         try:
             heads = found["num_attention_heads"]
             found.setdefault("num_key_value_heads", heads)
-            head_dim = found.setdefault("head_dim", found["hidden_size"] // heads)
+            query = self._stored.get("blk.0.attn_q.weight")
+            rows = found["hidden_size"] if query is None else int(query.shape[-1])
+            head_dim = found.setdefault("head_dim", rows // heads)
             vocab_size = int(self._stored["token_embd.weight"].shape[-1])
         except (KeyError, TypeError, ZeroDivisionError):
             raise ValueError(f"{self.path} has no {self.arch}.embedding_length, attention.head_count or token_embd; "

@@ -23,7 +23,7 @@ from omni.nn.cache import History
 IDS = [3, 17, 42, 5, 9, 88, 61, 2, 2, 30, 11, 64, 7, 95, 1, 50, 23, 77, 8, 33]
 DOCUMENTS = IDS, IDS[5:12], IDS[2:4]
 VOCABULARY = 96
-LONG = {"short_factor": [1.0, 1.5, 2.0, 2.0], "long_factor": [2.0, 3.0, 5.0, 9.0]}
+LONG = {"short_factor": [1.0, 1.2, 1.5, 1.5, 2.0, 2.0], "long_factor": [2.0, 3.0, 3.5, 5.0, 7.0, 9.0]}
 LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, settings, arguments of the import
@@ -64,13 +64,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, sett
     "phi3": ("phi3", {"sliding_window": 6}, {}),
     "phi3, longrope": (
         "phi3",
-        {"hidden_size": 48, "original_max_position_embeddings": 16, "max_position_embeddings": 64,
+        {"hidden_size": 64, "original_max_position_embeddings": 16, "max_position_embeddings": 64,
          "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.75, **LONG}},
         {},
     ),
     "phi3, longrope, short": (
         "phi3",
-        {"hidden_size": 48, "original_max_position_embeddings": 32, "max_position_embeddings": 64,
+        {"hidden_size": 64, "original_max_position_embeddings": 32, "max_position_embeddings": 64,
          "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.75, **LONG}},
         {"context": 32},
     ),

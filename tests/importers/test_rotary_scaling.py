@@ -8,6 +8,7 @@ import pytest
 import torch
 from published_oracle import Wide
 
+from omni.config import build
 from omni.nn.layer import LayerSpec
 from omni.sequence.positions import RotarySpec, rotary_table
 
@@ -118,5 +119,4 @@ def test_older_files_name_no_scaling() -> None:
 )  # fmt: skip
 def test_scalings_that_do_not_fit_raise(scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LayerSpec.model_validate({"head_dim": 16, "rotary": {"scaling": scaling}}) and None
-        LayerSpec(**{"head_dim": 16, "rotary": {"scaling": scaling}})
+        build({"head_dim": 16, "rotary": {"scaling": scaling}}, LayerSpec, "here")
