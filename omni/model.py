@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -28,6 +28,7 @@ from omni.losses import ScoreNetworks, batch_losses
 from omni.media.preparation import AnySegment, Limits, Preparation, prepare
 from omni.nn.cache import Memory
 from omni.nn.declare import initialise
+from omni.nn.lora import Lora, LoraSpec
 from omni.nn.runs import Runs
 from omni.nn.tangent import Dual, lift
 from omni.nn.transformer import Transformer, TransformerConfig
@@ -56,6 +57,7 @@ class OmniConfig(Frozen):
     Stored as config.json: a new field needs a default under which older models compute the same.
     """
 
+    model_type: Literal["omni"] = "omni"  # by which transformers' AutoModel finds omni.hf
     transformer: TransformerConfig = TransformerConfig()
     flow: FlowHeadConfig | None = FlowHeadConfig()
     vocab_size: int = Field(ge=1, le=1 << 24)
@@ -205,6 +207,37 @@ class Omni(nn.Module):
         from omni.generation.engine import Engine
 
         return Engine(self).generate_batch(prompts, options, seeds)
+
+    # ---- adapters of the text weights ---------------------------------------------------------------------------
+
+    def add_lora(self, spec: LoraSpec) -> Lora:
+        """A new adapter, which changes nothing until it is trained or filled; requests name it as `lora`. ValueError
+        for a name that is taken, or layers that the transformer does not have."""
+        self._set_loras((*self.config.transformer.loras, spec))
+        weight = self.transformer.norm.weight
+        lora = Lora(spec, self.config.transformer).to(weight.device, weight.dtype)
+        initialise(lora, Key(0).fold("lora", spec.name))
+        self.transformer.loras[spec.name] = lora
+        return lora
+
+    def drop_lora(self, name: str) -> None:
+        """Remove an adapter. ValueError if there is none of this name."""
+        self.transformer.lora(name)
+        del self.transformer.loras[name]
+        self._set_loras(tuple(spec for spec in self.config.transformer.loras if spec.name != name))
+        if self.transformer.active_lora == name:
+            self.transformer.active_lora = None
+
+    def merge_lora(self, name: str) -> None:
+        """Add an adapter to the text weights, for all requests, and remove it."""
+        self.transformer.lora(name).merge_into(self.transformer.blocks)
+        self.drop_lora(name)
+
+    def _set_loras(self, loras: tuple[LoraSpec, ...]) -> None:
+        old = self.config.transformer
+        transformer = TransformerConfig(**{**{name: getattr(old, name) for name in type(old).model_fields}, "loras": loras})
+        self.config = self.config.model_copy(update={"transformer": transformer})
+        self.transformer.c = transformer
 
     # ---- documents ------------------------------------------------------------------------------------------------
 

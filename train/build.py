@@ -35,6 +35,7 @@ from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.checkpoint import AVERAGES, WEIGHTS
+from train.decoder import freeze_text_path, is_text_path
 from train.data.held_out import HeldOut, hold_out
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
@@ -55,8 +56,8 @@ from train.validation import Validation
 NOISE_VERSION = 2
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
-# Setting -> the value that init_from may have instead: upcycling copies the missing weights.
-UPCYCLED_FROM = {"latent_weights": "shared"}
+# Setting -> the value that init_from may have instead: it lacks those weights, or upcycling copies them.
+UPCYCLED_FROM = {"latent_weights": "shared", "expert": None, "loras": []}
 
 
 def build_run(recipe: Recipe, out: Path) -> Run:
@@ -171,7 +172,8 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
     if recipe.preparation.size is not None:
         target_size(*recipe.preparation.size, recipe.preparation, model.limits)
     if recipe.init_from is not None:
-        left = load_initial_weights(model, recipe.init_from, recipe.init_partial)
+        lacking = recipe.decoder is not None
+        left = load_initial_weights(model, recipe.init_from, recipe.init_partial, lacking, recipe.upcycle)
         if left:
             begin = f"init_from {str(recipe.init_from)!r}: {len(left)} weights stay as initialised, such as {left[0]!r}"
             print(begin, file=sys.stderr)
@@ -186,6 +188,9 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
             check_same_parts(recipe.init_from, tokenizer, codec)
     if recipe.train_only:
         freeze_all_but(model, recipe.train_only)
+    if recipe.text_path == "frozen":
+        freeze_text_path(model, recipe.lora)
+    model.transformer.active_lora = recipe.lora
     if recipe.compile:
         compile_blocks(model.transformer)
     return model.to(recipe.device).train()
@@ -218,25 +223,29 @@ def freeze_all_but(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
         parameter.requires_grad_(any(fnmatchcase(name, f"{prefix}*") for prefix in prefixes))
 
 
-def load_initial_weights(model: Omni, directory: Path, partial_allowed: bool) -> list[str]:
+def load_initial_weights(
+    model: Omni, directory: Path, partial_allowed: bool, lacking_allowed: bool = False, upcycle: bool = True
+) -> list[str]:
     """Load a model directory, or the averages of a checkpoint. Returns the names left as initialised.
 
-    Separate latent weights that are not saved are upcycled (see train.upcycling). Raises ValueError where a weight is
-    missing, unknown or of another shape, unless `partial_allowed`.
+    Separate latent weights that are not saved are upcycled (see train.upcycling), unless `upcycle` is False. Raises
+    ValueError where a weight is missing, unknown or of another shape, unless `partial_allowed`; with `lacking_allowed`
+    weights may be missing, except those of the text path.
     """
     if not directory.is_dir():
         raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a checkpoint")
     published, own = Published(directory), model.state_dict()
     saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()
-    saved = with_latent_weights(saved, own)
+    saved = with_latent_weights(saved, own) if upcycle else saved
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     integers = [name for name, v in usable.items() if v.is_floating_point() != own[name].is_floating_point()]
     if integers:
         name = integers[0]
         raise ValueError(f"init_from {str(directory)!r}: {name!r} is of {usable[name].dtype}, not of {own[name].dtype}")
     left = sorted(own.keys() - usable.keys())
-    odd = left + sorted(saved.keys() - usable.keys())
+    missing = [name for name in left if name in saved or is_text_path(name) or not lacking_allowed]
+    odd = missing + sorted(saved.keys() - usable.keys())
     if not usable:
         raise ValueError(f"init_from {str(directory)!r} shares no weight with this model; use the same sizes")
     if odd and not partial_allowed:
@@ -255,7 +264,8 @@ def settings_differences(directory: Path, config: OmniConfig) -> list[str]:
         return []
     saved = build(published.table(name), OmniConfig, str(directory / name))
     theirs, ours = saved.model_dump(mode="json"), config.model_dump(mode="json")
-    pairs = [("", theirs, ours), *((f"{part}.", theirs[part], ours[part]) for part in ("transformer", "flow"))]
+    parts = [part for part in ("transformer", "flow") if theirs[part] is not None and ours[part] is not None]
+    pairs = [("", theirs, ours), *((f"{part}.", theirs[part], ours[part]) for part in parts)]
     return [
         f"{prefix}{name} = {json.dumps(a[name])}, this recipe has {json.dumps(b[name])}"
         for prefix, a, b in pairs

@@ -23,6 +23,7 @@ from omni.nn.compiled import require_compilable
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from train.data.batch import BatchConfig, DropConfig
+from train.decoder import with_decoder
 from train.optim.optimiser import OptimiserConfig
 
 # What a resume may change, as patterns of dotted keys. All other keys decide the saved weights (shapes, objectives,
@@ -101,6 +102,14 @@ class Recipe(Frozen):
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
     codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
     codec_precision: Literal["float32", "bfloat16"] = "float32"
+    decoder: Path | None = Field(
+        None, description="imported language model to build on: its tokenizer, its weights, and what [model] leaves out"
+    )
+    text_path: Literal["tuned", "frozen"] = Field(
+        "tuned", description="frozen: the text weights and the published ids stay; new ids, LoRA and latents are trained"
+    )
+    lora: str | None = Field(None, description="adapter of [model] loras to train with; needs text_path = frozen")
+    upcycle: bool = Field(True, description="latents' own weights that are not saved start as copies of the text's")
     init_from: Path | None = Field(None, description="model directory or checkpoint whose weights to start from")
     init_partial: bool = Field(False, description="allow init_from to lack weights, or to have others")
     train_only: tuple[str, ...] = Field((), description="train only weights with these prefixes (* is any text)")
@@ -132,6 +141,14 @@ class Recipe(Frozen):
             )
         warnings.warn("coupling is no longer a key of recipes; remove it", RetiredKeyWarning, stacklevel=2)
         return without_retired(data)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_decoder(cls, data: Any) -> Any:
+        """What the recipe leaves out is that of the decoder: see train.decoder."""
+        if not isinstance(data, dict) or data.get("decoder") is None:
+            return data
+        return with_decoder(data)
 
     @field_validator("generation")
     @classmethod
@@ -166,6 +183,10 @@ class Recipe(Frozen):
             raise ValueError(f"objectives must have different names, got {names}")
         if self.compile:
             require_compilable(self.model)
+        if self.lora is not None and self.lora not in [spec.name for spec in self.model.loras]:
+            raise ValueError(f"lora = {self.lora!r} is not one of [model] loras; add it there: {{ name = {self.lora!r} }}")
+        if self.lora is not None and self.text_path == "tuned":
+            raise ValueError(f"lora = {self.lora!r} adapts frozen text weights; set text_path = 'frozen'")
         if self.drop.text + self.drop.images + self.drop.all > 1:
             raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
         return self

@@ -26,6 +26,8 @@ def require_compilable(config: TransformerConfig) -> None:
         raise ValueError(
             "compile=true does not support latent_weights = 'separate'; set compile=false, or latent_weights = 'refine'"
         )
+    if config.attention == "flash":  # the lengths of its calls depend on the data
+        raise ValueError("compile=true does not support attention = 'flash'; set compile=false, or attention = 'flex'")
 
 
 def compile_blocks(transformer: Transformer) -> None:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.nn.attention.backends import LONG, AttentionMask, attend, attend_dual, choose_backend
+from omni.nn.attention.flash import serves_copies
 from omni.nn.attention.jvp import attend_with_tangent
 from omni.nn.cache import Memory, Pair, Pool, join
 from omni.nn.declare import ZERO, Declared, of_linear
@@ -169,10 +170,11 @@ class Transformer(nn.Module):
         training = torch.is_grad_enabled() and probe.requires_grad
         return choose_backend(self.c.attention, device.type, training, length > LONG)
 
-    def _block_backend(self, device: torch.device, length: int = 0) -> str:
-        """The backend of a pass against memory; flash-attn cannot mask it."""
-        backend = self.backend(device, length)
-        return "sdpa" if backend == "flash" else backend
+    def _block_backend(self, stream: Stream, dtype: torch.dtype, length: int) -> str:
+        """The backend of a pass against memory. flash-attn has no order inside a copy, and no float32, which central
+        differences take: SDPA serves these."""
+        backend = self.backend(stream.position.device, length)
+        return "sdpa" if backend == "flash" and not serves_copies(stream.fields, dtype) else backend
 
     def new_pool(self, max_positions: int = 1 << 24) -> Pool:
         """An empty pool of keys and values, on the device and in the dtype of the weights."""
@@ -314,7 +316,8 @@ class Transformer(nn.Module):
         if isinstance(memory, Runs):  # their order and bounds are those of the runs, not of the stream
             return partial(self._attend, memory)
         num_keys = memory.keys[0].shape[2] + stream.position.shape[1]
-        backend, cap = self._block_backend(stream.position.device, num_keys), self.c.attention_cap
+        value, cap = h.value if isinstance(h, Dual) else h, self.c.attention_cap
+        backend = self._block_backend(stream, value.dtype, num_keys)
         if not isinstance(h, Dual):
             for window in self._windows():
                 memory.mask(stream, window).prepare(backend, h.dtype)

@@ -6,14 +6,13 @@
     sdpa    torch's scaled_dot_product_attention with a dense mask; the default for inference: lengths change with
             every reply, and compiled flex would compile again for each
     flex    FlexAttention with a block mask; the default for training on CUDA (its backward exists there only)
-    flash   the flash-attn package (varlen), CUDA, for a context stream of text only
+    flash   the flash-attn package on CUDA: packed streams as segments of variable length (nn.attention.flash)
 
 Legend: R batch rows, H query heads, G key heads (H a multiple of G), Q queries, K keys, D head width.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni.nn.attention.flash import available, flash_context, flash_copies
 from omni.nn.tangent import Dual
 from omni.sequence.mask import Fields, dense, flex
 
@@ -86,7 +86,7 @@ def choose_backend(name: str | None, device_type: str, training: bool = False, i
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
-        if name == "flash" and (device_type != "cuda" or importlib.util.find_spec("flash_attn") is None):
+        if name == "flash" and not available(device_type):
             raise ValueError(
                 "attention backend 'flash' needs CUDA and flash-attn: pip install 'omni-flow[gpu]', or use 'sdpa'"
             )
@@ -118,7 +118,8 @@ def attend(
     if backend == "flex":
         return _flex(q, k, v, mask, cap)
     if backend == "flash":
-        return _flash(q, k, v, mask, cap)
+        function = flash_context if mask is None or q.shape[2] == k.shape[2] else flash_copies
+        return function(q, k, v, mask, window=None if mask is None else mask.window, cap=cap)
     raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
@@ -204,26 +205,3 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, cap: floa
     gqa = q.shape[1] != k.shape[1]
     options = {"block_mask": block_mask, "enable_gqa": gqa, "kernel_options": kernel}
     return function(q, k, v, _score_cap(cap), **options)  # type: ignore[return-value]
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, cap: float | None = None) -> Tensor:
-    """Packed causal text with flash-attn: documents are variable-length sequences."""
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    if mask is None or q.shape[2] != k.shape[2]:
-        raise ValueError("attention backend 'flash' serves the packed context stream only; use 'flex' or 'sdpa' here")
-    document, block = mask.queries.document, mask.queries.block
-    same = (document[:, 1:] == document[:, :-1]) & (block[:, 1:] == block[:, :-1])
-    if bool(same.any()) or bool((mask.queries.copy != 0).any()):
-        raise ValueError(
-            "attention backend 'flash' has no bidirectional attention, which latent blocks need; use 'flex'"
-        )
-    R, H, N, D = q.shape
-    starts = torch.ones_like(document, dtype=torch.bool)
-    starts[:, 1:] = document[:, 1:] != document[:, :-1]
-    edges = starts.flatten().nonzero().flatten()
-    bounds = torch.cat([edges, edges.new_tensor([R * N])]).to(torch.int32)
-    longest = int((bounds[1:] - bounds[:-1]).max())
-    flat = [x.transpose(1, 2).reshape(R * N, x.shape[1], D) for x in (q, k, v)]
-    out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
-    return out.reshape(R, N, H, D).transpose(1, 2)

@@ -1,0 +1,55 @@
+"""Recipes that build on an imported language model (`omni import`), and what of it is trained.
+
+With `decoder = "DIR"` the recipe takes from DIR: the tokenizer, the first weights (init_from), the settings of [model]
+and [heads] that it does not give. Weights that DIR lacks start as initialised; separate latent weights of the text's
+size start as copies of the text weights (upcycle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from omni.config import load_json
+from omni.model import OmniConfig
+
+# Settings of config.json that belong to the text path. Those of pictures are the recipe's own.
+HEADS = ("tied_embeddings", "embedding_scale", "new_rows", "logit_cap", "max_context")
+# The text path: what a published language model has. Ids that it does not have are in tables of their own.
+TEXT_PATH = ("token.embedding.", "token.unembedding.", "transformer.norm.")
+
+
+def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of a recipe with the settings of its decoder where it has none. ValueError without a model there."""
+    folder = Path(table["decoder"])
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"decoder = {str(folder)!r} holds no config.json of an imported model; make it with `omni import PATH --out "
+            f"{folder}`"
+        )
+    config = load_json(folder / "config.json", OmniConfig)
+    of_model = config.transformer.model_dump(mode="json", exclude_unset=True)
+    of_heads = {name: value for name in HEADS if (value := getattr(config, name)) is not None}
+    return {
+        "tokenizer": str(folder / "tokenizer"),
+        "init_from": str(folder),
+        **table,
+        "model": {**of_model, **table.get("model", {})},
+        "heads": {**of_heads, **table.get("heads", {})},
+    }
+
+
+def is_text_path(name: str) -> bool:
+    """Whether a parameter is of the text path: the published tables, the final norm, the layers' text weights."""
+    return name.startswith(TEXT_PATH) or (name.startswith("transformer.blocks.") and name.split(".")[3] == "text")
+
+
+def freeze_text_path(model: nn.Module, lora: str | None) -> None:
+    """Take the gradients of the text path, and those of all adapters but `lora`."""
+    for name, parameter in model.named_parameters():
+        other = name.startswith("transformer.loras.") and name.split(".")[2] != lora
+        if is_text_path(name) or other:
+            parameter.requires_grad_(False)
