@@ -5,6 +5,9 @@ reader finds a finished directory or none. safetensors has no integrity check (a
 `load_tensors` hashes the bytes that it parses; a damaged file never becomes weights. Nothing here reads or writes
 pickle. Scope: one local POSIX file system, one writer per directory.
 
+Files of any size are hashed in pieces; a file of weights beyond LARGE is mapped into memory after its digest check, and
+its pages are read when they are used. Changing it meanwhile changes the weights.
+
 manifest.json: {"format": 1, "files": {name: {"bytes": int, "blake2b": hex}}, "info": {...}, "blake2b": hex}
 The last digest covers the manifest's other fields. Names are relative POSIX paths.
 """
@@ -18,10 +21,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -29,15 +32,19 @@ from pydantic import Field, ValidationError, field_validator
 
 from omni.config import Frozen, explain, parse_json, table_of
 from omni.errors import DamagedError, in_range
+from omni.storage.pieces import Sink, digest_of, entry_of, sync, sync_directory
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of manifest.json; another format needs another number
+LARGE = 1 << 30  # bytes of a file of weights that is mapped, not read
 _MAX_MANIFEST_BYTES = 4 << 20
 # The temporary names that `publish`, `save_tensors` and `_move_into_place` make.
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 
-Content = bytes | str | Path | Mapping[str, torch.Tensor]
-"""The content of a published file: raw bytes, text (UTF-8), a file or directory to copy, or named tensors."""
+
+Content = bytes | str | Path | Mapping[str, torch.Tensor] | Callable[[Sink], None]
+"""The content of a published file: raw bytes, text (UTF-8), a file or directory to copy, named tensors, or a function
+that writes it piece by piece."""
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -55,7 +62,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 class Published:
@@ -108,10 +115,22 @@ class Published:
         self._unread.discard(self._prefix + name)
         return data
 
+    def check(self, name: str) -> Path:
+        """The path of one file, after its digest check in pieces; errors as in `read`."""
+        if name not in self:
+            raise DamagedError(f"{self.root / name} is missing in {MANIFEST}: the directory is incomplete")
+        _check_digest(self.root / name, self.files[name])
+        self._unread.discard(self._prefix + name)
+        return self.root / name
+
+    def is_large(self, name: str) -> bool:
+        """Whether `tensors` maps a listed file instead of reading it."""
+        return name in self and self.files[name]["bytes"] > LARGE
+
     def read_rest(self) -> None:
         """Check the listed files that this reader and its views have not read."""
         for name in sorted(name for name in self.files if self._prefix + name in self._unread):
-            self.read(name)
+            self.check(name)
 
     def table(self, name: str) -> dict[str, Any]:
         """A file that holds a JSON object. DamagedError for anything else."""
@@ -122,10 +141,12 @@ class Published:
             raise DamagedError(str(error)) from None
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a safetensors file, on the CPU. DamagedError for another format, NaN or infinities."""
-        path, data = self.root / name, self.read(name)
+        """The tensors of a safetensors file, on the CPU; those of a file beyond LARGE are mapped, and copied where they
+        are written. DamagedError for another format, NaN or infinities."""
+        path = self.root / name
+        data = self.check(name) if self.is_large(name) else self.read(name)
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = safetensors.torch.load_file(data) if isinstance(data, Path) else safetensors.torch.load(data)
         except Exception as error:  # SafetensorError, and other errors of torch and the reader for odd headers
             message = f"{path} is not a safetensors file ({error}); publish or download it again"
             raise DamagedError(" ".join(message.split())) from None
@@ -197,7 +218,7 @@ def publish(
         body = {"format": FORMAT, "files": dict(sorted(entries.items())), "info": dict(info or {})}
         _write(temporary / MANIFEST, _render_manifest(body))
         for folder in {temporary, *((temporary / name).parent for name in entries)}:
-            _sync_directory(folder)
+            sync_directory(folder)
         _move_into_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -292,21 +313,44 @@ def _paths_in(folder: Path) -> list[Path]:
 
 def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     """The bytes of `path`, if they match its manifest entry; DamagedError otherwise."""
+    with _opened(path, entry) as stream:
+        data = stream.read()
+    _compare(path, entry, len(data), digest_of(data))
+    return data
+
+
+def _check_digest(path: Path, entry: Mapping[str, Any]) -> None:
+    """DamagedError unless the bytes of `path` match its manifest entry. Reads it in pieces."""
+    with _opened(path, entry) as stream:
+        found = entry_of(stream)
+    _compare(path, entry, found["bytes"], found["blake2b"])
+
+
+@contextmanager
+def _opened(path: Path, entry: Mapping[str, Any]) -> Iterator[BinaryIO]:
+    """A listed file, for reading. DamagedError where it is missing, no file, unreadable or of another size."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe may never end
             raise DamagedError(f"{path} is listed in {MANIFEST} but is not a file; download it again")
         with path.open("rb") as stream:
-            data = stream.read(entry["bytes"] + 1) if path.stat().st_size > entry["bytes"] else stream.read()
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                _compare(path, entry, size, "")
+            yield stream
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path} is listed in {MANIFEST} but missing; download it again") from None
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from None
-    if len(data) != entry["bytes"]:
-        size = path.stat().st_size
-        raise DamagedError(f"{path} has {size} bytes, not {entry['bytes']}: it is cut or changed; download it again")
-    if _digest(data) != entry["blake2b"]:
+
+
+def _compare(path: Path, entry: Mapping[str, Any], num_bytes: int, digest: str) -> None:
+    """DamagedError for another size or digest."""
+    if num_bytes != entry["bytes"]:
+        raise DamagedError(
+            f"{path} has {num_bytes} bytes, not {entry['bytes']}: it is cut or changed; download it again"
+        )
+    if digest != entry["blake2b"]:
         raise DamagedError(_wrong_digest_message(path))
-    return data
 
 
 def _wrong_digest_message(path: Path) -> str:
@@ -314,15 +358,10 @@ def _wrong_digest_message(path: Path) -> str:
     return f"{path} does not match its digest: one or more bytes changed; download it again"
 
 
-def _digest(data: bytes) -> str:
-    """256-bit blake2b, as 64 hex digits. Stored in every manifest: never change it."""
-    return hashlib.blake2b(data, digest_size=32).hexdigest()
-
-
 def _render_manifest(body: Mapping[str, Any]) -> bytes:
     """The exact bytes of manifest.json. A reader compares them byte by byte: never change the layout."""
     canonical = json.dumps(body, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return (json.dumps({**body, "blake2b": _digest(canonical.encode())}, indent=1, sort_keys=True) + "\n").encode()
+    return (json.dumps({**body, "blake2b": digest_of(canonical.encode())}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _listed_files(files: Mapping[str, Content]) -> dict[str, Content]:
@@ -346,22 +385,20 @@ def _check_name(name: str) -> None:
         raise ValueError(f"unsafe file name {name!r} for a published directory; use a relative path without '..'")
 
 
-def _content_bytes(content: Content) -> bytes:
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode()
-    if isinstance(content, Path):
-        return content.read_bytes()
-    return tensor_bytes(content)
-
-
 def _write_content(path: Path, content: Content) -> dict[str, Any]:
     """Write one file, synced; return its manifest entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = _content_bytes(content)
-    _write(path, data)
-    return _entry(data)
+    with path.open("wb") as stream:
+        sink = Sink(stream)
+        if callable(content):
+            content(sink)
+        elif isinstance(content, Path):
+            sink.write_file(content)
+        elif isinstance(content, bytes | str):
+            sink.write(content if isinstance(content, bytes) else content.encode())
+        else:
+            sink.write(tensor_bytes(content))
+        return sink.finish()
 
 
 def _entries_of_written(directory: Path) -> dict[str, dict[str, Any]]:
@@ -371,31 +408,16 @@ def _entries_of_written(directory: Path) -> dict[str, dict[str, Any]]:
         name = path.relative_to(directory).as_posix()
         _check_name(name)
         with path.open("rb") as stream:
-            entries[name] = _entry(stream.read())
-            os.fsync(stream.fileno())
+            entries[name] = entry_of(stream)
+            sync(stream)
     return entries
-
-
-def _entry(data: bytes) -> dict[str, Any]:
-    """The manifest entry of a file with these bytes."""
-    return {"bytes": len(data), "blake2b": _digest(data)}
 
 
 def _write(path: Path, data: bytes) -> None:
     """Write and sync a file."""
     with path.open("wb") as stream:
         stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    """Sync a directory, so that the names in it survive a crash."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(stream)
 
 
 def _move_into_place(temporary: Path, directory: Path) -> None:
@@ -410,5 +432,5 @@ def _move_into_place(temporary: Path, directory: Path) -> None:
             with suppress(OSError):
                 os.rename(aside, directory)
         raise
-    _sync_directory(directory.parent)
+    sync_directory(directory.parent)
     shutil.rmtree(aside, ignore_errors=True)

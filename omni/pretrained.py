@@ -16,9 +16,9 @@ from omni.media.preparation import read_preparation
 from omni.model import Omni, OmniConfig
 from omni.nn.precision import require_device
 from omni.text import load_tokenizer
-from omni.weights import stays_finite, unallocated
+from omni.weights import load_weights, stays_finite, unallocated
 
-CODEC_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CODEC_CONFIG, TOKENIZER_CONFIG, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -39,9 +39,7 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         raise ValueError(f"dtype = {dtype} is not a floating type; use torch.float32, torch.bfloat16 or torch.float64")
     files = Published(folder)
     config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
-    with unallocated():
-        model = Omni(config)
-    model.load_weights(files.tensors("model.safetensors"), str(folder / "model.safetensors"))
+    model = _with_weights(config, files, dtype)
     tokenizer, codec = files.folder("tokenizer"), files.folder("codec")
     if TOKENIZER_CONFIG in tokenizer:
         model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
@@ -54,10 +52,19 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     model.origin = {"path": "bundled" if path is None else str(path), "digest": manifest_digest(folder)}
     files.read_rest()
     _check_attached(model, str(folder))
-    large = [name for name, value in model.state_dict().items() if not stays_finite(dtype, value)]
-    if large:
-        raise ValueError(f"{folder}: {large[0]} has values out of the range of {dtype}; use torch.bfloat16")
-    return model.to(device, dtype).eval()
+    return model.to(device).eval()
+
+
+def _with_weights(config: OmniConfig, files: Published, dtype: torch.dtype) -> Omni:
+    """The model in `dtype`. Weights of a large file that are stored in this dtype stay mapped; others are copied, one
+    at a time."""
+    with unallocated():
+        model = Omni(config).to(dtype)
+    tensors = files.tensors(WEIGHTS)
+    if out_of_range := [name for name, value in tensors.items() if not stays_finite(dtype, value)]:
+        raise ValueError(f"{files.root}: {out_of_range[0]} has values out of the range of {dtype}; use torch.bfloat16")
+    load_weights(model, tensors, str(files.root / WEIGHTS), copy=not files.is_large(WEIGHTS))
+    return model
 
 
 def _check_attached(model: Omni, source: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from omni.errors import DamagedError
+from omni.errors import DamagedError, in_range
 
 
 class _WithoutInitialisation(TorchFunctionMode):
@@ -35,12 +35,15 @@ def stays_finite(dtype: torch.dtype, value: torch.Tensor) -> bool:
     """Whether finite values stay finite in another floating dtype."""
     if not value.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(value.dtype).max or not value.numel():
         return True
-    return float(value.abs().max()) <= torch.finfo(dtype).max
+    return in_range(value, torch.finfo(dtype).max)
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str, copy: bool = True) -> None:
     """Set the weights of a module, unallocated or not, in its own dtypes. Strict: each must be present with its shape
-    and kind, floating or not, and no other. Else DamagedError naming `source` and the first wrong weight."""
+    and kind, floating or not, and no other. Else DamagedError naming `source` and the first wrong weight.
+
+    copy: False lets an unallocated module own the given tensors where they have its dtype.
+    """
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
@@ -59,7 +62,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         if not stays_finite(wanted.dtype, value):
             raise DamagedError(f"{source}: {name} has values out of the range of {wanted.dtype}; use smaller weights")
     if any(value.is_meta for value in own.values()):
-        copies = {name: value.to(own[name].dtype, copy=True) for name, value in tensors.items()}
+        copies = {name: value.to(own[name].dtype, copy=copy) for name, value in tensors.items()}
         module.load_state_dict(copies, assign=True)
     else:
         module.load_state_dict(dict(tensors))

@@ -22,7 +22,7 @@ TOPS = ("omni", "train", "eval")
 # Packages and files of omni from the bottom up. A file imports from its own level and from those below; what is not
 # named is a file of the folder that is.
 LEVELS = (
-    ("config", "registry", "rng", "errors", "document", "safe_text", "version"),
+    ("config", "registry", "rng", "errors", "document", "safe_text", "storage", "version"),
     ("checkpoint", "weights", "media", "sequence"),
     ("nn", "text", "codecs"),
     ("heads",),
@@ -44,6 +44,7 @@ GENERATE = ("omni.model", "omni.generation.engine")  # the one exception: the la
 CORE = {"torch", "numpy", "einops", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
 OPTIONAL = {
+    "gguf": {"omni/importers/gguf_file.py"},
     "diffusers": {"omni/codecs/upstream.py"},
     "av": {"omni/media/video.py"},
     "emoji": {"omni/data/emoji_world/names.py"},

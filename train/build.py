@@ -75,6 +75,8 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         prepare=model.prepare,
         compose=partial(_compose, tokenizer),
         pad_id=tokenizer.control.pad,
+        ends=tokenizer.ends,
+        is_additive=tokenizer.own_turns,
         null_contexts=any(objective.needs_null for objective in objectives),
     )
     shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})

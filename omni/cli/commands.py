@@ -1,4 +1,5 @@
-"""`omni generate | chat | inspect | verify | doctor`: parse arguments and run one command; every error is one line.
+"""`omni generate | chat | import | inspect | verify | doctor`: parse arguments and run one command; an error is one
+line.
 
 Exit codes: 0 done; 1 a failed check, or a bug; 2 bad usage or bad input; 4 damaged or missing model files;
 130 interrupted. OMNI_DEBUG=1 shows tracebacks. Each command is a file in this folder, imported when it runs.
@@ -137,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _add_generate(commands)
     _add_chat(commands)
+    _add_import(commands)
     _add_inspect(commands)
     _add_verify(commands)
     _add_doctor(commands)
@@ -185,12 +187,31 @@ def _add_chat(commands: Any) -> None:
     sub.set_defaults(run="omni.cli.chat:run")
 
 
+def _add_import(commands: Any) -> None:
+    sub = commands.add_parser(
+        "import",
+        help="write a published language model as a model directory",
+        description="Read a published decoder (Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, OLMo 2, Phi-3: a folder "
+        "with config.json and safetensors files, or a GGUF file) and write a model directory with the same text "
+        "logits. What is not known is refused by name: see omni inspect PATH.",
+    )
+    sub.add_argument("path", help="the folder or GGUF file")
+    sub.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
+    sub.add_argument("--codec", metavar="DIR", help="a codec; the model then has a flow head with new weights")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "keep"), default="keep", help="of the weights (default: as they are)"
+    )
+    sub.add_argument("--context", type=int, metavar="N", help="longest context (default: that of the published model)")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing model directory DIR")
+    sub.set_defaults(run="omni.cli.import_model:run")
+
+
 def _add_inspect(commands: Any) -> None:
     sub = commands.add_parser(
         "inspect",
         help="show what a file or folder is and what it contains",
-        description="Describe a model, a training checkpoint, a tokenizer, a codec, a reply, a picture or a Document "
-        "(JSON, with its packed layout).",
+        description="Describe a model, a published decoder to import, a training checkpoint, a tokenizer, a codec, a "
+        "reply, a picture or a Document (JSON, with its packed layout).",
     )
     sub.add_argument("path", nargs="?", help="a file or folder (default: the bundled model)")
     sub.add_argument("--model", metavar="DIR", help="whose tokenizer and codec lay out a picture or Document")

@@ -1,8 +1,9 @@
 """`omni inspect`: the kind of a file or folder, its content, and a digest check.
 
-Folders: a model, a checkpoint, a codec, a tokenizer, a reply, or any folder with a manifest. Files: safetensors (names
-and shapes, from the header alone), a picture (size, latents, reconstruction error), a Document (JSON: every position of
-its packed layout), and Omni's reply.json and chat.json (the same). Damaged files give exit code 4, unknown ones 2.
+Folders: a model, a published decoder (what `omni import` takes, skips and refuses), a checkpoint, a codec, a tokenizer,
+a reply, or any folder with a manifest. Files: GGUF (a published decoder), safetensors (names and shapes, from the header
+alone), a picture (size, latents, reconstruction error), a Document (JSON: every position of its packed layout), and
+Omni's reply.json and chat.json (the same). Damaged files give exit code 4, unknown ones 2.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from safetensors import SafetensorError, safe_open
 from omni import media
 from omni.checkpoint import MANIFEST, verify
 from omni.cli.generate import image_segment, load_model
+from omni.cli.import_model import describe as describe_decoder
 from omni.cli.terminal import Printer, table
 from omni.codecs import psnr
 from omni.config import parse_json
 from omni.document import Document, Text, Video, parse_bounded
 from omni.errors import DamagedError, one_line
 from omni.generation.reply_files import read_messages
+from omni.importers.decoders import is_published_decoder
 from omni.model import Omni
 from omni.pretrained import BUNDLED
 from omni.sequence.layout import LatentSpan, Span
@@ -58,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _describe_folder(path: Path) -> list[str]:
     """The report of a folder, line by line. ValueError for a folder of no known kind."""
     if not (path / MANIFEST).is_file():
+        if is_published_decoder(path):
+            return describe_decoder(path)
         if (path / TOKENIZER_CONFIG).is_file():
             return [f"{path}: a tokenizer", *_describe_tokenizer(path)]
         inside = published_below(path)
@@ -144,7 +149,8 @@ def _describe_tokenizer(path: Path) -> list[str]:
     ids = tokenizer.encode(sample)
     control = tokenizer.control
     return [
-        f"  backend {tokenizer.backend}: {tokenizer.num_text} text ids, then {len(control)} control ids",
+        f"  backend {tokenizer.backend}: {len(tokenizer.text_ids)} text ids, {len(control)} control ids"
+        + ("" if tokenizer.own_turns else f" after {tokenizer.num_text} ids of the published model"),
         f"  {sample!r} is {len(ids)} ids: {ids}",
     ]
 
@@ -156,6 +162,8 @@ def _describe_file(path: Path, model: str | None, printer: Printer) -> list[str]
     """The report of a file, by its suffix. ValueError for another suffix."""
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is neither a folder nor a regular file; give a file")
+    if path.suffix == ".gguf":
+        return describe_decoder(path)
     if path.suffix == ".safetensors":
         rows = [(name, kind, f"{count:,}") for name, (kind, count) in _tensor_sizes(path).items()]
         return [f"{path}: {_describe_weights(path)}", "", *table(("tensor", "type", "numbers"), rows)]
@@ -164,7 +172,7 @@ def _describe_file(path: Path, model: str | None, printer: Printer) -> list[str]
     if path.suffix == ".json":
         return _describe_document(path, model)
     raise ValueError(
-        f"{str(path)!r} is of an unknown kind; known: .safetensors, .json (a Document or a reply) or a picture"
+        f"{str(path)!r} is of an unknown kind; known: .safetensors, .gguf, .json (a Document or a reply) or a picture"
     )
 
 
@@ -246,8 +254,8 @@ def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[s
             index, block, rotary = index + n, block + 1, rotary + max(span.grid)
             continue
         for ids, supervise in _runs(span.ids, span.supervise, tokenizer):
-            is_control = ids[0] in tokenizer.control
-            content = tokenizer.control.name(ids[0]) if is_control else repr(tokenizer.decode(ids))
+            is_control = not tokenizer.is_text(ids[0])
+            content = tokenizer.name(ids[0]) if is_control else repr(tokenizer.decode(ids))
             what, loss = "control" if is_control else "text", "next token" if supervise else ""
             n = len(ids)
             rows.append((_range_text(index, n), _range_text(block, n), _range_text(rotary, n), what, loss, content))
@@ -259,7 +267,7 @@ def _runs(ids: Sequence[int], supervise: Sequence[bool], tokenizer: Tokenizer) -
     """Runs of text ids with equal supervise flags; every control id is its own run."""
     runs: list[tuple[list[int], bool]] = []
     for token, flag in zip(ids, supervise, strict=True):
-        joins = runs and runs[-1][1] == flag and token < tokenizer.num_text and runs[-1][0][-1] < tokenizer.num_text
+        joins = runs and runs[-1][1] == flag and tokenizer.is_text(token) and tokenizer.is_text(runs[-1][0][-1])
         if joins:
             runs[-1][0].append(token)
         else:

@@ -375,10 +375,8 @@ def null_spans(runtime: Runtime, request: Request, what: Drop) -> list[Span]:
     media = request.media
     assert media is not None
     history = reduce(open_turn(request.segments, Role.ASSISTANT), what)
-    spans = compose(Document(history), runtime.tokenizer, request.encoded)
-    last = spans[-1]
-    assert isinstance(last, TokenSpan) and last.ids[-1] == runtime.control.end
+    spans = compose(Document(history), runtime.tokenizer, request.encoded, is_open=True)
     clip = None if media.kind == "image" else (media.chunks, media.rate)
-    ids = [*last.ids[:-1], *block_header(runtime.control, media.rows, media.columns, clip)]
+    header = block_header(runtime.control, media.rows, media.columns, clip)
     grid = runtime.grammar.grid(media)
-    return [*spans[:-1], TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
+    return [*spans, TokenSpan(header, [False] * len(header)), *(LatentSpan(z, grid) for z in media.finished)]

@@ -51,8 +51,8 @@ class Grammar:
         c, config = self.control, self.config
         mask = torch.full((config.vocab_size,), -torch.inf, device=self.device)
         if phase == "text":
-            mask[: self.tokenizer.num_text] = 0
-            mask[c.end] = 0
+            mask[torch.tensor(self.tokenizer.text_ids, device=self.device)] = 0
+            mask[list(self.tokenizer.ends)] = 0
             if self.draws:
                 mask[[c.image, c.video]] = 0
         else:
@@ -81,7 +81,7 @@ class Grammar:
             forced = token == c.image and request.options.picture.image_size is not None
             return "block" if forced else "rows" if token == c.image else "chunks"
         if phase == "text":
-            return "done" if token == c.end else "text"
+            return "done" if token in self.tokenizer.ends else "text"
         after: dict[Phase, Phase] = {"chunks": "rate", "rate": "rows", "rows": "columns", "columns": "block"}
         return after.get(phase, phase)
 
@@ -112,13 +112,13 @@ class Grammar:
         request.length += 1
         if request.phase != "text":
             yield from self._advance_header(request, token)
-        elif token < self.tokenizer.num_text:
+        elif self.tokenizer.is_text(token):
             request.text += request.stream.push(token)
             yield from self._emit(request)
             full = request.num_tokens >= request.options.max_tokens or request.length >= request.capacity
             if full and request.phase != "done":
                 yield from self._finish(request, "length")
-        elif token == self.control.end:
+        elif token in self.tokenizer.ends:
             yield from self._finish(request, "end")
         elif not self.may_draw(request):
             yield from self._finish(request, "images")

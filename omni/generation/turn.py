@@ -71,10 +71,8 @@ def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None
     request.parts += request.continues
     request.num_media = len(media)
     whole = Document(tuple(request.segments))
-    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_latents, request.capacity)
-    [*spans, last] = compose(whole, runtime.tokenizer, request.encoded)
-    assert isinstance(last, TokenSpan) and last.ids[-1] == runtime.control.end
-    request.pending = [*spans, TokenSpan(last.ids[:-1], last.supervise[:-1])]
+    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_latents, request.capacity, is_open=True)
+    request.pending = compose(whole, runtime.tokenizer, request.encoded, is_open=True)
     request.forced = []  # it has begun
     request.num_tokens = sum(
         len(runtime.tokenizer.encode(one.text)) if isinstance(one, Text) else header_length(isinstance(one, Video))

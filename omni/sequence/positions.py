@@ -10,17 +10,17 @@ Legend: R batch rows, N positions, D head width.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from omni.config import Frozen
+from omni.sequence.rotary_scaling import RotaryScaling
 
 Layout = Literal["modulo", "sections", "interleaved"]
 Base = Annotated[float, Field(gt=1, le=1e12)]
-Scaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
 
 class RotarySpec(Frozen):
@@ -32,7 +32,7 @@ class RotarySpec(Frozen):
         (Qwen3-VL, Cosmos 3).
     bases: one base per axis, with frequencies counted within the axis (SenseNova-U1). None: one base, LayerSpec's
         rope_base, with frequencies counted over all axes.
-    partial: the share of D that rotates. scaling: of the base, for longer contexts.
+    partial: the share of D that rotates. scaling: of the frequencies, for longer contexts (sequence.rotary_scaling).
     Trained weights depend on it.
     """
 
@@ -40,12 +40,15 @@ class RotarySpec(Frozen):
     sections: tuple[int, int, int] | None = None
     bases: tuple[Base, Base, Base] | None = None
     partial: float = Field(default=1.0, gt=0, le=1)
-    scaling: Scaling = "none"
+    scaling: RotaryScaling | None = None
+
+    @field_validator("scaling", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value  # as older models store it
 
     def check(self, head_dim: int) -> None:
-        """ValueError if the values do not fit a head of this width, or are not implemented yet."""
-        if self.scaling != "none":
-            raise ValueError(f"rotary.scaling = {self.scaling!r} is not implemented yet; implemented: 'none'")
+        """ValueError if the values do not fit a head of this width."""
         if (self.sections is None) != (self.layout == "modulo"):
             raise ValueError(
                 f"rotary.sections = {self.sections} with rotary.layout = {self.layout!r}: give both or none"
@@ -56,6 +59,10 @@ class RotarySpec(Frozen):
                 f"rotary.partial = {self.partial} of a head of width {head_dim} rotates nothing; give at least "
                 f"{2 / head_dim:g}"
             )
+        if self.scaling is not None:
+            if self.bases is not None:
+                raise ValueError(f"rotary.scaling with rotary.bases = {list(self.bases)}: leave one of them out")
+            self.scaling.check(num)
         if self.sections is not None and (min(self.sections) < 0 or sum(self.sections) != num):
             raise ValueError(f"rotary.sections = {list(self.sections)} must add up to the {num} frequencies of a head")
         counts = torch.bincount(self.axes(num), minlength=3).tolist()
@@ -83,7 +90,9 @@ class RotarySpec(Frozen):
         """(D / 2,) in radians per unit of position; zero for dimensions that do not rotate."""
         num = self.num_turning(head_dim)
         index = torch.arange(num, device=device)
-        if self.bases is None:
+        if self.scaling is not None:
+            found = self.scaling.frequencies(base, num, device).to(dtype)
+        elif self.bases is None:
             found = base ** (-index.to(dtype) * 2 / (2 * num))
         else:
             axes = self.axes(num, device)
@@ -110,7 +119,12 @@ def rotary_table(
     once = _turning_once if is_plain else _turning
     frequency, axes = once(rotary, head_dim, base, work, device)  # type: ignore[arg-type]  # frozen: hashable
     angle = position.to(work)[..., axes] * frequency  # (R, N, D/2)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if rotary.scaling is not None and (magnitude := rotary.scaling.magnitude()) != 1:
+        turning = rotary.num_turning(head_dim)  # the other dimensions keep their size
+        cos = torch.cat([cos[..., :turning] * magnitude, cos[..., turning:]], -1)
+        sin = sin * magnitude
+    cos, sin = cos.to(dtype), sin.to(dtype)
     return torch.cat([cos, cos], -1).unsqueeze(1), torch.cat([-sin, sin], -1).unsqueeze(1)
 
 

@@ -25,7 +25,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, library: tokenizers.Tokenizer, phrases: Sequence[str] = ()) -> None:
         self._library = library
-        to_byte = {char: byte for byte, char in enumerate(_byte_characters())}
+        to_byte = {char: byte for byte, char in enumerate(byte_characters())}
         tokens = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
         if [token for _, token in tokens] != list(range(len(tokens))):
             raise ValueError("the vocabulary's ids are not 0, 1, 2, ...; train it again")
@@ -74,7 +74,7 @@ class BPETokenizer(Tokenizer):
 
 
 @cache
-def _byte_characters() -> str:
+def byte_characters() -> str:
     """GPT-2's printable characters for the 256 bytes, in byte order (openai/gpt-2, encoder.py)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]

@@ -13,13 +13,15 @@ Models are trained on this order of ids: never change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.sequence.context_limit import require_room
 from omni.sequence.layout import LatentSpan, Span, TokenSpan
+from omni.text.conversation import lay_out_turns
+from omni.text.published import PublishedTokenizer
 from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
 EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
@@ -28,13 +30,18 @@ MAX_UNCOUNTED = 200_000  # characters; longer text is bounded by its length befo
 
 
 def compose(
-    document: Document, tokenizer: Tokenizer, encode_media: EncodeMedia, generation_prompt: bool = False
+    document: Document,
+    tokenizer: Tokenizer,
+    encode_media: EncodeMedia,
+    generation_prompt: bool = False,
+    is_open: bool = False,
 ) -> list[Span]:
     """The spans of `document`, in order; neighbouring ids share one TokenSpan.
 
     `encode_media` returns the latents of each image or video of a list: float32 (t, h, w, C) tensors, one with t = 1
     for an image, one per chunk for a video. It is called once with all media, and not called without media. With
-    `generation_prompt` the spans end with the id that opens an assistant turn.
+    `generation_prompt` the spans end with the id that opens an assistant turn; with `is_open` without the end of the
+    last turn, which goes on. A published tokenizer's template writes turns instead (see conversation.py).
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
     Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64.
     """
@@ -44,38 +51,62 @@ def compose(
         raise ValueError(f"encode_media gave {len(encoded)} results for {len(media)} segments; give one for each")
     latents_of = iter(encoded)
     writer = _SpanWriter()
-    control = tokenizer.control
-    writer.ids([control.begin], False)
-    for role, segments in document.turns():
-        writer.ids([control.role(role)], False)
-        for segment in segments:
-            if isinstance(segment, Text):
-                writer.ids(tokenizer.encode(segment.text), segment.supervise)
-            else:
-                _write_media(writer, tokenizer, segment, next(latents_of))
-        writer.ids([control.end], any(s.supervise for s in segments))
-    if generation_prompt:
-        writer.ids([control.role(Role.ASSISTANT)], False)
+    for item in _items(document, tokenizer, generation_prompt, is_open):
+        if isinstance(item, TokenSpan):
+            writer.write(item)
+        else:
+            _write_media(writer, tokenizer, item, next(latents_of))
     return writer.finish()
 
 
-def prompt_length(document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int) -> int:
+def _items(
+    document: Document, tokenizer: Tokenizer, generation_prompt: bool, is_open: bool
+) -> Iterator[TokenSpan | Image | Video]:
+    """Ids and media in order; ids of media are not among them."""
+    if generation_prompt and is_open:
+        raise ValueError("a turn that goes on has no generation prompt: give one of generation_prompt and is_open")
+    if isinstance(tokenizer, PublishedTokenizer):
+        yield from lay_out_turns(document, tokenizer, generation_prompt, is_open)
+        return
+    control, turns = tokenizer.control, list(document.turns())
+    yield _span([control.begin], False)
+    for number, (role, segments) in enumerate(turns, 1):
+        yield _span([control.role(role)], False)
+        for segment in segments:
+            yield _span(tokenizer.encode(segment.text), segment.supervise) if isinstance(segment, Text) else segment
+        if number < len(turns) or not is_open:
+            yield _span([control.end], any(s.supervise for s in segments))
+    if generation_prompt:
+        yield _span([control.role(Role.ASSISTANT)], False)
+
+
+def _span(ids: list[int], supervise: bool) -> TokenSpan:
+    return TokenSpan(ids, [supervise] * len(ids))
+
+
+def prompt_length(
+    document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int, is_open: bool = False
+) -> int:
     """The number of context positions of a prompt, without encoding its media. ValueError if they leave no room for a
     reply in `max_context`, or a frame rate has no size token. num_latents: of one image or video with all its chunks.
+    is_open: whether the last turn goes on; else an assistant's turn follows.
 
     Text whose number of characters already exceeds the limit is not encoded.
     """
     texts = [s.text for s in document.segments if isinstance(s, Text)]
     media = [s for s in document.segments if not isinstance(s, Text)]
-    around = 2 + 2 * sum(1 for _ in document.turns())  # begin, assistant; role and end of each turn
+    around = 0
     for segment in media:
         if isinstance(segment, Video):
             frame_rate(segment.fps)  # raises before the clip is encoded
         around += header_length(isinstance(segment, Video)) + num_latents(segment) + 1
     if sum(map(len, texts)) > MAX_UNCOUNTED:
         fewest = sum(math.ceil(len(text) / tokenizer.longest_id) for text in texts)
+        if tokenizer.own_turns:  # begin, assistant; role and end of each turn
+            fewest += (0 if is_open else 2) + 2 * sum(1 for _ in document.turns())
         require_room(around + fewest, max_context, "the prompt has at least")
-    num = around + sum(len(tokenizer.encode(text)) for text in texts)
+    items = _items(document, tokenizer, not is_open, is_open)
+    num = around + sum(len(item.ids) for item in items if isinstance(item, TokenSpan))
     require_room(num, max_context)
     return num
 
@@ -148,6 +179,11 @@ class _SpanWriter:
         """Append ids with one supervise flag."""
         self._ids += ids
         self._supervise += [supervise] * len(ids)
+
+    def write(self, span: TokenSpan) -> None:
+        """Append ids with their flags."""
+        self._ids += span.ids
+        self._supervise += span.supervise
 
     def latents(self, span: LatentSpan) -> None:
         """Append a block."""

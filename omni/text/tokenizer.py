@@ -10,6 +10,9 @@ decode(encode(x)) == x for every Python str. Bytes that are not text (a model ma
 Phrases (" hot beverage") are text ids after the library's ids. Each name of a corpus can have one id and thus its own
 embedding. SuperBPE (arXiv 2503.13423) finds such ids by frequency.
 
+A published language model's tokenizer (published.py) differs: it may change text, some ids below num_text are its own
+special tokens and no text (`is_text`), and its chat template lays out turns, which other ids end (`ends`).
+
 bpe.py and sentencepiece.py split and merge text; compose.py lays out turns.
 """
 
@@ -20,7 +23,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -86,12 +89,17 @@ class ControlTokens:
 class Tokenizer(ABC):
     """Text to ids below `num_text` and back. A subclass splits text, and passes the bytes of each id to `__init__`.
 
+    Attributes for whoever lays out or ends turns: `own_turns`, whether turns are written with the control tokens of
+    this project (compose.py), else as the published model does; `ends`, the ids that end a reply; `end`, the one that
+    ends an assistant's turn.
+
     `verbatim_pattern`: characters that are encoded as the ids of their bytes, without the library. `phrases`: texts
     with one id each, in the order of their ids, the last text ids (see `with_phrases`).
     """
 
     backend: ClassVar[str]
     file_name: ClassVar[str]
+    own_turns: ClassVar[bool] = True
     verbatim_pattern: ClassVar[re.Pattern[str]] = re.compile("[\ud800-\udfff]+")
 
     def __init__(self, id_bytes: Sequence[bytes], phrases: Sequence[str] = ()) -> None:
@@ -102,7 +110,13 @@ class Tokenizer(ABC):
         self.num_text = len(self._id_bytes)
         self.longest_id = max(map(len, self._id_bytes))  # in bytes; n characters have at least n / longest_id ids
         self.control = ControlTokens(self.num_text)
+        self.end = self.control.end
+        self.ends: tuple[int, ...] = (self.end,)
         self._byte_ids = self._find_byte_ids()
+        self._check_round_trip()
+
+    def _check_round_trip(self) -> None:
+        """ValueError for a library that changes text."""
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(
                 f"{self.file_name} changes text (it normalises it, strips spaces or adds one in front);"
@@ -148,6 +162,19 @@ class Tokenizer(ABC):
             raise ValueError(f"id {token} is {what}, not text (0 to {self.num_text - 1}); decode text ids only")
         return self._id_bytes[token]
 
+    def is_text(self, token: int) -> bool:
+        """Whether an id is text: one that a model may emit as text, and `decode` accepts."""
+        return 0 <= token < self.num_text
+
+    @property
+    def text_ids(self) -> Sequence[int]:
+        """All ids for which `is_text` holds, in order."""
+        return range(self.num_text)
+
+    def name(self, token: int) -> str:
+        """Name of an id that is not text, for reports; ValueError for a text id or one out of range."""
+        return self.control.name(token)
+
     def byte_id(self, byte: int) -> int:
         """The id of one single byte."""
         return self._byte_ids[byte]
@@ -190,8 +217,8 @@ class Tokenizer(ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         model = self._model_bytes()
-        _write_whole(directory / self.file_name, model)
-        _write_whole(directory / CONFIG_FILE, (json.dumps(self.describe(), indent=2) + "\n").encode())
+        write_whole(directory / self.file_name, model)
+        write_whole(directory / CONFIG_FILE, (json.dumps(self.describe(), indent=2) + "\n").encode())
 
     def describe(self) -> dict[str, Any]:
         """The content of tokenizer_config.json: backend, sizes, control names, digest of the model file."""
@@ -215,10 +242,15 @@ class Tokenizer(ABC):
         path, data = directory / cls.file_name, read(cls.file_name)
         if hashlib.blake2b(data, digest_size=16).hexdigest() != config["blake2b"]:
             raise ValueError(f"{str(path)!r} is damaged: its digest is not the one in {CONFIG_FILE}; restore the file")
-        tokenizer = cls._from_model_bytes(data, config.get("phrases", ()))
+        tokenizer = cls._from_saved(data, config, read)
         if config["control"] != list(CONTROL_NAMES) or config["num_text"] != tokenizer.num_text:
             raise ValueError(f"{str(directory)!r} has another table of control tokens or text ids; train it again")
         return tokenizer
+
+    @classmethod
+    def _from_saved(cls, data: bytes, config: Mapping[str, Any], read: Read) -> Self:
+        """The tokenizer of a saved model file, whose digest is right, and the content of tokenizer_config.json."""
+        return cls._from_model_bytes(data, config.get("phrases", ()))
 
     def _find_byte_ids(self) -> tuple[int, ...]:
         """The first id of each single byte. ValueError if a byte has none."""
@@ -251,8 +283,8 @@ def _longest_phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str] | None:
         return None
     inside, alone = ([p for p in phrases if p[0].isspace() == spaced] for spaced in (True, False))
     try:
-        trees = ([_prefix_tree_pattern(inside)] if inside else []) + (
-            [rf"(?<![\w\s]){_prefix_tree_pattern(alone)}"] if alone else []
+        trees = ([prefix_tree_pattern(inside)] if inside else []) + (
+            [rf"(?<![\w\s]){prefix_tree_pattern(alone)}"] if alone else []
         )
         either = "|".join(trees)
         return re.compile(rf"(?:{either})(?=s?(?![^\W_]))")
@@ -260,7 +292,7 @@ def _longest_phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str] | None:
         raise ValueError("these phrases are beginnings of one another too many times over; give fewer") from None
 
 
-def _prefix_tree_pattern(words: Sequence[str]) -> str:
+def prefix_tree_pattern(words: Sequence[str]) -> str:
     """A pattern of any of the words, the longest first, as a tree of letters: thousands of words side by side would
     each be tried at every place of a text."""
     by_letter: dict[str, list[str]] = {}
@@ -269,7 +301,7 @@ def _prefix_tree_pattern(words: Sequence[str]) -> str:
     parts = []
     for some in by_letter.values():
         common = os.path.commonprefix(some)
-        parts.append(re.escape(common) + _prefix_tree_pattern([word[len(common) :] for word in some]))
+        parts.append(re.escape(common) + prefix_tree_pattern([word[len(common) :] for word in some]))
     if not parts:
         return ""
     branches = "|".join(parts)
@@ -288,10 +320,14 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this id completes; "" while a character is unfinished."""
-        data = self._unfinished_bytes + self._tokenizer.bytes_of(token)
+        data = self._unfinished_bytes + self._bytes_of(token)
         cut = len(data) - _unfinished(data)
         self._unfinished_bytes = data[cut:]
         return decode_bytes(data[:cut])
+
+    def _bytes_of(self, token: int) -> bytes:
+        """The bytes that an id adds to the text."""
+        return self._tokenizer.bytes_of(token)
 
     def flush(self) -> str:
         """The held-back bytes as text; an unfinished character gives U+FFFD."""
@@ -329,7 +365,7 @@ def _unfinished(data: bytes) -> int:
     return len(tail) - match.start() if match else 0
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write under another name, then rename: `path` is never half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

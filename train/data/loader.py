@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -51,6 +52,8 @@ class Loader:
         null_contexts: whether batches carry null contexts (`Batch.null`), for objectives with guidance.
         stride: from one document to the next, in a data-loading worker (see train.data.workers).
         end: number of documents; None: endless.
+        ends: ids that end a turn; none: the last id of a document.
+        is_additive: whether the size of a document is the sum over its segments and turns, as with our own turns.
     """
 
     def __init__(
@@ -68,11 +71,14 @@ class Loader:
         null_contexts: bool = False,
         stride: int = 1,
         end: int | None = None,
+        ends: Sequence[int] = (),
+        is_additive: bool = True,
     ) -> None:
         self.stride, self.end = stride, end
         self.document, self.prepare, self.compose, self.memo, self.shape = document, prepare, compose, memo, shape
         self.channels, self.pad_id, self.key = channels, pad_id, key
         self.drop, self.null_contexts = drop or DropConfig(), null_contexts
+        self.ends, self.is_additive = ends, is_additive
         self.counts: Counter[str] = Counter(documents=0, skipped=0)
         self._window: dict[int, Read] = {}
 
@@ -200,7 +206,8 @@ class Loader:
         limit = f"the longest row holds {longest[0]} and {longest[1]}"
         if self.shape.too_long == "drop":
             return Read((), "dropped", f"too long: {size.context} context and {size.refine} refine positions, {limit}")
-        pieces, problem = Splitter(lambda segment: self._measured(segment, encoded), self._fits).split(document)
+        exact = None if self.is_additive else partial(self._measured_whole, encoded=encoded)
+        pieces, problem = Splitter(partial(self._measured, encoded=encoded), self._fits, exact).split(document)
         made = tuple(self._composed(piece, encoded) for piece in pieces)
         assert all(self._fits(self._size(one.spans)) for one in made), "a piece is longer than it was measured"
         why = (
@@ -217,7 +224,7 @@ class Loader:
         document = piece.document
         media = [s for s in document.segments if isinstance(s, Image | Video)]
         latents = [encoded[id(segment)] for segment in media]
-        spans = _without_cut_ends(self.compose(document, _encoder_returning(latents)), piece)
+        spans = _without_cut_ends(self.compose(document, _encoder_returning(latents)), piece, self.ends)
         return Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
     def _measured(self, segment: Segment, encoded: dict[int, list[torch.Tensor]]) -> Size:
@@ -225,6 +232,11 @@ class Loader:
         latents = [] if isinstance(segment, Text) else [encoded[id(segment)]]
         size = self._size(self.compose(Document((segment,)), _encoder_returning(latents)))
         return Size(size.context - BEGIN - TURN, size.refine)
+
+    def _measured_whole(self, segments: Sequence[Segment], encoded: dict[int, list[torch.Tensor]]) -> Size:
+        """The size of a document of these segments."""
+        latents = [encoded[id(segment)] for segment in segments if not isinstance(segment, Text)]
+        return self._size(self.compose(Document(tuple(segments)), _encoder_returning(latents)))
 
     def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:
         """One null document per supervised picture or clip; `latents` are those of all its media, in order."""
@@ -276,13 +288,18 @@ def _skipped(error: ValueError) -> Read:
     return Read((), "skipped", f"unusable: {error}")
 
 
-def _without_cut_ends(spans: list[Span], piece: Piece) -> list[Span]:
-    """The spans of a piece; the first supervised id, or the last id, is unsupervised where the reply does not begin, or
-    end, with the piece."""
+def _without_cut_ends(spans: list[Span], piece: Piece, ends: Sequence[int]) -> list[Span]:
+    """The spans of a piece; the first supervised id, or the last of `ends`, is unsupervised where the reply does not
+    begin, or end, with the piece. Without `ends`, the last id is the end."""
     if not piece.begins:
         first = ((n, s) for n, s in enumerate(spans) if isinstance(s, TokenSpan) and any(s.supervise))
         spans = next((_unsupervised(spans, n, s.supervise.index(True)) for n, s in first), spans)
-    return spans if piece.ends else _unsupervised(spans, len(spans) - 1, -1)
+    if piece.ends:
+        return spans
+    last = spans[-1]
+    assert isinstance(last, TokenSpan)
+    offset = next((n for n in reversed(range(len(last.ids))) if last.ids[n] in ends), len(last.ids) - 1)
+    return _unsupervised(spans, len(spans) - 1, offset)
 
 
 def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:

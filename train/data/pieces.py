@@ -48,15 +48,17 @@ Fits = Callable[[Size], bool]
 
 
 class Splitter:
-    """measure: the size of one segment, without its turn's ids. fits: whether some row has room for a document."""
+    """measure: the size of one segment, without its turn's ids. fits: whether some row has room for a document.
+    whole: the size of a document, where it is not the sum of these: a chat template writes its turns."""
 
-    def __init__(self, measure: Measure, fits: Fits) -> None:
-        self._measure, self._fits = measure, fits
+    def __init__(self, measure: Measure, fits: Fits, whole: Callable[[Sequence[Segment]], Size] | None = None) -> None:
+        self._measure, self._fits, self._whole = measure, fits, whole
         self._known: dict[int, Size] = {}
 
     def split(self, document: Document) -> tuple[list[Piece], str]:
         """The pieces in order, and the reason for what was left out: empty where nothing was."""
-        self._known = {id(segment): self._measure(segment) for segment in document.segments}
+        if self._whole is None:
+            self._known = {id(segment): self._measure(segment) for segment in document.segments}
         head, exchanges = _exchanges(document.segments)
         pieces: list[Piece] = []
         waiting: list[Segment] = []
@@ -81,6 +83,8 @@ class Splitter:
 
     def size(self, segments: Sequence[Segment]) -> Size:
         """The size of a document of these segments."""
+        if self._whole is not None:
+            return self._whole(segments)
         sizes = [self._known.get(id(segment)) or self._measure(segment) for segment in segments]
         turns = sum(1 for at, s in enumerate(segments) if not at or s.role != segments[at - 1].role)
         return Size(BEGIN + TURN * turns + sum(s.context for s in sizes), sum(s.refine for s in sizes))

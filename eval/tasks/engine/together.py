@@ -43,7 +43,7 @@ def fresh(context: Context, endless: bool = False) -> Engine:
     engine = Engine(context.model, kept_positions=0)
     if endless:
         control = engine.control
-        engine.grammar.allowed["text"][[control.end, control.image, control.video]] = -float("inf")
+        engine.grammar.allowed["text"][[*engine.tokenizer.ends, control.image, control.video]] = -float("inf")
     return engine
 
 

@@ -98,7 +98,8 @@ def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = F
     """Greedy decoding of exactly `num_new` tokens after each prompt by the engine, with events and text."""
     engine = Engine(model, compile, kept_positions=0)  # every run reads its prompt
     control = engine.control
-    engine.grammar.allowed["text"][[control.end, control.image, control.video]] = -torch.inf  # no earlier end
+    ends = [*engine.tokenizer.ends, control.image, control.video]
+    engine.grammar.allowed["text"][ends] = -torch.inf  # no earlier end
     options = GenerationOptions(max_tokens=num_new)
 
     def run() -> None:

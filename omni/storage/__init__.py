@@ -1,0 +1,1 @@
+"""Files of any size, in pieces: written, hashed and synced."""
