@@ -69,9 +69,7 @@ def _load(path: Path, gguf_file: str | None) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise ImportError(
-            "reading a published tokenizer needs transformers: pip install 'omni-flow[hf]'"
-        ) from None
+        raise ImportError("reading a published tokenizer needs transformers: pip install 'omni-flow[hf]'") from None
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
