@@ -8,9 +8,9 @@ where the library would match the spelling. A model may emit marks as text; spec
 Other tokens that were added to the library, such as Gemma's runs of spaces, are ordinary text.
 
 `encode` gives the ids of transformers for the same text. It may be lossy: a model may normalise text (NFC), write a
-space in front, or lack ids for rare characters. So decode(encode(x)) == x is not checked here; `decode` joins bytes as everywhere, and drops the one
-space in front that such a model adds. Bytes that are not UTF-8 decode to U+FFFD as in the WHATWG standard;
-transformers may give another number of them.
+space in front, or lack ids for rare characters. So decode(encode(x)) == x is not checked here; `decode` joins bytes as
+everywhere, and drops the one space in front that such a model adds. Bytes that are not UTF-8 decode to U+FFFD as in the
+WHATWG standard; transformers may give another number of them.
 
 A model without a chat template reads plain text: its begin token, if its tokenizer adds one, then the segments.
 convert.py makes this of a published folder. The files load with the `tokenizers` library and jinja2 alone.
@@ -241,14 +241,14 @@ class PublishedTokenizer(Tokenizer):
     def may_begin_spelling(self, text: str) -> bool:
         """Whether text that follows could complete a spelling of `theirs` that this text begins."""
         begins, _, longest = self._edges
-        return self._may_be_inside(text) or any(
-            text[-size:] in begins for size in range(1, min(longest, len(text)) + 1)
-        )
+        sizes = range(1, min(longest, len(text)) + 1)
+        return self._may_be_inside(text) or any(text[-size:] in begins for size in sizes)
 
     def may_end_spelling(self, text: str) -> bool:
         """Whether this text could complete a spelling of `theirs` that text before it begins."""
         _, ends, longest = self._edges
-        return self._may_be_inside(text) or any(text[:size] in ends for size in range(1, min(longest, len(text)) + 1))
+        sizes = range(1, min(longest, len(text)) + 1)
+        return self._may_be_inside(text) or any(text[:size] in ends for size in sizes)
 
     def _may_be_inside(self, text: str) -> bool:
         return 0 < len(text) < self._edges[2] and text in self._insides
