@@ -100,7 +100,9 @@ def plain(*names: str) -> list[AddedToken]:
 def byte_level(added: Sequence[AddedToken], **parts: Any) -> tokenizers.Tokenizer:
     """As GPT-2, Llama 3, Qwen and OLMo have."""
     library = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(r"\s*[\r\n]+|\s+(?!\S)|\s?[^\s\p{L}\p{N}]+|\s?\p{L}+|\p{N}"), "isolated")
+    split = pre_tokenizers.Split(
+        tokenizers.Regex(r"\s*[\r\n]+|\s+(?!\S)|\s?[^\s\p{L}\p{N}]+|\s?\p{L}+|\p{N}"), "isolated"
+    )
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -158,7 +160,9 @@ def chatml(folder: Path) -> None:
 
 
 def qwen3(folder: Path) -> None:
-    library = byte_level([*special("<|endoftext|>", "<|im_start|>", "<|im_end|>"), *plain("<think>", "</think>", "<x>")])
+    library = byte_level(
+        [*special("<|endoftext|>", "<|im_start|>", "<|im_end|>"), *plain("<think>", "</think>", "<x>")]
+    )
     library.normalizer = normalizers.NFC()
     ends = [library.token_to_id("<|im_end|>"), library.token_to_id("<|endoftext|>")]
     save(folder, library, QWEN3, ends, eos_token="<|im_end|>", pad_token="<|endoftext|>")
