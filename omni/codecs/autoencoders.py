@@ -10,7 +10,7 @@ codec is built when it is first needed: what a model must know of it is in its c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -28,9 +28,16 @@ from omni.codecs.autoencoder_config import (
 )
 from omni.codecs.codec import Codec, CodecSpec, codecs, to_bytes
 from omni.codecs.families import FAMILIES, patch_of, stride_of
-from omni.codecs.networks import build_autoencoder, decoded_pictures, encoded_latents, for_evaluation, initialise
+from omni.codecs.networks import (
+    ONE_CALL,
+    build_autoencoder,
+    decoded_pictures,
+    encoded_latents,
+    for_evaluation,
+    initialise,
+)
 from omni.codecs.published import read_published
-from omni.codecs.tiles import in_tiles
+from omni.codecs.tiles import Grid, in_tiles
 from omni.codecs.upstream import diffusers_class, is_installed
 from omni.config import build
 from omni.errors import DamagedError
@@ -76,8 +83,7 @@ class AutoencoderCodec(Codec):
             causal=self.family.causal,
             single_first_frame=self.family.takes_clips,
         )
-        self._tile, self._overlap = _cells(config, rows)
-        self._rows = rows
+        self._grid, self._rows = _tiles(config, rows), rows
         self._set_statistics()
 
     def _set_statistics(self) -> None:
@@ -244,14 +250,24 @@ class AutoencoderCodec(Codec):
     def _latents(self, media: Tensor, pixels: Tensor) -> Tensor:
         """Raw latents as the decoder receives them. pixels: those of media, per entry of the batch."""
         encode = self.encode_pictures if self.configuration.posterior == "mean" else self.encode_moments
-        raw = in_tiles(encode, media, self._tile, self._overlap, self._rows, 1)
+        raw = self._in_tiles(encode, media, "encoder", self._rows)
         if self.configuration.posterior == "sample":
             raw = sampled(raw, Key(self.configuration.posterior_seed), pixels)
         return self.quantise(raw)
 
-    def _pictures(self, raw: Tensor) -> Tensor:
-        """What `decode_pictures` makes of raw latents, in tiles where it is large."""
-        return in_tiles(self.decode_pictures, raw, self._tile, self._overlap, 1, self._rows)
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, h, w, C) or (B, t, h, w, C) -> float32 (B, 3, H, W) or (B, 3, T, H, W), about [-1, 1],
+        in tiles where they are large."""
+        return self._in_tiles(self.decode_pictures, self.snap(self.denormalised(latents)), "decoder", 1)
+
+    def _in_tiles(self, compute: Callable[[Tensor], Tensor], x: Tensor, part: str, unit: int) -> Tensor:
+        """compute(x) in the tiles of the configuration. part: of the network. unit: rows of x per raw latent."""
+        if self._grid is None:
+            return compute(x)
+        whole = self.family.whole_layers
+        layers = [m for m in getattr(self.autoencoder(), part).modules() if type(m).__name__ == whole]
+        with ONE_CALL, self.autocast():
+            return in_tiles(compute, x, self._grid, unit, layers)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """In passes of one shape for each size of picture: kernels differ from shape to shape, and so do last bits."""
@@ -264,9 +280,8 @@ class AutoencoderCodec(Codec):
         return self.normalised(torch.cat(parts)).to(pixels.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raw = self.denormalised(latents.to(self.mean.device))
-        parts = [to_pixels(self._pictures(self.snap(part))) for part in raw.split(self.configuration.decode_batch)]
-        return torch.cat(parts).to(latents.device)
+        parts = latents.to(self.mean.device).split(self.configuration.decode_batch)
+        return torch.cat([to_pixels(self.decoded(part)) for part in parts]).to(latents.device)
 
     def _encode_clip(self, frames: Tensor) -> Tensor:
         if not self.family.takes_clips:
@@ -281,7 +296,7 @@ class AutoencoderCodec(Codec):
         num_frames = 1 + self.spec.stride[0] * (len(latents) - 1)
         if self.family.odd and len(latents) % 2 == 0:  # the frames of the repeated last latent are dropped
             latents = torch.cat([latents, latents[-1:]])
-        clip = self._pictures(self.snap(self.denormalised(latents[None].to(self.mean.device))))[0]
+        clip = self.decoded(latents[None].to(self.mean.device))[0]
         return to_pixels(clip.transpose(0, 1)[:num_frames]).to(latents.device)
 
     @torch.no_grad()
@@ -365,15 +380,15 @@ def batch_norm_statistics(module: Any, patch: int) -> tuple[tuple[float, ...], t
     return shortest_decimals(ours(module.bn.running_mean.float())), shortest_decimals(ours(spread.float()))
 
 
-def _cells(config: AutoencoderConfig, rows: int) -> tuple[int | None, int]:
+def _tiles(config: AutoencoderConfig, rows: int) -> Grid | None:
     """Tile and overlap in raw latents. ValueError unless both are multiples of `rows`, pixels per latent."""
     if config.tile is None:
-        return None, 0
+        return None
     overlap = -(-config.tile // (4 * rows)) * rows if config.overlap is None else config.overlap
     for name, value in (("tile", config.tile), ("overlap", overlap)):
         if value % rows:
             raise ValueError(f"{name} = {value} pixels is no multiple of the autoencoder's stride {rows}")
-    return config.tile // rows, overlap // rows
+    return Grid(config.tile // rows, overlap // rows)
 
 
 def _same(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

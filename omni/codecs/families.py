@@ -18,7 +18,9 @@ class Family:
     arguments: those that fix the spec. channels: the argument with the number of raw latent channels.
     takes_clips: media and latents have a time axis, (B, C, T, H, W). causal: the latents of a clip do not depend on
     later frames; a group norm over time breaks this. posterior: `encode` gives a distribution.
-    odd: a clip decodes only from an odd number of latent frames.
+    whole_layers: the class of the few layers that look at a whole picture, of a class without group norms (tiles.py).
+    odd: a clip decodes only from an odd number of latent frames. batches: the class computes more than one at a time
+    (the attention mask of HunyuanVideo 1.5 fits a batch of one alone).
     """
 
     arguments: tuple[str, ...]
@@ -26,26 +28,30 @@ class Family:
     takes_clips: bool = False
     causal: bool = True
     posterior: bool = True
+    whole_layers: str = ""
     odd: bool = False
+    batches: bool = True
 
 
 _PICTURES = Family(("latent_channels", "block_out_channels"))
 _TINY = Family(("latent_channels", "encoder_block_out_channels"), posterior=False)
-_WAN = Family(("z_dim", "dim_mult", "temperal_downsample"), "z_dim", takes_clips=True)
+_WAN = ("z_dim", "dim_mult", "temperal_downsample")
 _RATIOS = ("latent_channels", "spatial_compression_ratio", "temporal_compression_ratio")
 
 FAMILIES: dict[str, Family] = {
     "AutoencoderKL": _PICTURES,
     "AutoencoderKLFlux2": Family((*_PICTURES.arguments, "patch_size")),
     "AutoencoderTiny": _TINY,
-    "AutoencoderDC": _TINY,
-    "AutoencoderKLWan": Family((*_WAN.arguments, "patch_size"), "z_dim", takes_clips=True),
-    "AutoencoderKLQwenImage": _WAN,
+    "AutoencoderDC": Family(_TINY.arguments, posterior=False, whole_layers="SanaMultiscaleLinearAttention"),
+    "AutoencoderKLWan": Family((*_WAN, "patch_size"), "z_dim", takes_clips=True, whole_layers="WanAttentionBlock"),
+    "AutoencoderKLQwenImage": Family(_WAN, "z_dim", takes_clips=True, whole_layers="QwenImageAttentionBlock"),
     "AutoencoderKLCogVideoX": Family(
         (*_PICTURES.arguments, "temporal_compression_ratio"), takes_clips=True, causal=False, odd=True
     ),
     "AutoencoderKLHunyuanVideo": Family(_RATIOS, takes_clips=True, causal=False),
-    "AutoencoderKLHunyuanVideo15": Family(_RATIOS, takes_clips=True),
+    "AutoencoderKLHunyuanVideo15": Family(
+        _RATIOS, takes_clips=True, whole_layers="HunyuanVideo15AttnBlock", batches=False
+    ),
 }
 STAGE_LISTS = {"encoder_block_out_channels", "block_out_channels", "dim_mult"}  # one entry per stage of the network
 

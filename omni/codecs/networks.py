@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from omni.codecs.upstream import diffusers_class
 from omni.config import nearest
 from omni.rng import Key
 
-_ONE_CALL = threading.RLock()  # the classes for clips keep the state of a call in the module: no two calls at a time
+ONE_CALL = threading.RLock()  # the classes for clips keep the state of a call in the module: no two calls at a time
 
 
 def build_autoencoder(config: AutoencoderConfig) -> nn.Module:
@@ -58,24 +59,33 @@ def takes_clips(module: nn.Module) -> bool:
 def encoded_latents(module: Any, media: Tensor, moments: bool = False) -> Tensor:
     """The raw latents of pictures or clips, float32: the mode of a posterior. moments: means and, after them,
     logarithms of variances, (B, 2 C, ...), of a class that has a posterior."""
-    add = media.ndim == 4 and takes_clips(module)
-    with _ONE_CALL:
-        output = module.encode(media.unsqueeze(2) if add else media)
-    if "latent_dist" in output:
-        latents = output.latent_dist.parameters if moments else output.latent_dist.mode()
-    else:
-        latents = output.latents if "latents" in output else output.latent
-    return (latents.squeeze(2) if add else latents).float()
+
+    def compute(x: Tensor) -> Tensor:
+        output = module.encode(x)
+        if "latent_dist" in output:
+            return output.latent_dist.parameters if moments else output.latent_dist.mode()
+        return output.latents if "latents" in output else output.latent
+
+    return _called(module, compute, media)
 
 
 def decoded_pictures(module: Any, latents: Tensor) -> Tensor:
     """Pictures or clips of raw latents, float32."""
     if latents.ndim == 4 and not takes_clips(module):
-        return module.decode(latents.contiguous(memory_format=torch.channels_last)).sample.float()
-    add = latents.ndim == 4
-    with _ONE_CALL:
-        media = module.decode(latents.unsqueeze(2) if add else latents).sample
-    return (media.squeeze(2) if add else media).float()
+        latents = latents.contiguous(memory_format=torch.channels_last)
+    return _called(module, lambda x: module.decode(x).sample, latents)
+
+
+def _called(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """compute(x) as float32: a picture becomes a clip of one frame for a class that takes clips."""
+    family = FAMILIES.get(type(module).__name__)
+    if family is None or not family.takes_clips:
+        return compute(x).float()
+    clips = x.unsqueeze(2) if x.ndim == 4 else x
+    with ONE_CALL:
+        parts = clips.split(len(clips) if family.batches else 1)
+        result = torch.cat([compute(part) for part in parts]).float()
+    return result.squeeze(2) if x.ndim == 4 else result
 
 
 def initialise(module: nn.Module, key: Key) -> None:

@@ -132,7 +132,7 @@ class _WithoutAccelerate(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         if hasattr(module, "_accelerate_available"):
-            module._accelerate_available = False
+            vars(module)["_accelerate_available"] = False
 
 
 class _Placeholders(Loader):
