@@ -36,7 +36,7 @@ from omni.codecs.networks import (
     for_evaluation,
     initialise,
 )
-from omni.codecs.published import read_published
+from omni.codecs.published import class_of, read_published
 from omni.codecs.tiles import Grid, in_tiles
 from omni.codecs.upstream import diffusers_class, is_installed
 from omni.config import build
@@ -159,8 +159,9 @@ class AutoencoderCodec(Codec):
         memory. ValueError if the directory is missing, is of another class or another layout. Nothing is downloaded and
         nothing unpickled.
         """
-        module, name, arguments, dtypes = read_published(Path(directory))
-        source = f"{directory}/config.json"
+        name, source = class_of(Path(directory)), f"{directory}/config.json"
+        build({"class_name": name, "model": {}, **options}, AutoencoderConfig, source)  # before the weights are read
+        module, arguments, dtypes = read_published(Path(directory), name)
         config = build({"class_name": name, "model": arguments, **options}, AutoencoderConfig, source)
         codec = AutoencoderCodec(config, module)
         codec._dtypes = dtypes

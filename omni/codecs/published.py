@@ -23,16 +23,21 @@ _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-def read_published(path: Path) -> tuple[nn.Module, str, dict[str, Any], dict[str, torch.dtype]]:
-    """(module with float32 weights, name of its class, its arguments, dtype of each weight in the files).
-
-    ValueError if the directory is missing, of another class or layout; DamagedError for weights that are not finite.
-    """
+def class_of(path: Path) -> str:
+    """The name of the class of a directory. ValueError if it is missing, of another class or layout."""
     check_layout(path)
     source = str(path / CONFIG)
     name = table_of(parse_json((path / CONFIG).read_bytes(), source), source).get("_class_name")
     if name not in MODULES:
         raise ValueError(f"{str(path)!r} is of class {name!r}; known autoencoders: {', '.join(MODULES)}")
+    return str(name)
+
+
+def read_published(path: Path, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, torch.dtype]]:
+    """(module with float32 weights, its arguments, dtype of each weight in the files). name: of its class.
+
+    ValueError for other weight files; DamagedError for weights that are not finite.
+    """
     stored = _stored_dtypes(path)
     module = whole_class(name).from_pretrained(
         str(path), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
@@ -43,7 +48,7 @@ def read_published(path: Path) -> tuple[nn.Module, str, dict[str, Any], dict[str
     use_fused_norms(module)
     known = inspect.signature(type(module).__init__).parameters
     arguments = {argument: value for argument, value in module.config.items() if argument in known}
-    return module, name, json.loads(json.dumps(arguments)), _dtypes_of(module, stored)
+    return module, json.loads(json.dumps(arguments)), _dtypes_of(module, stored)
 
 
 def _dtypes_of(module: nn.Module, stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
