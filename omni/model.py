@@ -265,7 +265,7 @@ class Omni(nn.Module):
 
         spec, config = self.codec.spec, self.config
         most = min(config.max_grid, MAX_GRID), min(config.max_chunks, MAX_GRID)
-        return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most)
+        return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most, spec.missing_frames)
 
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
         """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: `prepare` is
