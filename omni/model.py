@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from omni.text.tokenizer import Tokenizer
 
 
+PUBLISHED = "published"  # the folder of a published model's own files
+
+
 class OmniConfig(Frozen):
     """All settings that determine the shapes of the weights. `vocab_size` counts text and control ids.
 
@@ -104,6 +107,7 @@ class Omni(nn.Module):
         self.codec: Codec | None = None
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
+        self.published: Mapping[str, bytes] = {}  # files of the language model that was imported (omni.hf.export)
         self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the source directory
         if not self.token.embedding.weight.is_meta:  # else load_weights fills them (omni.weights)
             self.initialise(key or Key(0))
@@ -288,7 +292,7 @@ class Omni(nn.Module):
         info: Mapping[str, Any] | None = None,
     ) -> Path:
         """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
-        manifest.json.
+        published/, manifest.json.
 
         dtype: of the stored weights of the transformer and the heads; bfloat16, the default, halves the file and keeps
         three digits. The codec is not rounded: its weights and its normalisation are stored unchanged.
@@ -302,6 +306,7 @@ class Omni(nn.Module):
                 for n, v in self.state_dict().items()
             },
         }
+        files |= {f"{PUBLISHED}/{name}": content for name, content in self.published.items()}
         if self.codec is not None:
             files |= {f"codec/{name}": content for name, content in self.codec.files().items()}
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from omni.config import build
 from omni.errors import DamagedError
 from omni.generation.options import check_defaults
 from omni.media.preparation import read_preparation
-from omni.model import Omni, OmniConfig
+from omni.model import PUBLISHED, Omni, OmniConfig
 from omni.nn.precision import require_device
 from omni.text import load_tokenizer
 from omni.weights import load_weights, stays_finite, unallocated
@@ -45,6 +45,8 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
     if CODEC_CONFIG in codec:
         model.codec = read_codec(codec).to(device)
+    published = files.folder(PUBLISHED)
+    model.published = {name: published.read(name) for name in published.files}
     defaults = files.table("generation.json") if "generation.json" in files else {}
     stored = files.table("preparation.json") if "preparation.json" in files else None
     model.preparation, defaults = read_preparation(stored, defaults, str(folder))

@@ -40,7 +40,7 @@ from train.data.latents import LatentMemo
 from train.data.loader import Loader
 from train.data.mixture import Mixture
 from train.data.workers import Tickets, WorkerLoader
-from train.decoder import freeze_text_path, is_text_path
+from train.decoder import freeze_text_path, is_text_path, published_files
 from train.guard import Guard
 from train.loop import Run
 from train.optim.critic import Critic, rollout_objective
@@ -169,6 +169,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
     model = Omni(model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler), key.fold("model"))
     model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
     model.preparation = recipe.preparation
+    model.published = {} if recipe.decoder is None else published_files(recipe.decoder)
     if recipe.preparation.size is not None:
         target_size(*recipe.preparation.size, recipe.preparation, model.limits)
     if recipe.init_from is not None:

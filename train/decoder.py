@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from omni.checkpoint import Published
 from omni.config import load_json
-from omni.model import OmniConfig
+from omni.model import PUBLISHED, OmniConfig
 
 # Settings of config.json that belong to the text path. Those of pictures are the recipe's own.
 HEADS = ("tied_embeddings", "embedding_scale", "new_rows", "logit_cap", "max_context")
@@ -39,6 +40,12 @@ def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
         "model": {**of_model, **table.get("model", {})},
         "heads": {**of_heads, **table.get("heads", {})},
     }
+
+
+def published_files(folder: Path) -> dict[str, bytes]:
+    """The published model's own files in the directory of an imported one."""
+    files = Published(folder).folder(PUBLISHED)
+    return {name: files.read(name) for name in files.files}
 
 
 def is_text_path(name: str) -> bool:
