@@ -24,7 +24,7 @@ TOPS = ("omni", "train", "eval")
 LEVELS = (
     ("config", "registry", "rng", "errors", "document", "safe_text", "version"),
     ("checkpoint", "weights", "media", "sequence"),
-    ("nn", "text", "codecs"),
+    ("nn", "text", "codecs", "encoders"),
     ("heads",),
     ("objectives", "samplers"),
     (
@@ -48,7 +48,7 @@ OPTIONAL = {
     "emoji": {"omni/data/emoji_world/names.py"},
     "flash_attn": {"omni/nn/attention/backends.py"},
     "triton": {"omni/nn/attention/jvp_triton.py"},
-    "transformers": {"eval/peers.py"},
+    "transformers": {"omni/encoders/upstream.py", "eval/peers.py", "eval/tasks/pretrained/encoders.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},

@@ -67,7 +67,7 @@ class Encoder(ABC):
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.numel():
             raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
-        size = encoder_size(*pixels.shape[1:3], self.spec.sizes)
+        size = encoder_size(pixels.shape[1], pixels.shape[2], self.spec.sizes)
         prepared = resized(pixels, size, self.spec.sizes.resample)
         features = torch.cat([self._encode(one) for one in prepared.split(1)])
         features = features.to(pixels.device, torch.promote_types(features.dtype, torch.float32))

@@ -35,7 +35,9 @@ KINDS = {
 def table(path: Path) -> dict[str, Any]:
     """The JSON object of a file. ValueError where there is none."""
     if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} holds no {path.name}; give a local directory of a transformers checkpoint")
+        raise ValueError(
+            f"{str(path.parent)!r} holds no {path.name}; give a local directory of a transformers checkpoint"
+        )
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path} has more than {MAX_JSON_BYTES} bytes, too many for a configuration")
     return table_of(parse_json(path.read_bytes(), str(path)), str(path))
@@ -82,7 +84,8 @@ def preparation_of(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     out = {"mean": found.get("image_mean"), "std": found.get("image_std"), "resample": RESAMPLE[resample]}
     if missing := [name for name in ("mean", "std") if out[name] is None and name not in given]:
         raise ValueError(f"{str(folder)!r}: its preparation has no image_{missing[0]}; give {missing[0]}")
-    size = found.get("size") if isinstance(found.get("size"), dict) else {}
+    given_size = found.get("size")
+    size: Mapping[str, Any] = given_size if isinstance(given_size, dict) else {}
     for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         value = found.get(bound, size.get(edge))
         out |= {} if value is None else {bound: value}
@@ -118,7 +121,9 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     places = table_of(table(folder / INDEX).get("weight_map"), str(folder / INDEX))
     for name, shard in places.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise DamagedError(f"{folder / INDEX}: {name} is in {shard!r:.100}, which is no safetensors file of the folder")
+            raise DamagedError(
+                f"{folder / INDEX}: {name} is in {shard!r:.100}, which is no safetensors file of the folder"
+            )
     return {name: folder / shard for name, shard in places.items()}
 
 
@@ -142,4 +147,6 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(str(path), framework="pt")
     except Exception as error:  # SafetensorError, and the system's errors
-        raise DamagedError(f"{path} is not a safetensors file ({' '.join(str(error).split())}); download it again") from None
+        raise DamagedError(
+            f"{path} is not a safetensors file ({' '.join(str(error).split())}); download it again"
+        ) from None

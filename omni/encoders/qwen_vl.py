@@ -161,7 +161,5 @@ class Qwen3VLEncoder(QwenEncoder):
         return {**settings, "depth": 1, "deepstack_visual_indexes": []}
 
     def of_output(self, output: Any) -> Tensor:
-        main, deep = (
-            (output.pooler_output, output.deepstack_features) if hasattr(output, "pooler_output") else output
-        )
+        main, deep = (output.pooler_output, output.deepstack_features) if hasattr(output, "pooler_output") else output
         return torch.cat([main, *deep], -1) if self.configuration.deepstack == "concatenate" else main

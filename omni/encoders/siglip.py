@@ -48,7 +48,9 @@ class SiglipConfig(TowerConfig):
     def _is_possible(self) -> SiglipConfig:
         t = self.tower
         if -self.select > t.num_hidden_layers:
-            raise ValueError(f"select = {self.select} of a tower of {t.num_hidden_layers} layers; give at least 1 layer")
+            raise ValueError(
+                f"select = {self.select} of a tower of {t.num_hidden_layers} layers; give at least 1 layer"
+            )
         if t.image_size % t.patch_size or t.hidden_size % t.num_attention_heads:
             raise ValueError(
                 f"image_size {t.image_size} must be a multiple of patch_size {t.patch_size}, and hidden_size "

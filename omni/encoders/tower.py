@@ -47,7 +47,7 @@ class TowerConfig(Frozen):
 
 
 class TowerEncoder(Encoder):
-    """See the module docstring. Subclasses give the class of the configuration, and what the tower reads and returns."""
+    """Subclasses give the type of their configuration, and what the tower reads and returns."""
 
     configuration_type: ClassVar[type[TowerConfig]]
     tower_type: ClassVar[type[Tower]]
@@ -78,7 +78,9 @@ class TowerEncoder(Encoder):
         unserved = (settings_of(kind) & given.keys()) - known - cls.without_effect
         cls.check_settings(given, str(folder))
         if unserved:
-            raise ValueError(f"{folder}: this kind of encoder does not serve the tower's setting {sorted(unserved)[0]!r}")
+            raise ValueError(
+                f"{folder}: this kind of encoder does not serve the tower's setting {sorted(unserved)[0]!r}"
+            )
         tower = {name: value for name, value in given.items() if name in known}
         fields = {"tower": tower, **preparation_of(folder, options), **options}
         encoder = cls(build(fields, cls.configuration_type, str(folder)))

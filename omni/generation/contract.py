@@ -126,7 +126,9 @@ def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
         if i in blocks:
             for j, grid in enumerate(blocks[i]):
                 count = grid[0] * grid[1] * grid[2]
-                spans += _features_for(model, LatentSpan(key.fold("latents", i, j).normal((count, channels)), grid, True))
+                spans += _features_for(
+                    model, LatentSpan(key.fold("latents", i, j).normal((count, channels)), grid, True)
+                )
         else:
             ids = [random.randrange(num_text) for _ in range(2 + random.randrange(4))]
             spans.append(TokenSpan(ids, [True] * len(ids)))
@@ -218,7 +220,9 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
 
 
 def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
-    [batch], _ = pack([_plain(spans)], [Shape(1, 4096, 0)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False)
+    [batch], _ = pack(
+        [_plain(spans)], [Shape(1, 4096, 0)], channels=model.config.flow.channels, pad_id=0, fixed_shape=False
+    )
     batch = batch.to(model.token.embedding.weight.device)
     hidden, _ = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
     return model.token.read(hidden)[0]

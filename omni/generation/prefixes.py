@@ -133,8 +133,9 @@ def without_first(spans: Sequence[Span], num: int) -> list[Span]:
 
 
 class Latents:
-    """Latents and features of pictures and clips by the digest of their pixels: nothing is encoded twice. In the assistant's turns,
-    what the model drew keeps the latents it was drawn with. At most `max_latents`, least recently used out first."""
+    """Latents and features of pictures and clips by the digest of their pixels: nothing is encoded twice. In the
+    assistant's turns, what the model drew keeps the latents it was drawn with. At most `max_latents`, least recently
+    used out first."""
 
     def __init__(self, max_latents: int) -> None:
         self.max_latents = max_latents

@@ -1,0 +1,1 @@
+"""Published weights of other projects: what is loaded from them equals their own implementations."""
