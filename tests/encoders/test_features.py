@@ -18,6 +18,7 @@ from omni.codecs import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Text
 from omni.encoders import Encoder, EncoderBlockConfig, EncoderSpec
 from omni.generation import contract
+from omni.generation.context import append_of, run_context
 from omni.generation.engine import Engine
 from omni.generation.options import GenerationOptions
 from omni.heads import FlowHeadConfig
@@ -25,6 +26,7 @@ from omni.heads.joint import JointConfig
 from omni.losses import sampled_past
 from omni.media.preparation import EncoderSizes
 from omni.model import Omni, OmniConfig
+from omni.nn.cache import History
 from omni.nn.transformer import TransformerConfig
 from omni.rng import Key
 from omni.sequence.features import FeatureSpan
@@ -145,11 +147,29 @@ def test_a_drawn_picture_enters_the_context_with_its_features(pictures: Pictures
     assert torch.equal(features[1].features, model.encoder.encode(reply.document.segments[-4].pixels[None])[0, 0])
     _, keys = training_memory(model, spans)
     num = request.history.length
-    assert num >= keys.shape[2] - 2
+    assert num >= keys.shape[2] - 2 and request.length == keys.shape[2]
     torch.testing.assert_close(cached_keys(engine, request.history), keys[:, :, :num], atol=1e-10, rtol=0)
     branch = request.branches["text"]  # before the last picture: without texts, with the first two pictures
     assert sum(mark < 0 for mark in branch.marks) == (6 + 2 if pictures == "features" else 24 + 6 + 8 + 2)
     finish(request, failed)
+
+
+def test_a_history_read_in_parts_is_that_of_one_pass() -> None:
+    """Parts cut no block of features; a part keeps the features of its positions."""
+    model, spans = whole_model("both"), document("both")
+    [whole] = histories_of(model, [spans])
+    history = History(model.transformer.new_pool())
+    rest, stops = append_of(history, spans, 0), []
+    with torch.no_grad():
+        while len(rest):
+            stop = rest.legal_stop(3)
+            stops.append(stop)
+            run_context(model, [rest.part(0, stop)])
+            rest = rest.part(stop, len(rest)) if stop < len(rest) else rest.part(0, 0)
+    assert stops == [2, 6, 3, 1]  # ids; latents; features and an id; an id
+    one, other = (h.pool.k[:, :, h.start : h.start + h.length] for h in (whole, history))
+    torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    assert not append_of(history, spans[2:3], 0).is_text and append_of(history, spans[:1], 0).is_text
 
 
 def test_the_room_of_a_picture_counts_its_features() -> None:
@@ -286,6 +306,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         histories_of(model, [[TokenSpan([1], [True]), tall]])
     with pytest.raises(ValueError, match="needs"):
         FeatureSpan(torch.zeros(3, WIDTH), (1, 2, 2))
+    assert FeatureSpan(torch.zeros(6, WIDTH), (1, 2, 3)).places[2:4] == [(0, 2), (1, 0)]
     [batch], _ = pack([document("both")], [Shape(1, 64, 64)], channels=48, pad_id=0)
     one = type("Pass", (), {"batch": batch})()
     with pytest.raises(ValueError, match="also reads the features of an encoder"):
