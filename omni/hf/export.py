@@ -4,8 +4,8 @@
     export_text(model, "folder")      config.json, model.safetensors and tokenizer files of the published class
 
 `export_text` is the inverse of `omni import`: a text path that was not trained gives the published tensors back, bit
-for bit, in the dtype of the weights. Control ids and weights of latents are left out; a LoRA is merged first, or stays in
-its own folder (importers.peft). Both folders have the form that `huggingface_hub.upload_folder` takes.
+for bit, in the dtype of the weights. Control ids and weights of latents are left out. A LoRA is merged first, or stays
+in a folder of its own (importers.peft). Both folders have the form that `huggingface_hub.upload_folder` takes.
 """
 
 from __future__ import annotations
