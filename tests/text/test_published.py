@@ -108,7 +108,8 @@ TEXTS = [text for turns in CONVERSATIONS for _, text in turns] + CORPUS[:5]
 
 
 def test_text_has_the_ids_of_transformers(family: Family) -> None:
-    for text in TEXTS:
+    spellings = [one for one in family.ours.theirs if one not in family.ours.settings.marks]
+    for text in (*TEXTS, *(f"a {one} b{one}" for one in spellings)):
         expected = family.theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert family.ours.encode(text) == expected, text
         assert all(family.ours.is_text(token) for token in expected)
@@ -150,6 +151,10 @@ def test_ends(root: Path) -> None:
     assert names("chatml") == ["<|im_end|>"] and names("qwen3") == ["<|im_end|>", "<|endoftext|>"]
     assert names("llama3") == ["<|eot_id|>", "<|end_of_text|>"] and names("olmo2") == ["<|endoftext|>"]
     assert names("gemma") == ["<end_of_turn>", "<eos>"] and names("mistral") == names("llama2") == ["</s>"]
+    olmo = built("olmo2", root).ours  # a model may end with a token that is not special
+    [end] = olmo.encode("!")
+    ended = PublishedTokenizer(olmo._library_file, olmo.settings.model_copy(update={"ends": (end,)}), olmo.template)
+    assert olmo.is_text(end) and not ended.is_text(end) and ended.ends == (olmo.end, end)
     assert names("phi3") == ["<|end|>", "<|endoftext|>"]
 
 
@@ -177,7 +182,7 @@ def test_conversations_have_the_ids_of_apply_chat_template(family: Family) -> No
 
 
 def test_a_turn_that_goes_on(family: Family) -> None:
-    for turns in ([(U, "what?"), (A, "this is")], [(U, "a"), (A, "b"), (U, "c"), (A, "the red apple")]):
+    for turns in ([(U, "what?"), (A, "this is")], [(U, "a"), (A, "b"), (U, "c"), (A, "the  red \n")]):
         messages = [{"role": str(role), "content": text} for role, text in turns]
         expected = family.theirs.apply_chat_template(
             messages, tokenize=True, continue_final_message=True, return_dict=False
@@ -271,7 +276,7 @@ def test_no_text_forges_a_special_token(name: str, root: Path) -> None:
     family = built(name, root)
     contents = st.lists(st.lists(fragments(family), min_size=1, max_size=4), min_size=1, max_size=3)
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(contents)
     def check(turns: list[list[str]]) -> None:
         harmless = [["x"] for _ in turns]
@@ -286,7 +291,7 @@ def test_joints_of_template_and_contents_forge_nothing(root: Path) -> None:
     text = "{% for m in messages %}<|im_{{ m['content'] }}|>{{ m['content'] }}start|>{% endfor %}<|im_end|>"
     save(folder, byte_level(special("<|im_start|>", "<|im_end|>")), text, eos_token="<|im_end|>")
     family = Family("joints", convert_tokenizer(folder), None)
-    for content in ("start", "<|im_", "end", "|>", " start\n", "x|>"):
+    for content in ("start|> x", "x <|im_", "start", "<|im_", "end", "|>", " start\n", "x|>"):
         assert control_ids([[content]], family) == control_ids([["x"]], family), content
     assert len(control_ids([["x"]], family)) == 1
 
