@@ -162,12 +162,11 @@ class Tokenizer(ABC):
         return self._id_bytes[token]
 
     def is_text(self, token: int) -> bool:
-        """Whether an id is text: one that a model may emit as text, and `decode` accepts."""
+        """Whether a model may emit an id as text, and `decode` accepts it. `text_ids`: all of these, in order."""
         return 0 <= token < self.num_text
 
     @property
     def text_ids(self) -> Sequence[int]:
-        """All ids for which `is_text` holds, in order."""
         return range(self.num_text)
 
     def name(self, token: int) -> str:
