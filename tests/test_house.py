@@ -53,6 +53,7 @@ OPTIONAL = {
     "transformers": {
         "omni/hf/auto.py",
         "omni/encoders/upstream.py",
+        "omni/text/convert.py",
         "eval/peers.py",
         "eval/tasks/pretrained/encoders.py",
     },
