@@ -62,7 +62,7 @@ def pipeline_latents(name: str, module: Any, pictures: torch.Tensor) -> torch.Te
     """(B, C, h, w) as the class's pipeline hands them to its denoiser, but for the order of packed channels."""
     settings, raw = module.config, encoded_latents(module, pictures)
     if name == "FLUX.2":  # Flux2Pipeline._encode_vae_image
-        packed = diffusers.Flux2Pipeline._patchify_latents(raw)
+        packed = torch.nn.functional.pixel_unshuffle(raw, 2)  # its _patchify_latents
         mean = module.bn.running_mean.view(1, -1, 1, 1)
         return (packed - mean) / torch.sqrt(module.bn.running_var.view(1, -1, 1, 1) + settings.batch_norm_eps)
     if "latents_mean" in settings and settings.latents_mean is not None:
@@ -72,6 +72,14 @@ def pipeline_latents(name: str, module: Any, pictures: torch.Tensor) -> torch.Te
         return (raw - mean) * (1.0 / std)  # WanImageToVideoPipeline, QwenImageEditPipeline
     shift = getattr(settings, "shift_factor", None) or 0.0
     return (raw - shift) * settings.scaling_factor
+
+
+@pytest.mark.slow
+def test_the_patches_of_flux2_are_those_of_its_pipeline() -> None:
+    """Slow: the pipeline imports transformers."""
+    raw = Key(0).normal((2, 3, 8, 6))
+    theirs = diffusers.Flux2Pipeline._patchify_latents(raw)
+    assert torch.equal(theirs, torch.nn.functional.pixel_unshuffle(raw, 2))
 
 
 def test_the_tables_of_classes_agree() -> None:
