@@ -58,6 +58,7 @@ OPTIONAL = {
         "eval/tasks/pretrained/encoders.py",
     },
     "huggingface_hub": {"omni/hf/auto.py"},
+    "jinja2": {"omni/text/template.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},
