@@ -1,4 +1,4 @@
-"""What an import does not know is refused by name, before anything is written; sizes of memory and files are bounded."""
+"""What an import does not know is refused by name before anything is written; memory and files are bounded."""
 
 from __future__ import annotations
 
