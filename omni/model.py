@@ -235,7 +235,9 @@ class Omni(nn.Module):
 
     def _set_loras(self, loras: tuple[LoraSpec, ...]) -> None:
         old = self.config.transformer
-        transformer = TransformerConfig(**{**{name: getattr(old, name) for name in type(old).model_fields}, "loras": loras})
+        transformer = TransformerConfig(
+            **{**{name: getattr(old, name) for name in type(old).model_fields}, "loras": loras}
+        )
         self.config = self.config.model_copy(update={"transformer": transformer})
         self.transformer.c = transformer
 
@@ -263,7 +265,7 @@ class Omni(nn.Module):
 
         spec, config = self.codec.spec, self.config
         most = min(config.max_grid, MAX_GRID), min(config.max_chunks, MAX_GRID)
-        return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most)
+        return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most, spec.missing_frames)
 
     def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
         """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: `prepare` is

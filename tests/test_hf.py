@@ -9,7 +9,6 @@ import torch
 from histories import read, text
 from layouts import small_model
 
-import omni
 from omni.nn.cache import History
 
 
@@ -20,8 +19,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_auto_model_reads_the_same_files_and_gives_the_same_logits(folder: Path, tmp_path: Path) -> None:
-    import omni.hf  # noqa: F401
     from transformers import AutoConfig, AutoModel
+
+    import omni.hf  # noqa: F401
 
     assert AutoConfig.from_pretrained(folder).omni == omni.from_pretrained(folder).config
     model = AutoModel.from_pretrained(folder, dtype=torch.float64)
@@ -38,8 +38,9 @@ def test_auto_model_reads_the_same_files_and_gives_the_same_logits(folder: Path,
 
 
 def test_what_has_no_meaning_is_refused(folder: Path) -> None:
-    import omni.hf  # noqa: F401
     from transformers import AutoModel
+
+    import omni.hf  # noqa: F401
 
     with pytest.raises(ValueError, match="device_map = 'auto': an Omni model is on one device"):
         AutoModel.from_pretrained(folder, device_map="auto")

@@ -60,6 +60,9 @@ OPTIONAL = {
 }
 
 
+AT_THE_TOP = {"omni/hf/auto.py"}  # it defines subclasses; nothing of omni imports it
+
+
 def files(*tops: str) -> list[Path]:
     return sorted(path for top in tops for path in (ROOT / top).rglob("*.py"))
 
@@ -275,7 +278,7 @@ def test_heavy_packages_load_late_and_in_one_file() -> None:
             if name(path) not in where:
                 place = ", ".join(where) or "no file; name one in OPTIONAL"
                 wrong.append(f"{name(path)}:{line} imports {package}, whose place is {place}")
-            elif line not in late(path):
+            elif line not in late(path) and name(path) not in AT_THE_TOP:
                 wrong.append(f"{name(path)}:{line} imports {package} at the top; do it in the function that needs it")
     assert not wrong, "\n".join(wrong)
 

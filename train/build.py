@@ -35,12 +35,12 @@ from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
 from train.checkpoint import AVERAGES, WEIGHTS
-from train.decoder import freeze_text_path, is_text_path
 from train.data.held_out import HeldOut, hold_out
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
 from train.data.mixture import Mixture
 from train.data.workers import Tickets, WorkerLoader
+from train.decoder import freeze_text_path, is_text_path
 from train.guard import Guard
 from train.loop import Run
 from train.optim.critic import Critic, rollout_objective

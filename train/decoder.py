@@ -27,8 +27,7 @@ def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(table["decoder"])
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"decoder = {str(folder)!r} holds no config.json of an imported model; make it with `omni import PATH --out "
-            f"{folder}`"
+            f"decoder = {str(folder)!r} holds no config.json of an imported model; make it: omni import PATH --out {folder}"
         )
     config = load_json(folder / "config.json", OmniConfig)
     of_model = config.transformer.model_dump(mode="json", exclude_unset=True)

@@ -106,7 +106,8 @@ class Recipe(Frozen):
         None, description="imported language model to build on: its tokenizer, its weights, and what [model] leaves out"
     )
     text_path: Literal["tuned", "frozen"] = Field(
-        "tuned", description="frozen: the text weights and the published ids stay; new ids, LoRA and latents are trained"
+        "tuned",
+        description="frozen: the text weights and the published ids stay; new ids, LoRA and latents are trained",
     )
     lora: str | None = Field(None, description="adapter of [model] loras to train with; needs text_path = frozen")
     upcycle: bool = Field(True, description="latents' own weights that are not saved start as copies of the text's")
@@ -184,7 +185,9 @@ class Recipe(Frozen):
         if self.compile:
             require_compilable(self.model)
         if self.lora is not None and self.lora not in [spec.name for spec in self.model.loras]:
-            raise ValueError(f"lora = {self.lora!r} is not one of [model] loras; add it there: {{ name = {self.lora!r} }}")
+            raise ValueError(
+                f"lora = {self.lora!r} is not one of [model] loras; add it there: {{ name = {self.lora!r} }}"
+            )
         if self.lora is not None and self.text_path == "tuned":
             raise ValueError(f"lora = {self.lora!r} adapts frozen text weights; set text_path = 'frozen'")
         if self.drop.text + self.drop.images + self.drop.all > 1:

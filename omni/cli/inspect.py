@@ -148,9 +148,9 @@ def _describe_tokenizer(path: Path) -> list[str]:
     sample = "draw a red apple 🍎"
     ids = tokenizer.encode(sample)
     control = tokenizer.control
+    theirs = "" if tokenizer.own_turns else f" of the published model's {tokenizer.num_text} ids"
     return [
-        f"  backend {tokenizer.backend}: {len(tokenizer.text_ids)} text ids, {len(control)} control ids"
-        + ("" if tokenizer.own_turns else f" after {tokenizer.num_text} ids of the published model"),
+        f"  backend {tokenizer.backend}: {len(tokenizer.text_ids)} text ids{theirs}, then {len(control)} control ids",
         f"  {sample!r} is {len(ids)} ids: {ids}",
     ]
 

@@ -35,7 +35,9 @@ class CodecSpec(Frozen):
     """What the model must know of a codec.
 
     channels: numbers per latent position. stride: media pixels per latent along (time, rows, columns).
-    frames_per_chunk: latent frames of one block of a clip. causal: a chunk does not depend on later frames.
+    frames_per_chunk: latent frames of one block of a clip, the same for every block. causal: a chunk does not depend on
+    later frames. single_first_frame: the first latent frame of a clip is of one media frame, and each later one of
+    stride[0]; so a picture is a clip of one latent frame, and a clip of n blocks has `media_frames(n)` frames.
     """
 
     name: str
@@ -43,11 +45,21 @@ class CodecSpec(Frozen):
     stride: tuple[int, int, int]
     frames_per_chunk: int = 1
     causal: bool = True
+    single_first_frame: bool = False
 
     @property
     def media_frames_per_chunk(self) -> int:
-        """Frames of a clip that one chunk holds."""
+        """Frames of a clip that one chunk holds; the first chunk lacks `missing_frames` of them."""
         return self.frames_per_chunk * self.stride[0]
+
+    @property
+    def missing_frames(self) -> int:
+        """Frames that the first chunk of a clip has fewer than the others."""
+        return self.stride[0] - 1 if self.single_first_frame else 0
+
+    def media_frames(self, num_chunks: int) -> int:
+        """Frames of a clip of so many chunks."""
+        return num_chunks * self.media_frames_per_chunk - self.missing_frames
 
 
 def _quietly(what: str) -> AbstractContextManager[None]:
@@ -87,10 +99,14 @@ class Codec(ABC):
 
         The latents of a picture are the same bits whatever else is in the batch.
         """
+        return self._checked(pixels, self._encode)
+
+    def _checked(self, pixels: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The latents of pictures, or of the frames of a clip, checked before and after."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
         self.grid(*pixels.shape[1:3])
-        latents = self._encode(pixels)
+        latents = compute(pixels)
         require_finite(latents, f"the latents that codec {self.spec.name!r} makes", RESTORE_HINT)
         return latents
 
@@ -98,12 +114,16 @@ class Codec(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised float (B, h, w, C) -> uint8 (B, H, W, 3). ValueError on another shape; NotFiniteError for latents
         that are NaN, infinite or beyond MAX_LATENT, or if the codec makes such pixels of others."""
+        self._check_latents(latents)
+        return self._decode(latents.float())
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """The errors of `decode`."""
         if latents.ndim != 4 or latents.shape[-1] != self.spec.channels or not latents.is_floating_point():
             got = f"{latents.dtype} {tuple(latents.shape)}"
             raise ValueError(f"decode takes float latents (B, h, w, {self.spec.channels}), got {got}")
         way_out = "those of pictures have mean 0 and deviation 1: give latents of this codec"
         require_finite(latents, f"the latents given to codec {self.spec.name!r}", way_out, MAX_LATENT)
-        return self._decode(latents.float())
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -117,24 +137,41 @@ class Codec(ABC):
 
     def num_chunks(self, num_frames: int) -> int:
         """Chunks of a clip. ValueError unless the frames fill whole chunks."""
-        per_chunk = self.spec.media_frames_per_chunk
-        if num_frames < 1 or num_frames % per_chunk:
+        per_chunk, missing = self.spec.media_frames_per_chunk, self.spec.missing_frames
+        if num_frames < 1 or (num_frames + missing) % per_chunk:
+            first = f", the first of {per_chunk - missing}" if missing else ""
             raise ValueError(
-                f"a clip of {num_frames} frames does not fill chunks of {per_chunk} frames; cut it or repeat its last"
+                f"a clip of {num_frames} frames does not fill chunks of {per_chunk} frames{first}; cut it or repeat "
+                "its last"
             )
-        return num_frames // per_chunk
+        return (num_frames + missing) // per_chunk
 
+    @torch.no_grad()
     def encode_video(self, frames: Tensor) -> list[Tensor]:
-        """uint8 (T, H, W, 3) -> one float32 (frames_per_chunk, h, w, C) per chunk. Here: frame by frame."""
-        assert self.spec.stride[0] == 1, "a codec that compresses time overrides encode_video"
-        count = self.num_chunks(len(frames))
-        return list(self.encode(frames).chunk(count))
+        """uint8 (T, H, W, 3) -> one float32 (frames_per_chunk, h, w, C) per chunk, T = spec.media_frames(chunks).
 
+        ValueError for another number of frames, and as `encode` raises it.
+        """
+        count = self.num_chunks(len(frames))
+        return list(self._checked(frames, self._encode_clip).chunk(count))
+
+    @torch.no_grad()
     def decode_video(self, chunks: Sequence[Tensor]) -> Tensor:
-        """Inverse of `encode_video`: chunks (t, h, w, C) -> uint8 (T, H, W, 3)."""
+        """Inverse of `encode_video`: chunks (t, h, w, C) -> uint8 (T, H, W, 3). Errors as of `decode`."""
         if not chunks:
             raise ValueError("decode_video takes at least one chunk, got none")
-        return torch.cat([self.decode(chunk) for chunk in chunks])
+        for chunk in chunks:
+            self._check_latents(chunk)
+        return self._decode_clip([chunk.float() for chunk in chunks])
+
+    def _encode_clip(self, frames: Tensor) -> Tensor:
+        """Checked frames (T, H, W, 3) -> latents (t, h, w, C) of the whole clip. Here: frame by frame."""
+        assert self.spec.stride[0] == 1, "a codec that compresses time overrides _encode_clip and _decode_clip"
+        return self._encode(frames)
+
+    def _decode_clip(self, chunks: Sequence[Tensor]) -> Tensor:
+        """Checked float32 chunks (t, h, w, C) -> uint8 (T, H, W, 3). Here: chunk by chunk."""
+        return torch.cat([self._decode(chunk) for chunk in chunks])
 
     def num_latents(self, shape: Sequence[int]) -> int:
         """How many latents encoding media of a shape gives, (H, W, 3) or (T, H, W, 3). ValueError as `grid` and

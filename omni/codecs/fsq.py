@@ -13,17 +13,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from omni.codecs.autoencoder_config import AutoencoderConfig
-from omni.codecs.autoencoders import (
-    AutoencoderCodec,
-    build_autoencoder,
-    decoded_pictures,
-    encoded_latents,
-)
+from omni.codecs.autoencoders import AutoencoderCodec
 from omni.codecs.codec import codecs
+from omni.codecs.families import FAMILIES
+from omni.codecs.networks import build_autoencoder, decoded_pictures, encoded_latents
 
 
 class FiniteScalarQuantiser:
@@ -85,6 +82,15 @@ class FsqConfig(AutoencoderConfig):
         if math.prod(levels) > 1 << 62:
             raise ValueError(f"{levels} give more than 2^62 tokens; use fewer or smaller levels")
         return levels
+
+    @model_validator(mode="after")
+    def _is_quantised(self) -> FsqConfig:
+        """ValueError for what the quantiser does not serve: clips, packed positions, a posterior's sample."""
+        if FAMILIES[self.class_name].takes_clips:
+            raise ValueError(f"class_name = {self.class_name!r}: only autoencoders of pictures are quantised")
+        if self.patch is not None or self.class_name == "AutoencoderKLFlux2" or self.posterior != "mean":
+            raise ValueError("a quantised autoencoder has one position per latent, of the mean: no patch, no sample")
+        return self
 
 
 class QuantisedAutoencoder(nn.Module):

@@ -18,14 +18,20 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
 MODULES = {
     "AutoencoderKL": "autoencoder_kl",
+    "AutoencoderKLFlux2": "autoencoder_kl_flux2",
     "AutoencoderTiny": "autoencoder_tiny",
     "AutoencoderDC": "autoencoder_dc",
+    "AutoencoderKLWan": "autoencoder_kl_wan",
+    "AutoencoderKLQwenImage": "autoencoder_kl_qwenimage",
+    "AutoencoderKLCogVideoX": "autoencoder_kl_cogvideox",
+    "AutoencoderKLHunyuanVideo": "autoencoder_kl_hunyuan_video",
+    "AutoencoderKLHunyuanVideo15": "autoencoder_kl_hunyuanvideo15",
 }
 PACKAGE = "_omni_diffusers"
 # Subpackages of diffusers: replaced by placeholders; imported without running their __init__.
@@ -59,6 +65,8 @@ def whole_class(name: str) -> Any:
         return getattr(importlib.import_module("diffusers"), name)
     except ImportError as error:
         raise ImportError(f"{name} needs diffusers, which cannot be imported ({error})") from error
+    except AttributeError:
+        raise ImportError(f"the installed diffusers has no {name}: pip install -U 'omni-flow[vae]'") from None
 
 
 def _import_alone(name: str) -> Any:
@@ -111,7 +119,20 @@ class _Finder(MetaPathFinder):
             spec = ModuleSpec(fullname, _Placeholders(), is_package=True)
             spec.submodule_search_locations = ["/".join([folder, *inside.split(".")]) for folder in self.folders]
             return spec
+        if inside == "utils.import_utils" and (spec := PathFinder.find_spec(fullname, path)) and spec.origin:
+            spec.loader = _WithoutAccelerate(fullname, spec.origin)
+            return spec
         return None
+
+
+class _WithoutAccelerate(SourceFileLoader):
+    """Loads the file in which diffusers looks for other packages; it then does without accelerate, which brings hooks
+    for offloading weights and takes a second to import."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if hasattr(module, "_accelerate_available"):
+            vars(module)["_accelerate_available"] = False
 
 
 class _Placeholders(Loader):

@@ -375,8 +375,10 @@ def null_spans(runtime: Runtime, request: Request, what: Drop) -> list[Span]:
     media = request.media
     assert media is not None
     history = reduce(open_turn(request.segments, Role.ASSISTANT), what)
-    spans = compose(Document(history), runtime.tokenizer, request.encoded, is_open=True)
+    [*spans, last] = compose(Document(history), runtime.tokenizer, request.encoded, is_open=True)
+    assert isinstance(last, TokenSpan)
     clip = None if media.kind == "image" else (media.chunks, media.rate)
     header = block_header(runtime.control, media.rows, media.columns, clip)
     grid = runtime.grammar.grid(media)
-    return [*spans, TokenSpan(header, [False] * len(header)), *(LatentSpan(z, grid) for z in media.finished)]
+    ids = [*last.ids, *header]
+    return [*spans, TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]

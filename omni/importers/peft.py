@@ -139,10 +139,10 @@ def _spec(config: Mapping[str, Any], name: str, pairs: Pairs, source: str) -> Lo
         raise ValueError(f"{source}: some layers have other targets than others, which is not implemented")
     if not layers:
         raise ValueError(f"{source}: the adapter has no tensors")
-    return LoraSpec(
-        name=name, rank=config.get("r", 0), alpha=config.get("lora_alpha", 0), layers=layers,
-        rank_stabilised=bool(config.get("use_rslora")), targets=tuple(t for t in TARGETS if t in targets),
-    )  # type: ignore[arg-type]  # fmt: skip
+    return LoraSpec.model_validate({
+        "name": name, "rank": config.get("r"), "alpha": config.get("lora_alpha"), "layers": layers,
+        "rank_stabilised": bool(config.get("use_rslora")), "targets": [t for t in TARGETS if t in targets],
+    })  # fmt: skip
 
 
 def _check_shapes(model: Omni, spec: LoraSpec, pairs: Pairs, source: str) -> None:

@@ -89,12 +89,18 @@ def read_preparation(
 @dataclass(frozen=True)
 class Limits:
     """The limits of a codec and a model. stride: pixels per latent along (rows, columns). chunk: frames of one chunk.
-    max_grid: latent rows or columns. max_chunks: chunks of one clip."""
+    max_grid: latent rows or columns. max_chunks: chunks of one clip. missing: frames that the first chunk of a clip has
+    fewer than the others (codecs whose first latent frame is one frame: clips of 1, 5, 9, ... frames)."""
 
     stride: Size
     chunk: int
     max_grid: int
     max_chunks: int
+    missing: int = 0
+
+    def frames(self, num_chunks: int) -> int:
+        """Frames of a clip of so many chunks."""
+        return num_chunks * self.chunk - self.missing
 
 
 def prepare(segment: AnySegment, preparation: Preparation, limits: Limits) -> AnySegment:
@@ -129,18 +135,18 @@ def prepare_clip(frames: Tensor, fps: float, preparation: Preparation, limits: L
         raise ValueError(f"a clip of {fps} frames per second cannot be thinned; give its frame rate")
     if preparation.fps is not None and fps > preparation.fps:
         frames, fps = frames[_subsampled(given, fps / preparation.fps)], preparation.fps
-    count = len(frames) // limits.chunk
-    if len(frames) % limits.chunk and (preparation.tail == "repeat" or not count):
+    count, rest = divmod(len(frames) + limits.missing, limits.chunk)
+    if rest and (preparation.tail == "repeat" or not count):
         count += 1
     if preparation.max_frames is not None:
-        count = min(count, max(1, preparation.max_frames // limits.chunk))
+        count = min(count, max(1, (preparation.max_frames + limits.missing) // limits.chunk))
     if count > limits.max_chunks:
         raise ValueError(
             f"a clip of {given} frames makes {count} chunks of {limits.chunk} frames, and this model takes at most "
-            f"{limits.max_chunks} (max_chunks); cut it to {limits.max_chunks * limits.chunk} frames, or set "
+            f"{limits.max_chunks} (max_chunks); cut it to {limits.frames(limits.max_chunks)} frames, or set "
             "max_frames or fps in its preparation"
         )
-    num = count * limits.chunk
+    num = limits.frames(count)
     frames = _to_target_size(frames if len(frames) <= num else frames[:num], preparation, limits)
     if len(frames) < num:
         frames = torch.cat([frames, frames[-1:].expand(num - len(frames), -1, -1, -1)])

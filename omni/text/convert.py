@@ -7,6 +7,7 @@ token that the chat template writes after an assistant's turn.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def _load(path: Path, gguf_file: str | None) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise ImportError("reading a published tokenizer needs transformers: pip install 'omni-flow[hf]'") from None
+    if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file() and not _has_protobuf():
+        raise ImportError("transformers reads a tokenizer.model with protobuf: pip install protobuf")
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
@@ -84,6 +87,13 @@ def _load(path: Path, gguf_file: str | None) -> Any:
             "the tokenizers library are supported"
         )
     return theirs
+
+
+def _has_protobuf() -> bool:
+    try:
+        return importlib.util.find_spec("google.protobuf") is not None
+    except ModuleNotFoundError:  # no package google
+        return False
 
 
 def _text_library(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -8,9 +8,9 @@ where the library would match the spelling. A model may emit marks as text; spec
 Other tokens that were added to the library, such as Gemma's runs of spaces, are ordinary text.
 
 `encode` gives the ids of transformers for the same text. It may be lossy: a model may normalise text (NFC), write a
-space in front, or lack ids for rare characters. So decode(encode(x)) == x is not checked here; `decode` joins bytes as everywhere, and drops the one
-space in front that such a model adds. Bytes that are not UTF-8 decode to U+FFFD as in the WHATWG standard;
-transformers may give another number of them.
+space in front, or lack ids for rare characters. So decode(encode(x)) == x is not checked here; `decode` joins bytes as
+everywhere, and drops the one space in front that such a model adds. Bytes that are not UTF-8 decode to U+FFFD as in the
+WHATWG standard; transformers may give another number of them.
 
 A model without a chat template reads plain text: its begin token, if its tokenizer adds one, then the segments.
 convert.py makes this of a published folder. The files load with the `tokenizers` library and jinja2 alone.
@@ -40,14 +40,14 @@ class PublishedSettings(Frozen):
     """What the library's file does not say. In tokenizer_config.json, under the key "published"."""
 
     num_theirs: int = Field(gt=0, le=1 << 24, description="rows of the model's embedding")
-    bos: int | None = Field(None, description="the id that begins a text")
-    adds_bos: bool = Field(False, description="whether plain text begins with it")
-    ends: tuple[int, ...] = Field((), description="ids that end a reply")
-    end: int | None = Field(None, description="the id that ends an assistant's turn; None: the first of ends")
-    marks: tuple[str, ...] = Field((), description="tokens that the chat template spells and are not special")
-    special: dict[str, str] = Field({}, description="special tokens by name, for the chat template")
-    variables: dict[str, Any] = Field({}, description="further variables of the chat template")
-    template: str | None = Field(None, description="blake2b of chat_template.jinja; None: no template")
+    bos: int | None = Field(default=None, description="the id that begins a text")
+    adds_bos: bool = Field(default=False, description="whether plain text begins with it")
+    ends: tuple[int, ...] = Field(default=(), description="ids that end a reply")
+    end: int | None = Field(default=None, description="the id that ends an assistant's turn; None: the first of ends")
+    marks: tuple[str, ...] = Field(default=(), description="tokens that the chat template spells and are not special")
+    special: dict[str, str] = Field(default={}, description="special tokens by name, for the chat template")
+    variables: dict[str, Any] = Field(default={}, description="further variables of the chat template")
+    template: str | None = Field(default=None, description="blake2b of chat_template.jinja; None: no template")
 
 
 @backends.register("published")
@@ -191,7 +191,7 @@ class PublishedTokenizer(Tokenizer):
     def _pieces(self) -> dict[str, int]:
         """Text ids by their text."""
         found: dict[str, int] = {}
-        for token, text in self._spellings.items():
+        for token in self._spellings:
             if token not in self._theirs_by_id and self._is_text[token]:
                 found.setdefault(self._id_bytes[token].decode("utf-8", "replace"), token)
         return found
@@ -241,12 +241,17 @@ class PublishedTokenizer(Tokenizer):
     def may_begin_spelling(self, text: str) -> bool:
         """Whether text that follows could complete a spelling of `theirs` that this text begins."""
         begins, _, longest = self._edges
-        return text in self._insides or any(text[-size:] in begins for size in range(1, min(longest, len(text)) + 1))
+        sizes = range(1, min(longest, len(text)) + 1)
+        return self._may_be_inside(text) or any(text[-size:] in begins for size in sizes)
 
     def may_end_spelling(self, text: str) -> bool:
         """Whether this text could complete a spelling of `theirs` that text before it begins."""
         _, ends, longest = self._edges
-        return text in self._insides or any(text[:size] in ends for size in range(1, min(longest, len(text)) + 1))
+        sizes = range(1, min(longest, len(text)) + 1)
+        return self._may_be_inside(text) or any(text[:size] in ends for size in sizes)
+
+    def _may_be_inside(self, text: str) -> bool:
+        return 0 < len(text) < self._edges[2] and text in self._insides
 
     @cached_property
     def _edges(self) -> tuple[set[str], set[str], int]:
@@ -256,15 +261,9 @@ class PublishedTokenizer(Tokenizer):
         return begins, ends, max(map(len, self.theirs), default=1)
 
     @cached_property
-    def _insides(self) -> set[str]:
-        """All parts inside spellings of `theirs`."""
-        spans = [
-            (one, start, stop)
-            for one in self.theirs
-            for start in range(1, len(one))
-            for stop in range(start + 1, len(one))
-        ]
-        return {one[start:stop] for one, start, stop in spans}
+    def _insides(self) -> str:
+        """The insides of all spellings of `theirs`, NUL between two."""
+        return "\0".join(one[1:-1] for one in self.theirs)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ import torch
 from omni.checkpoint import publish
 from omni.codecs import AutoencoderCodec, FsqCodec, autoencoders, load_codec
 from omni.codecs.autoencoder_config import NUMBERS_OF_LAYERS, AutoencoderConfig
-from omni.codecs.autoencoders import _rms_norm, pictures_per_pass, to_pictures, use_fused_norms
+from omni.codecs.autoencoders import pictures_per_pass, to_pictures
+from omni.codecs.networks import _rms_norm, use_fused_norms
 from omni.errors import DamagedError
 from omni.rng import Key
 from tests.codecs.test_codec import CONFIGS, TINY_DC, pictures

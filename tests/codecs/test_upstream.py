@@ -15,7 +15,7 @@ COMPARE = """
 import sys, json, torch
 sys.path.insert(0, "tests")
 from omni.codecs import upstream
-from omni.codecs.autoencoders import decoded_pictures, encoded_latents, initialise
+from omni.codecs.networks import decoded_pictures, encoded_latents, initialise
 from omni.rng import Key
 import importlib
 found = {}

@@ -31,7 +31,10 @@ def llama(model: Omni) -> Any:
         vocab_size=VOCABULARY + 9, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     found = LlamaForCausalLM(config).double().eval()
-    state = {"model.embed_tokens.weight": model.token.embedding.weight, "model.norm.weight": model.transformer.norm.weight}
+    state = {
+        "model.embed_tokens.weight": model.token.embedding.weight,
+        "model.norm.weight": model.transformer.norm.weight,
+    }
     state["lm_head.weight"] = model.token.embedding.weight
     heads, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     for i, block in enumerate(model.transformer.blocks):

@@ -118,8 +118,9 @@ def attend(
     if backend == "flex":
         return _flex(q, k, v, mask, cap)
     if backend == "flash":
-        function = flash_context if mask is None or q.shape[2] == k.shape[2] else flash_copies
-        return function(q, k, v, mask, window=None if mask is None else mask.window, cap=cap)
+        if mask is None or q.shape[2] == k.shape[2]:
+            return flash_context(q, k, v, mask, window=None if mask is None else mask.window, cap=cap)
+        return flash_copies(q, k, v, mask, window=mask.window, cap=cap)
     raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 

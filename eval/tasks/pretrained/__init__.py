@@ -1,0 +1,1 @@
+"""Published checkpoints behind Omni's faces, compared with the published implementation."""
