@@ -1,5 +1,6 @@
 """`omni generate | chat | import | export | inspect | verify | doctor`: parse arguments and run one command; an error
 is one line.
+
 Exit codes: 0 done; 1 a failed check, or a bug; 2 bad usage or bad input; 4 damaged or missing model files;
 130 interrupted. OMNI_DEBUG=1 shows tracebacks. Each command is a file in this folder, imported when it runs.
 """
