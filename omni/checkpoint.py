@@ -151,7 +151,7 @@ class Published:
             message = f"{path} is not a safetensors file ({error}); publish or download it again"
             raise DamagedError(" ".join(message.split())) from None
         for key, value in tensors.items():
-            if not _is_finite(value):
+            if not is_finite(value):
                 bad = int((~torch.isfinite(value.float())).sum())
                 raise DamagedError(
                     f"{path}: {key} has {bad} values that are NaN or infinite; use an earlier checkpoint"
@@ -159,7 +159,7 @@ class Published:
         return tensors
 
 
-def _is_finite(value: torch.Tensor) -> bool:
+def is_finite(value: torch.Tensor) -> bool:
     """True for integers; for complex numbers, both parts must be finite."""
     if value.is_complex():
         value = torch.view_as_real(value)

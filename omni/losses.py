@@ -219,7 +219,13 @@ def rollout_terms(objective: Any, one: ContextPass, key: Key) -> dict[str, Terms
 
 @torch.no_grad()
 def sampled_past(objective: Any, one: ContextPass, key: Key) -> tuple[Batch, Memory]:
-    """The batch whose blocks read samples of the model in place of their past, and its memory, without a graph."""
+    """The batch whose blocks read samples of the model in place of their past, and its memory, without a graph.
+    ValueError for a batch with features: those of samples are not known."""
+    if one.batch.features is not None:
+        raise ValueError(
+            f"{type(objective).__name__} replaces pictures of the context by samples, and this model also reads the "
+            "features of an encoder; leave out heads.encoder, or this objective"
+        )
     check_blocks(objective, one.model.block_context)
 
     def sample(part: Batch, memory: Memory) -> Tensor:

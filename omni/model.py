@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from omni.checkpoint import publish
 from omni.config import Frozen
 from omni.document import Document, Image, Text, Video
+from omni.encoders.projector import EncoderBlockConfig, FeatureProjector
 from omni.heads import FlowHead, FlowHeadConfig, TokenHead
 from omni.heads.joint import JointConfig, JointTokens
 from omni.losses import ScoreNetworks, batch_losses
@@ -36,14 +37,19 @@ from omni.objectives import Objective, Terms
 from omni.rng import Key
 from omni.samplers import SamplerName
 from omni.sequence.block_context import BlockContext
+from omni.sequence.features import Blocks, FeatureBlock, Features
 from omni.sequence.layout import Batch, Span, Stream
 from omni.text.compose import compose
 from omni.weights import load_weights
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
+    from omni.encoders import Encoder
     from omni.generation.reply import Reply
     from omni.text.tokenizer import Tokenizer
+
+
+PUBLISHED = "published"  # the folder of a published model's own files
 
 
 class OmniConfig(Frozen):
@@ -53,7 +59,7 @@ class OmniConfig(Frozen):
     `sampler`: the default sampler of the flow head: "euler" after flow matching, "flow_map" after a two-time objective.
     `max_grid`: bound of the header that the model may generate, in latents. `max_context`: positions of a prompt and
     its reply together (see sequence.context_limit). logit_cap: see heads.token. joint: a joint-token head, or None.
-    blocks: what a noisy block of a clip reads of the others.
+    blocks: what a noisy block of a clip reads of the others. encoder: features of pictures in the context, or None.
     Stored as config.json: a new field needs a default under which older models compute the same.
     """
 
@@ -71,6 +77,7 @@ class OmniConfig(Frozen):
     max_context: int = Field(default=4096, ge=16, le=2**24)
     joint: JointConfig | None = None
     blocks: BlockContext = BlockContext()
+    encoder: EncoderBlockConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> OmniConfig:
@@ -87,8 +94,8 @@ class OmniConfig(Frozen):
 
 
 class Omni(nn.Module):
-    """One transformer over interleaved text and latent blocks. `tokenizer` and `codec` are attached, not trained. Names
-    of weights are keys of checkpoints and of initial values: never rename them."""
+    """One transformer over interleaved text and latent blocks. `tokenizer`, `codec` and `encoder` are attached, not
+    trained. Names of weights are keys of checkpoints and of initial values: never rename them."""
 
     def __init__(self, config: OmniConfig, key: Key | None = None) -> None:
         super().__init__()
@@ -100,10 +107,13 @@ class Omni(nn.Module):
         refine_width = config.transformer.refine_spec.width
         self.flow = None if config.flow is None else FlowHead(refine_width, config.flow, width)
         self.joint = None if config.joint is None else JointTokens(config.joint, config.transformer, config.vocab_size)
+        self.features = None if config.encoder is None else FeatureProjector(config.encoder, width)
         self.tokenizer: Tokenizer | None = None
         self.codec: Codec | None = None
+        self.encoder: Encoder | None = None
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
+        self.published: Mapping[str, bytes] = {}  # files of the language model that was imported (omni.hf.export)
         self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the source directory
         if not self.token.embedding.weight.is_meta:  # else load_weights fills them (omni.weights)
             self.initialise(key or Key(0))
@@ -150,11 +160,19 @@ class Omni(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """The input (R, T, W) of the context stream."""
-        return self.embed_context(batch.ids, batch.latents, batch.is_latent)
+        return self.embed_context(batch.ids, batch.latents, batch.is_latent, batch.features)
 
-    def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
-        """Inputs (R, T, W): embeddings of ids (R, T), and clean latents (R, T, C) where is_latent (R, T)."""
+    def embed_context(
+        self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None, features: Features | None = None
+    ) -> Tensor:
+        """Inputs (R, T, W): embeddings of ids (R, T), clean latents (R, T, C) where is_latent (R, T), and features of
+        an encoder where they stand. ValueError for features that the model has no projector for."""
         h = self.token.embed(ids)
+        if features is not None:
+            if self.features is None:
+                raise ValueError("features of pictures need a model with `encoder` in its config.json; leave them out")
+            projected = self.features(features.values, features.place).to(h.dtype)
+            h = h.flatten(0, 1).index_copy(0, features.at, projected).view_as(h)
         if latents is None or is_latent is None or not latents.shape[-1]:
             return h
         assert self.flow is not None
@@ -256,7 +274,11 @@ class Omni(nn.Module):
 
     @property
     def limits(self) -> Limits:
-        """The limits of the codec and this model. ValueError for a model without a codec."""
+        """The limits of the codec and this model; without a codec, of an encoder. ValueError for a model without
+        either."""
+        if self.codec is None and self.encoder is not None and self._holds == "features":
+            step = self.encoder.spec.patch * self.encoder.spec.merge
+            return Limits((step, step), 1, self.config.max_grid, self.config.max_chunks)
         if self.codec is None:
             raise ValueError(
                 "this model has no codec for pictures; set model.codec or load it with omni.from_pretrained"
@@ -267,12 +289,53 @@ class Omni(nn.Module):
         most = min(config.max_grid, MAX_GRID), min(config.max_chunks, MAX_GRID)
         return Limits(spec.stride[1:], spec.media_frames_per_chunk, *most, spec.missing_frames)
 
-    def encode_media(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: `prepare` is
-        applied."""
+    @property
+    def _holds(self) -> Literal["latents", "features", "both"]:
+        """What the context holds of a picture."""
+        return "latents" if self.config.encoder is None else self.config.encoder.pictures
+
+    def encode_media(self, segments: Sequence[Image | Video]) -> list[Blocks]:
+        """Latents (t, h, w, C) of each picture (one block) or clip (one per chunk), of any size: `prepare` is applied;
+        behind those of a picture, its features, where the model has an encoder."""
         limits = self.limits  # raises without a codec
-        assert self.codec is not None
-        return self.codec.encode_media([prepare(segment, self.preparation, limits) for segment in segments])
+        prepared = [prepare(segment, self.preparation, limits) for segment in segments]
+        features = [self.encode_features(one) for one in prepared]
+        if self.codec is None:
+            if any(isinstance(one, Video) or one.supervise for one in prepared):
+                raise ValueError("this model has no codec: give no clips, and no pictures to generate")
+            return [[*one] for one in features]
+        latents = self.codec.encode_media(prepared)
+        return [[*blocks, *more] for blocks, more in zip(latents, features, strict=True)]
+
+    def encode_features(self, segment: Image | Video) -> list[FeatureBlock]:
+        """The features of a prepared picture; none of a clip, or in a model without `encoder` in its config.json.
+        ValueError where the encoder is missing."""
+        if self._holds == "latents" or isinstance(segment, Video):
+            return []
+        encoder, stride = self._attached_encoder, self.limits.stride
+        height, width = segment.pixels.shape[:2]
+        [values] = encoder.encode(segment.pixels[None])
+        return [FeatureBlock(values[None], self._holds == "features", (height // stride[0], width // stride[1]))]
+
+    @property
+    def _attached_encoder(self) -> Encoder:
+        if self.encoder is None:
+            raise ValueError(
+                "this model reads features of pictures and has no encoder; set model.encoder or load it with "
+                "omni.from_pretrained"
+            )
+        return self.encoder
+
+    def num_positions(self, shape: Sequence[int]) -> int:
+        """Context positions of the blocks of a prepared picture (H, W, 3) or clip (T, H, W, 3). ValueError as
+        `encode_media` raises it."""
+        is_clip = len(shape) == 4
+        latents = 0
+        if self._holds != "features" or is_clip:
+            latents = 0 if self.codec is None else self.codec.num_latents(shape)
+        if self._holds == "latents" or is_clip:
+            return latents
+        return latents + self._attached_encoder.spec.num_features(*shape[:2])
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
@@ -288,10 +351,10 @@ class Omni(nn.Module):
         info: Mapping[str, Any] | None = None,
     ) -> Path:
         """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
-        manifest.json.
+        encoder/, published/, manifest.json.
 
         dtype: of the stored weights of the transformer and the heads; bfloat16, the default, halves the file and keeps
-        three digits. The codec is not rounded: its weights and its normalisation are stored unchanged.
+        three digits. Codec and encoder are not rounded: their weights and settings are stored unchanged.
         """
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
@@ -302,8 +365,10 @@ class Omni(nn.Module):
                 for n, v in self.state_dict().items()
             },
         }
-        if self.codec is not None:
-            files |= {f"codec/{name}": content for name, content in self.codec.files().items()}
+        files |= {f"{PUBLISHED}/{name}": content for name, content in self.published.items()}
+        for part, attached in (("codec", self.codec), ("encoder", self.encoder)):
+            if attached is not None:
+                files |= {f"{part}/{name}": content for name, content in attached.files().items()}
         with tempfile.TemporaryDirectory() as folder:
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)

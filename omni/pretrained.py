@@ -1,4 +1,4 @@
-"""Load a model from a published directory (see Omni.save_pretrained): weights, tokenizer, codec, preparation,
+"""Load a model from a published directory (see Omni.save_pretrained): weights, tokenizer, codec, encoder, preparation,
 defaults."""
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import torch
 from omni.checkpoint import Published, manifest_digest
 from omni.codecs import read_codec
 from omni.config import build
+from omni.encoders import read_encoder
 from omni.errors import DamagedError
 from omni.generation.options import check_defaults
 from omni.media.preparation import read_preparation
-from omni.model import Omni, OmniConfig
+from omni.model import PUBLISHED, Omni, OmniConfig
 from omni.nn.precision import require_device
 from omni.text import load_tokenizer
 from omni.weights import load_weights, stays_finite, unallocated
 
-CODEC_CONFIG, TOKENIZER_CONFIG, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
+CODEC_CONFIG, TOKENIZER_CONFIG, ENCODER_CONFIG = "config.json", "tokenizer_config.json", "config.json"
+WEIGHTS = "model.safetensors"
 BUNDLED = Path(__file__).parent / "bundled"
 
 
 def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
     """Load a model directory (default: the bundled model). Every byte is checked against the manifest; files that it
-    does not list are not read. A learned codec builds its network on first use.
+    does not list are not read. A learned codec or encoder builds its network on first use.
 
     Raises ValueError naming the file if one is missing, damaged or not listed, or if a weight is missing, unknown, not
     finite, or of wrong shape or kind; and for an unavailable device.
@@ -40,11 +42,15 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     files = Published(folder)
     config = build(files.table("config.json"), OmniConfig, str(folder / "config.json"))
     model = _with_weights(config, files, dtype)
-    tokenizer, codec = files.folder("tokenizer"), files.folder("codec")
+    tokenizer, codec, encoder = (files.folder(name) for name in ("tokenizer", "codec", "encoder"))
     if TOKENIZER_CONFIG in tokenizer:
         model.tokenizer = load_tokenizer(tokenizer.root, tokenizer.read)
     if CODEC_CONFIG in codec:
         model.codec = read_codec(codec).to(device)
+    if ENCODER_CONFIG in encoder:
+        model.encoder = read_encoder(encoder).to(device)
+    published = files.folder(PUBLISHED)
+    model.published = {name: published.read(name) for name in published.files}
     defaults = files.table("generation.json") if "generation.json" in files else {}
     stored = files.table("preparation.json") if "preparation.json" in files else None
     model.preparation, defaults = read_preparation(stored, defaults, str(folder))
@@ -68,7 +74,7 @@ def _with_weights(config: OmniConfig, files: Published, dtype: torch.dtype) -> O
 
 
 def _check_attached(model: Omni, source: str) -> None:
-    """ValueError if the tokenizer or the codec does not fit the model."""
+    """ValueError if the tokenizer, the codec or the encoder does not fit the model."""
     config = model.config
     if model.tokenizer is not None and model.tokenizer.vocab_size != config.vocab_size:
         theirs = model.tokenizer.vocab_size
@@ -76,3 +82,6 @@ def _check_attached(model: Omni, source: str) -> None:
     if model.codec is not None and config.flow is not None and model.codec.spec.channels != config.channels:
         theirs = model.codec.spec.channels
         raise DamagedError(f"{source}: the codec has {theirs} channels, flow.channels is {config.channels}")
+    if model.encoder is not None and (config.encoder is None or model.encoder.spec.width != config.encoder.width):
+        ours = "is absent" if config.encoder is None else f"is {config.encoder.width}"
+        raise DamagedError(f"{source}: the encoder has {model.encoder.spec.width} features, encoder.width {ours}")

@@ -24,7 +24,7 @@ TOPS = ("omni", "train", "eval")
 LEVELS = (
     ("config", "registry", "rng", "errors", "document", "safe_text", "storage", "version"),
     ("checkpoint", "weights", "media", "sequence"),
-    ("nn", "text", "codecs"),
+    ("nn", "text", "codecs", "encoders"),
     ("heads",),
     ("objectives", "samplers"),
     (
@@ -50,8 +50,15 @@ OPTIONAL = {
     "emoji": {"omni/data/emoji_world/names.py"},
     "flash_attn": {"omni/nn/attention/flash.py"},
     "triton": {"omni/nn/attention/jvp_triton.py"},
-    "transformers": {"omni/hf/auto.py", "eval/peers.py"},
+    "transformers": {
+        "omni/hf/auto.py",
+        "omni/encoders/upstream.py",
+        "omni/text/convert.py",
+        "eval/peers.py",
+        "eval/tasks/pretrained/encoders.py",
+    },
     "huggingface_hub": {"omni/hf/auto.py"},
+    "jinja2": {"omni/text/template.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},

@@ -21,6 +21,7 @@ from omni.checkpoint import Published, tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import build, digest
 from omni.data.source import Source, build_source
+from omni.encoders import Encoder, load_encoder, read_encoder
 from omni.generation.denoise import require_effect
 from omni.generation.options import GenerationOptions
 from omni.heads import FlowHeadConfig
@@ -30,7 +31,7 @@ from omni.nn.compiled import compile_blocks
 from omni.nn.declare import hidden_names
 from omni.objectives import OBJECTIVES, Objective
 from omni.objectives.base import check_blocks
-from omni.pretrained import CODEC_CONFIG, TOKENIZER_CONFIG, from_pretrained
+from omni.pretrained import CODEC_CONFIG, ENCODER_CONFIG, TOKENIZER_CONFIG, from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer, load_tokenizer
 from omni.text.compose import compose
@@ -40,7 +41,7 @@ from train.data.latents import LatentMemo
 from train.data.loader import Loader
 from train.data.mixture import Mixture
 from train.data.workers import Tickets, WorkerLoader
-from train.decoder import freeze_text_path, is_text_path
+from train.decoder import freeze_text_path, is_text_path, published_files
 from train.guard import Guard
 from train.loop import Run
 from train.optim.critic import Critic, rollout_objective
@@ -57,15 +58,15 @@ NOISE_VERSION = 2
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
 # Setting -> the value that init_from may have instead: it lacks those weights, or upcycling copies them.
-UPCYCLED_FROM = {"latent_weights": "shared", "expert": None, "loras": []}
+UPCYCLED_FROM = {"latent_weights": "shared", "expert": None, "loras": [], "encoder": None}
 
 
 def build_run(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, in one line, where a part of the recipe is missing or does not fit."""
     key = Key(recipe.seed)
-    tokenizer, codec = build_tokenizer(recipe), build_codec(recipe)
+    tokenizer, codec, encoder = build_tokenizer(recipe), build_codec(recipe), build_encoder(recipe)
     objectives = build_objectives(recipe)
-    model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives))
+    model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives), encoder)
     check_blocks_of(recipe, objectives, model.config)
     mixture = build_mixture(recipe, key)
     mixture.held_out, more_data = build_held_out(recipe, mixture, key)
@@ -89,7 +90,8 @@ def build_run(recipe: Recipe, out: Path) -> Run:
             made.counts.update({name: count // num_workers for name, count in counts.items()})
             return made
 
-        return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device)
+        alone = model.config.encoder is not None and model.config.encoder.pictures == "features"
+        return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device, encoder, alone)
 
     validation, held_out = None, ()
     if mixture.held_out is not None:
@@ -103,6 +105,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         "data": mixture.fingerprint() + more_data,
         "tokenizer": digest(tokenizer.describe()),
         "codec": _codec_fingerprint(codec),
+        **({} if encoder is None else {"encoder": _codec_fingerprint(encoder)}),
     }
     return Run(
         recipe=recipe,
@@ -145,30 +148,49 @@ def build_codec(recipe: Recipe) -> Codec:
     return codec.to(recipe.device)
 
 
+def build_encoder(recipe: Recipe) -> Encoder | None:
+    """The encoder of a directory, on the device; None without one."""
+    if recipe.encoder is None:
+        return None
+    return load_encoder(recipe.encoder, **recipe.encoder_options).to(recipe.device)
+
+
 def check_without_inputs(recipe: Recipe) -> None:
     """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `build_run`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
-    config = model_config(recipe, vocab_size=512, channels=4, sampler=choose_sampler(recipe, objectives))
+    sampler, features = choose_sampler(recipe, objectives), None if recipe.encoder is None else recipe.model.width
+    config = model_config(recipe, vocab_size=512, channels=4, sampler=sampler, features=features)
     check_blocks_of(recipe, objectives, config)
     if recipe.train_only or config.joint is not None:  # checks that need the weights or the head
         freeze_all_but(Omni(config), recipe.train_only or ("",))
     build_held_out(recipe, build_mixture(recipe, key), key)
 
 
-def model_config(recipe: Recipe, vocab_size: int, channels: int, sampler: str) -> OmniConfig:
-    """The model's config.json: from [model], [heads], the tokenizer's size and the codec's channels."""
+def model_config(
+    recipe: Recipe, vocab_size: int, channels: int, sampler: str, features: int | None = None
+) -> OmniConfig:
+    """The model's config.json: from [model], [heads], the tokenizer's size, the codec's channels, and the width of an
+    encoder's features."""
     fields = dict(recipe.heads)
+    if features is not None:
+        fields["encoder"] = {**fields.pop("encoder", {}), "width": features}
     flow = {**fields.pop("flow", {}), "channels": channels}
     fields |= {"transformer": recipe.model.model_dump(), "vocab_size": vocab_size, "sampler": sampler}
     fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
     return build(fields, OmniConfig, "heads")
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str) -> Omni:
-    """The model with its first weights, tokenizer, codec and preparation; frozen and compiled as the recipe says."""
-    model = Omni(model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler), key.fold("model"))
-    model.tokenizer, model.codec, model.defaults = tokenizer, codec, recipe.generation
+def build_model(
+    recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str, encoder: Encoder | None = None
+) -> Omni:
+    """The model with its first weights, tokenizer, codec, encoder and preparation; frozen and compiled as the recipe
+    says."""
+    features = None if encoder is None else encoder.spec.width
+    config = model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler, features)
+    model = Omni(config, key.fold("model"))
+    model.tokenizer, model.codec, model.encoder, model.defaults = tokenizer, codec, encoder, recipe.generation
     model.preparation = recipe.preparation
+    model.published = {} if recipe.decoder is None else published_files(recipe.decoder)
     if recipe.preparation.size is not None:
         target_size(*recipe.preparation.size, recipe.preparation, model.limits)
     if recipe.init_from is not None:
@@ -185,7 +207,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sa
         if (preparation := preparation_difference(recipe.init_from, recipe.preparation)) is not None:
             print(f"init_from {str(recipe.init_from)!r} has {preparation}", file=sys.stderr)
         if not recipe.init_partial:
-            check_same_parts(recipe.init_from, tokenizer, codec)
+            check_same_parts(recipe.init_from, tokenizer, codec, encoder=encoder)
     if recipe.train_only:
         freeze_all_but(model, recipe.train_only)
     if recipe.text_path == "frozen":
@@ -205,7 +227,7 @@ def build_critic(recipe: Recipe, model: Omni, objectives: Sequence[Objective]) -
     teacher = copy_of(model)
     if objective.teacher is not None:
         assert model.tokenizer is not None and model.codec is not None
-        check_same_parts(Path(objective.teacher), model.tokenizer, model.codec, "teacher")
+        check_same_parts(Path(objective.teacher), model.tokenizer, model.codec, "teacher", model.encoder)
         teacher = from_pretrained(objective.teacher, device=recipe.device)
     amount = {"steps": objective.critic_steps, "rate": objective.critic_rate, "limit": recipe.max_nonfinite}
     return Critic(model, teacher, recipe.optimiser, hidden_names(model), **amount)
@@ -286,14 +308,21 @@ def preparation_difference(directory: Path, ours: Preparation) -> str | None:
     return f"preparation = {a}, this recipe has {b}"
 
 
-def check_same_parts(directory: Path, tokenizer: Tokenizer, codec: Codec, what: str = "init_from") -> None:
-    """ValueError where the weights of a model directory, `what`, were trained with another tokenizer or codec."""
+def check_same_parts(
+    directory: Path, tokenizer: Tokenizer, codec: Codec, what: str = "init_from", encoder: Encoder | None = None
+) -> None:
+    """ValueError where the weights of a model directory, `what`, were trained with another tokenizer, codec or
+    encoder."""
     hint = ", or init_partial=true" if what == "init_from" else ""
-    words, pictures = (Published(directory).folder(name) for name in ("tokenizer", "codec"))
+    words, pictures, tower = (Published(directory).folder(name) for name in ("tokenizer", "codec", "encoder"))
     if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
         raise ValueError(f"{what} {str(directory)!r} has another tokenizer; use tokenizer={words.root}{hint}")
     if CODEC_CONFIG in pictures and _codec_fingerprint(read_codec(pictures)) != _codec_fingerprint(codec):
         raise ValueError(f"{what} {str(directory)!r} has another codec; use codec={pictures.root}{hint}")
+    if ENCODER_CONFIG in tower and (
+        encoder is None or _codec_fingerprint(read_encoder(tower)) != _codec_fingerprint(encoder)
+    ):
+        raise ValueError(f"{what} {str(directory)!r} has another encoder; use encoder={tower.root}{hint}")
 
 
 def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:
@@ -358,8 +387,8 @@ def publish_model(run: Run, directory: Path) -> Path:
     return directory
 
 
-def _codec_fingerprint(codec: Codec) -> str:
-    """Digest of configuration and weights. Checkpoints store it: never change it."""
+def _codec_fingerprint(codec: Codec | Encoder) -> str:
+    """Of a codec or an encoder: digest of configuration and weights. Checkpoints store it: never change it."""
     weights = codec.weights()
     data = digest(codec.config()).encode() + (tensor_bytes(weights) if weights else b"")
     return hashlib.blake2b(data, digest_size=16).hexdigest()

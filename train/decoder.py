@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from omni.checkpoint import Published
 from omni.config import load_json
-from omni.model import OmniConfig
+from omni.model import PUBLISHED, OmniConfig
 
 # Settings of config.json that belong to the text path. Those of pictures are the recipe's own.
 HEADS = ("tied_embeddings", "embedding_scale", "new_rows", "logit_cap", "max_context")
@@ -27,7 +28,7 @@ def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(table["decoder"])
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"decoder = {str(folder)!r} holds no config.json of an imported model; make it: omni import PATH --out {folder}"
+            f"decoder = {str(folder)!r} holds no config.json of a model; make it: omni import PATH --out {folder}"
         )
     config = load_json(folder / "config.json", OmniConfig)
     of_model = config.transformer.model_dump(mode="json", exclude_unset=True)
@@ -39,6 +40,12 @@ def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
         "model": {**of_model, **table.get("model", {})},
         "heads": {**of_heads, **table.get("heads", {})},
     }
+
+
+def published_files(folder: Path) -> dict[str, bytes]:
+    """The published model's own files in the directory of an imported one."""
+    files = Published(folder).folder(PUBLISHED)
+    return {name: files.read(name) for name in files.files}
 
 
 def is_text_path(name: str) -> bool:

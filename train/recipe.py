@@ -111,6 +111,11 @@ class Recipe(Frozen):
     )
     lora: str | None = Field(None, description="adapter of [model] loras to train with; needs text_path = frozen")
     upcycle: bool = Field(True, description="latents' own weights that are not saved start as copies of the text's")
+    encoder: str | None = Field(
+        None, description="directory of a picture encoder, or of a transformers checkpoint with one; see heads.encoder"
+    )
+    encoder_options: dict[str, Any] = Field({}, description="options of the encoder, for a transformers checkpoint")
+    tune_encoder: bool = Field(False, description="train the encoder, too")
     init_from: Path | None = Field(None, description="model directory or checkpoint whose weights to start from")
     init_partial: bool = Field(False, description="allow init_from to lack weights, or to have others")
     train_only: tuple[str, ...] = Field((), description="train only weights with these prefixes (* is any text)")
@@ -170,6 +175,9 @@ class Recipe(Frozen):
                 raise ValueError(f"{name!r} has no effect here: [model] and the tokenizer decide it; leave it out")
         if "channels" in flow:
             raise ValueError("'flow.channels' has no effect here: the codec decides it; leave it out")
+        encoder = given.get("encoder")
+        if isinstance(encoder, dict) and "width" in encoder:
+            raise ValueError("'encoder.width' has no effect here: the encoder decides it; leave it out")
         return given
 
     @field_validator("device")
@@ -190,6 +198,10 @@ class Recipe(Frozen):
             )
         if self.lora is not None and self.text_path == "tuned":
             raise ValueError(f"lora = {self.lora!r} adapts frozen text weights; set text_path = 'frozen'")
+        if self.tune_encoder:
+            raise ValueError("tune_encoder = true is not served: encoders are frozen, and their features are cached")
+        if self.encoder is None and ("encoder" in self.heads or self.encoder_options):
+            raise ValueError("heads.encoder and encoder_options have no effect without encoder; give its directory")
         if self.drop.text + self.drop.images + self.drop.all > 1:
             raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
         return self

@@ -32,7 +32,8 @@ from omni.generation.reply_files import read_messages
 from omni.importers.decoders import is_published_decoder
 from omni.model import Omni
 from omni.pretrained import BUNDLED
-from omni.sequence.layout import LatentSpan, Span
+from omni.sequence.features import FeatureSpan
+from omni.sequence.layout import LatentSpan, Span, num_context
 from omni.text import load_tokenizer
 from omni.text.chat import messages_to_document
 from omni.text.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
@@ -244,13 +245,16 @@ def describe_layout(spans: Sequence[Span], tokenizer: Tokenizer) -> list[tuple[s
     rows: list[tuple[str, ...]] = []
     index = block = rotary = 0
     for span in spans:
-        if isinstance(span, LatentSpan):
+        if isinstance(span, LatentSpan | FeatureSpan):
             t, h, w = span.grid
-            n = len(span.latents)
+            n = num_context(span)
             last = (rotary + t - 1, rotary + h - 1, rotary + w - 1)
-            loss = "refined" if span.supervise else ""
+            kind = "latents" if isinstance(span, LatentSpan) else "features"
+            loss = "refined" if isinstance(span, LatentSpan) and span.supervise else ""
             where = f"({rotary}, {rotary}, {rotary}) to {last}"
-            rows.append((_range_text(index, n), str(block), where, "latents", loss, f"{t} x {h} x {w}"))
+            rows.append((_range_text(index, n) if n else "", str(block), where, kind, loss, f"{t} x {h} x {w}"))
+            if not n:
+                continue
             index, block, rotary = index + n, block + 1, rotary + max(span.grid)
             continue
         for ids, supervise in _runs(span.ids, span.supervise, tokenizer):

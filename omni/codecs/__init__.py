@@ -1,7 +1,17 @@
 """Codecs: pictures and clips to latent blocks and back. `load_codec(directory)` gives whichever a directory holds.
 
-Families: `pixels` (exact, no weights), `autoencoder` (diffusers AutoencoderKL | AutoencoderTiny | AutoencoderDC) and
-`fsq` (the same with a finite scalar quantiser). A new family is a new file that registers itself in `codecs`.
+Families: `pixels` (exact, no weights), `autoencoder` (the classes of families.py, of pictures, or of pictures and
+clips) and `fsq` (one of pictures with a finite scalar quantiser). A new family is a new file that registers itself in
+`codecs`; a new class of diffusers is an entry of families.py.
+
+    codec.py                the face, its registry and its files
+    autoencoders.py         AutoencoderCodec: one adapter for all classes
+    autoencoder_config.py   its configuration; mean and deviation of latents
+    families.py             what the classes differ in
+    networks.py             building and calling a class
+    tiles.py                large pictures in tiles
+    published.py            reading a diffusers directory
+    upstream.py             importing one class of diffusers
 """
 
 from omni.codecs.autoencoder_config import AutoencoderConfig

@@ -61,7 +61,12 @@ class AutoencoderConfig(Frozen):
         default="mean", description="sample: one sample of the posterior, keyed by the seed and the pixels"
     )
     posterior_seed: int = Field(default=0, ge=0, lt=1 << 63)
-    tile: int | None = Field(default=None, ge=1, le=1 << 14, description="pixels: larger media are computed in tiles")
+    tile: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 14,
+        description="pixels: larger media are computed in tiles; exact without group norms",
+    )
     overlap: int | None = Field(default=None, ge=0, le=1 << 14, description="pixels around a tile; absent: tile / 4")
     decode_batch: int = Field(default=64, ge=1, le=1 << 10, description="pictures that are decoded in one pass")
 

@@ -18,7 +18,17 @@ from omni.nn.cache import History
 from omni.nn.native_step import CompiledStep
 from omni.nn.runs import Run, Runs
 from omni.nn.tail import Tail
-from omni.sequence.layout import LaidOut, Span, Stream, TokenSpan, context_tensors, grid_positions, lay_out
+from omni.sequence.features import FeatureSpan
+from omni.sequence.layout import (
+    LaidOut,
+    Span,
+    Stream,
+    TokenSpan,
+    context_tensors,
+    grid_positions,
+    lay_out,
+    num_context,
+)
 
 NATIVE = 64  # most positions of a pass of the native step; matrix products are faster beyond
 
@@ -36,7 +46,7 @@ class Append:
 
     @property
     def is_text(self) -> bool:
-        return all(latent is None for latent in self.laid.latents)
+        return all(map(self.laid.is_text, range(len(self))))
 
     @property
     def is_native(self) -> bool:
@@ -44,11 +54,11 @@ class Append:
         return self.is_text and self.history.lora is None
 
     def runs(self, first: int) -> Iterator[Run]:
-        """Runs of the positions, the first at `first` of the pass: causal runs of text, and blocks of latents."""
+        """Runs of the positions, the first at `first` of the pass: causal runs of text, and blocks."""
         laid, a = self.laid, 0
         for b in range(1, len(laid.ids) + 1):
-            text = laid.latents[a] is None
-            if b == len(laid.ids) or (laid.latents[b] is None) != text or (not text and laid.block[b] != laid.block[a]):
+            text = laid.is_text(a)
+            if b == len(laid.ids) or laid.is_text(b) != text or (not text and laid.block[b] != laid.block[a]):
                 yield Run(self.history, first + a, b - a, self.history.length + a, causal=text)
                 a = b
 
@@ -59,18 +69,19 @@ class Append:
         block = laid.next_block if end else laid.block[stop]
         cut = slice(start, stop)
         part = LaidOut(
-            laid.ids[cut], laid.latents[cut], laid.supervise[cut], laid.block[cut], laid.position[cut], [], at, block
-        )
+            laid.ids[cut], laid.latents[cut], laid.supervise[cut], laid.block[cut], laid.position[cut], [], at, block,
+            laid.features[cut],
+        )  # fmt: skip
         return Append(self.history, part, self.marks[cut])
 
     def legal_stop(self, most: int) -> int:
-        """The largest stop of a part from 0 with at most `most` positions that cuts no block of latents; the end of
-        the first block where that alone is longer."""
-        laid, n = self.laid, len(self)
+        """The largest stop of a part from 0 with at most `most` positions that cuts no block; the end of the first
+        block where that alone is longer."""
+        block, n = self.laid.block, len(self)
         stop = min(most, n)
-        while 0 < stop < n and laid.latents[stop] is not None and laid.block[stop] == laid.block[stop - 1]:
+        while 0 < stop < n and block[stop] == block[stop - 1]:
             stop -= 1
-        while stop == 0 or (stop < n and laid.latents[stop] is not None and laid.block[stop] == laid.block[stop - 1]):
+        while stop == 0 or (stop < n and block[stop] == block[stop - 1]):
             stop += 1
         return stop
 
@@ -82,16 +93,17 @@ def append_of(history: History, spans: Sequence[Span], pad_id: int) -> Append:
 
 
 def marks_of(spans: Sequence[Span]) -> list[int]:
-    """One number per position: the id of a token; for a latent a negative number, by the digest of its block."""
+    """One number per position: the id of a token; for others a negative number, by the digest of their block."""
     marks: list[int] = []
     for span in spans:
         if isinstance(span, TokenSpan):
             marks += span.ids
             continue
-        data = span.latents.detach().float().cpu().contiguous().numpy().tobytes()
-        digest = hashlib.blake2b(repr(span.grid).encode() + data, digest_size=8)
+        kind, values = ("features", span.features) if isinstance(span, FeatureSpan) else ("", span.latents)
+        data = values.detach().float().cpu().contiguous().numpy().tobytes()
+        digest = hashlib.blake2b(kind.encode() + repr(span.grid).encode() + data, digest_size=8)
         first = int.from_bytes(digest.digest(), "little") >> 1
-        marks += [-1 - first - k for k in range(len(span.latents))]
+        marks += [-1 - first - k for k in range(num_context(span))]
     return marks
 
 
@@ -140,7 +152,9 @@ def _pass(
     rows = context_tensors([[one.laid for one in appends]], num, channels, pad_id)
     some = bool(rows.is_latent.any())
     is_latent = rows.is_latent.to(device) if some else None
-    h = model.embed_context(rows.ids.to(device), rows.latents.to(device) if some else None, is_latent)
+    latents, features = (rows.latents.to(device) if some else None), rows.features
+    more = () if features is None else (features.to(device),)
+    h = model.embed_context(rows.ids.to(device), latents, is_latent, *more)
     tail = None
     if placeholders is not None and placeholders.shape[1]:
         tail = _tail(model, appends[: len(placeholders)], runs, placeholders, causal)

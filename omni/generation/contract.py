@@ -17,7 +17,7 @@ Noise and latents are sampled in float32 and cast, so both dtypes compare the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ from omni.nn.cache import History
 from omni.nn.native_step import CompiledStep
 from omni.rng import Key
 from omni.sequence.block_context import joined
-from omni.sequence.layout import LatentSpan, Shape, Span, Stream, TokenSpan, pack
+from omni.sequence.features import FeatureSpan
+from omni.sequence.layout import LatentSpan, Shape, Span, Stream, TokenSpan, num_context, pack
 from omni.sequence.placeholders import choose_blocks
 
 EXACT = 1e-10  # in float64, absolute
@@ -128,11 +129,29 @@ def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
         if i in blocks:
             for j, grid in enumerate(blocks[i]):
                 count = grid[0] * grid[1] * grid[2]
-                spans.append(LatentSpan(key.fold("latents", i, j).normal((count, channels)), grid, True))
+                spans += _features_for(
+                    model, LatentSpan(key.fold("latents", i, j).normal((count, channels)), grid, True)
+                )
         else:
             ids = [random.randrange(num_text) for _ in range(2 + random.randrange(4))]
             spans.append(TokenSpan(ids, [True] * len(ids)))
     return spans
+
+
+def _features_for(model: Omni, block: LatentSpan) -> list[Span]:
+    """The block as the context holds it: of a picture, with features of half its sides in a model with an encoder."""
+    config, (t, h, w) = model.config.encoder, block.grid
+    if config is None or t > 1:
+        return [block]
+    grid = (1, (h + 1) // 2, (w + 1) // 2)
+    values = block.latents.new_zeros(grid[1] * grid[2], config.width)
+    values += block.latents.sum() + torch.arange(values.numel()).view_as(values).sin()  # different in every picture
+    return [replace(block, in_context=config.pictures == "both"), FeatureSpan(values, grid)]
+
+
+def _plain(spans: Sequence[Span]) -> list[Span]:
+    """The spans as context alone: without blocks to refine."""
+    return [replace(s, supervise=False) if isinstance(s, LatentSpan) else s for s in spans]
 
 
 def _without_text(spans: Sequence[Span]) -> list[Span]:
@@ -157,7 +176,7 @@ def _noisy(span: LatentSpan, number: int, key: Key) -> tuple[Tensor, float, floa
 
 def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> list[Outputs]:
     """All documents packed in one batch row. `_noisy` gives the noisy copy of each block."""
-    total = sum(sum(len(s.ids) if isinstance(s, TokenSpan) else len(s.latents) for s in d) for d in documents)
+    total = sum(num_context(s) + (len(s.latents) if isinstance(s, LatentSpan) else 0) for d in documents for s in d)
     [batch], _ = pack(documents, [Shape(1, total, total)], channels=model.config.channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
     hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
@@ -176,12 +195,12 @@ def _split(documents: Sequence[Sequence[Span]], logits: Tensor, flow: Tensor) ->
     for document in documents:
         one = Outputs([], [])
         for span in document:
-            n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+            n = num_context(span)
             if isinstance(span, TokenSpan):
                 one.logits.append(logits[i : i + n])
-            else:
-                one.flows.append(flow[j : j + n])
-                j += n
+            elif isinstance(span, LatentSpan):
+                one.flows.append(flow[j : j + len(span.latents)])
+                j += len(span.latents)
             i += n
         out.append(one)
     return out
@@ -193,6 +212,7 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
     for index, span in enumerate(spans):
         if isinstance(span, TokenSpan):
             out.logits.append(_training_prefix(model, spans[: index + 1])[-len(span.ids) :])
+        if not isinstance(span, LatentSpan):
             continue
         x, t, s = _noisy(span, number, key)
         number += 1
@@ -203,8 +223,8 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
 
 
 def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
-    plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
-    [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=model.config.channels, pad_id=0, fixed_shape=False)
+    shape, channels = Shape(1, 4096, 0), model.config.channels
+    [batch], _ = pack([_plain(spans)], [shape], channels=channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
     hidden, _ = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
     return model.token.read(hidden)[0]
@@ -228,7 +248,8 @@ def _cached(
             for (r, _, _), one in zip(blocks, F.split([len(part) for part in x]), strict=True):
                 outputs[r].flows.append(one)
                 number[r] += 1
-        hidden, _ = run_context(model, [append_of(histories[r], [piece], 0) for r, piece in now], 0, step)
+        now = [(r, piece) for r, piece in now if num_context(piece)]
+        hidden = run_context(model, [append_of(histories[r], [p], 0) for r, p in now], 0, step)[0] if now else []
         for (r, piece), states in zip(now, hidden, strict=True):
             if isinstance(piece, TokenSpan):
                 logits[r].append(model.token.read(states[-1]))
@@ -291,7 +312,7 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
     forward and after a cache, causal and not causal."""
     assert model.joint is not None
     device, num = model.token.embedding.weight.device, model.joint.head.length
-    plain = [LatentSpan(s.latents, s.grid) if isinstance(s, LatentSpan) else s for s in spans]
+    plain = _plain(spans)
     channels = model.config.channels
     [batch], _ = pack([plain], [Shape(1, 4096, 0)], channels=channels, pad_id=0, fixed_shape=False)
     batch = batch.to(device)
@@ -360,7 +381,7 @@ def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:
     """The spans before context position `at`, and the id at `at`."""
     out: list[Span] = []
     for span in spans:
-        n = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+        n = num_context(span)
         if isinstance(span, TokenSpan) and at < n:
             return [*out, *([TokenSpan(span.ids[:at], span.supervise[:at])] if at else [])], span.ids[at]
         out.append(span)

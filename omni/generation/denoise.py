@@ -269,8 +269,9 @@ def _finish(runtime: Runtime, request: Request, block: Block) -> None:
         raise ValueError(f"the sampler is at time {block.t} after its last jump: it must end there, at 0")
     x = block.x.float()
     media.finished.append(x)
-    request.pending.append(LatentSpan(x, runtime.grammar.grid(media)))
-    request.length += len(x)
+    if runtime.grammar.holds_latents(media):
+        request.pending.append(LatentSpan(x, runtime.grammar.grid(media)))
+        request.length += len(x)
 
 
 def draw_latents(runtime: Runtime, request: Request, number: int, branches: Branches) -> Turn:

@@ -74,7 +74,8 @@ class Engine:
         self.model, self.allow_paths, self.max_running = model, allow_paths, max_running
         self.tokenizer, self.control = model.tokenizer, model.tokenizer.control
         spec, device = None if model.codec is None else model.codec.spec, model.token.embedding.weight.device
-        self.grammar = Grammar(model.tokenizer, model.config, spec, device)
+        encoder = None if model.encoder is None else model.encoder.spec
+        self.grammar = Grammar(model.tokenizer, model.config, spec, device, encoder)
         self.pool = model.transformer.new_pool(max_positions)
         self.prefixes, self.latents = Prefixes(kept_positions), Latents(kept_positions)
         prefixes = weakref.ref(self.prefixes)  # no cycle: a lost engine gives its memory back at once
@@ -82,7 +83,7 @@ class Engine:
         self.runtime = Runtime(model, model.tokenizer, self.grammar, self.pool, self.latents)
         native = CompiledStep(model.transformer, model.token.output_weight) if compile else None
         self.steps = Steps(self.runtime, native, budget)
-        self._codec = model.codec
+        self._parts = model.codec, model.encoder
         self.prefixes.check(model)
         self._numbers = itertools.count()
         self._waiting: list[Request] = []
@@ -294,8 +295,8 @@ class Engine:
 
     def _begun(self, prompt: Any, options: GenerationOptions, continues: Sequence[Part]) -> Request:
         """A request that is checked and composed. ValueError for what cannot be fulfilled."""
-        if self.model.codec is not self._codec:
-            self._codec = self.model.codec
+        if (self.model.codec, self.model.encoder) != self._parts:
+            self._parts = self.model.codec, self.model.encoder
             self.latents.clear()
         document = prompt
         if not isinstance(prompt, Document):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from omni.codecs import CodecSpec
 from omni.document import Role, Text
+from omni.encoders import EncoderSpec
 from omni.generation.events import BlockStart, Event, StopReason, TextDelta, TextPart
 from omni.generation.request import Media, Phase, Request
 from omni.model import OmniConfig
@@ -30,12 +31,15 @@ LEAST_MEDIA = header_length(False) + 2  # positions of the smallest picture: its
 
 
 class Grammar:
-    """The grammar of one model: its tokenizer, the bounds of its config, and its codec (None: no pictures)."""
+    """The grammar of one model: its tokenizer, the bounds of its config, and its codec (None: no pictures). encoder:
+    whose features the context holds of a picture."""
 
     def __init__(
-        self, tokenizer: Tokenizer, config: OmniConfig, codec: CodecSpec | None, device: torch.device | str
-    ) -> None:
+        self, tokenizer: Tokenizer, config: OmniConfig, codec: CodecSpec | None, device: torch.device | str,
+        encoder: EncoderSpec | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.control, self.config, self.codec = tokenizer, tokenizer.control, config, codec
+        self.encoder = encoder
         self.device = device
         self.allowed = {phase: self._allowed(phase) for phase in ("text", "chunks", "rate", "rows", "columns")}
 
@@ -90,6 +94,20 @@ class Grammar:
         assert self.codec is not None
         t = 1 if media.kind == "image" else self.codec.frames_per_chunk
         return (t, media.rows, media.columns)
+
+    def holds_latents(self, media: Media) -> bool:
+        """Whether the context holds the latents of a finished picture or clip, not its features alone."""
+        encoder = self.config.encoder
+        return media.kind == "video" or encoder is None or encoder.pictures == "both"
+
+    def num_positions(self, media: Media) -> int:
+        """Context positions of the blocks of a picture or clip whose header is complete."""
+        num = media.chunks * math.prod(self.grid(media)) if self.holds_latents(media) else 0
+        if media.kind == "video" or self.config.encoder is None or self.encoder is None:
+            return num
+        assert self.codec is not None
+        _, rows, columns = self.codec.stride
+        return num + self.encoder.num_features(media.rows * rows, media.columns * columns)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in latents of pictures of (height, width) pixels. ValueError for a size that the model cannot make."""
@@ -150,7 +168,7 @@ class Grammar:
         else:
             media.columns, request.phase = size, "block"
             grid = self.grid(media)
-            if request.has_room(media.chunks * math.prod(grid) + 1):
+            if request.has_room(self.num_positions(media) + 1):
                 yield BlockStart(media.kind, media.index, grid)
             else:
                 yield from self._finish(request, "length")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from omni.document import Image, Role, Video
 from omni.generation.context import Append
 from omni.nn.cache import History
-from omni.sequence.layout import Span, TokenSpan
+from omni.sequence.features import Blocks
+from omni.sequence.layout import Span, TokenSpan, num_context
 
 Media = Image | Video
 
@@ -31,7 +32,7 @@ def common_length(marks: Sequence[int], append: Append) -> int:
     n = min(len(marks), len(wanted) - 1)
     if list(marks[:n]) != wanted[:n]:
         n = next(i for i, (a, b) in enumerate(zip(marks, wanted, strict=False)) if a != b)
-    while n > 0 and laid.latents[n] is not None and laid.block[n] == laid.block[n - 1]:
+    while n > 0 and laid.block[n] == laid.block[n - 1]:
         n -= 1
     return max(n, 0)
 
@@ -123,7 +124,7 @@ def without_first(spans: Sequence[Span], num: int) -> list[Span]:
     """The spans without their first `num` positions, which cut no block of latents."""
     out: list[Span] = []
     for span in spans:
-        size = len(span.ids) if isinstance(span, TokenSpan) else len(span.latents)
+        size = num_context(span)
         if num >= size:
             num -= size
             continue
@@ -134,14 +135,15 @@ def without_first(spans: Sequence[Span], num: int) -> list[Span]:
 
 
 class Latents:
-    """Latents of pictures and clips by the digest of their pixels: nothing is encoded twice. In the assistant's turns,
-    what the model drew keeps the latents it was drawn with. At most `max_latents`, least recently used out first."""
+    """Latents and features of pictures and clips by the digest of their pixels: nothing is encoded twice. In the
+    assistant's turns, what the model drew keeps the latents it was drawn with. At most `max_latents`, least recently
+    used out first."""
 
     def __init__(self, max_latents: int) -> None:
         self.max_latents = max_latents
-        self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self._kept: OrderedDict[bytes, Blocks] = OrderedDict()
 
-    def encode(self, media: Sequence[Media], encode: Callable[[list[Media]], list[list[Tensor]]]) -> list[list[Tensor]]:
+    def encode(self, media: Sequence[Media], encode: Callable[[list[Media]], list[Blocks]]) -> list[Blocks]:
         """The blocks of each; those that are not kept are encoded in one call."""
         names = [self._name(one) for one in media]
         new = {name: one for name, one in zip(names, media, strict=True) if name not in self._kept}
@@ -151,7 +153,7 @@ class Latents:
             self._put(name, blocks)
         return found
 
-    def put(self, one: Media, blocks: list[Tensor]) -> None:
+    def put(self, one: Media, blocks: Blocks) -> None:
         """The latents with which the model drew a picture or clip."""
         self._put(DRAWN + _digest(one), blocks)
 
@@ -159,7 +161,7 @@ class Latents:
         digest = _digest(one)
         return DRAWN + digest if one.role == Role.ASSISTANT and DRAWN + digest in self._kept else digest
 
-    def _put(self, name: bytes, blocks: list[Tensor]) -> None:
+    def _put(self, name: bytes, blocks: Blocks) -> None:
         self._kept[name] = blocks
         self._kept.move_to_end(name)
         while self._kept and sum(map(_count, self._kept.values())) > self.max_latents:
@@ -172,8 +174,8 @@ class Latents:
 DRAWN = b"drawn"
 
 
-def _count(blocks: list[Tensor]) -> int:
-    return sum(block[..., 0].numel() for block in blocks)
+def _count(blocks: Blocks) -> int:
+    return sum((one if isinstance(one, Tensor) else one.values)[..., 0].numel() for one in blocks)
 
 
 def _digest(one: Media) -> bytes:

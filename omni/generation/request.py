@@ -17,6 +17,7 @@ from omni.generation.events import Drafted, Part, StopReason
 from omni.generation.options import GenerationOptions
 from omni.nn.cache import History
 from omni.rng import Key
+from omni.sequence.features import Blocks
 from omni.sequence.guidance import Drop
 from omni.sequence.layout import Span, TokenSpan
 from omni.text.tokenizer import TextStream
@@ -46,7 +47,7 @@ class Request:
     given: tuple[Segment, ...]  # the prompt
     stream: TextStream
     segments: list[Segment] = field(default_factory=list)  # the prompt, prepared, and finished segments of the reply
-    latents: dict[Image | Video, list[Tensor]] = field(default_factory=dict)  # of the media in `segments`: (t, h, w, C)
+    latents: dict[Image | Video, Blocks] = field(default_factory=dict)  # of the media in `segments`, features too
     capacity: int = sys.maxsize  # largest number of context positions
     length: int = 0  # context positions, pending ones included
     prompt_length: int = 0
@@ -80,8 +81,8 @@ class Request:
         """The prompt as given, then the reply."""
         return Document((*self.given, *self.segments[len(self.given) :]))
 
-    def encoded(self, media: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """The latents that the cache holds for media of `segments`."""
+    def encoded(self, media: Sequence[Image | Video]) -> list[Blocks]:
+        """The latents, and features, that the cache holds for media of `segments`."""
         return [self.latents[one] for one in media]
 
     def take_pending(self) -> list[Span]:

@@ -30,7 +30,6 @@ class Runtime:
     def device(self) -> torch.device:
         return self.model.token.embedding.weight.device
 
-    def num_latents(self, segment: Image | Video) -> int:
-        """Number of latents of a medium of the prompt, before it is encoded."""
-        pixels = segment.pixels if isinstance(segment, Image) else segment.frames
-        return 0 if self.model.codec is None else self.model.codec.num_latents(pixels.shape)
+    def num_positions(self, segment: Image | Video) -> int:
+        """Context positions of the blocks of a medium of the prompt, before it is encoded."""
+        return self.model.num_positions((segment.pixels if isinstance(segment, Image) else segment.frames).shape)

@@ -30,8 +30,9 @@ from omni.generation.speculative import speculative_round
 from omni.generation.work import Decode, Read, Scores, Turn
 from omni.samplers.token import sample_token
 from omni.sequence.context_limit import require_room, warn_if_nearly_full
-from omni.sequence.layout import TokenSpan
-from omni.text.compose import compose, header_length, prompt_length
+from omni.sequence.features import Blocks, split_blocks
+from omni.sequence.layout import TokenSpan, num_context
+from omni.text.compose import compose, feature_span, header_length, prompt_length
 
 
 def begin(runtime: Runtime, request: Request) -> None:
@@ -49,7 +50,7 @@ def begin(runtime: Runtime, request: Request) -> None:
     prompt, request.capacity = Document(tuple(request.segments)), model.config.max_context
     begun = [model.prepare(segment) for segment in segments_of(request.continues)]
     request.length = request.prompt_length = prompt_length(
-        prompt, runtime.tokenizer, runtime.num_latents, request.capacity
+        prompt, runtime.tokenizer, runtime.num_positions, request.capacity
     )
     if request.forced:
         num = request.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
@@ -71,7 +72,7 @@ def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None
     request.parts += request.continues
     request.num_media = len(media)
     whole = Document(tuple(request.segments))
-    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_latents, request.capacity, is_open=True)
+    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_positions, request.capacity, is_open=True)
     request.pending = compose(whole, runtime.tokenizer, request.encoded, is_open=True)
     request.forced = []  # it has begun
     request.num_tokens = sum(
@@ -123,12 +124,10 @@ def finish_media(runtime: Runtime, request: Request) -> Turn:
     media = request.media
     assert media is not None
     grid = runtime.grammar.grid(media)
-    request.pending.append(TokenSpan([runtime.control.media_end], [False]))
-    request.length += 1
-    blocks = [z.reshape(*grid, -1) for z in media.finished]
+    blocks: Blocks = [z.reshape(*grid, -1) for z in media.finished]
     o, seed = request.options.picture, request.options.seed
     assert o.steps is not None and seed is not None
-    pixels = yield Decode(blocks, media.kind == "video")
+    pixels = yield Decode(split_blocks(blocks)[0], media.kind == "video")
     part: ImagePart | VideoPart
     if media.kind == "image":
         segment: Image | Video = Image(pixels, Role.ASSISTANT)
@@ -137,6 +136,12 @@ def finish_media(runtime: Runtime, request: Request) -> Turn:
     else:
         segment = Video(pixels, o.fps or media.rate, Role.ASSISTANT)
         part = VideoPart(pixels, segment.fps, o.steps, seed, media.index, media.evaluations)
+    for features in runtime.model.encode_features(segment):
+        blocks.append(features)
+        request.pending.append(feature_span(features))
+        request.length += num_context(request.pending[-1])
+    request.pending.append(TokenSpan([runtime.control.media_end], [False]))
+    request.length += 1
     request.segments.append(segment)
     request.latents[segment] = blocks
     runtime.latents.put(segment, blocks)

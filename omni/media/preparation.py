@@ -24,6 +24,7 @@ from omni.config import Frozen, build
 from omni.document import Image, Text, Video
 
 MAX_CROP = 0.125  # share of one side that "buckets" may crop; above it, the picture is padded
+MAX_ASPECT = 200  # of a picture that an encoder reads
 RESIZE_PIXELS = 1 << 24  # pixels of a clip that are resized together: bounds the float32 copy
 GREY = (299, 587, 114)  # thousandths of R, G, B in luma (ITU-R BT.601)
 
@@ -184,6 +185,69 @@ def _bucket(h: float, w: float, budget: int, largest: int) -> Size:
     most = min(largest, budget)
     near = ((rows, w) for rows in range(1, most + 1) for w in (math.floor(rows * aspect), math.ceil(rows * aspect)))
     return min(((rows, max(1, min(columns, largest, budget // rows))) for rows, columns in near), key=cost)
+
+
+# ------------------------------------------------------------------------------------------------ encoders
+
+
+class EncoderSizes(Frozen):
+    """The sizes in pixels that a picture encoder takes (omni.encoders), after the preparation for the codec.
+
+    multiple: of both sides. fixed: one size for every picture, whose aspect is not kept. Without it, a picture keeps
+    its aspect within rounding, and has `min_pixels` to `max_pixels` pixels: the rule of Qwen2-VL (arXiv 2409.12191).
+    resample: antialiased, see `resized`.
+    """
+
+    multiple: int = Field(ge=1, le=1 << 12)
+    fixed: tuple[int, int] | None = None
+    min_pixels: int = Field(default=1, ge=1, le=1 << 26)
+    max_pixels: int = Field(default=1 << 24, ge=1, le=1 << 26)
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> EncoderSizes:
+        if self.fixed is not None and (min(self.fixed) < 1 or any(side % self.multiple for side in self.fixed)):
+            raise ValueError(f"fixed = {list(self.fixed)} must be positive multiples of {self.multiple} pixels")
+        if self.fixed is None and not max(self.min_pixels, self.multiple**2) <= self.max_pixels:
+            raise ValueError(
+                f"max_pixels = {self.max_pixels} is below min_pixels = {self.min_pixels} or one position of "
+                f"{self.multiple} x {self.multiple}; raise it"
+            )
+        return self
+
+
+def encoder_size(height: int, width: int, sizes: EncoderSizes) -> Size:
+    """The size in pixels at which an encoder reads a picture of (height, width). ValueError for a picture 200 times as
+    long as wide."""
+    if height < 1 or width < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"a picture of {height} x {width} pixels is too long for an encoder: at most {MAX_ASPECT}:1")
+    if sizes.fixed is not None:
+        return sizes.fixed
+    step = sizes.multiple
+    rows, columns = (round(side / step) for side in (height, width))
+    if rows * columns * step**2 > sizes.max_pixels:
+        scale = math.sqrt(height * width / sizes.max_pixels)
+        rows, columns = (max(1, math.floor(side / scale / step)) for side in (height, width))
+    elif rows * columns * step**2 < sizes.min_pixels:
+        scale = math.sqrt(sizes.min_pixels / (height * width))
+        rows, columns = (math.ceil(side * scale / step) for side in (height, width))
+    return rows * step, columns * step
+
+
+def resized(pixels: Tensor, size: Size, resample: Literal["bicubic", "bilinear"]) -> Tensor:
+    """uint8 (..., H, W, 3) in exactly `size`, its aspect not kept; the same tensor if nothing changes.
+
+    In the 8-bit arithmetic of torch on the CPU, wherever the pixels are, columns first. That is how encoders are
+    trained, with PIL, but for one of 255 in under one value of a hundred (bicubic; bilinear: two, in a few of a
+    hundred). Pillow 13 resamples rows first where that is faster: then up to three, in a fifth of the values.
+    """
+    height, width = pixels.shape[-3:-1]
+    if (height, width) == size:
+        return pixels
+    planes = rearrange(pixels.cpu().reshape(-1, height, width, 3), "n h w c -> n c h w")
+    planes = F.interpolate(planes, size=size, mode=resample, antialias=True, align_corners=False)
+    out = rearrange(planes, "n c h w -> n h w c").reshape(*pixels.shape[:-3], *size, 3)
+    return out.contiguous().to(pixels.device)
 
 
 # ------------------------------------------------------------------------------------------------ pixels

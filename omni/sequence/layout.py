@@ -1,27 +1,30 @@
 """Layout: documents, as spans of token ids and latents, packed into batch rows of positions.
 
-A document is a list of spans: `TokenSpan` (ids) and `LatentSpan` (one block of latents). `pack` packs many documents
+A document is a list of spans: `TokenSpan` (ids), `LatentSpan` (one block of latents) and `FeatureSpan` (one block of
+features of an encoder). `pack` packs many documents
 into R batch rows. Every batch row has two streams:
 
-    context stream (T positions)   the ids and the CLEAN latents of every block, in order
+    context stream (T positions)   the ids, the CLEAN latents of every block, and features, in order
     refine stream  (S positions)   copies of supervised latent blocks; an objective adds noise to them
 
 Visibility depends on integers (document, block, copy, rank) alone: see `mask.visible`. A text token is a block of one;
 an image is one block; a video is a sequence of chunk blocks.
 
-Legend: R batch rows, T context positions, S refine positions, C latent channels, N latents of one block.
+Legend: R batch rows, T context positions, S refine positions, C latent channels, N latents of one block, E features of
+a position, F positions of features.
 This module does not depend on a tokenizer, a codec or a network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from omni.sequence.features import Features, FeatureSpan
 from omni.sequence.mask import Fields
 
 IGNORE = -100  # target of a position without next-token loss
@@ -41,11 +44,13 @@ class TokenSpan:
 
 @dataclass(frozen=True, eq=False)
 class LatentSpan:
-    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`."""
+    """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`. in_context: False
+    where the context holds only the features of the picture, and the latents are there to be refined."""
 
     latents: Tensor
     grid: tuple[int, int, int]
     supervise: bool = False
+    in_context: bool = True
 
     def __post_init__(self) -> None:
         t, h, w = self.grid
@@ -55,7 +60,16 @@ class LatentSpan:
             )
 
 
-Span = TokenSpan | LatentSpan
+Span = TokenSpan | LatentSpan | FeatureSpan
+
+
+def num_context(span: Span) -> int:
+    """The number of context positions of a span."""
+    if isinstance(span, TokenSpan):
+        return len(span.ids)
+    if isinstance(span, FeatureSpan):
+        return len(span.features)
+    return len(span.latents) if span.in_context else 0
 
 
 @dataclass(frozen=True)
@@ -104,10 +118,18 @@ class Batch:
     num_refine: int = 0
     dropped: frozenset[int] = frozenset()  # uids of documents without their condition
     null: Batch | None = None  # the same items, in the same order, each after an empty history
+    features: Features | None = None  # of pictures in the context; None: it has none
 
     @property
     def num_items(self) -> int:
         return int(self.item_first.numel())
+
+    @property
+    def is_block(self) -> Tensor:
+        """(R, T) bool: the context positions of latents and of features."""
+        if self.features is None:
+            return self.is_latent
+        return self.is_latent.flatten().index_fill(0, self.features.at, True).view_as(self.is_latent)
 
     @property
     def num_positions(self) -> int:
@@ -123,9 +145,7 @@ class Batch:
         """The batch with all tensors on `device`, null contexts too."""
 
         def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device)
-            if isinstance(value, Batch):
+            if isinstance(value, Tensor | Features | Batch):
                 return value.to(device)
             if isinstance(value, Stream):
                 return Stream(*(move(getattr(value, f.name)) for f in fields(value)))
@@ -146,6 +166,11 @@ class LaidOut:
     blocks: list[tuple[int, LatentSpan, int]]  # (block index, span, first rotary position): blocks to refine
     next_position: int
     next_block: int
+    features: list[tuple[Tensor, tuple[int, int]] | None] = field(default_factory=list)  # values (E,), (row, column)
+
+    def is_text(self, index: int) -> bool:
+        """Whether a position is an id: neither a latent nor features."""
+        return self.latents[index] is None and self.features[index] is None
 
 
 def lay_out(
@@ -156,11 +181,12 @@ def lay_out(
     rotary positions of a decoder language model. `trim_tail` leaves a last supervised block, and all spans after it,
     out of the context stream: no position sees them there.
     """
-    out = LaidOut([], [], [], [], [], [], start_position, start_block)
+    out = LaidOut([], [], [], [], [], [], start_position, start_block, [])
     last = _last_supervised(spans) if trim_tail else None
     for index, span in enumerate(spans):
         p = out.next_position
         if isinstance(span, TokenSpan):
+            out.features += [None] * len(span.ids)
             for offset, (token, flag) in enumerate(zip(span.ids, span.supervise, strict=True)):
                 out.ids.append(int(token))
                 out.latents.append(None)
@@ -170,14 +196,20 @@ def lay_out(
             out.next_block += len(span.ids)
             out.next_position = p + len(span.ids)
             continue
-        if span.supervise:
-            out.blocks.append((out.next_block, span, p))
-        if index == last:
-            break
-        out.ids += [pad_id] * len(span.latents)
-        out.latents += list(span.latents.unbind(0))
-        out.supervise += [False] * len(span.latents)
-        out.block += [out.next_block] * len(span.latents)
+        if isinstance(span, LatentSpan):
+            if span.supervise:
+                out.blocks.append((out.next_block, span, p))
+            if index == last:
+                break
+            if not span.in_context:
+                continue
+        num = num_context(span)
+        is_latent = isinstance(span, LatentSpan)
+        out.latents += list(span.latents.unbind(0)) if is_latent else [None] * num
+        out.features += [None] * num if is_latent else list(zip(span.features.unbind(0), span.places, strict=True))
+        out.ids += [pad_id] * num
+        out.supervise += [False] * num
+        out.block += [out.next_block] * num
         out.position += grid_positions(span.grid, p)
         out.next_block += 1
         out.next_position = p + max(span.grid)
@@ -187,7 +219,7 @@ def lay_out(
 def context_length(spans: Sequence[Span], trim_tail: bool = False) -> int:
     """The number of context positions that `lay_out` makes of a document."""
     last = _last_supervised(spans) if trim_tail else None
-    return sum(len(span.ids) if isinstance(span, TokenSpan) else len(span.latents) for span in spans[:last])
+    return sum(map(num_context, spans[:last]))
 
 
 def _last_supervised(spans: Sequence[Span]) -> int | None:
@@ -285,6 +317,7 @@ class ContextTensors:
     block: Tensor
     position: Tensor
     valid: list[int]
+    features: Features | None = None
 
 
 def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: int, pad_id: int) -> ContextTensors:
@@ -308,7 +341,23 @@ def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: in
             out.latents[r, where] = torch.stack([z for z in latents if z is not None]).to(out.latents)
             out.is_latent[r, where] = True
         out.valid.append(n)
-    return out
+    return replace(out, features=_features(rows, length))
+
+
+def _features(rows: Sequence[Sequence[LaidOut]], length: int) -> Features | None:
+    """The features of all rows; None where there are none."""
+    values: list[Tensor] = []
+    places: list[tuple[int, int]] = []
+    at: list[int] = []
+    for r, row in enumerate(rows):
+        for t, found in enumerate(one for laid in row for one in laid.features):
+            if found is not None:
+                values.append(found[0])
+                places.append(found[1])
+                at.append(r * length + t)
+    if not at:
+        return None
+    return Features(torch.stack(values).float(), torch.tensor(places), torch.tensor(at))
 
 
 def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:
@@ -343,6 +392,7 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
         laid.ids, laid.latents, laid.is_latent, _targets(filled, T), context, refine_latents, refine, item,
         torch.tensor(item_first, dtype=torch.int64), tuple(item_names),
         tuple(uid for row in filled for uid, _ in row), sum(laid.valid), int((item >= 0).sum()),
+        features=laid.features,
     )  # fmt: skip
 
 

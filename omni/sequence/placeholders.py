@@ -63,7 +63,7 @@ def choose_blocks(batch: Batch, length: int, per_row: int, key: Key) -> tuple[St
     R, T = batch.ids.shape
     device = batch.ids.device
     supervised = (batch.target != IGNORE).cpu()
-    can_start = supervised & ~batch.is_latent.cpu()
+    can_start = supervised & ~batch.is_block.cpu()
     document = batch.context.document.cpu()
     offset, uid = _offsets(document), _uids(batch)
     draws = torch.full((R, T), 2.0)

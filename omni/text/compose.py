@@ -1,7 +1,7 @@
 """Document to spans: the ids and latents of one packed sequence, assembled segment by segment, never as one string.
 
     begin  { role  segments...  end }*  [assistant]
-    image  ->  image size(h) size(w)              LatentSpan (1, h, w)                 media_end
+    image  ->  image size(h) size(w)  LatentSpan (1, h, w)  [FeatureSpan of an encoder]  media_end
     video  ->  video size(chunks) size(rate) size(h) size(w) LatentSpan (t, h, w) for each chunk  media_end
 
 rate: frames per second, rounded.
@@ -19,12 +19,13 @@ import torch
 
 from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.sequence.context_limit import require_room
+from omni.sequence.features import Blocks, FeatureBlock, FeatureSpan, split_blocks
 from omni.sequence.layout import LatentSpan, Span, TokenSpan
 from omni.text.conversation import lay_out_turns
 from omni.text.published import PublishedTokenizer
 from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
-EncodeMedia = Callable[[list[Image | Video]], list[list[torch.Tensor]]]
+EncodeMedia = Callable[[list[Image | Video]], list[Blocks]]
 NumLatents = Callable[[Image | Video], int]
 MAX_UNCOUNTED = 200_000  # characters; longer text is bounded by its length before it is encoded
 
@@ -39,9 +40,10 @@ def compose(
     """The spans of `document`, in order; neighbouring ids share one TokenSpan.
 
     `encode_media` returns the latents of each image or video of a list: float32 (t, h, w, C) tensors, one with t = 1
-    for an image, one per chunk for a video. It is called once with all media, and not called without media. With
-    `generation_prompt` the spans end with the id that opens an assistant turn; with `is_open` without the end of the
-    last turn, which goes on. A published tokenizer's template writes turns instead (see conversation.py).
+    for an image, one per chunk for a video; behind those of an image, its FeatureBlock, if the model has an encoder. It
+    is called once with all media, and not called without media. With `generation_prompt` the spans end with the id that
+    opens an assistant turn; with `is_open` without the end of the last turn, which goes on. A published tokenizer's
+    template writes turns instead (see conversation.py).
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
     Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64.
     """
@@ -145,15 +147,29 @@ def media_header(tokenizer: Tokenizer, segment: Segment, latents: Sequence[torch
         raise ValueError(f"a {kind} of {h} x {w} latents is too large: {error}") from None
 
 
-def _write_media(
-    writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Video, latents: Sequence[torch.Tensor]
-) -> None:
+def _write_media(writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Video, blocks: Blocks) -> None:
     """Write the header, the blocks and media_end of one picture or clip."""
-    writer.ids(media_header(tokenizer, segment, latents), segment.supervise)
+    latents, features = split_blocks(blocks)
+    if features is not None and not latents:  # a model without a codec
+        header = block_header(tokenizer.control, *features.sides)
+    else:
+        header = media_header(tokenizer, segment, latents)
+    writer.ids(header, segment.supervise)
+    alone = features is not None and features.alone
     for block in latents:
         t, h, w, channels = block.shape
-        writer.latents(LatentSpan(block.reshape(t * h * w, channels), (t, h, w), segment.supervise))
+        if segment.supervise or not alone:
+            flat = block.reshape(t * h * w, channels)
+            writer.block(LatentSpan(flat, (t, h, w), segment.supervise, in_context=not alone))
+    if features is not None:
+        writer.block(feature_span(features))
     writer.ids([tokenizer.control.media_end], False)
+
+
+def feature_span(features: FeatureBlock) -> FeatureSpan:
+    """The span of a picture's features."""
+    _, h, w, width = features.values.shape
+    return FeatureSpan(features.values.reshape(h * w, width), (1, h, w))
 
 
 def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[int, int, int, int]:
@@ -168,7 +184,7 @@ def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[i
 
 
 class _SpanWriter:
-    """Collects ids in a TokenSpan; latents and `finish` close it."""
+    """Collects ids in a TokenSpan; blocks and `finish` close it."""
 
     def __init__(self) -> None:
         self._spans: list[Span] = []
@@ -185,7 +201,7 @@ class _SpanWriter:
         self._ids += span.ids
         self._supervise += span.supervise
 
-    def latents(self, span: LatentSpan) -> None:
+    def block(self, span: LatentSpan | FeatureSpan) -> None:
         """Append a block."""
         self._close()
         self._spans.append(span)

@@ -285,22 +285,28 @@ def _split(
 ) -> Iterator[Item]:
     """The ids of special tokens and of the text between them, and media."""
     found = list(tokenizer.spelled_in(text))
-    ends = _supervised_ends(text, supervise, [(start, stop, token) for start, stop, token in found], tokenizer)
+    ends = _supervised_ends(text, supervise, found, tokenizer)
     waiting = iter(media)
     before = 0
     for number, (start, stop, token) in enumerate([*found, (len(text), len(text), -1)]):
         at = before
         for place in (*(m.start() for m in re.finditer(signs.media, text[before:start])), None):
             until = start if place is None else before + place
-            kept = [n for n in range(at, until) if text[n] != signs.gap]
-            words = Words("".join([text[n] for n in kept]), tuple(bool(supervise[n]) for n in kept))
-            yield _encoded(words, tokenizer, at == 0)
+            yield _encoded(_without_gaps(text[at:until], supervise[at:until], signs.gap), tokenizer, at == 0)
             if place is not None:
                 yield next(waiting)
                 at = until + 1
         if token >= 0:
             yield TokenSpan([token], [number in ends or bool(supervise[stop - 1])])
         before = stop
+
+
+def _without_gaps(text: str, supervise: bytearray, gap: str) -> Words:
+    """A piece of rendered text without its signs; without flags where nothing is supervised."""
+    if not any(supervise):
+        return Words(text.replace(gap, ""), ())
+    kept = [n for n, char in enumerate(text) if char != gap]
+    return Words("".join([text[n] for n in kept]), tuple(bool(supervise[n]) for n in kept))
 
 
 def _supervised_ends(

@@ -10,8 +10,8 @@ decode(encode(x)) == x for every Python str. Bytes that are not text (a model ma
 Phrases (" hot beverage") are text ids after the library's ids. Each name of a corpus can have one id and thus its own
 embedding. SuperBPE (arXiv 2503.13423) finds such ids by frequency.
 
-A published language model's tokenizer (published.py) differs: it may change text, some ids below num_text are its own
-special tokens and no text (`is_text`), and its chat template lays out turns, which other ids end (`ends`).
+A published model's tokenizer (published.py) may change text, has special tokens below num_text, which are no text
+(`is_text`), and a chat template for turns.
 
 bpe.py and sentencepiece.py split and merge text; compose.py lays out turns.
 """
@@ -89,9 +89,8 @@ class ControlTokens:
 class Tokenizer(ABC):
     """Text to ids below `num_text` and back. A subclass splits text, and passes the bytes of each id to `__init__`.
 
-    Attributes for whoever lays out or ends turns: `own_turns`, whether turns are written with the control tokens of
-    this project (compose.py), else as the published model does; `ends`, the ids that end a reply; `end`, the one that
-    ends an assistant's turn.
+    `own_turns`: whether turns are written with the control tokens of this project, else as the published model does.
+    `ends`: the ids that end a reply; `end`: the one of an assistant's turn.
 
     `verbatim_pattern`: characters that are encoded as the ids of their bytes, without the library. `phrases`: texts
     with one id each, in the order of their ids, the last text ids (see `with_phrases`).
@@ -163,12 +162,11 @@ class Tokenizer(ABC):
         return self._id_bytes[token]
 
     def is_text(self, token: int) -> bool:
-        """Whether an id is text: one that a model may emit as text, and `decode` accepts."""
+        """Whether a model may emit an id as text, and `decode` accepts it. `text_ids`: all of these, in order."""
         return 0 <= token < self.num_text
 
     @property
     def text_ids(self) -> Sequence[int]:
-        """All ids for which `is_text` holds, in order."""
         return range(self.num_text)
 
     def name(self, token: int) -> str:
@@ -326,7 +324,6 @@ class TextStream:
         return decode_bytes(data[:cut])
 
     def _bytes_of(self, token: int) -> bytes:
-        """The bytes that an id adds to the text."""
         return self._tokenizer.bytes_of(token)
 
     def flush(self) -> str:

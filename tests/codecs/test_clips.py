@@ -15,11 +15,16 @@ from omni.codecs.families import FAMILIES
 from omni.codecs.networks import decoded_pictures, encoded_latents
 from omni.document import Document, Image, Text, Video
 from omni.media.preparation import Limits, Preparation, prepare_clip
-from omni.sequence.layout import LatentSpan
+from omni.sequence.layout import LatentSpan, TokenSpan
+from tests.scripted import follow
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
-CLIPS = [name for name, (class_name, _) in TINY.items() if FAMILIES[class_name].takes_clips]
+CLIPS = [  # the others in the slow tests
+    name if name in ("Wan 2.1", "CogVideoX") else pytest.param(name, marks=pytest.mark.slow)
+    for name, (class_name, _) in TINY.items()
+    if FAMILIES[class_name].takes_clips
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,16 @@ class TestClips:
         chunks = codec.encode_video(random_pixels(13, 16, 16))
         sizes = [codec.decode_video(chunks[:n]).shape[0] for n in range(1, 5)]
         assert sizes == [codec.spec.media_frames(n) for n in range(1, 5)] == [1, 5, 9, 13]
+
+    def test_each_frame_is_decoded_from_its_own_latent(self, codec: AutoencoderCodec) -> None:
+        """Two blocks: the class computes five frames of them, or the first five of three where it takes odd numbers."""
+        latents = torch.cat(codec.encode_video(random_pixels(5, 16, 16, seed=3)))
+        given = torch.cat([latents, latents[1:]]) if "CogVideoX" in codec.configuration.class_name else latents
+        with torch.no_grad():
+            theirs = decoded_pictures(codec.module, codec.denormalised(given[None]))[0].permute(1, 2, 3, 0)
+        assert len(theirs) == 1 + 4 * (len(given) - 1)
+        pixels = codec.decode_video(list(latents.split(1)))
+        assert (pixels - ((theirs[:5] + 1) * 127.5).clamp(0, 255)).abs().max() < 0.51
 
     def test_the_latents_of_a_prefix_are_the_first_latents_where_that_is_claimed(self, codec: AutoencoderCodec) -> None:
         frames = random_pixels(13, 16, 16, seed=2)
@@ -159,7 +174,7 @@ def model_with(codec: AutoencoderCodec, directory: Path) -> omni.Omni:
     return omni.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("codec", ["Wan 2.2", "Qwen-Image"], indirect=True)
+@pytest.mark.parametrize("codec", ["Wan 2.2", pytest.param("Qwen-Image", marks=pytest.mark.slow)], indirect=True)
 def test_a_model_with_a_video_codec_reads_pictures_and_clips(codec: AutoencoderCodec, tmp_path: Path) -> None:
     model = model_with(codec, tmp_path / "model")
     assert model.codec is not None and model.codec.spec == codec.spec
@@ -174,3 +189,17 @@ def test_a_model_with_a_video_codec_reads_pictures_and_clips(codec: AutoencoderC
     assert torch.equal(torch.cat(blocks[1]), torch.cat(codec.encode_video(filled)))
     spans = model.spans(Document((Text("see"), picture, clip)))
     assert [span.grid for span in spans if isinstance(span, LatentSpan)] == [(1, 2, 2)] * 4
+
+
+@pytest.mark.parametrize("codec", ["Wan 2.2"], indirect=True)
+def test_the_engine_generates_clips_of_a_video_codec(codec: AutoencoderCodec, tmp_path: Path) -> None:
+    """A scripted header of three blocks: nine frames, decoded as one clip."""
+    model = model_with(codec, tmp_path / "model")
+    side = 2 * codec.spec.stride[1]
+    clip = Video(random_pixels(9, side, side), fps=8.0)
+    [header] = [span.ids for span in model.spans(Document((clip,)))[:1] if isinstance(span, TokenSpan)]
+    engine = omni.Engine(model)
+    follow(engine, lambda request: header[header.index(engine.control.video) :])
+    reply = engine.generate("move", max_images=1, max_tokens=8, steps=1)
+    [made] = [segment for segment in reply.document.segments if isinstance(segment, Video)]
+    assert made.frames.shape == clip.frames.shape

@@ -40,14 +40,17 @@ print(json.dumps([left, found]))
 
 
 def test_the_classes_equal_those_of_the_whole_package() -> None:
-    from tests.codecs.test_autoencoders import MODELS
+    from eval.tasks.pretrained.autoencoders import TINY
+    from omni.codecs.upstream import MODULES
 
+    models = dict(TINY.values())
+    assert models.keys() == MODULES.keys()
     done = subprocess.run(
-        [sys.executable, "-c", COMPARE, json.dumps(MODELS)], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", COMPARE, json.dumps(models)], capture_output=True, text=True, check=True, timeout=300
     )
     left, found = json.loads(done.stdout.splitlines()[-1])
     assert left == [], "dragged in"
-    assert found == {name: ["_omni_diffusers", "diffusers", True] for name in MODELS}
+    assert found == {name: ["_omni_diffusers", "diffusers", True] for name in models}
 
 
 def test_an_error_falls_back_to_the_whole_package(

@@ -1,6 +1,8 @@
 """Tiny tokenizers of the kinds that published language models have, with their chat templates, as transformers saves
 them. A family is a function of a folder."""
 
+# ruff: noqa: E501 (templates are as published)
+
 from __future__ import annotations
 
 import json
@@ -86,7 +88,7 @@ QWEN3 = """{%- if messages[0].role == 'system' %}
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}
-"""  # noqa: E501
+"""
 
 
 def special(*names: str, **options: bool) -> list[AddedToken]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,8 @@ TEXTS = [text for turns in CONVERSATIONS for _, text in turns] + CORPUS[:5]
 
 
 def test_text_has_the_ids_of_transformers(family: Family) -> None:
-    for text in TEXTS:
+    spellings = [one for one in family.ours.theirs if one not in family.ours.settings.marks]
+    for text in (*TEXTS, *(f"a {one} b{one}" for one in spellings)):
         expected = family.theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert family.ours.encode(text) == expected, text
         assert all(family.ours.is_text(token) for token in expected)
@@ -150,6 +150,10 @@ def test_ends(root: Path) -> None:
     assert names("chatml") == ["<|im_end|>"] and names("qwen3") == ["<|im_end|>", "<|endoftext|>"]
     assert names("llama3") == ["<|eot_id|>", "<|end_of_text|>"] and names("olmo2") == ["<|endoftext|>"]
     assert names("gemma") == ["<end_of_turn>", "<eos>"] and names("mistral") == names("llama2") == ["</s>"]
+    olmo = built("olmo2", root).ours  # a model may end with a token that is not special
+    [end] = olmo.encode("!")
+    ended = PublishedTokenizer(olmo._library_file, olmo.settings.model_copy(update={"ends": (end,)}), olmo.template)
+    assert olmo.is_text(end) and not ended.is_text(end) and ended.ends == (olmo.end, end)
     assert names("phi3") == ["<|end|>", "<|endoftext|>"]
 
 
@@ -177,7 +181,7 @@ def test_conversations_have_the_ids_of_apply_chat_template(family: Family) -> No
 
 
 def test_a_turn_that_goes_on(family: Family) -> None:
-    for turns in ([(U, "what?"), (A, "this is")], [(U, "a"), (A, "b"), (U, "c"), (A, "the red apple")]):
+    for turns in ([(U, "what?"), (A, "this is")], [(U, "a"), (A, "b"), (U, "c"), (A, "the  red \n")]):
         messages = [{"role": str(role), "content": text} for role, text in turns]
         expected = family.theirs.apply_chat_template(
             messages, tokenize=True, continue_final_message=True, return_dict=False
@@ -271,7 +275,7 @@ def test_no_text_forges_a_special_token(name: str, root: Path) -> None:
     family = built(name, root)
     contents = st.lists(st.lists(fragments(family), min_size=1, max_size=4), min_size=1, max_size=3)
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(contents)
     def check(turns: list[list[str]]) -> None:
         harmless = [["x"] for _ in turns]
@@ -286,7 +290,7 @@ def test_joints_of_template_and_contents_forge_nothing(root: Path) -> None:
     text = "{% for m in messages %}<|im_{{ m['content'] }}|>{{ m['content'] }}start|>{% endfor %}<|im_end|>"
     save(folder, byte_level(special("<|im_start|>", "<|im_end|>")), text, eos_token="<|im_end|>")
     family = Family("joints", convert_tokenizer(folder), None)
-    for content in ("start", "<|im_", "end", "|>", " start\n", "x|>"):
+    for content in ("start|> x", "x <|im_", "start", "<|im_", "end", "|>", " start\n", "x|>"):
         assert control_ids([[content]], family) == control_ids([["x"]], family), content
     assert len(control_ids([["x"]], family)) == 1
 
@@ -367,37 +371,6 @@ def test_a_template_that_leaves_out_a_turn_raises(root: Path) -> None:
         compose(document([(U, "hi"), (A, "yes")]), few, no_media, is_open=True)
     with pytest.raises(ValueError, match="supervised text cannot be found"):
         compose(Document((Text("see this", U, True),)), few, no_media)
-
-
-TEMPLATES = [
-    ("{{ 'a' * 10 ** 9 }}", "too large"),
-    ("{% set ns = namespace(x='aa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "too large"),
-    ("{{ '%999999999d' % 1 }}", "too large"),
-    ("{% for i in range(99999) %}{% for j in range(99) %}{{ 'a' * 1000 }}{% endfor %}{% endfor %}", "writes more than"),
-    ("{% for i in range(10 ** 9) %}{% endfor %}", "MAX_RANGE"),
-    ("{{ messages.append(1) }}", "refuses"),
-    ("{{ ().__class__.__base__.__subclasses__() }}", "refuses"),
-    ("{{ namespace(__class__=1) }}", "underscore"),
-    ("{% include 'x' %}", "(refuses|fails)"),
-    ("{% if %}", "no valid Jinja"),
-    ("{{ messages[0].content + 1 }}", "fails for these messages"),
-]
-
-
-@pytest.mark.parametrize(("source", "message"), TEMPLATES)
-def test_templates_are_bounded_and_have_no_access(source: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        ChatTemplate(source).render([{"role": "user", "content": "x"}])
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-
-
-def test_the_date_of_a_template_can_be_given() -> None:
-    text = "{{ strftime_now('%d %b %Y') }} {{ {'a': '<é>'} | tojson }}{% break %}"
-    source = "{% for m in messages %}" + text + "{% endfor %}"
-    template = ChatTemplate(source, now=lambda: datetime(2024, 7, 26))
-    assert template.render([{"role": "user", "content": "x"}]) == '26 Jul 2024 {"a": "<é>"}'
-    with pytest.raises(ValueError, match="more than 1,048,576"):
-        ChatTemplate("x" * (1 << 20) + "x")
 
 
 def test_unsupported_decoders_are_named(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""A cache of latents: the codec encodes every distinct picture once while it stays in memory.
+"""A cache of latents and features: codec and encoder compute every distinct picture once while it stays in memory.
 
 The key is a digest of the pixels. A latent does not depend on whether it was cached, nor on the rest of its batch
 (Codec.encode).
@@ -14,9 +14,11 @@ import torch
 
 from omni.data.digests import media_digest
 from omni.document import Image, Video
+from omni.sequence.features import Blocks
 
-Latents = list[torch.Tensor]
-"""One media segment: a list of (t, h, w, C) blocks; a picture has one block with t = 1."""
+Latents = Blocks
+"""One media segment: a list of (t, h, w, C) blocks; a picture has one block with t = 1, and features behind it in a
+model with an encoder."""
 Encode = Callable[[Sequence[Image | Video]], list[Latents]]
 
 
@@ -53,5 +55,8 @@ class LatentMemo:
 
 
 def _bytes_of(latents: Latents) -> int:
-    """The memory of latents, in bytes."""
-    return sum(block.numel() * block.element_size() for block in latents)
+    """The memory of latents and features, in bytes."""
+    return sum(
+        block.numel() * block.element_size() if isinstance(block, torch.Tensor) else block.num_bytes
+        for block in latents
+    )

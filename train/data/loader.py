@@ -21,6 +21,7 @@ import torch
 from omni.data.source import CorruptRecord, HeldOutRecord
 from omni.document import Document, Image, Segment, Text, Video
 from omni.rng import Key
+from omni.sequence.features import Blocks
 from omni.sequence.guidance import drop, null_documents
 from omni.sequence.layout import Batch, LatentSpan, Shape, Span, TokenSpan, context_length, lay_rows, pack
 from train.data.batch import PIECES, BatchConfig, Composed, DropConfig, Packed, Read, TooManyCorrupt
@@ -29,14 +30,14 @@ from train.data.pieces import BEGIN, TURN, Piece, Size, Splitter
 LOOKAHEAD = 48  # documents that are encoded together; batches do not depend on it
 MAX_UNUSABLE_IN_ROW = 1000  # unusable documents in a row
 
-EncodeMedia = Callable[[Sequence[Image | Video]], list[list[torch.Tensor]]]
+EncodeMedia = Callable[[Sequence[Image | Video]], list[Blocks]]
 Compose = Callable[[Document, EncodeMedia], list[Span]]
 
 
 class Encoder(Protocol):
     """A LatentMemo, or a replacement for one."""
 
-    def encode(self, segments: Sequence[Image | Video]) -> list[list[torch.Tensor]]: ...
+    def encode(self, segments: Sequence[Image | Video]) -> list[Blocks]: ...
 
 
 class Loader:
@@ -118,12 +119,12 @@ class Loader:
         return self._packed(batches, uids[:num_used], after, passed)
 
     def unpacked_latents(self) -> Iterator[torch.Tensor]:
-        """The latents (N, C) of all documents that are read and not yet packed."""
+        """The latents (N, C), or features (N, E), of all documents that are read and not yet packed."""
         for read in self._window.values():
             for one in read.pieces:
                 for span in (span for spans in (one.spans, *one.nulls) for span in spans):
-                    if isinstance(span, LatentSpan):
-                        yield span.latents
+                    if not isinstance(span, TokenSpan):
+                        yield span.latents if isinstance(span, LatentSpan) else span.features
 
     def _pieces_from(self, cursor: int) -> Iterator[tuple[int, Composed | Read]]:
         """From `cursor` on: every piece with its uid, and every document without pieces."""
@@ -193,9 +194,7 @@ class Loader:
             except ValueError as error:
                 self._window[index] = _skipped(error)
 
-    def _split_if_too_long(
-        self, document: Document, media: list[Image | Video], latents: list[list[torch.Tensor]]
-    ) -> Read:
+    def _split_if_too_long(self, document: Document, media: list[Image | Video], latents: list[Blocks]) -> Read:
         """A document as read: whole, in pieces, or dropped. media: of the document; latents: of each of them."""
         encoded = {id(segment): one for segment, one in zip(media, latents, strict=True)}
         whole = self._composed(Piece(document), encoded)
@@ -219,7 +218,7 @@ class Loader:
         )
         return Read(made, "read" if made else "dropped", why)
 
-    def _composed(self, piece: Piece, encoded: dict[int, list[torch.Tensor]]) -> Composed:
+    def _composed(self, piece: Piece, encoded: dict[int, Blocks]) -> Composed:
         """The spans of a piece, and its null documents."""
         document = piece.document
         media = [s for s in document.segments if isinstance(s, Image | Video)]
@@ -227,18 +226,18 @@ class Loader:
         spans = _without_cut_ends(self.compose(document, _encoder_returning(latents)), piece, self.ends)
         return Composed(spans, self._nulls(document, latents), "dropped" in document.meta)
 
-    def _measured(self, segment: Segment, encoded: dict[int, list[torch.Tensor]]) -> Size:
+    def _measured(self, segment: Segment, encoded: dict[int, Blocks]) -> Size:
         """The size of one segment, without the ids of its document and turn."""
         latents = [] if isinstance(segment, Text) else [encoded[id(segment)]]
         size = self._size(self.compose(Document((segment,)), _encoder_returning(latents)))
         return Size(size.context - BEGIN - TURN, size.refine)
 
-    def _measured_whole(self, segments: Sequence[Segment], encoded: dict[int, list[torch.Tensor]]) -> Size:
+    def _measured_whole(self, segments: Sequence[Segment], encoded: dict[int, Blocks]) -> Size:
         """The size of a document of these segments."""
         latents = [encoded[id(segment)] for segment in segments if not isinstance(segment, Text)]
         return self._size(self.compose(Document(tuple(segments)), _encoder_returning(latents)))
 
-    def _nulls(self, document: Document, latents: list[list[torch.Tensor]]) -> tuple[list[Span], ...]:
+    def _nulls(self, document: Document, latents: list[Blocks]) -> tuple[list[Span], ...]:
         """One null document per supervised picture or clip; `latents` are those of all its media, in order."""
         if not self.null_contexts:
             return ()
@@ -311,7 +310,7 @@ def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
     return [*spans[:at], TokenSpan(span.ids, flags), *spans[at + 1 :]]
 
 
-def _encoder_returning(latents: list[list[torch.Tensor]]) -> EncodeMedia:
+def _encoder_returning(latents: list[Blocks]) -> EncodeMedia:
     """An encode_media for `compose`: returns the next of these latents for each media segment, in the document's
     order."""
     waiting = iter(latents)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.codecs import Codec
 from omni.document import Image, Video
+from omni.encoders import Encoder, EncoderSpec
 from omni.errors import is_mistake, one_line
+from omni.sequence.features import Blocks, FeatureBlock
 from omni.sequence.layout import Batch
 from train.data.batch import Packed, TooManyCorrupt
 from train.data.loader import Loader
@@ -39,43 +42,71 @@ PREFETCH = 2  # steps that every worker is ahead
 @dataclass(frozen=True)
 class WorkerStep:
     """One step as a worker sends it. In its batches, latents are row indices (R, L) of a table that the codec makes of
-    `media`, uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order. `error`: why the worker stopped, unless by a bug."""
+    `media`, uint8 (P, H, W, 3) or (P, T, H, W, 3) each, in order; values of features are row indices (F,) of a table
+    that the encoder makes of `pictures`. `error`: why the worker stopped, unless by a bug."""
 
     packed: Packed
     media: tuple[Tensor, ...] = ()
+    pictures: tuple[Tensor, ...] = ()
     error: TooManyCorrupt | ValueError | None = None
 
 
 class Tickets:
-    """Replaces a LatentMemo in a worker: "encodes" media as tickets, float32 with two channels."""
+    """Replaces a LatentMemo in a worker: "encodes" media as tickets, float32 with two channels. alone: whether the
+    context holds the features of a picture in place of its latents."""
 
     channels = 2
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec  # used for shapes alone
-        self._media: dict[int, tuple[Tensor, int]] = {}  # pixels, number of latents
+    def __init__(self, codec: Codec, encoder: EncoderSpec | None = None, alone: bool = False) -> None:
+        self.codec, self.encoder, self.alone = codec, encoder, alone  # used for shapes alone
+        self._media: dict[int, tuple[Tensor, int, int]] = {}  # pixels, number of latents, of positions of features
         self._next = 0
 
-    def encode(self, segments: Sequence[Image | Video]) -> list[list[Tensor]]:
-        """Blocks (t, h, w, 2) of each prepared segment, in order."""
+    def encode(self, segments: Sequence[Image | Video]) -> list[Blocks]:
+        """Blocks (t, h, w, 2) of each prepared segment, in order, and its features as tickets."""
         return [self._blocks(s.pixels if isinstance(s, Image) else s.frames) for s in segments]
 
-    def _blocks(self, pixels: Tensor) -> list[Tensor]:
+    def _blocks(self, pixels: Tensor) -> Blocks:
         """Blocks (t, h, w, 2) of one picture or clip: its number, and the place of each latent."""
         of_clip = pixels.ndim == 4
         count = self.codec.num_chunks(len(pixels)) if of_clip else 1
         grid = (self.codec.spec.frames_per_chunk if of_clip else 1, *self.codec.grid(*pixels.shape[-3:-1]))
         place = torch.arange(count * grid[0] * grid[1] * grid[2], dtype=torch.float32)
         number, self._next = self._next, (self._next + 1) % (1 << 23)  # float32 holds every one exactly
-        self._media[number] = pixels, len(place)
-        return list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
+        blocks: Blocks = list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
+        num = 0
+        if self.encoder is not None and not of_clip:
+            rows, columns = self.encoder.grid(*pixels.shape[:2])
+            at, num = torch.arange(rows * columns, dtype=torch.float32), rows * columns
+            tickets = torch.stack([torch.full_like(at, number), at], -1).view(1, rows, columns, 2)
+            blocks.append(FeatureBlock(tickets, self.alone, (grid[1], grid[2])))
+        self._media[number] = pixels, len(place), num
+        return blocks
 
     def collect(self, packed: Packed, waiting: Iterable[Tensor]) -> WorkerStep:
         """The step with the media that it needs. Keeps only the media of `waiting`, tickets of later steps."""
         places = [
             at for batch in packed.batches for part in (batch, batch.null) if part for at in _latents_and_masks(part)
         ]
-        tickets = torch.cat([latents[where] for latents, where in places]).long()
+        indices, media = self._rows(torch.cat([latents[where] for latents, where in places]), 1)
+        rows = iter(indices.split([int(where.sum()) for _, where in places]))
+        batches = [
+            _with_latents(batch, lambda latents, where: _scattered(where, next(rows))) for batch in packed.batches
+        ]
+        found = [part.features for batch in packed.batches for part in (batch, batch.null) if part and part.features]
+        pictures: list[Tensor] = []
+        if found:
+            indices, pictures = self._rows(torch.cat([features.values for features in found]), 2)
+            values = iter(indices.split([len(features.at) for features in found]))
+            batches = [_with_features(batch, lambda features: next(values)) for batch in batches]
+        needed = {int(tickets[0, 0]) for tickets in waiting}
+        self._media = {number: media for number, media in self._media.items() if number in needed}
+        return WorkerStep(replace(packed, batches=batches), tuple(media), tuple(pictures))
+
+    def _rows(self, tickets: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+        """The row of each ticket (K, 2) in the table of the media that they name, int64 (K,); and these media, grouped
+        by shape. count: which entry of `_media` counts the rows of one."""
+        tickets = tickets.long()
         numbers, which = tickets[:, 0].unique(return_inverse=True)
         groups: dict[torch.Size, list[int]] = {}
         for index, number in enumerate(numbers.tolist()):
@@ -85,28 +116,26 @@ class Tickets:
             media.append(torch.stack([self._media[int(numbers[index])][0] for index in members]))
             for index in members:
                 first[index] = total
-                total += self._media[int(numbers[index])][1]
-        rows = iter((first[which] + tickets[:, 1]).split([int(where.sum()) for _, where in places]))
-        batches = [
-            _with_latents(batch, lambda latents, where: _scattered(where, next(rows))) for batch in packed.batches
-        ]
-        needed = {int(tickets[0, 0]) for tickets in waiting}
-        self._media = {number: media for number, media in self._media.items() if number in needed}
-        return WorkerStep(replace(packed, batches=batches), tuple(media))
+                total += int(self._media[int(numbers[index])][count])
+        return first[which] + tickets[:, 1], media
 
 
 class WorkerSteps(IterableDataset):
-    """The dataset of one data-loading worker: its steps, from `cursors` on, without end."""
+    """The dataset of one data-loading worker: its steps, from `cursors` on, without end. tickets: makes its Tickets."""
 
     def __init__(
-        self, loader: Callable[[Tickets, int], Loader], codec: Codec, cursors: Sequence[int], step: int
+        self,
+        loader: Callable[[Tickets, int], Loader],
+        tickets: Callable[[], Tickets],
+        cursors: Sequence[int],
+        step: int,
     ) -> None:
-        self.loader, self.codec, self.cursors, self.step = loader, codec, tuple(cursors), step
+        self.loader, self.tickets, self.cursors, self.step = loader, tickets, tuple(cursors), step
 
     def __iter__(self) -> Iterator[WorkerStep]:
         info = get_worker_info()
         worker = ((info.id if info else 0) + self.step) % len(self.cursors)  # the first worker makes the first step
-        tickets = Tickets(self.codec)
+        tickets = self.tickets()
         loader, cursor = self.loader(tickets, len(self.cursors)), self.cursors[worker]
         while True:
             try:
@@ -128,6 +157,7 @@ class WorkerLoader:
         loader: (tickets, number of workers) -> the loader of a worker.
         cursors: the next document of every worker; at first 0, 1, 2, ...
         step: how many steps are done.
+        encoder: of features of pictures. alone: see Tickets.
     """
 
     def __init__(
@@ -137,11 +167,14 @@ class WorkerLoader:
         cursors: Sequence[int],
         step: int,
         device: torch.device | str = "cpu",
+        encoder: Encoder | None = None,
+        alone: bool = False,
     ) -> None:
-        self.codec, self.device = codec, torch.device(device)
+        self.codec, self.encoder, self.device = codec, encoder, torch.device(device)
+        tickets = partial(Tickets, codec, None if encoder is None else encoder.spec, alone)
         _allow_many_files()
         processes: Any = DataLoader(
-            WorkerSteps(loader, codec, cursors, step),
+            WorkerSteps(loader, tickets, cursors, step),
             batch_size=None,
             num_workers=len(cursors),
             prefetch_factor=PREFETCH,
@@ -164,7 +197,16 @@ class WorkerLoader:
                 return torch.zeros(*rows.shape, self.codec.spec.channels, device=self.device)
             return torch.where(where.unsqueeze(-1), table[rows.to(self.device)], 0.0)
 
-        return replace(sent.packed, batches=[_with_latents(batch, found) for batch in sent.packed.batches])
+        batches = [_with_latents(batch, found) for batch in sent.packed.batches]
+        if sent.pictures:
+            values = torch.cat([self._features(group) for group in sent.pictures])
+            batches = [_with_features(batch, lambda rows: values[rows.to(self.device)]) for batch in batches]
+        return replace(sent.packed, batches=batches)
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        """Pictures of one size -> their features (P N, E)."""
+        assert self.encoder is not None
+        return self.encoder.encode(pictures).flatten(0, -2).to(self.device)
 
     def _encode(self, media: Tensor) -> Tensor:
         """Media of one size -> their latents (P N, C)."""
@@ -185,6 +227,13 @@ def _with_latents(batch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> B
     latents, refine = (change(*place) for place in _latents_and_masks(batch))
     null = None if batch.null is None else _with_latents(batch.null, change)
     return replace(batch, latents=latents, refine_latents=refine, null=null)
+
+
+def _with_features(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch, and then its null contexts, with the values of their features changed."""
+    if batch.features is not None:
+        batch = replace(batch, features=replace(batch.features, values=change(batch.features.values)))
+    return batch if batch.null is None else replace(batch, null=_with_features(batch.null, change))
 
 
 def _scattered(where: Tensor, rows: Tensor) -> Tensor:

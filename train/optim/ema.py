@@ -72,8 +72,9 @@ class Ema:
 
 
 def copy_of(model: Module) -> Module:
-    """A copy, on the device of the model and in its dtype. Its attributes `tokenizer` and `codec` are shared."""
-    shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec")) if part}
+    """A copy, on the device of the model and in its dtype. Its attributes `tokenizer`, `codec` and `encoder` are
+    shared."""
+    shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec", "encoder")) if part}
     return copy.deepcopy(model, shared)
 
 

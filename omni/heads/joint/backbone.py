@@ -17,6 +17,7 @@ from omni.nn.cache import Memory
 from omni.nn.lora import Gated
 from omni.nn.runs import Runs
 from omni.nn.transformer import Transformer
+from omni.sequence.features import Features
 from omni.sequence.placeholders import Starts, block_stream
 
 
@@ -35,9 +36,11 @@ class Backbone(Protocol):
     @property
     def joint(self) -> JointTokens | None: ...
 
-    def embed_context(self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None) -> Tensor:
-        """Inputs (R, T, W) of the context stream, from ids (R, T), and from latents (R, T, C) where is_latent (R,
-        T)."""
+    def embed_context(
+        self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None, features: Features | None = None
+    ) -> Tensor:
+        """Inputs (R, T, W) of the context stream, from ids (R, T), from latents (R, T, C) where is_latent (R, T), and
+        from features where they stand."""
         ...
 
 
