@@ -13,11 +13,10 @@ import torch
 from PIL import Image as PILImage
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from eval.peers import transformers_module
-
+from omni.rng import Key
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -30,16 +29,21 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (30, 60, 220), 
 
 def write_decoder(folder: Path, family: str, **settings: Any) -> Path:
     """A model of a family ("llama", "qwen3", ...) as its class saves it, with its tokenizer."""
+    import transformers
+
     folder.mkdir(parents=True)
     write_tokenizer(folder)
-    transformers = transformers_module()
     name = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2", "gemma2": "Gemma2"}[family]
     vocabulary = 256 + len(SPECIAL)
     config = getattr(transformers, f"{name}Config")(
         **{**SIZES, "vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": vocabulary - 1, **settings}
     )
-    torch.manual_seed(0)
-    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if value.ndim > 1:
+                value.copy_(Key(0).fold("tiny", key).normal(tuple(value.shape)) * 0.1)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -57,6 +61,9 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_captioned(path: Path, num: int = 64, side: int = 32) -> Path:
     """A parquet file of squares on plain grounds, with their captions."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
     rows, names = [], list(COLOURS)
     for n in range(num):
         inside, ground = names[n % 4], names[(n // 4 + n + 1) % 4]
@@ -66,5 +73,6 @@ def write_captioned(path: Path, num: int = 64, side: int = 32) -> Path:
         data = io.BytesIO()
         picture.save(data, "PNG")
         rows.append((data.getvalue(), f"a {inside} square on {ground}"))
-    write_pictures(path, rows)
+    pictures, captions = zip(*rows, strict=True)
+    parquet.write_table(pyarrow.table({"image": pictures, "caption": captions}), path)
     return path
