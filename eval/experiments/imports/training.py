@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 import omni
 from eval.experiments.imports.tiny import write_captioned, write_decoder
+from eval.tasks.pretrained.encoders import write_checkpoint as write_tower
 from omni.generation.context import append_of, run_context
+from omni.generation.contract import EXACT, verify
 from omni.importers.decoders import import_decoder
 from omni.model import Omni
 from omni.nn.cache import History
@@ -94,3 +97,50 @@ def frozen_rows(folder: Path, steps: int = 20, data: str | None = None) -> dict[
         differ = sum(int((a != b).sum()) for a, b in zip(found, wanted, strict=True))
         rows[name] = 100 * differ / sum(one.numel() for one in wanted), sum(losses[:5]) - sum(losses[-5:])
     return rows
+
+
+@dataclass(frozen=True)
+class ExampleRun:
+    """A recipe of RECIPES, and the tiny models that it runs on."""
+
+    recipe: str
+    family: str
+    has_encoder: bool = False
+
+
+RECIPES_RUN = {
+    "qwen3_expert": ExampleRun("frozen_expert", "qwen3"),
+    "llama_lora_siglip": ExampleRun("lora_separate_siglip", "llama", has_encoder=True),
+}
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """losses: of every step. start, end: means of the first and the last five. contract: the largest difference of the
+    equality contract in float64, in the published model."""
+
+    losses: Sequence[float]
+    contract: float
+
+    @property
+    def start(self) -> float:
+        return sum(self.losses[:5]) / 5
+
+    @property
+    def end(self) -> float:
+        return sum(self.losses[-5:]) / 5
+
+
+def recipe_row(name: str, folder: Path, steps: int, data: str | None) -> RecipeRow:
+    """Run an example recipe, publish the model, load it, and check the contract on it."""
+    example = RECIPES_RUN[name]
+    decoder = imported(folder, example.family)
+    overrides = [f"max_steps={steps}"]
+    if example.has_encoder:
+        write_tower("siglip", folder / "siglip")
+        overrides.append(f"encoder={folder / 'siglip'}")
+    run = run_of(recipe_of(example.recipe, decoder, overrides, data), folder / "run")
+    losses = losses_of(run, steps)
+    saved = run.model.save_pretrained(folder / "model", dtype=torch.float32)
+    exact = [check for check in verify(omni.from_pretrained(saved)) if check.bar == EXACT]
+    return RecipeRow(losses, max(check.value for check in exact))
