@@ -58,7 +58,7 @@ OPTIONAL = {
         "eval/peers.py",
         "eval/tasks/pretrained/encoders.py",
     },
-    "huggingface_hub": {"omni/hf/auto.py"},
+    "huggingface_hub": {"omni/hf/auto.py", "omni/importers/places.py"},
     "jinja2": {"omni/text/template.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"eval/experiments/imports/tiny.py", "omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
