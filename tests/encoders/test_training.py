@@ -119,7 +119,7 @@ def test_each_picture_is_encoded_once(tmp_path: Path, encoder: Path) -> None:
     assert torch.equal(first.batches[0].features.values[:36], values)
 
 
-@pytest.mark.parametrize("pictures", ["both", "features"])
+@pytest.mark.parametrize("pictures", ["both", pytest.param("features", marks=pytest.mark.slow)])
 def test_workers_give_the_batches_of_one_loader(tmp_path: Path, encoder: Path, pictures: str) -> None:
     """Null contexts too."""
     run, plain = make(tmp_path, encoder, pictures, "workers=1"), make(tmp_path, encoder, pictures).loader

@@ -13,8 +13,12 @@ from eval.experiments.imports.gguf_files import CASES, gguf_differences, write
 from eval.experiments.imports.oracle import published
 from omni.importers.decoders import import_decoder, read_decoder
 
+SLOW = "llama, F32"  # two other types of llama are read by default
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == SLOW else case for case in CASES]
+)
 def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     found = gguf_differences(*CASES[case], tmp_path)
     assert found["float64"] < 1e-10 and found["float32"] < 1e-5
