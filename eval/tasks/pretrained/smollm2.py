@@ -75,7 +75,7 @@ def speeds(model: Omni, theirs: Any, options: SmolLM2Options, conditions: str) -
         caches = zip(EAGER, ("dynamic", "static"), strict=True)
         return eager | {name: llama_decode(theirs, ids, tokens, cache) for name, cache in caches}
 
-    native = {"omni native": omni_decode(model, PROMPTS[:1], options.tokens, compile=True)}
+    native = {"omni native": omni_decode(model, [PROMPTS[0]], options.tokens, compile=True)}
     decoding = Times.of(runs(PROMPTS[0], options.tokens) | native, options.repeats, conditions)
     num = len(prompt_ids_of(model, LONG_PROMPT))
     prefill = Times.of(runs(LONG_PROMPT, 1), options.repeats, f"{num} ids; {conditions}")
