@@ -31,8 +31,8 @@ class SmolLM2Options(TaskOptions):
 
     prompts: int = Field(default=len(PROMPTS), ge=1, le=len(PROMPTS))
     reply: int = Field(default=48, ge=1)
-    tokens: int = Field(default=32, ge=1)
-    repeats: int = Field(default=3, ge=1)
+    tokens: int = Field(default=24, ge=1)
+    repeats: int = Field(default=5, ge=1)
 
 
 SPEEDS = ("decoding", "native", "prefill", "tokens_per_second", "native_tokens_per_second", "prefill_ms")
