@@ -63,6 +63,12 @@ def check_same_parts(
         raise ValueError(f"{what} {str(directory)!r} has another encoder; use encoder={tower.root}{hint}")
 
 
+def fingerprints(tokenizer: Tokenizer, codec: Codec, encoder: Encoder | None) -> dict[str, str]:
+    """Of all that is attached to a model, by name."""
+    found = {"tokenizer": digest(tokenizer.describe()), "codec": fingerprint(codec)}
+    return found if encoder is None else {**found, "encoder": fingerprint(encoder)}
+
+
 def fingerprint(codec: Codec | Encoder) -> str:
     """Of a codec or an encoder: digest of configuration and weights. Checkpoints store it: never change it."""
     weights = codec.weights()

@@ -18,7 +18,7 @@ import torch
 
 from omni.checkpoint import Published
 from omni.codecs import Codec
-from omni.config import build, digest
+from omni.config import build
 from omni.data.source import Source, build_source
 from omni.encoders import Encoder
 from omni.generation.denoise import require_effect
@@ -34,7 +34,7 @@ from omni.pretrained import from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer
 from omni.text.compose import compose
-from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprint
+from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprints
 from train.checkpoint import AVERAGES, WEIGHTS
 from train.data.held_out import HeldOut, hold_out
 from train.data.latents import LatentMemo
@@ -65,15 +65,12 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, in one line, where a part of the recipe is missing or does not fit."""
     key = Key(recipe.seed)
     tokenizer, codec, encoder = build_tokenizer(recipe), build_codec(recipe), build_encoder(recipe)
-    starting = {} if encoder is None else {"encoder": fingerprint(encoder)}  # before it is trained
+    attached = fingerprints(tokenizer, codec, encoder)  # of the encoder before it is trained
     objectives = build_objectives(recipe)
     model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives), encoder)
     check_blocks_of(recipe, objectives, model.config)
     mixture = build_mixture(recipe, key)
     mixture.held_out, more_data = build_held_out(recipe, mixture, key)
-    memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
-    if recipe.tune_encoder:  # features change with every step
-        memo = LatentMemo(codec.encode_media, memo.max_bytes, partial(model.encode_features, as_pixels=True))
     load = partial(
         Loader,
         prepare=model.prepare,
@@ -85,7 +82,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     )
     shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
     train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
-    own = {"memo": memo, "channels": codec.spec.channels}
+    own = {"memo": build_memo(recipe, model, codec), "channels": codec.spec.channels}
 
     def open_workers(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> WorkerLoader:
         def loader_of_worker(tickets: Tickets, num_workers: int) -> Loader:
@@ -94,8 +91,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
             return made
 
         alone = model.config.encoder is not None and model.config.encoder.pictures == "features"
-        more = recipe.device, encoder, alone, recipe.tune_encoder
-        return WorkerLoader(loader_of_worker, codec, cursors, step, *more)
+        return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device, encoder, alone, recipe.tune_encoder)
 
     validation, held_out = None, ()
     if mixture.held_out is not None:
@@ -107,9 +103,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         "recipe": recipe.model_dump(mode="json"),
         "draws": NOISE_VERSION,
         "data": mixture.fingerprint() + more_data,
-        "tokenizer": digest(tokenizer.describe()),
-        "codec": fingerprint(codec),
-        **starting,
+        **attached,
     }
     return Run(
         recipe=recipe,
@@ -127,6 +121,14 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         held_out=held_out,
         open_workers=open_workers if recipe.workers else None,
     )
+
+
+def build_memo(recipe: Recipe, model: Omni, codec: Codec) -> LatentMemo:
+    """The cache of latents, and of features where the encoder is frozen."""
+    size = recipe.latent_memory_mb << 20
+    if recipe.tune_encoder:  # features change with every step
+        return LatentMemo(codec.encode_media, size, partial(model.encode_features, as_pixels=True))
+    return LatentMemo(model.encode_media, size)
 
 
 def check_without_inputs(recipe: Recipe) -> None:
