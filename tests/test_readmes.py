@@ -37,7 +37,14 @@ from train.recipe import Recipe
 from train.tools.tokenizer import TokenizerRecipe
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "omni/README.md", "train/README.md", "eval/README.md", "tokenizers_cfg/README.md")
+NAMES = (
+    "README.md",
+    "omni/README.md",
+    "omni/importers/README.md",
+    "train/README.md",
+    "eval/README.md",
+    "tokenizers_cfg/README.md",
+)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES if (ROOT / name).is_file()}
 README = TEXTS["README.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -1,5 +1,5 @@
-"""`omni generate | chat | import | inspect | verify | doctor`: parse arguments and run one command; an error is one
-line.
+"""`omni generate | chat | import | export | inspect | verify | doctor`: parse arguments and run one command; an error
+is one line.
 
 Exit codes: 0 done; 1 a failed check, or a bug; 2 bad usage or bad input; 4 damaged or missing model files;
 130 interrupted. OMNI_DEBUG=1 shows tracebacks. Each command is a file in this folder, imported when it runs.
@@ -139,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_import(commands)
+    _add_export(commands)
     _add_inspect(commands)
     _add_verify(commands)
     _add_doctor(commands)
@@ -192,10 +193,10 @@ def _add_import(commands: Any) -> None:
         "import",
         help="write a published language model as a model directory",
         description="Read a published decoder (Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, OLMo 2, Phi-3: a folder "
-        "with config.json and safetensors files, or a GGUF file) and write a model directory with the same text "
-        "logits. What is not known is refused by name: see omni inspect PATH.",
+        "with config.json and safetensors files, a GGUF file, an installed package that holds one, or a repository of "
+        "the hub) and write a model directory with the same text logits. What is not known is refused by name: see omni inspect PATH.",
     )
-    sub.add_argument("path", help="the folder or GGUF file")
+    sub.add_argument("path", help="folder, GGUF file, installed package, or repository of the hub")
     sub.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
     sub.add_argument("--codec", metavar="DIR", help="a codec; the model then has a flow head with new weights")
     sub.add_argument(
@@ -204,6 +205,21 @@ def _add_import(commands: Any) -> None:
     sub.add_argument("--context", type=int, metavar="N", help="longest context (default: that of the published model)")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing model directory DIR")
     sub.set_defaults(run="omni.cli.import_model:run")
+
+
+def _add_export(commands: Any) -> None:
+    sub = commands.add_parser(
+        "export",
+        help="write a model as a folder for the Hugging Face hub",
+        description="Write a model directory with a model card, for omni.from_pretrained and transformers' AutoModel. "
+        "--text: the text path alone, as the published class that it was imported from.",
+    )
+    sub.add_argument("model", metavar="MODEL", help="a model directory")
+    sub.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    sub.add_argument("--text", action="store_true", help="the text path alone, for AutoModelForCausalLM")
+    sub.add_argument("--name", metavar="NAME", help="on the card (default: the folder's)")
+    sub.add_argument("--license", metavar="ID", help="on the card, such as apache-2.0")
+    sub.set_defaults(run="omni.cli.export_model:run")
 
 
 def _add_inspect(commands: Any) -> None:

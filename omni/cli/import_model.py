@@ -11,6 +11,7 @@ from omni.checkpoint import MANIFEST
 from omni.cli.terminal import Printer, table
 from omni.errors import check_place
 from omni.importers.decoders import PublishedDecoder, import_decoder, read_decoder
+from omni.importers.places import find_checkpoint
 from omni.sequence.rotary_scaling import DynamicScaling, LongRopeScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "keep": None}
@@ -23,16 +24,17 @@ def run(arguments: argparse.Namespace) -> int:
         way_out = "" if arguments.overwrite else ", or replace a model directory with --overwrite"
         raise ValueError(f"--out {str(out)!r} exists already; name another folder{way_out}")
     check_place(out, "--out")
+    printer = Printer()
+    path = find_checkpoint(arguments.path, printer.line)
     import_decoder(
-        arguments.path,
+        path,
         out,
         codec=arguments.codec,
         dtype=DTYPES[arguments.dtype],
         context=arguments.context,
         replace=arguments.overwrite,
     )
-    printer = Printer()
-    found = read_decoder(arguments.path, arguments.context)
+    found = read_decoder(path, arguments.context)
     for line in (*summary(found), f'wrote {out}; try: omni generate --model {out} "..."'):
         printer.line(line)
     return 0

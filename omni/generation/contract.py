@@ -7,7 +7,8 @@ One document, text-image-text-video-text-image-text, is computed three ways:
     cached      like the engine: text id by id; blocks are refined against the history, then appended clean
 
 The check repeats this for the guidance branches (text dropped, everything dropped), for one document and for a batch of
-different lengths. A joint-token head adds its placeholders after every text id that they may follow.
+different lengths. A joint-token head adds its placeholders after every text id that they may follow; every LoRA repeats
+it for two documents.
 
 float64 proves equality: a difference below 1e-10 means one function. The engine uses float32, where rounding depends on
 the processor and the number of threads; the bound is relative to the largest logit, F or hidden state, with a margin.
@@ -26,7 +27,7 @@ from omni.generation.context import append_of, block_runs, group_runs, run_conte
 from omni.generation.drafting import CacheCall
 from omni.heads.joint.training import BatchCall
 from omni.model import Omni
-from omni.nn.cache import History
+from omni.nn.cache import History, Pool
 from omni.nn.native_step import CompiledStep
 from omni.rng import Key
 from omni.sequence.block_context import joined
@@ -116,6 +117,26 @@ def _differences(model: Omni, key: Key) -> Iterator[tuple[str, float, float]]:
         yield "joint-token blocks: training = decoding", *_joint_blocks(model, whole, key)
     if model.block_context.is_joint:
         yield "blocks that move together: training = decoding", *_moving_blocks(model, whole, key)
+    for name in model.transformer.loras:
+        yield from _with_lora(model, name, documents[:2], key)
+
+
+def _with_lora(
+    model: Omni, name: str, documents: Sequence[Sequence[Span]], key: Key
+) -> Iterator[tuple[str, float, float]]:
+    """The comparisons with an adapter of the text weights."""
+    before, model.transformer.active_lora = model.transformer.active_lora, name
+    try:
+        alone = [_uncached(model, d, key) for d in documents]
+        yield _compare(f"LoRA {name}: training, packed = uncached", _training(model, documents, key), alone)
+        yield _compare(f"LoRA {name}: cached = uncached", _cached(model, documents, key), alone)
+    finally:
+        model.transformer.active_lora = before
+
+
+def _history(model: Omni, pool: Pool | None = None) -> History:
+    """An empty history with the active LoRA."""
+    return History(pool or model.transformer.new_pool(), model.transformer.active_lora)
 
 
 def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
@@ -216,7 +237,7 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
             continue
         x, t, s = _noisy(span, number, key)
         number += 1
-        fresh = History(model.transformer.new_pool())
+        fresh = _history(model)
         run_context(model, [append_of(fresh, spans[:index], 0)])
         out.flows.append(_velocity(model, [fresh], [span.grid], x, [t], [s]))
     return out
@@ -236,7 +257,7 @@ def _cached(
     """Like the engine, with a history per document: ids one at a time, of all documents in one pass; blocks are refined
     in one pass, then appended. step: native code, where it serves."""
     pool = model.transformer.new_pool()
-    histories, number = [History(pool) for _ in documents], [0] * len(documents)
+    histories, number = [_history(model, pool) for _ in documents], [0] * len(documents)
     outputs, logits, pieces = [Outputs([], []) for _ in documents], [[] for _ in documents], [*map(_pieces, documents)]
     while any(pieces):
         now = [(r, p.pop(0)) for r, p in enumerate(pieces) if p]
@@ -328,7 +349,7 @@ def _joint_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float, 
             before, last = _split_at(plain, at)
             last_alone = [TokenSpan([last], [False])]
             pool = model.transformer.new_pool()
-            cached, whole = History(pool), History(pool)
+            cached, whole = _history(model, pool), _history(model, pool)
             run_context(model, [append_of(cached, before, 0)])
             for append in (append_of(cached, last_alone, 0), append_of(whole, [*before, *last_alone], 0)):
                 behind = CacheCall(model, [append])(inputs[b : b + 1], causal)
@@ -355,7 +376,7 @@ def _moving_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float,
         start, end = _times(t, like), _times(s, like)
         noisy = torch.cat(x)[None].to(like)
         packed = model.velocity(noisy, start, end, torch.ones_like(start), stream, batch.item, memory)
-        history = History(model.transformer.new_pool())
+        history = _history(model)
         run_context(model, [append_of(history, spans[: at + done], 0)])
         moving = range(number + done, number + 2)
         starts = [sum(max(one.grid) for one in clip[done:b]) for b in range(done, 2)]

