@@ -47,6 +47,14 @@ def require(package: str) -> str:
         ) from None
 
 
+def version_of(package: str) -> str:
+    """The version of an installed library, which is not imported. ValueError where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except ImportError:
+        raise ValueError(f"this task compares with {package}, which is not installed; pip install {package}") from None
+
+
 def num_parameters(module: nn.Module) -> int:
     """Numbers in all parameters of a module."""
     return sum(p.numel() for p in module.parameters())
@@ -152,6 +160,14 @@ def inputs_of(module: nn.Module) -> Iterator[list[torch.Size]]:
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
+def quiet_transformers() -> None:
+    """No progress bars and no warnings of transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def build_llama(width: int, depth: int, heads: int, hidden: int, vocab_size: int, positions: int) -> Any:
     """A randomly initialised LlamaForCausalLM in evaluation mode, float32."""
     require("transformers")
@@ -208,15 +224,20 @@ def llama_decode(model: Any, prompts: Tensor, num_new: int, cache: str = "dynami
     return run
 
 
-def greedy_replies(gguf: Path, prompts: Sequence[str], num_new: int) -> list[tuple[list[int], list[int], str]]:
-    """(prompt ids, reply ids, reply text) of the model in a GGUF file, greedily, in float32, through its chat
-    template."""
+def load_gguf(gguf: Path) -> tuple[Any, Any]:
+    """(tokenizer, model in float32 and evaluation mode) of a GGUF file, as transformers reads them."""
     require("transformers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place).eval()
+    return tokenizer, AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place).eval()
+
+
+def greedy_replies(
+    tokenizer: Any, model: Any, prompts: Sequence[str], num_new: int
+) -> list[tuple[list[int], list[int], str]]:
+    """(prompt ids, reply ids, reply text), greedily, through the chat template."""
     found = []
     for prompt in prompts:
         turns = [{"role": "user", "content": prompt}]

@@ -7,7 +7,7 @@ unknown row is found before anything runs. Pictures are uint8 (H, W, 3) tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -61,6 +61,19 @@ class TaskOptions(Frozen):
         for text in bars.values():
             Bar.parse(text)
         return bars
+
+
+def names_of(field_name: str, known: Iterable[str]) -> Any:
+    """A validator of options: every name in the field is known."""
+    names = list(known)
+
+    def check(given: tuple[str, ...]) -> tuple[str, ...]:
+        for name in given:
+            if name not in names:
+                raise ValueError(f"{field_name} has {name!r}; known: {', '.join(names)}")
+        return given
+
+    return field_validator(field_name)(check)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ GENERATE = ("omni.model", "omni.generation.engine")  # the one exception: the la
 CORE = {"torch", "numpy", "einops", "safetensors", "tokenizers", "sentencepiece", "PIL", "pydantic", "pydantic_core"}
 # Every other package: the one file in each of omni, train and eval that may import it, inside a function.
 OPTIONAL = {
-    "gguf": {"omni/importers/gguf_file.py"},
+    "gguf": {"omni/importers/gguf_file.py", "eval/experiments/imports/gguf_files.py"},
     "diffusers": {"omni/codecs/upstream.py"},
     "av": {"omni/media/video.py"},
     "emoji": {"omni/data/emoji_world/names.py"},
@@ -57,9 +57,12 @@ OPTIONAL = {
         "eval/experiments/imports/tiny.py",
         "eval/peers.py",
         "eval/tasks/pretrained/encoders.py",
+        "eval/experiments/imports/chat_families.py",
+        "eval/experiments/imports/oracle.py",
+        "eval/experiments/imports/rotary.py",
     },
     "huggingface_hub": {"omni/hf/auto.py", "omni/importers/places.py"},
-    "jinja2": {"omni/text/template.py"},
+    "jinja2": {"omni/text/template.py", "eval/experiments/imports/chats.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"eval/experiments/imports/tiny.py", "omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},
     "tensorboard": {"train/metrics.py"},

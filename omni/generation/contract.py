@@ -232,7 +232,7 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
     out, number = Outputs([], []), 0
     for index, span in enumerate(spans):
         if isinstance(span, TokenSpan):
-            out.logits.append(_training_prefix(model, spans[: index + 1])[-len(span.ids) :])
+            out.logits.append(training_prefix(model, spans[: index + 1])[-len(span.ids) :])
         if not isinstance(span, LatentSpan):
             continue
         x, t, s = _noisy(span, number, key)
@@ -243,7 +243,8 @@ def _uncached(model: Omni, spans: Sequence[Span], key: Key) -> Outputs:
     return out
 
 
-def _training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
+def training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
+    """Logits (N, V) of all context positions of spans, in one packed pass, as training computes them."""
     shape, channels = Shape(1, 4096, 0), model.config.channels
     [batch], _ = pack([_plain(spans)], [shape], channels=channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
@@ -415,7 +416,7 @@ def _text_only(model: Omni, key: Key) -> float:
     random = key.fold("text").python()
     num = 24
     ids = [random.randrange(min(model.config.vocab_size, 256)) for _ in range(num)]
-    full = _training_prefix(model, [TokenSpan(ids, [True] * num)])
+    full = training_prefix(model, [TokenSpan(ids, [True] * num)])
     device = full.device
     position = torch.arange(num, device=device)[None, :, None].expand(1, num, 3)
     block = torch.arange(num, device=device)[None]

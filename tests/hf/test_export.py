@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from layouts import small_model
-from published_oracle import logits, published
 from safetensors.torch import load_file
 
 import omni
+from eval.experiments.imports.oracle import logits, published
 from omni.cli.commands import main
 from omni.hf.export import export_model, export_text
 from omni.importers.decoders import import_decoder

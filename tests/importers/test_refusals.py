@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from published_oracle import changed, published
+from published_config import changed
 from safetensors.torch import load_file, save_file
 
+from eval.experiments.imports.oracle import published
 from omni import checkpoint
 from omni.cli.commands import main
 from omni.importers import writing

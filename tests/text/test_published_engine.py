@@ -8,6 +8,8 @@ import pytest
 import torch
 from scripted import enliven, follow
 
+from eval.experiments.imports.chat_families import FAMILIES
+from eval.experiments.imports.chats import no_media
 from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.document import Document, Image, Role, Text
 from omni.generation.engine import Engine
@@ -21,7 +23,6 @@ from omni.sequence.layout import TokenSpan
 from omni.text.compose import compose
 from omni.text.convert import convert_tokenizer
 from omni.text.published import PublishedTokenizer
-from tests.text.published_families import FAMILIES
 from train.data.batch import BatchConfig, ShapeConfig
 from train.data.loader import Loader
 
@@ -56,10 +57,6 @@ def words_of(model: Omni) -> list[int]:
     prompt, begun = (span.ids for [span] in spans if isinstance(span, TokenSpan))
     assert begun[: len(prompt)] == prompt
     return begun[len(prompt) :]
-
-
-def no_media(_: Any) -> Any:
-    raise AssertionError("there is no media to encode")
 
 
 def script_of(model: Omni, end: int) -> list[int]:

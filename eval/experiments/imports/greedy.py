@@ -3,21 +3,25 @@
     python -m eval.experiments.imports.greedy GGUF WORK      imports GGUF to WORK and answers 20 questions
 
 The prompts go through each side's own chat template and tokenizer; ids of prompts and of replies are compared, and the
-text that the engine gives.
+texts that the engine gives to all prompts together.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import omni
-from eval.peers import greedy_replies
+from eval.peers import greedy_replies, load_gguf
 from omni.document import Document, Role, Text
 from omni.generation.context import append_of, run_context
+from omni.generation.engine import Engine
+from omni.generation.options import GenerationOptions
 from omni.importers.decoders import import_decoder
 from omni.model import Omni
 from omni.nn.cache import History
@@ -45,22 +49,23 @@ class Agreement:
     equal_tokens: int  # before the first difference of each reply
 
 
-def compare(gguf: Path, work: Path, num_tokens: int = 48) -> Agreement:
-    """Import the file to work/model and answer every prompt on both sides, in float32."""
-    model = omni.from_pretrained(import_decoder(gguf, work / "model"))
-    theirs = greedy_replies(gguf, PROMPTS, num_tokens)
+def compare(model: Omni, theirs: tuple[Any, Any], prompts: Sequence[str] = PROMPTS, num_tokens: int = 48) -> Agreement:
+    """Answer every prompt on both sides. theirs: see `load_gguf`."""
+    wanted = greedy_replies(*theirs, prompts, num_tokens)
+    options = GenerationOptions(max_tokens=num_tokens, temperature=0.0)
+    replies = Engine(model).generate_batch(prompts, [options] * len(prompts))
     counts = [0] * 5
-    for prompt, (prompt_ids, reply_ids, reply) in zip(PROMPTS, theirs, strict=True):
-        ids = _prompt_ids(model, prompt)
+    for prompt, reply, (prompt_ids, reply_ids, text) in zip(prompts, replies, wanted, strict=True):
         ours = greedy_ids(model, prompt_ids, num_tokens)
-        same = next((n for n, (a, b) in enumerate(zip(ours, reply_ids, strict=False)) if a != b), len(reply_ids))
-        text = model.generate(prompt, max_tokens=num_tokens, temperature=0.0).text
-        for place, value in enumerate((ids == prompt_ids, ours == reply_ids, text == reply, len(reply_ids), same)):
+        pairs = list(zip(ours, reply_ids, strict=False))
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        equal = prompt_ids_of(model, prompt) == prompt_ids, ours == reply_ids, reply.text == text
+        for place, value in enumerate((*equal, len(reply_ids), same)):
             counts[place] += int(value)
-    return Agreement(len(PROMPTS), *counts)
+    return Agreement(len(prompts), *counts)
 
 
-def _prompt_ids(model: Omni, prompt: str) -> list[int]:
+def prompt_ids_of(model: Omni, prompt: str) -> list[int]:
     """The ids of one question, ready for the answer."""
     spans = model.spans(Document((Text(prompt, Role.USER),)), generation_prompt=True)
     return [token for span in spans if isinstance(span, TokenSpan) for token in span.ids]
@@ -82,4 +87,5 @@ def greedy_ids(model: Omni, prompt: list[int], num: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    print(compare(Path(sys.argv[1]), Path(sys.argv[2])))
+    file, work = map(Path, sys.argv[1:])
+    print(compare(omni.from_pretrained(import_decoder(file, work / "model")), load_gguf(file)))

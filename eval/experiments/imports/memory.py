@@ -9,6 +9,7 @@ Each step runs in a process of its own. Mapped pages are no anonymous memory: th
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -66,18 +67,23 @@ def sparse_checkpoint(folder: Path, config: dict[str, Any], num_shards: int = 3)
 
 
 def memory_of_import(work: Path, config: dict[str, Any] | None = None) -> dict[str, Cost]:
-    """The costs of "import" and of "load" (from_pretrained in bfloat16, with one pass of text), in new processes.
-    Writes work/published and work/model."""
+    """The costs of "import" and of "load" (from_pretrained in bfloat16, with one pass of text), in new processes of one
+    thread. Writes work/published and work/model."""
     sparse_checkpoint(work / "published", config or LLAMA_7B)
     found = {}
     for step in ("import", "load"):
-        done = subprocess.run(
-            [sys.executable, "-m", __spec__.name, str(work), step], capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-m", __spec__.name, str(work), step]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise ValueError(f"the step {step} failed: {done.stderr.strip()[-500:]}")
         found[step] = Cost(**json.loads(done.stdout.splitlines()[-1]))
     return found
+
+
+def disk_bytes(folder: Path) -> int:
+    """The space that files below the folder take on disk; holes take none."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 def anonymous_bytes() -> int:

@@ -7,12 +7,16 @@ configuration are those of its own latents of random pictures, as a published ch
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eval.experiments.imports.decoders import largest
+from eval.peers import version_of
+from eval.task import Context, Measure, Outcome, TaskOptions, names_of, task
 from omni.codecs import AutoencoderCodec, AutoencoderConfig, load_codec
 from omni.codecs.autoencoders import to_pictures
 from omni.codecs.networks import build_autoencoder, decoded_pictures, encoded_latents, initialise
@@ -177,17 +181,17 @@ def _set_statistics(module: Any, raw: Tensor) -> None:
         module.register_to_config(scaling_factor=1 / float(raw.std(correction=0)))
 
 
-def measure() -> list[dict[str, Any]]:
-    """One row per instance of TINY.
+def measure(names: Sequence[str] = tuple(TINY)) -> list[dict[str, Any]]:
+    """One row per named instance of TINY.
 
     round_trip: largest difference to the class's own decode(encode(x)), float32, pixels in [-1, 1]. mean, deviation:
     largest |mean| and |deviation - 1| of normalised latents of the pictures of the statistics, per channel where the
     class has them per channel, else of all; mean None where the class subtracts none. causal: largest difference of
-    the latents of a prefix of a clip, in deviations; None for a class of pictures. tiling: see `tiling`; rounding alone
-    in a class without group norms.
+    the latents of a prefix of a clip, in deviations; None for a class of pictures. tiling: see `tiling`. group_norms:
+    whether the class has them; without them causal is zero, and tiling rounding alone.
     """
     rows = []
-    for name in TINY:
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             module = write_published(name, Path(folder))
             codec = load_codec(folder)
@@ -204,6 +208,7 @@ def measure() -> list[dict[str, Any]]:
                 "deviation": deviation,
                 "causal": _prefix(codec),
                 "tiling": worst,
+                "group_norms": any(isinstance(layer, torch.nn.GroupNorm) for layer in module.modules()),
             }
         )
     return rows
@@ -251,3 +256,36 @@ def tiling(codec: AutoencoderCodec, folder: str | Path) -> float:
     latents = codec.encode(pixels)
     pictures = [one.decoded(latents) for one in (codec, tiled)]
     return max(float((latents - tiled.encode(pixels)).abs().max()), float((pictures[0] - pictures[1]).abs().max()))
+
+
+# ---- the task ------------------------------------------------------------------------------------------------------
+
+ROWS = {  # row -> (column of `measure`, of the classes with group norms; None: of all)
+    "round_trip": ("round_trip", None),
+    "mean": ("mean", None),
+    "deviation": ("deviation", None),
+    "causal": ("causal", False),
+    "causal_group_norms": ("causal", True),
+    "tiling": ("tiling", False),
+    "tiling_group_norms": ("tiling", True),
+}
+
+
+class AutoencoderOptions(TaskOptions):
+    """instances: those of TINY that are measured."""
+
+    instances: tuple[str, ...] = tuple(TINY)
+
+    _known = names_of("instances", TINY)
+
+
+@task("pretrained_autoencoders", AutoencoderOptions, rows=tuple(ROWS))
+def pretrained_autoencoders(context: Context, options: AutoencoderOptions) -> Outcome:
+    """Published autoencoder classes behind the codec, the worst of them in each row: see `measure`."""
+    version, found = f"diffusers {version_of('diffusers')}", measure(options.instances)
+    measures = []
+    for row, (column, group_norms) in ROWS.items():
+        kept = [one for one in found if one[column] is not None and group_norms in (None, one["group_norms"])]
+        note = "; ".join(f"{one['class']} {one[column]:.2g}" for one in kept)
+        measures.append(Measure(row, largest(one[column] for one in kept), "", f"{note}; {version}"))
+    return Outcome(measures)

@@ -16,6 +16,8 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from eval.peers import quiet_transformers, version_of
+from eval.task import Context, Measure, Outcome, TaskOptions, task
 from omni.encoders import load_encoder
 from omni.encoders.upstream import tower_classes
 from omni.media.preparation import encoder_size, resized
@@ -96,3 +98,20 @@ def published_features(kind: str, module: Any, folder: Path, picture: Tensor) ->
     if kind == "siglip":
         return module(given["pixel_values"]).last_hidden_state[0]
     return module(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
+
+
+# ---- the task ------------------------------------------------------------------------------------------------------
+
+
+@task("pretrained_encoders", TaskOptions, rows=[f"{kind}{end}" for kind in TOWERS for end in ("", "_preparation")])
+def pretrained_encoders(context: Context, options: TaskOptions) -> Outcome:
+    """Largest difference of a picture encoder's features to transformers, of the largest feature; and of a prepared
+    pixel to Pillow, in units of 1/255."""
+    version = f"transformers {version_of('transformers')}"
+    quiet_transformers()
+    measures = []
+    for row in measure():
+        kind, note = row["encoder"], f"{row['width']} features at each place of {row['grid']}, float32; {version}"
+        measures.append(Measure(kind, row["difference"], "", note))
+        measures.append(Measure(f"{kind}_preparation", row["preparation"], "1/255", f"resized from {SIZE}"))
+    return Outcome(measures)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from omni.rng import Key
+
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+CLASSES = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3", "olmo2": "Olmo2", "phi3": "Phi3",
+}  # fmt: skip
+FAMILIES = tuple(CLASSES)
+WITHOUT_HEAD_DIM = ("olmo2", "phi3")
 
 
 class Wide(TorchFunctionMode):
@@ -36,26 +43,27 @@ def published(family: str, **settings: Any) -> Any:
     """A tiny model of transformers' class with random weights, in float32, norms and biases included."""
     import transformers
 
-    names = {
-        "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
-        "gemma3_text": "Gemma3", "olmo2": "Olmo2", "phi3": "Phi3",
-    }  # fmt: skip
-    name = names[family]
+    name = CLASSES[family]
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     given = {**SMALL, **settings}
-    if family in ("olmo2", "phi3"):
-        given["head_dim"] = None
+    if family in WITHOUT_HEAD_DIM:
         given.pop("head_dim")
     config = config_class(**given)
     config._attn_implementation = "eager"
-    torch.manual_seed(len(family))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for key, value in sorted(model.named_parameters()):
-            spread = 0.3 if value.ndim > 1 else 0.2
-            value.copy_(value.mean() * (value.ndim == 1) + spread * torch.randn(value.shape))
-            assert torch.isfinite(value).all(), key
+        for key, value in model.named_parameters():
+            noise = Key(0).fold(family, key).normal(tuple(value.shape))
+            value.copy_(noise * 0.3 if value.ndim > 1 else value.mean() + noise * 0.2)
     return model
+
+
+def read_gguf(file: Path) -> Any:
+    """The model of a GGUF file as transformers reads it, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": "eager", "dtype": torch.float32, "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options).eval()
 
 
 @contextmanager
@@ -72,17 +80,15 @@ def wide(model: Any) -> Iterator[Any]:
         torch.set_default_dtype(before)
 
 
-def logits(model: Any, ids: list[int], is_wide: bool = True) -> Tensor:
-    """The published logits (n, V) of one sequence, in one pass."""
-    with torch.no_grad():
-        if not is_wide:
-            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        with wide(model) as twin:
-            return twin(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+def logits(model: Any, ids: Sequence[int], is_wide: bool = True) -> Tensor:
+    """The published logits (n, V) of one sequence, in one pass. is_wide: in float64."""
+    return logits_of(model, [ids], is_wide)[0]
 
 
-def changed(folder: Path, without: tuple[str, ...] = (), **keys: Any) -> None:
-    """Change keys of config.json, and remove those of `without`."""
-    data = json.loads((folder / "config.json").read_text())
-    data = {name: value for name, value in {**data, **keys}.items() if name not in without}
-    (folder / "config.json").write_text(json.dumps(data))
+@torch.no_grad()
+def logits_of(model: Any, documents: Sequence[Sequence[int]], is_wide: bool = True) -> list[Tensor]:
+    """The published logits (n, V) of each sequence, each in one pass. is_wide: in float64."""
+    if not is_wide:
+        return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0] for ids in documents]
+    with wide(model) as twin:
+        return logits_of(twin, documents, is_wide=False)

@@ -1,5 +1,5 @@
 """Tiny tokenizers of the kinds that published language models have, with their chat templates, as transformers saves
-them. A family is a function of a folder."""
+them. A family is a function of a folder that writes one there."""
 
 # ruff: noqa: E501 (templates are as published)
 
@@ -210,3 +210,11 @@ def phi3(folder: Path) -> None:
 FAMILIES: dict[str, Callable[[Path], None]] = {
     one.__name__: one for one in (chatml, qwen3, llama3, olmo2, gemma, mistral, llama2, phi3)
 }
+HAS_NO_SYSTEM = ("gemma", "mistral", "llama2")
+
+
+def read_published(folder: Path) -> Any:
+    """The tokenizer in a folder, as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
