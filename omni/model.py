@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 
 PUBLISHED = "published"  # the folder of a published model's own files
+TOWER = "tower."  # names of an encoder's weights that are trained; checkpoints store them: never rename
 
 
 class OmniConfig(Frozen):
@@ -95,7 +96,8 @@ class OmniConfig(Frozen):
 
 class Omni(nn.Module):
     """One transformer over interleaved text and latent blocks. `tokenizer`, `codec` and `encoder` are attached, not
-    trained. Names of weights are keys of checkpoints and of initial values: never rename them."""
+    trained; the encoder is after `tune_encoder`. Names of weights are keys of checkpoints and of initial values: never
+    rename them."""
 
     def __init__(self, config: OmniConfig, key: Key | None = None) -> None:
         super().__init__()
@@ -111,6 +113,7 @@ class Omni(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.codec: Codec | None = None
         self.encoder: Encoder | None = None
+        self.tower: nn.Module | None = None  # the encoder's network, where it is trained
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
         self.published: Mapping[str, bytes] = {}  # files of the language model that was imported (omni.hf.export)
@@ -166,12 +169,14 @@ class Omni(nn.Module):
         self, ids: Tensor, latents: Tensor | None, is_latent: Tensor | None, features: Features | None = None
     ) -> Tensor:
         """Inputs (R, T, W): embeddings of ids (R, T), clean latents (R, T, C) where is_latent (R, T), and features of
-        an encoder where they stand. ValueError for features that the model has no projector for."""
+        an encoder where they stand, which are computed here where pictures stand for them. ValueError for features that
+        the model has no projector for."""
         h = self.token.embed(ids)
         if features is not None:
             if self.features is None:
                 raise ValueError("features of pictures need a model with `encoder` in its config.json; leave them out")
-            projected = self.features(features.values, features.place).to(h.dtype)
+            values = self._attached_encoder.features_of(features.pictures) if features.pictures else features.values
+            projected = self.features(values, features.place).to(h.dtype)
             h = h.flatten(0, 1).index_copy(0, features.at, projected).view_as(h)
         if latents is None or is_latent is None or not latents.shape[-1]:
             return h
@@ -307,15 +312,25 @@ class Omni(nn.Module):
         latents = self.codec.encode_media(prepared)
         return [[*blocks, *more] for blocks, more in zip(latents, features, strict=True)]
 
-    def encode_features(self, segment: Image | Video) -> list[FeatureBlock]:
+    def encode_features(self, segment: Image | Video, as_pixels: bool = False) -> list[FeatureBlock]:
         """The features of a prepared picture; none of a clip, or in a model without `encoder` in its config.json.
-        ValueError where the encoder is missing."""
+        as_pixels: what the encoder reads in their place; `embed_context` computes them. ValueError where the encoder is
+        missing."""
         if self._holds == "latents" or isinstance(segment, Video):
             return []
-        encoder, stride = self._attached_encoder, self.limits.stride
+        encoder, stride, alone = self._attached_encoder, self.limits.stride, self._holds == "features"
         height, width = segment.pixels.shape[:2]
+        sides = height // stride[0], width // stride[1]
+        if as_pixels:
+            prepared, grid = encoder.spec.prepared(segment.pixels), encoder.spec.grid(height, width)
+            return [FeatureBlock.of_pixels(prepared, grid, alone, sides)]
         [values] = encoder.encode(segment.pixels[None])
-        return [FeatureBlock(values[None], self._holds == "features", (height // stride[0], width // stride[1]))]
+        return [FeatureBlock(values[None], alone, sides)]
+
+    def tune_encoder(self) -> None:
+        """Make the weights of the attached encoder weights of this model, `tower`. They keep their values. Checkpoints
+        store them; a published model has them in encoder/ alone. ValueError without an encoder that can be trained."""
+        self.tower = self._attached_encoder.trainable()
 
     @property
     def _attached_encoder(self) -> Encoder:
@@ -354,7 +369,7 @@ class Omni(nn.Module):
         encoder/, published/, manifest.json.
 
         dtype: of the stored weights of the transformer and the heads; bfloat16, the default, halves the file and keeps
-        three digits. Codec and encoder are not rounded: their weights and settings are stored unchanged.
+        three digits. Codec and encoder keep their settings and the dtypes of their own files.
         """
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
@@ -363,6 +378,7 @@ class Omni(nn.Module):
             "model.safetensors": {
                 n: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
                 for n, v in self.state_dict().items()
+                if not n.startswith(TOWER)
             },
         }
         files |= {f"{PUBLISHED}/{name}": content for name, content in self.published.items()}

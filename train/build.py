@@ -6,7 +6,6 @@ Everything that a recipe names is resolved here, so `--dry-run` finds every mist
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,24 +16,25 @@ from typing import Any
 
 import torch
 
-from omni.checkpoint import Published, tensor_bytes
-from omni.codecs import Codec, codecs, load_codec, read_codec
-from omni.config import build, digest
+from omni.checkpoint import Published
+from omni.codecs import Codec
+from omni.config import build
 from omni.data.source import Source, build_source
-from omni.encoders import Encoder, load_encoder, read_encoder
+from omni.encoders import Encoder
 from omni.generation.denoise import require_effect
 from omni.generation.options import GenerationOptions
 from omni.heads import FlowHeadConfig
 from omni.media.preparation import Preparation, target_size
-from omni.model import Omni, OmniConfig
+from omni.model import TOWER, Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
 from omni.nn.declare import hidden_names
 from omni.objectives import OBJECTIVES, Objective
 from omni.objectives.base import check_blocks
-from omni.pretrained import CODEC_CONFIG, ENCODER_CONFIG, TOKENIZER_CONFIG, from_pretrained
+from omni.pretrained import from_pretrained
 from omni.rng import Key
-from omni.text import Tokenizer, load_tokenizer
+from omni.text import Tokenizer
 from omni.text.compose import compose
+from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprints
 from train.checkpoint import AVERAGES, WEIGHTS
 from train.data.held_out import HeldOut, hold_out
 from train.data.latents import LatentMemo
@@ -65,12 +65,12 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     """A run at step 0. Raises ValueError, in one line, where a part of the recipe is missing or does not fit."""
     key = Key(recipe.seed)
     tokenizer, codec, encoder = build_tokenizer(recipe), build_codec(recipe), build_encoder(recipe)
+    attached = fingerprints(tokenizer, codec, encoder)  # of the encoder before it is trained
     objectives = build_objectives(recipe)
     model = build_model(recipe, tokenizer, codec, key, choose_sampler(recipe, objectives), encoder)
     check_blocks_of(recipe, objectives, model.config)
     mixture = build_mixture(recipe, key)
     mixture.held_out, more_data = build_held_out(recipe, mixture, key)
-    memo = LatentMemo(model.encode_media, recipe.latent_memory_mb << 20)
     load = partial(
         Loader,
         prepare=model.prepare,
@@ -82,7 +82,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     )
     shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
     train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
-    own = {"memo": memo, "channels": codec.spec.channels}
+    own = {"memo": build_memo(recipe, model, codec), "channels": codec.spec.channels}
 
     def open_workers(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> WorkerLoader:
         def loader_of_worker(tickets: Tickets, num_workers: int) -> Loader:
@@ -91,7 +91,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
             return made
 
         alone = model.config.encoder is not None and model.config.encoder.pictures == "features"
-        return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device, encoder, alone)
+        return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device, encoder, alone, recipe.tune_encoder)
 
     validation, held_out = None, ()
     if mixture.held_out is not None:
@@ -103,16 +103,14 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         "recipe": recipe.model_dump(mode="json"),
         "draws": NOISE_VERSION,
         "data": mixture.fingerprint() + more_data,
-        "tokenizer": digest(tokenizer.describe()),
-        "codec": _codec_fingerprint(codec),
-        **({} if encoder is None else {"encoder": _codec_fingerprint(encoder)}),
+        **attached,
     }
     return Run(
         recipe=recipe,
         model=model,
         objectives=objectives,
         loader=train(**own),
-        optimiser=build_optimiser(model.named_parameters(), recipe.optimiser, hidden_names(model)),
+        optimiser=build_optimiser(model.named_parameters(), recipe.optimiser, hidden_names(model), TOWER),
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,
@@ -125,34 +123,12 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     )
 
 
-def build_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer of a directory; "bytes" is one id per byte."""
-    if recipe.tokenizer == "bytes":
-        from omni.text.bpe import BPETokenizer
-
-        return BPETokenizer.train([], 256)
-    return load_tokenizer(recipe.tokenizer)
-
-
-def build_codec(recipe: Recipe) -> Codec:
-    """The codec of a directory, or of a table for one without weights, on the device."""
-    if isinstance(recipe.codec, str):
-        codec = load_codec(recipe.codec)
-    else:
-        kind = str(recipe.codec.get("kind", ""))
-        codec = codecs.get(kind).from_config(recipe.codec, "codec")
-        if codec.weights():
-            raise ValueError(f"codec kind {kind!r} has weights; give the directory of a trained one instead of a table")
-    if hasattr(codec, "precision"):
-        codec.precision = recipe.codec_precision  # type: ignore[attr-defined]
-    return codec.to(recipe.device)
-
-
-def build_encoder(recipe: Recipe) -> Encoder | None:
-    """The encoder of a directory, on the device; None without one."""
-    if recipe.encoder is None:
-        return None
-    return load_encoder(recipe.encoder, **recipe.encoder_options).to(recipe.device)
+def build_memo(recipe: Recipe, model: Omni, codec: Codec) -> LatentMemo:
+    """The cache of latents, and of features where the encoder is frozen."""
+    size = recipe.latent_memory_mb << 20
+    if recipe.tune_encoder:  # features change with every step
+        return LatentMemo(codec.encode_media, size, partial(model.encode_features, as_pixels=True))
+    return LatentMemo(model.encode_media, size)
 
 
 def check_without_inputs(recipe: Recipe) -> None:
@@ -162,7 +138,8 @@ def check_without_inputs(recipe: Recipe) -> None:
     config = model_config(recipe, vocab_size=512, channels=4, sampler=sampler, features=features)
     check_blocks_of(recipe, objectives, config)
     if recipe.train_only or config.joint is not None:  # checks that need the weights or the head
-        freeze_all_but(Omni(config), recipe.train_only or ("",))
+        prefixes = [prefix for prefix in recipe.train_only if not (recipe.tune_encoder and prefix.startswith(TOWER))]
+        freeze_all_but(Omni(config), prefixes or ("",))
     build_held_out(recipe, build_mixture(recipe, key), key)
 
 
@@ -190,6 +167,8 @@ def build_model(
     model = Omni(config, key.fold("model"))
     model.tokenizer, model.codec, model.encoder, model.defaults = tokenizer, codec, encoder, recipe.generation
     model.preparation = recipe.preparation
+    if recipe.tune_encoder:
+        model.tune_encoder()
     model.published = {} if recipe.decoder is None else published_files(recipe.decoder)
     if recipe.preparation.size is not None:
         target_size(*recipe.preparation.size, recipe.preparation, model.limits)
@@ -210,6 +189,8 @@ def build_model(
             check_same_parts(recipe.init_from, tokenizer, codec, encoder=encoder)
     if recipe.train_only:
         freeze_all_but(model, recipe.train_only)
+    if model.tower is not None and not any(p.requires_grad for p in model.tower.parameters()):
+        raise ValueError(f"tune_encoder has no effect with train_only = {[*recipe.train_only]}; add {TOWER!r} to it")
     if recipe.text_path == "frozen":
         freeze_text_path(model, recipe.lora)
     model.transformer.active_lora = recipe.lora
@@ -259,6 +240,12 @@ def load_initial_weights(
     published, own = Published(directory), model.state_dict()
     saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()
+    if not any(name.startswith(TOWER) for name in saved):  # the encoder's own files have them
+        own = {name: value for name, value in own.items() if not name.startswith(TOWER)}
+    elif model.tower is None:
+        raise ValueError(
+            f"init_from {str(directory)!r} has a trained encoder; set tune_encoder, or publish it and use its encoder/"
+        )
     saved = with_latent_weights(saved, own) if upcycle else saved
     usable = {name: v for name, v in saved.items() if name in own and own[name].shape == v.shape}
     integers = [name for name, v in usable.items() if v.is_floating_point() != own[name].is_floating_point()]
@@ -306,23 +293,6 @@ def preparation_difference(directory: Path, ours: Preparation) -> str | None:
         return None
     a, b = (json.dumps(one.model_dump(mode="json", exclude_none=True)) for one in (theirs, ours))
     return f"preparation = {a}, this recipe has {b}"
-
-
-def check_same_parts(
-    directory: Path, tokenizer: Tokenizer, codec: Codec, what: str = "init_from", encoder: Encoder | None = None
-) -> None:
-    """ValueError where the weights of a model directory, `what`, were trained with another tokenizer, codec or
-    encoder."""
-    hint = ", or init_partial=true" if what == "init_from" else ""
-    words, pictures, tower = (Published(directory).folder(name) for name in ("tokenizer", "codec", "encoder"))
-    if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
-        raise ValueError(f"{what} {str(directory)!r} has another tokenizer; use tokenizer={words.root}{hint}")
-    if CODEC_CONFIG in pictures and _codec_fingerprint(read_codec(pictures)) != _codec_fingerprint(codec):
-        raise ValueError(f"{what} {str(directory)!r} has another codec; use codec={pictures.root}{hint}")
-    if ENCODER_CONFIG in tower and (
-        encoder is None or _codec_fingerprint(read_encoder(tower)) != _codec_fingerprint(encoder)
-    ):
-        raise ValueError(f"{what} {str(directory)!r} has another encoder; use encoder={tower.root}{hint}")
 
 
 def build_sources(configs: Sequence[DataConfig], key: Key, origin: str) -> list[Source]:
@@ -385,13 +355,6 @@ def publish_model(run: Run, directory: Path) -> Path:
     with run.ema.applied():
         run.model.save_pretrained(directory, torch.bfloat16, replace=True)
     return directory
-
-
-def _codec_fingerprint(codec: Codec | Encoder) -> str:
-    """Of a codec or an encoder: digest of configuration and weights. Checkpoints store it: never change it."""
-    weights = codec.weights()
-    data = digest(codec.config()).encode() + (tensor_bytes(weights) if weights else b"")
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:

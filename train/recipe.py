@@ -101,7 +101,8 @@ class Recipe(Frozen):
     compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
     codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
-    codec_precision: Literal["float32", "bfloat16"] = "float32"
+    codec_options: dict[str, Any] = Field({}, description="keys of its configuration that replace those of a directory")
+    codec_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     decoder: Path | None = Field(
         None, description="imported language model to build on: its tokenizer, its weights, and what [model] leaves out"
     )
@@ -115,7 +116,7 @@ class Recipe(Frozen):
         None, description="directory of a picture encoder, or of a transformers checkpoint with one; see heads.encoder"
     )
     encoder_options: dict[str, Any] = Field({}, description="options of the encoder, for a transformers checkpoint")
-    tune_encoder: bool = Field(False, description="train the encoder, too")
+    tune_encoder: bool = Field(False, description="train the encoder, too, at optimiser.encoder_rate")
     init_from: Path | None = Field(None, description="model directory or checkpoint whose weights to start from")
     init_partial: bool = Field(False, description="allow init_from to lack weights, or to have others")
     train_only: tuple[str, ...] = Field((), description="train only weights with these prefixes (* is any text)")
@@ -198,10 +199,18 @@ class Recipe(Frozen):
             )
         if self.lora is not None and self.text_path == "tuned":
             raise ValueError(f"lora = {self.lora!r} adapts frozen text weights; set text_path = 'frozen'")
-        if self.tune_encoder:
-            raise ValueError("tune_encoder = true is not served: encoders are frozen, and their features are cached")
-        if self.encoder is None and ("encoder" in self.heads or self.encoder_options):
-            raise ValueError("heads.encoder and encoder_options have no effect without encoder; give its directory")
+        if self.encoder is None and ("encoder" in self.heads or self.encoder_options or self.tune_encoder):
+            raise ValueError(
+                "heads.encoder, encoder_options and tune_encoder have no effect without encoder; give its directory"
+            )
+        usual = OptimiserConfig.model_fields["encoder_rate"].default
+        if not self.tune_encoder and self.optimiser.encoder_rate != usual:
+            raise ValueError(
+                f"optimiser.encoder_rate = {self.optimiser.encoder_rate} has no effect on a frozen encoder; set "
+                "tune_encoder, or leave it out"
+            )
+        if self.codec_options and not isinstance(self.codec, str):
+            raise ValueError("codec_options have no effect on the table of a codec; put them into the table")
         if self.drop.text + self.drop.images + self.drop.all > 1:
             raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
         return self

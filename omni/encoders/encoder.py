@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni.checkpoint import publish
 from omni.config import Frozen
@@ -51,6 +51,12 @@ class EncoderSpec(Frozen):
         rows, columns = self.grid(height, width)
         return rows * columns
 
+    def prepared(self, pixels: Tensor) -> Tensor:
+        """uint8 (..., H, W, 3) of any size -> in the size that the encoder reads; the same tensor if that is its
+        own."""
+        height, width = pixels.shape[-3:-1]
+        return resized(pixels, encoder_size(height, width, self.sizes), self.sizes.resample)
+
 
 class Encoder(ABC):
     """Pictures to features. Subclasses give `_encode`."""
@@ -67,12 +73,20 @@ class Encoder(ABC):
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.numel():
             raise ValueError(f"encode takes uint8 pixels (B, H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
-        size = encoder_size(pixels.shape[1], pixels.shape[2], self.spec.sizes)
-        prepared = resized(pixels, size, self.spec.sizes.resample)
-        features = torch.cat([self._encode(one) for one in prepared.split(1)])
+        features = torch.cat([self._encode(one) for one in self.spec.prepared(pixels).split(1)])
         features = features.to(pixels.device, torch.promote_types(features.dtype, torch.float32))
         require_finite(features, f"the features that encoder {self.spec.name!r} makes", RESTORE_HINT)
         return features
+
+    def features_of(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Pictures uint8 (H, W, 3), each as `EncoderSpec.prepared` gives it -> their features (F, E), one by one, on
+        the device and in the dtype of the weights. With a graph, where the weights have gradients (`trainable`)."""
+        return torch.cat([self._encode(one[None]).flatten(0, 2) for one in pictures])
+
+    def trainable(self) -> nn.Module:
+        """The network, whose weights have gradients from now on; what the encoder computes follows them. ValueError for
+        an encoder without one."""
+        raise ValueError(f"encoder {self.spec.name!r} has no network to train; leave out tune_encoder")
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:

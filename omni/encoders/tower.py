@@ -121,6 +121,9 @@ class TowerEncoder(Encoder):
             self._weights = ({}, "encoder")
         return self._module
 
+    def trainable(self) -> nn.Module:
+        return self.module.requires_grad_(True)
+
     def _loaded(self) -> nn.Module:
         """A new tower with the weights that were kept for it."""
         tensors, source = self._weights
@@ -151,7 +154,7 @@ class TowerEncoder(Encoder):
         return {**settings, self.depth: 1}
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        values = pixel_values(pixels.to(self._device), self.configuration.mean, self.configuration.std)
+        values = pixel_values(pixels, self.configuration.mean, self.configuration.std).to(self._device)
         rows, columns = self.spec.grid(*pixels.shape[1:3])
         dtype = next(self.module.parameters()).dtype
         return self.features(values.to(dtype)).view(1, rows, columns, self.spec.width)

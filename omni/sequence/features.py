@@ -5,7 +5,8 @@ Legend: N positions of one picture, F positions of features in a pass, E feature
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,19 +17,26 @@ class FeatureBlock:
     """What an encoder makes of one picture, behind its latents in the list of its blocks (Omni.encode_media).
 
     values: (1, h, w, E) float. alone: the context holds these in place of the latents. sides: rows and columns in the
-    picture's header, as of its latents.
+    picture's header, as of its latents. pixels: uint8 (H, W, 3) in the encoder's size, for a model that computes the
+    features itself, of which `values` has E = 0.
     """
 
     values: Tensor
     alone: bool
     sides: tuple[int, int]
+    pixels: Tensor | None = None
+
+    @classmethod
+    def of_pixels(cls, pixels: Tensor, grid: tuple[int, int], alone: bool, sides: tuple[int, int]) -> Self:
+        """Of a picture uint8 (H, W, 3) in the encoder's size, whose features have `grid` rows and columns."""
+        return cls(torch.zeros(1, *grid, 0), alone, sides, pixels)
 
     @property
     def num_bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+        return self.values.numel() * self.values.element_size() + (0 if self.pixels is None else self.pixels.numel())
 
     def clone(self) -> FeatureBlock:
-        return FeatureBlock(self.values.clone(), self.alone, self.sides)
+        return replace(self, values=self.values.clone())
 
 
 Blocks = list[Tensor | FeatureBlock]
@@ -46,10 +54,11 @@ def split_blocks(blocks: Blocks) -> tuple[list[Tensor], FeatureBlock | None]:
 @dataclass(frozen=True, eq=False)
 class FeatureSpan:
     """One block of features of a picture: (N, E) float, N = h*w in row-major order of `grid` (1, h, w). In the context
-    alone, with the text weights, and never supervised."""
+    alone, with the text weights, and never supervised. pixels: as of FeatureBlock."""
 
     features: Tensor
     grid: tuple[int, int, int]
+    pixels: Tensor | None = None
 
     def __post_init__(self) -> None:
         t, h, w = self.grid
@@ -66,11 +75,14 @@ class FeatureSpan:
 @dataclass(frozen=True)
 class Features:
     """The F positions of features in R batch rows of T context positions. values: (F, E) float32. place: (F, 2) int64,
-    their (row, column) in the picture. at: (F,) int64, their flat indices r*T + t, ascending."""
+    their (row, column) in the picture. at: (F,) int64, their flat indices r*T + t, ascending. pictures: uint8 (H, W, 3)
+    each, in the order of `at`: where there are any, the model computes the features, and E = 0 in `values`."""
 
     values: Tensor
     place: Tensor
     at: Tensor
+    pictures: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device | str) -> Features:
-        return Features(self.values.to(device), self.place.to(device), self.at.to(device))
+        """Pictures stay where they are: an encoder begins with them on the CPU."""
+        return Features(self.values.to(device), self.place.to(device), self.at.to(device), self.pictures)

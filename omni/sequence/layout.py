@@ -167,6 +167,7 @@ class LaidOut:
     next_position: int
     next_block: int
     features: list[tuple[Tensor, tuple[int, int]] | None] = field(default_factory=list)  # values (E,), (row, column)
+    pictures: list[Tensor] = field(default_factory=list)  # of features that the model computes, in order
 
     def is_text(self, index: int) -> bool:
         """Whether a position is an id: neither a latent nor features."""
@@ -205,6 +206,8 @@ def lay_out(
                 continue
         num = num_context(span)
         is_latent = isinstance(span, LatentSpan)
+        if isinstance(span, FeatureSpan) and span.pixels is not None:
+            out.pictures.append(span.pixels)
         out.latents += list(span.latents.unbind(0)) if is_latent else [None] * num
         out.features += [None] * num if is_latent else list(zip(span.features.unbind(0), span.places, strict=True))
         out.ids += [pad_id] * num
@@ -357,7 +360,8 @@ def _features(rows: Sequence[Sequence[LaidOut]], length: int) -> Features | None
                 at.append(r * length + t)
     if not at:
         return None
-    return Features(torch.stack(values).float(), torch.tensor(places), torch.tensor(at))
+    pictures = tuple(pixels for row in rows for laid in row for pixels in laid.pictures)
+    return Features(torch.stack(values).float(), torch.tensor(places), torch.tensor(at), pictures)
 
 
 def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, pad_id: int, copies: int) -> Batch:

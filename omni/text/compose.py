@@ -169,7 +169,7 @@ def _write_media(writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Vid
 def feature_span(features: FeatureBlock) -> FeatureSpan:
     """The span of a picture's features."""
     _, h, w, width = features.values.shape
-    return FeatureSpan(features.values.reshape(h * w, width), (1, h, w))
+    return FeatureSpan(features.values.reshape(h * w, width), (1, h, w), features.pixels)
 
 
 def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[int, int, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,16 @@ import torch
 
 pytest.importorskip("transformers")
 
+from encoder_runs import make, picture, recipe, tensors
 from encoders_towers import write_checkpoint
 
 import omni
-from omni.config import load_toml
-from omni.document import Document, Image, Role, Text
+from omni.document import Document, Image, Role
 from omni.encoders import load_encoder
-from omni.rng import Key
-from omni.sequence.layout import Batch
 from train import loop
 from train.build import build_run, publish_model
-from train.loop import Run
 from train.metrics import Tracker
 from train.recipe import Recipe
-
-RECIPE = """
-max_steps = 4
-codec = {{ kind = "pixels", patch = 8, frames_per_chunk = 2 }}
-encoder = "{encoder}"
-
-[model]
-width = 32
-depth = 1
-num_heads = 2
-num_kv_heads = 1
-head_dim = 16
-
-[heads.encoder]
-pictures = "{pictures}"
-
-[batch]
-shapes = [{{ rows = 2, budget = 160, refine_budget = 64 }}]
-
-[[data]]
-name = "jsonl"
-options = {{ path = "{data}" }}
-
-[[objectives]]
-name = "next_token"
-
-[[objectives]]
-name = "shortcut"
-options = {{ guidance_scale = 2.0 }}
-
-[report]
-save_steps = 1000
-"""
-
-
-def picture(seed: int) -> torch.Tensor:
-    return (Key(seed).fold("picture").uniform((16, 24, 3)) * 255).byte()
 
 
 @pytest.fixture(scope="module")
@@ -69,36 +28,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     write_checkpoint("siglip", folder / "checkpoint")
     return load_encoder(folder / "checkpoint", select=-3).save(folder / "saved")
-
-
-def recipe(folder: Path, encoder: Path, pictures: str, *changes: str) -> Recipe:
-    documents = [
-        Document(
-            (
-                Image(picture(n), Role.USER),
-                Text(f"{n}", Role.USER),
-                Text("as", Role.ASSISTANT, True),
-                Image(picture(n + 3), Role.ASSISTANT, True),
-            )
-        )
-        for n in range(3)
-    ]
-    (folder / "d.jsonl").write_text("\n".join(document.to_json() for document in documents) + "\n")
-    text = RECIPE.format(encoder=encoder, pictures=pictures, data=folder / "d.jsonl")
-    (folder / "recipe.toml").write_text(text)
-    return load_toml(folder / "recipe.toml", changes, Recipe)
-
-
-def make(folder: Path, encoder: Path, pictures: str = "both", *changes: str) -> Run:
-    return build_run(recipe(folder, encoder, pictures, *changes), folder / "run")
-
-
-def tensors(batch: Batch) -> Iterator[torch.Tensor]:
-    yield from (batch.ids, batch.latents, batch.is_latent, batch.target, batch.refine_latents, batch.item)
-    if batch.features is not None:
-        yield from (batch.features.values, batch.features.place, batch.features.at)
-    if batch.null is not None:
-        yield from tensors(batch.null)
 
 
 def test_each_picture_is_encoded_once(tmp_path: Path, encoder: Path) -> None:
@@ -155,7 +84,6 @@ def test_a_run_trains_the_projector_and_publishes_the_encoder(tmp_path: Path, en
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["tune_encoder=true"], "tune_encoder = true is not served"),
         (["heads.encoder.width=16"], "'encoder.width' has no effect"),
         (["encoder_options.select=-2"], "select has no effect on a saved encoder"),
         (["encoder=nowhere"], "'nowhere' holds no config.json"),
@@ -175,7 +103,7 @@ def test_an_encoder_is_added_to_trained_weights(tmp_path: Path, encoder: Path) -
     run = make(tmp_path, encoder, "both", *more)
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert trained == {name for name in run.model.state_dict() if name.startswith("features.")}
-    with pytest.raises(ValueError, match="heads.encoder and encoder_options have no effect without encoder"):
+    with pytest.raises(ValueError, match="tune_encoder have no effect without encoder"):
         Recipe(**{**plain, "heads": {"encoder": {}}})
     own = publish_model(run, tmp_path / "own")
     other = load_encoder(encoder)

@@ -1,4 +1,5 @@
 """A cache of latents and features: codec and encoder compute every distinct picture once while it stays in memory.
+The pixels that an encoder reads, where it is trained, are not kept.
 
 The key is a digest of the pixels. A latent does not depend on whether it was cached, nor on the rest of its batch
 (Codec.encode).
@@ -14,19 +15,25 @@ import torch
 
 from omni.data.digests import media_digest
 from omni.document import Image, Video
-from omni.sequence.features import Blocks
+from omni.sequence.features import Blocks, FeatureBlock
 
 Latents = Blocks
 """One media segment: a list of (t, h, w, C) blocks; a picture has one block with t = 1, and features behind it in a
 model with an encoder."""
-Encode = Callable[[Sequence[Image | Video]], list[Latents]]
+Encode = Callable[[Sequence[Image | Video]], Sequence[Latents | list[torch.Tensor]]]
 
 
 class LatentMemo:
-    """Least-recently-used latents of pictures and clips, at most `max_bytes` of them. encode: Omni.encode_media."""
+    """Least-recently-used latents of pictures and clips, at most `max_bytes` of them. encode: Omni.encode_media.
+    behind: of one segment, what stands behind its blocks and is made every time."""
 
-    def __init__(self, encode: Encode, max_bytes: int = 512 << 20) -> None:
-        self._encode, self.max_bytes = encode, max_bytes
+    def __init__(
+        self,
+        encode: Encode,
+        max_bytes: int = 512 << 20,
+        behind: Callable[[Image | Video], list[FeatureBlock]] | None = None,
+    ) -> None:
+        self._encode, self._behind, self.max_bytes = encode, behind, max_bytes
         self.num_bytes = self.num_hits = self.num_misses = 0
         self._kept: OrderedDict[bytes, Latents] = OrderedDict()
 
@@ -40,7 +47,9 @@ class LatentMemo:
         made = self._encode(list(missing.values()))
         found |= {key: [block.clone() for block in one] for key, one in zip(missing, made, strict=True)}
         self._remember(keys, found)
-        return [found[key] for key in keys]
+        if self._behind is None:
+            return [found[key] for key in keys]
+        return [[*found[key], *self._behind(s)] for key, s in zip(keys, segments, strict=True)]
 
     def _remember(self, keys: Iterable[bytes], found: dict[bytes, Latents]) -> None:
         """Keep the latents of `keys` as the most recent; forget the least recent beyond max_bytes."""

@@ -6,7 +6,8 @@ data is one cursor per worker (`train.checkpoint.Progress.cursors`), and a resum
 A few steps of every worker wait in shared memory (/dev/shm on Linux: a gigabyte for steps of thousands of documents).
 
 Workers have no device. In place of latents a worker puts tickets, (number of the picture, place in it), and sends the
-pictures along; `WorkerLoader` encodes them on the device of the training process and fills in the latents.
+pictures along; `WorkerLoader` encodes them on the device of the training process and fills in the latents. Features of
+an encoder that is trained are the model's own: a worker puts the pixels that the encoder reads into the batch.
 
 Shapes: P pictures, N latents of one, C channels; R rows, L positions (context or refine).
 """
@@ -53,12 +54,15 @@ class WorkerStep:
 
 class Tickets:
     """Replaces a LatentMemo in a worker: "encodes" media as tickets, float32 with two channels. alone: whether the
-    context holds the features of a picture in place of its latents."""
+    context holds the features of a picture in place of its latents. as_pixels: the pixels that the encoder reads take
+    the place of features."""
 
     channels = 2
 
-    def __init__(self, codec: Codec, encoder: EncoderSpec | None = None, alone: bool = False) -> None:
-        self.codec, self.encoder, self.alone = codec, encoder, alone  # used for shapes alone
+    def __init__(
+        self, codec: Codec, encoder: EncoderSpec | None = None, alone: bool = False, as_pixels: bool = False
+    ) -> None:
+        self.codec, self.encoder, self.alone, self.as_pixels = codec, encoder, alone, as_pixels  # used for shapes alone
         self._media: dict[int, tuple[Tensor, int, int]] = {}  # pixels, number of latents, of positions of features
         self._next = 0
 
@@ -76,10 +80,14 @@ class Tickets:
         blocks: Blocks = list(torch.stack([torch.full_like(place, number), place], -1).view(count, *grid, 2))
         num = 0
         if self.encoder is not None and not of_clip:
-            rows, columns = self.encoder.grid(*pixels.shape[:2])
-            at, num = torch.arange(rows * columns, dtype=torch.float32), rows * columns
-            tickets = torch.stack([torch.full_like(at, number), at], -1).view(1, rows, columns, 2)
-            blocks.append(FeatureBlock(tickets, self.alone, (grid[1], grid[2])))
+            (rows, columns), sides = self.encoder.grid(*pixels.shape[:2]), (grid[1], grid[2])
+            if self.as_pixels:
+                prepared = self.encoder.prepared(pixels)
+                blocks.append(FeatureBlock.of_pixels(prepared, (rows, columns), self.alone, sides))
+            else:
+                at, num = torch.arange(rows * columns, dtype=torch.float32), rows * columns
+                tickets = torch.stack([torch.full_like(at, number), at], -1).view(1, rows, columns, 2)
+                blocks.append(FeatureBlock(tickets, self.alone, sides))
         self._media[number] = pixels, len(place), num
         return blocks
 
@@ -95,11 +103,11 @@ class Tickets:
         ]
         found = [part.features for batch in packed.batches for part in (batch, batch.null) if part and part.features]
         pictures: list[Tensor] = []
-        if found:
+        if found and not self.as_pixels:
             indices, pictures = self._rows(torch.cat([features.values for features in found]), 2)
             values = iter(indices.split([len(features.at) for features in found]))
             batches = [_with_features(batch, lambda features: next(values)) for batch in batches]
-        needed = {int(tickets[0, 0]) for tickets in waiting}
+        needed = {int(tickets[0, 0]) for tickets in waiting if tickets.numel()}
         self._media = {number: media for number, media in self._media.items() if number in needed}
         return WorkerStep(replace(packed, batches=batches), tuple(media), tuple(pictures))
 
@@ -157,7 +165,7 @@ class WorkerLoader:
         loader: (tickets, number of workers) -> the loader of a worker.
         cursors: the next document of every worker; at first 0, 1, 2, ...
         step: how many steps are done.
-        encoder: of features of pictures. alone: see Tickets.
+        encoder: of features of pictures. alone, as_pixels: see Tickets.
     """
 
     def __init__(
@@ -169,9 +177,10 @@ class WorkerLoader:
         device: torch.device | str = "cpu",
         encoder: Encoder | None = None,
         alone: bool = False,
+        as_pixels: bool = False,
     ) -> None:
         self.codec, self.encoder, self.device = codec, encoder, torch.device(device)
-        tickets = partial(Tickets, codec, None if encoder is None else encoder.spec, alone)
+        tickets = partial(Tickets, codec, None if encoder is None else encoder.spec, alone, as_pixels)
         _allow_many_files()
         processes: Any = DataLoader(
             WorkerSteps(loader, tickets, cursors, step),

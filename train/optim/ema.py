@@ -73,16 +73,17 @@ class Ema:
 
 def copy_of(model: Module) -> Module:
     """A copy, on the device of the model and in its dtype. Its attributes `tokenizer`, `codec` and `encoder` are
-    shared."""
-    shared = {id(part): part for part in (getattr(model, n, None) for n in ("tokenizer", "codec", "encoder")) if part}
+    shared; an encoder that is trained (`tower`) is copied with the model."""
+    names = ("tokenizer", "codec") if getattr(model, "tower", None) is not None else ("tokenizer", "codec", "encoder")
+    shared = {id(part): part for part in (getattr(model, name, None) for name in names) if part}
     return copy.deepcopy(model, shared)
 
 
 class AveragedModel(Generic[Module]):
     """`model`: a copy of the given one, on its device and in its dtype, without gradients, whose weights follow.
 
-    warms_up: whether the decay does; the copy starts as the model in any case. The attributes `tokenizer` and `codec`
-    of the model are shared with the copy.
+    warms_up: whether the decay does; the copy starts as the model in any case. What the copy shares
+    with the model: see copy_of.
     """
 
     def __init__(self, model: Module, decay: float, warms_up: bool = True) -> None:

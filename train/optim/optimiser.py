@@ -21,11 +21,13 @@ from train.optim.schedule import Decay, fall, rise
 
 
 class OptimiserConfig(Frozen):
-    """`rate` is AdamW's; `muon_rate` is on AdamW's scale too (match_rms_adamw). Weight decay is decoupled."""
+    """`rate` is AdamW's; `muon_rate` is on AdamW's scale too (match_rms_adamw); `encoder_rate` times `rate` is that of
+    a trained encoder (tune_encoder). Weight decay is decoupled."""
 
     name: Literal["muon", "adamw"] = "muon"
     rate: float = Field(2e-3, gt=0)
     muon_rate: float = Field(1e-2, gt=0)
+    encoder_rate: float = Field(0.1, gt=0, le=10, description="factor on `rate` for a trained encoder")
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = Field(0.95, ge=0, lt=1)
@@ -147,9 +149,10 @@ def _parameters(part: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def build_optimiser(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig, hidden: Collection[str] = ()
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig, hidden: Collection[str] = (), encoder: str = ""
 ) -> Optimiser:
-    """Muon for the parameters whose names are in `hidden`, AdamW for the others that require gradients."""
+    """Muon for the parameters whose names are in `hidden`, AdamW for the others that require gradients. encoder: what
+    the names of those with `encoder_rate` begin with; none with ""."""
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     of_muon = [p for name, p in trained.items() if config.name == "muon" and name in hidden]
     taken = set(of_muon)
@@ -158,10 +161,17 @@ def build_optimiser(
     if of_muon:
         parts["muon"] = Muon(of_muon, config.muon_rate, config.weight_decay, config.momentum)
     if rest:
-        matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-        groups.append({"params": vectors, "weight_decay": 0.0})
-        used = [group for group in groups if group["params"]]
-        parts["adamw"] = torch.optim.AdamW(used, lr=config.rate, betas=config.betas, eps=1e-8)
+        slow = [p for name, p in trained.items() if encoder and name.startswith(encoder)]
+        usual = [p for p in rest if p not in set(slow)]
+        groups = [
+            {"params": members, "weight_decay": decay, "lr": config.rate * factor}
+            for factor, part in ((1.0, usual), (config.encoder_rate, slow))
+            for decay, members in (
+                (config.weight_decay, [p for p in part if p.ndim >= 2]),
+                (0.0, [p for p in part if p.ndim < 2]),
+            )
+            if members
+        ]
+        parts["adamw"] = torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=1e-8)
     names = {parameter: name for name, parameter in trained.items()}
     return Optimiser(parts, names=names, clip=config.clip)

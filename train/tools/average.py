@@ -2,9 +2,9 @@
 
     python -m train.tools.average OUT MODEL=0.7 MODEL=0.3
 
-Configuration, tokenizer and codec are the first model's. A model without separate latent weights is upcycled first
-(see train.upcycling). A later stage forgets a little of earlier ones; a mean with an earlier stage recovers it without
-training.
+Configuration, tokenizer, codec and encoder are the first model's. A model without separate latent weights is upcycled
+first (see train.upcycling). A later stage forgets a little of earlier ones; a mean with an earlier stage recovers it
+without training.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from omni.cli.arguments import exit_code
 from omni.model import Omni
 from omni.pretrained import from_pretrained
+from train.attached import fingerprint
 from train.upcycling import with_latent_weights
 
 
@@ -29,6 +30,9 @@ def average(models: Sequence[tuple[str, float]]) -> Omni:
     for path, member, _ in members:
         if (member.config.logit_cap, member.config.flow) != (result.config.logit_cap, result.config.flow):
             raise ValueError(f"{path} has another logit_cap or flow head than {models[0][0]}; average like with like")
+        towers = [one.encoder and fingerprint(one.encoder) for one in (member, result)]
+        if towers[0] != towers[1]:
+            raise ValueError(f"{path} has another encoder than {models[0][0]}; average models with the same")
         kinds = [one.config.transformer.latent_weights for one in (member, result)]
         if kinds[0] not in ("shared", kinds[1]):
             raise ValueError(f"{path} has latent_weights = {kinds[0]!r} and {models[0][0]} {kinds[1]!r}; use the same")
