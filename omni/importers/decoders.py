@@ -36,8 +36,8 @@ from omni.media.preparation import Preparation
 from omni.model import PUBLISHED, Omni, OmniConfig
 from omni.nn.declare import declarations, fill
 from omni.rng import Key
-from omni.text.convert import convert_tokenizer
-from omni.text.tokenizer import CONTROL_NAMES, Tokenizer
+from omni.text.convert import convert_tokenizer, load_published
+from omni.text.tokenizer import CONTROL_NAMES
 from omni.weights import unallocated
 
 NEW_ROWS = len(CONTROL_NAMES)
@@ -263,7 +263,10 @@ def import_decoder(
         raise ValueError(f"{found.problems[0]}{more}")
     assert found.config is not None
     tensors = list(_tensors(found, found.config, dtype))
-    kept = published_files(Path(path), gguf_of(Path(path)), found.table, with_tokenizer)
+    gguf = gguf_of(Path(path))
+    folder, name = (Path(path), None) if gguf is None else (gguf.parent, gguf.name)
+    theirs = load_published(folder, name) if with_tokenizer else None
+    kept = published_files(folder, gguf, found.table, theirs)
     files: dict[str, Any] = {
         "config.json": found.config.model_dump_json(indent=2) + "\n",
         "preparation.json": Preparation().model_dump_json(indent=2, exclude_none=True) + "\n",
@@ -273,21 +276,17 @@ def import_decoder(
         **_codec_files(attached),
     }
     info = {"imported": {"family": found.family, "from": Path(path).name}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made:
         if with_tokenizer:
-            _convert_tokenizer(Path(path), found.config).save(folder)
-            files["tokenizer"] = Path(folder)
+            # The control ids come after the rows of the published embedding.
+            num_rows = found.config.vocab_size - NEW_ROWS
+            convert_tokenizer(folder, name, num_rows, theirs=theirs).save(made)
+            files["tokenizer"] = Path(made)
         return publish(out, files, info=info, replace=replace)
 
 
 def _codec_files(codec: Codec | None) -> dict[str, Any]:
     return {} if codec is None else {f"codec/{name}": content for name, content in codec.files().items()}
-
-
-def _convert_tokenizer(path: Path, config: OmniConfig) -> Tokenizer:
-    """The published tokenizer, with the control ids after the rows of the published embedding."""
-    gguf = gguf_of(path)
-    return convert_tokenizer(path if gguf is None else gguf, num_rows=config.vocab_size - NEW_ROWS)
 
 
 def _tensors(found: PublishedDecoder, config: OmniConfig, dtype: torch.dtype | None) -> Iterator[Written]:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omni.text.convert import load_published
-
 # Names of files, beside config.json, that transformers' tokenizers and generation read.
 FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -27,17 +25,18 @@ CLASSES = {  # model_type -> the class of the text model
 }  # fmt: skip
 
 
-def published_files(path: Path, gguf: Path | None, config: Mapping[str, Any], with_tokenizer: bool) -> dict[str, bytes]:
-    """Name -> content. config: the keys of the text model. ValueError for a file beyond MAX_BYTES."""
+def published_files(path: Path, gguf: Path | None, config: Mapping[str, Any], theirs: Any) -> dict[str, bytes]:
+    """Name -> content. config: the keys of the text model. theirs: its tokenizer, as transformers has read it; None: no
+    files of a tokenizer are kept. ValueError for a file beyond MAX_BYTES."""
     table = {**config, "architectures": [CLASSES[config["model_type"]]]}
     table.pop("_name_or_path", None)
     found = {"config.json": (json.dumps(table, indent=2) + "\n").encode()}
     if gguf is None:
-        return found | _read(path, FILES if with_tokenizer else FILES[:1])
-    if not with_tokenizer:
+        return found | _read(path, FILES[:1] if theirs is None else FILES)
+    if theirs is None:
         return found
     with tempfile.TemporaryDirectory() as folder:
-        load_published(gguf.parent, gguf.name).save_pretrained(folder)
+        theirs.save_pretrained(folder)
         return found | _read(Path(folder), FILES)
 
 

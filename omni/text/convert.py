@@ -25,6 +25,7 @@ def convert_tokenizer(
     gguf_file: str | None = None,
     num_rows: int | None = None,
     variables: Mapping[str, Any] | None = None,
+    theirs: Any = None,
 ) -> PublishedTokenizer:
     """The tokenizer of a published model, with its chat template, if it has one.
 
@@ -32,6 +33,7 @@ def convert_tokenizer(
     gguf_file: name of a GGUF file in the folder.
     num_rows: rows of the model's embedding; None: as many as the tokenizer has ids. Our control ids come after them.
     variables: further variables of the chat template, such as {"enable_thinking": False}; saved with the tokenizer.
+    theirs: what `load_published` has read of the same path, if it has.
 
     Raises ValueError for files that are missing, unsupported or do not belong together; ImportError without
     transformers.
@@ -41,7 +43,7 @@ def convert_tokenizer(
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no folder; give the folder of a published model, or a GGUF file")
-    theirs = load_published(path, gguf_file)
+    theirs = load_published(path, gguf_file) if theirs is None else theirs
     library = _text_library(theirs.backend_tokenizer)
     special = {name: str(token) for name, token in theirs.special_tokens_map.items() if not isinstance(token, list)}
     source = theirs.chat_template
