@@ -194,7 +194,8 @@ def _add_import(commands: Any) -> None:
         help="write a published language model as a model directory",
         description="Read a published decoder (Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, OLMo 2, Phi-3: a folder "
         "with config.json and safetensors files, a GGUF file, an installed package that holds one, or a repository of "
-        "the hub) and write a model directory with the same text logits. What is not known is refused by name: see omni inspect PATH.",
+        "the hub) and write a model directory with the same text logits. What is not known is refused by name: see "
+        "omni inspect PATH.",
     )
     sub.add_argument("path", help="folder, GGUF file, installed package, or repository of the hub")
     sub.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
