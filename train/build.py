@@ -99,12 +99,6 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         whole = shape.model_copy(update={"trim": 0.0, "fixed": False})
         loader = load(held_out.__getitem__, shape=whole, key=to_measure, end=len(held_out), **own)
         validation = Validation(loader, to_measure)
-    identity = {
-        "recipe": recipe.model_dump(mode="json"),
-        "draws": NOISE_VERSION,
-        "data": mixture.fingerprint() + more_data,
-        **attached,
-    }
     return Run(
         recipe=recipe,
         model=model,
@@ -114,7 +108,12 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         ema=Ema(model, recipe.ema_decay),
         guard=Guard(recipe.max_nonfinite),
         out=out,
-        identity=identity,
+        identity={
+            "recipe": recipe.model_dump(mode="json"),
+            "draws": NOISE_VERSION,
+            "data": mixture.fingerprint() + more_data,
+            **attached,
+        },
         target=build_target(model, objectives),
         critic=build_critic(recipe, model, objectives),
         validation=validation,
@@ -351,10 +350,17 @@ def check_blocks_of(recipe: Recipe, objectives: Sequence[Objective], config: Omn
 
 
 def publish_model(run: Run, directory: Path) -> Path:
-    """Publish the averaged weights, in bf16, with tokenizer, codec and configuration; replace an older directory."""
+    """Publish the averaged weights, with tokenizer, codec and configuration; replace an older directory."""
+    dtype = published_dtype(run)
     with run.ema.applied():
-        run.model.save_pretrained(directory, torch.bfloat16, replace=True)
+        run.model.save_pretrained(directory, dtype, replace=True)
     return directory
+
+
+def published_dtype(run: Run) -> torch.dtype:
+    """bfloat16; float32 where bfloat16 would round a frozen text path."""
+    frozen = (p for name, p in run.model.named_parameters() if run.recipe.text_path == "frozen" and is_text_path(name))
+    return torch.bfloat16 if all(torch.equal(p.bfloat16().to(p.dtype), p) for p in frozen) else torch.float32
 
 
 def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from omni.nn.precision import fast_bf16
 from train import loop
-from train.build import build_run, publish_model
+from train.build import build_run, publish_model, published_dtype
 from train.checkpoint import saved_steps
 from train.codec import loop as codec_loop
 from train.lock import hold
@@ -92,7 +92,7 @@ def dry_run(recipe: Recipe, out: Path) -> int:
         "parameters": parameters,
         "precision": _precision(recipe),
         "of them with Muon": f"{_muon_share(run):.0%}",
-        "model file": f"{2 * parameters / 1e6:.1f} MB in bf16",
+        "model file": _model_file(run, parameters),
         "a batch": f"{len(packed.documents)} documents, {used} positions ({used / made:.0%} of {', '.join(shapes)})",
         "a step": f"{ended - started:.2f} s, of which loading {loaded - started + run.waited:.2f} s",
         "steps in an hour": round(3600 / (ended - started)),
@@ -115,6 +115,12 @@ def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
             tracker.report(f"no sample sheet at step {run.progress.step}: {type(error).__name__}: {error}")
 
     return sheet
+
+
+def _model_file(run: loop.Run, parameters: int) -> str:
+    """Size and dtype of the published weights."""
+    dtype = published_dtype(run)
+    return f"{dtype.itemsize * parameters / 1e6:.1f} MB in {'bf16' if dtype == torch.bfloat16 else 'float32'}"
 
 
 def _precision(recipe: Recipe) -> str:

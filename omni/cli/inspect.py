@@ -30,7 +30,7 @@ from omni.document import Document, Text, Video, parse_bounded
 from omni.errors import DamagedError, one_line
 from omni.generation.reply_files import read_messages
 from omni.importers.decoders import is_published_decoder
-from omni.model import Omni
+from omni.model import PUBLISHED, Omni
 from omni.pretrained import BUNDLED
 from omni.sequence.features import FeatureSpan
 from omni.sequence.layout import LatentSpan, Span, num_context
@@ -82,7 +82,7 @@ def _describe_folder(path: Path) -> list[str]:
         if name in manifest["files"] and _read_json(path / name):
             lines += ["", f"{name}:", *_json_lines(path / name)]
     for name in manifest["files"]:
-        if name.endswith(TOKENIZER_CONFIG):
+        if name.endswith(TOKENIZER_CONFIG) and not name.startswith(f"{PUBLISHED}/"):
             lines += ["", "tokenizer:", *_describe_tokenizer((path / name).parent)]
     return lines
 

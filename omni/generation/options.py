@@ -75,7 +75,9 @@ class TextOptions(_Group):
     temperature: float | None = _option(
         None, "temperature of text; 0 takes the likeliest token", "T", in_chat=True, ge=0, le=100
     )
-    top_p: float = _option(1.0, "keep the likeliest tokens whose probabilities sum to P", "P", ge=1e-6, le=1)
+    top_p: float | None = _option(
+        None, "keep the likeliest tokens whose probabilities sum to P; 1 keeps all", "P", ge=1e-6, le=1
+    )
 
     @field_validator("temperature")
     @classmethod
@@ -86,7 +88,7 @@ class TextOptions(_Group):
 
     @model_validator(mode="after")
     def _has_effect(self) -> TextOptions:
-        if self.top_p < 1 and self.temperature == 0:
+        if self.top_p is not None and self.top_p < 1 and self.temperature == 0:
             raise ValueError(f"top_p = {self.top_p} has no effect at temperature 0; give a temperature too, such as 1")
         return self
 
@@ -349,12 +351,14 @@ class GenerationOptions(_Options, Grouped):
         is one of the defaults."""
         base = {
             "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "guidance_embedding": 1.0, "shift": 1.0,
-            "sampler": "euler", "grid": "uniform", "temperature": 0.0, "tokens_per_pass": 1, "verify": "coupled",
-            "lora": "none", **check_defaults(defaults, source),
+            "sampler": "euler", "grid": "uniform", "temperature": 0.0, "top_p": 1.0, "tokens_per_pass": 1,
+            "verify": "coupled", "lora": "none", **check_defaults(defaults, source),
         }  # fmt: skip
         from omni.samplers import knobs, num_steps
 
         given = self.picture
+        if self.text.temperature == 0:
+            base["top_p"] = 1.0  # the model's goes with its temperature
         # With another grid or sampler than the model's, what goes with the model's stays behind.
         if given.grid is not None and not _is_same_grid(given.grid, base["grid"]):
             base.pop("start_time", None)

@@ -172,7 +172,7 @@ def _draft_recurrently(runtime: Runtime, requests: Sequence[Request], call: Stat
         for b, request in enumerate(requests):
             temperature = request.options.text.temperature or 0.0
             if temperature or wants_log_probs:
-                own = log_p[b] = token_log_probs(logits[b].float(), temperature, request.options.text.top_p)
+                own = log_p[b] = token_log_probs(logits[b].float(), temperature, request.options.text.top_p or 1.0)
                 ids[b] = inverse_cdf_sample(own, own.new_tensor(noise[b][k]))
         return ids, log_p
 
@@ -245,7 +245,7 @@ def _log_probs(runtime: Runtime, request: Request, ids: Sequence[int], logits: T
     phase."""
     temperature = request.options.text.temperature
     assert temperature is not None
-    return token_log_probs(_scores(runtime, request, ids, logits)[0], temperature, request.options.text.top_p)
+    return token_log_probs(_scores(runtime, request, ids, logits)[0], temperature, request.options.text.top_p or 1.0)
 
 
 def _scores(runtime: Runtime, request: Request, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:

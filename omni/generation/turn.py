@@ -110,6 +110,7 @@ def choose(request: Request, scores: Scores) -> int:
     request.num_tokens += 1
     if not options.temperature:
         return scores.best
+    assert options.top_p is not None
     return sample_token(scores.values, options.temperature, options.top_p, request.key.fold("token", number))
 
 

@@ -27,10 +27,11 @@ from omni.codecs import Codec, load_codec
 from omni.config import build, nearest
 from omni.heads import FlowHeadConfig
 from omni.importers.families import FAMILIES, Decoder
+from omni.importers.generation_config import generation_defaults
 from omni.importers.gguf_file import GGUFFile
 from omni.importers.layout import Weight, head_name, layout_of
 from omni.importers.published_files import published_files
-from omni.importers.sources import SafetensorsFolder, Source, read_table
+from omni.importers.sources import DTYPES, SafetensorsFolder, Source, read_table
 from omni.importers.writing import Written, new_rows, write_tensors, written
 from omni.media.preparation import Preparation
 from omni.model import PUBLISHED, Omni, OmniConfig
@@ -256,6 +257,8 @@ def import_decoder(
     keeps the published ones (quantised ones become float32). context: see `read_decoder`. ValueError names the first
     thing that is refused, and the number of others.
     """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype = {dtype} is no type of weights; use one of {', '.join(map(str, DTYPES.values()))}")
     attached = None if codec is None else load_codec(codec)
     found = read_decoder(path, context, None if attached is None else attached.spec.channels)
     if found.problems:
@@ -270,7 +273,7 @@ def import_decoder(
     files: dict[str, Any] = {
         "config.json": found.config.model_dump_json(indent=2) + "\n",
         "preparation.json": Preparation().model_dump_json(indent=2, exclude_none=True) + "\n",
-        "generation.json": json.dumps(_defaults(Path(path)), indent=2) + "\n",
+        "generation.json": json.dumps(generation_defaults(Path(path)), indent=2) + "\n",
         "model.safetensors": partial(write_tensors, tensors=tensors),
         **{f"{PUBLISHED}/{name}": content for name, content in kept.items()},
         **_codec_files(attached),
@@ -317,12 +320,3 @@ def _initial(model: Omni, name: str, shape: tuple[int, ...], dtype: torch.dtype)
         yield value.to(dtype)
 
     return Written(name, shape, dtype, pieces)
-
-
-def _defaults(path: Path) -> dict[str, Any]:
-    """Defaults of generation, of a generation_config.json: its temperature and top_p, or the likeliest ids."""
-    file = path / "generation_config.json"
-    stored = read_table(file) if file.is_file() else {}
-    if stored.get("do_sample") is not True:
-        return {"temperature": 0.0}
-    return {name: stored[name] for name in ("temperature", "top_p") if isinstance(stored.get(name), int | float)}

@@ -177,16 +177,19 @@ class GGUFFile:
     def _rope(self, head_dim: int) -> dict[str, Any]:
         """Keys of rotary positions."""
         rotating = self._own("rope.dimension_count", head_dim)
+        if not all(type(size) is int and size > 0 for size in (head_dim, rotating)):
+            raise ValueError(f"{self.path}: heads of width {head_dim!r:.40}, of which {rotating!r:.40} rotate; "
+                             "download it again")  # fmt: skip
         partial = {} if rotating == head_dim else {"partial_rotary_factor": rotating / head_dim}
         kind, factor = self._own("rope.scaling.type", "none"), self._own("rope.scaling.factor")
         original = self._own("rope.scaling.original_context_length")
         first = {} if original is None else {"original_max_position_embeddings": original}
         if any(name in self._stored for name in FACTORS):
             return partial | self._factors(first)
-        if kind == "none" or (kind == "linear" and not factor):
-            return partial
         if self._own("rope.scaling.attn_factor", 1.0) != 1.0:
             raise ValueError(f"{self.path}: {self.arch}.rope.scaling.attn_factor is not implemented with {kind!r}")
+        if kind == "none" or (kind == "linear" and not factor):
+            return partial
         scaling = {"rope_type": kind, "factor": factor, **(first if kind == "yarn" else {})}
         return partial | {"rope_scaling": scaling}
 

@@ -100,7 +100,7 @@ def read_rope(
     data = dict(data)
     old = data.pop("type", None)
     kind = data.pop("rope_type", old or "default")
-    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else repr(kind)
     if kind not in KINDS:
         raise ValueError(f"{source}: rope_type = {kind!r:.80} is not implemented; implemented: {', '.join(KINDS)}")
     found = build(data, KINDS[kind], source)

@@ -161,11 +161,15 @@ def _guarded(words: Words, tokenizer: PublishedTokenizer, gap: str) -> Words:
         gaps.add(start)
     if tokenizer.may_begin_spelling(inner):
         gaps.add(start + len(inner))
-    for place in sorted(gaps, reverse=True):
-        flag = words.supervise[place - 1] if place == start + len(inner) else words.supervise[place]
-        flags = (*words.supervise[:place], flag, *words.supervise[place:])
-        words = Words(words.text[:place] + gap + words.text[place:], flags)
-    return words
+    parts: list[str] = []
+    flags: list[bool] = []
+    last = 0
+    for place in sorted(gaps):
+        parts += text[last:place], gap
+        flags += words.supervise[last:place]
+        flags.append(words.supervise[place - 1 if place == start + len(inner) else place])
+        last = place
+    return Words("".join(parts) + text[last:], (*flags, *words.supervise[last:]))
 
 
 def _signed(words: Words, signs: Signs, whole: bool, starts: bool, closes: bool = True) -> str:

@@ -9,13 +9,15 @@ conversation.py makes ids of the text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 MAX_TEMPLATE = 1 << 20  # characters
 MAX_RENDERED = 1 << 26  # characters, of the result and of any string that the template makes on the way
+GROWING = ("center", "format", "indent", "join", "replace", "tojson", "wordwrap")  # filters that may make long strings
 
 Message = Mapping[str, str]
 
@@ -56,7 +58,7 @@ class ChatTemplate:
                     raise ValueError(f"the chat template writes more than {MAX_RENDERED:,} characters")
         except jinja2.TemplateError as error:
             raise ValueError(_refusal(str(error), messages)) from None
-        except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
             raise ValueError(f"this model's chat template fails for these messages: {error!r:.200}") from None
         return "".join(parts)
 
@@ -99,6 +101,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
+        for name in GROWING:
+            environment.filters[name] = _bounded_filter(name, environment.filters[name])
         environment.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda form: self.now().strftime(form),
@@ -117,12 +121,34 @@ def _refusal(reason: str, messages: Sequence[Message]) -> str:
 
 
 def _sandbox_class() -> type:
-    """jinja2's immutable sandbox, whose operators make no strings or lists beyond MAX_RENDERED."""
+    """jinja2's immutable sandbox, whose operators, methods and filters make no strings or lists beyond MAX_RENDERED."""
+    from jinja2.compiler import CodeGenerator
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generator(CodeGenerator):
+        def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802 (jinja2's name), of the operator ~
+            self.write("environment.concatenated((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
     class Sandbox(ImmutableSandboxedEnvironment):
+        code_generator_class = Generator
         intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+        def concatenated(self, parts: Sequence[Any]) -> str:
+            texts = [str(part) for part in parts]
+            if sum(map(len, texts)) > MAX_RENDERED:
+                raise SecurityError("a result of '~' is too large")
+            return "".join(texts)
+
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as in jinja2)
+            method = getattr(__obj, "__wrapped__", __obj)
+            if isinstance(owner := getattr(method, "__self__", None), str):
+                _check_growth(method.__name__, owner, (*args, *kwargs.values()))
+            return super().call(__context, __obj, *args, **kwargs)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if _size(operator, left, right) > MAX_RENDERED:
@@ -144,6 +170,42 @@ def _size(operator: str, left: Any, right: Any) -> int:
     if operator == "%" and isinstance(left, str):  # a format may ask for any width
         return MAX_RENDERED + 1 if any(char.isdigit() or char == "*" for char in left) else sum(sizes)
     return 0
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of jinja2 whose result is checked before it is made."""
+    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        value, *others = args[skipped:]
+        value = list(value) if name == "join" else value
+        _check_growth(name, value, (*others, *kwargs.values()), is_filter=True)
+        return function(*args[:skipped], value, *others, **kwargs)
+
+    return checked
+
+
+def _check_growth(name: str, value: Any, args: Sequence[Any], is_filter: bool = False) -> None:
+    """SecurityError for a method of a string, or a filter, whose result may be beyond MAX_RENDERED."""
+    from jinja2.exceptions import SecurityError
+
+    text = str(value)
+    texts = [arg for arg in args if isinstance(arg, str)]
+    size = max((abs(arg) for arg in args if isinstance(arg, int)), default=0)
+    if name == "replace" and len(texts) > 1:
+        size = len(text) + text.count(texts[0]) * len(texts[1])
+    elif name == "join":
+        parts = value if is_filter else args[0] if args and isinstance(args[0], list | tuple) else ()
+        between = sum(map(len, texts)) if is_filter else len(text)
+        size = sum(len(str(part)) + between for part in parts)
+    elif name in ("indent", "expandtabs", "tojson"):
+        places = len(text) if name == "tojson" else text.count("\n") + text.count("\t") + 1
+        size = len(text) + places * max(size, *map(len, texts), 0)
+    elif name in ("format", "format_map") and any(len(digits) > 4 for digits in re.findall(r"\d+", text)):
+        size = MAX_RENDERED + 1
+    if size > MAX_RENDERED:
+        raise SecurityError(f"a result of {name!r} is too large")
 
 
 def _generation_tag() -> type:

@@ -297,7 +297,7 @@ def test_every_field_has_one_flag_and_every_group_a_title(command: str) -> None:
 
 def test_help_tells_the_bounds_of_the_fields_and_every_name() -> None:
     shown = " ".join(sub_parser("generate").format_help().split())
-    for words in ("(from 1 to 1000)", "(from 0 to 1000; default 16)", "(from 1e-06 to 1; default 1)"):
+    for words in ("(from 1 to 1000)", "(from 0 to 1000; default 16)", "1 keeps all (from 1e-06 to 1)"):
         assert words in shown
     for names in (SAMPLERS.names(), GRIDS.names()):
         assert f"({', '.join(names)})" in shown

@@ -50,6 +50,13 @@ def test_unknown_keys_tensors_and_architectures_raise(tmp_path: Path) -> None:
     write(tmp_path / "a.gguf", model, "F32", **{"attention.clamp_kqv": 8.0})
     with pytest.raises(ValueError, match=r"key llama.attention.clamp_kqv = 8.0 is not implemented"):
         read_decoder(tmp_path / "a.gguf")
+    for key, value, message in (
+        ("rope.scaling.attn_factor", 2.0, "rope.scaling.attn_factor is not implemented with 'none'"),
+        ("attention.key_length", 0.0, "heads of width 0.0, of which 16 rotate"),
+    ):
+        write(tmp_path / "a.gguf", model, "F32", **{key: value})
+        with pytest.raises(ValueError, match=message):
+            read_decoder(tmp_path / "a.gguf")
     write(tmp_path / "b.gguf", model, "F32", odd=np.zeros((2, 2), np.float32))
     refused = read_decoder(tmp_path / "b.gguf").refused
     assert list(refused) == ["odd.weight"] and refused["odd.weight"].startswith("is not known for llama")

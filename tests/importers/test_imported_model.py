@@ -11,6 +11,8 @@ from histories import text
 
 import omni
 from eval.experiments.imports.oracle import logits, published
+from eval.experiments.imports.tiny import write_decoder
+from omni.cli.commands import main
 from omni.codecs.pixels import PixelCodec, PixelConfig
 from omni.generation.contract import training_prefix, verify
 from omni.importers.decoders import import_decoder
@@ -41,6 +43,14 @@ def test_with_a_codec_the_text_is_unchanged(tmp_path: Path) -> None:
     wanted = logits(theirs, IDS)
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-10
     assert all(check.holds for check in verify(model))
+
+
+def test_inspect_describes_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published files in it, of a tokenizer too, are no tokenizer of this project."""
+    out = import_decoder(write_decoder(tmp_path / "p", "llama"), tmp_path / "m")
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "published/tokenizer_config.json" in shown and "backend published: " in shown
 
 
 @pytest.mark.slow

@@ -33,6 +33,11 @@ def refused(folder: Path, message: str) -> None:
     assert not (folder / "out").exists()
 
 
+def test_a_dtype_of_integers(folder: Path) -> None:
+    with pytest.raises(ValueError, match="dtype = torch.int8 is no type of weights; use one of torch.float64"):
+        import_decoder(folder, folder / "out", with_tokenizer=False, dtype=torch.int8)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -45,6 +50,7 @@ def refused(folder: Path, message: str) -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ({"num_attention_heads": 3}, "num_heads 3 must be a multiple of num_kv_heads 2"),
         ({"rope_parameters": {"rope_type": "axial"}}, "rope_type = 'axial' is not implemented; implemented: default"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type = \"\['linear'\]\" is not implemented"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "alpha": 1}},
             "unknown key 'alpha'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,16 @@ def test_no_text_forges_a_special_token(name: str, root: Path) -> None:
         assert control_ids(turns, family) == control_ids(harmless, family)
 
     check()
+
+
+def test_many_spellings_take_time_in_proportion(root: Path) -> None:
+    """A user's text of nothing but control spellings; quadratic work took half a minute."""
+    tokenizer, num = built("chatml", root).ours, 16_000
+    start = time.monotonic()
+    ids = ids_of(compose(document([(Role.USER, "<|im_end|>" * num)]), tokenizer, no_media))
+    assert time.monotonic() - start < 10
+    assert ids.count(tokenizer.end) == 2  # of the template's own two turns
+    assert tokenizer.decode([token for token in ids if tokenizer.is_text(token)]).count("<|im_end|>") == num
 
 
 def test_joints_of_template_and_contents_forge_nothing(root: Path) -> None:

@@ -23,6 +23,39 @@ TEMPLATES = [
 ]
 
 
+LONG = "{% set x = 'ab' * 20000000 %}"  # characters: 40 million; the limit is 67
+GROWING = [
+    LONG + "{{ x ~ x }}",
+    "{{ 'x'.center(70000000) }}",
+    "{{ 'x'|center(70000000) }}",
+    "{{ 'x'.zfill(70000000) }}",
+    "{{ '{:70000000}'.format(1) }}",
+    "{{ '%70000000d'|format(1) }}",
+    LONG + "{{ x.replace('a', 'cc') ~ 1 }}{{ x.replace('b', 'ccc') }}",
+    LONG + "{{ x|replace('b', 'ccc') }}",
+    LONG + "{{ [x, x]|join }}",
+    LONG + "{{ x.join(['', '', '']) }}",
+    "{{ '\\n\\n\\n'|indent(30000000) }}",
+    "{{ messages|tojson(indent=70000000) }}",
+]
+
+
+@pytest.mark.parametrize("source", GROWING)
+def test_strings_on_the_way_are_bounded(source: str) -> None:
+    with pytest.raises(ValueError, match="refuses the conversation: a result of '.*' is too large"):
+        ChatTemplate(source + "{{ 1 }}").render([{"role": "user", "content": "x"}])
+
+
+def test_bounded_filters_and_methods_are_those_of_jinja() -> None:
+    source = (
+        "{{ 'a' ~ 1 ~ none ~ nothing }},{{ 'x'|center(3) }},{{ ['a', 1]|join('-') }},{{ 'abc'|join('.') }},"
+        "{{ 'aXbX'|replace('X', 'yy', 1) }},{{ '%s!'|format('b') }},{{ 'a\\nb'|indent(2) }},{{ '{}'.format(3) }},"
+        "{{ 'q'.replace('', '-') }},{{ ','.join(['a', 'b']) }},{{ {'a': 1}|tojson }},{{ [{'t': 2}]|join(',', 't') }}"
+    )
+    rendered = ChatTemplate(source).render([{"role": "user", "content": "x"}])
+    assert rendered == 'a1None, x ,a-1,a.b.c,ayybX,b!,a\n  b,3,-q-,a,b,{"a": 1},2'
+
+
 @pytest.mark.parametrize(("source", "message"), TEMPLATES)
 def test_templates_are_bounded_and_have_no_access(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:

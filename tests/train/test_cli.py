@@ -52,7 +52,7 @@ RECIPES = Path(__file__).parents[2] / "train" / "recipes"
         ("model.tangent_step=0.1", "tangent_step = 0.1 has no effect with tangents = 'forward'; leave it out, or"),
         ("model.attention=foo", "model.attention = 'foo': Input should be 'math', 'sdpa', 'flex' or 'flash'"),
         ("compile=true", "compile=true does not support latent_weights = 'separate'; set compile=false"),
-        ("model.window=8", "model: window = 8 is not implemented yet; implemented: None"),
+        ("model.block_markers=true", "model: block_markers = True is not implemented yet; implemented: False"),
         ("preparation.side=64", "unknown key 'preparation.side'; did you mean 'size'"),
     ],
 )

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import omni
+from eval.experiments.imports.tiny import write_decoder
 from eval.experiments.imports.training import (
     WEIGHT_SETS,
     frozen_rows,
@@ -18,7 +20,9 @@ from eval.experiments.imports.training import (
     run_of,
     text_logits,
 )
+from omni.importers.decoders import import_decoder
 from omni.model import Omni
+from train.build import publish_model
 from train.decoder import is_text_path
 from train.recipe import Recipe
 
@@ -32,6 +36,16 @@ def test_a_frozen_text_path_stays_bit_for_bit_with_each_weight_set(tmp_path: Pat
     rows = frozen_rows(tmp_path, steps=8)
     assert rows.keys() == WEIGHT_SETS.keys()
     assert all(differ == 0 and fall > 0 for differ, fall in rows.values()), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_published_frozen_text_path_is_that_of_the_import(dtype: torch.dtype, tmp_path: Path) -> None:
+    out = import_decoder(write_decoder(tmp_path / "p", "llama"), tmp_path / "d", dtype=dtype)
+    run = run_of(recipe_of("frozen_expert", out, ["model.expert.width=32"], None), tmp_path / "run")
+    losses_of(run, 1)
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (out, publish_model(run, tmp_path / "m")))
+    assert {value.dtype for value in found.values()} == {dtype}
+    assert all(torch.equal(found[name], value) for name, value in wanted.items() if is_text_path(name))
 
 
 def test_a_recipe_takes_what_it_leaves_out(decoder: Path, tmp_path: Path) -> None:
