@@ -1,5 +1,4 @@
-"""The golden file: ids in float64, pictures within 1/255, losses within 2e-3 relative, on every machine: the first
-steps of Adam turn rounding into steps of full size, so twenty losses differ by up to 4e-4 between processors.
+"""The golden file: ids in float64, pictures within 1/255, losses in float32 within 1e-4 relative, on every machine.
 
 Between two commits on one machine compare.py compares to the bit.
 """
@@ -50,9 +49,7 @@ def test_pictures(golden: dict[str, Any], found: dict[str, Any]) -> None:
 
 def test_losses(golden: dict[str, Any]) -> None:
     assert len(golden["losses"]) == 20
-    found = record.losses()
-    assert found[0] == pytest.approx(golden["losses"][0], rel=1e-5)
-    assert found == pytest.approx(golden["losses"], rel=2e-3)
+    assert record.losses() == pytest.approx(golden["losses"], rel=1e-4)
 
 
 def test_differences_are_found(golden: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ def test_a_folder_created_by_a_failed_command_is_removed(tmp_path: Path) -> None
 def killed_at(call: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces folder/step-00000002, published before, in a process that is killed at the n-th call of a function."""
     module, name, number = {
-        "write": (checkpoint, "_write", 2),
+        "write": (checkpoint, "_write_content", 2),
         "manifest": (checkpoint, "_render_manifest", 1),
         "aside": (checkpoint.os, "rename", 2),
         "removal": (checkpoint.shutil, "rmtree", 1),

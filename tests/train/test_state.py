@@ -72,7 +72,7 @@ def test_a_failed_save_keeps_the_last_checkpoint(
 
         return call
 
-    for name in ("_write", "_sync_directory", "_move_into_place"):
+    for name in ("_write_content", "_write", "sync_directory", "_move_into_place"):
         monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
     if operation <= 7:
         with pytest.raises(OSError, match="No space"):
