@@ -32,7 +32,7 @@ class SmolLM2Options(TaskOptions):
     prompts: int = Field(default=len(PROMPTS), ge=1, le=len(PROMPTS))
     reply: int = Field(default=48, ge=1)
     tokens: int = Field(default=24, ge=1)
-    repeats: int = Field(default=5, ge=1)
+    repeats: int = Field(default=11, ge=1)
 
 
 SPEEDS = ("decoding", "native", "prefill", "tokens_per_second", "native_tokens_per_second", "prefill_ms")
