@@ -258,7 +258,8 @@ def test_frechet_distance_of_normal_distributions() -> None:
     def moved(mean: Tensor, variances: Tensor) -> Moments:
         return Moments(turn @ mean, turn @ variances.diag() @ turn.T)
 
-    assert frechet_distance(moved(m, a), moved(n, b)) == pytest.approx(wanted, rel=1e-7)  # the root of a zero that is rounded
+    # The root of a zero that is rounded is 1e-8.
+    assert frechet_distance(moved(m, a), moved(n, b)) == pytest.approx(wanted, rel=1e-7)
     assert frechet_distance(moved(m, a), moved(m, a)) == pytest.approx(0, abs=1e-7)
     x = Key(1).normal((2, 3, 3), torch.float64)
     one, two = (Moments(m, c @ c.T) for c in x)
