@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_oracle import published
 
 import omni
+from eval.experiments.imports.oracle import published
 from omni.generation.options import GenerationOptions
 from omni.importers.decoders import import_decoder
 from omni.importers.generation_config import generation_defaults
