@@ -78,6 +78,7 @@ class TextOptions(_Group):
     top_p: float | None = _option(
         None, "keep the likeliest tokens whose probabilities sum to P; 1 keeps all", "P", ge=1e-6, le=1
     )
+    top_k: int | None = _option(None, "keep the K likeliest tokens; 0 keeps all", "K", ge=0, le=1 << 24)
 
     @field_validator("temperature")
     @classmethod
@@ -88,8 +89,10 @@ class TextOptions(_Group):
 
     @model_validator(mode="after")
     def _has_effect(self) -> TextOptions:
-        if self.top_p is not None and self.top_p < 1 and self.temperature == 0:
-            raise ValueError(f"top_p = {self.top_p} has no effect at temperature 0; give a temperature too, such as 1")
+        for name, has_effect in (("top_p", (self.top_p or 1) < 1), ("top_k", bool(self.top_k))):
+            if has_effect and self.temperature == 0:
+                value = getattr(self, name)
+                raise ValueError(f"{name} = {value} has no effect at temperature 0; give a temperature too, such as 1")
         return self
 
 
@@ -351,14 +354,14 @@ class GenerationOptions(_Options, Grouped):
         is one of the defaults."""
         base = {
             "steps": 8, "guidance": 1.0, "image_guidance": 1.0, "guidance_embedding": 1.0, "shift": 1.0,
-            "sampler": "euler", "grid": "uniform", "temperature": 0.0, "top_p": 1.0, "tokens_per_pass": 1,
-            "verify": "coupled", "lora": "none", **check_defaults(defaults, source),
+            "sampler": "euler", "grid": "uniform", "temperature": 0.0, "top_p": 1.0, "top_k": 0,
+            "tokens_per_pass": 1, "verify": "coupled", "lora": "none", **check_defaults(defaults, source),
         }  # fmt: skip
         from omni.samplers import knobs, num_steps
 
         given = self.picture
         if self.text.temperature == 0:
-            base["top_p"] = 1.0  # the model's goes with its temperature
+            base |= {"top_p": 1.0, "top_k": 0}  # the model's go with its temperature
         # With another grid or sampler than the model's, what goes with the model's stays behind.
         if given.grid is not None and not _is_same_grid(given.grid, base["grid"]):
             base.pop("start_time", None)

@@ -170,9 +170,8 @@ def _draft_recurrently(runtime: Runtime, requests: Sequence[Request], call: Stat
     def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, log_p = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
         for b, request in enumerate(requests):
-            temperature = request.options.text.temperature or 0.0
-            if temperature or wants_log_probs:
-                own = log_p[b] = token_log_probs(logits[b].float(), temperature, request.options.text.top_p or 1.0)
+            if request.options.text.temperature or wants_log_probs:
+                own = log_p[b] = _distribution(request, logits[b].float())
                 ids[b] = inverse_cdf_sample(own, own.new_tensor(noise[b][k]))
         return ids, log_p
 
@@ -243,9 +242,13 @@ def _masks(runtime: Runtime, request: Request, ids: Sequence[int], num: int) -> 
 def _log_probs(runtime: Runtime, request: Request, ids: Sequence[int], logits: Tensor) -> Tensor:
     """(K + 1, V) float64, or (K, V) as the logits have it: log-probabilities of every next id, under the mask of its
     phase."""
-    temperature = request.options.text.temperature
-    assert temperature is not None
-    return token_log_probs(_scores(runtime, request, ids, logits)[0], temperature, request.options.text.top_p or 1.0)
+    return _distribution(request, _scores(runtime, request, ids, logits)[0])
+
+
+def _distribution(request: Request, scores: Tensor) -> Tensor:
+    """Log-probabilities of ids (..., V) float64, by the request's options."""
+    o = request.options.text
+    return token_log_probs(scores, o.temperature or 0.0, o.top_p or 1.0, o.top_k or 0)
 
 
 def _scores(runtime: Runtime, request: Request, ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:

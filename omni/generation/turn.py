@@ -110,8 +110,9 @@ def choose(request: Request, scores: Scores) -> int:
     request.num_tokens += 1
     if not options.temperature:
         return scores.best
-    assert options.top_p is not None
-    return sample_token(scores.values, options.temperature, options.top_p, request.key.fold("token", number))
+    assert options.top_p is not None and options.top_k is not None
+    key = request.key.fold("token", number)
+    return sample_token(scores.values, options.temperature, options.top_p, key, options.top_k)
 
 
 def accept(runtime: Runtime, request: Request, token: int) -> Iterator[Event]:

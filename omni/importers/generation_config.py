@@ -12,14 +12,14 @@ from omni.importers.sources import read_table
 FILE = "generation_config.json"
 # Keys that are read here or by omni.text.convert, and those that change no distribution of ids.
 KNOWN = frozenset("""
-    do_sample temperature top_p bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version
+    do_sample temperature top_p top_k bos_token_id eos_token_id pad_token_id decoder_start_token_id transformers_version
     _from_model_config use_cache cache_implementation max_length max_new_tokens chat_format max_window_size
     output_attentions output_hidden_states output_scores output_logits return_dict_in_generate num_return_sequences
     assistant_confidence_threshold num_assistant_tokens num_assistant_tokens_schedule prompt_lookup_num_tokens
     max_matching_ngram_size
 """.split())  # fmt: skip
 # Filters of sampling, and other settings: the values at which they have no effect.
-FILTERS = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "top_h": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+FILTERS = {"min_p": 0.0, "typical_p": 1.0, "top_h": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 IDLE = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0, "guidance_scale": 1.0,
     "diversity_penalty": 0.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "num_beams": 1,
@@ -28,8 +28,8 @@ IDLE = {
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
-    """Its temperature and top_p, or the likeliest ids. Warns of settings that this project does not have. ValueError
-    for values out of bounds."""
+    """Its temperature, top_p and top_k, or the likeliest ids. Warns of settings that this project does not have.
+    ValueError for values out of bounds."""
     file = folder / FILE
     stored = read_table(file) if file.is_file() else {}
     samples = stored.get("do_sample") is True
@@ -40,5 +40,5 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         warnings.warn(f"{file}: generation has no option for {named}; replies are without it", stacklevel=2)
     if not samples:
         return {"temperature": 0.0}
-    given = {name: stored[name] for name in ("temperature", "top_p") if stored.get(name) is not None}
+    given = {name: stored[name] for name in ("temperature", "top_p", "top_k") if stored.get(name) is not None}
     return check_defaults({"temperature": 1.0, **given}, str(file))

@@ -42,13 +42,16 @@ def _require_sound(logits_V: Tensor, best: float, number: int) -> None:
         raise NotFiniteError(f"{what} are all 0: a hidden state overflowed because a weight is too large; {way_out}")
 
 
-def token_log_probs(score: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """(..., V) float64 log-probabilities of softmax(score / temperature), restricted to the top-p nucleus: the smallest
-    set of most probable ids with at least that mass. Temperature 0: all mass on the (first) largest score."""
+def token_log_probs(score: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """(..., V) float64 log-probabilities of softmax(score / temperature), restricted to the top_k largest scores (0: to
+    all), then to the top-p nucleus: the smallest set of most probable ids with at least that mass. Scores equal to the
+    last of the top_k are kept. Temperature 0: all mass on the (first) largest score."""
     if temperature == 0:
         log_p = torch.full(score.shape, -torch.inf, dtype=torch.float64, device=score.device)
         return log_p.scatter_(-1, score.argmax(-1, keepdim=True), 0.0)
     score = score.double()
+    if 0 < top_k < score.shape[-1]:
+        score = score.masked_fill(score < score.topk(top_k).values[..., -1:], -torch.inf)
     log_p = ((score - score.amax(-1, keepdim=True)) / temperature).log_softmax(-1)  # the largest never overflows
     if top_p >= 1:
         return log_p
@@ -63,10 +66,7 @@ def token_uniform(key: Key) -> float:
     return key.python().random()
 
 
-def sample_token(score_V: Tensor, temperature: float, top_p: float, key: Key) -> int:
+def sample_token(score_V: Tensor, temperature: float, top_p: float, key: Key, top_k: int = 0) -> int:
     """The inverse-CDF sample of `token_log_probs` at the key's uniform."""
-    return int(
-        inverse_cdf_sample(
-            token_log_probs(score_V, temperature, top_p), torch.tensor(token_uniform(key), dtype=torch.float64)
-        )
-    )
+    log_p = token_log_probs(score_V, temperature, top_p, top_k)
+    return int(inverse_cdf_sample(log_p, torch.tensor(token_uniform(key), dtype=torch.float64)))

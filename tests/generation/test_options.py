@@ -290,7 +290,7 @@ def test_every_field_has_one_flag_and_every_group_a_title(command: str) -> None:
     assert all(destinations.count(name) == 1 for name in GenerationOptions.fields_by_key())
     groups = {group.title: [action.dest for action in group._group_actions] for group in parser._action_groups}
     assert set(groups["the whole request"]) >= {"seed", "max_tokens", "max_images", "stop", "force_image", "system"}
-    assert groups["text"] == ["temperature", "top_p"]
+    assert groups["text"] == ["temperature", "top_p", "top_k"]
     assert groups["pictures and clips"] == list(PictureOptions.model_fields)
     assert groups["speculative decoding"] == list(SpeculativeOptions.model_fields)
 

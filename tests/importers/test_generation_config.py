@@ -37,6 +37,7 @@ def test_an_import_keeps_temperature_and_top_p(tmp_path: Path) -> None:
         ({"temperature": 0.6, "top_k": 20, "eos_token_id": [1, 2]}, {"temperature": 0.0}),
         ({"do_sample": True, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}, {"temperature": 1.0}),
         ({"do_sample": True, "top_p": 1.0, "temperature": None}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20}),
     ],
 )
 def test_defaults_are_those_of_transformers(config: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_defaults_are_those_of_transformers(config: dict[str, Any], wanted: dict
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"do_sample": True, "top_k": 20}, "generation has no option for top_k = 20; replies are without it"),
+        ({"do_sample": True, "min_p": 0.2}, "generation has no option for min_p = 0.2; replies are without it"),
         ({"repetition_penalty": 1.1}, "no option for repetition_penalty = 1.1"),
         ({"num_beams": 4, "unheard_of": "x"}, "no option for num_beams = 4, unheard_of = 'x'"),
     ],

@@ -167,8 +167,8 @@ def test_times_of_schedulers_by_hand() -> None:
 def test_probabilities_of_tokens_by_hand() -> None:
     score = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]).double().log()
 
-    def distribution(temperature: float, top_p: float = 1.0) -> list[list[float]]:
-        found = token_log_probs(score.float(), temperature, top_p)
+    def distribution(temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[list[float]]:
+        found = token_log_probs(score.float(), temperature, top_p, top_k)
         assert found.dtype == torch.float64
         return [pytest.approx(row, abs=1e-6) for row in found.exp().tolist()]
 
@@ -180,6 +180,11 @@ def test_probabilities_of_tokens_by_hand() -> None:
     assert distribution(1.0, 0.1) == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
     assert distribution(1.0, 0.89) == [[0.0, 4 / 9, 2 / 9, 3 / 9], [0.25] * 4]
     assert distribution(1.0, 0.5)[1] == [0.5, 0.5, 0.0, 0.0]  # exactly half the mass is in two of four
+    assert distribution(1.0, 1.0, 2) == [[0.0, 4 / 7, 0.0, 3 / 7], [0.25] * 4]  # equal scores are kept
+    assert distribution(1.0, 0.5, 3)[0] == [0.0, 4 / 7, 0.0, 3 / 7]  # first the 3 likeliest, then the nucleus
+    for k in (4, 9):
+        assert distribution(1.0, 1.0, k) == [[0.1, 0.4, 0.2, 0.3], [0.25] * 4]
+    assert distribution(0.0, 1.0, 2)[0] == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_a_token_is_drawn_by_its_keys_uniform() -> None:
@@ -191,6 +196,7 @@ def test_a_token_is_drawn_by_its_keys_uniform() -> None:
         assert sample_token(score, 1.0, 1.0, key) == sum(u >= edge for edge in (0.1, 0.5, 0.7))
         assert sample_token(score, 0.0, 1.0, key) == 1
         assert sample_token(score, 1.0, 0.5, key) == (1 if u < 4 / 7 else 3)
+        assert sample_token(score, 1.0, 1.0, key, 2) == (1 if u < 4 / 7 else 3)
 
 
 # ---- draft verification --------------------------------------------------------------------------------------------
