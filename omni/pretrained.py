@@ -4,12 +4,13 @@ defaults."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from omni.checkpoint import Published, manifest_digest
+from omni.checkpoint import MANIFEST, Published, manifest_digest
 from omni.codecs import read_codec
-from omni.config import build
+from omni.config import build, parse_json, table_of
 from omni.encoders import read_encoder
 from omni.errors import DamagedError
 from omni.generation.options import check_defaults
@@ -36,6 +37,8 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
         raise ValueError(
             f"no model directory at {str(folder)!r}; give a directory that holds config.json and model.safetensors"
         )
+    if not (folder / MANIFEST).is_file() and _model_type(folder) not in (None, "omni"):
+        raise ValueError(f"{str(folder)!r} is a published language model; import it: omni import {folder} --out DIR")
     require_device(device)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype} is not a floating type; use torch.float32, torch.bfloat16 or torch.float64")
@@ -59,6 +62,16 @@ def from_pretrained(path: str | Path | None = None, *, device: str = "cpu", dtyp
     files.read_rest()
     _check_attached(model, str(folder))
     return model.to(device).eval()
+
+
+def _model_type(folder: Path) -> Any:
+    """The model_type of a config.json, where it can be read."""
+    try:
+        return table_of(parse_json((folder / "config.json").read_bytes(), "config.json"), "config.json").get(
+            "model_type"
+        )
+    except (OSError, ValueError):
+        return None
 
 
 def _with_weights(config: OmniConfig, files: Published, dtype: torch.dtype) -> Omni:

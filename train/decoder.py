@@ -1,8 +1,8 @@
 """Recipes that build on an imported language model (`omni import`), and what of it is trained.
 
-With `decoder = "DIR"` the recipe takes from DIR: the tokenizer, the first weights (init_from), the settings of [model]
-and [heads] that it does not give. Weights that DIR lacks start as initialised; separate latent weights of the text's
-size start as copies of the text weights (upcycle).
+With `decoder = "DIR"` the recipe takes from DIR: the tokenizer, the first weights (init_from), how text is sampled, and
+the settings of [model] and [heads] that it does not give. Weights that DIR lacks start as initialised; separate latent
+weights of the text's size start as copies of the text weights (upcycle).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from omni.checkpoint import Published
 from omni.config import load_json
+from omni.generation.options import TextOptions
 from omni.model import PUBLISHED, OmniConfig
 
 # Settings of config.json that belong to the text path. Those of pictures are the recipe's own.
@@ -37,9 +38,17 @@ def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer": str(folder / "tokenizer"),
         "init_from": str(folder),
         **table,
+        "generation": {**_defaults_of(folder), **table.get("generation", {})},
         "model": {**of_model, **table.get("model", {})},
         "heads": {**of_heads, **table.get("heads", {})},
     }
+
+
+def _defaults_of(folder: Path) -> dict[str, Any]:
+    """The default options of the imported model: how its text is sampled."""
+    files = Published(folder)
+    stored = files.table("generation.json") if "generation.json" in files else {}
+    return {name: value for name, value in stored.items() if name in TextOptions.model_fields}
 
 
 def published_files(folder: Path) -> dict[str, bytes]:

@@ -30,6 +30,7 @@ from omni.document import Document, Text, Video, parse_bounded
 from omni.errors import DamagedError, one_line
 from omni.generation.reply_files import read_messages
 from omni.importers.decoders import is_published_decoder
+from omni.importers.places import in_package
 from omni.model import PUBLISHED, Omni
 from omni.pretrained import BUNDLED
 from omni.sequence.features import FeatureSpan
@@ -48,7 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     path = BUNDLED if arguments.path is None else Path(arguments.path)
     if not path.exists():
-        raise ValueError(f"nothing at {str(path)!r}; give a model, checkpoint, tokenizer, picture or Document")
+        path = in_package(str(path)) or path
+    if not path.exists():
+        raise ValueError(
+            f"nothing at {str(path)!r}; give a model, a published language model (folder, GGUF file, or a package that "
+            "holds one), a checkpoint, tokenizer, picture or Document"
+        )
     printer = Printer()
     lines = _describe_folder(path) if path.is_dir() else _describe_file(path, arguments.model, printer)
     for line in lines:

@@ -102,6 +102,8 @@ def read_decoder(path: str | Path, context: int | None = None, channels: int | N
     outer, data = data.get("model_type"), _text_config(data, where)
     family = data.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
+        if family == "omni":
+            raise ValueError(f"{path} is a model directory already; use it as it is: omni generate --model {path}")
         known = ", ".join(sorted([*FAMILIES, "gemma3"]))
         raise ValueError(f"{where}: model_type = {family!r:.80} is not implemented; implemented: {known}")
     found = PublishedDecoder(path, family, source, data)

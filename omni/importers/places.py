@@ -25,7 +25,7 @@ def find_checkpoint(name: str | Path, report: Callable[[str], None] | None = Non
     path, text = Path(name), str(name)
     if path.exists():
         return path
-    if PACKAGE.fullmatch(text) and (found := _in_package(text)) is not None:
+    if (found := in_package(text)) is not None:
         say(f"{found.name}, of the installed package {text}")
         return found
     if REPOSITORY.fullmatch(text):
@@ -37,9 +37,9 @@ def find_checkpoint(name: str | Path, report: Callable[[str], None] | None = Non
     )
 
 
-def _in_package(name: str) -> Path | None:
-    """The GGUF file of an installed package. ValueError if it has several."""
-    spec = importlib.util.find_spec(name)
+def in_package(name: str) -> Path | None:
+    """The GGUF file of an installed package; None where there is none. ValueError if it has several."""
+    spec = importlib.util.find_spec(name) if PACKAGE.fullmatch(name) else None
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if len(files) > 1:

@@ -30,7 +30,10 @@ def published_files(path: Path, gguf: Path | None, config: Mapping[str, Any], th
     files of a tokenizer are kept. ValueError for a file beyond MAX_BYTES."""
     table = {**config, "architectures": [CLASSES[config["model_type"]]]}
     table.pop("_name_or_path", None)
-    found = {"config.json": (json.dumps(table, indent=2) + "\n").encode()}
+    ids = {} if gguf is None or theirs is None else _special_ids(theirs)
+    found = {"config.json": _json(table | ids)}
+    if ids:
+        found[FILES[0]] = _json(ids)
     if gguf is None:
         return found | _read(path, FILES[:1] if theirs is None else FILES)
     if theirs is None:
@@ -38,6 +41,16 @@ def published_files(path: Path, gguf: Path | None, config: Mapping[str, Any], th
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return found | _read(Path(folder), FILES)
+
+
+def _special_ids(theirs: Any) -> dict[str, int]:
+    """The ids that begin, end and fill a text: without them transformers does not stop generating."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: value for name in names if (value := getattr(theirs, name)) is not None}
+
+
+def _json(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def _read(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import omni
+from omni.importers.decoders import read_decoder
 from omni.importers.places import find_checkpoint
+from omni.pretrained import BUNDLED
 
 
 def test_a_package_with_a_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +24,14 @@ def test_a_package_with_a_file_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "some_model/other.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="some_model holds 2 GGUF files; name one, such as .*other.gguf"):
         find_checkpoint("some_model")
+
+
+def test_folders_that_need_another_command_say_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is a published language model; import it: omni import .* --out DIR"):
+        omni.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bundled is a model directory already; use it as it is"):
+        read_decoder(BUNDLED)
 
 
 def test_what_is_nowhere_is_named() -> None:

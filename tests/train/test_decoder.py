@@ -54,7 +54,11 @@ def test_a_recipe_takes_what_it_leaves_out(decoder: Path, tmp_path: Path) -> Non
     assert recipe.model.depth == theirs.transformer.depth and recipe.model.qk_norm == "head"
     assert recipe.model.expert is not None and recipe.model.expert.width == 32
     assert recipe.tokenizer == f"{decoder}/tokenizer" and recipe.init_from == decoder
-    assert recipe.heads["new_rows"] == 73 and recipe.heads["max_context"] == 512
+    assert (
+        recipe.heads["new_rows"] == 73
+        and recipe.heads["max_context"] == theirs.max_context
+        and recipe.generation["temperature"] == 0
+    )
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
     run = run_of(recipe, tmp_path / "run")
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
