@@ -61,7 +61,7 @@ OPTIONAL = {
         "eval/experiments/imports/oracle.py",
         "eval/experiments/imports/rotary.py",
     },
-    "huggingface_hub": {"omni/hf/auto.py", "omni/importers/places.py"},
+    "huggingface_hub": {"omni/importers/places.py"},
     "jinja2": {"omni/text/template.py", "eval/experiments/imports/chats.py"},
     "transfusion_pytorch": {"eval/peers.py"},
     "pyarrow": {"eval/experiments/imports/tiny.py", "omni/data/parquet.py", "eval/experiments/cifar/pictures.py"},

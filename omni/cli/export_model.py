@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from omni.cli.terminal import Printer
 from omni.errors import check_place
-from omni.importers.sources import DTYPES
+from omni.importers.sources import SafetensorsFolder
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -20,12 +20,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
         raise ValueError(
             f"no model directory at {str(folder)!r}; give a directory that holds config.json and {path.name}"
         )
-    with safe_open(str(path), framework="pt") as file:
-        found = {DTYPES[kind] for name in file.keys() if (kind := file.get_slice(name).get_dtype()) in DTYPES}  # noqa: SIM118
-    widest = torch.bfloat16
-    for dtype in found:
-        widest = torch.promote_types(widest, dtype) if len(found) > 1 else dtype
-    return widest
+    found = {stored.dtype for stored in SafetensorsFolder(folder).tensors.values() if stored.dtype is not None}
+    return reduce(torch.promote_types, found)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.importers.places import fetch
 from omni.model import Omni, OmniConfig
 from omni.pretrained import from_pretrained
 from omni.sequence.layout import Stream
@@ -46,7 +47,7 @@ class OmniHubConfig(PretrainedConfig):
     def __init__(self, **fields: Any) -> None:
         own = {name: fields.pop(name) for name in OmniConfig.model_fields if name in fields and name != "model_type"}
         super().__init__(**fields)
-        self.fields = own or {"vocab_size": 329}
+        self.fields = own or {"vocab_size": 1}  # transformers also makes a configuration without fields
 
     @property
     def omni(self) -> OmniConfig:
@@ -86,7 +87,8 @@ class OmniModel(PreTrainedModel):
             raise ValueError(f"device_map = {device!r}: an Omni model is on one device; give its name, such as 'cuda'")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = torch.float32 if dtype == "auto" else dtype
-        omni = from_pretrained(folder_of(name, hub), device=str(device), dtype=dtype)
+        folder = Path(name) if Path(name).is_dir() else fetch(str(name), **hub)
+        omni = from_pretrained(folder, device=str(device), dtype=dtype)
         return cls(OmniHubConfig(**omni.config.model_dump(mode="json")), omni).eval()
 
     def save_pretrained(self, directory: Any, **options: Any) -> None:  # type: ignore[override]
@@ -111,18 +113,6 @@ class OmniModel(PreTrainedModel):
     def generate(self, prompt: Any, **options: Any) -> Any:
         """A Reply of text and pictures, see Omni.generate."""
         return self.omni.generate(prompt, **options)
-
-
-def folder_of(name: Any, hub: dict[str, Any]) -> Path:
-    """The local folder of a directory or of a repository of the hub, which is fetched unless local_files_only."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), **hub))
-    except Exception as error:
-        raise ValueError(f"{str(name)!r} is no model directory, and the hub does not give it: {error}") from None
 
 
 AutoConfig.register("omni", OmniHubConfig, exist_ok=True)

@@ -11,9 +11,9 @@ in a folder of its own (importers.peft). Both folders have the form that `huggin
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,15 +61,19 @@ def export_text(model: Omni, folder: str | Path, name: str | None = None, licens
     dtype = model.token.embedding.weight.dtype
     table |= {"dtype": str(dtype).removeprefix("torch.")}
     table.pop("torch_dtype", None)
-    files: dict[str, Any] = {**model.published, CONFIG: json.dumps(table, indent=2) + "\n"}
-    folder.mkdir(parents=True)
-    for file, content in files.items():
-        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with (folder / "model.safetensors").open("wb") as stream:
-        sink = Sink(stream)
-        write_tensors(sink, tensors)
-        sink.finish()
-    (folder / CARD).write_text(model_card(model, name or folder.name, license, text_only=True), encoding="utf-8")
+    card = model_card(model, name or folder.name, license, text_only=True)
+    files = {**model.published, CONFIG: (json.dumps(table, indent=2) + "\n").encode(), CARD: card.encode()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.tmp-") as temporary:
+        made = Path(temporary) / "made"  # it appears whole, or not at all
+        made.mkdir()
+        for file, content in files.items():
+            (made / file).write_bytes(content)
+        with (made / "model.safetensors").open("wb") as stream:
+            sink = Sink(stream)
+            write_tensors(sink, tensors)
+            sink.finish()
+        made.rename(folder)
     return folder
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from omni.config import nearest, parse_json, table_of
 from omni.errors import DamagedError
 from omni.model import Omni
-from omni.nn.lora import LoraSpec, Target
+from omni.nn.lora import Lora, LoraSpec, Target
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_BYTES = 8 << 30
@@ -147,8 +147,6 @@ def _spec(config: Mapping[str, Any], name: str, pairs: Pairs, source: str) -> Lo
 
 def _check_shapes(model: Omni, spec: LoraSpec, pairs: Pairs, source: str) -> None:
     """ValueError for a tensor whose shape does not fit the model."""
-    from omni.nn.lora import Lora
-
     with torch.device("meta"):
         wanted = Lora(spec, model.config.transformer)
     for (index, target), (down, up) in pairs.items():

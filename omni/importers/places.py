@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PACKAGE = re.compile(r"[A-Za-z_]\w*")
 REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -30,7 +31,7 @@ def find_checkpoint(name: str | Path, report: Callable[[str], None] | None = Non
         return found
     if REPOSITORY.fullmatch(text):
         say(f"fetching {text} from the Hugging Face hub")
-        return _from_hub(text)
+        return fetch(text, allow_patterns=list(FILES))
     raise ValueError(
         f"nothing at {text!r}: give a folder with config.json, a .gguf file, an installed package that holds one, or a "
         "repository of the hub such as Qwen/Qwen3-0.6B"
@@ -47,13 +48,15 @@ def in_package(name: str) -> Path | None:
     return files[0] if files else None
 
 
-def _from_hub(name: str) -> Path:
+def fetch(name: str, **options: Any) -> Path:
+    """The local folder of a repository of the hub, by huggingface_hub.snapshot_download with these options. ValueError
+    where the hub does not give it."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ImportError(f"fetching {name} needs huggingface_hub: pip install 'omni-flow[hf]'") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, **options))
     except Exception as error:  # of many kinds: of the network, of the hub
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name!r} is no local path, and the hub does not give it: {reason}") from None

@@ -43,7 +43,7 @@ class Source(Protocol):
 
 class SafetensorsFolder:
     """One safetensors file or several. ValueError for a missing or damaged one, and for a tensor that is in two, or not
-    where the index says."""
+    where the index lists it."""
 
     def __init__(self, folder: Path) -> None:
         self._place: dict[str, Any] = {}
@@ -60,7 +60,7 @@ class SafetensorsFolder:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a safetensors file ({error}); download it again") from None
         for name in sorted((listed or set()) - names):
-            raise ValueError(f"{path} has no tensor {name!r}, which {INDEX} says is in it; download both again")
+            raise ValueError(f"{path} has no tensor {name!r}, which {INDEX} lists there; download both again")
         for name, part in found.items():
             if name in self.tensors:
                 raise ValueError(f"{path} has a second tensor {name!r}; remove the file that is left over")
@@ -74,7 +74,7 @@ class SafetensorsFolder:
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files of weights, with the names that the index says are in each."""
+    """The files of weights, with the names that the index lists for each."""
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: None}
     if not (folder / INDEX).is_file():

@@ -191,7 +191,7 @@ class Transformer(nn.Module):
         table = rotary_table(position, c.head_dim, c.rope_base, dtype, c.rotary)
         if c.window_rope_base is None:
             return h, lambda index: table
-        plain = c.rotary.model_copy(update={"scaling": type(c.rotary).model_fields["scaling"].default})
+        plain = c.rotary.model_copy(update={"scaling": None})
         local = rotary_table(position, c.head_dim, c.window_rope_base, dtype, plain)
         return h, lambda index: table if c.window_of(index) is None else local
 

@@ -74,7 +74,7 @@ def load_published(path: Path, gguf_file: str | None) -> Any:
     except ImportError:
         raise ImportError("reading a published tokenizer needs transformers: pip install 'omni-flow[hf]'") from None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file() and not _has_protobuf():
-        raise ImportError("transformers reads a tokenizer.model with protobuf: pip install protobuf")
+        raise ImportError("transformers reads a tokenizer.model with protobuf: pip install 'omni-flow[hf]'")
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
@@ -114,7 +114,7 @@ def _text_library(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _marks(library: tokenizers.Tokenizer, template: ChatTemplate | None) -> tuple[str, ...]:
-    """Added tokens that are not special and that the chat template spells, white space excepted."""
+    """Added tokens that are not special and that the chat template contains, white space excepted."""
     if template is None:
         return ()
     added = library.get_added_tokens_decoder()

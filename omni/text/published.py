@@ -3,7 +3,7 @@
     ids 0 .. num_theirs-1                theirs: text, special tokens, rows without a token (num_theirs is num_text)
     ids num_theirs ..                    CONTROL_NAMES
 
-Text never gives a special id, nor that of a token that the chat template itself spells ("marks", such as <think>), even
+Text never gives a special id, nor that of a token that the chat template contains ("marks", such as <think>), even
 where the library would match the spelling. A model may emit marks as text; special ids it may not, but for `ends`.
 Other tokens that were added to the library, such as Gemma's runs of spaces, are ordinary text.
 
@@ -44,7 +44,9 @@ class PublishedSettings(Frozen):
     adds_bos: bool = Field(default=False, description="whether plain text begins with it")
     ends: tuple[int, ...] = Field(default=(), description="ids that end a reply")
     end: int | None = Field(default=None, description="the id that ends an assistant's turn; None: the first of ends")
-    marks: tuple[str, ...] = Field(default=(), description="tokens that the chat template spells and are not special")
+    marks: tuple[str, ...] = Field(
+        default=(), description="tokens that the chat template contains and that are not special"
+    )
     special: dict[str, str] = Field(default={}, description="special tokens by name, for the chat template")
     variables: dict[str, Any] = Field(default={}, description="further variables of the chat template")
     template: str | None = Field(default=None, description="blake2b of chat_template.jinja; None: no template")
@@ -221,7 +223,7 @@ class PublishedTokenizer(Tokenizer):
         return re.compile(prefix_tree_pattern([one for one in self.theirs if len(one) > 1]) or r"(?!)")
 
     def spelled_in(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, id) of every token of `theirs` that a text of the chat template spells, as the library finds
+        """(start, stop, id) of every token of `theirs` in a text of the chat template, as the library finds
         them; with the white space that the token takes up. ValueError for one without a row in the model."""
         before = 0
         for found in self.spelled.finditer(text):

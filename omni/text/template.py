@@ -64,7 +64,7 @@ class ChatTemplate:
 
     @cached_property
     def literals(self) -> str:
-        """What the template itself spells: its text and its string constants, NUL between two of them."""
+        """What the template itself contains: its text and its string constants, NUL between two of them."""
         import jinja2.nodes
 
         tree = self._environment.parse(self.source)

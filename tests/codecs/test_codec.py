@@ -10,21 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.tasks.pretrained.autoencoders import TINY
 from omni.codecs import MAX_GRID, AutoencoderCodec, Codec, PixelCodec, PixelConfig, codecs, load_codec, psnr
 from omni.errors import NotFiniteError
 from omni.rng import Key
 
-TINY_DC = {
-    "latent_channels": 4,
-    "encoder_block_types": "ResBlock",
-    "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": [8, 8, 8],
-    "decoder_block_out_channels": [8, 8, 8],
-    "encoder_layers_per_block": [0, 1, 1],
-    "decoder_layers_per_block": [0, 1, 1],
-    "encoder_qkv_multiscales": [[], [], []],
-    "decoder_qkv_multiscales": [[], [], []],
-}
+TINY_DC = {name: value for name, value in TINY["DC-AE"][1].items() if name != "scaling_factor"}
 CONFIGS = {
     "pixels": {"kind": "pixels", "patch": 4},
     "autoencoder": {"kind": "autoencoder", "class_name": "AutoencoderDC", "model": TINY_DC},

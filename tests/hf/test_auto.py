@@ -48,5 +48,5 @@ def test_what_has_no_meaning_is_refused(folder: Path) -> None:
         AutoModel.from_pretrained(folder, quantization_config={})
     with pytest.raises(ValueError, match="trust_remote_code = True is not possible"):
         omni.hf.OmniModel.from_pretrained(folder, trust_remote_code=True)
-    with pytest.raises(ValueError, match="'no/such' is no model directory, and the hub does not give it"):
+    with pytest.raises(ValueError, match="'no/such' is no local path, and the hub does not give it"):
         omni.hf.OmniModel.from_pretrained("no/such", local_files_only=True)
