@@ -10,7 +10,7 @@ import torch
 
 from omni.cli.terminal import Printer
 from omni.errors import check_place
-from omni.importers.sources import SafetensorsFolder
+from omni.storage.shards import SafetensorsFolder
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ from omni.codecs.networks import use_fused_norms
 from omni.codecs.upstream import MODULES, whole_class
 from omni.config import parse_json, table_of
 from omni.errors import DamagedError
+from omni.storage.shards import SafetensorsFolder
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -87,29 +87,10 @@ def _foreign(path: Path) -> str:
 
 def _stored_dtypes(path: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor in the weight files. ValueError for no such file and for a dtype that is not kept."""
-    found: dict[str, torch.dtype] = {}
-    for file in _weight_files(path):
-        try:
-            with safetensors.safe_open(str(file), "pt") as tensors:
-                names: Iterable[str] = tensors.keys()
-                kinds = {name: tensors.get_slice(name).get_dtype() for name in names}
-        except Exception as error:  # SafetensorError, and the reader's other errors
-            raise DamagedError(f"{str(file)!r} is not a safetensors file ({error}); download it again") from None
-        for name, kind in kinds.items():
-            if kind not in _DTYPES:
-                raise ValueError(f"{str(file)!r}: {name} is {kind}; weights may be {', '.join(_DTYPES)}: convert them")
-            found[name] = _DTYPES[kind]
-    return found
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The file of weights, or its parts."""
-    index = path / f"{WEIGHTS}.index.json"
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if not index.is_file():
+    if not any((path / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
         raise ValueError(f"{str(path)!r} holds no {WEIGHTS}; weights in pickle files are never read: convert them")
-    parts = table_of(table_of(parse_json(index.read_bytes(), str(index)), str(index)).get("weight_map"), str(index))
-    if not all(isinstance(part, str) and Path(part).name == part for part in parts.values()):
-        raise DamagedError(f"{str(index)!r} names parts that are no files of its directory; download it again")
-    return [path / part for part in sorted(set(parts.values()))]
+    found = SafetensorsFolder(path, WEIGHTS).tensors
+    if others := [name for name, stored in found.items() if stored.kind not in _DTYPES]:
+        known = ", ".join(_DTYPES)
+        raise ValueError(f"{str(path)!r}: {others[0]} is {found[others[0]].kind}; weights may be {known}: convert them")
+    return {name: _DTYPES[stored.kind] for name, stored in found.items()}

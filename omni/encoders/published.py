@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
 from omni.checkpoint import is_finite
 from omni.config import parse_json, table_of
 from omni.errors import DamagedError
+from omni.storage.shards import SafetensorsFolder
 
 CONFIG = "config.json"
 PREPARATIONS = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))  # file, its part
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 # model_type of a checkpoint, or of its vision_config -> the kind of encoder.
@@ -103,50 +102,18 @@ def _preparation_table(folder: Path) -> dict[str, Any] | None:
 def tensors_below(folder: Path, prefixes: Sequence[str], parts: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of the tower, by their names below the first of `prefixes` that has any of `parts`, in their own
     dtypes. Reads no others. ValueError where there are none; DamagedError for damaged files and values."""
-    places = _files_of_tensors(folder)
+    every = tuple(f"{prefix}{part}." for prefix in prefixes for part in parts)
+    files = SafetensorsFolder(folder, keep=lambda name: name.startswith(every))
     for prefix in prefixes:
         starts = tuple(f"{prefix}{part}." for part in parts)
-        names = {name: path for name, path in places.items() if name.startswith(starts)}
-        if names:
-            return {name.removeprefix(prefix): value for name, value in _read(names).items()}
+        if names := [name for name in files.tensors if name.startswith(starts)]:
+            return {name.removeprefix(prefix): _sound(files, name, folder) for name in names}
     raise ValueError(f"{str(folder)!r} has no tensors of a vision tower, such as {prefixes[0]}{parts[0]}")
 
 
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, by its name."""
-    single = folder / WEIGHTS
-    if single.is_file():
-        with _opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    places = table_of(table(folder / INDEX).get("weight_map"), str(folder / INDEX))
-    for name, shard in places.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise DamagedError(
-                f"{folder / INDEX}: {name} is in {shard!r:.100}, which is no safetensors file of the folder"
-            )
-    return {name: folder / shard for name, shard in places.items()}
-
-
-def _read(names: Mapping[str, Path]) -> dict[str, Tensor]:
-    """The named tensors of these files. DamagedError for a missing one, NaN or infinities."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(set(names.values())):
-        with _opened(path) as file:
-            held = set(file.keys())
-            for name in (name for name, place in names.items() if place == path):
-                if name not in held:
-                    raise DamagedError(f"{path} holds no {name}, which the index places there; download it again")
-                found[name] = file.get_tensor(name)
-                if not is_finite(found[name]):
-                    raise DamagedError(f"{path}: {name} has values that are NaN or infinite; download it again")
-    return found
-
-
-def _opened(path: Path) -> Any:
-    """An open safetensors file. DamagedError for another format."""
-    try:
-        return safetensors.safe_open(str(path), framework="pt")
-    except Exception as error:  # SafetensorError, and the system's errors
-        raise DamagedError(
-            f"{path} is not a safetensors file ({' '.join(str(error).split())}); download it again"
-        ) from None
+def _sound(files: SafetensorsFolder, name: str, folder: Path) -> Tensor:
+    """A tensor. DamagedError for NaN or infinities."""
+    value = files.tensor(name)
+    if not is_finite(value):
+        raise DamagedError(f"{folder}: {name} has values that are NaN or infinite; download it again")
+    return value

@@ -31,12 +31,13 @@ from omni.importers.generation_config import generation_defaults
 from omni.importers.gguf_file import GGUFFile
 from omni.importers.layout import Weight, head_name, layout_of
 from omni.importers.published_files import published_files
-from omni.importers.sources import DTYPES, SafetensorsFolder, Source, read_table
+from omni.importers.sources import Source
 from omni.importers.writing import Written, new_rows, write_tensors, written
 from omni.media.preparation import Preparation
 from omni.model import PUBLISHED, Omni, OmniConfig
 from omni.nn.declare import declarations, fill
 from omni.rng import Key
+from omni.storage.shards import DTYPES, SafetensorsFolder, read_table
 from omni.text.convert import convert_tokenizer, load_published
 from omni.text.tokenizer import CONTROL_NAMES
 from omni.weights import unallocated

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omni.generation.options import check_defaults
-from omni.importers.sources import read_table
+from omni.storage.shards import read_table
 
 FILE = "generation_config.json"
 # Keys that are read here or by omni.text.convert, and those that change no distribution of ids.

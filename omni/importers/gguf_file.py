@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omni.importers.families import FAMILIES
-from omni.importers.sources import Stored
+from omni.storage.shards import Stored
 
 ARCHITECTURES = {  # of llama.cpp -> model_type
     "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text",

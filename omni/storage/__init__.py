@@ -1,1 +1,1 @@
-"""Files of any size, in pieces: written, hashed and synced."""
+"""Files of any size: written, hashed and synced in pieces; safetensors files read tensor by tensor."""
