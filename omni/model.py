@@ -142,7 +142,7 @@ class Omni(nn.Module):
 
     def context(self, batch: Batch) -> tuple[Tensor, Memory]:
         """The context stream of a batch: hidden states (R, T, W), and the memory that the refine stream attends to."""
-        return self.transformer.context(self.embed(batch), batch.context, batch.is_latent)
+        return self.transformer.context(self.embed(batch), batch.context, batch.is_latent, batch.adapted)
 
     def forward(
         self,

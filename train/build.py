@@ -75,7 +75,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     load = partial(
         Loader,
         prepare=model.prepare,
-        compose=partial(_compose, tokenizer),
+        compose=partial(_compose, tokenizer, invokes_lora(recipe)),
         pad_id=tokenizer.control.pad,
         ends=tokenizer.ends,
         is_additive=tokenizer.own_turns,
@@ -375,6 +375,11 @@ def published_dtype(run: Run) -> torch.dtype:
     return torch.bfloat16 if all(torch.equal(p.bfloat16().to(p.dtype), p) for p in frozen) else torch.float32
 
 
-def _compose(tokenizer: Tokenizer, document: Any, encode_media: Any) -> Any:
+def invokes_lora(recipe: Recipe) -> bool:
+    """Whether the LoRA of a recipe is active in invoked turns alone."""
+    return any(spec.name == recipe.lora and spec.invoked for spec in recipe.model.loras)
+
+
+def _compose(tokenizer: Tokenizer, invokes: bool, document: Any, encode_media: Any) -> Any:
     """`compose` with the tokenizer first, for `partial`."""
-    return compose(document, tokenizer, encode_media)
+    return compose(document, tokenizer, encode_media, invokes=invokes)

@@ -156,7 +156,7 @@ def _laid_out(batch: Batch, row: int, first: int, end: int) -> LaidOut:
     num = end - first
     return LaidOut(
         batch.ids[row, at].tolist(), latents, [False] * num, batch.context.block[row, at].tolist(), position, [],
-        0, 0, [None] * num,
+        0, 0, [None] * num, adapted=[False] * num if batch.adapted is None else batch.adapted[row, at].tolist(),
     )  # fmt: skip
 
 
@@ -164,8 +164,9 @@ def _append(history: History, one: LaidOut, start: int, stop: int | None = None)
     """Positions start to stop of a document, behind those that the history holds."""
     at = slice(start, stop)
     part = LaidOut(
-        one.ids[at], one.latents[at], one.supervise[at], one.block[at], one.position[at], [], 0, 0, one.features[at]
-    )
+        one.ids[at], one.latents[at], one.supervise[at], one.block[at], one.position[at], [], 0, 0, one.features[at],
+        adapted=one.adapted[at],
+    )  # fmt: skip
     return Append(history, part, [0] * len(part.ids))
 
 

@@ -51,15 +51,17 @@ class Append:
     @property
     def is_native(self) -> bool:
         """Whether native code can compute it."""
-        return self.is_text and self.history.lora is None
+        return self.is_text and (self.history.lora is None or (self.history.invoked and not any(self.laid.adapted)))
 
     def runs(self, first: int) -> Iterator[Run]:
         """Runs of the positions, the first at `first` of the pass: causal runs of text, and blocks."""
-        laid, a = self.laid, 0
+        laid, a, at = self.laid, 0, self.history.length
+        splits = self.history.invoked
         for b in range(1, len(laid.ids) + 1):
             text = laid.is_text(a)
-            if b == len(laid.ids) or laid.is_text(b) != text or (not text and laid.block[b] != laid.block[a]):
-                yield Run(self.history, first + a, b - a, self.history.length + a, causal=text)
+            is_end = b == len(laid.ids) or laid.is_text(b) != text or (not text and laid.block[b] != laid.block[a])
+            if is_end or (splits and laid.adapted[b] != laid.adapted[a]):
+                yield Run(self.history, first + a, b - a, at + a, causal=text, adapted=splits and laid.adapted[a])
                 a = b
 
     def part(self, start: int, stop: int) -> Append:
@@ -70,7 +72,7 @@ class Append:
         cut = slice(start, stop)
         part = LaidOut(
             laid.ids[cut], laid.latents[cut], laid.supervise[cut], laid.block[cut], laid.position[cut], [], at, block,
-            laid.features[cut],
+            laid.features[cut], adapted=laid.adapted[cut],
         )  # fmt: skip
         return Append(self.history, part, self.marks[cut])
 

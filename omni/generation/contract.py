@@ -126,6 +126,11 @@ def _with_lora(
 ) -> Iterator[tuple[str, float, float]]:
     """The comparisons with an adapter of the text weights."""
     before, model.transformer.active_lora = model.transformer.active_lora, name
+    if model.transformer.lora(name).spec.invoked:  # active in some of the texts, and in the blocks
+        documents = [
+            [replace(s, adapted=n % 4 < 2) if isinstance(s, TokenSpan) else s for n, s in enumerate(spans)]
+            for spans in documents
+        ]
     try:
         alone = [_uncached(model, d, key) for d in documents]
         yield _compare(f"LoRA {name}: training, packed = uncached", _training(model, documents, key), alone)
@@ -136,7 +141,9 @@ def _with_lora(
 
 def _history(model: Omni, pool: Pool | None = None) -> History:
     """An empty history with the active LoRA."""
-    return History(pool or model.transformer.new_pool(), model.transformer.active_lora)
+    name = model.transformer.active_lora
+    invoked = name is not None and model.transformer.lora(name).spec.invoked
+    return History(pool or model.transformer.new_pool(), name, invoked)
 
 
 def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:
@@ -200,7 +207,7 @@ def _training(model: Omni, documents: Sequence[Sequence[Span]], key: Key) -> lis
     total = sum(num_context(s) + (len(s.latents) if isinstance(s, LatentSpan) else 0) for d in documents for s in d)
     [batch], _ = pack(documents, [Shape(1, total, total)], channels=model.config.channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
-    hidden, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    hidden, memory = model.context(batch)
     logits = model.token.read(hidden)[0]
     noisy = [_noisy(s, n, key) for d in documents for n, s in enumerate(x for x in d if isinstance(x, LatentSpan))]
     if not noisy:
@@ -248,7 +255,7 @@ def training_prefix(model: Omni, spans: Sequence[Span]) -> Tensor:
     shape, channels = Shape(1, 4096, 0), model.config.channels
     [batch], _ = pack([_plain(spans)], [shape], channels=channels, pad_id=0, fixed_shape=False)
     batch = batch.to(model.token.embedding.weight.device)
-    hidden, _ = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    hidden, _ = model.context(batch)
     return model.token.read(hidden)[0]
 
 
@@ -288,7 +295,7 @@ def _pieces(spans: Sequence[Span]) -> list[Span]:
     """One span per id and one per block."""
     out: list[Span] = []
     for span in spans:
-        out += [TokenSpan([i], [True]) for i in span.ids] if isinstance(span, TokenSpan) else [span]
+        out += [TokenSpan([i], [True], span.adapted) for i in span.ids] if isinstance(span, TokenSpan) else [span]
     return out
 
 
@@ -366,7 +373,7 @@ def _moving_blocks(model: Omni, spans: Sequence[Span], key: Key) -> tuple[float,
     [batch], _ = pack([spans], [Shape(1, 4096, 4096)], channels=clip[0].latents.shape[1], pad_id=0, fixed_shape=False)
     like = model.token.embedding.weight
     batch = batch.to(like.device)
-    _, memory = model.transformer.context(model.embed(batch), batch.context, batch.is_latent)
+    _, memory = model.context(batch)
     number = sum(isinstance(span, LatentSpan) for span in spans[:at])
     pairs: list[tuple[Tensor, Tensor]] = []
     for done in range(2 if context.finished == "context" else 1):
@@ -405,7 +412,7 @@ def _split_at(spans: Sequence[Span], at: int) -> tuple[list[Span], int]:
     for span in spans:
         n = num_context(span)
         if isinstance(span, TokenSpan) and at < n:
-            return [*out, *([TokenSpan(span.ids[:at], span.supervise[:at])] if at else [])], span.ids[at]
+            return [*out, *([span.part(0, at)] if at else [])], span.ids[at]
         out.append(span)
         at -= n
     raise ValueError(f"no id at position {at}")

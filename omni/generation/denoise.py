@@ -359,7 +359,7 @@ def follow(runtime: Runtime, request: Request, what: Drop) -> Append:
     """The append that makes the history of a branch equal to the reduced history before the next block. What the branch
     read for an earlier picture is kept as far as it is the same."""
     if what not in request.branches:
-        request.branches[what] = History(runtime.pool, request.history.lora)
+        request.branches[what] = History(runtime.pool, request.history.lora, request.history.invoked)
     history = request.branches[what]
     spans = null_spans(runtime, request, what)
     laid = lay_out(spans, runtime.control.pad)
@@ -376,10 +376,13 @@ def null_spans(runtime: Runtime, request: Request, what: Drop) -> list[Span]:
     media = request.media
     assert media is not None
     history = reduce(open_turn(request.segments, Role.ASSISTANT), what)
-    [*spans, last] = compose(Document(history), runtime.tokenizer, request.encoded, is_open=True)
+    invokes = request.history.invoked
+    [*spans, last] = compose(
+        Document(history), runtime.tokenizer, request.encoded, is_open=True, invokes=invokes, reply_invoked=True
+    )
     assert isinstance(last, TokenSpan)
     clip = None if media.kind == "image" else (media.chunks, media.rate)
     header = block_header(runtime.control, media.rows, media.columns, clip)
     grid = runtime.grammar.grid(media)
     ids = [*last.ids, *header]
-    return [*spans, TokenSpan(ids, [False] * len(ids)), *(LatentSpan(z, grid) for z in media.finished)]
+    return [*spans, TokenSpan(ids, [False] * len(ids), invokes), *(LatentSpan(z, grid) for z in media.finished)]

@@ -304,7 +304,9 @@ class Engine:
         if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
             raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
         options = self.resolve(options)
-        history = History(self.pool, None if options.lora == "none" else options.lora)
+        name = None if options.lora in (None, "none") else options.lora
+        invoked = name is not None and self.model.transformer.lora(name).spec.invoked
+        history = History(self.pool, name, invoked)
         request = Request(next(self._numbers), history, options, document.segments, self.tokenizer.stream())
         request.continues = tuple(continues)
         begin(self.runtime, request)

@@ -129,7 +129,7 @@ def without_first(spans: Sequence[Span], num: int) -> list[Span]:
             num -= size
             continue
         if isinstance(span, TokenSpan):
-            span, num = TokenSpan(span.ids[num:], span.supervise[num:]), 0
+            span, num = span.part(num), 0
         out.append(span)
     return out
 

@@ -70,6 +70,7 @@ class Request:
     like: Request | None = None  # a request with the same prompt, which reads it
     epoch: int = 0  # which weights the history is of, see prefixes.Prefixes
     continues: tuple[Part, ...] = ()  # the beginning of the reply, which is given
+    adapted: bool = False  # whether the reply is that of an invoked LoRA
 
     @property
     def has_read_prompt(self) -> bool:
@@ -85,6 +86,10 @@ class Request:
         """The latents, and features, that the cache holds for media of `segments`."""
         return [self.latents[one] for one in media]
 
+    def ids(self, ids: Sequence[int]) -> TokenSpan:
+        """Ids of the reply, as a span."""
+        return TokenSpan(list(ids), [False] * len(ids), self.adapted)
+
     def take_pending(self) -> list[Span]:
         """The pending spans, which are no longer pending; neighbouring ids share one TokenSpan."""
         spans, self.pending = self.pending, []
@@ -93,8 +98,9 @@ class Request:
         out: list[Span] = []
         for span in spans:
             before = out[-1] if out else None
-            if isinstance(span, TokenSpan) and isinstance(before, TokenSpan):
-                out[-1] = TokenSpan([*before.ids, *span.ids], [*before.supervise, *span.supervise])
+            is_text = isinstance(span, TokenSpan) and isinstance(before, TokenSpan)
+            if is_text and span.adapted == before.adapted:
+                out[-1] = TokenSpan([*before.ids, *span.ids], [*before.supervise, *span.supervise], span.adapted)
             else:
                 out.append(span)
         return out

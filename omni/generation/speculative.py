@@ -67,7 +67,7 @@ def speculative_round(runtime: Runtime, request: Request) -> Turn:
     if options.verify == "none":
         legal = _legal(runtime, request, ids)
         emitted = yield from _emit(runtime, request, legal, Drafted(len(ids), len(legal), passes))
-        request.pending = [TokenSpan(emitted, [False] * len(emitted))]
+        request.pending = [request.ids(emitted)]
         return
     hidden = yield from _read_draft(runtime, request, last, start, ids, whole)
     verified = _verify(runtime, request, draft, ids, runtime.model.token.read(hidden))
@@ -77,7 +77,7 @@ def speculative_round(runtime: Runtime, request: Request) -> Turn:
     emitted = yield from _emit(runtime, request, verified.ids[0, :count].tolist(), trace)
     num = len(emitted) - 1 + len(last)  # the last id waits; a pass without a start has read one id more
     history.truncate(*(field + num for field in base))
-    request.pending = [TokenSpan([emitted[-1]], [False])]
+    request.pending = [request.ids([emitted[-1]])]
     over = request.phase in ("block", "done") or bool(request.forced)
     request.leftover = [] if over or not request.recycles else verified.ids[0, count : len(ids) + whole].tolist()
     request.state = None if over or not is_recurrent else hidden[len(emitted) - 1]
@@ -92,7 +92,7 @@ def _read_draft(
     if not read:
         assert start is not None
         return start[None]
-    [hidden] = yield Read([append_of(request.history, [TokenSpan(read, [False] * len(read))], runtime.control.pad)])
+    [hidden] = yield Read([append_of(request.history, [request.ids(read)], runtime.control.pad)])
     return hidden if start is None else torch.cat([start[None], hidden])
 
 

@@ -47,10 +47,11 @@ def begin(runtime: Runtime, request: Request) -> None:
             raise ValueError(f"force_image needs max_images of at least 1, got {options.max_images}")
         request.forced = [runtime.control.image]
     request.segments = [model.prepare(segment) for segment in request.given]
+    invokes = request.history.invoked
     prompt, request.capacity = Document(tuple(request.segments)), model.config.max_context
     begun = [model.prepare(segment) for segment in segments_of(request.continues)]
     request.length = request.prompt_length = prompt_length(
-        prompt, runtime.tokenizer, runtime.num_positions, request.capacity
+        prompt, runtime.tokenizer, runtime.num_positions, request.capacity, invokes=invokes
     )
     if request.forced:
         num = request.length + LEAST_MEDIA + (0 if grid is None else math.prod(grid) - 1)
@@ -58,7 +59,7 @@ def begin(runtime: Runtime, request: Request) -> None:
     request.warned = warn_if_nearly_full(request.length, request.capacity)
     media = [segment for segment in request.segments if not isinstance(segment, Text)]
     request.latents = dict(zip(media, runtime.latents.encode(media, model.encode_media), strict=True))
-    request.pending = compose(prompt, runtime.tokenizer, request.encoded, True)
+    request.pending = compose(prompt, runtime.tokenizer, request.encoded, True, invokes=invokes)
     if begun:
         _go_on(runtime, request, begun)
 
@@ -72,8 +73,10 @@ def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None
     request.parts += request.continues
     request.num_media = len(media)
     whole = Document(tuple(request.segments))
-    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_positions, request.capacity, is_open=True)
-    request.pending = compose(whole, runtime.tokenizer, request.encoded, is_open=True)
+    request.adapted = request.history.invoked and any(not isinstance(one, Text) for one in request.segments)
+    mode = {"is_open": True, "invokes": request.history.invoked, "reply_invoked": request.adapted}
+    request.length = prompt_length(whole, runtime.tokenizer, runtime.num_positions, request.capacity, **mode)
+    request.pending = compose(whole, runtime.tokenizer, request.encoded, **mode)
     request.forced = []  # it has begun
     request.num_tokens = sum(
         len(runtime.tokenizer.encode(one.text)) if isinstance(one, Text) else header_length(isinstance(one, Video))
@@ -85,6 +88,8 @@ def _go_on(runtime: Runtime, request: Request, begun: Sequence[Segment]) -> None
 
 def turn(runtime: Runtime, request: Request) -> Turn:
     """Work and events of a request after `begin`, up to its Stop."""
+    if request.history.invoked and not request.continues:
+        yield from invoke(runtime, request)
     drafts = (request.options.speculative.tokens_per_pass or 1) > 1
     while request.phase != "done":
         if request.phase == "block":
@@ -104,6 +109,36 @@ def turn(runtime: Runtime, request: Request) -> Turn:
     yield Stop(request.reason)
 
 
+def invoke(runtime: Runtime, request: Request) -> Turn:
+    """The first id of a reply whose LoRA is invoked (nn.lora).
+
+    The text weights read the prompt. Behind it stands the invocation id, where the adapter is active and chooses the
+    first id. If that ends the turn at once, the invocation is taken back, and the reply is that of the text weights,
+    with the ids, and the noise, that it has without the adapter. Without a picture in the prompt, and with max_images
+    = 0, the adapter is not asked.
+    """
+    has_media = any(not isinstance(segment, Text) for segment in request.segments)
+    invocation = TokenSpan([runtime.control.assistant], [False], True)
+    if request.forced:
+        request.adapted, request.length = True, request.length + 1
+        request.pending.append(invocation)
+        return
+    if not has_media and not request.options.max_images:
+        return
+    history, pad = request.history, runtime.control.pad
+    mask_of = runtime.grammar.mask_of
+    own = yield Read([append_of(history, request.take_pending(), pad)], mask_of(request, "text"), 0)
+    before = history.length, history.next_position, history.next_block
+    token = choose(request, (yield Read([append_of(history, [invocation], pad)], mask_of(request, "text"), 0)))
+    if token in runtime.tokenizer.ends:
+        history.truncate(*before)
+        request.num_tokens = 0
+        token = choose(request, own)
+    else:
+        request.adapted, request.length = True, request.length + 1
+    yield from accept(runtime, request, token)
+
+
 def choose(request: Request, scores: Scores) -> int:
     """The next id: the best, or a sample with the request's own key."""
     options, number = request.options.text, request.num_tokens
@@ -117,7 +152,7 @@ def choose(request: Request, scores: Scores) -> int:
 
 def accept(runtime: Runtime, request: Request, token: int) -> Iterator[Event]:
     """Emit one id."""
-    request.pending.append(TokenSpan([token], [False]))
+    request.pending.append(request.ids([token]))
     yield from runtime.grammar.advance(request, token)
 
 
@@ -142,7 +177,7 @@ def finish_media(runtime: Runtime, request: Request) -> Turn:
         blocks.append(features)
         request.pending.append(feature_span(features))
         request.length += num_context(request.pending[-1])
-    request.pending.append(TokenSpan([runtime.control.media_end], [False]))
+    request.pending.append(TokenSpan([runtime.control.media_end], [False], request.history.invoked))
     request.length += 1
     request.segments.append(segment)
     request.latents[segment] = blocks

@@ -142,11 +142,12 @@ class History:
 
     `length` positions are committed; the next has rotary coordinate `next_position` and block number `next_block`.
     marks: one number per position that identifies what it was made of, see `generation.prefixes`. lora: the name of the
-    adapter of the text weights with which it is computed (nn.lora), or None.
+    adapter of the text weights with which it is computed (nn.lora), or None. invoked: whether the adapter is active at
+    adapted positions alone.
     """
 
-    def __init__(self, pool: Pool, lora: str | None = None) -> None:
-        self.pool, self.lora = pool, lora
+    def __init__(self, pool: Pool, lora: str | None = None, invoked: bool = False) -> None:
+        self.pool, self.lora, self.invoked = pool, lora, invoked
         self._extent: _Extent | None = None
         self.length = self.next_position = self.next_block = 0
         self.marks: list[int] = []
@@ -204,7 +205,7 @@ class History:
 
     def fork(self) -> History:
         """A history with the same positions; its pages are copied when it is first written to."""
-        other = History(self.pool, self.lora)
+        other = History(self.pool, self.lora, self.invoked)
         other._extent, other.length = self._extent, self.length
         other.next_position, other.next_block, other.marks = self.next_position, self.next_block, list(self.marks)
         if self._extent is not None:

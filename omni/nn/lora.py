@@ -129,7 +129,9 @@ class LoraSpec(Frozen):
     2312.03732).
 
     targets: projections, by their names in published decoders; qkv_proj and gate_up_proj are the fused ones of Phi-3.
-    layers: which layers have it; None: all.
+    layers: which layers have it; None: all. invoked: it is active only where spans are `adapted` (sequence.layout):
+    pictures, and replies that begin with the invocation id (activated LoRA, arXiv 2504.12397). A reply that ends there
+    at once is left to the text weights, which have read the prompt without the adapter: see generation.turn.
     """
 
     name: str = Field(pattern="^[A-Za-z0-9_-]{1,64}$")
@@ -138,6 +140,7 @@ class LoraSpec(Frozen):
     rank_stabilised: bool = False
     targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     layers: tuple[int, ...] | None = None
+    invoked: bool = False
 
     @model_validator(mode="after")
     def _targets_are_apart(self) -> LoraSpec:

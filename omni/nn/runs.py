@@ -33,7 +33,7 @@ class Run:
 
     causal: each sees those of the run before it; else all. ranks: instead, each sees those of no higher rank. seen: the
     run sees that many positions of the history before its own (None: all), such as the finished ones where several
-    blocks of a request are in refinement.
+    blocks of a request are in refinement. adapted: whether an invoked LoRA of the history is active.
     """
 
     history: History
@@ -43,6 +43,12 @@ class Run:
     causal: bool
     ranks: tuple[int, ...] | None = None
     seen: int | None = None
+    adapted: bool = False
+
+    @property
+    def lora(self) -> str | None:
+        """The LoRA of its positions."""
+        return self.history.lora if self.adapted or not self.history.invoked else None
 
 
 class Runs:
@@ -68,8 +74,8 @@ class Runs:
 
     @property
     def gates(self) -> dict[str, Tensor | None]:
-        """The LoRAs of the histories by name, and the positions that use each: (1, N, 1), 1 or 0; None: all."""
-        names = [run.history.lora for run in self.runs]
+        """The LoRAs of the runs by name, and the positions that use each: (1, N, 1), 1 or 0; None: all."""
+        names = [run.lora for run in self.runs]
         found: dict[str, Tensor | None] = {}
         for name in dict.fromkeys(filter(None, names)):
             found[name] = None

@@ -195,10 +195,15 @@ class Transformer(nn.Module):
         local = rotary_table(position, c.head_dim, c.window_rope_base, dtype, plain)
         return h, lambda index: table if c.window_of(index) is None else local
 
-    def _loras(self, runs: Runs | None) -> Callable[[int], Adapter | None]:
-        """What the LoRA of a pass adds in each layer: the active one in a packed batch, else those of the histories."""
-        active = {} if self.active_lora is None else {self.active_lora: None}
-        gates = active if runs is None else runs.gates
+    def _loras(self, runs: Runs | None, adapted: Tensor | None = None) -> Callable[[int], Adapter | None]:
+        """What the LoRA of a pass adds in each layer: the active one in a packed batch, else those of the histories.
+        adapted: (R, T) bool, where an invoked LoRA is active in a packed batch; None: nowhere."""
+        gates: dict[str, Tensor | None] = {} if runs is None else runs.gates
+        if runs is None and self.active_lora is not None:
+            if not self.lora(self.active_lora).spec.invoked:
+                gates = {self.active_lora: None}
+            elif adapted is not None:
+                gates = {self.active_lora: adapted.to(self.norm.weight.dtype).unsqueeze(-1)}
         if not gates:
             return lambda index: None
         found = [(self.lora(name), gate) for name, gate in gates.items()]
@@ -212,8 +217,11 @@ class Transformer(nn.Module):
 
     # ---- context stream -------------------------------------------------------------------------------------------
 
-    def context(self, h_RTW: Tensor, stream: Stream, is_latent: Tensor) -> tuple[Tensor, Memory]:
-        """The whole context in one pass, as in training. Returns normalised hidden states (R, T, W) and the Memory."""
+    def context(
+        self, h_RTW: Tensor, stream: Stream, is_latent: Tensor, adapted: Tensor | None = None
+    ) -> tuple[Tensor, Memory]:
+        """The whole context in one pass, as in training. Returns normalised hidden states (R, T, W) and the Memory.
+        adapted: (R, T) bool, where an invoked LoRA is active; None: nowhere."""
         backend, c = self.backend(h_RTW.device, h_RTW.shape[1]), self.c
         h_RTW, rotary = self._enter(h_RTW, stream.position)
         masks = {window: AttentionMask(stream.fields, stream.fields, window) for window in self._windows()}
@@ -226,7 +234,7 @@ class Transformer(nn.Module):
             mask = masks[c.window_of(index)]
             return lambda q, k, v: attend(q, k, v, mask, backend, c.attention_cap)
 
-        latent, lora_of = is_latent if c.latent_weights == "separate" else False, self._loras(None)
+        latent, lora_of = is_latent if c.latent_weights == "separate" else False, self._loras(None, adapted)
         for index, block in enumerate(self.blocks):
             h_RTW, k, v = block(h_RTW, rotary(index), attention_of(index), latent, None, lora_of(index))
             keys.append(k)

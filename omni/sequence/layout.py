@@ -32,20 +32,27 @@ IGNORE = -100  # target of a position without next-token loss
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Ids in order; `supervise[i]`: whether the loss covers the prediction of `ids[i]`."""
+    """Ids in order; `supervise[i]`: whether the loss covers the prediction of `ids[i]`. adapted: whether an invoked LoRA
+    is active there (nn.lora)."""
 
     ids: list[int]
     supervise: list[bool]
+    adapted: bool = False
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.supervise):
             raise ValueError(f"{len(self.ids)} ids but {len(self.supervise)} supervise flags; give one per id")
 
+    def part(self, start: int, stop: int | None = None) -> TokenSpan:
+        """The ids from start to stop."""
+        return replace(self, ids=self.ids[start:stop], supervise=self.supervise[start:stop])
+
 
 @dataclass(frozen=True, eq=False)
 class LatentSpan:
     """One block of latents: (N, C) float, N = t*h*w in row-major (time, row, column) order of `grid`. in_context: False
-    where the context holds only the features of the picture, and the latents are there to be refined."""
+    where the context holds only the features of the picture, and the latents are there to be refined. Blocks are
+    `adapted`, see TokenSpan."""
 
     latents: Tensor
     grid: tuple[int, int, int]
@@ -117,6 +124,7 @@ class Batch:
     num_context: int = 0  # context positions that are not padding
     num_refine: int = 0
     dropped: frozenset[int] = frozenset()  # uids of documents without their condition
+    adapted: Tensor | None = None  # (R, T) bool: where an invoked LoRA is active; None: nowhere
     null: Batch | None = None  # the same items, in the same order, each after an empty history
     features: Features | None = None  # of pictures in the context; None: it has none
 
@@ -168,6 +176,7 @@ class LaidOut:
     next_block: int
     features: list[tuple[Tensor, tuple[int, int]] | None] = field(default_factory=list)  # values (E,), (row, column)
     pictures: list[Tensor] = field(default_factory=list)  # of features that the model computes, in order
+    adapted: list[bool] = field(default_factory=list)  # where an invoked LoRA is active
 
     def is_text(self, index: int) -> bool:
         """Whether a position is an id: neither a latent nor features."""
@@ -188,6 +197,7 @@ def lay_out(
         p = out.next_position
         if isinstance(span, TokenSpan):
             out.features += [None] * len(span.ids)
+            out.adapted += [span.adapted] * len(span.ids)
             for offset, (token, flag) in enumerate(zip(span.ids, span.supervise, strict=True)):
                 out.ids.append(int(token))
                 out.latents.append(None)
@@ -212,6 +222,7 @@ def lay_out(
         out.features += [None] * num if is_latent else list(zip(span.features.unbind(0), span.places, strict=True))
         out.ids += [pad_id] * num
         out.supervise += [False] * num
+        out.adapted += [True] * num
         out.block += [out.next_block] * num
         out.position += grid_positions(span.grid, p)
         out.next_block += 1
@@ -321,6 +332,7 @@ class ContextTensors:
     position: Tensor
     valid: list[int]
     features: Features | None = None
+    adapted: Tensor | None = None
 
 
 def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: int, pad_id: int) -> ContextTensors:
@@ -344,7 +356,18 @@ def context_tensors(rows: Sequence[Sequence[LaidOut]], length: int, channels: in
             out.latents[r, where] = torch.stack([z for z in latents if z is not None]).to(out.latents)
             out.is_latent[r, where] = True
         out.valid.append(n)
-    return replace(out, features=_features(rows, length))
+    return replace(out, features=_features(rows, length), adapted=_adapted(rows, length))
+
+
+def _adapted(rows: Sequence[Sequence[LaidOut]], length: int) -> Tensor | None:
+    """(R, N) bool: where an invoked LoRA is active; None: nowhere."""
+    if not any(any(one.adapted) for row in rows for one in row):
+        return None
+    found = torch.zeros(len(rows), length, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        flags = [flag for one in row for flag in one.adapted]
+        found[r, : len(flags)] = torch.tensor(flags)
+    return found
 
 
 def _features(rows: Sequence[Sequence[LaidOut]], length: int) -> Features | None:
@@ -396,7 +419,7 @@ def _assemble(filled: list[list[tuple[int, LaidOut]]], T: int, S: int, C: int, p
         laid.ids, laid.latents, laid.is_latent, _targets(filled, T), context, refine_latents, refine, item,
         torch.tensor(item_first, dtype=torch.int64), tuple(item_names),
         tuple(uid for row in filled for uid, _ in row), sum(laid.valid), int((item >= 0).sum()),
-        features=laid.features,
+        features=laid.features, adapted=laid.adapted,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from omni.document import Document, Image, Role, Segment, Text, Video
 from omni.sequence.context_limit import require_room
 from omni.sequence.features import Blocks, FeatureBlock, FeatureSpan, split_blocks
 from omni.sequence.layout import LatentSpan, Span, TokenSpan
-from omni.text.conversation import lay_out_turns
+from omni.text.conversation import Invocation, Item, lay_out_turns
 from omni.text.published import PublishedTokenizer
 from omni.text.tokenizer import MAX_SIZE, ControlTokens, Tokenizer
 
@@ -36,6 +36,8 @@ def compose(
     encode_media: EncodeMedia,
     generation_prompt: bool = False,
     is_open: bool = False,
+    invokes: bool = False,
+    reply_invoked: bool = False,
 ) -> list[Span]:
     """The spans of `document`, in order; neighbouring ids share one TokenSpan.
 
@@ -43,7 +45,9 @@ def compose(
     for an image, one per chunk for a video; behind those of an image, its FeatureBlock, if the model has an encoder. It
     is called once with all media, and not called without media. With `generation_prompt` the spans end with the id that
     opens an assistant turn; with `is_open` without the end of the last turn, which goes on. A published tokenizer's
-    template writes turns instead (see conversation.py).
+    template writes turns instead (see conversation.py); with `invokes` its assistant's turns with media or supervised
+    segments, with `reply_invoked` the open one too, begin with the invocation id, the control id `assistant`, and are
+    adapted up to their end.
     Supervised ids: supervised text; the header of supervised media; the `end` of a turn with any supervised segment.
     Raises ValueError for media with a side (or a chunk count, or a frame rate) that has no size token, 1 to 64.
     """
@@ -52,23 +56,26 @@ def compose(
     if len(encoded) != len(media):
         raise ValueError(f"encode_media gave {len(encoded)} results for {len(media)} segments; give one for each")
     latents_of = iter(encoded)
-    writer = _SpanWriter()
-    for item in _items(document, tokenizer, generation_prompt, is_open):
+    writer = _SpanWriter(invokes)
+    for item in _items(document, tokenizer, generation_prompt, is_open, invokes, reply_invoked):
         if isinstance(item, TokenSpan):
-            writer.write(item)
+            writer.write(item, tokenizer.ends)
+        elif isinstance(item, Invocation):
+            writer.invoke(tokenizer.control.assistant)
         else:
             _write_media(writer, tokenizer, item, next(latents_of))
     return writer.finish()
 
 
 def _items(
-    document: Document, tokenizer: Tokenizer, generation_prompt: bool, is_open: bool
-) -> Iterator[TokenSpan | Image | Video]:
+    document: Document, tokenizer: Tokenizer, generation_prompt: bool, is_open: bool, invokes: bool = False,
+    reply_invoked: bool = False,
+) -> Iterator[Item]:  # fmt: skip
     """Ids and media in order; ids of media are not among them."""
     if generation_prompt and is_open:
         raise ValueError("a turn that goes on has no generation prompt: give one of generation_prompt and is_open")
     if isinstance(tokenizer, PublishedTokenizer):
-        yield from lay_out_turns(document, tokenizer, generation_prompt, is_open)
+        yield from lay_out_turns(document, tokenizer, generation_prompt, is_open, invokes, reply_invoked)
         return
     control, turns = tokenizer.control, list(document.turns())
     yield _span([control.begin], False)
@@ -87,11 +94,12 @@ def _span(ids: list[int], supervise: bool) -> TokenSpan:
 
 
 def prompt_length(
-    document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int, is_open: bool = False
-) -> int:
+    document: Document, tokenizer: Tokenizer, num_latents: NumLatents, max_context: int, is_open: bool = False,
+    invokes: bool = False, reply_invoked: bool = False,
+) -> int:  # fmt: skip
     """The number of context positions of a prompt, without encoding its media. ValueError if they leave no room for a
     reply in `max_context`, or a frame rate has no size token. num_latents: of one image or video with all its chunks.
-    is_open: whether the last turn goes on; else an assistant's turn follows.
+    is_open: whether the last turn goes on; else an assistant's turn follows. invokes, reply_invoked: as of `compose`.
 
     Text whose number of characters already exceeds the limit is not encoded.
     """
@@ -107,8 +115,10 @@ def prompt_length(
         if tokenizer.own_turns:  # begin, assistant; role and end of each turn
             fewest += (0 if is_open else 2) + 2 * sum(1 for _ in document.turns())
         require_room(around + fewest, max_context, "the prompt has at least")
-    items = _items(document, tokenizer, not is_open, is_open)
-    num = around + sum(len(item.ids) for item in items if isinstance(item, TokenSpan))
+    items = _items(document, tokenizer, not is_open, is_open, invokes, reply_invoked)
+    for item in items:
+        around += len(item.ids) if isinstance(item, TokenSpan) else isinstance(item, Invocation)
+    num = around
     require_room(num, max_context)
     return num
 
@@ -154,7 +164,7 @@ def _write_media(writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Vid
         header = block_header(tokenizer.control, *features.sides)
     else:
         header = media_header(tokenizer, segment, latents)
-    writer.ids(header, segment.supervise)
+    writer.media(header, segment.supervise)
     alone = features is not None and features.alone
     for block in latents:
         t, h, w, channels = block.shape
@@ -163,7 +173,7 @@ def _write_media(writer: _SpanWriter, tokenizer: Tokenizer, segment: Image | Vid
             writer.block(LatentSpan(flat, (t, h, w), segment.supervise, in_context=not alone))
     if features is not None:
         writer.block(feature_span(features))
-    writer.ids([tokenizer.control.media_end], False)
+    writer.media([tokenizer.control.media_end], False)
 
 
 def feature_span(features: FeatureBlock) -> FeatureSpan:
@@ -184,22 +194,34 @@ def _check_latents(segment: Segment, latents: Sequence[torch.Tensor]) -> tuple[i
 
 
 class _SpanWriter:
-    """Collects ids in a TokenSpan; blocks and `finish` close it."""
+    """Collects ids in a TokenSpan; blocks, a change of `adapted` and `finish` close it."""
 
-    def __init__(self) -> None:
+    def __init__(self, invokes: bool) -> None:
+        self._invokes = invokes
         self._spans: list[Span] = []
         self._ids: list[int] = []
         self._supervise: list[bool] = []
+        self._adapted = self._in_reply = False  # of the open span; whether a reply that began with an invocation goes on
 
-    def ids(self, ids: Sequence[int], supervise: bool) -> None:
-        """Append ids with one supervise flag."""
-        self._ids += ids
-        self._supervise += [supervise] * len(ids)
+    def invoke(self, token: int) -> None:
+        """Begin an adapted reply with the invocation id."""
+        self._in_reply = True
+        self._add([token], [False], True)
 
-    def write(self, span: TokenSpan) -> None:
-        """Append ids with their flags."""
-        self._ids += span.ids
-        self._supervise += span.supervise
+    def media(self, ids: Sequence[int], supervise: bool) -> None:
+        """Append ids around media, with one supervise flag; an invoked LoRA is active there."""
+        self._add(ids, [supervise] * len(ids), self._invokes)
+
+    def write(self, span: TokenSpan, ends: Sequence[int]) -> None:
+        """Append ids with their flags. A reply goes on up to one of `ends`."""
+        start = 0
+        for number, token in enumerate(span.ids if self._in_reply else ()):
+            if token in ends:
+                start = number + 1
+                self._add(span.ids[:start], span.supervise[:start], True)
+                self._in_reply = False
+                break
+        self._add(span.ids[start:], span.supervise[start:], self._in_reply)
 
     def block(self, span: LatentSpan | FeatureSpan) -> None:
         """Append a block."""
@@ -211,8 +233,17 @@ class _SpanWriter:
         self._close()
         return self._spans
 
+    def _add(self, ids: Sequence[int], supervise: Sequence[bool], adapted: bool) -> None:
+        if not ids:
+            return
+        if adapted != self._adapted:
+            self._close()
+            self._adapted = adapted
+        self._ids += ids
+        self._supervise += supervise
+
     def _close(self) -> None:
         """End the present TokenSpan, if it has ids."""
         if self._ids:
-            self._spans.append(TokenSpan(self._ids, self._supervise))
+            self._spans.append(TokenSpan(self._ids, self._supervise, self._adapted))
             self._ids, self._supervise = [], []

@@ -31,7 +31,12 @@ from omni.sequence.layout import TokenSpan
 from omni.text.published import PublishedTokenizer
 from omni.text.template import ChatTemplate
 
-Item = TokenSpan | Image | Video
+class Invocation:
+    """Stands where a reply of an invoked LoRA begins (nn.lora)."""
+
+
+INVOCATION = Invocation()
+Item = TokenSpan | Image | Video | Invocation
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\n*", re.DOTALL)
 _OPENED = re.compile(r"<think>\s*\Z")
 
@@ -66,10 +71,13 @@ class Turn:
 
 
 def lay_out_turns(
-    document: Document, tokenizer: PublishedTokenizer, generation_prompt: bool = False, is_open: bool = False
-) -> Iterator[Item]:
+    document: Document, tokenizer: PublishedTokenizer, generation_prompt: bool = False, is_open: bool = False,
+    invokes: bool = False, reply_invoked: bool = False,
+) -> Iterator[Item]:  # fmt: skip
     """Ids and media of a document, in order, without the ids of media. generation_prompt: up to where a reply begins.
-    is_open: without the end of the last turn. ValueError for a conversation that the template refuses."""
+    is_open: without the end of the last turn. invokes: INVOCATION begins the assistant's turns that have a picture, a
+    clip or a supervised segment; with `reply_invoked` the open turn too. ValueError for a conversation that the
+    template refuses."""
     turns = list(document.turns())
     template = tokenizer.template
     if template is None:
@@ -81,13 +89,21 @@ def lay_out_turns(
         raise ValueError("a chat template needs at least one turn; the document has none")
     texts = [s.text for _, segments in turns for s in segments if isinstance(s, Text)]
     signs = _unused(template.source, *template.special.values(), *texts)
-    media = [s for _, segments in turns for s in segments if not isinstance(s, Text)]
-    made = [_turn(role, segments, template, signs) for role, segments in turns]
+    media: list[Image | Video | Invocation] = []
+    made = []
+    for role, segments in turns:
+        is_text = all(isinstance(s, Text) and not s.supervise for s in segments)
+        is_reply = reply_invoked and is_open and len(made) == len(turns) - 1
+        is_invoked = invokes and role == Role.ASSISTANT and (is_reply or not is_text)
+        media += [INVOCATION] * is_invoked + [s for s in segments if not isinstance(s, Text)]
+        made.append(_turn(role, segments, template, signs, is_invoked))
     made = [_guarded_turn(turn, tokenizer, signs) for turn in made]
     rendered = _render(made, template, signs, generation_prompt, is_open)
     text, supervise = _marks_of(rendered, template, signs)
     _check(text, made, signs, len(media))
     yield from _split(text, supervise, tokenizer, signs, media)
+    if invokes and reply_invoked and generation_prompt:
+        yield INVOCATION
 
 
 def _has_content(segment: Segment) -> bool:
@@ -127,10 +143,15 @@ def _unused(*texts: str) -> Signs:
         raise ValueError("the conversation uses all private-use characters; leave some out") from None
 
 
-def _turn(role: Role, segments: Sequence[Segment], template: ChatTemplate, signs: Signs) -> Turn:
-    """A turn with its content, and with its thought apart where the template knows thoughts."""
+def _turn(
+    role: Role, segments: Sequence[Segment], template: ChatTemplate, signs: Signs, is_invoked: bool = False
+) -> Turn:
+    """A turn with its content, and with its thought apart where the template knows thoughts. is_invoked: a sign for the
+    INVOCATION begins it."""
     parts = [segment.text if isinstance(segment, Text) else signs.media for segment in segments]
     flags = [[segment.supervise] * len(part) for segment, part in zip(segments, parts, strict=True)]
+    if is_invoked:
+        parts, flags = [signs.media, *parts], [[segments[0].supervise], *flags]
     words = Words("".join(parts), tuple(flag for some in flags for flag in some))
     found = _THOUGHT.match(words.text) if role == Role.ASSISTANT and "</think>" in template.source else None
     if found is None or signs.media in found.group():
@@ -285,8 +306,9 @@ def _check(text: str, turns: Sequence[Turn], signs: Signs, num_media: int) -> No
 
 
 def _split(
-    text: str, supervise: bytearray, tokenizer: PublishedTokenizer, signs: Signs, media: Sequence[Image | Video]
-) -> Iterator[Item]:
+    text: str, supervise: bytearray, tokenizer: PublishedTokenizer, signs: Signs,
+    media: Sequence[Image | Video | Invocation],
+) -> Iterator[Item]:  # fmt: skip
     """The ids of special tokens and of the text between them, and media."""
     found = list(tokenizer.spelled_in(text))
     ends = _supervised_ends(text, supervise, found, tokenizer)

@@ -307,7 +307,7 @@ def _unsupervised(spans: list[Span], at: int, offset: int) -> list[Span]:
     assert isinstance(span, TokenSpan)
     flags = list(span.supervise)
     flags[offset] = False
-    return [*spans[:at], TokenSpan(span.ids, flags), *spans[at + 1 :]]
+    return [*spans[:at], replace(span, supervise=flags), *spans[at + 1 :]]
 
 
 def _encoder_returning(latents: list[Blocks]) -> EncodeMedia:
