@@ -34,6 +34,7 @@ from omni.pretrained import from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer
 from omni.text.compose import compose
+from omni.weights import is_text_path
 from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprints
 from train.checkpoint import AVERAGES, WEIGHTS
 from train.data.held_out import HeldOut, hold_out
@@ -41,7 +42,7 @@ from train.data.latents import LatentMemo
 from train.data.loader import Loader
 from train.data.mixture import Mixture
 from train.data.workers import Tickets, WorkerLoader
-from train.decoder import freeze_text_path, is_text_path, published_files
+from train.decoder import freeze_text_path, published_files
 from train.guard import Guard
 from train.loop import Run
 from train.optim.critic import Critic, rollout_objective

@@ -17,11 +17,10 @@ from omni.checkpoint import Published
 from omni.config import load_json
 from omni.generation.options import TextOptions
 from omni.model import PUBLISHED, OmniConfig
+from omni.weights import is_text_path
 
 # Settings of config.json that belong to the text path. Those of pictures are the recipe's own.
 HEADS = ("tied_embeddings", "embedding_scale", "new_rows", "logit_cap", "max_context")
-# The text path: what a published language model has. Ids that it does not have are in tables of their own.
-TEXT_PATH = ("token.embedding.", "token.unembedding.", "transformer.norm.")
 
 
 def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,11 +54,6 @@ def published_files(folder: Path) -> dict[str, bytes]:
     """The published model's own files in the directory of an imported one."""
     files = Published(folder).folder(PUBLISHED)
     return {name: files.read(name) for name in files.files}
-
-
-def is_text_path(name: str) -> bool:
-    """Whether a parameter is of the text path: the published tables, the final norm, the layers' text weights."""
-    return name.startswith(TEXT_PATH) or (name.startswith("transformer.blocks.") and name.split(".")[3] == "text")
 
 
 def freeze_text_path(model: nn.Module, lora: str | None) -> None:

@@ -88,6 +88,12 @@ class GGUFFile:
         rows = order[index] if order is not None else index
         return self._read(self._names[name], rows if isinstance(rows, slice) else rows.numpy())
 
+    @property
+    def licence(self) -> str | None:
+        """The identifier in its metadata."""
+        found = self._field("general.license")
+        return found if isinstance(found, str) else None
+
     def words(self) -> tuple[list[str], list[str]]:
         """The tokens of the vocabulary by id, and the merges of a byte-pair tokenizer; empty where there are none."""
         return self._field("tokenizer.ggml.tokens", []), self._field("tokenizer.ggml.merges", [])

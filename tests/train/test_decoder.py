@@ -22,8 +22,8 @@ from eval.experiments.imports.training import (
 )
 from omni.importers.decoders import import_decoder
 from omni.model import Omni
+from omni.weights import is_text_path
 from train.build import publish_model
-from train.decoder import is_text_path
 from train.recipe import Recipe
 
 
