@@ -1,5 +1,5 @@
 """Load a model from a published directory (see Omni.save_pretrained): weights, tokenizer, codec, encoder, preparation,
-defaults. Where the directory leaves out the language model that it was built on, that one is found: omni.importers.base.
+defaults. Where the directory leaves out the language model that it was built on, see omni.importers.base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from omni.generation.options import check_defaults
 from omni.importers.base import Report
 from omni.importers.model_files import ModelFiles
 from omni.media.preparation import read_preparation
-from omni.model import PUBLISHED, Omni, OmniConfig
+from omni.model import Omni, OmniConfig
 from omni.nn.precision import require_device
 from omni.text import load_tokenizer
 from omni.weights import load_weights, stays_finite, unallocated
@@ -74,8 +74,7 @@ def from_pretrained(
         model.codec = read_codec(codec).to(device)
     if ENCODER_CONFIG in encoder:
         model.encoder = read_encoder(encoder).to(device)
-    published = files.folder(PUBLISHED)
-    model.published = {name: published.read(name) for name in published.files}
+    model.published = files.published()
     defaults = files.table("generation.json") if "generation.json" in files else {}
     stored = files.table("preparation.json") if "preparation.json" in files else None
     model.preparation, defaults = read_preparation(stored, defaults, str(folder))

@@ -6,7 +6,7 @@
 
 base.json names the language model, the places where it can be found, and digests of its files and of its text path; the
 manifest of the directory has the digest of base.json. So the two belong together by digest. A language model in another
-layout (another file format, a model directory of `omni import`) is accepted where its text path is equal in every number.
+layout (another format, a model directory of `omni import`) is accepted where its text path is equal in every number.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FileDigest(Frozen):
 class BaseRecord(Frozen):
     """base.json: which language model, where it can be found, and by which digests it is known."""
 
-    name: str = Field(min_length=1, max_length=200)
+    name: str = Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f]*$", max_length=200)
     licence: str | None = Field(default=None, max_length=200)
     package: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$", description="installed package with the file")
     install: str | None = Field(
@@ -120,15 +120,17 @@ class Base:
         for name, value in self.tensors(torch.float32):
             own = tensors.get(name)
             if own is None or own.shape != value.shape or not torch.equal(value.to(own.dtype), own.detach().cpu()):
-                raise ValueError(f"the text path differs from {self.record.name} in {name}; save the model without base")
+                raise ValueError(
+                    f"the text path differs from {self.record.name} in {name}; save the model without base"
+                )
             left.discard(name)
         if left:
             raise ValueError(f"{self.record.name} has no weight {min(left)}; save the model without base")
         return {name: value for name, value in tensors.items() if not is_text_path(name)}
 
     def reduced(self, files: Mapping[str, Any]) -> dict[str, Any]:
-        """The files of a model directory, with base.json, without the vocabulary that is in the language model, and with
-        a reference in place of the bundled codec."""
+        """The files of a model directory, with base.json, without the vocabulary that is in the language model, and
+        with a reference in place of the bundled codec."""
         found, whole = with_reference(files), {}
         for name, content in list(found.items()):
             if isinstance(content, Path) and content.is_dir():

@@ -28,9 +28,11 @@ class BaseWeights(Protocol):
     """names: of the weights. files: what is read, by name. name, licence: of the language model; None: not known."""
 
     names: list[str]
-    files: Mapping[str, Path]
     name: str
     licence: str | None
+
+    @property
+    def files(self) -> Mapping[str, Path]: ...
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """One weight, each number rounded to dtype. ValueError for numbers beyond it, and for a NaN."""
@@ -64,7 +66,8 @@ class _OfCheckpoint:
             return
         self.name = path.resolve().name
         others = (path / name for name in ("config.json", TOKENIZER_FILE))
-        self.files = {file.name: file for file in (*found.source.files, *others) if file.is_file()}
+        shards = getattr(found.source, "files", ())
+        self.files = {file.name: file for file in (*shards, *others) if file.is_file()}
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         weight, at = self._weights[name], 0
@@ -88,6 +91,8 @@ class _OfModel:
     def __init__(self, path: Path) -> None:
         self._source, self._folder = SafetensorsFolder(path, keep=is_text_path), path
         self.names = sorted(self._source.tensors)
+        if not self.names:
+            raise ValueError(f"{path} leaves its own language model out; give that one")
         self.files = {WEIGHTS: path / WEIGHTS}
         self.name = path.resolve().name
 

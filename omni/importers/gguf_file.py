@@ -1,5 +1,5 @@
-"""GGUF checkpoints (llama.cpp): metadata as the keys of a config.json, tensors under the names of the published classes,
-dequantised row by row; types that omni.storage.quantised does not read, by the package gguf.
+"""GGUF checkpoints (llama.cpp): metadata as the keys of a config.json, tensors under the names of the published
+classes, dequantised row by row; types that omni.storage.quantised does not read, by the package gguf.
 
 What the format stores otherwise than safetensors files: rows of queries and keys of the llama architecture alternate
 between the halves of a head; norms of Gemma are 1 + w; frequencies of Llama 3.1 and Phi-3 are divided by tensors of

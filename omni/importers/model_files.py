@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from omni.checkpoint import Published
 from omni.config import build
 from omni.errors import DamagedError
 from omni.importers.base import BASE_FILE, Base, BaseRecord, Report, find_base
+from omni.model import PUBLISHED
 
 
 class ModelFiles(Published):
@@ -18,8 +20,8 @@ class ModelFiles(Published):
     files with the vocabulary that they lack."""
 
     def __init__(self, directory: str | Path, given: str | Path | None = None, report: Report | None = None) -> None:
-        """given, report: see find_base. DamagedError as of `Published` and `find_base`; ValueError for a `given` that has
-        no effect."""
+        """given, report: see find_base. DamagedError as of `Published` and `find_base`; ValueError for a `given` that
+        has no effect."""
         super().__init__(directory)
         self.base: Base | None = None
         if BASE_FILE in self:
@@ -32,12 +34,36 @@ class ModelFiles(Published):
         data = super().read(name)
         return data if self.base is None else self.base.completed(self._prefix + name, data)
 
+    def published(self) -> Mapping[str, bytes]:
+        """The published language model's own files. Those without their vocabulary get it when they are read."""
+        folder = self.folder(PUBLISHED)
+        stored = {name: Published.read(folder, name) for name in folder.files}
+        return stored if self.base is None else _Completed(stored, self.base.closed())
+
     def weights(self, name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The tensors of a file as they are stored, and those of the language model in `dtype`. DamagedError where both
         have one."""
         tensors = self.tensors(name)
         for weight, value in () if self.base is None else self.base.tensors(dtype):
             if weight in tensors:
-                raise DamagedError(f"{self.root / name} has {weight}, which belongs to the language model; save it again")
+                raise DamagedError(
+                    f"{self.root / name} has {weight}, which belongs to the language model; save it again"
+                )
             tensors[weight] = value
         return tensors
+
+
+class _Completed(Mapping[str, bytes]):
+    """Files of the folder PUBLISHED, completed by the language model one at a time."""
+
+    def __init__(self, stored: Mapping[str, bytes], base: Base) -> None:
+        self._stored, self._base = stored, base
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._base.closed().completed(f"{PUBLISHED}/{name}", self._stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)

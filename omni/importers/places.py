@@ -71,7 +71,8 @@ def cached(name: str, files: Iterable[str], revision: str | None) -> Path | None
     except ImportError:
         return None
     found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
-    return Path(found[0]).parent if found and all(isinstance(one, str) for one in found) else None
+    paths = [Path(one) for one in found if isinstance(one, str)]
+    return paths[0].parent if paths and len(paths) == len(found) else None
 
 
 def fetch(name: str, **options: Any) -> Path:

@@ -1,8 +1,8 @@
 """The vocabulary of a byte-pair tokenizer, and tokenizer.json files without it.
 
-A model directory beside its language model (omni.importers.base) does not repeat the tokens and the merges, nearly all of
-a tokenizer.json: where the file lists them, it has a mark, such as "<base tokens compact 49152>". `filled` puts them back,
-byte for byte.
+A model directory beside its language model (omni.importers.base) does not repeat the tokens and the merges, nearly all
+of a tokenizer.json: where the file lists them, it has a mark, such as "<base tokens compact 49152>". `filled` puts them
+back, byte for byte.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ class Vocabulary:
             return _listed(items, "{}", style)
         if what == "merges-joined":
             return _listed([quoted(merge) for merge in self.merges[:count]], "[]", style)
-        pairs = [merge.split(" ") for merge in self.merges[:count]]
-        between, start, stop = (",", "[", "]") if style == "compact" else (",\n        ", "[\n        ", "\n      ]")
-        return _listed([start + between.join(map(quoted, pair)) + stop for pair in pairs], "[]", style)
+        # Quotation marks do not depend on what is beside them, so a pair is its text with the space replaced.
+        between, start, stop = (
+            ('","', "[", "]") if style == "compact" else ('",\n        "', "[\n        ", "\n      ]")
+        )
+        return _listed(
+            [f"{start}{quoted(merge).replace(' ', between)}{stop}" for merge in self.merges[:count]], "[]", style
+        )
 
     def left_out(self, data: bytes) -> bytes:
         """A file of a tokenizer with marks in place of the tokens and merges; as it is where it lists none of these."""

@@ -1,6 +1,6 @@
 """Numbers as GGUF files store them, as floats: plain types, and the simple quantised ones. The result equals that of
-the package gguf, bit for bit; of these types it is several times as fast, a few thousand blocks at a time, which stay in
-the processor's cache.
+the package gguf, bit for bit, and is there several times as fast: a few thousand blocks at a time stay in the cache of
+the processor.
 
 A quantised row is a row of blocks. With d, m float16 and q the stored integers of a block of 32:
 
