@@ -36,6 +36,7 @@ from omni.weights import is_text_path
 
 BASE_FILE = "base.json"
 _HEX = "^[0-9a-f]{64}$"
+_WORD = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
 Report = Callable[[str], None]
 
 
@@ -51,12 +52,12 @@ class BaseRecord(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f]*$", max_length=200)
     licence: str | None = Field(default=None, max_length=200)
-    package: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$", description="installed package with the file")
+    package: str | None = Field(default=None, pattern=f"^{_WORD}$", description="installed package with the file")
     install: str | None = Field(
-        default=None, pattern=r"^[A-Za-z0-9][\w.-]*(==[\w.+!-]+)?$", description="what pip installs for it"
+        default=None, pattern=f"^{_WORD}(==[A-Za-z0-9.+!_-]+)?$", description="what pip installs for it"
     )
-    repository: str | None = Field(default=None, pattern=r"^[\w.-]{1,96}/[\w.-]{1,96}$", description="of the hub")
-    revision: str | None = Field(default=None, pattern=r"^[\w.-]{1,100}$", description="of the repository")
+    repository: str | None = Field(default=None, pattern=f"^{_WORD}/{_WORD}$", description="of the hub")
+    revision: str | None = Field(default=None, pattern=f"^{_WORD}$", description="of the repository")
     files: dict[str, FileDigest] = Field(min_length=1, description="the files that are read, by name")
     tensors: str = Field(pattern=_HEX, description="digest of the text path: see text_digest")
     completed: dict[str, str] = Field(

@@ -29,7 +29,9 @@ class BaseWeights(Protocol):
 
     names: list[str]
     name: str
-    licence: str | None
+
+    @property
+    def licence(self) -> str | None: ...
 
     @property
     def files(self) -> Mapping[str, Path]: ...
