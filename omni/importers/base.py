@@ -52,7 +52,9 @@ class BaseRecord(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f]*$", max_length=200)
     licence: str | None = Field(default=None, max_length=200)
-    package: str | None = Field(default=None, pattern=f"^{_WORD}$", description="installed package with the file")
+    package: str | None = Field(
+        default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="installed package with the file"
+    )
     install: str | None = Field(
         default=None, pattern=f"^{_WORD}(==[A-Za-z0-9.+!_-]+)?$", description="what pip installs for it"
     )
