@@ -38,6 +38,7 @@ from omni.text.compose import compose
 from omni.weights import is_text_path
 from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprints
 from train.checkpoint import AVERAGES, WEIGHTS
+from train.context_cache import ContextCache
 from train.data.held_out import HeldOut, hold_out
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
@@ -116,12 +117,23 @@ def build_run(recipe: Recipe, out: Path) -> Run:
             "data": mixture.fingerprint() + more_data,
             **attached,
         },
+        contexts=build_contexts(recipe, model, objectives),
         target=build_target(model, objectives),
         critic=build_critic(recipe, model, objectives),
         validation=validation,
         held_out=held_out,
         open_workers=open_workers if recipe.workers else None,
     )
+
+
+def build_contexts(recipe: Recipe, model: Omni, objectives: Sequence[Objective]) -> ContextCache | None:
+    """The cache of contexts, where the recipe has one. ValueError for objectives that need the text's hidden states, or
+    for other trained weights of the context stream."""
+    if not recipe.context_memory_mb:
+        return None
+    if reading := [type(one).__name__ for one in objectives if one.reads != "flow"]:
+        raise ValueError(f"context_memory_mb has no effect with {reading[0]}, which needs a whole pass; leave it out")
+    return ContextCache(model, recipe.context_memory_mb << 20)
 
 
 def build_memo(recipe: Recipe, model: Omni, codec: Codec) -> LatentMemo:

@@ -23,6 +23,7 @@ from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.sequence.layout import Batch
 from train import checkpoint as state
+from train.context_cache import ContextCache
 from train.data.batch import PIECES, Packed
 from train.data.loader import Loader
 from train.data.workers import WorkerLoader
@@ -51,6 +52,7 @@ class Run:
     out: Path
     identity: Mapping[str, Any]
     progress: state.Progress = field(default_factory=state.Progress)
+    contexts: ContextCache | None = None  # called in place of the model
     target: Target | None = None
     critic: Critic | None = None
     validation: Callable[[Run], dict[str, float]] | None = None
@@ -120,7 +122,8 @@ def train_step(run: Run, packed: Packed) -> dict[str, Any]:
     with autocast(recipe):
         averages, scores = run.networks
         key, progress = run.key.fold("draws"), run.fraction()
-        parts = [run.model(batch, run.objectives, key, averages, progress, scores) for batch in batches]
+        call = run.model if run.contexts is None else run.contexts
+        parts = [call(batch, run.objectives, key, averages, progress, scores) for batch in batches]
     means = {name: mean_of([part[name] for part in parts]) for name in parts[0]}
     total = torch.stack([parts[0][name].weight * mean for name, mean in means.items()]).sum()
     total.backward()

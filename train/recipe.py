@@ -30,7 +30,8 @@ from train.optim.optimiser import OptimiserConfig
 # averages) or the documents that they were trained on.
 CHANGEABLE = (
     *("max_steps", "max_minutes", "report.*", "generation*", "init_from", "init_partial", "latent_memory_mb"),
-    *("publish_base*", "max_nonfinite", "validation.steps", "batch.max_corrupt", "batch.min_corrupt", "workers"),
+    *("publish_base*", "max_nonfinite", "context_memory_mb", "validation.steps", "batch.max_corrupt"),
+    *("batch.min_corrupt", "workers"),
     *("ema_decay", "optimiser.*rate", "optimiser.weight_decay", "optimiser.clip", "optimiser.warmup_steps"),
     *("optimiser.decay", "optimiser.decay_fraction", "optimiser.schedule_steps", "optimiser.min_factor"),
     # These change the order of sums or the rounding, so the last bits.
@@ -126,6 +127,9 @@ class Recipe(Frozen):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     max_nonfinite: int = Field(10, ge=1, description="non-finite steps in a row that stop the run")
     latent_memory_mb: int = Field(512, ge=1)
+    context_memory_mb: int = Field(
+        0, ge=0, description="kept keys and values of prompts of a frozen text path, see train.context_cache; 0: none"
+    )
     model: TransformerConfig
     heads: dict[str, Any] = Field({}, description="further fields of the model's config.json")
     batch: BatchConfig
@@ -220,6 +224,11 @@ class Recipe(Frozen):
             raise ValueError(
                 f"optimiser.encoder_rate = {self.optimiser.encoder_rate} has no effect on a frozen encoder; set "
                 "tune_encoder, or leave it out"
+            )
+        if self.context_memory_mb and (self.text_path != "frozen" or self.lora is not None):
+            raise ValueError(
+                f"context_memory_mb = {self.context_memory_mb} keeps what a frozen text path computes; set text_path = "
+                "'frozen' without lora, or leave it out"
             )
         if self.codec_options and not isinstance(self.codec, str):
             raise ValueError("codec_options have no effect on the table of a codec; put them into the table")

@@ -1,0 +1,1 @@
+"""Chats of people who ask for pictures of emoji, in everyday English, for a published language model."""
