@@ -40,7 +40,7 @@ from omni.sequence.block_context import BlockContext
 from omni.sequence.features import Blocks, FeatureBlock, Features
 from omni.sequence.layout import Batch, Span, Stream
 from omni.text.compose import compose
-from omni.weights import load_weights
+from omni.weights import TextBase, load_weights
 
 if TYPE_CHECKING:
     from omni.codecs import Codec
@@ -117,6 +117,7 @@ class Omni(nn.Module):
         self.preparation = Preparation()
         self.defaults: Mapping[str, Any] = {}
         self.published: Mapping[str, bytes] = {}  # files of the language model that was imported (omni.hf.export)
+        self.base: TextBase | None = None  # the language model that its directory leaves out (importers.base)
         self.origin: Mapping[str, str | None] = {"path": None, "digest": None}  # the source directory
         if not self.token.embedding.weight.is_meta:  # else load_weights fills them (omni.weights)
             self.initialise(key or Key(0))
@@ -364,21 +365,25 @@ class Omni(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         replace: bool = False,
         info: Mapping[str, Any] | None = None,
+        base: TextBase | None = None,
     ) -> Path:
         """Publish a directory: config.json, model.safetensors, preparation.json, generation.json, tokenizer/, codec/,
         encoder/, published/, manifest.json.
 
         dtype: of the stored weights of the transformer and the heads; bfloat16, the default, halves the file and keeps
-        three digits. Codec and encoder keep their settings and the dtypes of their own files.
+        three digits. Codec and encoder keep their settings and the dtypes of their own files. base: the language model
+        that the text path is; it is left out, and named in base.json (importers.base). ValueError where the text path
+        differs from it.
         """
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith(TOWER)}
+        weights = weights if base is None else base.without_text_path(weights)
         files: dict[str, Any] = {
             "config.json": self.config.model_dump_json(indent=2) + "\n",
             "preparation.json": self.preparation.model_dump_json(indent=2, exclude_none=True) + "\n",
             "generation.json": json.dumps(dict(self.defaults), indent=2) + "\n",
             "model.safetensors": {
                 n: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
-                for n, v in self.state_dict().items()
-                if not n.startswith(TOWER)
+                for n, v in weights.items()
             },
         }
         files |= {f"{PUBLISHED}/{name}": content for name, content in self.published.items()}
@@ -389,4 +394,5 @@ class Omni(nn.Module):
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)
                 files["tokenizer"] = Path(folder)
+            files = files if base is None else base.reduced(files)
             return publish(directory, files, info=info, replace=replace)

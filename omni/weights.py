@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -66,3 +66,24 @@ def load_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         module.load_state_dict(copies, assign=True)
     else:
         module.load_state_dict(dict(tensors))
+
+
+# The text path: what a published language model has. Ids that it does not have are in tables of their own.
+TEXT_PATH = ("token.embedding.", "token.unembedding.", "transformer.norm.")
+
+
+def is_text_path(name: str) -> bool:
+    """Whether a weight is of the text path: the published tables, the final norm, the layers' text weights."""
+    return name.startswith(TEXT_PATH) or (name.startswith("transformer.blocks.") and name.split(".")[3] == "text")
+
+
+class TextBase(Protocol):
+    """The language model beside which a model is published without its text path: omni.importers.base.Base."""
+
+    def without_text_path(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights that the language model does not give. ValueError where the text path differs from it."""
+        ...
+
+    def reduced(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """The files of a model directory without what the language model gives."""
+        ...

@@ -31,8 +31,9 @@ LEVELS = (
         "heads.joint",
         *(f"generation.{name}" for name in ("grouped", "options", "events", "reply", "reply_files")),
     ),  # plain data
-    ("losses", "model", "pretrained"),
-    ("importers", "hf"),
+    ("losses", "model"),
+    ("importers",),
+    ("pretrained", "hf"),
     ("generation",),
     ("data",),
     ("cli", "__init__", "__main__"),

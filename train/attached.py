@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from omni.checkpoint import Published, tensor_bytes
+from omni.checkpoint import tensor_bytes
 from omni.codecs import Codec, codecs, load_codec, read_codec
 from omni.config import digest
 from omni.encoders import Encoder, load_encoder, read_encoder
+from omni.importers.model_files import ModelFiles
 from omni.pretrained import CODEC_CONFIG, ENCODER_CONFIG, TOKENIZER_CONFIG
 from omni.text import Tokenizer, load_tokenizer
 from train.recipe import Recipe
@@ -54,7 +55,8 @@ def check_same_parts(
     """ValueError where the weights of a model directory, `what`, were trained with another tokenizer, codec or
     encoder."""
     hint = ", or init_partial=true" if what == "init_from" else ""
-    words, pictures, tower = (Published(directory).folder(name) for name in ("tokenizer", "codec", "encoder"))
+    files = ModelFiles(directory)
+    words, pictures, tower = (files.folder(name) for name in ("tokenizer", "codec", "encoder"))
     if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
         raise ValueError(f"{what} {str(directory)!r} has another tokenizer; use tokenizer={words.root}{hint}")
     if CODEC_CONFIG in pictures and fingerprint(read_codec(pictures)) != fingerprint(codec):

@@ -24,6 +24,7 @@ from omni.encoders import Encoder
 from omni.generation.denoise import require_effect
 from omni.generation.options import GenerationOptions
 from omni.heads import FlowHeadConfig
+from omni.importers.model_files import ModelFiles
 from omni.media.preparation import Preparation, target_size
 from omni.model import TOWER, Omni, OmniConfig
 from omni.nn.compiled import compile_blocks
@@ -34,6 +35,7 @@ from omni.pretrained import from_pretrained
 from omni.rng import Key
 from omni.text import Tokenizer
 from omni.text.compose import compose
+from omni.weights import is_text_path
 from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprints
 from train.checkpoint import AVERAGES, WEIGHTS
 from train.context_cache import ContextCache
@@ -42,7 +44,7 @@ from train.data.latents import LatentMemo
 from train.data.loader import Loader
 from train.data.mixture import Mixture
 from train.data.workers import Tickets, WorkerLoader
-from train.decoder import freeze_text_path, is_text_path, published_files
+from train.decoder import base_of, freeze_text_path, published_files
 from train.guard import Guard
 from train.loop import Run
 from train.optim.critic import Critic, rollout_objective
@@ -204,6 +206,8 @@ def build_model(
         raise ValueError(f"tune_encoder has no effect with train_only = {[*recipe.train_only]}; add {TOWER!r} to it")
     if recipe.text_path == "frozen":
         freeze_text_path(model, recipe.lora)
+    if recipe.publish_base is not None and recipe.decoder is not None:
+        model.base = base_of(recipe.decoder, recipe.publish_base, model)
     model.transformer.active_lora = recipe.lora
     if recipe.compile:
         compile_blocks(model.transformer)
@@ -248,8 +252,8 @@ def load_initial_weights(
     """
     if not directory.is_dir():
         raise ValueError(f"init_from {str(directory)!r} is not a directory; give a model directory or a checkpoint")
-    published, own = Published(directory), model.state_dict()
-    saved = published.tensors(AVERAGES if AVERAGES in published else WEIGHTS)
+    published, own = ModelFiles(directory), model.state_dict()
+    saved = published.weights(AVERAGES if AVERAGES in published else WEIGHTS)
     published.read_rest()
     if not any(name.startswith(TOWER) for name in saved):  # the encoder's own files have them
         own = {name: value for name, value in own.items() if not name.startswith(TOWER)}
@@ -362,16 +366,18 @@ def check_blocks_of(recipe: Recipe, objectives: Sequence[Objective], config: Omn
 
 
 def publish_model(run: Run, directory: Path) -> Path:
-    """Publish the averaged weights, with tokenizer, codec and configuration; replace an older directory."""
+    """Publish the averaged weights, with tokenizer, codec and configuration; replace an older directory. With
+    publish_base, without the frozen language model."""
     dtype = published_dtype(run)
     with run.ema.applied():
-        run.model.save_pretrained(directory, dtype, replace=True)
+        run.model.save_pretrained(directory, dtype, replace=True, base=run.model.base)
     return directory
 
 
 def published_dtype(run: Run) -> torch.dtype:
-    """bfloat16; float32 where bfloat16 would round a frozen text path."""
-    frozen = (p for name, p in run.model.named_parameters() if run.recipe.text_path == "frozen" and is_text_path(name))
+    """bfloat16; float32 where bfloat16 would round a frozen text path that is published too."""
+    kept = run.recipe.text_path == "frozen" and run.model.base is None
+    frozen = (p for name, p in run.model.named_parameters() if kept and is_text_path(name))
     return torch.bfloat16 if all(torch.equal(p.bfloat16().to(p.dtype), p) for p in frozen) else torch.float32
 
 

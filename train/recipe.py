@@ -23,14 +23,15 @@ from omni.nn.compiled import require_compilable
 from omni.nn.precision import fast_bf16, require_device
 from omni.nn.transformer import TransformerConfig
 from train.data.batch import BatchConfig, DropConfig
-from train.decoder import with_decoder
+from train.decoder import PublishBase, with_decoder
 from train.optim.optimiser import OptimiserConfig
 
 # What a resume may change, as patterns of dotted keys. All other keys decide the saved weights (shapes, objectives,
 # averages) or the documents that they were trained on.
 CHANGEABLE = (
     *("max_steps", "max_minutes", "report.*", "generation*", "init_from", "init_partial", "latent_memory_mb"),
-    *("max_nonfinite", "context_memory_mb", "validation.steps", "batch.max_corrupt", "batch.min_corrupt", "workers"),
+    *("publish_base*", "max_nonfinite", "context_memory_mb", "validation.steps", "batch.max_corrupt"),
+    *("batch.min_corrupt", "workers"),
     *("ema_decay", "optimiser.*rate", "optimiser.weight_decay", "optimiser.clip", "optimiser.warmup_steps"),
     *("optimiser.decay", "optimiser.decay_fraction", "optimiser.schedule_steps", "optimiser.min_factor"),
     # These change the order of sums or the rounding, so the last bits.
@@ -111,6 +112,9 @@ class Recipe(Frozen):
         description="frozen: the text weights and the published ids stay; new ids, LoRA and latents are trained",
     )
     lora: str | None = Field(None, description="adapter of [model] loras to train with; needs text_path = frozen")
+    publish_base: PublishBase | None = Field(
+        None, description="leave the frozen language model out of the published model: true, or where it can be found"
+    )
     upcycle: bool = Field(True, description="latents' own weights that are not saved start as copies of the text's")
     encoder: str | None = Field(
         None, description="directory of a picture encoder, or of a transformers checkpoint with one; see heads.encoder"
@@ -160,6 +164,11 @@ class Recipe(Frozen):
             return data
         return with_decoder(data)
 
+    @field_validator("publish_base", mode="before")
+    @classmethod
+    def _may_be_false(cls, given: Any) -> Any:
+        return None if given is False else given
+
     @field_validator("generation")
     @classmethod
     def _can_be_generated(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +211,10 @@ class Recipe(Frozen):
             )
         if self.lora is not None and self.text_path == "tuned":
             raise ValueError(f"lora = {self.lora!r} adapts frozen text weights; set text_path = 'frozen'")
+        if self.publish_base is not None and (self.decoder is None or self.text_path == "tuned"):
+            raise ValueError(
+                "publish_base leaves a frozen language model out; it needs decoder and text_path = 'frozen'"
+            )
         if self.encoder is None and ("encoder" in self.heads or self.encoder_options or self.tune_encoder):
             raise ValueError(
                 "heads.encoder, encoder_options and tune_encoder have no effect without encoder; give its directory"

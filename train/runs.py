@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from omni.nn.precision import fast_bf16
+from omni.weights import is_text_path
 from train import loop
 from train.build import build_run, publish_model, published_dtype
 from train.checkpoint import saved_steps
@@ -119,8 +120,11 @@ def _sheets(tracker: Tracker) -> Callable[[loop.Run], None]:
 
 def _model_file(run: loop.Run, parameters: int) -> str:
     """Size and dtype of the published weights."""
-    dtype = published_dtype(run)
-    return f"{dtype.itemsize * parameters / 1e6:.1f} MB in {'bf16' if dtype == torch.bfloat16 else 'float32'}"
+    dtype, beside = published_dtype(run), ""
+    if run.model.base is not None:
+        parameters -= sum(p.numel() for name, p in run.model.named_parameters() if is_text_path(name))
+        beside = ", beside the language model"
+    return f"{dtype.itemsize * parameters / 1e6:.1f} MB in {'bf16' if dtype == torch.bfloat16 else 'float32'}{beside}"
 
 
 def _precision(recipe: Recipe) -> str:

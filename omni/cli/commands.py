@@ -21,6 +21,7 @@ from omni.errors import exit_code_of, is_mistake, one_line
 from omni.version import VERSION
 
 INTERRUPTED, CLOSED_PIPE = 130, 141  # exit codes
+_MODEL = "a model directory, or smol"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,7 +242,8 @@ def _add_verify(commands: Any) -> None:
         help="check that cached, uncached and training passes agree",
         description="Run the equality contract on a model: cached = uncached = training forward. Exits 1 if not.",
     )
-    sub.add_argument("model", nargs="?", metavar="MODEL", help="a model directory (default: the bundled model)")
+    sub.add_argument("model", nargs="?", metavar="MODEL", help=f"{_MODEL} (default: the bundled model)")
+    sub.add_argument("--model", dest="named", metavar="MODEL", help="the same")
     _add_device(sub)
     sub.add_argument("--json", action="store_true", help="print the rows as JSON")
     sub.set_defaults(run="omni.cli.verify:run")
@@ -264,7 +266,7 @@ def _add_system(group: Any) -> None:
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("the model")
-    group.add_argument("--model", metavar="DIR", help="a model directory (default: the bundled model)")
+    group.add_argument("--model", metavar="DIR", help=f"{_MODEL} (default: the bundled model)")
     _add_device(group)
     group.add_argument("--compile", action="store_true", help="text several times faster; needs a C++ compiler")
 

@@ -28,6 +28,7 @@ from omni.media.preparation import target_size
 from omni.model import Omni
 from omni.nn.precision import require_device
 from omni.pretrained import from_pretrained
+from omni.safe_text import safe_text
 
 DEFAULT_BASE = Path("omni-out")
 MAX_PROMPT = 1 << 20  # characters; config.json has the longest context of a model
@@ -122,7 +123,7 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
     require_device(device)
     try:
         with announced(f"the model {path or 'bundled with omni'}"):
-            model = from_pretrained(path, device=device)
+            model = from_pretrained(path, device=device, report=_say)
     except DamagedError:
         raise
     except (ValueError, OSError, RecursionError) as error:
@@ -132,6 +133,11 @@ def load_model(path: str | None, device: str = "cpu") -> Any:
     if model.codec is not None:
         model.codec.announce = announced
     return model
+
+
+def _say(line: str) -> None:
+    """A line on the error stream: which language model is read."""
+    print(safe_text(line), file=sys.stderr, flush=True)
 
 
 def image_segment(model: Omni, pixels: torch.Tensor) -> Image:

@@ -11,7 +11,7 @@ from omni.checkpoint import MANIFEST
 from omni.cli.terminal import Printer, table
 from omni.errors import check_place
 from omni.importers.decoders import PublishedDecoder, import_decoder, read_decoder
-from omni.importers.places import find_checkpoint
+from omni.importers.places import find_checkpoint, origin_of
 from omni.sequence.rotary_scaling import DynamicScaling, LongRopeScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "keep": None}
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=DTYPES[arguments.dtype],
         context=arguments.context,
         replace=arguments.overwrite,
+        origin=origin_of(arguments.path, path),
     )
     found = read_decoder(path, arguments.context)
     for line in (*summary(found), f'wrote {out}; try: omni generate --model {out} "..."'):

@@ -29,16 +29,18 @@ from omni.config import parse_json
 from omni.document import Document, Text, Video, parse_bounded
 from omni.errors import DamagedError, one_line
 from omni.generation.reply_files import read_messages
+from omni.importers.base import BASE_FILE
 from omni.importers.decoders import is_published_decoder
+from omni.importers.model_files import ModelFiles
 from omni.importers.places import in_package
 from omni.model import PUBLISHED, Omni
-from omni.pretrained import BUNDLED
+from omni.pretrained import model_folder
 from omni.sequence.features import FeatureSpan
 from omni.sequence.layout import LatentSpan, Span, num_context
 from omni.text import load_tokenizer
 from omni.text.chat import messages_to_document
 from omni.text.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
-from omni.text.tokenizer import Tokenizer
+from omni.text.tokenizer import Read, Tokenizer
 
 MAX_DOCUMENT_BYTES = 64 << 20
 MAX_ENTRIES = 2_000  # of the search for a folder to suggest
@@ -47,7 +49,7 @@ _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", "
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    path = BUNDLED if arguments.path is None else Path(arguments.path)
+    path = model_folder(arguments.path)
     if not path.exists():
         path = in_package(str(path)) or path
     if not path.exists():
@@ -87,9 +89,24 @@ def _describe_folder(path: Path) -> list[str]:
     for name in ("config.json", "preparation.json", "generation.json", "state.json"):
         if name in manifest["files"] and _read_json(path / name):
             lines += ["", f"{name}:", *_json_lines(path / name)]
+    if BASE_FILE in manifest["files"]:
+        return [*lines, "", *_describe_base(path)]
     for name in manifest["files"]:
         if name.endswith(TOKENIZER_CONFIG) and not name.startswith(f"{PUBLISHED}/"):
             lines += ["", "tokenizer:", *_describe_tokenizer((path / name).parent)]
+    return lines
+
+
+def _describe_base(path: Path) -> list[str]:
+    """Of a model directory without its language model: what and where that is, and the tokenizer."""
+    lines = [f"{BASE_FILE}:", *_json_lines(path / BASE_FILE), ""]
+    try:
+        files = ModelFiles(path, report=lines.append)
+        tokenizer = files.folder("tokenizer")
+        if TOKENIZER_CONFIG in tokenizer:
+            lines += ["", "tokenizer:", *_describe_tokenizer(tokenizer.root, tokenizer.read)]
+    except DamagedError as error:
+        lines.append(one_line(error))
     return lines
 
 
@@ -149,9 +166,9 @@ def _tensor_sizes(path: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _describe_tokenizer(path: Path) -> list[str]:
-    """A tokenizer's backend, sizes, and the ids of a sample."""
-    tokenizer = load_tokenizer(path)
+def _describe_tokenizer(path: Path, read: Read | None = None) -> list[str]:
+    """A tokenizer's backend, sizes, and the ids of a sample. read: see Tokenizer.load."""
+    tokenizer = load_tokenizer(path, read)
     sample = "draw a red apple 🍎"
     ids = tokenizer.encode(sample)
     control = tokenizer.control

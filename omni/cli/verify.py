@@ -12,7 +12,9 @@ from omni.generation.contract import verify
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    checks = verify(load_model(arguments.model, arguments.device))
+    if arguments.model is not None and arguments.named is not None:
+        raise ValueError(f"two models: {arguments.model!r} and --model {arguments.named!r}; give one")
+    checks = verify(load_model(arguments.model or arguments.named, arguments.device))
     if arguments.json:
         rows = [{"name": c.name, "value": c.value, "bar": c.bar, "unit": c.unit, "holds": c.holds} for c in checks]
         print(json.dumps(rows, indent=1))

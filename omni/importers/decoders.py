@@ -253,12 +253,14 @@ def _is_equal(source: Source, name: str, other: str) -> bool:
 def import_decoder(
     path: str | Path, out: str | Path, *, codec: str | Path | None = None, dtype: torch.dtype | None = None,
     context: int | None = None, replace: bool = False, with_tokenizer: bool = True,
+    origin: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Write the model directory `out` of a published decoder, and return its path.
 
     codec: a codec's directory; the model then has a flow head with new weights. dtype: of the stored weights; None
-    keeps the published ones (quantised ones become float32). context: see `read_decoder`. ValueError names the first
-    thing that is refused, and the number of others.
+    keeps the published ones (quantised ones become float32). context: see `read_decoder`. origin: where others find the
+    checkpoint (places.origin_of), for the manifest. ValueError names the first thing that is refused, and the number of
+    others.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype = {dtype} is no type of weights; use one of {', '.join(map(str, DTYPES.values()))}")
@@ -281,7 +283,7 @@ def import_decoder(
         **{f"{PUBLISHED}/{name}": content for name, content in kept.items()},
         **_codec_files(attached),
     }
-    info = {"imported": {"family": found.family, "from": Path(path).name}}
+    info = {"imported": {"family": found.family, "from": Path(path).name, **(origin or {})}}
     with tempfile.TemporaryDirectory() as made:
         if with_tokenizer:
             # The control ids come after the rows of the published embedding.

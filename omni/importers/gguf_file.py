@@ -1,5 +1,5 @@
-"""GGUF checkpoints (llama.cpp) through the package gguf: metadata as the keys of a config.json, tensors under the
-names of the published classes, dequantised row by row.
+"""GGUF checkpoints (llama.cpp): metadata as the keys of a config.json, tensors under the names of the published
+classes, dequantised row by row; types that omni.storage.quantised does not read, by the package gguf.
 
 What the format stores otherwise than safetensors files: rows of queries and keys of the llama architecture alternate
 between the halves of a head; norms of Gemma are 1 + w; frequencies of Llama 3.1 and Phi-3 are divided by tensors of
@@ -8,6 +8,7 @@ factors. Rules without a key follow llama.cpp. A key of the architecture that is
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from omni.importers.families import FAMILIES
+from omni.storage.gguf import GGUFReader, TensorPlace
+from omni.storage.quantised import FLOATS, KINDS, SIZES, floats_of
 from omni.storage.shards import Stored
 
 ARCHITECTURES = {  # of llama.cpp -> model_type
@@ -57,7 +60,6 @@ LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have another scale
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -66,7 +68,7 @@ class GGUFFile:
     unknown key. has_stored_offset: norms are stored as 1 + w."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._reader = path, _open(path)
+        self.path, self._reader = path, GGUFReader(path)
         self.files: dict[Path, set[str] | None] = {path: None}
         self.arch = self._field("general.architecture", "")
         if self.arch not in ARCHITECTURES:
@@ -75,7 +77,7 @@ class GGUFFile:
         if self._field("split.count", 1) > 1:
             raise ValueError(f"{path} is one file of several (split.count); join them with llama-gguf-split --merge")
         self.has_stored_offset = self.arch in LARGEST_GEMMA
-        self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._stored = self._reader.tensors
         self.config = self._config()
         self._names = {self._published(name): name for name in self._stored if name not in FACTORS}
         self.tensors = {name: _describe(self._stored[own]) for name, own in self._names.items()}
@@ -86,15 +88,25 @@ class GGUFFile:
         rows = order[index] if order is not None else index
         return self._read(self._names[name], rows if isinstance(rows, slice) else rows.numpy())
 
-    def _read(self, own: str, index: Any) -> Tensor:
-        import gguf
-        import numpy as np
+    @property
+    def licence(self) -> str | None:
+        """The identifier in its metadata."""
+        found = self._field("general.license")
+        return found if isinstance(found, str) else None
 
-        tensor = self._stored[own]
-        data, kind = np.ascontiguousarray(tensor.data[index]), tensor.tensor_type.name
-        if kind in ("F16", "F64"):
-            return torch.from_numpy(data.copy())
-        return torch.from_numpy(np.array(gguf.dequantize(data, tensor.tensor_type))).to(FLOATS.get(kind, torch.float32))
+    def words(self) -> tuple[list[str], list[str]]:
+        """The tokens of the vocabulary by id, and the merges of a byte-pair tokenizer; empty where there are none."""
+        return self._field("tokenizer.ggml.tokens", []), self._field("tokenizer.ggml.merges", [])
+
+    def _read(self, own: str, index: Any) -> Tensor:
+        place = self._stored[own]
+        if (kind := KINDS.get(place.kind)) is None:
+            return _by_package(self._reader, place, index)
+        numbers, size = SIZES[kind]
+        rows, *columns = place.shape
+        width = math.prod(columns) // numbers * size
+        stored = self._reader.data(place, rows * width).reshape(rows, width)[index]
+        return floats_of(stored, kind).view(-1, *columns)
 
     def _order(self, name: str) -> Tensor | None:
         """The stored row of each published row of queries and keys, where they differ."""
@@ -128,8 +140,7 @@ class GGUFFile:
         return {**LAYER, "ffn_norm": norm, **fused}
 
     def _field(self, key: str, default: Any = None) -> Any:
-        field = self._reader.fields.get(key)
-        return default if field is None else field.contents()
+        return self._reader.fields.get(key, default)
 
     def _own(self, key: str, default: Any = None) -> Any:
         return self._field(f"{self.arch}.{key}", default)
@@ -158,10 +169,10 @@ class GGUFFile:
             heads = found["num_attention_heads"]
             found.setdefault("num_key_value_heads", heads)
             query = self._stored.get("blk.0.attn_q.weight")
-            rows = found["hidden_size"] if query is None else int(query.shape[-1])
+            rows = found["hidden_size"] if query is None else query.shape[0]
             head_dim = found.setdefault("head_dim", rows // heads)
-            vocab_size = int(self._stored["token_embd.weight"].shape[-1])
-        except (KeyError, TypeError, ZeroDivisionError):
+            vocab_size = self._stored["token_embd.weight"].shape[0]
+        except (KeyError, IndexError, TypeError, ZeroDivisionError):
             raise ValueError(f"{self.path} has no {self.arch}.embedding_length, attention.head_count or token_embd; "
                              "download it again") from None  # fmt: skip
         if self._own("attention.value_length", head_dim) != head_dim or not self._own("attention.causal", True):
@@ -208,27 +219,47 @@ class GGUFFile:
         return {"rope_scaling": scaling | original}
 
 
-def _open(path: Path) -> Any:
-    """The reader of a file, which is mapped into memory. ImportError that names the extra."""
+def _describe(place: TensorPlace) -> Stored:
+    """Shape and dtype; None for a type that cannot be dequantised."""
+    kind = KINDS.get(place.kind)
+    if kind is None:
+        return _describe_by_package(place)
+    numbers = SIZES[kind][0]
+    is_whole = bool(place.shape) and (numbers == 1 or (len(place.shape) > 1 and place.shape[-1] % numbers == 0))
+    return Stored(place.shape, FLOATS.get(kind, torch.float32) if is_whole else None, kind)
+
+
+def _package() -> Any:
+    """The package gguf. ImportError that names the extra."""
     try:
         import gguf
     except ImportError:
-        raise ImportError("GGUF files need the package gguf: pip install 'omni-flow[hf]'") from None
+        raise ImportError("this GGUF file has types that need the package gguf: pip install 'omni-flow[hf]'") from None
+    return gguf
+
+
+def _describe_by_package(place: TensorPlace) -> Stored:
+    import numpy as np
+
+    gguf = _package()
     try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # of its parser, of numpy and of the system, on damaged files
-        raise ValueError(f"{path} is not a readable GGUF file ({error}); download it again") from None
+        kind = gguf.GGMLQuantizationType(place.kind)
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except (NotImplementedError, ValueError, KeyError):
+        return Stored(place.shape, None, f"type {place.kind}")
+    is_whole = len(place.shape) > 1 and place.shape[-1] % numbers == 0
+    return Stored(place.shape, torch.float32 if is_whole else None, kind.name)
 
 
-def _describe(tensor: Any) -> Stored:
-    """Shape (rows first) and dtype of a tensor; no dtype where the package does not dequantise its type."""
-    import gguf
+def _by_package(reader: GGUFReader, place: TensorPlace, index: Any) -> Tensor:
+    """Rows of a tensor of another type, as float32."""
+    import numpy as np
 
-    kind = tensor.tensor_type.name
-    dtype: torch.dtype | None = FLOATS.get(kind, torch.float32)
-    try:
-        if kind not in FLOATS:
-            gguf.dequantize(tensor.data[:1], tensor.tensor_type)
-    except NotImplementedError:
-        dtype = None
-    return Stored(tuple(int(side) for side in reversed(tensor.shape)), dtype, kind)
+    gguf = _package()
+    kind = gguf.GGMLQuantizationType(place.kind)
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    rows, *columns = place.shape
+    width = math.prod(columns) // numbers * size
+    stored = np.ascontiguousarray(reader.data(place, rows * width).reshape(rows, width)[index])
+    return torch.from_numpy(np.array(gguf.dequantize(stored, kind))).float().view(-1, *columns)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,40 @@ def find_checkpoint(name: str | Path, report: Callable[[str], None] | None = Non
     )
 
 
-def in_package(name: str) -> Path | None:
-    """The GGUF file of an installed package; None where there is none. ValueError if it has several."""
+def in_package(name: str, file: str | None = None) -> Path | None:
+    """The GGUF file of an installed package; None where there is none. file: its name. ValueError if the package has
+    several and no name is given."""
     spec = importlib.util.find_spec(name) if PACKAGE.fullmatch(name) else None
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf") if file in (None, path.name))
     if len(files) > 1:
         raise ValueError(f"the package {name} holds {len(files)} GGUF files; name one, such as {files[0]}")
     return files[0] if files else None
+
+
+def origin_of(name: str | Path, path: Path) -> dict[str, str]:
+    """Where others find what `find_checkpoint` found by this name: {"package", "install"} or {"repository",
+    "revision"}; empty for a local path."""
+    text = str(name)
+    if Path(name).exists():
+        return {}
+    if REPOSITORY.fullmatch(text):
+        revision = path.name if path.parent.name == "snapshots" else None
+        return {"repository": text} | ({} if revision is None else {"revision": revision})
+    found = importlib.metadata.packages_distributions().get(text, [])
+    install = {"install": f"{found[0]}=={importlib.metadata.version(found[0])}"} if found else {}
+    return {"package": text, **install}
+
+
+def cached(name: str, files: Iterable[str], revision: str | None) -> Path | None:
+    """The folder of a repository in the hub's cache on this machine, if it has these files."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = [try_to_load_from_cache(name, file, revision=revision) for file in files]
+    paths = [Path(one) for one in found if isinstance(one, str)]
+    return paths[0].parent if paths and len(paths) == len(found) else None
 
 
 def fetch(name: str, **options: Any) -> Path:

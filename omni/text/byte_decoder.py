@@ -61,8 +61,10 @@ class ByteDecoder:
     def bytes_of(self, spelling: str) -> bytes:
         """The bytes of a token that is spelled so in the vocabulary."""
         if self._to_byte is not None:
-            found = [self._to_byte.get(char) for char in spelling]
-            return spelling.encode() if None in found else bytes(byte for byte in found if byte is not None)
+            try:
+                return bytes([self._to_byte[char] for char in spelling])
+            except KeyError:
+                return spelling.encode()
         if self._has_bytes and (match := _BYTE.fullmatch(spelling)):
             return bytes([int(match[1], 16)])
         for old, new in self._replacements:

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from eval.experiments.imports.decoders import differences_of
 from eval.experiments.imports.gguf_files import CASES, gguf_differences, write
 from eval.experiments.imports.oracle import published
 from omni.importers.decoders import import_decoder, read_decoder
+from omni.rng import Key
+from omni.storage.gguf import GGUFReader
+from omni.storage.quantised import FLOATS, SIZES, floats_of
 
 SLOW = "llama, F32"  # two other types of llama are read by default
 
@@ -72,3 +76,46 @@ def test_unknown_keys_tensors_and_architectures_raise(tmp_path: Path) -> None:
     (tmp_path / "d.gguf").write_bytes((tmp_path / "b.gguf").read_bytes()[:300])
     with pytest.raises(ValueError, match="d.gguf is not a readable GGUF file"):
         read_decoder(tmp_path / "d.gguf")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"])
+def test_numbers_are_those_of_the_package_gguf(kind: str) -> None:
+    import gguf
+
+    numbers, size = SIZES[kind]
+    values = Key(0).fold(kind).normal((5, 64 * numbers)).numpy()
+    of_package = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(values, of_package)
+    rows = np.ascontiguousarray(stored).view(np.uint8).reshape(5, 64 * size)
+    wanted = gguf.dequantize(stored, of_package)
+    found = floats_of(rows, kind)
+    assert found.dtype == FLOATS.get(kind, torch.float32)
+    assert np.array_equal(found.to(torch.float64).numpy(), wanted.astype(np.float64))
+
+
+def test_other_types_are_read_by_the_package(tmp_path: Path) -> None:
+    import gguf
+
+    model = published("llama", intermediate_size=64, tie_word_embeddings=True)
+    write(tmp_path / "m.gguf", model, "Q5_0")
+    source = read_decoder(tmp_path / "m.gguf").source
+    wanted = model.state_dict()["model.embed_tokens.weight"].numpy()
+    kind = gguf.GGMLQuantizationType.Q5_0
+    found = source.rows("model.embed_tokens.weight", slice(2, 9)).numpy()
+    assert np.array_equal(found, gguf.dequantize(gguf.quants.quantize(wanted, kind), kind)[2:9])
+
+
+def test_damaged_files_raise_and_name_the_file(tmp_path: Path) -> None:
+    """Every cut, and lengths that are absurd, are one error: nothing is allocated for them."""
+    write(tmp_path / "m.gguf", published("llama", intermediate_size=64), "Q8_0")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    file = tmp_path / "cut.gguf"
+    damaged = [whole[:size] for size in (0, 3, 20, 100, 1000, 2000)]
+    damaged += [b"GGML" + whole[4:], whole[:4] + b"\x09" + whole[5:], whole[:16] + b"\xff" * 8 + whole[24:]]
+    for data in damaged:
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"cut.gguf is not a readable GGUF file"):
+            GGUFReader(file)
+    file.write_bytes(whole[:-64])
+    with pytest.raises(ValueError, match=r"cut.gguf ends inside of "):
+        import_decoder(file, tmp_path / "model", with_tokenizer=False)

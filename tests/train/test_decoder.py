@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import omni
+from eval.experiments.imports.gguf_files import write
 from eval.experiments.imports.tiny import write_decoder
 from eval.experiments.imports.training import (
     WEIGHT_SETS,
@@ -21,9 +22,12 @@ from eval.experiments.imports.training import (
     text_logits,
 )
 from omni.importers.decoders import import_decoder
+from omni.importers.places import find_checkpoint, origin_of
 from omni.model import Omni
+from omni.weights import is_text_path
+from train import runs
 from train.build import publish_model
-from train.decoder import is_text_path
+from train.decoder import PublishBase, base_of
 from train.recipe import Recipe
 
 
@@ -108,3 +112,78 @@ def test_separate_weights_start_as_copies_unless_fresh(decoder: Path, tmp_path: 
         run = run_of(Recipe.model_validate({**table, "upcycle": upcycle}), tmp_path / "run")
         layer: Any = run.model.transformer.blocks[0]
         assert torch.equal(layer.latent.qkv.weight, layer.text.qkv.weight) == upcycle
+
+
+@pytest.fixture(scope="module")
+def published(decoder: Path) -> Path:
+    """The published folder that `decoder` is the import of."""
+    return decoder.parent / "qwen3"
+
+
+SMALL = ["model.expert.width=32", "max_steps=2", "report.save_steps=1", "report.log_steps=1"]
+
+
+def test_a_run_publishes_without_its_frozen_language_model(
+    decoder: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its end, and with --publish. The directory is small, loads, and begins another run."""
+    base = ["publish_base.source=" + str(published), "publish_base.name=Tiny", "publish_base.install=tiny-model==1"]
+    recipe = recipe_of("frozen_expert", decoder, [*SMALL, *base], None)
+    assert recipe.publish_base is not None and Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert runs.dry_run(recipe, tmp_path / "dry") == 0
+    assert " MB in bf16, beside the language model" in capsys.readouterr().out
+    assert runs.train_model(recipe, tmp_path / "run", resume=False) == 0
+    assert runs.publish_state(recipe, tmp_path / "run", tmp_path / "again") == 0
+    whole = recipe_of(
+        "frozen_expert", decoder, SMALL, None
+    )  # a run whose recipe did not have the key, published with it
+    assert runs.train_model(whole, tmp_path / "other", resume=False) == 0
+    assert runs.publish_state(recipe, tmp_path / "other", tmp_path / "later") == 0
+    for folder in (tmp_path / "run/model", tmp_path / "again", tmp_path / "later"):
+        stored = load_file(folder / "model.safetensors")
+        assert not any(map(is_text_path, stored)) and {value.dtype for value in stored.values()} == {torch.bfloat16}
+        found, wanted = omni.from_pretrained(folder, base=published), omni.from_pretrained(decoder)
+        of_text = {name: value for name, value in wanted.state_dict().items() if is_text_path(name)}
+        assert all(torch.equal(found.state_dict()[name], value) for name, value in of_text.items())
+        assert found.base is not None and found.base.record.install == "tiny-model==1"  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("OMNI_TINY", str(published))
+        more = recipe_of("frozen_expert", decoder, [*SMALL, f"init_from={tmp_path / 'again'}"], None)
+        model = run_of(more, tmp_path / "more").model
+    assert all(torch.equal(model.state_dict()[name].bfloat16(), value) for name, value in stored.items())
+    with pytest.raises(ValueError, match=r"leaves its language model out \(base.json\); use the import that it was"):
+        recipe_of("frozen_expert", tmp_path / "again", SMALL, None)
+
+
+def test_a_base_that_cannot_be_left_out_is_refused_before_training(
+    decoder: Path, published: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of("frozen_expert", decoder, [*SMALL, "publish_base=true"], None)
+    with pytest.raises(
+        ValueError, match=r"publish_base = true: .* was imported from a local file.*publish_base = \"llm"
+    ):
+        run_of(recipe, tmp_path / "run")
+    other = write_decoder(tmp_path / "other", "qwen3", num_hidden_layers=2)
+    recipe = recipe_of("frozen_expert", decoder, [*SMALL, f"publish_base={other}"], None)
+    with pytest.raises(ValueError, match=r"other has no weight transformer.blocks.2"):
+        run_of(recipe, tmp_path / "run")
+    with pytest.raises(
+        ValueError, match="publish_base leaves a frozen language model out; it needs decoder and text_p"
+    ):
+        recipe_of("frozen_expert", decoder, [*SMALL, f"publish_base={published}", "text_path=tuned"], None)
+    assert recipe_of("frozen_expert", decoder, [*SMALL, "publish_base=false"], None).publish_base is None
+
+
+def test_an_import_records_the_package(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`publish_base = true` finds it again."""
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "some_model").mkdir()
+    write(tmp_path / "some_model/tiny.gguf", AutoModelForCausalLM.from_pretrained(published), "F32")
+    (tmp_path / "some_model/__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = find_checkpoint("some_model")
+    out = import_decoder(path, tmp_path / "out", with_tokenizer=False, origin=origin_of("some_model", path))
+    base = base_of(out, PublishBase(), omni.from_pretrained(out))
+    assert base.record.package == "some_model" and base.record.files.keys() == {"tiny.gguf"}
+    assert base.record.name == "tiny" and base.path == path

@@ -24,8 +24,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # family, settings, type 
 }
 
 
-def write(path: Path, model: Any, kind: str, **more: Any) -> None:
-    """The model as llama.cpp's converter writes it. more: further keys of the architecture, or tensors."""
+def write(path: Path, model: Any, kind: str, tokens: list[str] | None = None, **more: Any) -> None:
+    """The model as llama.cpp's converter writes it. tokens: of the vocabulary, by id. more: further keys of the
+    architecture, or tensors."""
     import gguf
 
     c, family = model.config, NAMES.get(model.config.model_type, model.config.model_type)
@@ -43,7 +44,7 @@ def write(path: Path, model: Any, kind: str, **more: Any) -> None:
     writer.add_rope_dimension_count(width)
     rope = c.rope_parameters
     writer.add_rope_freq_base(float(rope.get("full_attention", rope)["rope_theta"]))
-    writer.add_token_list([f"t{number}" for number in range(c.vocab_size)])
+    writer.add_token_list(tokens or [f"t{number}" for number in range(c.vocab_size)])
     if family in ("gemma2", "gemma3"):
         writer.add_sliding_window(c.sliding_window)
     if family in ("gemma2", "gemma3", "qwen3"):
