@@ -46,6 +46,8 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: the meaning of the network's output, see the module docstring.
     scale_input: divide x by n before embedding (EDM's c_in), so that its deviation is 1 at every t.
+    clean_width: hidden units of the layer before the projection of clean latents into the context (as LLaVA-1.5's
+        projector, arXiv 2310.03744); None: one linear projection.
     head_depth: None, or the number of blocks of the latent head (heads.latent, MAR). The transformer
         then reads known latents and masks in place of noisy ones.
     min_time: for "x" only: below it F = (x - G) / min_time, finite at t = 0. The jump to s = t is still x. The optimal
@@ -59,6 +61,7 @@ class FlowHeadConfig(Frozen):
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
     min_time: float = Field(default=0.05, gt=0, le=1)
+    clean_width: int | None = Field(default=None, ge=1, le=1 << 16)
     head_depth: int | None = Field(default=None, ge=1, le=64)
 
     @model_validator(mode="before")
@@ -105,7 +108,8 @@ class FlowHead(nn.Module):
     def __init__(self, width: int, c: FlowHeadConfig, context_width: int | None = None) -> None:
         super().__init__()
         self.c = c
-        self.clean = nn.Linear(c.channels, context_width or width)
+        self.clean_first = None if c.clean_width is None else nn.Linear(c.channels, c.clean_width)
+        self.clean = nn.Linear(c.clean_width or c.channels, context_width or width)
         self.noisy = nn.Linear(c.channels, width)
         self.time = ScalarEmbedding(width, c, c.time_scale)
         self.gap = ScalarEmbedding(width, c, c.time_scale)
@@ -117,10 +121,13 @@ class FlowHead(nn.Module):
     def declare(self) -> dict[str, Declared]:
         """The modulation and the output projection start at zero, so the network's output G does too."""
         read = of_linear("modulation", self.modulation, ZERO) | of_linear("velocity", self.velocity, ZERO)
-        return of_linear("clean", self.clean) | of_linear("noisy", self.noisy) | read
+        first = {} if self.clean_first is None else of_linear("clean_first", self.clean_first)
+        return first | of_linear("clean", self.clean) | of_linear("noisy", self.noisy) | read
 
     def embed_clean(self, latents_RNC: Tensor) -> Tensor:
         """Finished latents, for the context stream: (R, N, C) -> (R, N, W)."""
+        if self.clean_first is not None:
+            latents_RNC = torch.nn.functional.gelu(self.clean_first(latents_RNC))
         return self.clean(latents_RNC)
 
     def embed(self, x_RSC: Tensor, t_I: Tensor, item: Tensor | None) -> Tensor:
