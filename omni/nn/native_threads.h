@@ -22,7 +22,7 @@ inline void pause() {
 #endif
 }
 
-constexpr int SPINS = 2000;  // looks for the next loop before a worker sleeps: some 50 microseconds
+constexpr int SPINS = 2000;  // looks before a thread sleeps: some 50 microseconds
 
 struct Workers {
   // What a loop does: run(context, first, last). Written while the loop is closed and no worker is inside.
@@ -33,9 +33,10 @@ struct Workers {
   std::atomic<int> allowed{0};  // workers that may take part
   std::atomic<int64_t> next{0};
   std::atomic<bool> open{false};
+  std::atomic<bool> waiting{false};  // whether the caller sleeps until nobody is inside
   std::atomic<int> inside{0}, sleeping{0};
   std::mutex one_loop, sleep;
-  std::condition_variable wake;
+  std::condition_variable wake, left;
   int num = 0;  // workers that have been started
 
   void take() {
@@ -51,7 +52,10 @@ struct Workers {
       if (open && number < allowed) {
         inside++;  // before the second look: the caller closes the loop first, and then waits for those inside
         if (open && number < allowed) take(), spins = 0;
-        inside--;
+        if (--inside == 0 && waiting) {
+          { std::lock_guard<std::mutex> lock(sleep); }
+          left.notify_one();
+        }
       }
       pause();
       if (spins < SPINS) continue;
@@ -72,7 +76,12 @@ struct Workers {
     }
     take();
     open = false;
-    for (int spins = 0; inside; spins++) spins < SPINS ? pause() : std::this_thread::yield();
+    for (int spins = 0; inside && spins < SPINS; spins++) pause();
+    if (!inside) return;
+    std::unique_lock<std::mutex> lock(sleep);  // a worker lost its processor: leave it ours
+    waiting = true;
+    left.wait(lock, [&] { return inside == 0; });
+    waiting = false;
   }
 };
 

@@ -43,10 +43,11 @@ def in_new_process(way: str, dtype: str, folder: Path, tokens: int, repeats: int
 
 def library_seconds(cache: Path) -> float:
     """Seconds that the library of the native step takes in a new process, with kept libraries in `cache`."""
-    code = "import time; from omni.nn.native_library import load_library as f; s = time.perf_counter(); f(); "
-    return float(
-        _output([sys.executable, "-c", f"{code}print(time.perf_counter() - s)"], {"XDG_CACHE_HOME": str(cache)})
+    code = (
+        "import time; from omni.nn.native_library import load_library\n"
+        "start = time.perf_counter(); load_library(); print(time.perf_counter() - start)"
     )
+    return float(_output([sys.executable, "-c", code], {"XDG_CACHE_HOME": str(cache)}))
 
 
 def _output(command: list[str], changes: dict[str, str]) -> str:
@@ -67,12 +68,10 @@ def measure(way: str, dtype: str, folder: Path, tokens: int, repeats: int) -> Fr
     loaded = time.perf_counter() - start
     first = _seconds(lambda: request(1))
     request(tokens)
-    rates = []
-    for _ in range(repeats):
-        prompt, whole = _seconds(lambda: request(1)), _seconds(lambda: request(tokens))
-        rates.append((tokens - 1) / (whole - prompt))
+    pairs = [(_seconds(lambda: request(1)), _seconds(lambda: request(tokens))) for _ in range(repeats)]
+    prompt, whole = map(statistics.median, zip(*pairs, strict=True))
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return Fresh(loaded, first, statistics.median(rates), kib / 2**20)
+    return Fresh(loaded, first, (tokens - 1) / (whole - prompt), kib / 2**20)
 
 
 def omni_request(folder: Path, dtype: Any, way: str) -> Callable[[int], Any]:

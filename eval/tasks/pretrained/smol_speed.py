@@ -1,4 +1,4 @@
-"""What one user of a small published model waits for: SmolLM2-135M-Instruct in processes of its own, beside transformers.
+"""What one user of a small published model waits for: SmolLM2-135M-Instruct in new processes, beside transformers.
 
 python -m eval eval/suites/pretrained.toml tasks=smol_speed threads=2
 python -m eval eval/suites/pretrained.toml tasks=smol_speed smol_speed.model=runs/smollm2
