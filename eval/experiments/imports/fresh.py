@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -70,8 +69,15 @@ def measure(way: str, dtype: str, folder: Path, tokens: int, repeats: int) -> Fr
     request(tokens)
     pairs = [(_seconds(lambda: request(1)), _seconds(lambda: request(tokens))) for _ in range(repeats)]
     prompt, whole = map(statistics.median, zip(*pairs, strict=True))
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return Fresh(loaded, first, (tokens - 1) / (whole - prompt), kib / 2**20)
+    return Fresh(loaded, first, (tokens - 1) / (whole - prompt), peak_bytes() / 2**30)
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far (getrusage would count its parent before exec)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("/proc/self/status has no VmHWM; run this on Linux")
 
 
 def omni_request(folder: Path, dtype: Any, way: str) -> Callable[[int], Any]:
@@ -83,13 +89,10 @@ def omni_request(folder: Path, dtype: Any, way: str) -> Callable[[int], Any]:
 
 
 def transformers_request(folder: Path, dtype: Any, way: str) -> Callable[[int], Any]:
-    from eval.peers import llama_decode, quiet_transformers
+    from eval.peers import llama_decode, load_folder, quiet_transformers
 
     quiet_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    tokenizer, model = load_folder(folder, dtype)
     turns = [{"role": "user", "content": PROMPT}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     cache = way.removeprefix("transformers ")

@@ -2,8 +2,8 @@
 request, the first token after a long prompt, and decoding of a batch. Both prefill as many ids and emit as many tokens.
 
 Omni's compiled side is `Engine(model, compile=True)`: the step of one request as native code, float32 arithmetic on
-float32 weights, or on a bfloat16 copy where it is exact (as with published checkpoints). Prompts and batches have no
-compiled side: their report rows compare Omni's eager code with theirs, eager and compiled.
+float32 weights, or on a bfloat16 copy where it is exact (as with published checkpoints and bfloat16 models). Prompts
+and batches have no compiled side: their report rows compare Omni's eager code with theirs, eager and compiled.
 """
 
 from __future__ import annotations
