@@ -234,6 +234,15 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place).eval()
 
 
+def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(tokenizer, model in evaluation mode) of a published folder."""
+    require("transformers")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
 def greedy_replies(
     tokenizer: Any, model: Any, prompts: Sequence[str], num_new: int
 ) -> list[tuple[list[int], list[int], str]]:

@@ -48,11 +48,6 @@ class Append:
     def is_text(self) -> bool:
         return all(map(self.laid.is_text, range(len(self))))
 
-    @property
-    def is_native(self) -> bool:
-        """Whether native code can compute it."""
-        return self.is_text and (self.history.lora is None or (self.history.invoked and not any(self.laid.adapted)))
-
     def runs(self, first: int) -> Iterator[Run]:
         """Runs of the positions, the first at `first` of the pass: causal runs of text, and blocks."""
         laid, a, at = self.laid, 0, self.history.length
@@ -132,7 +127,7 @@ def run_context(
         runs += one.runs(first)
         first += len(one)
     made = Runs(runs)
-    if step is not None and not m and made.num <= NATIVE and all(one.is_native for one in appends):
+    if step is not None and not m and made.num <= NATIVE and all(one.is_text for one in appends):
         ids = [token for one in appends for token in one.laid.ids]
         positions = [position[0] for one in appends for position in one.laid.position]
         hidden = step(model.token.embed(torch.tensor(ids)), positions, made)

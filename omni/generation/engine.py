@@ -50,8 +50,9 @@ from omni.version import VERSION
 class Engine:
     """Generation with one model.
 
-    compile: decode text as native code on the CPU (see nn.native_step). Takes one or two seconds and a C++ compiler,
-    and copies the weights, anew when they change. ValueError where this is impossible.
+    compile: decode text as native code on the CPU (see nn.native_step), in float32 or bfloat16. Needs a C++ compiler,
+    which takes a few seconds at the first use on a machine; copies the weights, anew when they change. ValueError where
+    this is impossible.
     allow_paths: whether chat messages may name files of this machine. A server reads untrusted messages and passes
     False; see omni.text.chat.messages_to_document.
     budget: positions of a context pass beyond short reads, and of a refine pass, where several requests run: a long

@@ -1,9 +1,11 @@
 // A few text tokens against their histories, on the CPU: the arithmetic of layer.py each weight is read once.
 // Compiled at run time by native_step.py.
 //
-// Weights are float32 or bfloat16 (widened to float32 as they are read); activations, cache and sums are float32.
+// Weights, and keys and values of the cache, are float32 or bfloat16 (widened to float32 as they are read; keys and
+// values are rounded as they are written). Activations, weights of adapters and all sums are float32.
 //
-// Legend: W width, H query heads, G key heads, D head width, F width of the MLP, R tokens.
+// Legend: W width, H query heads, G key heads, D head width, F width of the MLP, R tokens, P positions of the pool.
+// Types: T of the weights, C of the cache.
 
 #include <algorithm>
 #include <cmath>
@@ -11,10 +13,35 @@
 #include <cstring>
 #include <vector>
 
+#include "native_threads.h"
+
 namespace {
 
 struct Sizes {  // the order of native_step.py
   int64_t width, depth, num_heads, num_kv_heads, head_dim, hidden;
+};
+
+struct LowRank {  // the order of native_step.py; down and up are null where a projection has no adapter
+  const float *down, *up;
+  int64_t rank;
+};
+
+struct Group {  // neighbouring tokens that use one LoRA: its number, the first token, tokens
+  int64_t lora, first, num;
+};
+
+struct Pass {  // the order of native_step.py
+  float* h;                // (R, W), in and out
+  const float *cos, *sin;  // (R, D)
+  void *keys, *values;     // (depth, G, P, D)
+  int64_t P;
+  const int64_t *first, *at;  // (R,): where the history of a token begins in the pool, and its position in the history
+  int64_t R;
+  const LowRank* adapters;  // (LoRAs, depth, 4)
+  const Group* groups;
+  int64_t num_groups;
+  int32_t num_threads;
+  float eps;
 };
 
 template <typename T>
@@ -33,6 +60,7 @@ constexpr int LANES = 4;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 inline Floats load(const float* from) {
   Floats value;
@@ -40,7 +68,32 @@ inline Floats load(const float* from) {
   return value;
 }
 
+inline Floats load(const uint16_t* from) {  // bfloat16 is the upper half of a float32
+  Halves value;
+  std::memcpy(&value, from, sizeof value);
+  return (Floats)(__builtin_convertvector(value, Words) << 16);
+}
+
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+inline float widened(float x) { return x; }
+
+inline float widened(uint16_t x) {
+  const uint32_t word = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+inline void put(float* to, const float* from, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+
+inline void put(uint16_t* to, const float* from, int64_t n) {  // rounds to the nearest, ties to even; NaN stays NaN
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t word;
+    std::memcpy(&word, from + i, sizeof word);
+    to[i] = from[i] != from[i] ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  }
+}
 
 inline float sum_of_lanes(Floats x) {
   float lane[LANES];
@@ -50,7 +103,8 @@ inline float sum_of_lanes(Floats x) {
   return lane[0];
 }
 
-inline float dot(const float* a, const float* b, int64_t n) {
+template <typename C>
+inline float dot(const C* a, const float* b, int64_t n) {
   Floats s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
   for (; i + 4 * LANES <= n; i += 4 * LANES) {
@@ -59,7 +113,7 @@ inline float dot(const float* a, const float* b, int64_t n) {
   }
   for (; i + LANES <= n; i += LANES) s0 += load(a + i) * load(b + i);
   float sum = sum_of_lanes((s0 + s1) + (s2 + s3));
-  for (; i < n; i++) sum += a[i] * b[i];
+  for (; i < n; i++) sum += widened(a[i]) * b[i];
   return sum;
 }
 
@@ -101,7 +155,7 @@ struct Pair {
 
 inline Pair load_pair(const float* panel, int k) { return {load(panel + k * LANES), load(panel + HALF + k * LANES)}; }
 
-inline Pair load_pair(const uint16_t* panel, int k) {  // bfloat16 is the upper half of a float32
+inline Pair load_pair(const uint16_t* panel, int k) {
   Words both;
   std::memcpy(&both, panel + 2 * k * LANES, sizeof both);
   const Pair little{(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
@@ -149,10 +203,10 @@ void tile(const T* panel, const float* x, int64_t R, int64_t n, float* y) {
 // y (R, rows) = x (R, n) weight^T, or y += it. Every weight is read from memory once, one panel after another: one
 // stream is what the prefetcher likes best. The rows of x are split evenly into tiles of at most six.
 template <typename T>
-void product(const T* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n, bool add, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t first = 0; first < rows; first += PANEL) {
-    const int64_t count = std::min<int64_t>(PANEL, rows - first);
+void product(const T* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n, bool add,
+             int num_threads) {
+  threads::for_each((rows + PANEL - 1) / PANEL, num_threads, [&](int64_t number) {
+    const int64_t first = number * PANEL, count = std::min<int64_t>(PANEL, rows - first);
     float found[6 * PANEL];
     for (int64_t start = 0, num; start < R; start += num) {
       const int64_t left = R - start, tiles = (left + 5) / 6;
@@ -163,7 +217,7 @@ void product(const T* weight, const float* x, float* y, int64_t R, int64_t rows,
         for (int64_t j = 0; j < count; j++) to[j] = (add ? to[j] : 0) + found[r * PANEL + j];
       }
     }
-  }
+  });
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight; y may be x.
@@ -182,8 +236,8 @@ void rotate(float* x, const float* cos, const float* sin, int64_t D) {
 }
 
 // o = share * scores values, of N vectors of numbers of every position.
-template <int N>
-inline void weigh(const float* values, const float* scores, float share, float* o, int64_t count, int64_t D) {
+template <int N, typename C>
+inline void weigh(const C* values, const float* scores, float share, float* o, int64_t count, int64_t D) {
   Floats sum[N] = {};
   for (int64_t p = 0; p < count; p++)
 #pragma GCC unroll 16
@@ -192,7 +246,8 @@ inline void weigh(const float* values, const float* scores, float share, float* 
 }
 
 // o (D) = softmax(q keys^T / sqrt(D)) values, over `count` positions; scores has room for them.
-void attend(const float* q, const float* keys, const float* values, float* scores, float* o, int64_t count, int64_t D) {
+template <typename C>
+void attend(const float* q, const C* keys, const C* values, float* scores, float* o, int64_t count, int64_t D) {
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   float largest = -INFINITY, total = 0;
   for (int64_t p = 0; p < count; p++) {
@@ -208,71 +263,88 @@ void attend(const float* q, const float* keys, const float* values, float* score
   for (; first + LANES <= D; first += LANES) weigh<1>(values + first, scores, share, o + first, count, D);
   for (; first < D; first++) {
     float sum = 0;
-    for (int64_t p = 0; p < count; p++) sum += scores[p] * values[p * D + first];
+    for (int64_t p = 0; p < count; p++) sum += scores[p] * widened(values[p * D + first]);
     o[first] = sum * share;
   }
 }
 
-// h (R, W) in and out; cos, sin (R, D). keys, values: (depth, G, P, D), of a pool of P positions. Row r belongs to a
-// history that begins at position first[r] of the pool; it is its position at[r], and sees those up to it. Rows of one
-// history are in order: all keys and values of a layer are written before its attention.
-template <typename T>
-void step(const Sizes& c, const Layer<T>* layers, const float* norm, float* h, const float* cos, const float* sin,
-          float* keys, float* values, int64_t P, const int64_t* first, const int64_t* at, int64_t R, float eps,
-          int threads) {
-  const int64_t W = c.width, H = c.num_heads, G = c.num_kv_heads, D = c.head_dim, F = c.hidden, Q = (H + 2 * G) * D;
+// y (R, rows) += B A x of the tokens that use a LoRA; x (R, n). part: of a layer, in the order of Layer.
+void add_low_rank(const Pass& c, const Sizes& sizes, int64_t layer, int part, const float* x, float* y, int64_t rows,
+                  int64_t n) {
+  for (const Group* g = c.groups; g < c.groups + c.num_groups; g++) {
+    const LowRank& pair = c.adapters[(g->lora * sizes.depth + layer) * 4 + part];
+    if (!pair.down) continue;
+    std::vector<float> inner(g->num * pair.rank);
+    product(pair.down, x + g->first * n, inner.data(), g->num, pair.rank, n, false, c.num_threads);
+    product(pair.up, inner.data(), y + g->first * rows, g->num, rows, pair.rank, true, c.num_threads);
+  }
+}
+
+// Tokens of one history are in order: all keys and values of a layer are written before its attention. A token sees the
+// positions of its history up to its own.
+template <typename T, typename C>
+void step(const Sizes& sizes, const Layer<T>* layers, const float* norm, const Pass& c) {
+  const int64_t W = sizes.width, H = sizes.num_heads, G = sizes.num_kv_heads, D = sizes.head_dim, F = sizes.hidden;
+  const int64_t Q = (H + 2 * G) * D, R = c.R, P = c.P;
+  const float eps = c.eps;
+  float* h = c.h;
   int64_t longest = 0;
-  for (int64_t r = 0; r < R; r++) longest = std::max(longest, at[r] + 1);
+  for (int64_t r = 0; r < R; r++) longest = std::max(longest, c.at[r] + 1);
   std::vector<float> x(R * W), qkv(R * Q), o(R * H * D), mlp(R * 2 * F), act(R * F), scores(R * H * longest);
-  for (int64_t layer = 0; layer < c.depth; layer++) {
+  for (int64_t layer = 0; layer < sizes.depth; layer++) {
     const Layer<T>& w = layers[layer];
+    const auto project = [&](int part, const T* weight, const float* from, float* to, int64_t rows, int64_t n, bool add) {
+      product(weight, from, to, R, rows, n, add, c.num_threads);
+      add_low_rank(c, sizes, layer, part, from, to, rows, n);
+    };
     for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, w.attention_norm, &x[r * W], W, eps);
-    product(w.qkv, x.data(), qkv.data(), R, Q, W, false, threads);
-    float *k = keys + layer * G * P * D, *v = values + layer * G * P * D;
+    project(0, w.qkv, x.data(), qkv.data(), Q, W, false);
+    C *k = static_cast<C*>(c.keys) + layer * G * P * D, *v = static_cast<C*>(c.values) + layer * G * P * D;
     for (int64_t r = 0; r < R; r++) {
       float* mine = qkv.data() + r * Q;
       for (int64_t head = 0; head < H + G; head++) {
         if (w.q_norm) rms_norm(mine + head * D, head < H ? w.q_norm : w.k_norm, mine + head * D, D, eps);
-        rotate(mine + head * D, cos + r * D, sin + r * D, D);
+        rotate(mine + head * D, c.cos + r * D, c.sin + r * D, D);
       }
       for (int64_t g = 0; g < G; g++) {
-        const int64_t slot = (g * P + first[r] + at[r]) * D;
-        std::memcpy(k + slot, mine + (H + g) * D, D * sizeof(float));
-        std::memcpy(v + slot, mine + (H + G + g) * D, D * sizeof(float));
+        const int64_t slot = (g * P + c.first[r] + c.at[r]) * D;
+        put(k + slot, mine + (H + g) * D, D);
+        put(v + slot, mine + (H + G + g) * D, D);
       }
     }
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t one = 0; one < R * H; one++) {
-      const int64_t r = one / H, head = one % H, start = (head / (H / G) * P + first[r]) * D;
-      attend(&qkv[r * Q + head * D], k + start, v + start, &scores[one * longest], &o[one * D], at[r] + 1, D);
-    }
-    product(w.out, o.data(), h, R, W, H * D, true, threads);
+    threads::for_each(R * H, c.num_threads, [&](int64_t one) {
+      const int64_t r = one / H, head = one % H, start = (head / (H / G) * P + c.first[r]) * D;
+      attend(&qkv[r * Q + head * D], k + start, v + start, &scores[one * longest], &o[one * D], c.at[r] + 1, D);
+    });
+    project(1, w.out, o.data(), h, W, H * D, true);
     for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, w.mlp_norm, &x[r * W], W, eps);
-    product(w.gate_up, x.data(), mlp.data(), R, 2 * F, W, false, threads);
+    project(2, w.gate_up, x.data(), mlp.data(), 2 * F, W, false);
     for (int64_t r = 0; r < R; r++) {  // SiLU(gate) up
       float *gate = &mlp[r * 2 * F], *up = gate + F;
       map(gate, F, [](Floats x) { return x / (1 + exponential(-x)); });
       for (int64_t i = 0; i < F; i++) act[r * F + i] = gate[i] * up[i];
     }
-    product(w.down, act.data(), h, R, W, F, true, threads);
+    project(3, w.down, act.data(), h, W, F, true);
   }
   for (int64_t r = 0; r < R; r++) rms_norm(h + r * W, norm, h + r * W, W, eps);
 }
 
 }  // namespace
 
-// What native_step.py calls: each once for float32 weights, once for bfloat16.
-#define EXPORT(SUFFIX, T)                                                                                              \
-  extern "C" void step_##SUFFIX(const void* sizes, const void* layers, const float* norm, float* h, const float* cos,  \
-                                const float* sin, float* keys, float* values, int64_t P, const int64_t* first,         \
-                                const int64_t* at, int64_t R, float eps, int threads) {                                \
-    step<T>(*static_cast<const Sizes*>(sizes), static_cast<const Layer<T>*>(layers), norm, h, cos, sin, keys, values,  \
-            P, first, at, R, eps, threads);                                                                            \
-  }                                                                                                                    \
+// What native_step.py calls, once for each pair of dtypes that a model can have.
+#define STEP(SUFFIX, T, C)                                                                                             \
+  extern "C" void step_##SUFFIX(const void* sizes, const void* layers, const float* norm, const void* pass) {          \
+    step<T, C>(*static_cast<const Sizes*>(sizes), static_cast<const Layer<T>*>(layers), norm,                          \
+               *static_cast<const Pass*>(pass));                                                                       \
+  }
+#define READ(SUFFIX, T)                                                                                                \
   extern "C" void read_##SUFFIX(const void* weight, const float* x, float* y, int64_t R, int64_t rows, int64_t n,      \
-                                int threads) {                                                                         \
-    product(static_cast<const T*>(weight), x, y, R, rows, n, false, threads);                                          \
+                                int num_threads) {                                                                     \
+    product(static_cast<const T*>(weight), x, y, R, rows, n, false, num_threads);                                      \
   }
 
-EXPORT(float32, float)
-EXPORT(bfloat16, uint16_t)
+STEP(float32_float32, float, float)
+STEP(bfloat16_float32, uint16_t, float)
+STEP(bfloat16_bfloat16, uint16_t, uint16_t)
+READ(float32, float)
+READ(bfloat16, uint16_t)

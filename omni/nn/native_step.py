@@ -1,30 +1,36 @@
 """Steps of a few text tokens as native code: native_step.cpp, compiled on demand by the machine's C++ compiler.
 
 The cost of a token is reading the weights and launching some twenty operations per layer. Here the whole pass is one
-call, and every weight is read once for all tokens. Where every weight is exact in bfloat16, as in a published
-checkpoint, a bfloat16 copy is read: half the bytes, no loss. Products, activations and sums stay float32. Other weights
-are read in float32; the log records this. Products compiled by torch.compile reached about half of this speed.
+call, and every weight is read once for all tokens. Products, activations and sums are float32.
 
-Serves text in float32 on the CPU: decoded ids of many requests, and drafts to verify. Passes with latents or
-placeholders, and long ones, run the layers of nn.layer. The weights are copied at construction, in panels of 32 rows.
-Every sum has one order for any number of tokens, so a token gets the same bits beside any others.
+    model       weights are read in                                   cache
+    bfloat16    bfloat16                                              bfloat16
+    float32     bfloat16 where all are exact in it, as in many        float32
+                published checkpoints; else float32, at about half
+                the speed (the log records this)
+
+A bfloat16 model is computed more exactly than by the layers of nn.layer, which round after every operation. Products
+compiled by torch.compile reached about half of this speed.
+
+Serves text on the CPU: decoded ids of many requests, drafts to verify, short prompts, each history with its own LoRA or
+without. Passes with latents or placeholders, and long ones, run the layers of nn.layer. The weights are copied at
+construction, in panels of 32 rows; those of LoRAs in float32. Every sum has one order for any number of tokens, so a
+token gets the same bits beside any others.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from omni.nn.layer import Layer, LayerSpec
+from omni.nn.lora import PARTS, Lora
+from omni.nn.native_library import LowRank, Pass, load_library
 from omni.nn.runs import Runs
 from omni.nn.transformer import Transformer
 from omni.sequence.positions import rotary_table
@@ -37,11 +43,8 @@ NATIVE = {
     for name, field in LayerSpec.model_fields.items()
     if name not in ARGUMENTS | {"time", "modulation_eps"}
 }
-SOURCE = Path(__file__).with_name("native_step.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
 PANEL = 32  # rows of a weight side by side, as in native_step.cpp
-COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd")
-THREADS = ("-fopenmp",)  # omitted if the compiler has no OpenMP; the step then uses one thread
 _log = logging.getLogger("omni")
 
 
@@ -58,24 +61,24 @@ class CompiledStep:
                     f"compile=True supports layers with {name} = {known} only, this model has {value!r}; "
                     "leave compile out"
                 )
-        if output_weight.device.type != "cpu" or output_weight.dtype != torch.float32:
+        if output_weight.device.type != "cpu" or output_weight.dtype not in DTYPES:
             raise ValueError(
-                f"compile=True serves float32 on the CPU, this model is {output_weight.dtype} on "
+                f"compile=True serves float32 and bfloat16 on the CPU, this model is {output_weight.dtype} on "
                 f"{output_weight.device}; load it with dtype=torch.float32, or leave compile out"
             )
-        library = load_library()
+        library, self.dtype = load_library(), output_weight.dtype
         layers: list[Layer] = [block.text for block in transformer.blocks]  # type: ignore[misc]
-        matrices = [m.weight for w in layers for m in (w.qkv, w.out, w.gate_up, w.down)] + [output_weight]
-        self.dtype = torch.bfloat16 if all(map(is_exact_in_bf16, matrices)) else torch.float32
-        if self.dtype == torch.float32:
+        matrices = [getattr(w, part).weight for w in layers for part in PARTS] + [output_weight]
+        self.stored = torch.bfloat16 if all(map(is_exact_in_bf16, matrices)) else torch.float32
+        if self.stored == torch.float32:
             _log.info("compiled step: some weights are not exact in bfloat16; reading float32, at about half the speed")
-        name = str(self.dtype).removeprefix("torch.")
-        self._step, self._read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
+        stored, kept = (str(dtype).removeprefix("torch.") for dtype in (self.stored, self.dtype))
+        self._step, self._read = getattr(library, f"step_{stored}_{kept}"), getattr(library, f"read_{stored}")
         of_heads = ("q_norm", "k_norm") if self.c.qk_norm == "head" else ()
         names = ("attention_norm", *of_heads, "mlp_norm")
         norms = [{name: getattr(w, name).weight.detach().float().clone() for name in names} for w in layers]
         self.norms = [*norms, {"": transformer.norm.weight.detach().float().clone()}]
-        self.copies = [pack(m.detach().to(self.dtype)) for m in matrices]  # `pointers` point into these
+        self.copies = [pack(m.detach().to(self.stored)) for m in matrices]  # `pointers` point into these
         self.num_ids = len(output_weight)
         c, at = self.c, range(0, 4 * self.c.depth, 4)
         in_order: list[int | None] = []
@@ -85,28 +88,44 @@ class CompiledStep:
         self.pointers = (ctypes.c_void_p * len(in_order))(*in_order)
         self.sizes = (ctypes.c_int64 * 6)(c.width, c.depth, c.num_heads, c.num_kv_heads, c.head_dim, c.hidden)
         self.table: Tensor | None = None
+        self.loras = {name: number for number, name in enumerate(transformer.loras)}
+        self.adapters = [pair for lora in transformer.loras.values() for pair in adapters_of(lora, c.depth)]  # type: ignore[arg-type]
+        self.low_ranks = (LowRank * len(self.adapters))(*map(low_rank, self.adapters))
 
     def __call__(self, h: Tensor, positions: Sequence[int], runs: Runs) -> Tensor:
-        """Hidden states (N, W), normalised, of text at `positions` in causal runs: h (N, W) float32. Writes the slots
-        of the runs; commits nothing."""
-        h, pool = h.clone(memory_format=torch.contiguous_format), runs.pool
-        if h.dtype != torch.float32 or pool.k.dtype != torch.float32:
+        """Hidden states (N, W), normalised, of text at `positions` in causal runs: h (N, W). Both have the dtype of the
+        model. Writes the slots of the runs; commits nothing."""
+        pool = runs.pool
+        if h.dtype != self.dtype or pool.k.dtype != self.dtype:
             raise ValueError(
-                f"compile=True serves float32; the model is {h.dtype} now, its cache {pool.k.dtype}: make a new engine"
+                f"this compiled step serves {self.dtype}; the model is {h.dtype} now, its cache {pool.k.dtype}: make a "
+                "new engine"
             )
+        x = h.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rotary = self.rotary(max(positions) + 1)[:, list(positions)].contiguous()
         first = [run.history.start for run in runs.runs for _ in range(run.num)]
         at = [run.at + k for run in runs.runs for k in range(run.num)]
         indices = torch.tensor([first, at])
-        self._step(
-            self.sizes, self.pointers, self.norms[-1][""].data_ptr(), h.data_ptr(), rotary[0].data_ptr(),
-            rotary[1].data_ptr(), pool.k.data_ptr(), pool.v.data_ptr(), pool.k.shape[2], indices[0].data_ptr(),
-            indices[1].data_ptr(), len(h), self.c.norm_eps, torch.get_num_threads(),
-        )  # fmt: skip
-        return h
+        flat = [number for group in self.groups(runs) for number in group]
+        groups = (ctypes.c_int64 * len(flat))(*flat)
+        self._step(self.sizes, self.pointers, self.norms[-1][""].data_ptr(), ctypes.byref(Pass(
+            x.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), pool.k.data_ptr(), pool.v.data_ptr(),
+            pool.k.shape[2], indices[0].data_ptr(), indices[1].data_ptr(), len(h), ctypes.addressof(self.low_ranks),
+            ctypes.addressof(groups), len(groups) // 3, torch.get_num_threads(), self.c.norm_eps,
+        )))  # fmt: skip
+        return x.to(self.dtype)
+
+    def groups(self, runs: Runs) -> Iterator[tuple[int, int, int]]:
+        """(number of the LoRA, first token, tokens) of neighbouring runs with one LoRA."""
+        first = 0
+        for name, neighbours in groupby(runs.runs, lambda run: run.lora):
+            num = sum(run.num for run in neighbours)
+            if name is not None:
+                yield self.loras[name], first, num
+            first += num
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) before any cap."""
+        """Logits (N, V), float32, before any cap."""
         hidden = hidden.float().contiguous()
         logits = hidden.new_empty(len(hidden), self.num_ids)
         size = *logits.shape, hidden.shape[1]
@@ -123,7 +142,7 @@ class CompiledStep:
 
 
 def is_exact_in_bf16(weight: Tensor) -> bool:
-    return torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
+    return weight.dtype == torch.bfloat16 or torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -134,28 +153,32 @@ def pack(weight: Tensor) -> Tensor:
     return halves.permute((0, 3, 2, 1) if weight.dtype == torch.bfloat16 else (0, 3, 1, 2)).contiguous()
 
 
-@cache
-def load_library() -> ctypes.CDLL:
-    """Compile native_step.cpp (a second or two, once per process) and load it."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise ValueError(
-            f"compile=True needs a C++ compiler ({', '.join(COMPILERS)}); install one or leave compile out"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "native_step.so"
-        for flags in ((*FLAGS, *THREADS), FLAGS):
-            done = subprocess.run([compiler, *flags, "-o", target, SOURCE], capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                break
-        else:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise ValueError(f"{compiler} could not compile {SOURCE.name}: {last}; leave compile out")
-        library = ctypes.CDLL(str(target))
-    pointer, count, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    for name in ("float32", "bfloat16"):
-        step, read = getattr(library, f"step_{name}"), getattr(library, f"read_{name}")
-        step.argtypes = [*[pointer] * 8, count, pointer, pointer, count, real, threads]
-        read.argtypes = [*[pointer] * 3, count, count, count, threads]
-        step.restype = read.restype = None
-    return library
+Adapter = tuple[Tensor, Tensor]  # packed float32 A (rank, in) and B (out, rank) of one projection
+
+
+def adapters_of(lora: Lora, depth: int) -> list[Adapter | None]:
+    """For each projection of each layer the sum of its targets as one pair: their A one below the other, their B side
+    by side, in the rows of each target."""
+    found: list[Adapter | None] = []
+    for index in map(str, range(depth)):
+        targets = list(lora.layers[index].items()) if index in lora.layers else []  # type: ignore[operator]
+        for part in PARTS:
+            own = [(*lora.rows[name][1:], pair) for name, pair in targets if lora.rows[name][0] == part]
+            if not own:
+                found.append(None)
+                continue
+            down = torch.cat([pair.down.weight.detach().float() for _, _, pair in own])
+            rank = lora.spec.rank
+            up = down.new_zeros(lora.sizes[part], len(down))
+            for number, (first, last, pair) in enumerate(own):
+                up[first:last, number * rank : (number + 1) * rank] = pair.up.weight.detach().float() * lora.spec.factor
+            found.append((pack(down), pack(up)))
+    return found
+
+
+def low_rank(adapter: Adapter | None) -> LowRank:
+    """Pointers into an adapter."""
+    if adapter is None:
+        return LowRank(None, None, 0)
+    down, up = adapter
+    return LowRank(down.data_ptr(), up.data_ptr(), up.shape[1])

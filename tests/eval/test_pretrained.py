@@ -22,6 +22,7 @@ from eval.experiments.imports.training import RECIPES_RUN
 from eval.suite import load_suite, main
 from eval.task import TASKS, Context, Outcome
 from eval.tasks.pretrained.smollm2 import SPEEDS, SmolLM2Options, real_gguf, speeds
+from eval.tasks.speed.comparison import DTYPES
 from omni.generation.contract import training_prefix
 from omni.importers.decoders import import_decoder
 from omni.sequence.layout import TokenSpan
@@ -62,7 +63,11 @@ def test_small_runs_hold_their_bars(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_rows_without_a_bar_are_these() -> None:
     suite = load_suite(SUITE, [])
     bars = {name: getattr(suite, name).bars for name in suite.tasks}
-    without = {f"{name}.{row}" for name in suite.tasks for row in TASKS.get(name).rows if row not in bars[name]}
+    assert set(bars.pop("smol_speed")) == {
+        *(f"ratio_native_{dtype}" for dtype in DTYPES),
+        *(f"omni_native_bf16_{end}" for end in ("tokens_per_second", "first_text_seconds")),
+    }
+    without = {f"{name}.{row}" for name in bars for row in TASKS.get(name).rows if row not in bars[name]}
     assert without == {
         "pretrained_smollm2.tokens", "pretrained_smollm2.prefill", "pretrained_smollm2.tokens_per_second",
         "pretrained_smollm2.native_tokens_per_second", "pretrained_smollm2.prefill_ms",
@@ -124,6 +129,16 @@ def test_one_request_is_timed(tmp_path: Path) -> None:
     model, theirs = tiny_chat_model(tmp_path)
     rows = speeds(model, theirs[1], SmolLM2Options(tokens=3, repeats=1), "here")
     assert tuple(row.name for row in rows) == SPEEDS and all(row.value > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_small_processes_are_measured(tmp_path: Path) -> None:
+    """Every row, of a tiny model. Its rates are noise."""
+    tiny_chat_model(tmp_path)
+    found = outcome("smol_speed", model=str(tmp_path / "m"), tokens=3, repeats=1, processes=1)
+    assert {row.name for row in found.measures} == set(TASKS.get("smol_speed").rows)
+    assert all(row.value > 0 for row in found.measures if row.unit in ("s", "GiB"))
+    assert not any(math.isnan(row.value) for row in found.measures)
 
 
 def test_the_real_model_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 request, the first token after a long prompt, and decoding of a batch. Both prefill as many ids and emit as many tokens.
 
 Omni's compiled side is `Engine(model, compile=True)`: the step of one request as native code, float32 arithmetic on
-float32 weights, or on a bfloat16 copy where it is exact (as with published checkpoints). Prompts and batches have no
-compiled side: their report rows compare Omni's eager code with theirs, eager and compiled.
+float32 weights, or on a bfloat16 copy where it is exact (as with published checkpoints and bfloat16 models). Prompts
+and batches have no compiled side: their report rows compare Omni's eager code with theirs, eager and compiled.
 """
 
 from __future__ import annotations
@@ -96,20 +96,30 @@ class BatchOptions(SizedOptions):
 
 def omni_decode(model: Omni, prompts: list[str], num_new: int, compile: bool = False) -> Callable[[], None]:
     """Greedy decoding of exactly `num_new` tokens after each prompt by the engine, with events and text."""
-    engine = Engine(model, compile, kept_positions=0)  # every run reads its prompt
-    control = engine.control
-    ends = [*engine.tokenizer.ends, control.image, control.video]
-    engine.grammar.allowed["text"][ends] = -torch.inf  # no earlier end
+    engine = engine_without_ends(model, compile)
     options = GenerationOptions(max_tokens=num_new)
 
     def run() -> None:
         if len(prompts) == 1:
-            [*_, last] = engine.stream(prompts[0], options)
-            assert isinstance(last, Stop) and last.reason == "length"
+            stream_exactly(engine, prompts[0], num_new)
         else:
             assert all(reply.stop_reason == "length" for reply in engine.generate_batch(prompts, options))
 
     return run
+
+
+def engine_without_ends(model: Omni, compile: bool = False) -> Engine:
+    """An engine whose replies end at `max_tokens` alone. Every request reads its prompt."""
+    engine = Engine(model, compile, kept_positions=0)
+    control = engine.control
+    engine.grammar.allowed["text"][[*engine.tokenizer.ends, control.image, control.video]] = -torch.inf
+    return engine
+
+
+def stream_exactly(engine: Engine, prompt: str, num_new: int) -> None:
+    """Exactly `num_new` tokens by an engine without ends."""
+    [*_, last] = engine.stream(prompt, GenerationOptions(max_tokens=num_new))
+    assert isinstance(last, Stop) and last.reason == "length"
 
 
 def llama_runs(model: Any, prompts: Tensor, num_new: int, compiled: bool) -> Runs:
