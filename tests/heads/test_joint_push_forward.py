@@ -73,6 +73,9 @@ class OracleCall:
     def read(self, hidden: Tensor) -> Tensor:
         return hidden[..., : self.joint.shape[0]]
 
+    def read_all(self, hidden: Tensor) -> Tensor:
+        return self.read(hidden)
+
     def target(self) -> OracleCall:
         return self
 

@@ -38,7 +38,7 @@ Legend: B blocks of tokens, K tokens, S numbers of a token's noise, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,7 @@ from torch.nn.functional import cross_entropy
 from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, ExtendedCall, JointCall, JointHead, LogProb, LossInputs
 from omni.heads.joint.noise_kinds import SMALLEST, NoiseKind, build_noise, uniforms_by_name
+from omni.heads.joint.product import each
 from omni.objectives.terms import Terms
 from omni.rng import Key
 
@@ -103,7 +104,8 @@ class PushForwardConfig(Frozen):
 class PushForward(JointHead):
     """The push-forward head of the module docstring. Names of weights are stored: never rename them."""
 
-    layout, universal, needs_teacher, passes = "causal", True, True, "divisors"
+    layout, universal, needs_teacher, passes, is_recurrent = "causal", True, True, "divisors", True
+    inverts_noise = True
     Config = PushForwardConfig
     config: PushForwardConfig
 
@@ -141,7 +143,7 @@ class PushForward(JointHead):
         if mode == "categorical":
             log_probs = call.read(hidden).double().log_softmax(-1)
             return self.noise.choose(log_probs, noise), log_probs
-        heads = [self.noise.choose(call.read(hidden[:, :1]), noise[:, :1])] if first == "pick" else []
+        heads = [self.noise.choose(call.read_all(hidden[:, :1]), noise[:, :1])] if first == "pick" else []
         rest = hidden[:, 1 + len(heads) :]
         return torch.cat([*heads, self.decode(call, rest).argmax(-1)], 1), None
 
@@ -165,6 +167,22 @@ class PushForward(JointHead):
             ids, at = torch.cat([ids, found], 1), at + n
             log_probs += [] if log_p is None else [log_p]
         return Draft(ids, torch.cat(log_probs, 1) if log_probs else None)
+
+    def draft_recurrently(self, call: JointCall, emitted: Tensor, uniforms: Tensor) -> Generator[Tensor, Tensor, None]:
+        """One pass of the placeholders in the last layers. The first emitted id stands as noise of its own: the middle
+        of its interval under the distribution before it. In decode mode an id is likely for its noise alone: all mass
+        is on it."""
+        num = min(self.num_after(emitted), uniforms.shape[1])
+        if emitted.shape[1] != 1:
+            raise ValueError(f"this head drafts after one id that no pass has read, not after {emitted.shape[1]}")
+        middle = uniforms.new_full((*emitted.shape, self.noise.size), 0.5)
+        known = self.noise.invert(call.read_all(call.start).unsqueeze(1), emitted, middle)
+        noise = torch.cat([known, self.noise.prior(uniforms[:, :num], Key(0))], 1)
+        if self.config.mode == "categorical":
+            return each(call.read(call(self.placeholders(noise[:, :num]))[:, 1:]))
+        logits = self.decode(call, call(self.placeholders(noise))[:, 2:])
+        best = logits.argmax(-1, keepdim=True)
+        return each(torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0))
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         return push_forward_terms(self, call, inputs)
@@ -268,7 +286,7 @@ def terms_of(head: PushForward, call: JointCall, targets: Targets, teacher: Tens
         logits = call.read(hidden[:, :-1])
         if config.categorical_target == "teacher":
             log_c = _in_float32(logits).log_softmax(-1)
-            miss = -(teacher[:, 1:].exp().to(log_c.dtype) * log_c).sum(-1)
+            miss = -(teacher[:, 1:, : log_c.shape[-1]].exp().to(log_c.dtype) * log_c).sum(-1)
         else:
             miss = _cross_entropy(logits, targets.ids[:, 1:])
         terms["categorical"] = _term(miss * decay[1:], of_data[:, 1:], config.categorical_weight)
