@@ -25,14 +25,19 @@ class DraftReads(Reads):
     native: CompiledStep | None = None
 
     def read(self, hidden: Tensor) -> Tensor:
-        if self.native is None:
-            logits = super().read(hidden)
-        else:
-            rows = self.native.read(hidden.flatten(0, -2), head_of(self.model).c.vocabulary)
-            logits = self.model.token.cap(rows.unflatten(0, hidden.shape[:-1]))
+        logits = self._logits(hidden, head_of(self.model).c.vocabulary)
         wrong = ~logits.flatten(1).amax(1).isfinite()
         self.unsound = wrong if self.unsound is None else self.unsound | wrong
         return logits
+
+    def read_all(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden, None)
+
+    def _logits(self, hidden: Tensor, num: int | None) -> Tensor:
+        if self.native is None:
+            return self.model.token.read(hidden, num)
+        rows = self.native.read(hidden.flatten(0, -2), num)
+        return self.model.token.cap(rows.unflatten(0, hidden.shape[:-1]))
 
 
 class CacheCall(DraftReads):

@@ -69,6 +69,7 @@ class PushForwardConfig(Frozen):
     1).
     semigroup_share: of blocks with fresh noise, trained on the ids of two shorter calls; 0: none.
     num_samples: noise samples of a block's likelihood; the bound tightens as it grows.
+    reads_start: a linear map of the hidden state before the block is added to every placeholder.
     """
 
     noise: NoiseKind = "uniform"
@@ -83,6 +84,7 @@ class PushForwardConfig(Frozen):
     semigroup_share: float = Field(default=0.25, ge=0, le=1)
     decay: float = Field(default=1.0, gt=0, le=1)
     num_samples: int = Field(default=16, ge=1)
+    reads_start: bool = False
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> PushForwardConfig:
@@ -114,21 +116,29 @@ class PushForward(JointHead):
         self.placeholder = nn.Parameter(torch.zeros(width))
         self.noise = build_noise(config.noise, vocab_size, width, config.frequencies)
         self.decoder = nn.Parameter(torch.zeros(width, width))
+        self.of_start = nn.Parameter(torch.zeros(width, width)) if config.reads_start else None
         self.needs_teacher = config.intervals == "teacher" or config.categorical_target == "teacher"
 
     def initialise(self, key: Key) -> None:
         """The matrix before the decode output starts at zero; the embedding of Gumbel noise has deviation one."""
         super().initialise(key)
         torch.nn.init.zeros_(self.decoder)
+        if self.of_start is not None:
+            torch.nn.init.zeros_(self.of_start)
         if self.config.noise == "gumbel":
             weight = self.get_parameter("noise.weigh.weight")
             weight.data.copy_(key.fold("noise.weigh.weight").normal(tuple(weight.shape)))
 
     # ---- one pass -------------------------------------------------------------------------------------------------
 
-    def placeholders(self, noise: Tensor) -> Tensor:
-        """Noise (B, n, S) -> inputs (B, n, W)."""
-        return self.placeholder + self.noise.embed(noise)
+    def placeholders(self, noise: Tensor, call: JointCall) -> Tensor:
+        """Noise (B, n, S) -> inputs (B, n, W). The hidden state before the block is read where it is used alone: it
+        may cost a pass."""
+        inputs = self.placeholder + self.noise.embed(noise)
+        if self.of_start is None:
+            return inputs
+        start = call.start
+        return inputs + nn.functional.linear(start, self.of_start.to(start.dtype)).unsqueeze(1)
 
     def decode(self, call: JointCall, hidden: Tensor) -> Tensor:
         """Hidden states of placeholders (..., W) -> logits (..., V) of their tokens."""
@@ -139,7 +149,7 @@ class PushForward(JointHead):
         float64."""
         n = noise.shape[1]
         needed = 0 if n == 1 and first == "pick" else n - (mode == "categorical")
-        hidden = call(self.placeholders(noise[:, :needed])) if needed else call.start.unsqueeze(1)
+        hidden = call(self.placeholders(noise[:, :needed], call)) if needed else call.start.unsqueeze(1)
         if mode == "categorical":
             log_probs = call.read(hidden).double().log_softmax(-1)
             return self.noise.choose(log_probs, noise), log_probs
@@ -179,8 +189,8 @@ class PushForward(JointHead):
         known = self.noise.invert(call.read_all(call.start).unsqueeze(1), emitted, middle)
         noise = torch.cat([known, self.noise.prior(uniforms[:, :num], Key(0))], 1)
         if self.config.mode == "categorical":
-            return each(call.read(call(self.placeholders(noise[:, :num]))[:, 1:]))
-        logits = self.decode(call, call(self.placeholders(noise))[:, 2:])
+            return each(call.read(call(self.placeholders(noise[:, :num], call))[:, 1:]))
+        logits = self.decode(call, call(self.placeholders(noise, call))[:, 2:])
         best = logits.argmax(-1, keepdim=True)
         return each(torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0))
 
@@ -203,7 +213,7 @@ def own_noise(head: PushForward, call: JointCall, ids: Tensor, draws: Tensor) ->
         scores.append(log_p.gather(-1, ids[:, j : j + 1]))
         found.append(head.noise.invert(log_p, ids[:, j], draws[:, j]))
         if j + 1 < K:
-            hidden = call(head.placeholders(torch.stack(found, 1)))[:, -1]
+            hidden = call(head.placeholders(torch.stack(found, 1), call))[:, -1]
     return torch.stack(found, 1), torch.cat(scores, 1)
 
 
@@ -272,7 +282,7 @@ def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, inputs:
 def terms_of(head: PushForward, call: JointCall, targets: Targets, teacher: Tensor) -> dict[str, Terms]:
     """The terms of `targets`, from one pass with a graph. Not random."""
     config, K = head.config, targets.ids.shape[1]
-    hidden = call(head.placeholders(targets.noise))[:, 1:]
+    hidden = call(head.placeholders(targets.noise, call))[:, 1:]
     decay = config.decay ** torch.arange(K, device=hidden.device)
     of_data, of_fresh = targets.counted & ~targets.fresh.unsqueeze(-1), targets.counted & targets.fresh.unsqueeze(-1)
     terms = {}
