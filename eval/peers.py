@@ -234,6 +234,14 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place).eval()
 
 
+def load_causal(folder: Path, dtype: torch.dtype) -> Any:
+    """A causal language model of a folder, in evaluation mode."""
+    require("transformers")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
 def greedy_replies(
     tokenizer: Any, model: Any, prompts: Sequence[str], num_new: int
 ) -> list[tuple[list[int], list[int], str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,13 +87,6 @@ def prompt_ids(model: Omni, prompt: Document) -> list[int]:
     """The ids of a prompt, up to the reply."""
     spans = model.spans(prompt, generation_prompt=True)
     return [token for span in spans if isinstance(span, TokenSpan) for token in span.ids]
-
-
-def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The exported text path of a model, by transformers."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def transformers_runs(

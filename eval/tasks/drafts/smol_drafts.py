@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 import omni
-from eval.peers import quiet_transformers
+from eval.peers import load_causal, quiet_transformers
 from eval.task import Context, Measure, Outcome, TaskOptions, names_of, percentage, task
 from eval.tasks.drafts.costs import Costs, best_round, draft_costs, pass_costs
 from eval.tasks.drafts.decoding import (
@@ -27,7 +27,6 @@ from eval.tasks.drafts.decoding import (
     decode,
     endless_engine,
     prompt_ids,
-    transformers_model,
     transformers_runs,
 )
 from eval.tasks.speed.comparison import machine
@@ -262,7 +261,7 @@ class Bench:
         quiet_transformers()
         model = next(iter(self.models.values()))
         with tempfile.TemporaryDirectory() as folder:
-            theirs = transformers_model(export_text(model, Path(folder) / "model"), model.token.embedding.weight.dtype)
+            theirs = load_causal(export_text(model, Path(folder) / "model"), model.token.embedding.weight.dtype)
         ids = [prompt_ids(model, prompt) for prompt in self.prompts]
         assert model.tokenizer is not None
         given = theirs, ids, model.tokenizer.ends, self.options.tokens, temperature, self.options.lookup

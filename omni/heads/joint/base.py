@@ -130,8 +130,9 @@ class LogProb:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Inputs of a loss besides the call. `teacher` (B, K, V) float64: log P(. | c, x_<k) of the model's own
-    autoregressive pass, without a graph: of the ids that the head drafts, or of all if it `inverts_noise`. `key`: of
+    """Inputs of a loss besides the call. `teacher` (B, K, V): log P(. | c, x_<k) of the model's own
+    autoregressive pass, without a graph: of the ids that the head drafts, float32 or better; or of all, float64, if it
+    `inverts_noise`. `key`: of
     the run, without the step, so random values must be keyed by block names. `progress`: the completed share of
     training."""
 

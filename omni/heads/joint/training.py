@@ -56,8 +56,8 @@ def joint_loss(
     call = BatchCall(model, starts, hidden, memory)
     teacher = hidden.new_zeros(0)
     if joint.head.needs_teacher:
-        num = None if joint.head.inverts_noise else joint.c.vocabulary
-        teacher = teacher_log_probs(model, hidden, starts, blocks, num)
+        num, dtype = (None, torch.float64) if joint.head.inverts_noise else (joint.c.vocabulary, torch.float32)
+        teacher = teacher_log_probs(model, hidden, starts, blocks, num, dtype)
     return joint.head.loss(call, LossInputs(blocks, teacher, key, progress))
 
 
@@ -72,11 +72,20 @@ def within(blocks: Blocks, num: int | None) -> Blocks:
 
 @torch.no_grad()
 def teacher_log_probs(
-    model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks, num: int | None = None
+    model: Backbone,
+    hidden: Tensor,
+    starts: Starts,
+    blocks: Blocks,
+    num: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T, W); given that
-    the id is one of the first `num`, where that is given. Undefined past the end of a block."""
+    """(B, K, V) in `dtype` or better: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T,
+    W); given that the id is one of the first `num`, where that is given. Undefined past the end of a block."""
     K = blocks.ids.shape[1]
     at = (starts.at[:, None] + torch.arange(K, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
-    logits = model.token.read(hidden[starts.row[:, None], at], num)
-    return logits.double().log_softmax(-1)
+    row = starts.row[:, None]
+    if at.numel() > hidden[..., 0].numel():  # blocks overlap: every position once
+        logits = model.token.read(hidden, num)
+        return logits.to(torch.promote_types(logits.dtype, dtype)).log_softmax(-1)[row, at]
+    logits = model.token.read(hidden[row, at], num)
+    return logits.to(torch.promote_types(logits.dtype, dtype)).log_softmax(-1)
