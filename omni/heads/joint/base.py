@@ -131,8 +131,8 @@ class LogProb:
 @dataclass(frozen=True)
 class LossInputs:
     """Inputs of a loss besides the call. `teacher` (B, K, V): log P(. | c, x_<k) of the model's own
-    autoregressive pass, without a graph: of the ids that the head drafts, float32 or better; or of all, float64, if it
-    `inverts_noise`. `key`: of
+    autoregressive pass, without a graph: of the ids that the head drafts, float32 or better; if it `inverts_noise`,
+    float64, with the others together as one more id. `key`: of
     the run, without the step, so random values must be keyed by block names. `progress`: the completed share of
     training."""
 
@@ -147,8 +147,8 @@ class JointHead(nn.Module, ABC):
 
     layout: see the module docstring. exact: `log_prob` is exact. universal: can represent any joint distribution, given
     capacity.
-    needs_teacher: `loss` reads LossInputs.teacher. inverts_noise: of all ids, because it samples the noise of
-    autoregressive decoding. order: whether positions depend left to right or in any order.
+    needs_teacher: `loss` reads LossInputs.teacher. inverts_noise: it samples the noise of
+    autoregressive decoding from them. order: whether positions depend left to right or in any order.
     passes: the number of passes in which `sample` can draft n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass distribution; rejection and block verification need
     it.
@@ -161,7 +161,7 @@ class JointHead(nn.Module, ABC):
     exact: ClassVar[bool] = False
     universal: ClassVar[bool] = False
     needs_teacher: bool = False
-    inverts_noise: ClassVar[bool] = False
+    inverts_noise: bool = False
     conditional: ClassVar[bool] = False
     is_recurrent: bool = False
     passes: ClassVar[Literal["one", "divisors", "tokens", "any"]] = "one"

@@ -107,7 +107,6 @@ class PushForward(JointHead):
     """The push-forward head of the module docstring. Names of weights are stored: never rename them."""
 
     layout, universal, needs_teacher, passes, is_recurrent = "causal", True, True, "divisors", True
-    inverts_noise = True
     Config = PushForwardConfig
     config: PushForwardConfig
 
@@ -117,6 +116,7 @@ class PushForward(JointHead):
         self.noise = build_noise(config.noise, vocab_size, width, config.frequencies)
         self.decoder = nn.Parameter(torch.zeros(width, width))
         self.of_start = nn.Parameter(torch.zeros(width, width)) if config.reads_start else None
+        self.inverts_noise = config.noise == "uniform"  # of all ids; other noise is of the ids that are drafted
         self.needs_teacher = config.intervals == "teacher" or config.categorical_target == "teacher"
 
     def initialise(self, key: Key) -> None:
@@ -140,6 +140,10 @@ class PushForward(JointHead):
         start = call.start
         return inputs + nn.functional.linear(start, self.of_start.to(start.dtype)).unsqueeze(1)
 
+    def next_logits(self, call: JointCall, hidden: Tensor) -> Tensor:
+        """Logits of the autoregressive pass, of the ids that the noise is about."""
+        return call.read_all(hidden) if self.inverts_noise else call.read(hidden)
+
     def decode(self, call: JointCall, hidden: Tensor) -> Tensor:
         """Hidden states of placeholders (..., W) -> logits (..., V) of their tokens."""
         return call.read(hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype)))
@@ -153,7 +157,7 @@ class PushForward(JointHead):
         if mode == "categorical":
             log_probs = call.read(hidden).double().log_softmax(-1)
             return self.noise.choose(log_probs, noise), log_probs
-        heads = [self.noise.choose(call.read_all(hidden[:, :1]), noise[:, :1])] if first == "pick" else []
+        heads = [self.noise.choose(self.next_logits(call, hidden[:, :1]), noise[:, :1])] if first == "pick" else []
         rest = hidden[:, 1 + len(heads) :]
         return torch.cat([*heads, self.decode(call, rest).argmax(-1)], 1), None
 
@@ -186,7 +190,8 @@ class PushForward(JointHead):
         if emitted.shape[1] != 1:
             raise ValueError(f"this head drafts after one id that no pass has read, not after {emitted.shape[1]}")
         middle = uniforms.new_full((*emitted.shape, self.noise.size), 0.5)
-        known = self.noise.invert(call.read_all(call.start).unsqueeze(1), emitted, middle)
+        before = self.next_logits(call, call.start).unsqueeze(1)
+        known = self.noise.invert(before, emitted.clamp(max=before.shape[-1] - 1), middle)
         noise = torch.cat([known, self.noise.prior(uniforms[:, :num], Key(0))], 1)
         if self.config.mode == "categorical":
             return each(call.read(call(self.placeholders(noise[:, :num], call))[:, 1:]))

@@ -56,8 +56,8 @@ def joint_loss(
     call = BatchCall(model, starts, hidden, memory)
     teacher = hidden.new_zeros(0)
     if joint.head.needs_teacher:
-        num, dtype = (None, torch.float64) if joint.head.inverts_noise else (joint.c.vocabulary, torch.float32)
-        teacher = teacher_log_probs(model, hidden, starts, blocks, num, dtype)
+        own, dtype = joint.head.inverts_noise, torch.float64 if joint.head.inverts_noise else torch.float32
+        teacher = teacher_log_probs(model, hidden, starts, blocks, joint.c.vocabulary, dtype, rest=own)
     return joint.head.loss(call, LossInputs(blocks, teacher, key, progress))
 
 
@@ -72,20 +72,23 @@ def within(blocks: Blocks, num: int | None) -> Blocks:
 
 @torch.no_grad()
 def teacher_log_probs(
-    model: Backbone,
-    hidden: Tensor,
-    starts: Starts,
-    blocks: Blocks,
-    num: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
+    model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks, num: int | None = None,
+    dtype: torch.dtype = torch.float64, rest: bool = False,
+) -> Tensor:  # fmt: skip
     """(B, K, V) in `dtype` or better: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T,
-    W); given that the id is one of the first `num`, where that is given. Undefined past the end of a block."""
-    K = blocks.ids.shape[1]
+    W); given that the id is one of the first `num`, where that is given. rest: instead the probabilities of the first
+    `num` ids, and of all others together: (B, K, num + 1). Undefined past the end of a block."""
+    K, row = blocks.ids.shape[1], starts.row[:, None]
     at = (starts.at[:, None] + torch.arange(K, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
-    row = starts.row[:, None]
+
+    def log_probs(states: Tensor) -> Tensor:
+        logits = model.token.read(states, None if rest else num)
+        logits = logits.to(torch.promote_types(logits.dtype, dtype))
+        if not rest or num is None or num >= logits.shape[-1]:
+            return logits.log_softmax(-1)
+        parts = torch.cat([logits[..., :num], logits[..., num:].logsumexp(-1, keepdim=True)], -1)
+        return parts.log_softmax(-1)
+
     if at.numel() > hidden[..., 0].numel():  # blocks overlap: every position once
-        logits = model.token.read(hidden, num)
-        return logits.to(torch.promote_types(logits.dtype, dtype)).log_softmax(-1)[row, at]
-    logits = model.token.read(hidden[row, at], num)
-    return logits.to(torch.promote_types(logits.dtype, dtype)).log_softmax(-1)
+        return log_probs(hidden)[row, at]
+    return log_probs(hidden[row, at])
