@@ -19,7 +19,7 @@ from omni.nn.native_step import COMPILERS
 from omni.rng import Key
 
 HEADS = {
-    "product": {},
+    "product": {"reads_first": True},
     "sequential": {"expansion": 1},
     "masked": {"trains": "drafts", "reads_start": True},
     "push_forward": {"reads_start": True},
