@@ -234,13 +234,20 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place).eval()
 
 
+def load_causal(folder: Path, dtype: torch.dtype) -> Any:
+    """A causal language model of a folder, in evaluation mode."""
+    require("transformers")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(tokenizer, model in evaluation mode) of a published folder."""
     require("transformers")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True), load_causal(folder, dtype)
 
 
 def greedy_replies(

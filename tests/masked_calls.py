@@ -76,6 +76,9 @@ class OracleCall:
     def read(self, hidden: Tensor) -> Tensor:
         return hidden[..., : self.joint.vocab_size]
 
+    def read_all(self, hidden: Tensor) -> Tensor:
+        return self.read(hidden)
+
     def target(self) -> OracleCall:
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ def enliven(model: Omni) -> Omni:
     return model
 
 
-def with_head(directory: Path, head: str, length: int = 4) -> Omni:
-    """The saved model with a joint-token head, which drafts by default."""
+def with_head(directory: Path, head: str, length: int = 4, **settings: Any) -> Omni:
+    """The saved model with a joint-token head, which drafts by default. settings: more of JointConfig."""
     plain = omni.from_pretrained(directory)
-    joint = JointConfig(head=head, length=length, adapter_rank=2)
+    joint = JointConfig(head=head, length=length, adapter_rank=2, **settings)
     model = Omni(plain.config.model_copy(update={"joint": joint}), Key(0)).eval()
     model.load_state_dict(plain.state_dict(), strict=False)
     model.tokenizer, model.codec = plain.tokenizer, plain.codec

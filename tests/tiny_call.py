@@ -47,6 +47,9 @@ class TinyCall:
     def read(self, hidden: Tensor) -> Tensor:
         return hidden @ self._matrix("unembedding", VOCABULARY).T
 
+    def read_all(self, hidden: Tensor) -> Tensor:
+        return self.read(hidden)
+
     def target(self) -> TinyCall:
         return self
 

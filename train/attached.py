@@ -12,7 +12,7 @@ from omni.encoders import Encoder, load_encoder, read_encoder
 from omni.importers.model_files import ModelFiles
 from omni.pretrained import CODEC_CONFIG, ENCODER_CONFIG, TOKENIZER_CONFIG
 from omni.text import Tokenizer, load_tokenizer
-from train.recipe import Recipe
+from train.recipe import NO_CODEC, Recipe
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -24,8 +24,11 @@ def build_tokenizer(recipe: Recipe) -> Tokenizer:
     return load_tokenizer(recipe.tokenizer)
 
 
-def build_codec(recipe: Recipe) -> Codec:
-    """The codec of a directory, or of a table for one without weights, on the device."""
+def build_codec(recipe: Recipe) -> Codec | None:
+    """The codec of a directory, or of a table for one without weights, on the device; None for a model of text
+    alone."""
+    if recipe.codec == NO_CODEC:
+        return None
     if isinstance(recipe.codec, str):
         codec = load_codec(recipe.codec, **recipe.codec_options)
     else:
@@ -50,7 +53,7 @@ def build_encoder(recipe: Recipe) -> Encoder | None:
 
 
 def check_same_parts(
-    directory: Path, tokenizer: Tokenizer, codec: Codec, what: str = "init_from", encoder: Encoder | None = None
+    directory: Path, tokenizer: Tokenizer, codec: Codec | None, what: str = "init_from", encoder: Encoder | None = None
 ) -> None:
     """ValueError where the weights of a model directory, `what`, were trained with another tokenizer, codec or
     encoder."""
@@ -59,15 +62,15 @@ def check_same_parts(
     words, pictures, tower = (files.folder(name) for name in ("tokenizer", "codec", "encoder"))
     if TOKENIZER_CONFIG in words and load_tokenizer(words.root, words.read).describe() != tokenizer.describe():
         raise ValueError(f"{what} {str(directory)!r} has another tokenizer; use tokenizer={words.root}{hint}")
-    if CODEC_CONFIG in pictures and fingerprint(read_codec(pictures)) != fingerprint(codec):
+    if CODEC_CONFIG in pictures and (codec is None or fingerprint(read_codec(pictures)) != fingerprint(codec)):
         raise ValueError(f"{what} {str(directory)!r} has another codec; use codec={pictures.root}{hint}")
     if ENCODER_CONFIG in tower and (encoder is None or fingerprint(read_encoder(tower)) != fingerprint(encoder)):
         raise ValueError(f"{what} {str(directory)!r} has another encoder; use encoder={tower.root}{hint}")
 
 
-def fingerprints(tokenizer: Tokenizer, codec: Codec, encoder: Encoder | None) -> dict[str, str]:
+def fingerprints(tokenizer: Tokenizer, codec: Codec | None, encoder: Encoder | None) -> dict[str, str]:
     """Of all that is attached to a model, by name."""
-    found = {"tokenizer": digest(tokenizer.describe()), "codec": fingerprint(codec)}
+    found = {"tokenizer": digest(tokenizer.describe()), "codec": NO_CODEC if codec is None else fingerprint(codec)}
     return found if encoder is None else {**found, "encoder": fingerprint(encoder)}
 
 

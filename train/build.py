@@ -51,7 +51,7 @@ from train.optim.critic import Critic, rollout_objective
 from train.optim.ema import Ema, copy_of
 from train.optim.optimiser import build_optimiser
 from train.optim.target import build_target
-from train.recipe import DataConfig, Recipe
+from train.recipe import NO_CODEC, DataConfig, Recipe
 from train.sampler import choose_sampler
 from train.upcycling import with_latent_weights
 from train.validation import Validation
@@ -85,7 +85,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
     )
     shape = recipe.batch.model_copy(update={"fixed": recipe.batch.fixed or recipe.compile})
     train = partial(load, mixture.document, shape=shape, key=key.fold("loader"), drop=recipe.drop)
-    own = {"memo": build_memo(recipe, model, codec), "channels": codec.spec.channels}
+    own = {"memo": build_memo(recipe, model, codec), "channels": 0 if codec is None else codec.spec.channels}
 
     def open_workers(cursors: Sequence[int], step: int, counts: Mapping[str, int]) -> WorkerLoader:
         def loader_of_worker(tickets: Tickets, num_workers: int) -> Loader:
@@ -93,6 +93,7 @@ def build_run(recipe: Recipe, out: Path) -> Run:
             made.counts.update({name: count // num_workers for name, count in counts.items()})
             return made
 
+        assert codec is not None  # Recipe refuses workers without one
         alone = model.config.encoder is not None and model.config.encoder.pictures == "features"
         return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device, encoder, alone, recipe.tune_encoder)
 
@@ -136,9 +137,11 @@ def build_contexts(recipe: Recipe, model: Omni, objectives: Sequence[Objective])
     return ContextCache(model, recipe.context_memory_mb << 20)
 
 
-def build_memo(recipe: Recipe, model: Omni, codec: Codec) -> LatentMemo:
+def build_memo(recipe: Recipe, model: Omni, codec: Codec | None) -> LatentMemo:
     """The cache of latents, and of features where the encoder is frozen."""
     size = recipe.latent_memory_mb << 20
+    if codec is None:
+        return LatentMemo(lambda media: model.encode_media(media) if media else [], size)
     if recipe.tune_encoder:  # features change with every step
         return LatentMemo(codec.encode_media, size, partial(model.encode_features, as_pixels=True))
     return LatentMemo(model.encode_media, size)
@@ -148,7 +151,8 @@ def check_without_inputs(recipe: Recipe) -> None:
     """Check a recipe whose tokenizer, codec or first weights do not exist yet. ValueError as `build_run`."""
     objectives, key = build_objectives(recipe), Key(recipe.seed)
     sampler, features = choose_sampler(recipe, objectives), None if recipe.encoder is None else recipe.model.width
-    config = model_config(recipe, vocab_size=512, channels=4, sampler=sampler, features=features)
+    channels = None if recipe.codec == NO_CODEC else 4
+    config = model_config(recipe, vocab_size=512, channels=channels, sampler=sampler, features=features)
     check_blocks_of(recipe, objectives, config)
     if recipe.train_only or config.joint is not None:  # checks that need the weights or the head
         prefixes = [prefix for prefix in recipe.train_only if not (recipe.tune_encoder and prefix.startswith(TOWER))]
@@ -157,26 +161,30 @@ def check_without_inputs(recipe: Recipe) -> None:
 
 
 def model_config(
-    recipe: Recipe, vocab_size: int, channels: int, sampler: str, features: int | None = None
+    recipe: Recipe, vocab_size: int, channels: int | None, sampler: str, features: int | None = None
 ) -> OmniConfig:
-    """The model's config.json: from [model], [heads], the tokenizer's size, the codec's channels, and the width of an
-    encoder's features."""
+    """The model's config.json: from [model], [heads], the tokenizer's size, the codec's channels (None: no flow head),
+    and the width of an encoder's features."""
     fields = dict(recipe.heads)
     if features is not None:
         fields["encoder"] = {**fields.pop("encoder", {}), "width": features}
-    flow = {**fields.pop("flow", {}), "channels": channels}
     fields |= {"transformer": recipe.model.model_dump(), "vocab_size": vocab_size, "sampler": sampler}
-    fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
+    if channels is None:
+        fields["flow"] = None
+    else:
+        flow = {**fields.pop("flow", {}), "channels": channels}
+        fields["flow"] = build(flow, FlowHeadConfig, "heads.flow").model_dump()
     return build(fields, OmniConfig, "heads")
 
 
 def build_model(
-    recipe: Recipe, tokenizer: Tokenizer, codec: Codec, key: Key, sampler: str, encoder: Encoder | None = None
+    recipe: Recipe, tokenizer: Tokenizer, codec: Codec | None, key: Key, sampler: str, encoder: Encoder | None = None
 ) -> Omni:
     """The model with its first weights, tokenizer, codec, encoder and preparation; frozen and compiled as the recipe
     says."""
     features = None if encoder is None else encoder.spec.width
-    config = model_config(recipe, tokenizer.vocab_size, codec.spec.channels, sampler, features)
+    channels = None if codec is None else codec.spec.channels
+    config = model_config(recipe, tokenizer.vocab_size, channels, sampler, features)
     model = Omni(config, key.fold("model"))
     model.tokenizer, model.codec, model.encoder, model.defaults = tokenizer, codec, encoder, recipe.generation
     model.preparation = recipe.preparation

@@ -39,6 +39,9 @@ CHANGEABLE = (
 )
 
 
+NO_CODEC = "none"
+
+
 class DataConfig(Frozen):
     """One source of the mixture: a registered name, its share, and the options of that source."""
 
@@ -101,7 +104,9 @@ class Recipe(Frozen):
     autocast: Literal["auto", "bf16", "none"] = Field("auto", description="auto: bf16 where the device is fast at it")
     compile: bool = Field(False, description="compile the layers: faster steps after minutes of compiling")
     tokenizer: str = Field("bytes", description='directory of a tokenizer, or "bytes"')
-    codec: str | dict[str, Any] = Field(description="directory of a codec, or the table of one without weights")
+    codec: str | dict[str, Any] = Field(
+        description='directory of a codec, or the table of one without weights; "none": a model of text alone'
+    )
     codec_options: dict[str, Any] = Field({}, description="keys of its configuration that replace those of a directory")
     codec_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     decoder: Path | None = Field(
@@ -230,11 +235,19 @@ class Recipe(Frozen):
                 f"context_memory_mb = {self.context_memory_mb} keeps what a frozen text path computes; set text_path = "
                 "'frozen' without lora, or leave it out"
             )
+        if self.codec == NO_CODEC:
+            self._check_text_alone()
         if self.codec_options and not isinstance(self.codec, str):
             raise ValueError("codec_options have no effect on the table of a codec; put them into the table")
         if self.drop.text + self.drop.images + self.drop.all > 1:
             raise ValueError(f"drop probabilities must not exceed 1 together, got {self.drop.model_dump()}")
         return self
+
+    def _check_text_alone(self) -> None:
+        """ValueError for settings that have no effect without a codec."""
+        idle = {"codec_options": self.codec_options, "heads.flow": self.heads.get("flow"), "workers": self.workers}
+        if given := [name for name, value in idle.items() if value]:
+            raise ValueError(f'{given[0]} has no effect with codec = "none", a model of text alone; leave it out')
 
     @property
     def autocasts(self) -> bool:

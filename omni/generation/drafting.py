@@ -11,21 +11,33 @@ import torch
 from torch import Tensor
 
 from omni.generation.context import Append, placeholder_runs, run_context
-from omni.heads.joint.backbone import Backbone, Reads, draft_pass
+from omni.heads.joint.backbone import Backbone, Reads, draft_pass, head_of
 from omni.nn.cache import History
+from omni.nn.native_step import CompiledStep
 from omni.sequence.placeholders import Starts
 
 
 class DraftReads(Reads):
-    """What a head reads to draft; `unsound` (B,) marks histories whose logits were not finite."""
+    """What a head reads to draft; `unsound` (B,) marks histories whose logits were not finite. native: the native step,
+    which then reads the output projection."""
 
     unsound: Tensor | None = None
+    native: CompiledStep | None = None
 
     def read(self, hidden: Tensor) -> Tensor:
-        logits = super().read(hidden)
+        logits = self._logits(hidden, head_of(self.model).c.vocabulary)
         wrong = ~logits.flatten(1).amax(1).isfinite()
         self.unsound = wrong if self.unsound is None else self.unsound | wrong
         return logits
+
+    def read_all(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden, None)
+
+    def _logits(self, hidden: Tensor, num: int | None) -> Tensor:
+        if self.native is None:
+            return self.model.token.read(hidden, num)
+        rows = self.native.read(hidden.flatten(0, -2), num)
+        return self.model.token.cap(rows.unflatten(0, hidden.shape[:-1]))
 
 
 class CacheCall(DraftReads):
@@ -84,14 +96,22 @@ def starts_of(histories: Sequence[History], device: torch.device) -> Starts:
 
 
 class StateCall(DraftReads):
-    """Hidden states (B, W) of an earlier pass; computes no pass."""
+    """Hidden states (B, W) of an earlier pass, at the ends of B histories; placeholders go through the last layers
+    alone."""
 
-    def __init__(self, model: Backbone, start: Tensor) -> None:
-        self.model, self.start = model, start
+    def __init__(
+        self, model: Backbone, start: Tensor, histories: Sequence[History], native: CompiledStep | None = None
+    ) -> None:
+        self.model, self.start, self.histories, self.native = model, start, histories, native
         self.passes = 0
 
     def __call__(self, inputs: Tensor, causal: bool = True, clean: int = 0) -> Tensor:
-        raise ValueError("this head reads placeholders; it cannot draft from a hidden state alone")
+        if clean:
+            raise ValueError("recurrent drafting reads no text: its ids are placeholders")
+        self.passes += 1
+        runs = placeholder_runs(self.histories, inputs.shape[1], causal)
+        found = draft_pass(self.model, inputs, starts_of(self.histories, inputs.device), runs, causal, 0)
+        return torch.cat([self.start.unsqueeze(1), found], 1)
 
     def target(self) -> StateCall:
         return self

@@ -81,9 +81,9 @@ class Engine:
         self.prefixes, self.latents = Prefixes(kept_positions), Latents(kept_positions)
         prefixes = weakref.ref(self.prefixes)  # no cycle: a lost engine gives its memory back at once
         self.pool.make_room = lambda: (kept := prefixes()) is not None and kept.make_room()
-        self.runtime = Runtime(model, model.tokenizer, self.grammar, self.pool, self.latents)
         native = CompiledStep(model.transformer, model.token.output_weight) if compile else None
-        self.steps = Steps(self.runtime, native, budget)
+        self.runtime = Runtime(model, model.tokenizer, self.grammar, self.pool, self.latents, native)
+        self.steps = Steps(self.runtime, budget)
         self._parts = model.codec, model.encoder
         self.prefixes.check(model)
         self._numbers = itertools.count()
@@ -260,7 +260,7 @@ class Engine:
         joint = self.model.config.joint
         length = 1 if joint is None else joint.length
         own = check_defaults(self.model.defaults)
-        if self.steps.native is not None:
+        if self.runtime.native is not None:
             own["tokens_per_pass"] = 1  # native code costs less per token than a draft (see train.tools.decoding)
         out = options.resolved({"sampler": self.model.config.sampler, "tokens_per_pass": 1, **own})
         num = out.speculative.tokens_per_pass or 1
@@ -315,8 +315,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Waiting requests run, in their order, while there is room."""
-        if self._waiting and self.prefixes.check(self.model) and self.steps.native is not None:
-            self.steps.native = CompiledStep(self.model.transformer, self.model.token.output_weight)
+        if self._waiting and self.prefixes.check(self.model) and self.runtime.native is not None:
+            self.runtime.native = CompiledStep(self.model.transformer, self.model.token.output_weight)
         waiting, self._waiting = self._waiting, []
         for request in waiting:
             leader = request.like

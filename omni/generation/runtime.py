@@ -5,22 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from omni.document import Image, Video
 from omni.generation.grammar import Grammar
 from omni.generation.prefixes import Latents
 from omni.model import Omni
 from omni.nn.cache import Pool
+from omni.nn.native_step import CompiledStep
 from omni.text.tokenizer import ControlTokens, Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runtime:
+    """native: the native step, or None; the engine replaces it when the weights change."""
+
     model: Omni
     tokenizer: Tokenizer
     grammar: Grammar
     pool: Pool
     latents: Latents
+    native: CompiledStep | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) of hidden states (N, W); by native code, where there is some."""
+        token = self.model.token
+        return token.read(hidden) if self.native is None else token.cap(self.native.read(hidden))
 
     @property
     def control(self) -> ControlTokens:

@@ -7,7 +7,7 @@
       verify  one pass over [x_1 .. x_K], written to the cache: the distribution of every next id
       emit    the accepted ids and one more (samplers.verification); the cache drops the rejected ids
       on      recurrent drafting: the head drafts from the last id and the hidden state before it, from the
-              verification pass: a round of one pass
+              verification pass: a round of one pass. Heads with placeholders run the last layers for them
       again   the verification logits after the first rejected token give the next draft (as a sweep does): one pass
 
 A block ends where a picture begins or the turn ends. No draft makes a header malformed: each id is verified under the
@@ -59,7 +59,7 @@ def speculative_round(runtime: Runtime, request: Request) -> Turn:
     base = history.length, history.next_position, history.next_block
     for _ in range(options.sweeps):
         hidden = yield from _read_draft(runtime, request, last, start, ids, whole)
-        redrawn = _autoregressive_ids(runtime, request, ids, runtime.model.token.read(hidden))[: len(ids)]
+        redrawn = _autoregressive_ids(runtime, request, ids, runtime.logits(hidden))[: len(ids)]
         ids, whole = _usable(runtime, request, redrawn.tolist())
         history.truncate(*base)
     reads = options.sweeps + (options.verify != "none")
@@ -70,7 +70,7 @@ def speculative_round(runtime: Runtime, request: Request) -> Turn:
         request.pending = [request.ids(emitted)]
         return
     hidden = yield from _read_draft(runtime, request, last, start, ids, whole)
-    verified = _verify(runtime, request, draft, ids, runtime.model.token.read(hidden))
+    verified = _verify(runtime, request, draft, ids, runtime.logits(hidden))
     accepted = int(verified.accepted[0])
     count = accepted + 1 if whole or accepted < len(ids) else accepted
     trace = Drafted(len(ids), accepted, passes, again)
@@ -126,7 +126,8 @@ def draft_together(
     call: CacheCall | StateCall
     starts: Sequence[Tensor | None]
     if proposals[0].append is None:
-        call = StateCall(runtime.model, torch.stack([r.state for r in requests if r.state is not None]))
+        states = torch.stack([r.state for r in requests if r.state is not None])
+        call = StateCall(runtime.model, states, [r.history for r in requests], runtime.native)
         draft, starts = _draft_recurrently(runtime, requests, call), [None] * len(requests)
     else:
         appends = [one.append for one in proposals if one.append is not None]
@@ -135,7 +136,7 @@ def draft_together(
         noise = [_noise(r, num) if r.options.text.temperature else [0.5] * num for r in requests]
         uniforms = torch.tensor(noise, dtype=torch.float64, device=runtime.device)
         draft = joint.head.sample(call, uniforms, requests[0].key.fold("draft", requests[0].num_tokens))
-        starts = list(call.start)
+        draft, starts = _over_all_ids(draft, runtime.model.config.vocab_size), list(call.start)
     errors = _errors(runtime, requests, call, draft)
     found: list[tuple[Draft, Tensor | None] | NotFiniteError] = []
     for b, (proposal, error) in enumerate(zip(proposals, errors, strict=True)):
@@ -149,8 +150,16 @@ def draft_together(
 def _with_first_id(runtime: Runtime, request: Request, draft: Draft, start: Tensor) -> Draft:
     """The same pass gives the distribution of the first token, so its autoregressive id is known and always
     accepted."""
-    first = _autoregressive_ids(runtime, request, (), runtime.model.token.read(start[None]))
+    first = _autoregressive_ids(runtime, request, (), runtime.logits(start[None]))
     return replace(draft, ids=torch.cat([first[None], draft.ids[:, 1:]], 1))
+
+
+def _over_all_ids(draft: Draft, vocab_size: int) -> Draft:
+    """The draft with probability zero for the ids that its head does not draft."""
+    if draft.log_q is None or draft.log_q.shape[-1] == vocab_size:
+        return draft
+    rest = vocab_size - draft.log_q.shape[-1]
+    return replace(draft, log_q=torch.nn.functional.pad(draft.log_q, (0, rest), value=-torch.inf))
 
 
 def _row_of(draft: Draft, b: int) -> Draft:
@@ -166,16 +175,21 @@ def _draft_recurrently(runtime: Runtime, requests: Sequence[Request], call: Stat
     last = torch.tensor([_last(request) for request in requests], device=runtime.device)
     wants_log_probs = requests[0].options.speculative.verify in ("rejection", "block")
     noise = [_noise(request, num) for request in requests]
+    middle = [own if r.options.text.temperature else [0.5] * num for r, own in zip(requests, noise, strict=True)]
 
     def choose(k: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, log_p = logits.argmax(-1), torch.zeros_like(logits, dtype=torch.float64)
+        ids, log_p = logits.argmax(-1), torch.zeros(0)
+        if wants_log_probs:
+            log_p = torch.zeros_like(logits, dtype=torch.float64)
         for b, request in enumerate(requests):
             if request.options.text.temperature or wants_log_probs:
-                own = log_p[b] = _distribution(request, logits[b].float())
+                own = _distribution(request, logits[b].float())
                 ids[b] = inverse_cdf_sample(own, own.new_tensor(noise[b][k]))
+                if wants_log_probs:
+                    log_p[b] = own
         return ids, log_p
 
-    drafting = joint.head.draft_recurrently(call, last)
+    drafting = joint.head.draft_recurrently(call, last, torch.tensor(middle, dtype=torch.float64, device=last.device))
     chosen = [choose(0, next(drafting))]
     while len(chosen) < num:  # until no request may have a further id
         so_far = torch.stack([ids for ids, _ in chosen], 1).tolist()
@@ -183,7 +197,8 @@ def _draft_recurrently(runtime: Runtime, requests: Sequence[Request], call: Stat
             break
         chosen.append(choose(len(chosen), drafting.send(chosen[-1][0])))
     ids, log_probs = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
-    return Draft(ids, log_probs if wants_log_probs else None, len(chosen))
+    draft = Draft(ids, log_probs if wants_log_probs else None, len(chosen))
+    return _over_all_ids(draft, runtime.model.config.vocab_size)
 
 
 def _errors(
@@ -199,7 +214,7 @@ def _errors(
 
 
 def _error(runtime: Runtime, request: Request, start: Tensor) -> NotFiniteError:
-    logits = runtime.model.token.read(start[None])
+    logits = runtime.logits(start[None])
     try:
         masked_scores(logits, torch.zeros_like(logits), [request.num_tokens])
     except NotFiniteError as error:  # the token head caused it

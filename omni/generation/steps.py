@@ -28,7 +28,6 @@ from omni.generation.runtime import Runtime
 from omni.generation.speculative import draft_together
 from omni.generation.work import SHORT, Decode, Evaluate, Propose, Read, Scores, Turn, Work, item_tensors
 from omni.nn.cache import History, PoolFullError
-from omni.nn.native_step import CompiledStep
 from omni.samplers.token import masked_scores
 
 ALONE = 16384  # positions of one pass where a single request runs
@@ -72,11 +71,9 @@ Parts = list[tuple[Active, Append]]  # parts of Reads, of one context pass
 
 @dataclass
 class Steps:
-    """budget: positions of a context pass beyond short reads, and of a refine pass. native: the native step, or
-    None."""
+    """budget: positions of a context pass beyond short reads, and of a refine pass."""
 
     runtime: Runtime
-    native: CompiledStep | None
     budget: int
     evaluations: int = 0  # of blocks so far
     computed: int = 0  # positions of all passes so far
@@ -123,7 +120,7 @@ class Steps:
         """Hidden states (n, W) of each part."""
         appends = [part for _, part in parts]
         self.computed += sum(map(len, appends))
-        return run_context(self.runtime.model, appends, self.runtime.control.pad, self.native)[0]
+        return run_context(self.runtime.model, appends, self.runtime.control.pad, self.runtime.native)[0]
 
     def _done(self, parts: Parts, hidden: Sequence[Tensor]) -> None:
         """Turns go on whose Read is done."""
@@ -147,7 +144,7 @@ class Steps:
         """The scores after the last position of each Read, or what is wrong with them."""
         if not active:
             return []
-        logits = self._logits(torch.stack([one.done[-1][-1][-1] for one in active]))
+        logits = self.runtime.logits(torch.stack([one.done[-1][-1][-1] for one in active]))
         works = [one.work for one in active if isinstance(one.work, Read)]
         masks = [work.mask for work in works if work.mask is not None]
         same = all(mask is masks[0] for mask in masks)
@@ -159,11 +156,6 @@ class Steps:
                 return [error]
             return [self._scores([one])[0] for one in active]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) of hidden states (R, W)."""
-        token = self.runtime.model.token
-        return token.read(hidden) if self.native is None else token.cap(self.native.read(hidden))
-
     def _propose(self, active: Sequence[Active], parts: Parts) -> Parts:
         """Drafts, together for all requests that agree in `Propose.kind`. The first pass computes the parts too;
         returns those that no pass has computed."""
@@ -174,7 +166,7 @@ class Steps:
             if append is None or _has_room(one, [(append.history, len(append) + num)]):
                 groups.setdefault(one.work.kind, []).append(one)
         for (needs_no_pass, _), group in groups.items():
-            beside, parts = ([], parts) if needs_no_pass or self.native is not None else (parts, [])
+            beside, parts = ([], parts) if needs_no_pass or self.runtime.native is not None else (parts, [])
             together = [*group, *(one for one, _ in beside)]
             self._together(together, lambda group=group, beside=beside: self._draft(group, beside))
         return parts

@@ -61,9 +61,12 @@ class TokenHead(nn.Module):
         tables = self.output_tables
         return tables[0] if len(tables) == 1 else torch.cat(tables)
 
-    def read(self, hidden: Tensor) -> Tensor:
-        """Hidden (..., W) -> capped logits (..., V)."""
-        logits = [F.linear(hidden, table) for table in self.output_tables]
+    def read(self, hidden: Tensor, num: int | None = None) -> Tensor:
+        """Hidden (..., W) -> capped logits (..., V); of the first `num` ids alone, where it is given."""
+        tables = self.output_tables
+        if num is not None and num <= len(tables[0]):
+            tables = [tables[0][:num]]
+        logits = [F.linear(hidden, table) for table in tables]
         return self.cap(logits[0] if len(logits) == 1 else torch.cat(logits, -1))
 
     def cap(self, logits: Tensor) -> Tensor:

@@ -124,10 +124,10 @@ class CompiledStep:
                 yield self.loras[name], first, num
             first += num
 
-    def read(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V), float32, before any cap."""
+    def read(self, hidden: Tensor, num: int | None = None) -> Tensor:
+        """Logits (N, V), float32, before any cap; of the first `num` ids alone, where it is given."""
         hidden = hidden.float().contiguous()
-        logits = hidden.new_empty(len(hidden), self.num_ids)
+        logits = hidden.new_empty(len(hidden), self.num_ids if num is None else min(num, self.num_ids))
         size = *logits.shape, hidden.shape[1]
         self._read(self.copies[-1].data_ptr(), hidden.data_ptr(), logits.data_ptr(), *size, torch.get_num_threads())
         return logits

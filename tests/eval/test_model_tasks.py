@@ -50,10 +50,10 @@ def test_open_and_when_to_draw_run(context: Context) -> None:
 
 
 def test_speculative_text_equals_autoregressive_decoding(context: Context) -> None:
-    """The first token of a draft is autoregressive; of an untrained head hardly any other is accepted."""
+    """Of an untrained head hardly any token is accepted."""
     values = run(context, "text_blocks", requests=4, repeats=1)
     assert values["identical"] == 100
-    assert 1 <= values["accepted"] <= values["drafted"] <= 4 and values["emitted"] >= 1
+    assert 0 <= values["accepted"] <= values["drafted"] <= 4 and values["emitted"] > 0
     assert values["speedup"] > 0 and values["speedup_whole"] > 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -350,13 +351,18 @@ def frequencies(engine: Engine, first_seed: int, **options: object) -> Tensor:
         ("four_ids", "block"),
         ("four_ids", "none"),
         ("sequential", "rejection"),
+        ("product", "rejection"),
+        ("masked", "rejection"),
         pytest.param("four_ids", "rejection", marks=pytest.mark.slow),
         pytest.param("sequential", "block", marks=pytest.mark.slow),
     ],
 )
 def test_the_distribution_of_replies(tiny_model, head: str, kind: str) -> None:  # noqa: ANN001
-    """Rejection and block verification have the distribution of autoregressive decoding; unverified drafts do not."""
-    engine = four_ids_alone(Engine(with_head(tiny_model, head)))
+    """Rejection and block verification have the distribution of autoregressive decoding; unverified drafts do not. The
+    product and the masked head draft three of the four ids alone."""
+    settings: dict[str, Any] = {"vocabulary": 3} if head in ("product", "masked") else {}
+    settings |= {"depth": 1, "options": {"trains": "drafts"}} if head == "masked" else {}
+    engine = four_ids_alone(Engine(with_head(tiny_model, head, **settings)))
     with torch.inference_mode():
         wanted = exact(engine.model)
     assert float(wanted.sum()) == pytest.approx(1)

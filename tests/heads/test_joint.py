@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from histories import call_behind
 from layouts import CHANNELS, PAD, random_batch, random_spans, small_model
 
+from eval.experiments.joint.training import toy_batch, toy_model
 from omni.generation.context import append_of, run_context
 from omni.heads.joint import JOINT_HEADS, ExtendedCall, JointConfig, JointHead
-from omni.heads.joint.training import BatchCall
+from omni.heads.joint.training import BatchCall, teacher_log_probs, within
 from omni.model import Omni
 from omni.nn.cache import History
 from omni.rng import Key
 from omni.sequence.layout import IGNORE, LatentSpan, Shape, Span, TokenSpan, pack
 from omni.sequence.mask import dense, flex, oracle
-from omni.sequence.placeholders import block_stream, choose_blocks
+from omni.sequence.placeholders import Blocks, block_stream, choose_blocks
 
 K, N = 4, 3
 
@@ -248,3 +251,29 @@ def test_contract_check_covers_blocks(depth: int | None, latent_weights: str) ->
     checks = verify(joint_model(depth=depth, latent_weights=latent_weights))
     assert sum("joint-token" in check.name for check in checks) == 2
     assert all(check.holds for check in checks), checks
+
+
+def test_the_teacher_of_few_ids_has_the_others_as_one_more() -> None:
+    """`rest`: the probabilities of all ids; without: those given that the id is one of the first. Overlapping blocks
+    give the same as separate ones."""
+    model = toy_model(JointConfig(length=3, adapter_rank=0), 5, Key(0), width=16, depth=1)
+    ids = torch.tensor([[1, 2, 0, 3], [4, 4, 1, 0]])
+    batch, starts, blocks = toy_batch(ids[:, :1], ids[:, 1:], 5)
+    hidden = model.context(batch)[0].detach()
+    whole = teacher_log_probs(model, hidden, starts, blocks)
+    rest = teacher_log_probs(model, hidden, starts, blocks, 3, rest=True)
+    torch.testing.assert_close(rest[..., :3], whole[..., :3])
+    torch.testing.assert_close(rest[..., 3].exp(), whole[..., 3:].exp().sum(-1))
+    few = teacher_log_probs(model, hidden, starts, blocks, 3, torch.float32)
+    assert few.dtype == torch.float32
+    torch.testing.assert_close(few, whole[..., :3].log_softmax(-1).float())
+    many = replace(starts, **{f.name: getattr(starts, f.name).repeat(4) for f in fields(starts) if f.name != "per_row"})
+    repeated = Blocks(blocks.ids.repeat(4, 1), blocks.valid.repeat(4, 1), blocks.names * 4)
+    torch.testing.assert_close(teacher_log_probs(model, hidden, many, repeated), whole.repeat(4, 1, 1))
+
+
+def test_a_block_ends_before_an_id_that_the_head_does_not_draft() -> None:
+    blocks = Blocks(torch.tensor([[1, 7, 2], [0, 1, 2]]), torch.tensor([[True, True, True], [True, True, False]]), ())
+    found = within(blocks, 5)
+    assert found.valid.tolist() == [[True, False, False], [True, True, False]]
+    assert found.ids.tolist() == [[1, 0, 0], [0, 1, 0]] and within(blocks, None) is blocks

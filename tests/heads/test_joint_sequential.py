@@ -127,14 +127,14 @@ def test_recurrent_drafting_equals_the_conditionals_after_emitted_ids() -> None:
     ids = torch.randint(0, VOCABULARY, (6, K), generator=Key(4).generator())
     expected = head.conditionals(call, ids)
     for m in (1, 2, 3):
-        walk = head.draft_recurrently(call, ids[:, :m])
+        walk = head.draft_recurrently(call, ids[:, :m], uniforms(6, K - m, Key(0)))
         found = [walk.send(ids[:, k - 1]) if k > m else next(walk) for k in range(m, K)]
         assert torch.equal(torch.stack(found, 1).log_softmax(-1), expected[:, m:])
         with pytest.raises(StopIteration):
             walk.send(ids[:, -1])
     assert call.passes == 1
     with pytest.raises(ValueError, match="drafts 4 tokens after a hidden state; 4 leave none"):
-        head.draft_recurrently(call, ids)
+        head.draft_recurrently(call, ids, uniforms(6, 1, Key(0)))
 
 
 def test_weights_are_keyed() -> None:

@@ -26,6 +26,7 @@ from omni.samplers.verification import block, coupled, rejection
 V, K, LENGTH = 3, 2, 3  # ids (and BOS, which is masked), drafted tokens, tokens of a reply
 HEADS = {
     "product": ("product", {}),
+    "product, first": ("product", {"reads_first": True}),
     "cp": ("cp", {"num_states": 3}),
     "hmm": ("hmm", {"num_states": 3}),
     "tree": ("tree", {"num_states": 3}),

@@ -69,10 +69,16 @@ def write_parquet(folder: Path) -> dict[str, Any]:
     return {"path": str(folder / "p.parquet")}
 
 
+def write_text(folder: Path) -> dict[str, Any]:
+    (folder / "text.txt").write_text("= A heading =\n\nThe cat sat on\nthe mat .\n\n \nA dog barked twice at night .\n")
+    return {"path": str(folder / "text.txt"), "min_words": 6, "opening": 2, "request": "Go on."}
+
+
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "emoji_world": lambda folder: {},
     "moving_emoji": lambda folder: {"num_frames": 4},
     "jsonl": write_jsonl,
+    "text": write_text,
     "messages": write_messages,
     "llava": write_llava,
     "image_caption": write_parquet,
@@ -106,6 +112,24 @@ def test_moving_clips_are_distinct_and_their_prompt_may_leave_them_open() -> Non
     assert isinstance(text, Text) and text.text == f"a {shown[3][0]} moves {shown[3][1]}"
     plain = build_source("moving_emoji", {**options, "prompt": "{direction}! {brace}"}, Key(0), "test")
     assert plain.document(3).segments[0].text == f"{shown[3][1]}! {{brace}}"  # type: ignore[union-attr]
+
+
+def test_a_text_is_cut_at_blank_lines_or_at_every_line(tmp_path: Path) -> None:
+    options = write_text(tmp_path)
+    source = build_source("text", options, Key(0), "t")
+    found = {tuple(segment.text for segment in source.document(n).segments) for n in range(2)}  # type: ignore[union-attr]
+    assert found == {("Go on.\n\nThe cat", "sat on\nthe mat ."), ("Go on.\n\nA dog", "barked twice at night .")}
+    lines = build_source("text", {"path": options["path"], "unit": "line"}, Key(0), "t")
+    whole = {source.segments[0].text for source in map(lines.document, range(4))}  # type: ignore[union-attr]
+    assert whole == {"= A heading =", "The cat sat on", "the mat .", "A dog barked twice at night ."}
+    assert all(segment.supervise for segment in lines.document(0).segments)
+    for changes, message in (
+        ({"min_words": 40}, "has no paragraph of at least 40 words; lower min_words"),
+        ({"opening": 9}, "opening = 9 words leave nothing of a document of min_words = 6"),
+        ({"opening": 0}, "request has no effect where opening is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_source("text", {**options, **changes}, Key(0), "t")
 
 
 def test_messages_and_llava_give_the_same_document_shape(tmp_path: Path) -> None:

@@ -42,8 +42,11 @@ class Ema:
     def update(self, number: int | None = None) -> None:
         """number: of updates before this one, where the caller counts otherwise."""
         number = self.num_updates if number is None else number
-        live = [p.detach().float() for p in self._live.values()]
-        update_averages(list(self.averages.values()), live, warmed_decay(self.decay, number, self.start))
+        moving = {name: p for name, p in self._live.items() if p.requires_grad}  # others are equal to their averages
+        live = [p.detach().float() for p in moving.values()]
+        if moving:
+            averages = [self.averages[name] for name in moving]
+            update_averages(averages, live, warmed_decay(self.decay, number, self.start))
         self.num_updates = number + 1
 
     @contextmanager

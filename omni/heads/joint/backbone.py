@@ -53,6 +53,9 @@ class Reads:
         return self.model.token.embed(ids)
 
     def read(self, hidden: Tensor) -> Tensor:
+        return self.model.token.read(hidden, head_of(self.model).c.vocabulary)
+
+    def read_all(self, hidden: Tensor) -> Tensor:
         return self.model.token.read(hidden)
 
 

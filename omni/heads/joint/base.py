@@ -11,6 +11,8 @@ the conditionals q(x_k | x_<k) that rejection verification needs. Noise is unifo
 possible, token k is the inverse-CDF sample of q_k at u_k (see samplers.inverse_cdf), and autoregressive decoding uses
 the same u_k for p_k. Verification by common noise then accepts often (see samplers.verification).
 
+A head may draft the first V ids of a larger vocabulary alone (JointConfig.vocabulary): then V is their number.
+
 Legend: B blocks of tokens, K tokens of a block, V vocabulary, W width, n positions of a pass.
 """
 
@@ -58,7 +60,11 @@ class JointCall(Protocol):
         ...
 
     def read(self, hidden: Tensor) -> Tensor:
-        """(..., V): next-token logits of hidden states."""
+        """(..., V): next-token logits of hidden states, of the ids that the head drafts."""
+        ...
+
+    def read_all(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of all ids."""
         ...
 
     def target(self) -> JointCall:
@@ -95,6 +101,9 @@ class ExtendedCall:
     def read(self, hidden: Tensor) -> Tensor:
         return self.call.read(hidden)
 
+    def read_all(self, hidden: Tensor) -> Tensor:
+        return self.call.read_all(hidden)
+
     def target(self) -> JointCall:
         return ExtendedCall(self.call.target(), self.ids)
 
@@ -121,9 +130,11 @@ class LogProb:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Inputs of a loss besides the call. `teacher` (B, K, V) float64: log P(. | c, x_<k) of the model's own
-    autoregressive pass, without a graph. `key`: of the run, without the step, so random values must be keyed by block
-    names. `progress`: the completed share of training."""
+    """Inputs of a loss besides the call. `teacher` (B, K, V): log P(. | c, x_<k) of the model's own
+    autoregressive pass, without a graph: of the ids that the head drafts, float32 or better; if it `inverts_noise`,
+    float64, with the others together as one more id. `key`: of
+    the run, without the step, so random values must be keyed by block names. `progress`: the completed share of
+    training."""
 
     blocks: Blocks
     teacher: Tensor
@@ -136,12 +147,13 @@ class JointHead(nn.Module, ABC):
 
     layout: see the module docstring. exact: `log_prob` is exact. universal: can represent any joint distribution, given
     capacity.
-    needs_teacher: `loss` reads LossInputs.teacher. order: whether positions depend left to right or in any order.
+    needs_teacher: `loss` reads LossInputs.teacher. inverts_noise: it samples the noise of
+    autoregressive decoding from them. order: whether positions depend left to right or in any order.
     passes: the number of passes in which `sample` can draft n tokens: one, a divisor of n, up to n, or any number.
     conditional: `conditionals` gives q(x_k | x_<k) of the one-pass distribution; rejection and block verification need
     it.
     is_recurrent: recurrent drafting: `draft_recurrently` drafts from a hidden state of text and the ids since, without
-    a pass of the backbone.
+    a pass over text: by the head alone, or by placeholders in the last layers (JointConfig.depth).
     Names of weights are keys of checkpoints and of initial values: never rename them.
     """
 
@@ -149,8 +161,9 @@ class JointHead(nn.Module, ABC):
     exact: ClassVar[bool] = False
     universal: ClassVar[bool] = False
     needs_teacher: bool = False
+    inverts_noise: bool = False
     conditional: ClassVar[bool] = False
-    is_recurrent: ClassVar[bool] = False
+    is_recurrent: bool = False
     passes: ClassVar[Literal["one", "divisors", "tokens", "any"]] = "one"
     order: ClassVar[Literal["left_to_right", "any"]] = "left_to_right"
     Config: ClassVar[type[Frozen]] = Frozen
@@ -178,11 +191,20 @@ class JointHead(nn.Module, ABC):
         """n ids per block from `passes` passes (one, unless the head refines). uniforms (B, n) float64 in [0, 1), n <=
         K: the noise of the tokens. `key`: all other random values. B is the number of blocks of the call."""
 
-    def draft_recurrently(self, call: JointCall, emitted: Tensor) -> Generator[Tensor, Tensor, None]:
+    def draft_recurrently(self, call: JointCall, emitted: Tensor, uniforms: Tensor) -> Generator[Tensor, Tensor, None]:
         """Recurrent drafting: yields logits (B, V) of one id after another, at most K - m, after ids `emitted` (B, m)
-        that follow call.start and that no pass has read; receives the chosen ids (B,). For heads with
-        `is_recurrent`."""
+        that follow call.start and that no pass has read; receives the chosen ids (B,). For heads with `is_recurrent`.
+        uniforms (B, n), n <= K - m, at least as many as ids are asked for: the noise of the ids to draft."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent drafting; it needs a pass of the backbone")
+
+    def num_after(self, emitted: Tensor) -> int:
+        """K - m of ids `emitted` (B, m). ValueError if it is not positive."""
+        num = self.length - emitted.shape[1]
+        if num < 1:
+            raise ValueError(
+                f"this head drafts {self.length} tokens after a hidden state; {emitted.shape[1]} leave none"
+            )
+        return num
 
     def num_tokens(self, given: Tensor) -> int:
         """n of ids or uniforms (B, n). ValueError unless 1 <= n <= K."""

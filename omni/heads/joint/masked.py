@@ -23,17 +23,20 @@ Legend: B blocks of tokens, K tokens, n <= K of them, V vocabulary, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache, partial
 from itertools import combinations
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LogProb, LossInputs
+from omni.heads.joint.losses import Target, token_losses
 from omni.heads.joint.masked_sampling import Schedule, Unmasking, draw_in_passes
 from omni.heads.joint.noise_kinds import uniforms_by_name
+from omni.heads.joint.product import each
 from omni.objectives.terms import Terms
 from omni.rng import Key
 from omni.samplers.inverse_cdf import inverse_cdf_sample
@@ -42,9 +45,25 @@ from omni.sequence.placeholders import Blocks
 
 class MaskedConfig(Unmasking):
     """schedule: of training too. num_samples: the number of sets, for each number m of masked tokens, of a
-    likelihood."""
+    likelihood.
+
+    trains: "sets": the evidence bound, over sets of masked tokens. "drafts": the first token is shown and all others
+    are masked, as in recurrent drafting; the j-th masked token has weight decay^(j - 1) (DFlash). target: of "drafts",
+    see `losses.token_losses`. reads_start: a linear map of the hidden state before the block is added to every input.
+    """
 
     num_samples: int = Field(default=32, ge=1)
+    trains: Literal["sets", "drafts"] = "sets"
+    target: Target = "ids"
+    decay: float = Field(default=1.0, gt=0, le=1)
+    reads_start: bool = False
+
+    @model_validator(mode="after")
+    def _drafts_only(self) -> MaskedConfig:
+        for option in ("target", "decay"):
+            if option in self.model_fields_set and self.trains == "sets":
+                raise ValueError(f'{option} has no effect unless trains is "drafts": leave it out')
+        return self
 
 
 @JOINT_HEADS.register("masked")
@@ -61,12 +80,17 @@ class Masked(JointHead):
         self.mask = nn.Parameter(torch.zeros(width))
         self.shown = nn.Parameter(torch.zeros(width))
         self.decoder = nn.Parameter(torch.zeros(width, width))
+        self.of_start = nn.Parameter(torch.zeros(width, width)) if config.reads_start else None
+        self.is_recurrent = config.trains == "drafts"
+        self.needs_teacher = config.target == "teacher"
 
     def initialise(self, key: Key) -> None:
         """The matrix before the output projection starts at zero. The mask is an embedding of deviation one: a whole
         block may be masks, and norms are steep at zero."""
         super().initialise(key)
         nn.init.zeros_(self.decoder)
+        if self.of_start is not None:
+            nn.init.zeros_(self.of_start)
         self.mask.data.copy_(key.fold("mask").normal((self.width,)))
 
     def logits(self, call: JointCall, ids: Tensor, shown: Tensor) -> Tensor:
@@ -75,6 +99,8 @@ class Masked(JointHead):
         ids, known = nn.functional.pad(ids, (0, rest)), nn.functional.pad(shown, (0, rest))
         tokens = call.embed(torch.where(known, ids, 0))
         inputs = torch.where(known.unsqueeze(-1), tokens + self.shown.to(tokens.dtype), self.mask.to(tokens.dtype))
+        if self.of_start is not None:
+            inputs = inputs + nn.functional.linear(call.start, self.of_start.to(call.start.dtype)).unsqueeze(1)
         hidden = call(inputs, causal=False)[:, 1 : 1 + shown.shape[1]]
         return call.read(hidden + nn.functional.linear(hidden, self.decoder.to(hidden.dtype)))
 
@@ -83,6 +109,12 @@ class Masked(JointHead):
         return self.logits(call, ids, shown).double().log_softmax(-1)
 
     # ---- the contract ---------------------------------------------------------------------------------------------
+
+    def draft_recurrently(self, call: JointCall, emitted: Tensor, uniforms: Tensor) -> Generator[Tensor, Tensor, None]:
+        """One pass of the placeholders in the last layers, with the emitted ids shown."""
+        m, num = emitted.shape[1], min(self.num_after(emitted), uniforms.shape[1])
+        ids = nn.functional.pad(emitted, (0, num))
+        return each(self.logits(call, ids, (torch.arange(m + num, device=ids.device) < m).expand_as(ids))[:, m:])
 
     def sample(self, call: JointCall, uniforms: Tensor, key: Key, passes: int = 1) -> Draft:
         """See the contract. 1 to n passes; token k is the inverse-CDF sample at u_k in the pass that reveals it. One
@@ -122,7 +154,10 @@ class Masked(JointHead):
         return LogProb(total, "bound")
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
-        """The evidence bound of the valid prefix, in nats per token, with one set of masked tokens a block."""
+        """The evidence bound of the valid prefix, in nats per token, with one set of masked tokens a block; or of
+        drafts after the first token."""
+        if self.config.trains == "drafts":
+            return self.draft_loss(call, inputs)
         blocks = inputs.blocks
         masked, weights = draw_masks(blocks, self.config.schedule, inputs.key)
         logits = self.logits(call, blocks.ids, blocks.valid & ~masked)
@@ -130,6 +165,14 @@ class Masked(JointHead):
         miss = nn.functional.cross_entropy(logits.flatten(0, 1), blocks.ids.flatten(), reduction="none")
         miss = torch.where(masked, miss.view_as(blocks.ids), 0.0)
         return {"masked": Terms((miss.sum(-1) * weights.to(miss.dtype)).sum(), blocks.count)}
+
+    def draft_loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
+        """Weighted cross-entropy of the tokens after the first, in nats per token."""
+        blocks, number = inputs.blocks, torch.arange(self.length, device=inputs.blocks.ids.device)
+        logits = self.logits(call, blocks.ids, blocks.valid & (number < 1))
+        weight = blocks.valid * (number >= 1) * self.config.decay ** (number - 1)
+        miss = token_losses(logits, inputs, self.config.target)
+        return {"masked": Terms((miss * weight).sum(), float(weight.sum()))}
 
 
 # ---- which tokens are masked ---------------------------------------------------------------------------------------

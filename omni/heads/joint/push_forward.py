@@ -38,7 +38,7 @@ Legend: B blocks of tokens, K tokens, S numbers of a token's noise, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,7 @@ from torch.nn.functional import cross_entropy
 from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, ExtendedCall, JointCall, JointHead, LogProb, LossInputs
 from omni.heads.joint.noise_kinds import SMALLEST, NoiseKind, build_noise, uniforms_by_name
+from omni.heads.joint.product import each
 from omni.objectives.terms import Terms
 from omni.rng import Key
 
@@ -68,6 +69,7 @@ class PushForwardConfig(Frozen):
     1).
     semigroup_share: of blocks with fresh noise, trained on the ids of two shorter calls; 0: none.
     num_samples: noise samples of a block's likelihood; the bound tightens as it grows.
+    reads_start: a linear map of the hidden state before the block is added to every placeholder.
     """
 
     noise: NoiseKind = "uniform"
@@ -82,6 +84,7 @@ class PushForwardConfig(Frozen):
     semigroup_share: float = Field(default=0.25, ge=0, le=1)
     decay: float = Field(default=1.0, gt=0, le=1)
     num_samples: int = Field(default=16, ge=1)
+    reads_start: bool = False
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> PushForwardConfig:
@@ -103,7 +106,7 @@ class PushForwardConfig(Frozen):
 class PushForward(JointHead):
     """The push-forward head of the module docstring. Names of weights are stored: never rename them."""
 
-    layout, universal, needs_teacher, passes = "causal", True, True, "divisors"
+    layout, universal, needs_teacher, passes, is_recurrent = "causal", True, True, "divisors", True
     Config = PushForwardConfig
     config: PushForwardConfig
 
@@ -112,21 +115,34 @@ class PushForward(JointHead):
         self.placeholder = nn.Parameter(torch.zeros(width))
         self.noise = build_noise(config.noise, vocab_size, width, config.frequencies)
         self.decoder = nn.Parameter(torch.zeros(width, width))
+        self.of_start = nn.Parameter(torch.zeros(width, width)) if config.reads_start else None
+        self.inverts_noise = config.noise == "uniform"  # of all ids; other noise is of the ids that are drafted
         self.needs_teacher = config.intervals == "teacher" or config.categorical_target == "teacher"
 
     def initialise(self, key: Key) -> None:
         """The matrix before the decode output starts at zero; the embedding of Gumbel noise has deviation one."""
         super().initialise(key)
         torch.nn.init.zeros_(self.decoder)
+        if self.of_start is not None:
+            torch.nn.init.zeros_(self.of_start)
         if self.config.noise == "gumbel":
             weight = self.get_parameter("noise.weigh.weight")
             weight.data.copy_(key.fold("noise.weigh.weight").normal(tuple(weight.shape)))
 
     # ---- one pass -------------------------------------------------------------------------------------------------
 
-    def placeholders(self, noise: Tensor) -> Tensor:
-        """Noise (B, n, S) -> inputs (B, n, W)."""
-        return self.placeholder + self.noise.embed(noise)
+    def placeholders(self, noise: Tensor, call: JointCall) -> Tensor:
+        """Noise (B, n, S) -> inputs (B, n, W). The hidden state before the block is read where it is used alone: it
+        may cost a pass."""
+        inputs = self.placeholder + self.noise.embed(noise)
+        if self.of_start is None:
+            return inputs
+        start = call.start
+        return inputs + nn.functional.linear(start, self.of_start.to(start.dtype)).unsqueeze(1)
+
+    def next_logits(self, call: JointCall, hidden: Tensor) -> Tensor:
+        """Logits of the autoregressive pass, of the ids that the noise is about."""
+        return call.read_all(hidden) if self.inverts_noise else call.read(hidden)
 
     def decode(self, call: JointCall, hidden: Tensor) -> Tensor:
         """Hidden states of placeholders (..., W) -> logits (..., V) of their tokens."""
@@ -137,11 +153,11 @@ class PushForward(JointHead):
         float64."""
         n = noise.shape[1]
         needed = 0 if n == 1 and first == "pick" else n - (mode == "categorical")
-        hidden = call(self.placeholders(noise[:, :needed])) if needed else call.start.unsqueeze(1)
+        hidden = call(self.placeholders(noise[:, :needed], call)) if needed else call.start.unsqueeze(1)
         if mode == "categorical":
             log_probs = call.read(hidden).double().log_softmax(-1)
             return self.noise.choose(log_probs, noise), log_probs
-        heads = [self.noise.choose(call.read(hidden[:, :1]), noise[:, :1])] if first == "pick" else []
+        heads = [self.noise.choose(self.next_logits(call, hidden[:, :1]), noise[:, :1])] if first == "pick" else []
         rest = hidden[:, 1 + len(heads) :]
         return torch.cat([*heads, self.decode(call, rest).argmax(-1)], 1), None
 
@@ -166,6 +182,23 @@ class PushForward(JointHead):
             log_probs += [] if log_p is None else [log_p]
         return Draft(ids, torch.cat(log_probs, 1) if log_probs else None)
 
+    def draft_recurrently(self, call: JointCall, emitted: Tensor, uniforms: Tensor) -> Generator[Tensor, Tensor, None]:
+        """One pass of the placeholders in the last layers. The first emitted id stands as noise of its own: the middle
+        of its interval under the distribution before it. In decode mode an id is likely for its noise alone: all mass
+        is on it."""
+        num = min(self.num_after(emitted), uniforms.shape[1])
+        if emitted.shape[1] != 1:
+            raise ValueError(f"this head drafts after one id that no pass has read, not after {emitted.shape[1]}")
+        middle = uniforms.new_full((*emitted.shape, self.noise.size), 0.5)
+        before = self.next_logits(call, call.start).unsqueeze(1)
+        known = self.noise.invert(before, emitted.clamp(max=before.shape[-1] - 1), middle)
+        noise = torch.cat([known, self.noise.prior(uniforms[:, :num], Key(0))], 1)
+        if self.config.mode == "categorical":
+            return each(call.read(call(self.placeholders(noise[:, :num], call))[:, 1:]))
+        logits = self.decode(call, call(self.placeholders(noise, call))[:, 2:])
+        best = logits.argmax(-1, keepdim=True)
+        return each(torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0))
+
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         return push_forward_terms(self, call, inputs)
 
@@ -185,7 +218,7 @@ def own_noise(head: PushForward, call: JointCall, ids: Tensor, draws: Tensor) ->
         scores.append(log_p.gather(-1, ids[:, j : j + 1]))
         found.append(head.noise.invert(log_p, ids[:, j], draws[:, j]))
         if j + 1 < K:
-            hidden = call(head.placeholders(torch.stack(found, 1)))[:, -1]
+            hidden = call(head.placeholders(torch.stack(found, 1), call))[:, -1]
     return torch.stack(found, 1), torch.cat(scores, 1)
 
 
@@ -254,7 +287,7 @@ def semigroup_targets(head: PushForward, call: JointCall, noise: Tensor, inputs:
 def terms_of(head: PushForward, call: JointCall, targets: Targets, teacher: Tensor) -> dict[str, Terms]:
     """The terms of `targets`, from one pass with a graph. Not random."""
     config, K = head.config, targets.ids.shape[1]
-    hidden = call(head.placeholders(targets.noise))[:, 1:]
+    hidden = call(head.placeholders(targets.noise, call))[:, 1:]
     decay = config.decay ** torch.arange(K, device=hidden.device)
     of_data, of_fresh = targets.counted & ~targets.fresh.unsqueeze(-1), targets.counted & targets.fresh.unsqueeze(-1)
     terms = {}
@@ -268,7 +301,7 @@ def terms_of(head: PushForward, call: JointCall, targets: Targets, teacher: Tens
         logits = call.read(hidden[:, :-1])
         if config.categorical_target == "teacher":
             log_c = _in_float32(logits).log_softmax(-1)
-            miss = -(teacher[:, 1:].exp().to(log_c.dtype) * log_c).sum(-1)
+            miss = -(teacher[:, 1:, : log_c.shape[-1]].exp().to(log_c.dtype) * log_c).sum(-1)
         else:
             miss = _cross_entropy(logits, targets.ids[:, 1:])
         terms["categorical"] = _term(miss * decay[1:], of_data[:, 1:], config.categorical_weight)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.heads.joint.base import JOINT_HEADS, Draft, JointCall, JointHead, LogProb, LossInputs
+from omni.heads.joint.losses import Target, token_losses
 from omni.nn.transformer import RMSNorm
 from omni.objectives.terms import Terms
 from omni.rng import Key
@@ -28,10 +29,11 @@ from omni.samplers.inverse_cdf import inverse_cdf_sample
 
 
 class SequentialConfig(Frozen):
-    """expansion: M / W of the gated MLP. norm_eps: of all norms."""
+    """expansion: M / W of the gated MLP. norm_eps: of all norms. target: see `losses.token_losses`."""
 
     expansion: int = Field(default=4, ge=1, le=16)
     norm_eps: float = Field(default=1e-6, gt=0)
+    target: Target = "ids"
 
 
 class RecurrentBlock(nn.Module):
@@ -63,6 +65,7 @@ class Sequential(JointHead):
         super().__init__(config, length, vocab_size, width)
         self.step = RecurrentBlock(width, config.expansion, config.norm_eps)
         self.norm = RMSNorm(width, config.norm_eps)
+        self.needs_teacher = config.target == "teacher"
 
     def walk(self, call: JointCall, emitted: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Yields logits (B, V) of the next id repeatedly; receives ids (B,); the first ids are `emitted` (B, m)."""
@@ -94,11 +97,8 @@ class Sequential(JointHead):
         ids, log_q = self.run(call, num, lambda k, log_p: inverse_cdf_sample(log_p, uniforms[:, k]))
         return Draft(ids, log_q, num)
 
-    def draft_recurrently(self, call: JointCall, emitted: Tensor) -> Generator[Tensor, Tensor, None]:
-        if emitted.shape[1] >= self.length:
-            raise ValueError(
-                f"this head drafts {self.length} tokens after a hidden state; {emitted.shape[1]} leave none"
-            )
+    def draft_recurrently(self, call: JointCall, emitted: Tensor, uniforms: Tensor) -> Generator[Tensor, Tensor, None]:
+        self.num_after(emitted)
         return self.walk(call, emitted)
 
     def log_prob(self, call: JointCall, ids: Tensor, key: Key) -> LogProb:
@@ -112,10 +112,10 @@ class Sequential(JointHead):
 
     def loss(self, call: JointCall, inputs: LossInputs) -> dict[str, Terms]:
         """Cross-entropy of the valid prefix, in nats per token."""
-        blocks = inputs.blocks
-        found = self.conditionals(call, blocks.ids).gather(-1, blocks.ids.unsqueeze(-1)).squeeze(-1)
-        dtype = torch.promote_types(call.start.dtype, torch.float32)
-        return {"sequential": Terms(-(found * blocks.valid).sum().to(dtype), blocks.count)}
+        ids, walk = inputs.blocks.ids, self.walk(call)
+        logits = [next(walk), *(walk.send(ids[:, k]) for k in range(self.num_tokens(ids) - 1))]
+        miss = token_losses(torch.stack(logits, 1), inputs, self.config.target)
+        return {"sequential": Terms((miss * inputs.blocks.valid).sum(), inputs.blocks.count)}
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,16 +52,43 @@ def joint_loss(
     """The loss terms of the model's joint-token head on random blocks of a packed batch, by name."""
     joint = head_of(model)
     starts, blocks = choose_blocks(batch, joint.head.length, per_row, key)
+    blocks = within(blocks, joint.c.vocabulary)
     call = BatchCall(model, starts, hidden, memory)
-    teacher = teacher_log_probs(model, hidden, starts, blocks) if joint.head.needs_teacher else hidden.new_zeros(0)
+    teacher = hidden.new_zeros(0)
+    if joint.head.needs_teacher:
+        own, dtype = joint.head.inverts_noise, torch.float64 if joint.head.inverts_noise else torch.float32
+        teacher = teacher_log_probs(model, hidden, starts, blocks, joint.c.vocabulary, dtype, rest=own)
     return joint.head.loss(call, LossInputs(blocks, teacher, key, progress))
 
 
+def within(blocks: Blocks, num: int | None) -> Blocks:
+    """Blocks that end before their first id outside of the first `num` ids, which the head does not draft; None: all
+    ids. So a token counts if those before it could be drafted."""
+    if num is None:
+        return blocks
+    valid = (blocks.valid & (blocks.ids < num)).long().cumprod(-1).bool()
+    return replace(blocks, ids=torch.where(valid, blocks.ids, 0), valid=valid)
+
+
 @torch.no_grad()
-def teacher_log_probs(model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks) -> Tensor:
-    """(B, K, V) float64: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T, W). Undefined
-    past the end of a block."""
-    K = blocks.ids.shape[1]
+def teacher_log_probs(
+    model: Backbone, hidden: Tensor, starts: Starts, blocks: Blocks, num: int | None = None,
+    dtype: torch.dtype = torch.float64, rest: bool = False,
+) -> Tensor:  # fmt: skip
+    """(B, K, V) in `dtype` or better: log P(x_k | c, x_<k) of the autoregressive pass, from its hidden states (R, T,
+    W); given that the id is one of the first `num`, where that is given. rest: instead the probabilities of the first
+    `num` ids, and of all others together: (B, K, num + 1). Undefined past the end of a block."""
+    K, row = blocks.ids.shape[1], starts.row[:, None]
     at = (starts.at[:, None] + torch.arange(K, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
-    logits = model.token.read(hidden[starts.row[:, None], at])
-    return logits.double().log_softmax(-1)
+
+    def log_probs(states: Tensor) -> Tensor:
+        logits = model.token.read(states, None if rest else num)
+        logits = logits.to(torch.promote_types(logits.dtype, dtype))
+        if not rest or num is None or num >= logits.shape[-1]:
+            return logits.log_softmax(-1)
+        parts = torch.cat([logits[..., :num], logits[..., num:].logsumexp(-1, keepdim=True)], -1)
+        return parts.log_softmax(-1)
+
+    if at.numel() > hidden[..., 0].numel():  # blocks overlap: every position once
+        return log_probs(hidden)[row, at]
+    return log_probs(hidden[row, at])
