@@ -60,6 +60,8 @@ from train.validation import Validation
 NOISE_VERSION = 2
 WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid", "max_chunks", "transformer", "flow"}
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
+# Weights of the context stream that are not of the text path.
+OF_CONTEXT = ("transformer.loras.", "token.new_", "flow.clean", "features.", "tower.")
 # Setting -> the value that init_from may have instead: it lacks those weights, or upcycling copies them.
 UPCYCLED_FROM = {"latent_weights": "shared", "expert": None, "loras": [], "encoder": None}
 
@@ -128,13 +130,21 @@ def build_run(recipe: Recipe, out: Path) -> Run:
 
 
 def build_contexts(recipe: Recipe, model: Omni, objectives: Sequence[Objective]) -> ContextCache | None:
-    """The cache of contexts, where the recipe has one. ValueError for objectives that need the text's hidden states, or
-    for other trained weights of the context stream."""
+    """The cache of contexts, where the recipe has one. ValueError for objectives that read hidden states where nothing
+    of the context stream is trained, and for what it does not serve."""
     if not recipe.context_memory_mb:
         return None
-    if reading := [type(one).__name__ for one in objectives if one.reads != "flow"]:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(OF_CONTEXT)]
+    if trained and not invokes_lora(recipe):
+        raise ValueError(
+            f"context_memory_mb: {trained[0]!r} is trained, and acts everywhere in the context; freeze it with "
+            "train_only, or leave context_memory_mb out"
+        )
+    reading = [type(one).__name__ for one in objectives if one.reads not in ("flow", "logits")]
+    reading += [type(one).__name__ for one in objectives if one.reads == "logits" and not trained]
+    if reading:
         raise ValueError(f"context_memory_mb has no effect with {reading[0]}, which needs a whole pass; leave it out")
-    return ContextCache(model, recipe.context_memory_mb << 20)
+    return ContextCache(model, recipe.context_memory_mb << 20, bool(trained))
 
 
 def build_memo(recipe: Recipe, model: Omni, codec: Codec | None) -> LatentMemo:

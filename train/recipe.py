@@ -230,10 +230,10 @@ class Recipe(Frozen):
                 f"optimiser.encoder_rate = {self.optimiser.encoder_rate} has no effect on a frozen encoder; set "
                 "tune_encoder, or leave it out"
             )
-        if self.context_memory_mb and (self.text_path != "frozen" or self.lora is not None):
+        if self.context_memory_mb and self.text_path != "frozen":
             raise ValueError(
                 f"context_memory_mb = {self.context_memory_mb} keeps what a frozen text path computes; set text_path = "
-                "'frozen' without lora, or leave it out"
+                "'frozen', or leave it out"
             )
         if self.codec == NO_CODEC:
             self._check_text_alone()

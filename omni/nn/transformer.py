@@ -218,13 +218,16 @@ class Transformer(nn.Module):
     # ---- context stream -------------------------------------------------------------------------------------------
 
     def context(
-        self, h_RTW: Tensor, stream: Stream, is_latent: Tensor, adapted: Tensor | None = None
-    ) -> tuple[Tensor, Memory]:
+        self, h_RTW: Tensor, stream: Stream, is_latent: Tensor, adapted: Tensor | None = None,
+        past: Memory | None = None,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
         """The whole context in one pass, as in training. Returns normalised hidden states (R, T, W) and the Memory.
-        adapted: (R, T) bool, where an invoked LoRA is active; None: nowhere."""
+        adapted: (R, T) bool, where an invoked LoRA is active; None: nowhere. past: earlier positions of the same
+        documents, which were computed before; the Memory returned holds them too."""
         backend, c = self.backend(h_RTW.device, h_RTW.shape[1]), self.c
         h_RTW, rotary = self._enter(h_RTW, stream.position)
-        masks = {window: AttentionMask(stream.fields, stream.fields, window) for window in self._windows()}
+        fields = stream.fields if past is None else past.fields.then(stream.fields)
+        masks = {window: AttentionMask(stream.fields, fields, window) for window in self._windows()}
         for mask in masks.values():
             mask.prepare(backend, h_RTW.dtype)
         keys: list[Tensor] = []
@@ -232,14 +235,20 @@ class Transformer(nn.Module):
 
         def attention_of(index: int) -> Callable[..., Tensor]:
             mask = masks[c.window_of(index)]
-            return lambda q, k, v: attend(q, k, v, mask, backend, c.attention_cap)
+
+            def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                pair = (k, v) if past is None else join((past.keys[index], past.values[index]), (k, v))
+                return attend(q, *pair, mask, backend, c.attention_cap)
+
+            return attention
 
         latent, lora_of = is_latent if c.latent_weights == "separate" else False, self._loras(None, adapted)
         for index, block in enumerate(self.blocks):
             h_RTW, k, v = block(h_RTW, rotary(index), attention_of(index), latent, None, lora_of(index))
+            k, v = (k, v) if past is None else join((past.keys[index], past.values[index]), (k, v))
             keys.append(k)
             values.append(v)
-        return self.norm(h_RTW), Memory(keys, values, stream.fields)
+        return self.norm(h_RTW), Memory(keys, values, fields)
 
     def _windows(self) -> set[int | None]:
         return {self.c.window_of(index) for index in range(self.c.depth)}
