@@ -86,6 +86,13 @@ class OmniConfig(Frozen):
             raise ValueError(f"new_rows = {self.new_rows} leaves no other id of vocab_size = {self.vocab_size}")
         if self.joint is not None and self.transformer.window is not None:
             raise ValueError("a joint-token head beside layers with a window is not implemented; leave joint out")
+        pooled = (self.flow and self.flow.pool_layers) or ()
+        if wrong := [n for n in pooled if n not in self.transformer.refining]:
+            raise ValueError(
+                f"flow.pool_layers names layer {wrong[0]}; give layers that the refine stream passes through"
+            )
+        if pooled and self.flow is not None and self.flow.head_depth is not None:
+            raise ValueError("flow.pool_layers beside flow.head_depth is not implemented; leave one of them out")
         return self
 
     @property
@@ -107,7 +114,8 @@ class Omni(nn.Module):
         new = c.embedding_scale, c.new_rows
         self.token = TokenHead(config.vocab_size, width, config.tied_embeddings, config.logit_cap, *new)
         refine_width = config.transformer.refine_spec.width
-        self.flow = None if config.flow is None else FlowHead(refine_width, config.flow, width)
+        values = config.transformer.num_kv_heads * config.transformer.head_dim
+        self.flow = None if config.flow is None else FlowHead(refine_width, config.flow, width, values)
         self.joint = None if config.joint is None else JointTokens(config.joint, config.transformer, config.vocab_size)
         self.features = None if config.encoder is None else FeatureProjector(config.encoder, width)
         self.tokenizer: Tokenizer | None = None
@@ -202,6 +210,9 @@ class Omni(nn.Module):
             return lift(self.flow.of_latents, z, x, t, s, guidance, item)
         flow = self.flow
         condition = lift(lambda t, s: flow.condition(t, s, guidance), t, s)
+        if flow.pool is not None:
+            pooled = flow.pool(stream, item, memory, len(guidance))
+            condition = lift(lambda c: c + pooled.to(c.dtype), condition)
         noisy = lift(lambda x, t: flow.embed(x, t, item), x, t)
         hidden = self.transformer.refine(noisy, stream, memory, condition, item)
         return lift(lambda h, condition, x, t: flow.read(h, condition, item, x, t), hidden, condition, x, t)

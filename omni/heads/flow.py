@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from omni.config import Frozen
 from omni.heads.latent import LatentHead
+from omni.heads.pooling import ContextPool
 from omni.nn.declare import ZERO, Declared, of_linear
 from omni.nn.transformer import spread
 
@@ -46,6 +47,8 @@ class FlowHeadConfig(Frozen):
     max_frequency: of the embedding, in radians per unit of (scaled) time.
     parametrisation: the meaning of the network's output, see the module docstring.
     scale_input: divide x by n before embedding (EDM's c_in), so that its deviation is 1 at every t.
+    pool_layers: the layers whose context values are pooled into the condition of a block (heads.pooling); None: it has
+        the times and the guidance alone.
     clean_width: hidden units of the layer before the projection of clean latents into the context (as LLaVA-1.5's
         projector, arXiv 2310.03744); None: one linear projection.
     head_depth: None, or the number of blocks of the latent head (heads.latent, MAR). The transformer
@@ -61,6 +64,7 @@ class FlowHeadConfig(Frozen):
     parametrisation: Parametrisation = "velocity"
     scale_input: bool = False
     min_time: float = Field(default=0.05, gt=0, le=1)
+    pool_layers: tuple[int, ...] | None = None
     clean_width: int | None = Field(default=None, ge=1, le=1 << 16)
     head_depth: int | None = Field(default=None, ge=1, le=64)
 
@@ -103,9 +107,11 @@ class ScalarEmbedding(nn.Module):
 class FlowHead(nn.Module):
     """Embeds clean latents for the context stream and noisy ones for the refine stream; computes F. Names of weights
     are keys of checkpoints and of initial values: never rename them. width: of the refine stream; context_width: of the
-    context stream, if it is another."""
+    context stream, if it is another. value_width: numbers of one layer's values at a position."""
 
-    def __init__(self, width: int, c: FlowHeadConfig, context_width: int | None = None) -> None:
+    def __init__(
+        self, width: int, c: FlowHeadConfig, context_width: int | None = None, value_width: int = 0
+    ) -> None:
         super().__init__()
         self.c = c
         self.clean_first = None if c.clean_width is None else nn.Linear(c.channels, c.clean_width)
@@ -116,6 +122,7 @@ class FlowHead(nn.Module):
         self.guidance = ScalarEmbedding(width, c, 1.0)
         self.modulation = nn.Linear(width, 2 * width)
         self.velocity = nn.Linear(width, c.channels)
+        self.pool = None if c.pool_layers is None else ContextPool(c.pool_layers, value_width, width)
         self.head = None if c.head_depth is None else LatentHead(c.channels, width, c.head_depth)
 
     def declare(self) -> dict[str, Declared]:
