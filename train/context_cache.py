@@ -9,7 +9,8 @@ each step.
     rest    from the first position where an invoked LoRA is active, if weights of the context stream are trained:
             computed in each step, against the heads
 
-Legend: R batch rows, T context positions, S of the rest, L kept layers, G key heads, D head width, n positions, W width.
+Legend: R batch rows, T context positions, S of the rest, L kept layers, G key heads, D head width, n positions, W
+width.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class ContextCache:
         return lambda batch: self.context(batch, other)
 
     def context(self, batch: Batch, model: Omni | None = None) -> tuple[Tensor, Memory]:
-        """Hidden states (R, T, W) of a packed batch, zero in the heads, and the memory. model: whose weights compute the
-        rests. ValueError for a target in a head."""
+        """Hidden states (R, T, W) of a packed batch, zero in the heads, and the memory. model: whose weights compute
+        the rests. ValueError for a target in a head."""
         documents = documents_of(batch)
         heads = [(row, first, head_of(one) if self.has_rest else one) for row, first, one in documents]
         in_rest = torch.zeros_like(batch.is_latent)
@@ -160,10 +161,10 @@ class ContextCache:
 
 
 def _with_rest(model: Omni, batch: Batch, in_rest: Tensor, past: Memory) -> tuple[Tensor, Memory]:
-    """One pass over the rests, S positions a row, against the heads: hidden states (R, T, W), and the memory of both."""
+    """One pass over the rests, S positions a row, against the heads: hidden states (R, T, W), and their memory."""
     R, T = in_rest.shape
     S = int(in_rest.sum(1).max())
-    order = in_rest.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :S]  # (R, S): positions of the rest first
+    order = in_rest.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :S]  # (R, S): those of the rest
     used = in_rest.gather(1, order)
 
     def taken(values: Tensor) -> Tensor:

@@ -109,9 +109,7 @@ class FlowHead(nn.Module):
     are keys of checkpoints and of initial values: never rename them. width: of the refine stream; context_width: of the
     context stream, if it is another. value_width: numbers of one layer's values at a position."""
 
-    def __init__(
-        self, width: int, c: FlowHeadConfig, context_width: int | None = None, value_width: int = 0
-    ) -> None:
+    def __init__(self, width: int, c: FlowHeadConfig, context_width: int | None = None, value_width: int = 0) -> None:
         super().__init__()
         self.c = c
         self.clean_first = None if c.clean_width is None else nn.Linear(c.channels, c.clean_width)

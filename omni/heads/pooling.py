@@ -3,7 +3,7 @@
 Attention has to find what a prompt asks for before it can learn to draw it; a pooled vector reaches every layer of the
 refine stream through the modulation from the first step on (the pooled text embedding of SD3, arXiv 2403.03206). Here
 it is a mean of the context's values in some layers, with learned weights: softmax of a linear score of the values, zero
-at first (arXiv 1703.03130 with one hop).
+at first (arXiv 1703.03130 with one hop). Values of a language model have any size, so the mean is normalised.
 
 Legend: R batch rows, S refine positions, K context positions, L layers, G key heads, D head width, E = L G D, I items,
 W width.
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from omni.nn.cache import Memory
 from omni.nn.declare import ZERO, Declared, of_linear
+from omni.nn.layer import normalised
 from omni.nn.runs import Run, Runs
 from omni.sequence.layout import Stream
 from omni.sequence.mask import dense
+
+NORM_EPS = 1e-6
 
 
 class ContextPool(nn.Module):
@@ -46,7 +49,7 @@ class ContextPool(nn.Module):
             pooled = found[torch.searchsorted(ends, first, right=True)]
         else:
             pooled = self.packed(stream, memory)[first]
-        return self.project(pooled.to(self.project.weight.dtype))
+        return self.project(normalised(pooled, NORM_EPS).to(self.project.weight.dtype))
 
     def values_of(self, runs: Runs, run: Run) -> Tensor:
         """(K, E): the values of the context that a run sees."""

@@ -32,8 +32,8 @@ IGNORE = -100  # target of a position without next-token loss
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Ids in order; `supervise[i]`: whether the loss covers the prediction of `ids[i]`. adapted: whether an invoked LoRA
-    is active there (nn.lora)."""
+    """Ids in order; `supervise[i]`: whether the loss covers the prediction of `ids[i]`. adapted: whether an invoked
+    LoRA is active there (nn.lora)."""
 
     ids: list[int]
     supervise: list[bool]

@@ -201,7 +201,8 @@ class _SpanWriter:
         self._spans: list[Span] = []
         self._ids: list[int] = []
         self._supervise: list[bool] = []
-        self._adapted = self._in_reply = False  # of the open span; whether a reply that began with an invocation goes on
+        self._adapted = False  # of the open span
+        self._in_reply = False  # whether a reply that began with an invocation goes on
 
     def invoke(self, token: int) -> None:
         """Begin an adapted reply with the invocation id."""

@@ -31,6 +31,7 @@ from omni.sequence.layout import TokenSpan
 from omni.text.published import PublishedTokenizer
 from omni.text.template import ChatTemplate
 
+
 class Invocation:
     """Stands where a reply of an invoked LoRA begins (nn.lora)."""
 

@@ -1,4 +1,4 @@
-"""A LoRA that replies invoke: where it is active, what it leaves to the text weights, and that a replay gives its ids."""
+"""A LoRA that replies invoke: where it is active, what it leaves to the text weights; a replay gives its ids."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_where_it_is_active(model: Omni) -> None:
          Text("and"), Text("", Role.ASSISTANT, supervise=True), Image(PICTURE), Text("dog"))
     )  # fmt: skip
     spans = spans_of(model, document)
-    ids = [pair for s in spans for pair in ([(t, s.adapted) for t in s.ids] if isinstance(s, TokenSpan) else [(-1, True)])]
+    ids = []
+    for span in spans:
+        ids += [(token, span.adapted) for token in span.ids] if isinstance(span, TokenSpan) else [(-1, True)]
     invocations = [n for n, (token, _) in enumerate(ids) if token == tokenizer.control.assistant]
     assert len(invocations) == 2 and all(ids[n][1] for n in invocations)
     first, second = invocations

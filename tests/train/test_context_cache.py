@@ -38,7 +38,8 @@ def batch_of(adapted: bool, rows: int = 2) -> Batch:
         ids, reply = [*start, 10 + n, 20 + n], [30, 31 + n, 40]
         before = [TokenSpan(ids, [False] * len(ids))]
         before += [given, TokenSpan([50], [False])] if adapted and n % 2 else []
-        documents.append([*before, TokenSpan(reply, [False, adapted, adapted], adapted), block, TokenSpan([60], [False], adapted)])
+        begun, ended = TokenSpan(reply, [False, adapted, adapted], adapted), TokenSpan([60], [False], adapted)
+        documents.append([*before, begun, block, ended])
     [batch], num = pack(
         documents, [Shape(rows, 60, 40)], channels=CHANNELS, pad_id=PAD, copies=2, trim=[not adapted] * 5
     )

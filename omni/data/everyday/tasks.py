@@ -76,7 +76,8 @@ def scene_request(builder: Builder) -> tuple[Scene, Extra]:
         names = scene_names(builder, 3 if kind == "row" else 2)
         words = dict(zip("abd", (with_article(builder.called(name)) for name in names), strict=False))
         request = builder.phrase(f"scene.{kind}", **words)
-        scene = row(names, background) if kind == "row" else small_objects(names, PAIR_SLOTS[kind == "above"], background)
+        slots = PAIR_SLOTS[kind == "above"]
+        scene = row(names, background) if kind == "row" else small_objects(names, slots, background)
     builder.ask(request if background == "white" else builder.on_colour(request, background))
     return scene, {"kind": kind}
 

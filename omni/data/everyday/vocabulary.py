@@ -77,7 +77,7 @@ def owner_of(word: str, owners: list[str], order: Mapping[str, int], names: Mapp
 
 
 def choose(folder: Path, written: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Short name -> its listed names, shortcodes and aliases before keywords; no short name and none that is written."""
+    """Short name -> its listed names, shortcodes and aliases before keywords: no short names, none that is written."""
     names = {bare(character): name for name, character in vocabulary()["names"].items()}
     characters = {bare(character): character for character in vocabulary()["names"].values()}
     found = {key: value for key, value in emojibase(folder).items() if key in names}
