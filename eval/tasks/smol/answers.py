@@ -16,6 +16,7 @@ from eval.requests import atlas_of, picture_list, reply_seed
 from eval.task import Context, Panel, TaskOptions
 from eval.tasks.pretrained.smollm2 import real_gguf
 from eval.tasks.speed.comparison import DTYPES
+from omni.generation.events import ImagePart
 from omni.generation.options import GenerationOptions
 from omni.generation.reply import Reply
 from omni.importers.decoders import import_decoder
@@ -101,12 +102,15 @@ def greedy(
 
 def conditions(context: Context, options: SmolOptions, replies: Sequence[Reply]) -> str:
     """Dtype, threads, and the jumps and evaluations of the pictures, for a note."""
-    spent = {
-        (part.steps, part.evaluations) for reply in replies for part in reply.parts if hasattr(part, "evaluations")
-    }  # type: ignore[union-attr]
+    spent = {(part.steps, part.evaluations) for part in pictures_of(replies)}
     pictures = ", ".join(f"{steps} step(s) of {evaluations} evaluation(s)" for steps, evaluations in sorted(spent))
     where = f"{dtype_of(context, options)}, {torch.get_num_threads()} thread(s), batches of {options.batch}"
     return f"{len(replies)} replies, {where}; pictures in {pictures or 'no steps: there are none'}"
+
+
+def pictures_of(replies: Sequence[Reply]) -> list[ImagePart]:
+    """The pictures of all replies, with their jumps."""
+    return [part for reply in replies for part in reply.parts if isinstance(part, ImagePart)]
 
 
 def first_picture(reply: Reply) -> torch.Tensor | None:
