@@ -12,7 +12,8 @@ from omni.generation.reply import Reply
 
 @task("smol_scenes", SmolOptions, rows=("right", "sharp"))
 def smol_scenes(context: Context, options: SmolOptions) -> Outcome:
-    """right: both places are accepted. sharp: and both are sharp."""
+    """right: both places are accepted. sharp: and both are sharp, by the threshold of the emoji world's common names;
+    the codec alone keeps rarer ones less sharp than that."""
     asked = evenly(all_requests().scenes, options.requests)
     replies = greedy(context, options, [one.request for one in asked], max_images=1)
     judge = judge_of(context, options)
