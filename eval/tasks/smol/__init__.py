@@ -1,0 +1,1 @@
+"""Requests of people, in everyday English, to a published language model that draws emoji."""
