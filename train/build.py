@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from omni.checkpoint import Published
 from omni.codecs import Codec
 from omni.config import build
 from omni.data.source import Source, build_source
+from omni.document import Document
 from omni.encoders import Encoder
 from omni.generation.denoise import require_effect
 from omni.generation.options import GenerationOptions
@@ -39,6 +40,7 @@ from omni.weights import is_text_path
 from train.attached import build_codec, build_encoder, build_tokenizer, check_same_parts, fingerprints
 from train.checkpoint import AVERAGES, WEIGHTS
 from train.context_cache import ContextCache
+from train.data.batch import BatchConfig
 from train.data.held_out import HeldOut, hold_out
 from train.data.latents import LatentMemo
 from train.data.loader import Loader
@@ -99,12 +101,8 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         alone = model.config.encoder is not None and model.config.encoder.pictures == "features"
         return WorkerLoader(loader_of_worker, codec, cursors, step, recipe.device, encoder, alone, recipe.tune_encoder)
 
-    validation, held_out = None, ()
-    if mixture.held_out is not None:
-        held_out, to_measure = mixture.held_out.documents, key.fold("validation")
-        whole = shape.model_copy(update={"trim": 0.0, "fixed": False})
-        loader = load(held_out.__getitem__, shape=whole, key=to_measure, end=len(held_out), **own)
-        validation = Validation(loader, to_measure)
+    held_out = () if mixture.held_out is None else mixture.held_out.documents
+    validation = build_validation(held_out, partial(load, **own), shape, key.fold("validation")) if held_out else None
     return Run(
         recipe=recipe,
         model=model,
@@ -127,6 +125,14 @@ def build_run(recipe: Recipe, out: Path) -> Run:
         held_out=held_out,
         open_workers=open_workers if recipe.workers else None,
     )
+
+
+def build_validation(
+    documents: Sequence[Document], load: Callable[..., Loader], shape: BatchConfig, key: Key
+) -> Validation:
+    """The loss on held-out documents, whole and in their order."""
+    whole = shape.model_copy(update={"trim": 0.0, "fixed": False})
+    return Validation(load(documents.__getitem__, shape=whole, key=key, end=len(documents)), key)
 
 
 def build_contexts(recipe: Recipe, model: Omni, objectives: Sequence[Objective]) -> ContextCache | None:

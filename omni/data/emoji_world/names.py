@@ -35,6 +35,13 @@ def package_name(character: str, language: str) -> str:
     return clean_name(raw)
 
 
+def package_aliases(character: str) -> list[str]:
+    """The English aliases in the installed `emoji` package, without colons."""
+    import emoji
+
+    return [one.strip(":") for one in emoji.EMOJI_DATA.get(character, {}).get("alias", [])]
+
+
 def candidates() -> dict[str, str]:
     """Names and characters of the base emoji: fully qualified, without place flags, skin tones or mirrored variants."""
     import emoji

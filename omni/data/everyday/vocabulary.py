@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from omni.data.emoji_world.atlas import vocabulary
-from omni.data.emoji_world.names import clean_name
+from omni.data.emoji_world.names import clean_name, package_aliases
 from omni.data.everyday.names import NAMES_FILE
 
 SHORTCODES = ("cldr", "github", "iamcal", "joypixels", "emojibase")
@@ -57,14 +57,6 @@ def cleaned(raw: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(word for one in raw if (word := word_of(one)) is not None))
 
 
-def aliases(character: str) -> list[str]:
-    """Those of the `emoji` package."""
-    import emoji
-
-    data = emoji.EMOJI_DATA.get(character, {})
-    return cleaned(one.strip(":") for one in data.get("alias", []))
-
-
 def owner_of(word: str, owners: list[str], order: Mapping[str, int], names: Mapping[str, str]) -> str:
     """The emoji that a shared word names: one that has it in a name of one or two words, then one with a short name,
     then the first in Unicode's order."""
@@ -82,7 +74,10 @@ def choose(folder: Path, written: Mapping[str, list[str]]) -> dict[str, list[str
     characters = {bare(character): character for character in vocabulary()["names"].values()}
     found = {key: value for key, value in emojibase(folder).items() if key in names}
     order = {character: number for number, character in enumerate([*found, *(c for c in names if c not in found)])}
-    own = {character: [*found.get(character, ([], []))[0], *aliases(characters[character])] for character in names}
+    own = {
+        character: [*found.get(character, ([], []))[0], *cleaned(package_aliases(characters[character]))]
+        for character in names
+    }
     keywords = {character: found.get(character, ([], []))[1] for character in names}
     owners: dict[str, list[str]] = {}
     for table in (own, keywords):
