@@ -29,12 +29,12 @@ LIST_ITEM = re.compile(r"\s*(\d+|[-*])\.?$")
 
 
 def whole_sentences(text: str) -> str:
-    """A text up to its last end of a sentence, without a list item's lone number behind it; "" if there is none."""
-    found = SENTENCES.match(text.strip())
-    lines = found.group().split("\n") if found else []
-    while lines and (not lines[-1].strip() or LIST_ITEM.fullmatch(lines[-1])):
-        lines.pop()
-    return "\n".join(lines).strip()
+    """A text up to its last end of a sentence that is not a list item's lone number; "" if there is none."""
+    while found := SENTENCES.match(text.strip()):
+        text, line, last = found.group().rpartition("\n")
+        if not LIST_ITEM.fullmatch(last):
+            return text + line + last
+    return ""
 
 
 def main(arguments: Sequence[str]) -> int:
