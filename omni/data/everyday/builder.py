@@ -75,6 +75,10 @@ class Builder:
         """The turn ends at once: the frozen language model answers."""
         self.answer("")
 
+    def recall(self, text: str) -> None:
+        """A reply of the frozen language model, as it stands before a later turn: not supervised."""
+        self.segments.append(Text(text, Role.ASSISTANT))
+
     def show(self, scene: Scene) -> None:
         """A picture of the assistant."""
         self.scenes.append(scene)

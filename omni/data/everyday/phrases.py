@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("phrases")
+REPLIES_FILE = Path(__file__).with_name("replies.json")
 
 
 @cache
@@ -37,3 +39,9 @@ def unknown_things() -> tuple[tuple[str, str], ...]:
         if file == "unknown" and name != "decline":
             found += [(x if name.endswith("_bare") else with_article(x), x) for x in things]
     return tuple(dict.fromkeys(found))
+
+
+@cache
+def replies() -> tuple[tuple[str, str], ...]:
+    """Requests for text alone, each with the reply of the frozen language model (train/tools/replies.py)."""
+    return tuple((request, reply) for request, reply in json.loads(REPLIES_FILE.read_text(encoding="utf-8")))

@@ -19,7 +19,8 @@ from omni.data.emoji_world.scene import (
 )
 from omni.data.emoji_world.words import NUMBERS, is_countable, plural, with_article
 from omni.data.everyday.builder import Builder
-from omni.data.everyday.phrases import unknown_things, wordings
+from omni.data.everyday.phrases import replies, unknown_things, wordings
+from omni.data.everyday.stories import story
 
 Extra = dict[str, Any]
 
@@ -195,6 +196,16 @@ def _add(builder: Builder) -> Extra:
     return {"kind": "add", "side": side, "name": old, "added": new}
 
 
+def chat(builder: Builder) -> Extra:
+    """A request for text with the frozen language model's own reply, then another request."""
+    request, reply = builder.rng.choice(replies())
+    builder.ask(request)
+    builder.recall(reply)
+    follow = {"draw": draw, "scene": draw_scene, "unknown": unknown, "plain": plain, "name": naming}
+    kind = builder.rng.choices(tuple(follow), (5, 1, 1, 2, 1))[0]
+    return {**follow[kind](builder), "kind": kind}
+
+
 # Task -> function; sources choose among them by weight.
 TASKS: dict[str, Callable[[Builder], Extra]] = {
     "draw": draw,
@@ -203,4 +214,6 @@ TASKS: dict[str, Callable[[Builder], Extra]] = {
     "plain": plain,
     "unknown": unknown,
     "second": second_turn,
+    "story": story,
+    "chat": chat,
 }
