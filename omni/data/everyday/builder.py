@@ -36,8 +36,9 @@ class Builder:
     answers: list[str] = field(default_factory=list)
 
     def called(self, name: str) -> str:
-        """One of an emoji's names in this split, its short name given."""
-        own = names_of(name, self.split)
+        """One of an emoji's names in this split, its short name given. An emoji without a held-out name has its short
+        one."""
+        own = names_of(name, self.split) or (name,)
         if len(own) == 1 or (self.split == "train" and self.rng.random() < SHORT_NAME):
             return own[0]
         return self.rng.choice(own[1:] if self.split == "train" else own)

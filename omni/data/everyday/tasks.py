@@ -19,6 +19,7 @@ from omni.data.emoji_world.scene import (
 )
 from omni.data.emoji_world.words import NUMBERS, is_countable, plural, with_article
 from omni.data.everyday.builder import Builder
+from omni.data.everyday.names import names_of
 from omni.data.everyday.phrases import replies, unknown_things, wordings
 from omni.data.everyday.stories import story
 
@@ -26,8 +27,11 @@ Extra = dict[str, Any]
 
 
 def any_name(builder: Builder) -> str:
-    """The short name of any emoji."""
-    return builder.rng.choice(builder.atlas.names)
+    """The short name of any emoji; in the held-out split of one that has a held-out name."""
+    while True:
+        name = builder.rng.choice(builder.atlas.names)
+        if names_of(name, builder.split):
+            return name
 
 
 def scene_names(builder: Builder, number: int) -> list[str]:
