@@ -15,7 +15,7 @@ from omni.generation.engine import Engine
 from omni.generation.options import GenerationOptions
 from omni.heads.joint import JointConfig
 from omni.model import Omni
-from omni.nn.native_step import COMPILERS
+from omni.nn.native_library import COMPILERS
 from omni.rng import Key
 
 HEADS = {
