@@ -98,8 +98,7 @@ class Request:
         out: list[Span] = []
         for span in spans:
             before = out[-1] if out else None
-            is_text = isinstance(span, TokenSpan) and isinstance(before, TokenSpan)
-            if is_text and span.adapted == before.adapted:
+            if isinstance(span, TokenSpan) and isinstance(before, TokenSpan) and span.adapted == before.adapted:
                 out[-1] = TokenSpan([*before.ids, *span.ids], [*before.supervise, *span.supervise], span.adapted)
             else:
                 out.append(span)
