@@ -138,8 +138,8 @@ class ContextCache:
 
     def _history(self) -> History:
         """An empty history with the LoRA of the run."""
-        name = self.model.transformer.active_lora
-        return History(self._pool, name, name is not None and self.model.transformer.lora(name).spec.invoked)
+        transformer = self.model.transformer
+        return transformer.new_history(self._pool, transformer.active_lora)
 
     def _new_prefix(self, documents: Sequence[LaidOut]) -> tuple[list[int], Tensor, History]:
         """What the first documents begin with in common, if that is text; empty where it is short."""

@@ -28,7 +28,7 @@ HEADS = ("tied_embeddings", "embedding_scale", "new_rows", "logit_cap", "max_con
 
 class PublishBase(Frozen):
     """The language model that a published model leaves out. source: as for `omni import`; None: where the decoder was
-    imported from. The others replace what the source says of itself: see importers.base.BaseRecord."""
+    imported from. The others replace fields that are read from the source: see importers.base.BaseRecord."""
 
     source: str | None = None
     name: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from omni.document import Document, Image, Text, Video
@@ -38,3 +39,17 @@ def file_fingerprint(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return f"{path.name}:{path.stat().st_size}:{digest.hexdigest()}"
+
+
+NUM_FINGERPRINTED = 256  # documents in the fingerprint of a generated source
+
+
+def generated_fingerprint(document: Callable[[int], Document], font: Path) -> str:
+    """Over a font and the texts and `meta` of the first generated documents, which change with the code and the word
+    lists. Checkpoints store it: a change makes every run impossible to resume."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(NUM_FINGERPRINTED):
+        found = document(index)
+        words = [segment.text for segment in found.segments if isinstance(segment, Text)]
+        digest.update(json.dumps([words, dict(found.meta)], sort_keys=True).encode())
+    return f"{file_fingerprint(font)}:{digest.hexdigest()}"

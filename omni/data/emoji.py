@@ -5,8 +5,6 @@ Clips: frames uint8 (T, S, S, 3); a sprite crosses a plain background, so the te
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +12,10 @@ import torch
 from pydantic import Field
 
 from omni.config import Frozen
-from omni.data.digests import file_fingerprint
+from omni.data.digests import generated_fingerprint
 from omni.data.source import SOURCES, Source
 from omni.document import Document, Role, Text, Video
 from omni.rng import Key
-
-NUM_FINGERPRINTED = 256  # documents in the fingerprint
 
 
 class EmojiWorldOptions(Frozen):
@@ -51,13 +47,7 @@ class EmojiWorldSource(Source):
         return self.world.document(index)
 
     def fingerprint(self) -> str:
-        """Over the font and the texts of the first documents, which change with the code and the word lists."""
-        digest = hashlib.blake2b(digest_size=16)
-        for index in range(NUM_FINGERPRINTED):
-            document = self.world.document(index)
-            words = [segment.text for segment in document.segments if isinstance(segment, Text)]
-            digest.update(json.dumps([words, dict(document.meta)], sort_keys=True).encode())
-        return f"{file_fingerprint(self._font_path)}:{digest.hexdigest()}"
+        return generated_fingerprint(self.world.document, self._font_path)
 
 
 # Clip i shows name i modulo their number, in direction by index: never reorder either.

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from omni.config import Frozen, nearest
-from omni.data.digests import file_fingerprint
+from omni.config import Frozen
+from omni.data.digests import generated_fingerprint
+from omni.data.mixtures import check_mixture
 from omni.data.source import SOURCES, Source
-from omni.document import Document, Text
+from omni.document import Document
 from omni.rng import Key
-
-NUM_FINGERPRINTED = 256  # documents in the fingerprint
 
 
 class EverydayOptions(Frozen):
@@ -41,14 +38,7 @@ class EverydayRequests(Source):
         from omni.data.everyday.tasks import TASKS
 
         super().__init__(options, key)
-        for task, weight in options.mixture.items():
-            if task not in TASKS:
-                hint = nearest(task, TASKS) or f"; known: {', '.join(TASKS)}"
-                raise ValueError(f"unknown task {task!r} in the mixture of everyday_requests{hint}")
-            if weight < 0:
-                raise ValueError(f"the weight of task {task!r} is {weight}; use zero or more")
-        if not sum(options.mixture.values()) > 0:
-            raise ValueError(f"the mixture {options.mixture} has no positive weight; give some task one")
+        check_mixture(options.mixture, TASKS, "everyday_requests")
         self.atlas = Atlas(options.font)
         self._order = lru_cache(2)(self._order)
 
@@ -72,10 +62,4 @@ class EverydayRequests(Source):
         return order
 
     def fingerprint(self) -> str:
-        """Over the font and the texts of the first documents, which change with the code and the word lists."""
-        digest = hashlib.blake2b(digest_size=16)
-        for index in range(NUM_FINGERPRINTED):
-            document = self.document(index)
-            words: list[Any] = [segment.text for segment in document.segments if isinstance(segment, Text)]
-            digest.update(json.dumps([words, dict(document.meta)], sort_keys=True).encode())
-        return f"{file_fingerprint(self.atlas.font_path)}:{digest.hexdigest()}"
+        return generated_fingerprint(self.document, self.atlas.font_path)

@@ -141,9 +141,8 @@ def _with_lora(
 
 def _history(model: Omni, pool: Pool | None = None) -> History:
     """An empty history with the active LoRA."""
-    name = model.transformer.active_lora
-    invoked = name is not None and model.transformer.lora(name).spec.invoked
-    return History(pool or model.transformer.new_pool(), name, invoked)
+    transformer = model.transformer
+    return transformer.new_history(pool or transformer.new_pool(), transformer.active_lora)
 
 
 def sample_spans(model: Omni, key: Key, length: int = 7) -> list[Span]:

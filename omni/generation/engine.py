@@ -41,7 +41,6 @@ from omni.generation.runtime import Runtime
 from omni.generation.steps import Active, Steps
 from omni.generation.turn import begin, turn
 from omni.model import Omni
-from omni.nn.cache import History
 from omni.nn.native_step import CompiledStep
 from omni.text.chat import messages_to_document
 from omni.version import VERSION
@@ -305,9 +304,7 @@ class Engine:
         if not document.segments or all(isinstance(s, Text) and not s.text.strip() for s in document.segments):
             raise ValueError("the prompt is empty; say what you want, for example 'draw a red apple'")
         options = self.resolve(options)
-        name = None if options.lora in (None, "none") else options.lora
-        invoked = name is not None and self.model.transformer.lora(name).spec.invoked
-        history = History(self.pool, name, invoked)
+        history = self.model.transformer.new_history(self.pool, None if options.lora == "none" else options.lora)
         request = Request(next(self._numbers), history, options, document.segments, self.tokenizer.stream())
         request.continues = tuple(continues)
         begin(self.runtime, request)

@@ -161,8 +161,8 @@ def text_digest(weights: BaseWeights) -> str:
 def make_base(source: str | Path, **fields: Any) -> Base:
     """The base that a published language model is, named as for `omni import`.
 
-    fields: of BaseRecord, such as name, licence or repository, in place of what the source says. ValueError where there
-    is none, or one that cannot be read.
+    fields: of BaseRecord, such as name, licence or repository, in place of those read from the source. ValueError
+    where there is none, or one that cannot be read.
     """
     path = find_checkpoint(source)
     weights = weights_of(path)

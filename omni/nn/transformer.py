@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from omni.nn.attention.backends import LONG, AttentionMask, attend, attend_dual, choose_backend
 from omni.nn.attention.flash import serves_copies
 from omni.nn.attention.jvp import attend_with_tangent
-from omni.nn.cache import Memory, Pair, Pool, join
+from omni.nn.cache import History, Memory, Pair, Pool, join
 from omni.nn.declare import ZERO, Declared, of_linear
 from omni.nn.layer import (
     NOT_MODULATED,
@@ -180,6 +180,10 @@ class Transformer(nn.Module):
         """An empty pool of keys and values, on the device and in the dtype of the weights."""
         weight, c = self.norm.weight, self.c
         return Pool(c.depth, c.num_kv_heads, c.head_dim, weight.device, weight.dtype, max_positions)
+
+    def new_history(self, pool: Pool, lora: str | None = None) -> History:
+        """An empty history that is computed with this LoRA, or without one. ValueError for an unknown name."""
+        return History(pool, lora, lora is not None and self.lora(lora).spec.invoked)
 
     def _enter(self, h: Any, position: Tensor) -> tuple[Any, Callable[[int], tuple[Tensor, Tensor]]]:
         """The residual stream (or a Dual of it) in autocast's dtype if autocast is on, and the rotary table of each

@@ -30,9 +30,17 @@ def pooling_model(weights: str = "shared") -> Omni:
 
 @pytest.mark.parametrize("weights", ["shared", "refine"])
 def test_the_contract_holds_and_the_pool_has_an_effect(weights: str) -> None:
-    model = pooling_model(weights)
+    model, batch = pooling_model(weights), random_batch(Key(4), num_documents=4, copies=2, rows=2)
     for check in verify(model):
         assert check.holds, check
+    assert model.flow is not None and model.flow.pool is not None
+    with torch.no_grad():
+        memory, t = model.double().context(batch)[1], torch.full((batch.num_items,), 0.5, dtype=torch.float64)
+        x = batch.refine_latents.double()
+        pooled = model.velocity(x, t, t, torch.ones_like(t), batch.refine, batch.item, memory)
+        model.flow.pool.project.weight.zero_()
+        other = model.velocity(x, t, t, torch.ones_like(t), batch.refine, batch.item, memory)
+    assert (pooled - other).abs().max() > 1e-3
 
 
 @torch.no_grad()

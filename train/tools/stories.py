@@ -3,12 +3,12 @@
     python -m train.tools.stories MODEL OUT.json [--num 880] [--temperature 0.8] [--attempts 5] [--minutes 25]
         [--seed 0] [--part 80] [--compile]
 
-MODEL: an imported language model (`omni import`). Plans say who does what with what (story_plans.py); for each beat the
-model reads examples and writes one sentence. Sentences are checked by rule and written again with another key, else the
-beat is dropped; in the end those go, too, that have a word that no other sentence has, or the present tense. A story of
-one beat, or without its ending, is dropped. Everything is keyed by the seed and the story's number. The stories
-of a part share passes; finished parts stand in .OUT.json.parts, where the same command goes on. OUT has all that is
-finished. --minutes: no part begins later. --compile: native code, several times as fast on a CPU.
+MODEL: an imported language model (`omni import`). Plans list who does what with what (story_plans.py). For each beat
+the model reads examples and writes one sentence. Sentences are checked by rule and written again with another key, else
+the beat is dropped; in the end those go, too, that have a word that no other sentence has, or the present tense. A
+story of one beat, or without its ending, is dropped. Everything is keyed by the seed and the story's number. The
+stories of a part share passes; finished parts stand in .OUT.json.parts, where the same command goes on. OUT has all
+that is finished. --minutes: no part begins later. --compile: native code, several times as fast on a CPU.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ Random calls of a task are in a fixed order, and so are TASKS: a change of eithe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,6 +38,7 @@ from omni.data.emoji_world.scene import (
 )
 from omni.data.emoji_world.stories import write_story
 from omni.data.emoji_world.words import LANGUAGE_NAMES, NUMBERS, article_for, is_countable, plural, with_article
+from omni.data.mixtures import check_mixture
 from omni.document import Document, Role, Video
 from omni.rng import Key
 
@@ -314,14 +314,7 @@ class EmojiWorld:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         weights = {task: weight for task, (weight, _) in TASKS.items()} if mixture is None else dict(mixture)
-        for task, weight in weights.items():
-            if task not in TASKS:
-                near = difflib.get_close_matches(task, TASKS, n=1) or list(TASKS)
-                raise ValueError(f"unknown task {task!r} in the emoji world's mixture; did you mean {near[0]!r}?")
-            if weight < 0:
-                raise ValueError(f"the weight of task {task!r} is {weight}; use zero or more")
-        if not sum(weights.values()) > 0:
-            raise ValueError(f"the emoji world's mixture {weights} has no positive weight; give some task one")
+        check_mixture(weights, TASKS, "the emoji world")
         self.atlas, self.seed, self.split, self.foreign = atlas, seed, split, foreign
         self._tasks, self._weights = list(weights), list(weights.values())
 

@@ -1,4 +1,4 @@
-"""The names that people give to emoji: Unicode's short name, names written by hand, aliases and keywords, and which are
+"""The names that people give to emoji: Unicode's short name, names written for it, aliases and keywords, and which are
 held out."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HELD_OUT = 0.08  # share of the other names that no training document contains
 
 @cache
 def other_names() -> dict[str, list[str]]:
-    """Short name -> its other names, those written by hand first. Each belongs to one emoji."""
+    """Short name -> its other names, those written for it first. Each belongs to one emoji."""
     table = json.loads(NAMES_FILE.read_text(encoding="utf-8"))
     return {name: [*table["written"][name], *table["listed"][name]] for name in table["written"]}
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from omni.data.emoji_world.words import with_article
+
 FOLDER = Path(__file__).with_name("phrases")
 REPLIES_FILE = Path(__file__).with_name("replies.json")
 
@@ -31,8 +33,6 @@ def wordings() -> Mapping[str, tuple[str, ...]]:
 @cache
 def unknown_things() -> tuple[tuple[str, str], ...]:
     """Things that no emoji shows: (with article, without). Lists whose key ends in _bare have no article."""
-    from omni.data.emoji_world.words import with_article
-
     found = []
     for key, things in wordings().items():
         file, _, name = key.partition(".")

@@ -1,4 +1,4 @@
-"""Picture stories in sentences of the language model itself: `stories.json`, and the task that tells them.
+"""Picture stories in sentences of the language model itself: `stories.json`, and the task whose replies they are.
 
 A line of the file is a story: [hero, [[sentence, [names in the picture], layout], ...]]. The layout has the words of a
 Beat. train/tools/stories.py writes the file; the model omni/smol was trained on the committed one.
@@ -95,7 +95,7 @@ def stories(path: Path = STORIES_FILE) -> tuple[Story, ...]:
 
 
 @cache
-def _told(split: str) -> tuple[Story, ...]:
+def _of_split(split: str) -> tuple[Story, ...]:
     """Those whose hero has a name in a split."""
     return tuple(story for story in stories() if names_of(story.hero, split))
 
@@ -103,7 +103,7 @@ def _told(split: str) -> tuple[Story, ...]:
 def story(builder: Builder) -> dict[str, Any]:
     """A request for a story in so many pictures; each sentence is followed by its picture."""
     rng = builder.rng
-    found = rng.choice(_told(builder.split))
+    found = rng.choice(_of_split(builder.split))
     number = rng.choice(range(2, len(found.beats) + 1))
     found = found.cut(number)
     count = str(number) if rng.random() < 0.5 else NUMBERS[number]

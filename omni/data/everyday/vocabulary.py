@@ -5,8 +5,8 @@
 FOLDER is the unpacked package emojibase-data of the npm registry (MIT), whose tags are the keywords of the Unicode CLDR
 and whose shortcodes are those of GitHub, Slack, JoyPixels and the CLDR; further aliases come from the `emoji` package.
 A word that several emoji share belongs to few of them, and the most ordinary one is drawn for it: see `owner_of`. Names
-under "written" were written by hand, what people call such a picture; they come first, and the program keeps them. Run
-it to change the vocabulary; the model omni/smol was trained on the committed file.
+under "written" were written for this file: what people call such a picture. They come first, and the program keeps
+them. Run it to change the vocabulary; the model omni/smol was trained on the committed file.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
     written = json.loads(NAMES_FILE.read_text(encoding="utf-8"))["written"]
     listed = choose(parser.parse_args().emojibase, written)
     write(written, listed)
-    print(f"{len(listed)} emoji, {num(written)} names written by hand, {num(listed)} listed ones: {NAMES_FILE}")
+    print(f"{len(listed)} emoji, {num(written)} written names, {num(listed)} listed ones: {NAMES_FILE}")
 
 
 def num(table: Mapping[str, list[str]]) -> int:
