@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     printer = Printer(protocol=protocol_of(arguments))
     interactive = sys.stdin.isatty()
     system = system_of(arguments)
-    engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
+    engine = Engine(load_model(arguments.model, arguments.device, arguments.dtype), compile=arguments.compile)
     engine.resolve(arguments.options)
     if interactive:
         _enable_line_editing()

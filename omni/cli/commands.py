@@ -268,6 +268,13 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("the model")
     group.add_argument("--model", metavar="DIR", help=f"{_MODEL} (default: the bundled model)")
     _add_device(group)
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights and the computation "
+        "(default: float32); bfloat16 takes half the memory, and less time where the processor has it",
+    )
     group.add_argument("--compile", action="store_true", help="text several times faster; needs a C++ compiler")
 
 

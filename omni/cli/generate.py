@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments.prompt)
     system = system_of(arguments)
     pictures = [media.load_image(path) for path in arguments.image]
-    engine = Engine(load_model(arguments.model, arguments.device), compile=arguments.compile)
+    engine = Engine(load_model(arguments.model, arguments.device, arguments.dtype), compile=arguments.compile)
     options = engine.resolve(arguments.options)
     attached = [image_segment(engine.model, pixels) for pixels in pictures]
     request = Document((*system, *attached, Text(prompt)))
@@ -118,12 +118,13 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
     return "none" if arguments.no_show else detect(sys.stdout, force=arguments.show)
 
 
-def load_model(path: str | None, device: str = "cpu") -> Any:
-    """The model at `path`, or the bundled model. Unusable files raise DamagedError (exit code 4)."""
+def load_model(path: str | None, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The model at `path`, or the bundled model. dtype: of the weights, as torch names it. Unusable files raise
+    DamagedError (exit code 4)."""
     require_device(device)
     try:
         with announced(f"the model {path or 'bundled with omni'}"):
-            model = from_pretrained(path, device=device, report=_say)
+            model = from_pretrained(path, device=device, dtype=getattr(torch, dtype), report=_say)
     except DamagedError:
         raise
     except (ValueError, OSError, RecursionError) as error:

@@ -34,6 +34,7 @@ from omni.generation.events import BlockDone, BlockStart, BlockStep, ImagePart, 
 from omni.generation.options import GenerationOptions
 from omni.generation.reply_files import default_folder, escape_markdown
 from omni.media.preparation import Limits, Preparation
+from omni.pretrained import from_pretrained
 from omni.text.chat import messages_to_document
 
 RED = torch.zeros(8, 8, 3, dtype=torch.uint8)
@@ -73,7 +74,7 @@ def fake(at: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         codec=PixelCodec(PixelConfig(patch=4)), preparation=Preparation(), limits=Limits((4, 4), 1, 8, 8)
     )
     for module in (cli_generate, cli_chat):
-        monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
+        monkeypatch.setattr(module, "load_model", lambda path, device="cpu", dtype="float32": model)
         parts = {"__init__": _init, "stream": scripted(), "resolve": lambda self, options: options.resolved({})}
         parts["record"] = lambda self, options: {"options": options.flat("json"), "model": {}}
         monkeypatch.setattr(module, "Engine", type("FakeEngine", (), parts))
@@ -620,6 +621,23 @@ def test_out_of_memory_is_one_line_and_the_chat_continues(fake: Any, at: Path, c
     assert chat("one\ntwo\n", fake) == 2
     out, err = capsys.readouterr()
     assert "out of memory: use less" in err and err.count("\n") == 1 and "The end." in out
+
+
+@pytest.mark.parametrize("command", [["generate", "draw a cat", "--out", "r"], ["chat"]])
+def test_the_type_of_the_weights_can_be_chosen(
+    command: list[str], tiny_model: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    loaded = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded.append(from_pretrained(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(cli_generate, "from_pretrained", load)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("draw a cat\n"))
+    assert main([*command, "--model", str(tiny_model), "--dtype", "bfloat16", "--max-tokens", "4"]) == 0
+    assert {p.dtype for model in loaded for p in model.parameters()} == {torch.bfloat16}
+    assert main([*command, "--dtype", "int8"]) == 2 and "bfloat16" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ inspect, doctor
