@@ -64,8 +64,9 @@ WITHOUT_EFFECT = {"attention", "tangents", "tangent_step", "sampler", "max_grid"
 WITHOUT_EFFECT |= {"joint", "vocab_size", "max_context"}
 # Weights of the context stream that are not of the text path.
 OF_CONTEXT = ("transformer.loras.", "token.new_", "flow.clean", "features.", "tower.")
-# Setting -> the value that init_from may have instead: it lacks those weights, or upcycling copies them.
-UPCYCLED_FROM = {"latent_weights": "shared", "expert": None, "loras": [], "encoder": None}
+# Setting -> the value that init_from may have instead: it lacks those weights, which change nothing at first, or
+# upcycling copies them.
+UPCYCLED_FROM = {"latent_weights": "shared", "expert": None, "loras": [], "encoder": None, "pool_layers": None}
 
 
 def build_run(recipe: Recipe, out: Path) -> Run:

@@ -114,6 +114,19 @@ def test_separate_weights_start_as_copies_unless_fresh(decoder: Path, tmp_path: 
         assert torch.equal(layer.latent.qkv.weight, layer.text.qkv.weight) == upcycle
 
 
+def test_a_trained_expert_takes_a_pool_that_changes_nothing_at_first(decoder: Path, tmp_path: Path) -> None:
+    before = run_of(recipe_of("frozen_expert", decoder, ["model.expert.width=32"], None), tmp_path / "run")
+    losses_of(before, 2)
+    own = ["model.expert.width=32", 'train_only=["transformer.blocks.*.latent.", "flow."]']
+    changes = [*own, f"init_from={publish_model(before, tmp_path / 'm')}"]
+    pooled = ["heads.flow.pool_layers=[0, 2]"]
+    first = [losses_of(run_of(recipe_of("frozen_expert", decoder, more, None), tmp_path / "r"), 1) for more in
+             (changes, [*changes, *pooled])]  # fmt: skip
+    assert first[0] == first[1]
+    with pytest.raises(ValueError, match="has transformer.rope_base = .*; frozen weights cannot adapt: use the same"):
+        run_of(recipe_of("frozen_expert", decoder, [*changes, "model.rope_base=7.0"], None), tmp_path / "r")
+
+
 @pytest.fixture(scope="module")
 def published(decoder: Path) -> Path:
     """The published folder that `decoder` is the import of."""
