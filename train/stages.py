@@ -29,6 +29,11 @@
     name = "other_words"
     retokenize = { pictures = "emoji_world" }           # train.tools.retokenize, to the last tokenizer
 
+    [[stages]]
+    name = "projector"                      # train.tools.projector, on the model and the sources of the recipe
+    recipe = "recipes/chats.toml"
+    projector = { caption = "name", documents = 6000, steps = 4000 }
+
 A recipe takes the tokenizer, the codec and the model (as init_from) of the last stages before it that made one. `init`
 names another stage for the model, or "none"; `changes` may name any path. `changes` at the top of the file apply to
 every stage that trains a model; the stage's own apply after them, those of the command line (`changes.device=cuda`)
@@ -57,6 +62,7 @@ from train.codec.loop import CodecRecipe, CodecRun
 from train.lock import hold
 from train.recipe import Recipe, with_flat_generation
 from train.tools.average import average
+from train.tools.projector import ProjectorConfig, make_projector
 from train.tools.retokenize import convert
 from train.tools.tokenizer import TokenizerRecipe, train_tokenizer
 
@@ -68,7 +74,7 @@ WITHOUT_EFFECT = (
     *("max_nonfinite", "batch.max_corrupt", "batch.min_corrupt"),
     *("eval_every", "eval_pictures", "final_pictures", "save_every"),
 )
-Kind = Literal["tokenizer", "codec", "model", "average", "retokenize"]
+Kind = Literal["tokenizer", "codec", "model", "average", "retokenize", "projector"]
 
 
 class RetokenizeConfig(Frozen):
@@ -86,6 +92,7 @@ class StageConfig(Frozen):
     tokenizer: Path | None = Field(None, description="a recipe of a tokenizer")
     average: dict[str, float] | None = Field(None, description="earlier stages that make a model, and their shares")
     retokenize: RetokenizeConfig | None = None
+    projector: ProjectorConfig | None = Field(None, description="trains the projector of the recipe's model alone")
     changes: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -97,6 +104,8 @@ class StageConfig(Frozen):
         for key, effective in (("changes", ("recipe", "tokenizer")), ("init", ("recipe",))):
             if getattr(self, key) and kind not in effective:
                 raise ValueError(f"stage {self.name!r}: {key} has no effect on {kind}; leave it out")
+        if self.projector is not None and kind != "recipe":
+            raise ValueError(f"stage {self.name!r}: projector has no effect on {kind}; leave it out")
         return self
 
 
@@ -178,6 +187,8 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
         recipe = build(merged(merged(table, listed.changes, "changes"), made, ""), TokenizerRecipe, origin)
         return Stage(listed.name, out, "tokenizer", recipe)
     if table.get("kind") == "codec":
+        if listed.projector is not None:
+            raise ValueError("projector has no effect on a codec; leave it out")
         if listed.init is not None:
             raise ValueError("init has no effect on a codec; leave it out (changes.init_from names a codec directory)")
         return Stage(listed.name, out, "codec", build(merged(table, listed.changes, "changes"), CodecRecipe, origin))
@@ -188,7 +199,11 @@ def _planned(listed: StageConfig, config: StagesConfig, source: str, out: Path, 
     for changes in (inputs, config.changes, listed.changes, config.last):
         table = merged(table, with_flat_generation(changes), "changes")
     used = tuple(path for name, path in inputs.items() if path is not None and table[name] == path)
-    return Stage(listed.name, out, "model", build(table, Recipe, origin), used)
+    recipe = build(table, Recipe, origin)
+    if listed.projector is not None:
+        settings = {**recipe.model_dump(mode="json"), "projector": listed.projector.model_dump(mode="json")}
+        return Stage(listed.name, out, "projector", settings, used)
+    return Stage(listed.name, out, "model", recipe, used)
 
 
 def _model_of(name: str, models: Mapping[str, str], key: str) -> str:
@@ -309,6 +324,8 @@ def run_stage(stage: Stage) -> int:
             average(list(shares.items())).save_pretrained(stage.product)
         case {"retokenize": given}:
             convert(stage.product, given["model"], given["tokenizer"], with_pictures=given["pictures"] is not None)
+        case {"projector": given, **table}:
+            make_projector(Recipe.model_validate(table), stage.product, ProjectorConfig.model_validate(given))
     return 0
 
 
@@ -340,6 +357,8 @@ def check(stage: Stage) -> str:
             check_without_inputs(recipe)
         case Recipe() as recipe:
             build_run(recipe, stage.out)
+        case {"projector": _, **table}:
+            (check_without_inputs if missing else lambda one: build_run(one, stage.out))(Recipe.model_validate(table))
         case CodecRecipe() as recipe if recipe.init_from is None or Path(recipe.init_from).is_dir():
             CodecRun(recipe, stage.out)
     begun = "has begun" if stage.begun else "to be made"

@@ -11,8 +11,9 @@ import omni
 from eval.experiments.imports.tiny import COLOURS
 from eval.experiments.imports.training import imported, recipe_of, run_of
 from omni.document import Document, Image, Role, Text
+from train import stages
 from train.tools import projector
-from train.tools.projector import begin, captioned, main, pairs, share_nearest
+from train.tools.projector import ProjectorConfig, begin, captioned, main, pairs, share_nearest
 
 RED = torch.full((8, 8, 3), 200, dtype=torch.uint8)
 
@@ -35,7 +36,7 @@ def test_pictures_begin_near_their_captions(decoder: Path, tmp_path: Path, monke
     monkeypatch.setattr(run.loader, "document", coloured)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     at_first = share_nearest(run.model, *pairs(run.model, list(captioned(map(coloured, range(200)), None))))
-    reached = begin(run, None, documents=200, steps=200, batch=32)
+    reached = begin(run, ProjectorConfig(documents=200, steps=200, batch=32))
     assert at_first < 0.7 and reached == 1.0, (at_first, reached)
     moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {f"flow.clean{part}" for part in (".weight", ".bias", "_first.weight", "_first.bias")}
@@ -75,5 +76,22 @@ def test_the_command_and_its_errors(
     assert "of held-out pictures are nearest to their own caption" in capsys.readouterr().err
     bias = omni.from_pretrained(out).flow
     assert bias is not None and bool(bias.clean.bias.any())
-    assert main(["x.toml", str(out), "--documents", "4", "--caption", "title"]) == 2
+    assert main(["x.toml", str(out), "--documents", "20", "--caption", "title"]) == 2
     assert "documents have one picture and a caption under 'title' of their meta" in capsys.readouterr().err
+
+
+def test_a_stage_begins_a_projector(decoder: Path, tmp_path: Path) -> None:
+    table = recipe_of("frozen_expert", decoder, [], None).model_dump(mode="json", exclude_none=True)
+    one = {"name": "projector", "projector": {"documents": 40, "steps": 3}}
+    config = stages.StagesConfig.model_validate({"base": table, "stages": [one, {"name": "after"}]})
+    first, after = planned = stages.plan(config, "x", tmp_path)
+    assert first.kind == "projector" and str(after.settings.init_from) == str(first.product)  # type: ignore[union-attr]
+    assert stages.check(first) == "to be made, checked" and stages.run_stage(first) == 0 and first.finished
+    stages.check_finished(planned)
+    assert stages.check(after) == "to be made, checked"
+    other = {**one, "projector": {"documents": 40, "steps": 4}}
+    changed = stages.StagesConfig.model_validate({"base": table, "stages": [other]})
+    with pytest.raises(ValueError, match="stage 'projector': .*recipe.projector.steps was 3, now 4"):
+        stages.check_finished(stages.plan(changed, "x", tmp_path))
+    with pytest.raises(ValueError, match="projector has no effect on average; leave it out"):
+        stages.StageConfig.model_validate({**one, "average": {"a": 1.0}})

@@ -19,9 +19,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from omni.cli.arguments import exit_code
+from omni.config import Frozen, build
 from omni.document import Document, Image, Role, Text, Video
 from omni.errors import check_place
 from omni.model import Omni
@@ -29,12 +31,22 @@ from omni.rng import Key
 from train.build import build_run, publish_model
 from train.loop import Run
 from train.optim.ema import Ema
-from train.recipe import load_recipe
+from train.recipe import Recipe, load_recipe
 
 PART = 64  # pictures that are encoded together
 NOISE = 0.1  # deviation of what is added to the latents, which have deviation 1
 HELD_OUT = 10  # every tenth picture measures
 LONGEST = 20  # documents that are looked at for each one wanted
+
+
+class ProjectorConfig(Frozen):
+    """caption: key of a document's `meta`; None: the assistant's first text. documents: captioned pictures."""
+
+    caption: str | None = None
+    documents: int = Field(6000, ge=2 * HELD_OUT)
+    steps: int = Field(3000, ge=1)
+    batch: int = Field(256, ge=1)
+    rate: float = Field(3e-3, gt=0)
 
 
 def captioned(documents: Iterator[Document], caption: str | None) -> Iterator[tuple[Image, str]]:
@@ -69,21 +81,19 @@ def pairs(model: Omni, found: Sequence[tuple[Image, str]]) -> tuple[Tensor, Tens
     return torch.stack(latents).to(device), embeddings, [text for _, text in found]
 
 
-def train_projector(
-    model: Omni, latents: Tensor, wanted: Tensor, steps: int, batch: int, rate: float, key: Key
-) -> None:
+def train_projector(model: Omni, latents: Tensor, wanted: Tensor, config: ProjectorConfig, key: Key) -> None:
     """AdamW on the projector alone, at a rate that falls to 0. latents (M, N, C), wanted (M, N, W)."""
     assert model.flow is not None
     weights = [p for name, p in model.flow.named_parameters() if name.startswith("clean")]
     for one in weights:
         one.requires_grad_(True)
-    optimiser, scale = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0), wanted.std()
-    for step in range(steps):
+    optimiser, scale = torch.optim.AdamW(weights, lr=config.rate, weight_decay=0.0), wanted.std()
+    for step in range(config.steps):
         own = key.fold(step)
-        rows = (own.fold("rows").uniform((batch,)) * len(latents)).long().to(latents.device)
-        noise = own.fold("noise").normal((batch, *latents.shape[1:])).to(latents)
+        rows = (own.fold("rows").uniform((config.batch,)) * len(latents)).long().to(latents.device)
+        noise = own.fold("noise").normal((config.batch, *latents.shape[1:])).to(latents)
         error = model.flow.embed_clean(latents[rows] + NOISE * noise) - wanted[rows]
-        optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimiser.param_groups[0]["lr"] = config.rate * (1 - step / config.steps)
         optimiser.zero_grad()
         (error / scale).square().mean().backward()
         optimiser.step()
@@ -102,20 +112,31 @@ def share_nearest(model: Omni, latents: Tensor, wanted: Tensor, captions: Sequen
     return float((nearest == own[mine]).float().mean())
 
 
-def begin(run: Run, caption: str | None, documents: int, steps: int, batch: int = 256, rate: float = 3e-3) -> float:
+def begin(run: Run, config: ProjectorConfig) -> float:
     """Train the projector of a run's model in place; the share of held-out pictures with the right nearest caption.
     ValueError where there are too few captioned pictures."""
-    looked = map(run.loader.document, range(LONGEST * documents))
-    found = list(islice(captioned(looked, caption), documents))
+    most = LONGEST * config.documents
+    found = list(islice(captioned(map(run.loader.document, range(most)), config.caption), config.documents))
     if len(found) < 2 * HELD_OUT:
+        where = f" under {config.caption!r} of their meta" if config.caption else ""
         raise ValueError(
-            f"{len(found)} of {LONGEST * documents} documents have one picture and a caption"
-            + (f" under {caption!r} of their meta" if caption else "") + "; choose other sources, or another --caption"
-        )  # fmt: skip
+            f"{len(found)} of {most} documents have one picture and a caption{where}; choose other sources, or another "
+            "caption"
+        )
     latents, wanted, captions = pairs(run.model, found)
     train_rows = torch.arange(len(found), device=latents.device) % HELD_OUT != 0
-    train_projector(run.model, latents[train_rows], wanted[train_rows], steps, batch, rate, run.key.fold("projector"))
+    train_projector(run.model, latents[train_rows], wanted[train_rows], config, run.key.fold("projector"))
     return share_nearest(run.model, latents, wanted, captions)
+
+
+def make_projector(recipe: Recipe, out: Path, config: ProjectorConfig) -> None:
+    """Write the model directory of a recipe with a trained projector. ValueError as `begin`."""
+    run = build_run(recipe, out)
+    torch.set_num_threads(recipe.threads)
+    share = begin(run, config)
+    print(f"{share:.1%} of held-out pictures are nearest to their own caption", file=sys.stderr)
+    run.ema = Ema(run.model, recipe.ema_decay)  # what is published
+    publish_model(run, out)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -124,18 +145,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="the model directory to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value of the recipe")
     parser.add_argument("--caption", metavar="KEY", help="of a document's meta")
-    parser.add_argument("--documents", type=int, default=6000, help="captioned pictures")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--documents", type=int, default=ProjectorConfig().documents, help="captioned pictures")
+    parser.add_argument("--steps", type=int, default=ProjectorConfig().steps)
     given = parser.parse_intermixed_args(arguments)
 
     def work() -> None:
         check_place(given.out, "OUT", is_folder=True)
-        run = build_run(load_recipe(given.recipe, given.overrides), given.out)
-        torch.set_num_threads(run.recipe.threads)
-        share = begin(run, given.caption, given.documents, given.steps)
-        print(f"{share:.1%} of held-out pictures are nearest to their own caption", file=sys.stderr)
-        run.ema = Ema(run.model, run.recipe.ema_decay)  # what is published
-        publish_model(run, given.out)
+        options = {"caption": given.caption, "documents": given.documents, "steps": given.steps}
+        config = build(options, ProjectorConfig, "command line")
+        make_projector(load_recipe(given.recipe, given.overrides), given.out, config)
 
     return exit_code(work)
 
