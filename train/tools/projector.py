@@ -43,10 +43,10 @@ class ProjectorConfig(Frozen):
     """caption: key of a document's `meta`; None: the assistant's first text. documents: captioned pictures."""
 
     caption: str | None = None
-    documents: int = Field(6000, ge=2 * HELD_OUT)
-    steps: int = Field(3000, ge=1)
-    batch: int = Field(256, ge=1)
-    rate: float = Field(3e-3, gt=0)
+    documents: int = Field(default=6000, ge=2 * HELD_OUT)
+    steps: int = Field(default=3000, ge=1)
+    batch: int = Field(default=256, ge=1)
+    rate: float = Field(default=3e-3, gt=0)
 
 
 def captioned(documents: Iterator[Document], caption: str | None) -> Iterator[tuple[Image, str]]:
