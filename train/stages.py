@@ -101,11 +101,10 @@ class StageConfig(Frozen):
         if len(given) > 1:
             raise ValueError(f"stage {self.name!r} has {' and '.join(given)}; give one")
         kind = given[0] if given else "recipe"
-        for key, effective in (("changes", ("recipe", "tokenizer")), ("init", ("recipe",))):
+        takers = {"changes": ("recipe", "tokenizer"), "init": ("recipe",), "projector": ("recipe",)}
+        for key, effective in takers.items():
             if getattr(self, key) and kind not in effective:
                 raise ValueError(f"stage {self.name!r}: {key} has no effect on {kind}; leave it out")
-        if self.projector is not None and kind != "recipe":
-            raise ValueError(f"stage {self.name!r}: projector has no effect on {kind}; leave it out")
         return self
 
 
@@ -324,9 +323,14 @@ def run_stage(stage: Stage) -> int:
             average(list(shares.items())).save_pretrained(stage.product)
         case {"retokenize": given}:
             convert(stage.product, given["model"], given["tokenizer"], with_pictures=given["pictures"] is not None)
-        case {"projector": given, **table}:
-            make_projector(Recipe.model_validate(table), stage.product, ProjectorConfig.model_validate(given))
+        case {"projector": given} as table:
+            make_projector(_recipe_in(table), stage.product, ProjectorConfig.model_validate(given))
     return 0
+
+
+def _recipe_in(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of a projector stage, whose settings are the recipe's keys and `projector`."""
+    return Recipe.model_validate({key: value for key, value in settings.items() if key != "projector"})
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
@@ -352,13 +356,14 @@ def check(stage: Stage) -> str:
     if stage.finished:
         return f"finished, {stage.product}"
     missing = [path for path in stage.inputs if not Path(path).is_dir()]
-    match stage.settings:
+    settings = stage.settings
+    if isinstance(settings, dict) and "projector" in settings:
+        settings = _recipe_in(settings)
+    match settings:
         case Recipe() as recipe if missing:
             check_without_inputs(recipe)
         case Recipe() as recipe:
             build_run(recipe, stage.out)
-        case {"projector": _, **table}:
-            (check_without_inputs if missing else lambda one: build_run(one, stage.out))(Recipe.model_validate(table))
         case CodecRecipe() as recipe if recipe.init_from is None or Path(recipe.init_from).is_dir():
             CodecRun(recipe, stage.out)
     begun = "has begun" if stage.begun else "to be made"

@@ -10,6 +10,7 @@ import torch
 import omni
 from eval.experiments.imports.tiny import COLOURS
 from eval.experiments.imports.training import imported, recipe_of, run_of
+from omni.data.source import CorruptRecord
 from omni.document import Document, Image, Role, Text
 from train import stages
 from train.tools import projector
@@ -33,7 +34,13 @@ def coloured(number: int) -> Document:
 def test_pictures_begin_near_their_captions(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ["heads.flow.clean_width=32", "preparation.size=[8, 16]"]
     run = run_of(recipe_of("frozen_expert", decoder, own, None), tmp_path / "run")
-    monkeypatch.setattr(run.loader, "document", coloured)
+
+    def document(number: int) -> Document:
+        if number == 3:
+            raise CorruptRecord("a damaged picture")
+        return coloured(number)
+
+    monkeypatch.setattr(run.loader, "document", document)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     at_first = share_nearest(run.model, *pairs(run.model, list(captioned(map(coloured, range(200)), None))))
     reached = begin(run, ProjectorConfig(documents=200, steps=200, batch=32))

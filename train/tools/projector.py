@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from omni.cli.arguments import exit_code
 from omni.config import Frozen, build
+from omni.data.source import CorruptRecord
 from omni.document import Document, Image, Role, Text, Video
 from omni.errors import check_place
+from omni.media.preparation import prepare
 from omni.model import Omni
 from omni.rng import Key
 from train.build import build_run, publish_model
@@ -49,6 +52,13 @@ class ProjectorConfig(Frozen):
     rate: float = Field(default=3e-3, gt=0)
 
 
+def readable(run: Run, most: int) -> Iterator[Document]:
+    """The first documents of a run's sources, without corrupt ones."""
+    for index in range(most):
+        with suppress(CorruptRecord):
+            yield run.loader.document(index)
+
+
 def captioned(documents: Iterator[Document], caption: str | None) -> Iterator[tuple[Image, str]]:
     """The pictures of documents with one picture, each with its caption."""
     for one in documents:
@@ -65,11 +75,11 @@ def captioned(documents: Iterator[Document], caption: str | None) -> Iterator[tu
 def pairs(model: Omni, found: Sequence[tuple[Image, str]]) -> tuple[Tensor, Tensor, list[str]]:
     """Latents (M, N, C) of pictures of one size, embeddings (M, N, W) of their captions' first N tokens, the captions.
     ValueError where sizes differ."""
-    assert model.tokenizer is not None
+    assert model.tokenizer is not None and model.codec is not None
     latents: list[Tensor] = []
     for first in range(0, len(found), PART):
-        blocks = model.encode_media([picture for picture, _ in found[first : first + PART]])
-        latents += [part[0].flatten(0, 2) for part in blocks]
+        pictures = [prepare(picture, model.preparation, model.limits) for picture, _ in found[first : first + PART]]
+        latents += [blocks[0].flatten(0, 2) for blocks in model.codec.encode_media(pictures)]
     if len({one.shape for one in latents}) != 1:
         raise ValueError("the pictures have different numbers of positions; give a preparation with one size")
     device, num = model.transformer.norm.weight.device, len(latents[0])
@@ -101,22 +111,20 @@ def train_projector(model: Omni, latents: Tensor, wanted: Tensor, config: Projec
 
 @torch.no_grad()
 def share_nearest(model: Omni, latents: Tensor, wanted: Tensor, captions: Sequence[str]) -> float:
-    """The share of pictures whose nearest caption of all is their own."""
+    """The share of held-out pictures whose nearest caption of all is their own. latents (M, N, C), wanted (M, N, W)."""
     assert model.flow is not None
-    numbers = {text: index for index, text in enumerate(dict.fromkeys(captions))}
-    own = torch.tensor([numbers[text] for text in captions], device=wanted.device)
-    first = torch.tensor([captions.index(text) for text in numbers], device=wanted.device)
-    mine = slice(None, None, HELD_OUT)
-    given = model.flow.embed_clean(latents[mine]).flatten(1)
-    nearest = torch.cdist(given, wanted[first].flatten(1)).argmin(1)
-    return float((nearest == own[mine]).float().mean())
+    different = dict(zip(captions, wanted, strict=True))
+    given = model.flow.embed_clean(latents[::HELD_OUT]).flatten(1)
+    nearest = torch.cdist(given, torch.stack([*different.values()]).flatten(1)).argmin(1).tolist()
+    names, own = list(different), captions[::HELD_OUT]
+    return sum(names[index] == text for index, text in zip(nearest, own, strict=True)) / len(own)
 
 
 def begin(run: Run, config: ProjectorConfig) -> float:
     """Train the projector of a run's model in place; the share of held-out pictures with the right nearest caption.
     ValueError where there are too few captioned pictures."""
     most = LONGEST * config.documents
-    found = list(islice(captioned(map(run.loader.document, range(most)), config.caption), config.documents))
+    found = list(islice(captioned(readable(run, most), config.caption), config.documents))
     if len(found) < 2 * HELD_OUT:
         where = f" under {config.caption!r} of their meta" if config.caption else ""
         raise ValueError(
