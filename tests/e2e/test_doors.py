@@ -44,7 +44,7 @@ def command(model: omni.Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """`omni ...` in an empty folder, with the loaded model."""
     monkeypatch.chdir(tmp_path)
     for module in (cli_generate, cli_chat, cli_inspect):
-        monkeypatch.setattr(module, "load_model", lambda path, device="cpu": model)
+        monkeypatch.setattr(module, "load_model", lambda path, device="cpu", dtype="float32": model)
     return lambda *words: main(list(words))
 
 
